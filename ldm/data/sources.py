@@ -1,0 +1,79 @@
+"""Every way people keep captioned pictures, as one list of records.
+
+A folder holds pictures and, beside them, either one `metadata.jsonl` (`{"file_name": "a.png", "text": "a red heart"}` a
+line; `text` may be a list of captions) or a caption file for each picture (`a.png` + `a.txt`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.data import openmoji
+from ldm.errors import UserError
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture.
+
+    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
+    caption joins parts that training only shows apart). `weight` is how often it is drawn beside a plain picture's 1.
+    """
+
+    key: str
+    path: Path
+    captions: tuple[str, ...]
+    split: str = "train"
+    weight: float = 1.0
+
+
+def read(source: str, size: int, cache: Path) -> list[Record]:
+    """Reads a source, `openmoji-demo`, `openmoji-all` or a folder, into records ordered by key.
+
+    `size` (pixels) and `cache` (a folder that this may fill) are for sources that are drawn rather than read.
+    Raises UserError, naming source and remedy, where nothing can be read.
+    """
+    if source in openmoji.SUBSETS:
+        drawings = openmoji.draw(source, size, cache / f"{source}-{size}px")
+        return [Record(d.code, path, d.captions, d.split, d.weight) for d, path in drawings]
+    folder = Path(source)
+    if not folder.is_dir():
+        known = ", ".join(openmoji.SUBSETS)
+        raise UserError(f"data.source: {source!r} is neither a folder nor a built-in set; give a folder or one of {known}")
+    records = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_sidecars(folder)
+    if not records:
+        raise UserError(
+            f"data.source: no captioned picture in {folder}; put a metadata.jsonl there, or a .txt beside each picture"
+        )
+    return sorted(records, key=lambda record: record.key)
+
+
+def _from_metadata(folder: Path) -> list[Record]:
+    records = []
+    where = folder / "metadata.jsonl"
+    for number, line in enumerate(where.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{where} line {number}: {error!r}; expected {{"file_name": "a.png", "text": "…"}}') from None
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise UserError(f"{where} line {number}: file_name {name!r} is not a file inside {folder}")
+        records.append(Record(name, path, tuple([text] if isinstance(text, str) else text)))
+    return records
+
+
+def _from_sidecars(folder: Path) -> list[Record]:
+    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
+    return [
+        Record(str(path.relative_to(folder)), path, (path.with_suffix(".txt").read_text("utf-8").strip(),))
+        for path in pictures
+        if path.with_suffix(".txt").exists()
+    ]

@@ -1,0 +1,346 @@
+"""`Run`: the bookkeeping of a training run, so that a loop can show nothing but its idea.
+
+Processes and precision (accelerate), learning rate, EMA, progress, metrics, atomic checkpoints, exact resume, signals.
+Random numbers are not kept here: they follow from the position in the run (`ldm.data.order`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from ldm.config import RunConfig, Training
+from ldm.data.order import Positions
+from ldm.errors import UserError
+
+
+class Interrupted(SystemExit):
+    """Raised after the checkpoint of a run that was asked to stop; its code is the shell's 128 + signal."""
+
+
+def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
+    """accelerate, set up for this run's device and precision."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported()
+    precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=micro_batches,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(config.dir),
+    )
+
+
+def learning_rate(step: int, training: Training) -> float:
+    """Learning rate of the optimiser step `step`, counted from 0: linear warm-up, then constant or half a cosine."""
+    rise = min(1.0, (step + 1) / max(1, training.warmup))
+    if training.decay == "constant":
+        return training.lr * rise
+    progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
+    return training.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Run:
+    """One stage's training run: wraps model and optimiser, resumes, and keeps the books.
+
+    The loop is the caller's:
+
+        for batch in run.batches(dataset):
+            with run.accumulate():
+                loss = …
+                run.backward(loss)
+                run.update(loss=loss)
+
+    `contract` is stored in each checkpoint; resuming under another is refused.
+    """
+
+    def __init__(
+        self, config: RunConfig, training: Training, stage: str, model: nn.Module, contract: dict[str, Any] | None = None
+    ):
+        self.config, self.training, self.stage = config, training, stage
+        self.contract = json.loads(json.dumps(contract or {}))
+        self.folder = config.dir / stage
+        self.accelerator = accelerator(config, training.micro_batches)
+        self.device = self.accelerator.device
+        processes = self.accelerator.num_processes
+        if training.batch % (training.micro_batches * processes):
+            raise UserError(
+                f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
+                f"micro-batches; make it a multiple of {training.micro_batches * processes}"
+            )
+        self.bare = model.to(self.device)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        fused = torch.optim.AdamW(
+            trainable, training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=True
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, fused)
+        self.ema = EMAModel(trainable, decay=training.ema, foreach=True)
+        self.parameters = trainable
+        self.step = 0  # optimiser steps done
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed = 0
+        self._stop: int | None = None
+        self._resume()
+
+    # ------------------------------------------------------------------------------------------------ the loop's side
+
+    def batches(self, dataset: torch.utils.data.Dataset[Any], workers: int = 0) -> Iterator[Any]:
+        """Micro-batches of this process from where the run stands to its last step; checkpoints, logs, stops between."""
+        t, a = self.training, self.accelerator
+        positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
+        )
+        before = {number: signal.signal(number, self._asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        if a.log_with:
+            a.init_trackers(self.stage)
+        bar = tqdm(
+            total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
+            disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
+        )  # fmt: skip
+        self.model.train()
+        try:
+            for batch in loader:
+                step = self.step
+                yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+                if self.step > step:
+                    bar.update(t.batch)
+                    self._after_step(bar)
+        finally:
+            bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            a.end_training()
+
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
+        return self.accelerator.accumulate(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            rate = learning_rate(self.step, self.training)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        self.accelerator.backward(loss)
+
+    def update(self, **metrics: torch.Tensor) -> None:
+        """After a step's last micro-batch: clips, steps, averages. Metrics are scalars; their means are logged."""
+        a = self.accelerator
+        if a.sync_gradients:
+            metrics["gradient_norm"] = a.clip_grad_norm_(self.parameters, self.training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        self._summed += 1
+        if a.sync_gradients:
+            self.ema.step(self.parameters)
+            self.step += 1
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the model has its EMA weights."""
+        return _Averaged(self)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    # ------------------------------------------------------------------------------------------------------ the books
+
+    def _after_step(self, bar: tqdm) -> None:
+        t = self.training
+        if self.step % self.config.log_every == 0 or self.step == t.steps:
+            self._log(bar)
+        stop = self._agreed_stop()
+        if stop or self.step % t.checkpoint_every == 0 or self.step == t.steps:
+            self.save()
+        if stop and self.step < t.steps:
+            if self.is_main:
+                bar.write(f"{self.stage}: stopped and saved at step {self.step}; the same command continues.")
+            raise Interrupted(128 + stop)
+
+    def _log(self, bar: tqdm) -> None:
+        a, t = self.accelerator, self.training
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] for name in names]).to(self.device) / self._summed
+        means = a.reduce(means, "mean")
+        norm = names.index("gradient_norm")
+        means[norm] *= t.micro_batches  # it is measured once a step, the others once a micro-batch
+        values = dict(zip(names, means.tolist(), strict=True))
+        self._sums, self._summed = {}, 0
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(
+                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); lower {self.stage}.lr. "
+                f"The last good checkpoint stays in {self.folder / 'checkpoints'}"
+            )
+        values["lr"] = learning_rate(self.step - 1, t)
+        a.log(values, step=self.step)
+        bar.set_postfix(step=f"{self.step}/{t.steps}", loss=f"{values['loss']:.4f}", refresh=False)
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = {"step": self.step, **values, "time": round(time.time(), 1)}
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
+        if self._stop:  # asked twice: now
+            raise Interrupted(128 + number)
+        self._stop = number
+
+    def _agreed_stop(self) -> int:
+        """The signal that any process got, known to all, so that they stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._stop or 0
+        flag = torch.tensor(self._stop or 0, device=self.device)
+        return int(self.accelerator.gather(flag[None]).max())
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self) -> None:
+        """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            tensors, groups = _flat(self.optimizer.state_dict())
+            parts = {
+                "model": {k: v.contiguous() for k, v in self.bare.state_dict().items()},
+                "ema": {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
+                "optimizer": tensors,
+            }
+            state = {
+                "step": self.step,
+                "ema_step": self.ema.optimization_step,
+                "optimizer": groups,
+                "contract": self.contract,
+            }
+            write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
+            for old in _checkpoints(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        """Continues from the newest sound checkpoint; a damaged one is named and passed over."""
+        for folder in reversed(_checkpoints(self.folder)):
+            try:
+                parts, state = read_checkpoint(folder)
+            except (OSError, ValueError, KeyError) as error:
+                self._say(f"{folder} is damaged ({error}); going back to the checkpoint before it.")
+                continue
+            if state["contract"] != self.contract:
+                raise UserError(
+                    f"{folder}: was trained on latents {state['contract']}, this run has {self.contract}; "
+                    "start anew with --fresh, or give back the autoencoder that it was trained with"
+                )
+            self.bare.load_state_dict(parts["model"])
+            self.optimizer.load_state_dict(_unflat(parts["optimizer"], state["optimizer"]))
+            with torch.no_grad():
+                for i, shadow in enumerate(self.ema.shadow_params):
+                    shadow.copy_(parts["ema"][str(i)])
+            self.ema.optimization_step = state["ema_step"]
+            self.step = state["step"]
+            if self.step < self.training.steps:
+                self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
+            break
+        if self.is_main:
+            _cut_metrics(self.folder / "metrics.jsonl", self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Averaged(AbstractContextManager[None]):
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.run.ema.store(self.run.parameters)
+        self.run.ema.copy_to(self.run.parameters)
+        self.run.bare.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.run.ema.restore(self.run.parameters)
+        self.run.bare.train()
+
+
+def write_checkpoint(folder: Path, parts: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    """`parts` as safetensors, then `state.json` with their SHA-256: written beside, fsynced, renamed."""
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, tensors in parts.items():
+        save_file(tensors, beside / f"{name}.safetensors")
+    sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+    (beside / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
+    for path in (*beside.iterdir(), beside):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(beside, folder)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
+    state = json.loads((folder / "state.json").read_text())
+    for name, expected in state["sha256"].items():
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flat(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """An optimiser's state as named tensors and plain groups, for files without pickle."""
+    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}, state["param_groups"]
+
+
+def _unflat(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drops lines after `step`, which will be written again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        beside = path.with_suffix(".writing")
+        beside.write_text("".join(kept))
+        os.replace(beside, path)
