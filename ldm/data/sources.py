@@ -7,7 +7,8 @@ line; `text` may be a list of captions) or a caption file for each picture (`a.p
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.data import openmoji
@@ -22,6 +23,7 @@ class Record:
 
     `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
     caption joins parts that training only shows apart). `weight` is how often it is drawn beside a plain picture's 1.
+    `attributes` is what a source knows of the picture besides its caption: OpenMoji's people have `role` and `tone`.
     """
 
     key: str
@@ -29,6 +31,7 @@ class Record:
     captions: tuple[str, ...]
     split: str = "train"
     weight: float = 1.0
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(source: str, size: int, cache: Path) -> list[Record]:
@@ -39,7 +42,10 @@ def read(source: str, size: int, cache: Path) -> list[Record]:
     """
     if source in openmoji.SUBSETS:
         drawings = openmoji.draw(source, size, cache / f"{source}-{size}px")
-        return [Record(d.code, path, d.captions, d.split, d.weight) for d, path in drawings]
+        return [
+            Record(d.code, path, d.captions, d.split, d.weight, {"role": d.role, "tone": d.tone} if d.role else {})
+            for d, path in drawings
+        ]
     folder = Path(source)
     if not folder.is_dir():
         known = ", ".join(openmoji.SUBSETS)

@@ -1,0 +1,91 @@
+"""From noise to latents: solvers, guidance and the loop. The steps themselves are diffusers' schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ldm.diffusion import TIMESTEPS, Process, betas
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → prediction
+PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+
+
+def scheduler(process: Process, solver: str) -> Any:
+    """diffusers' scheduler of a solver for a process, configured so that it can be saved with a pipeline.
+
+    A flow runs on the solvers that know its straight path: `dpm++`, `unipc`, and `euler` as dpm++ of first order,
+    which on a straight path is the same step.
+    """
+    common: dict[str, Any] = {"num_train_timesteps": TIMESTEPS, "prediction_type": PREDICTION[process.target], "steps_offset": 1}
+    if process.target == "flow":
+        common["use_flow_sigmas"] = True
+        order = 1 if solver == "euler" else 2
+        if solver == "unipc":
+            return UniPCMultistepScheduler(**common)
+        return DPMSolverMultistepScheduler(**common, solver_order=order)
+    common["trained_betas"] = betas(process.schedule).tolist()
+    common["timestep_spacing"] = "trailing"
+    if solver == "ddim":
+        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+    if solver == "ddpm":
+        return DDPMScheduler(**common, clip_sample=False)
+    if solver == "euler":
+        return EulerDiscreteScheduler(**common)
+    return (UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler)(**common)
+
+
+def with_solver(current: Any, solver: str) -> Any:
+    """Another solver for the process that a loaded scheduler describes."""
+    if current.config.get("use_flow_sigmas"):
+        if solver == "unipc":
+            return UniPCMultistepScheduler.from_config(current.config)
+        return DPMSolverMultistepScheduler.from_config(current.config, solver_order=1 if solver == "euler" else 2)
+    kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler}
+    return kinds.get(solver, DPMSolverMultistepScheduler).from_config(current.config)
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    """`(len(seeds), *shape)`; each picture's noise follows from its own seed, whatever the batch."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def guided(network: Callable[..., Any], text: torch.Tensor, null: torch.Tensor, scale: float) -> Denoiser:
+    """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_text − ε_∅). Scale 1 is one forward.
+
+    text, null `(N, T, D)`; `network(x, t, encoder_hidden_states)` as diffusers' U-Net.
+    """
+    if scale == 1:
+        return lambda x, t: network(x, t, encoder_hidden_states=text, return_dict=False)[0]
+    both = torch.cat([null, text])
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        without, with_text = network(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0].chunk(2)
+        return without + scale * (with_text - without)
+
+    return denoise
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser, solver: Any, noise: torch.Tensor, steps: int, generators: list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Solves the reverse process from standard normal `noise` `(N, C, h, w)` in `steps` steps; returns x_0.
+
+    `generators`, one a picture, feed solvers that add noise (ddpm).
+    """
+    solver.set_timesteps(steps, device=noise.device)
+    x = noise * solver.init_noise_sigma
+    stochastic = {"generator": generators} if isinstance(solver, DDPMScheduler) else {}
+    for t in solver.timesteps:
+        x = solver.step(denoise(solver.scale_model_input(x, t), t), t, x, **stochastic, return_dict=False)[0]
+    return x

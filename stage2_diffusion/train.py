@@ -1,0 +1,80 @@
+"""Trains the text-conditioned latent U-Net: cached latents and captions in, `RUN/pipeline` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ldm.autoencoder import Autoencoder
+from ldm.config import Config
+from ldm.data.cache import Samples, build
+from ldm.data.images import grid
+from ldm.data.order import normal, uniform
+from ldm.data.sources import Record
+from ldm.diffusion import Process
+from ldm.pipeline import LatentDiffusion
+from ldm.run import Run
+from ldm.sampling import scheduler
+from ldm.text import TextEncoder
+from ldm.unet import build as build_unet
+from ldm.unet import load as load_unet
+from ldm.unet import use_attention
+
+
+def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, text: TextEncoder) -> LatentDiffusion:
+    """Trains the U-Net on the records of split `train` and exports the pipeline with its EMA weights."""
+    stage, seed = config.stage2, config.run.seed
+    train_set = [record for record in records if record.split == "train"]
+    contract = autoencoder.contract(config.data.size)
+    process = Process(stage.target, stage.schedule, stage.time_mean, stage.time_std)
+
+    torch.manual_seed(seed)
+    if stage.init_from:
+        unet = load_unet(stage.init_from, autoencoder.channels, text.width)
+    else:
+        unet = build_unet(stage, autoencoder.channels, config.data.size // autoencoder.factor, text.width)
+    run = Run(config.run, stage, "stage2", unet, contract)
+    use_attention(unet, stage.attention_backend, run.device)
+    cache = build(train_set, config.data.size, autoencoder.to(run.device), text.to(run.device), config.cache_dir)
+    null = cache.null.to(run.device)
+    model = LatentDiffusion(
+        text, unet, autoencoder, scheduler(process, config.sample.solver), config.sample.steps, config.sample.guidance
+    )
+
+    for batch in run.batches(Samples(train_set, cache, seed), config.data.workers):
+        with run.accumulate():
+            x0, text_states, n = batch["latent"], batch["text"], batch["position"]
+            eps = normal(seed, "noise", n, x0.shape[1:]).to(run.device)
+            t = process.time(uniform(seed, "time", n)).to(run.device)
+            dropped = (uniform(seed, "dropout", n) < stage.caption_dropout).to(run.device)
+            text_states = torch.where(dropped[:, None, None], null, text_states)  # classifier-free guidance
+
+            x_t = process.add_noise(x0, eps, t)
+            prediction = run.model(x_t, process.network_time(t), text_states, return_dict=False)[0]
+            loss = F.mse_loss(prediction.float(), process.target_of(x0, eps, t))
+            run.backward(loss)
+            run.update(loss=loss, dropped=dropped.float().mean())
+        if run.step % config.sample.every == 0:
+            write_grid(config, run, model, records)
+
+    with run.averaged():
+        if run.is_main:
+            model.save(config.run.dir / "pipeline")
+    write_grid(config, run, model, records)
+    run.accelerator.wait_for_everyone()
+    return model
+
+
+def write_grid(config: Config, run: Run, model: LatentDiffusion, records: Sequence[Record]) -> None:
+    """`stage2/samples/step-….png`: the configured prompts with the EMA weights; framed are those no training saw."""
+    prompts = config.sample.prompts
+    path = run.folder / "samples" / f"step-{run.step:06d}.png"
+    if prompts and run.is_main and not path.exists():
+        unseen = {caption for record in records if record.split == "combination" for caption in record.captions}
+        with run.averaged():
+            pictures = model(prompts, seed=config.run.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
+        grid(pictures, prompts, columns=8, marked=marked).save(path)
