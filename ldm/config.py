@@ -58,6 +58,8 @@ class TextConfig(Section):
     """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or cut to; default: the tokenizer's own."""
+    width: PositiveInt | None = None
+    """Channels of the encoder's token states, checked when it is loaded; `--dry-run` then needs no download."""
 
 
 class Training(Section):
@@ -89,7 +91,7 @@ class Training(Section):
 
 class Stage1Config(Training):
     pretrained: str | None = None
-    """A diffusers autoencoder, local folder or Hub id: loaded instead of trained. The keys below then do nothing."""
+    """A diffusers autoencoder, local folder or Hub id, loaded instead of trained; the keys of its shape must describe it."""
     channels: tuple[PositiveInt, ...] = (64, 128, 256)
     """Width of each level; each level after the first halves the resolution."""
     layers: PositiveInt = 2
@@ -175,15 +177,13 @@ class Config(Section):
     def _possible(self) -> Self:
         """Checks of several keys together; each names its keys, the values and what would do."""
         one, two = self.stage1, self.stage2
-        if not one.pretrained:
-            _divides("data.size", self.data.size, one.factor, f"2 per level after the first of stage1.channels, {one.channels}")
+        _divides("data.size", self.data.size, one.factor, f"2 per level after the first of stage1.channels, {one.channels}")
         for name, stage in (("stage1", one), ("stage2", two)):
-            if name == "stage2" or not one.pretrained:
-                for width in stage.channels:
-                    _divides(f"{name}.channels", width, stage.groups, f"{name}.groups")
+            for width in stage.channels:
+                _divides(f"{name}.channels", width, stage.groups, f"{name}.groups")
             _divides(f"{name}.batch", stage.batch, stage.micro_batches, f"{name}.micro_batches")
-            if not one.l1 + one.l2 + one.gradient:
-                raise ValueError("stage1: l1, l2 and gradient are all 0; nothing would be learned, set one of them")
+        if not one.l1 + one.l2 + one.gradient:
+            raise ValueError("stage1: l1, l2 and gradient are all 0; nothing would be learned, set one of them")
         if len(two.attention) != len(two.channels):
             raise ValueError(
                 f"stage2.attention: {len(two.attention)} values for {len(two.channels)} levels of stage2.channels; give one a level"

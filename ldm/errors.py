@@ -1,5 +1,36 @@
-"""The one exception that the command lines show as a single line."""
+"""How a command speaks to the person who typed it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong argument is one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+    """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
+
+    def guarded(arguments: Sequence[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues.", file=sys.stderr)
+            return 130
+        return 0
+
+    return guarded

@@ -58,10 +58,11 @@ class TextEncoder:
         return digest.hexdigest()
 
 
-def load(name: str, max_tokens: int | None = None) -> TextEncoder:
+def load(name: str, max_tokens: int | None = None, width: int | None = None) -> TextEncoder:
     """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that carries it.
 
-    UserError where there is neither, and where all-MiniLM-L6-v2 is not the published file.
+    UserError where there is neither, where `width` is given and is not the encoder's, and where all-MiniLM-L6-v2 is not
+    the published file.
     """
     folder = _folder(name)
     try:
@@ -76,6 +77,8 @@ def load(name: str, max_tokens: int | None = None) -> TextEncoder:
             logging.set_verbosity(before)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"text.model: can't load a text encoder from {name!r}: {str(error).splitlines()[0]}") from None
+    if width and width != model.config.hidden_size:
+        raise UserError(f"text.width: {width}, but {name} has {model.config.hidden_size}; set it to that")
     positions = getattr(model.config, "max_position_embeddings", 512)
     own = min(tokenizer.model_max_length, positions)  # a tokenizer that says nothing says 10**30
     if max_tokens and max_tokens > positions:

@@ -6,6 +6,7 @@ line; `text` may be a list of captions) or a caption file for each picture (`a.p
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,14 @@ class Record:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
+def check(source: str) -> None:
+    """UserError where a source is neither a folder nor one of the built-in sets."""
+    if source not in openmoji.SUBSETS and not Path(source).is_dir():
+        close = difflib.get_close_matches(source, openmoji.SUBSETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"give a folder or one of {', '.join(openmoji.SUBSETS)}"
+        raise UserError(f"data.source: {source!r} is neither a folder nor a built-in set; {hint}")
+
+
 def read(source: str, size: int, cache: Path) -> list[Record]:
     """Reads a source, `openmoji-demo`, `openmoji-all` or a folder, into records ordered by key.
 
@@ -46,10 +55,8 @@ def read(source: str, size: int, cache: Path) -> list[Record]:
             Record(d.code, path, d.captions, d.split, d.weight, {"role": d.role, "tone": d.tone} if d.role else {})
             for d, path in drawings
         ]
+    check(source)
     folder = Path(source)
-    if not folder.is_dir():
-        known = ", ".join(openmoji.SUBSETS)
-        raise UserError(f"data.source: {source!r} is neither a folder nor a built-in set; give a folder or one of {known}")
     records = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_sidecars(folder)
     if not records:
         raise UserError(

@@ -1,0 +1,32 @@
+# make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures (a quarter of an hour)
+# make test   all tests            make check   lint, types, fast tests
+# Both set up a virtual environment in .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/openmoji
+
+.PHONY: setup demo test check
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[demo,test]' -c constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN)
+	$(BIN)/python scripts/evaluate.py $(RUN)
+	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"

@@ -1,0 +1,124 @@
+"""A run's folder: who it belongs to, and the card that says what lies in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ldm.config import Config, differences, dump
+from ldm.data import openmoji
+from ldm.errors import UserError
+
+# Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
+FREE = ("run.dir", "run.keep", "run.log_every", "run.tracker", "run.device", "data.workers", "data.cache_dir", "sample.")
+FREE_ENDS = (".checkpoint_every", ".micro_batches")
+
+
+def claim(config: Config, fresh: bool = False) -> Config:
+    """Makes the run's folder, or takes it up again, and writes `config.yaml`.
+
+    UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
+    alone and the first free one of `DIR-2`, `DIR-3`, … is taken: the configuration that comes back names it.
+    """
+    folder = config.run.dir
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:  # one process decides, all hear of it
+        try:
+            outcome = [str(_claim(config, folder, fresh)), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path(outcome[0])})})
+
+
+def _claim(config: Config, folder: Path, fresh: bool) -> Path:
+    file = folder / "config.yaml"
+    if file.exists() and fresh:
+        number = 2
+        while (free := folder.with_name(f"{folder.name}-{number}")).exists():
+            number += 1
+        folder, file = free, free / "config.yaml"
+    if file.exists():
+        old = yaml.safe_load(file.read_text("utf-8"))["configuration"]
+        changed = [
+            change for change in differences(old, dump(config))
+            if not change.startswith(FREE) and not change.partition(":")[0].endswith(FREE_ENDS)
+        ]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
+                "give another run.dir, or --fresh to start beside it"
+            )
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+        }  # fmt: skip
+        beside = folder / ".config.yaml.writing"
+        beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        raise UserError(f"run.dir: can't write {folder}: {error.strerror}; give a folder that you may write to") from None
+    return folder
+
+
+def write_card(config: Config, figures: dict[str, Any]) -> None:
+    """`README.md` of a finished run: what it was trained on and how, the figures reached, a sheet of samples."""
+    folder = config.run.dir
+    grids = sorted((folder / "stage2" / "samples").glob("step-*.png"))
+    if grids:
+        shutil.copy(grids[-1], folder / "samples.png")
+    one, two = config.stage1, config.stage2
+    source = config.data.source
+    lines = [
+        f"# {folder.name}", "",
+        "A text-to-image latent diffusion model. The folder `pipeline` opens in plain diffusers:", "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        f'pipe = DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
+        f'pipe("{(config.sample.prompts or ("a red heart",))[0]}", num_inference_steps={config.sample.steps}, '
+        f"guidance_scale={config.sample.guidance}).images[0]",
+        "```", "",
+        *(["![samples](samples.png)", "", "Framed: prompts whose pictures no training saw.", ""] if grids else []),
+        "| | |", "|---|---|",
+        f"| data | `{source}`, {config.data.size} px |",
+        f"| text encoder | `{config.text.model}` |",
+        f"| autoencoder | {f'`{one.pretrained}`' if one.pretrained else f'trained, {one.steps} steps of {one.batch}'} |",
+        f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch}, EMA {two.ema} |",
+        f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
+        *(f"| {name} | {value:.3f} |" for name, value in _flat(figures)),
+        "",
+        *([openmoji.ATTRIBUTION, ""] if source in openmoji.SUBSETS else []),
+        "Everything that was set is in `config.yaml`.", "",
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    rows: list[tuple[str, float]] = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, float):
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"

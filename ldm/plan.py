@@ -1,0 +1,71 @@
+"""What a configuration would train: checked and counted without training or downloading anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm import autoencoder, text, unet
+from ldm.config import Config
+from ldm.data import sources
+from ldm.errors import UserError
+
+
+def describe(config: Config) -> str:
+    """The plan of a run: data, both stages with parameter counts, and what is not here yet."""
+    one, two, size = config.stage1, config.stage2, config.data.size
+    side = size // one.factor
+    with torch.device("meta"):  # shapes without memory
+        vae = autoencoder.build(one.channels, one.layers, one.latent_channels, one.groups, one.mid_attention, size)
+        width, length = _text_shape(config)
+        network = unet.build(two, one.latent_channels, side, width)
+    where = Path(one.pretrained) if one.pretrained else None
+    if where and where.is_dir():
+        check(config, autoencoder.load(where))
+    made = f"loaded from {one.pretrained}" if one.pretrained else f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
+    start = f", starting from {two.init_from}" if two.init_from else ""
+    return "\n".join(
+        [
+            f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
+            f"data     {config.data.source}, {size} × {size} px{_presence(config)}",
+            f"text     {config.text.model}: {length} tokens × {width}",
+            f"stage 1  autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
+            f"latents {one.latent_channels} × {side} × {side}; {made}",
+            f"stage 2  U-Net, {_millions(network)} parameters, target {two.target}; "
+            f"{two.steps} steps of {two.batch}, lr {two.lr}{start}",
+            f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
+        ]
+    )
+
+
+def check(config: Config, loaded: autoencoder.Autoencoder) -> None:
+    """UserError where a loaded autoencoder is not the one that `stage1` describes."""
+    one = config.stage1
+    for key, configured, found in (
+        ("stage1.latent_channels", one.latent_channels, loaded.channels),
+        ("stage1.channels (its factor)", one.factor, loaded.factor),
+    ):
+        if configured != found:
+            raise UserError(f"{key}: {configured}, but {one.pretrained} has {found}; set it to what is loaded")
+
+
+def _text_shape(config: Config) -> tuple[int, int | str]:
+    if config.text.width and not Path(config.text.model).is_dir():
+        return config.text.width, config.text.max_tokens or "all its"
+    with torch.device("cpu"):
+        encoder = text.load(config.text.model, config.text.max_tokens, config.text.width)
+    return encoder.width, encoder.length
+
+
+def _presence(config: Config) -> str:
+    try:
+        sources.check(config.data.source)
+    except UserError:
+        return " (not here yet: a folder of captioned pictures goes there)"
+    return ""
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M"

@@ -1,0 +1,85 @@
+"""How well a run's pictures follow their prompts, held-out combinations and training captions apart.
+
+    python scripts/evaluate.py runs/openmoji
+
+For each prompt one picture is generated and the nearest real picture of the whole set is found, by 16 × 16 pixels and by
+latents. The figures go to `evaluation.json` and into the run's card.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from ldm import config
+from ldm.data import images, sources
+from ldm.errors import Parser, UserError, command
+from ldm.folder import write_card
+from ldm.metrics.following import by_pixels, following
+from ldm.pipeline import LatentDiffusion
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--count", type=int, default=100, help="training captions to try")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
+    parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
+    given = parser.parse_args(arguments)
+    if not (given.run / "pipeline").is_dir():
+        raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
+    tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
+    settings = config.parse(tree, str(given.run / "config.yaml"))
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": given.run})})
+    records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
+    model = LatentDiffusion.load(given.run / "pipeline")
+    steps, guidance = given.steps or settings.sample.steps, given.guidance or settings.sample.guidance
+
+    real = torch.stack([images.load(record.path, settings.data.size) for record in records])
+    train = [i for i, record in enumerate(records) if record.split == "train"]
+    groups = {
+        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[: given.count]],
+        "held-out combinations": [i for i, record in enumerate(records) if record.split == "combination"],
+    }
+    features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
+    figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
+    for name, wanted in groups.items():
+        if wanted:
+            prompts = [records[i].captions[0] for i in wanted]
+            made = _generate(model, prompts, given.seed, steps, guidance)
+            figures[name] = {by: following(made, wanted, records, real, of) for by, of in features.items()}
+            for by, scores in figures[name].items():
+                print(f"{name:22} {by:8} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
+            sheet = images.grid(images.to_pil(made), prompts, columns=10)
+            sheet.save(given.run / f"{name.replace(' ', '-')}.png")
+    (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    facts = given.run / "autoencoder" / "latents.json"
+    rebuilt = json.loads(facts.read_text()).get("held_out", {}) if facts.exists() else {}
+    write_card(settings, {**rebuilt, **figures})
+
+
+def _generate(model: LatentDiffusion, prompts: list[str], seed: int, steps: int, guidance: float) -> torch.Tensor:
+    parts = []
+    for start in tqdm(range(0, len(prompts), 32), desc="sampling", unit=" batch", leave=False):
+        part = prompts[start : start + 32]
+        seeds = range(seed + start, seed + start + len(part))
+        parts.append(model.autoencoder.decode(model.latents(part, seeds, steps, guidance)).cpu())
+    return torch.cat(parts)
+
+
+def _latents(model: LatentDiffusion, pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model.autoencoder.encode(part).cpu() for part in pictures.clamp(-1, 1).split(64)]).flatten(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

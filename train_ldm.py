@@ -1,0 +1,66 @@
+"""Trains a latent diffusion model: an autoencoder, then a text-conditioned U-Net in its latents.
+
+    accelerate launch train_ldm.py --config configs/openmoji.yaml [stage2.lr=1e-3 …]
+
+One process or many, and plain `python train_ldm.py …`. The same command again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import autoencoder, config, plan, text
+from ldm.data import sources
+from ldm.errors import Parser, UserError, command
+from ldm.folder import claim, write_card
+from stage1_vae.train import train as train_autoencoder
+from stage2_diffusion.train import train as train_unet
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="train_ldm.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
+    parser.add_argument("--stage", choices=("1", "2"), help="only this stage; default: both")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
+    parser.add_argument("--fresh", action="store_true", help="leave a used run folder alone and start beside it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
+    given = parser.parse_args(arguments)
+
+    settings = config.load(given.config, given.overrides)
+    if given.dry_run:
+        print(plan.describe(settings))
+        return
+    sources.check(settings.data.source)
+    settings = claim(settings, given.fresh)
+    folder = settings.run.dir
+    records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
+
+    trained = folder / "autoencoder"
+    if settings.stage1.pretrained:
+        vae = autoencoder.load(settings.stage1.pretrained)
+        plan.check(settings, vae)
+    elif trained.exists():
+        vae = autoencoder.load(trained)
+        print(f"stage1: finished, {trained}")
+    elif given.stage == "2":
+        raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
+    else:
+        vae = train_autoencoder(settings, records)
+
+    if given.stage != "1":
+        if (folder / "pipeline").exists():
+            print(f"stage2: finished, {folder / 'pipeline'}; nothing to do.")
+            return
+        encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width)
+        train_unet(settings, records, vae, encoder)
+        facts = trained / autoencoder.STATISTICS
+        write_card(settings, json.loads(facts.read_text()).get("held_out", {}) if facts.exists() else {})
+        print(f"finished: {folder / 'pipeline'}, samples in {folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
