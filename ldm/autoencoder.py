@@ -7,10 +7,7 @@ say it: an autoencoder that we trained carries its statistics inside its 1×1 qu
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.files import tensors_sha256, whole_folder
 
 STATISTICS = "latents.json"
 
@@ -53,11 +51,7 @@ class Autoencoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and the scale: what caches and checkpoints of latents are bound to."""
-        digest = hashlib.sha256(repr(self.scale).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensors_sha256(self.vae.state_dict(), self.scale)
 
     def contract(self, size: int) -> dict[str, Any]:
         """What latents of pictures of `size` pixels are: shape, and the autoencoder that made them."""
@@ -66,11 +60,9 @@ class Autoencoder:
 
     def save(self, folder: Path, **facts: Any) -> None:
         """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
-        beside = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.vae.save_pretrained(beside)
-        (beside / STATISTICS).write_text(json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n")
-        os.replace(beside, folder)
+        with whole_folder(folder) as beside:
+            self.vae.save_pretrained(beside)
+            (beside / STATISTICS).write_text(json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n")
 
 
 def load(name: str | Path) -> Autoencoder:
@@ -78,7 +70,9 @@ def load(name: str | Path) -> Autoencoder:
     folder = Path(name)
     subfolder = "vae" if (folder / "vae").is_dir() else None
     if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
-        raise UserError(f"stage1.pretrained: {folder} has no config.json; give the folder that an AutoencoderKL was saved to")
+        raise UserError(
+            f"stage1.pretrained: {folder} has no config.json; give the folder that an AutoencoderKL was saved to"
+        )
     try:
         vae = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder)
     except (OSError, ValueError) as error:
@@ -112,7 +106,9 @@ def statistics(vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> tuple[tor
     count, total, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     with torch.no_grad():
         for pixels in batches:
-            z = vae.encode(pixels.to(vae.device)).latent_dist.mean.double().cpu().transpose(0, 1).flatten(1)  # (C, N·h·w)
+            z = (
+                vae.encode(pixels.to(vae.device)).latent_dist.mean.double().cpu().transpose(0, 1).flatten(1)
+            )  # (C, N·h·w)
             count += z.shape[1]
             total += z.sum(1)
             squares += z.square().sum(1)
@@ -121,7 +117,7 @@ def statistics(vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> tuple[tor
 
 
 def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> AutoencoderKL:
-    """The same autoencoder for latents `(z - mean) / std`: moved into the quant convolutions, which it gets if it has none.
+    """The same autoencoder with latents `(z - mean) / std`, by its quant convolutions, which it gets if it has none.
 
     quant_conv ends in (mean, log-variance): m' = (m - mean) / std, and lv' = lv - 2 log std.
     post_quant_conv begins on z: W'·z' + b' = W·(std·z' + mean) + b.

@@ -91,7 +91,7 @@ class Training(Section):
 
 class Stage1Config(Training):
     pretrained: str | None = None
-    """A diffusers autoencoder, local folder or Hub id, loaded instead of trained; the keys of its shape must describe it."""
+    """A diffusers autoencoder, local folder or Hub id, loaded instead of trained; its shape must be the one below."""
     channels: tuple[PositiveInt, ...] = (64, 128, 256)
     """Width of each level; each level after the first halves the resolution."""
     layers: PositiveInt = 2
@@ -134,6 +134,8 @@ class Stage2Config(Training):
     """Groups of the group normalisation; divides every width."""
     pooled_text: bool = False
     """Adds the text, pooled by attention, to the time embedding."""
+    scale_shift: bool = False
+    """The time embedding scales features as well as shifting them (ADM's adaptive group normalisation)."""
     attention_backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
     """`auto`: sdpa on a GPU, eager on a CPU, where sdpa's backward is slow."""
     target: Literal["eps", "v", "x0", "flow"] = "eps"
@@ -177,7 +179,9 @@ class Config(Section):
     def _possible(self) -> Self:
         """Checks of several keys together; each names its keys, the values and what would do."""
         one, two = self.stage1, self.stage2
-        _divides("data.size", self.data.size, one.factor, f"2 per level after the first of stage1.channels, {one.channels}")
+        _divides(
+            "data.size", self.data.size, one.factor, f"2 per level after the first of stage1.channels, {one.channels}"
+        )
         for name, stage in (("stage1", one), ("stage2", two)):
             for width in stage.channels:
                 _divides(f"{name}.channels", width, stage.groups, f"{name}.groups")
@@ -186,13 +190,16 @@ class Config(Section):
             raise ValueError("stage1: l1, l2 and gradient are all 0; nothing would be learned, set one of them")
         if len(two.attention) != len(two.channels):
             raise ValueError(
-                f"stage2.attention: {len(two.attention)} values for {len(two.channels)} levels of stage2.channels; give one a level"
+                f"stage2.attention: {len(two.attention)} values for {len(two.channels)} levels of stage2.channels; "
+                "give one a level"
             )
         for width, attends in zip(two.channels, two.attention, strict=True):
             if attends:
                 _divides("stage2.channels", width, two.head_size, "stage2.head_size")
         if two.target == "flow" and self.sample.solver in ("ddim", "ddpm"):
-            raise ValueError(f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc")
+            raise ValueError(
+                f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc"
+            )
         for prompt in self.sample.prompts:
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
@@ -209,9 +216,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration file, then applies overrides such as `stage2.lr=1e-4` (values are YAML)."""
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 (a SafeLoader that knows 1e-4)
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"--config: no file {path}; configurations that come with this project are in configs/") from None
+        raise UserError(
+            f"--config: no file {path}; configurations that come with this project are in configs/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config: can't read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -267,7 +276,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        tree[leaf] = yaml.load(value, _Loader)  # noqa: S506
+        tree[leaf] = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {value!r} is not valid YAML; quote it") from None
 
@@ -290,7 +299,9 @@ def _explain(error: ValidationError) -> str:
     if not key:
         return message
     message = re.sub(r"^Input s", "s", message)
-    close = difflib.get_close_matches(str(first["input"]), first.get("ctx", {}).get("expected", "").replace("'", "").split(" "), n=1)
+    close = difflib.get_close_matches(
+        str(first["input"]), first.get("ctx", {}).get("expected", "").replace("'", "").split(" "), n=1
+    )
     return f"{key}: {first['input']!r}: {message}" + (f"; did you mean {close[0].strip(',')!r}?" if close else "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -18,9 +17,19 @@ from accelerate.utils import broadcast_object_list
 from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
+from ldm.files import whole_file
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
-FREE = ("run.dir", "run.keep", "run.log_every", "run.tracker", "run.device", "data.workers", "data.cache_dir", "sample.")
+FREE = (
+    "run.dir",
+    "run.keep",
+    "run.log_every",
+    "run.tracker",
+    "run.device",
+    "data.workers",
+    "data.cache_dir",
+    "sample.",
+)
 FREE_ENDS = (".checkpoint_every", ".micro_batches")
 
 
@@ -69,11 +78,12 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
             "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
         }  # fmt: skip
-        beside = folder / ".config.yaml.writing"
-        beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
-        os.replace(beside, file)
+        with whole_file(file) as beside:
+            beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
     except OSError as error:
-        raise UserError(f"run.dir: can't write {folder}: {error.strerror}; give a folder that you may write to") from None
+        raise UserError(
+            f"run.dir: can't write {folder}: {error.strerror}; give a folder that you may write to"
+        ) from None
     return folder
 
 
@@ -98,8 +108,8 @@ def write_card(config: Config, figures: dict[str, Any]) -> None:
         "| | |", "|---|---|",
         f"| data | `{source}`, {config.data.size} px |",
         f"| text encoder | `{config.text.model}` |",
-        f"| autoencoder | {f'`{one.pretrained}`' if one.pretrained else f'trained, {one.steps} steps of {one.batch}'} |",
-        f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch}, EMA {two.ema} |",
+        f"| autoencoder | {one.pretrained or f'trained, {one.steps} steps of {one.batch}'} |",
+        f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat(figures)),
         "",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 from ldm.autoencoder import Autoencoder
 from ldm.data.images import to_pil
 from ldm.errors import UserError
+from ldm.files import whole_folder
 from ldm.sampling import guided, initial_noise, sample, with_solver
 from ldm.text import NULL_PROMPT, TextEncoder
 
@@ -40,17 +39,21 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
-        """Loads a diffusers folder or Hub id of the Stable Diffusion kind, ours or another's. Weights: safetensors only."""
+        """Loads a diffusers folder or Hub id of the Stable Diffusion kind; weights from safetensors only."""
         before = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
             pipeline = DiffusionPipeline.from_pretrained(str(name), safety_checker=None, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}"
+            ) from None
         finally:
             logging.set_verbosity(before)
         if not isinstance(pipeline, StableDiffusionPipeline):
-            raise UserError(f"--model: {name} is a {type(pipeline).__name__}, not a text-to-image StableDiffusionPipeline")
+            raise UserError(
+                f"--model: {name} is a {type(pipeline).__name__}, not a text-to-image StableDiffusionPipeline"
+            )
         text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer)
         model = cls(text, pipeline.unet.eval(), Autoencoder(pipeline.vae), pipeline.scheduler)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,20 +66,13 @@ class LatentDiffusion:
         return self
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that plain diffusers opens, whole or not at all; an older one goes when the new one stands."""
+        """Writes a folder that plain diffusers opens."""
         pipeline = StableDiffusionPipeline(
             vae=self.autoencoder.vae, text_encoder=self.text.model, tokenizer=self.text.tokenizer, unet=self.unet,
             scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-        beside = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        pipeline.save_pretrained(beside)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(folder) as beside:
+            pipeline.save_pretrained(beside)
 
     @torch.no_grad()
     def latents(

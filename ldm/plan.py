@@ -24,7 +24,11 @@ def describe(config: Config) -> str:
     where = Path(one.pretrained) if one.pretrained else None
     if where and where.is_dir():
         check(config, autoencoder.load(where))
-    made = f"loaded from {one.pretrained}" if one.pretrained else f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
+    made = (
+        f"loaded from {one.pretrained}"
+        if one.pretrained
+        else f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
+    )
     start = f", starting from {two.init_from}" if two.init_from else ""
     return "\n".join(
         [

@@ -6,10 +6,8 @@ Random numbers are not kept here: they follow from the position in the run (`ldm
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -24,13 +22,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from ldm.config import RunConfig, Training
 from ldm.data.order import Positions
 from ldm.errors import UserError
+from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
 
 
 class Interrupted(SystemExit):
@@ -76,7 +74,12 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, training: Training, stage: str, model: nn.Module, contract: dict[str, Any] | None = None
+        self,
+        config: RunConfig,
+        training: Training,
+        stage: str,
+        model: nn.Module,
+        contract: dict[str, Any] | None = None,
     ):
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
@@ -106,7 +109,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------ the loop's side
 
     def batches(self, dataset: torch.utils.data.Dataset[Any], workers: int = 0) -> Iterator[Any]:
-        """Micro-batches of this process from where the run stands to its last step; checkpoints, logs, stops between."""
+        """Micro-batches of this process from where the run stands to its end. Between steps it logs and saves."""
         t, a = self.training, self.accelerator
         positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
         loader = torch.utils.data.DataLoader(
@@ -191,8 +194,8 @@ class Run:
         self._sums, self._summed = {}, 0
         if not all(map(math.isfinite, values.values())):
             raise UserError(
-                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); lower {self.stage}.lr. "
-                f"The last good checkpoint stays in {self.folder / 'checkpoints'}"
+                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); "
+                f"lower {self.stage}.lr. The last good checkpoint stays in {self.folder / 'checkpoints'}"
             )
         values["lr"] = learning_rate(self.step - 1, t)
         a.log(values, step=self.step)
@@ -221,10 +224,10 @@ class Run:
         """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            tensors, groups = _flat(self.optimizer.state_dict())
+            tensors, groups = flatten_optimizer(self.optimizer.state_dict())
             parts = {
-                "model": {k: v.contiguous() for k, v in self.bare.state_dict().items()},
-                "ema": {str(i): p.contiguous() for i, p in enumerate(self.ema.shadow_params)},
+                "model": self.bare.state_dict(),
+                "ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)},
                 "optimizer": tensors,
             }
             state = {
@@ -252,7 +255,7 @@ class Run:
                     "start anew with --fresh, or give back the autoencoder that it was trained with"
                 )
             self.bare.load_state_dict(parts["model"])
-            self.optimizer.load_state_dict(_unflat(parts["optimizer"], state["optimizer"]))
+            self.optimizer.load_state_dict(unflatten_optimizer(parts["optimizer"], state["optimizer"]))
             with torch.no_grad():
                 for i, shadow in enumerate(self.ema.shadow_params):
                     shadow.copy_(parts["ema"][str(i)])
@@ -284,54 +287,8 @@ class _Averaged(AbstractContextManager[None]):
         self.run.bare.train()
 
 
-def write_checkpoint(folder: Path, parts: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-    """`parts` as safetensors, then `state.json` with their SHA-256: written beside, fsynced, renamed."""
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, tensors in parts.items():
-        save_file(tensors, beside / f"{name}.safetensors")
-    sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-    (beside / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
-    for path in (*beside.iterdir(), beside):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(beside, folder)
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
-    state = json.loads((folder / "state.json").read_text())
-    for name, expected in state["sha256"].items():
-        if _sha256(folder / name) != expected:
-            raise ValueError(f"{name} is not what was written")
-    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flat(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """An optimiser's state as named tensors and plain groups, for files without pickle."""
-    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
-    return {name: value.contiguous() for name, value in tensors.items()}, state["param_groups"]
-
-
-def _unflat(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": groups}
 
 
 def _cut_metrics(path: Path, step: int) -> None:
@@ -341,6 +298,5 @@ def _cut_metrics(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if kept != lines:
-        beside = path.with_suffix(".writing")
-        beside.write_text("".join(kept))
-        os.replace(beside, path)
+        with whole_file(path) as beside:
+            beside.write_text("".join(kept))

@@ -26,7 +26,11 @@ def scheduler(process: Process, solver: str) -> Any:
     A flow runs on the solvers that know its straight path: `dpm++`, `unipc`, and `euler` as dpm++ of first order,
     which on a straight path is the same step.
     """
-    common: dict[str, Any] = {"num_train_timesteps": TIMESTEPS, "prediction_type": PREDICTION[process.target], "steps_offset": 1}
+    common: dict[str, Any] = {
+        "num_train_timesteps": TIMESTEPS,
+        "prediction_type": PREDICTION[process.target],
+        "steps_offset": 1,
+    }
     if process.target == "flow":
         common["use_flow_sigmas"] = True
         order = 1 if solver == "euler" else 2
@@ -50,7 +54,12 @@ def with_solver(current: Any, solver: str) -> Any:
         if solver == "unipc":
             return UniPCMultistepScheduler.from_config(current.config)
         return DPMSolverMultistepScheduler.from_config(current.config, solver_order=1 if solver == "euler" else 2)
-    kinds = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler}
+    kinds = {
+        "ddim": DDIMScheduler,
+        "ddpm": DDPMScheduler,
+        "euler": EulerDiscreteScheduler,
+        "unipc": UniPCMultistepScheduler,
+    }
     return kinds.get(solver, DPMSolverMultistepScheduler).from_config(current.config)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, Pr
 from transformers.utils import logging
 
 from ldm.errors import UserError
+from ldm.files import tensors_sha256
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -51,11 +52,7 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of weights and length: what caches of embeddings are bound to."""
-        digest = hashlib.sha256(str(self.length).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensors_sha256(self.model.state_dict(), self.length)
 
 
 def load(name: str, max_tokens: int | None = None, width: int | None = None) -> TextEncoder:
@@ -108,5 +105,7 @@ def _folder(name: str) -> Path:
         with (folder / "model.safetensors").open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != MINILM_SHA256:
-            raise UserError(f"text.model: {folder}/model.safetensors has SHA-256 {found}, not {MINILM_SHA256}; fetch it anew")
+            raise UserError(
+                f"text.model: {folder}/model.safetensors has SHA-256 {found}, not {MINILM_SHA256}; fetch it anew"
+            )
     return folder

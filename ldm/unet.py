@@ -18,8 +18,8 @@ def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_widt
     halvings = len(stage.channels) - 1
     if latent_size % 2**halvings:
         raise UserError(
-            f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is {latent_size}; "
-            f"use fewer levels or a data.size that gives a multiple of {2**halvings}"
+            f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is "
+            f"{latent_size}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
         )
     return UNet2DConditionModel(
         sample_size=latent_size,
@@ -32,6 +32,7 @@ def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_widt
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         # diffusers' `attention_head_dim` of this class is the number of heads
         attention_head_dim=tuple(max(1, width // stage.head_size) for width in stage.channels),
+        resnet_time_scale_shift="scale_shift" if stage.scale_shift else "default",
         norm_num_groups=stage.groups,
         cross_attention_dim=text_width,
         addition_embed_type="text" if stage.pooled_text else None,
@@ -50,7 +51,9 @@ def load(name: str, latent_channels: int, text_width: int) -> UNet2DConditionMod
         ("cross_attention_dim", text_width, "the text encoder's width"),
     ):
         if unet.config[key] != value:
-            raise UserError(f"stage2.init_from: {name} has {key} {unet.config[key]}, but {what} are {value}; use its own")
+            raise UserError(
+                f"stage2.init_from: {name} has {key} {unet.config[key]}, but {what} are {value}; use its own"
+            )
     return unet
 
 

@@ -2,8 +2,8 @@
 
     python scripts/evaluate.py runs/openmoji
 
-For each prompt one picture is generated and the nearest real picture of the whole set is found, by 16 × 16 pixels and by
-latents. The figures go to `evaluation.json` and into the run's card.
+For each prompt one picture is generated and the nearest real picture of the whole set is found, by 16 × 16 pixels
+and by latents. The figures go to `evaluation.json` and into the run's card.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made = _generate(model, prompts, given.seed, steps, guidance)
             figures[name] = {by: following(made, wanted, records, real, of) for by, of in features.items()}
             for by, scores in figures[name].items():
-                print(f"{name:22} {by:8} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
+                print(
+                    f"{name:22} {by:8} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True
+                )
             sheet = images.grid(images.to_pil(made), prompts, columns=10)
             sheet.save(given.run / f"{name.replace(' ', '-')}.png")
     (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Text to pictures.
 
-    python scripts/txt2img.py --model runs/openmoji/pipeline --prompt "woman astronaut, dark skin tone" --seed 0 --out a.png
+    python scripts/txt2img.py --model runs/openmoji/pipeline --prompt "woman astronaut, dark skin tone" --out a.png
 
 Several prompts (or --count) make a captioned sheet. Picture i starts from the noise of seed + i.
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,13 @@ from ldm.autoencoder import Autoencoder
 from ldm.data.images import load
 from ldm.data.order import Order, generator
 from ldm.data.sources import Record
+from ldm.files import whole_file
 from ldm.text import NULL_PROMPT, TextEncoder
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Latents `(N, C, h, w)` of N records and embeddings `(M, T, D)` of their M distinct captions and the null prompt."""
+    """Latents `(N, C, h, w)` of N records; embeddings `(M, T, D)` of their distinct captions and the null prompt."""
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -39,8 +38,8 @@ class Cache:
 def build(records: Sequence[Record], size: int, autoencoder: Autoencoder, text: TextEncoder, folder: Path) -> Cache:
     """Reads the cache of these records from `folder`, encoding what is not there.
 
-    A file's name is the SHA-256 of what it was made from (pictures, size and autoencoder; captions and text encoder), so
-    a cache of other data or another model is never read.
+    A file's name is the SHA-256 of what it was made from (pictures, size and autoencoder; captions and text encoder),
+    so a cache of other data or another model is never read.
     """
     captions = sorted({caption for record in records for caption in record.captions} | {NULL_PROMPT})
 
@@ -87,8 +86,7 @@ def _cached(folder: Path, name: str, key: list[object], make: Callable[[], torch
     state = PartialState()
     if state.is_main_process and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f".{uuid.uuid4().hex}"
-        save_file({name: make().contiguous()}, beside)
-        os.replace(beside, path)
+        with whole_file(path) as beside:
+            save_file({name: make().contiguous()}, beside)
     state.wait_for_everyone()
     return load_file(path)[name]

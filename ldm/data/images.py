@@ -51,7 +51,9 @@ class Pictures(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"position": torch.tensor(n), "pixels": pixels}
 
 
-def grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()) -> Image.Image:
+def grid(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
+) -> Image.Image:
     """A sheet of captioned pictures, those in `marked` in a frame; small pictures are enlarged to be seen."""
     side = max(128, pictures[0].width)
     pad, line = 12, 15
@@ -64,7 +66,9 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int,
     marked = set(marked)
     for i, picture in enumerate(pictures):
         x, y = pad + i % columns * (side + pad), pad + i // columns * height
-        sheet.paste(picture.resize((side, round(side * picture.height / picture.width)), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(
+            picture.resize((side, round(side * picture.height / picture.width)), Image.Resampling.LANCZOS), (x, y)
+        )
         if i in marked:
             pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#e8590c", width=2)
         for j, text in enumerate(lines[i]):

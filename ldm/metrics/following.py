@@ -19,7 +19,7 @@ def by_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> torch.Tensor:
-    """Indices `(N, k)` of the real pictures nearest in Euclidean distance, nearest first; features `(N, D)`, `(M, D)`."""
+    """Indices `(N, k)` of the nearest real pictures, nearest first; Euclidean, features `(N, D)` and `(M, D)`."""
     return torch.cdist(generated, real).topk(k, largest=False).indices
 
 
@@ -50,7 +50,11 @@ def following(
         role = np.array([got.get("role") == want["role"] for got, want in people])
         tone = np.array([got.get("tone") == want["tone"] for got, want in people])
         near = np.array([_tones_apart(got, want) <= 1 for got, want in people])
-        scores |= {"role": float(role.mean()), "tone": float((role & tone).mean()), "role_tone_near": float((role & near).mean())}
+        scores |= {
+            "role": float(role.mean()),
+            "tone": float((role & tone).mean()),
+            "role_tone_near": float((role & near).mean()),
+        }
     return scores
 
 

@@ -1,0 +1,102 @@
+"""Files and folders that stand whole or not at all, and checkpoints made of them: safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written becomes `path` at the end, and nothing does after an error."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which exists when it is given; an older one goes only when the new one is written."""
+    beside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    for path in (*beside.rglob("*"), beside):
+        _sync(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    beside.replace(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+    """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
+    with whole_folder(folder) as beside:
+        for name, tensors in parts.items():
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
+            )
+        sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+        (beside / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
+    state = json.loads((folder / "state.json").read_text())
+    for name, expected in state["sha256"].items():
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
+    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups."""
+    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    return tensors, state["param_groups"]
+
+
+def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, Tensors] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": groups}
+
+
+def tensors_sha256(tensors: Tensors, *more: object) -> str:
+    """SHA-256 over names and bytes of tensors, and over `more` as text."""
+    digest = hashlib.sha256(repr(more).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

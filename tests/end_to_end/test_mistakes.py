@@ -1,0 +1,99 @@
+"""Bad command lines: one clear line, exit status 2, nothing lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import train_ldm
+from scripts import txt2img
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["stage2.stepz=3"], "did you mean 'steps'"),
+        (["stage2.lr=fast"], "stage2.lr: 'fast'"),
+        (["data.size=33"], "33 is not a multiple of 2"),
+        (["data.source=openmoji-dmeo"], "did you mean 'openmoji-demo'"),
+        (["stage2.lr=-1"], "stage2.lr: -1"),
+        (["sample.prompts=['']"], "empty prompt"),
+        (["stage1.pretrained=/nowhere"], "stage1.pretrained"),
+        (["run.dir=/dev/null/run"], "can't write"),
+        (["--stage", "2"], "run --stage 1 first"),
+        (["--stage", "3"], "invalid choice"),
+        (["--stages", "1"], "unrecognized arguments"),
+    ],
+)
+def test_training_names_the_mistake(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *arguments]
+    assert says in refused(capsys, train_ldm.main(given))
+
+
+def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no file configs/none.yaml" in refused(capsys, train_ldm.main(["--config", "configs/none.yaml"]))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; /dev/null/run above stands for it")
+def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    status = train_ldm.main(["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}"])
+    assert "can't write" in refused(capsys, status)
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_configuration_is_refused_with_the_keys(
+    root: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tiny_run}", "stage2.batch=32"]
+    assert "stage2.batch: 16 → 32" in refused(capsys, train_ldm.main(given))
+
+
+@pytest.mark.slow
+def test_a_loaded_autoencoder_of_other_channels_is_refused(
+    root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}",
+             f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage1.latent_channels=8"]  # fmt: skip
+    assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(given))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", ""], "--prompt: empty"),
+        (["--prompt", "x", "--guidance", "-1"], "--guidance: -1"),
+        (["--prompt", "x", "--solver", "magic"], "invalid choice: 'magic'"),
+        (["--prompt", "x", "--out", "/nowhere/a.png"], "no folder /nowhere"),
+        (["--prompt", "x"], "--model: can't load"),
+        ([], "--prompt"),
+    ],
+)
+def test_sampling_names_the_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert says in refused(capsys, txt2img.main(["--model", str(tmp_path), *arguments]))
+
+
+@pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
+def test_a_dry_run_prints_the_plan_of_any_configuration(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    given = ["--config", str(root / f"configs/{name}.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}"]
+    assert train_ldm.main(given) == 0
+    plan = capsys.readouterr().out
+    assert "U-Net," in plan
+    assert "autoencoder," in plan
+    assert not (tmp_path / "run").exists()

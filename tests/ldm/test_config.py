@@ -1,0 +1,63 @@
+"""Configurations: what is read is what is meant, and what is wrong is said in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm import config
+from ldm.errors import UserError
+
+
+@pytest.fixture
+def tiny(root: Path) -> Path:
+    return root / "configs/tiny.yaml"
+
+
+@pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
+def test_shipped_configurations_are_valid(root: Path, name: str) -> None:
+    assert config.load(root / f"configs/{name}.yaml").data.size in (32, 64, 512)
+
+
+def test_numbers_with_an_exponent_are_numbers(tiny: Path) -> None:
+    assert config.load(tiny, ["stage2.lr=1e-4"]).stage2.lr == 1e-4
+
+
+def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
+    read = config.load(tiny)
+    assert config.parse(config.dump(read), "again") == read
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stage2.stepz=3", "did you mean 'steps'"),
+        ("stage3.steps=3", "did you mean 'stage"),
+        ("stage2.lr=fast", "stage2.lr: 'fast'"),
+        ("stage2.lr=-1e-4", "greater than 0"),
+        ("stage2.steps=1.5", "stage2.steps: 1.5"),
+        ("stage2.target=flwo", "did you mean 'flow'"),
+        ("data.size=33", "33 is not a multiple of 2"),
+        ("stage2.channels=[30, 64]", "stage2.channels: 30 is not a multiple of 8"),
+        ("stage2.attention=[true]", "1 values for 2 levels"),
+        ("sample.solver=ddim", "can't sample stage2.target 'flow'"),
+        ("sample.prompts=['']", "empty prompt"),
+        ("stage2.caption_dropout=1.5", "less than 1"),
+        ("stage2.lr", "expected section.key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(tiny, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file"):
+        config.load(tmp_path / "none.yaml")
+
+
+def test_differences_name_the_keys(tiny: Path) -> None:
+    a, b = config.load(tiny), config.load(tiny, ["stage2.lr=1e-3", "run.seed=4"])
+    changed = config.differences(config.dump(a), config.dump(b))
+    assert changed == ["run.seed: 0 → 4", "stage2.lr: 0.002 → 0.001"]

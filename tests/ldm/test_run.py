@@ -1,0 +1,117 @@
+"""The bookkeeping of a run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.config import RunConfig, Training
+from ldm.data.order import normal
+from ldm.errors import UserError
+from ldm.files import read_checkpoint
+from ldm.run import Run, learning_rate
+
+
+class Positions(torch.utils.data.Dataset):
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (4,))[0]}
+
+
+def train(folder: Path, stop: int | None = None, **changes: object) -> Run:
+    """Teaches a linear layer to give back its input; `stop` asks for the end after that many steps."""
+    torch.manual_seed(0)
+    options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
+    run = Run(
+        RunConfig(dir=folder, precision="no", device="cpu", log_every=3, tracker="none"), Training(**options), "stage1",
+        nn.Linear(4, 4), {"shape": [4]},
+    )  # fmt: skip
+    for batch in run.batches(Positions()):
+        with run.accumulate():
+            loss = (run.model(batch["x"]) - batch["x"]).square().mean()
+            run.backward(loss)
+            run.update(loss=loss)
+        if run.step == stop:
+            run._asked_to_stop(15, None)
+    return run
+
+
+def weights(run: Run) -> list[torch.Tensor]:
+    return [*(p.detach().clone() for p in run.parameters), *run.ema.shadow_params]
+
+
+def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "parts", stop=6)
+    assert stopped.value.code == 128 + 15
+    resumed = train(tmp_path / "parts")
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    lines = [(tmp_path / name / "stage1/metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    steps = [[json.loads(line)["step"] for line in part] for part in lines]
+    assert steps == [[3, 6, 9, 12], [3, 6, 9, 12]]
+
+
+def test_micro_batches_give_the_same_step(tmp_path: Path) -> None:
+    for a, b in zip(weights(train(tmp_path / "one")), weights(train(tmp_path / "four", micro_batches=4)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = weights(train(tmp_path))
+    newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = train(tmp_path)
+    assert "step-000012 is damaged" in (said := capsys.readouterr().err)
+    assert "continuing from step 8 of 12" in said
+    assert all(map(torch.equal, whole, weights(resumed)))
+
+
+def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path) -> None:
+    train(tmp_path)
+    folders = sorted((tmp_path / "stage1/checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000008", "step-000012"]
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
+    parts, state = read_checkpoint(folders[-1])
+    assert state["step"] == 12
+    assert parts["optimizer"].keys() >= {"0.exp_avg", "1.exp_avg_sq"}
+
+
+def test_a_checkpoint_for_other_latents_is_refused_with_both_values(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(UserError, match=r"\[4\].*\[8\]"):
+        Run(
+            RunConfig(dir=tmp_path, precision="no", device="cpu", tracker="none"),
+            Training(),
+            "stage1",
+            nn.Linear(4, 4),
+            {"shape": [8]},
+        )
+
+
+def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> None:
+    run = train(tmp_path, steps=12, ema=0.0)
+    assert all(map(torch.equal, run.parameters, run.ema.shadow_params))
+
+
+def test_the_learning_rate_rises_holds_and_falls() -> None:
+    training = Training(steps=110, lr=2.0, warmup=10, decay="cosine")
+    rates = [learning_rate(step, training) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10 + 50] == pytest.approx(1.0)
+    assert rates[110] == pytest.approx(0, abs=1e-9)
+    assert learning_rate(1000, Training(lr=2.0)) == 2.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        train(tmp_path, lr=math.inf, warmup=10**9, steps=12)
+
+
+def test_a_batch_that_can_not_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage1\.batch: 4"):
+        train(tmp_path, micro_batches=3)
