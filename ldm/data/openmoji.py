@@ -42,13 +42,14 @@ _TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) ski
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing: its code points (`1F468-200D-1F692`), captions (the first is the main one) and split."""
+    """One drawing: its code points (`1F468-200D-1F692`), captions (the first is the main one), split and weight."""
 
     code: str
     captions: tuple[str, ...]
     role: str = ""  # "woman firefighter" for a person of openmoji-demo, "" otherwise
     tone: str = ""  # one of TONES, "" for the plain yellow
     split: str = "train"
+    weight: float = 1.0
 
 
 def drawings(subset: str) -> list[Drawing]:
@@ -122,7 +123,8 @@ def _describe(code: str, names: list[str]) -> Drawing:
     role = base if re.sub(r"^(man|woman|person) ", "", base) in ROLES else ""
     if role:  # an alias of a person drops the "man" or the tone that tells it from its neighbours
         captions = (main,)
-    return Drawing(code, captions, role, tone)
+    # toned people are many and alike: at half weight the plain pictures are learned as soon as they are
+    return Drawing(code, captions, role, tone, weight=0.5 if tone else 1.0)
 
 
 def _tidy(code: str, name: str) -> str:

@@ -52,7 +52,7 @@ def read(source: str, size: int, cache: Path) -> list[Record]:
     if source in openmoji.SUBSETS:
         drawings = openmoji.draw(source, size, cache / f"{source}-{size}px")
         return [
-            Record(d.code, path, d.captions, d.split, attributes={"role": d.role, "tone": d.tone} if d.role else {})
+            Record(d.code, path, d.captions, d.split, d.weight, {"role": d.role, "tone": d.tone} if d.role else {})
             for d, path in drawings
         ]
     check(source)
