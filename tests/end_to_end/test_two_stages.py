@@ -149,7 +149,7 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(train, tiny_r
 def test_two_processes_train_together(launch, tiny_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = finish(launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "tests/two_processes.py", str(folder)))  # fmt: skip
+                           "tests/end_to_end/two_processes.py", str(folder)))  # fmt: skip
     seen = {name: json.loads((folder / f"rank-{name}.json").read_text()) for name in (0, 1)}
     assert [seen[rank]["world"] for rank in (0, 1)] == [2, 2], output[-2000:]
     assert seen[0]["noise"] != seen[1]["noise"]

@@ -9,7 +9,7 @@ import torch
 
 from ldm import run as engine
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_ldm
 
 folder = Path(sys.argv[1])
