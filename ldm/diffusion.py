@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,12 @@ def betas(schedule: str, timesteps: int = TIMESTEPS) -> torch.Tensor:
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(f"schedule: {schedule!r} is not linear, scaled_linear or cosine")
+
+
+@lru_cache
+def alpha_bars(schedule: str, device: torch.device) -> torch.Tensor:
+    """ᾱ_t = ∏ (1 − β_s) over s ≤ t, `(1000,)` float64; DDPM, below eq. 3."""
+    return (1 - betas(schedule)).cumprod(0).to(device)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Process:
         if self.target == "flow":  # the straight path, arXiv 2209.03003, eq. 1
             alpha, sigma = 1 - t, t
         else:  # α² = ᾱ_t, σ² = 1 - ᾱ_t: DDPM, eq. 4
-            alpha_bar = (1 - betas(self.schedule)).cumprod(0).to(t.device)[t]
+            alpha_bar = alpha_bars(self.schedule, t.device)[t]
             alpha, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         return alpha[:, None, None, None], sigma[:, None, None, None]
 

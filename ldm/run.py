@@ -165,6 +165,10 @@ class Run:
         """Within it, the model has its EMA weights."""
         return _Averaged(self)
 
+    def release(self) -> None:
+        """Ends mixed precision: from here on the model computes as it was built, as whoever loads it will."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
@@ -234,6 +238,7 @@ class Run:
                 "step": self.step,
                 "ema_step": self.ema.optimization_step,
                 "optimizer": groups,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "contract": self.contract,
             }
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
@@ -260,6 +265,8 @@ class Run:
                 for i, shadow in enumerate(self.ema.shadow_params):
                     shadow.copy_(parts["ema"][str(i)])
             self.ema.optimization_step = state["ema_step"]
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")

@@ -59,6 +59,7 @@ def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, t
         if run.step % config.sample.every == 0:
             write_grid(config, run, model, records)
 
+    run.release()
     with run.averaged():
         if run.is_main:
             model.save(config.run.dir / "pipeline")
