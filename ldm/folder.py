@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
+from ldm.run import processes
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
@@ -40,7 +40,7 @@ def claim(config: Config, fresh: bool = False) -> Config:
     alone and the first free one of `DIR-2`, `DIR-3`, … is taken: the configuration that comes back names it.
     """
     folder = config.run.dir
-    state = PartialState()
+    state = processes(config.run)
     outcome: list[Any] = [None, None]
     if state.is_main_process:  # one process decides, all hear of it
         try:

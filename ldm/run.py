@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -35,9 +36,19 @@ class Interrupted(SystemExit):
     """Raised after the checkpoint of a run that was asked to stop; its code is the shell's 128 + signal."""
 
 
+def processes(config: RunConfig) -> PartialState:
+    """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
+    state = PartialState(cpu=_on_cpu(config))
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != told:  # each would train alone, and write over the others
+        raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
+    return state
+
+
 def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
     """accelerate, set up for this run's device and precision."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    processes(config)
+    cpu = _on_cpu(config)
     native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported()
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
     return Accelerator(
@@ -57,6 +68,10 @@ def learning_rate(step: int, training: Training) -> float:
         return training.lr * rise
     progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
     return training.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _on_cpu(config: RunConfig) -> bool:
+    return config.device == "cpu" or not torch.cuda.is_available()
 
 
 class Run:
@@ -134,7 +149,8 @@ class Run:
             bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            a.end_training()
+            for tracker in a.trackers:
+                tracker.finish()
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
