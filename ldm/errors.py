@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import diffusers.utils.logging
+import transformers.utils.logging
+
 
 class UserError(ValueError):
     """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
@@ -23,6 +26,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
+        diffusers.utils.logging.disable_progress_bar()  # theirs, over reading a file, would hide ours
+        transformers.utils.logging.disable_progress_bar()
         try:
             main(arguments)
         except UserError as error:
