@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": given.run})})
     records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
     model = LatentDiffusion.load(given.run / "pipeline")
-    steps, guidance = given.steps or settings.sample.steps, given.guidance or settings.sample.guidance
+    steps = settings.sample.steps if given.steps is None else given.steps
+    guidance = settings.sample.guidance if given.guidance is None else given.guidance
 
     real = torch.stack([images.load(record.path, settings.data.size) for record in records])
     train = [i for i, record in enumerate(records) if record.split == "train"]
