@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/openmoji
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: setup demo test check
 
@@ -18,7 +19,8 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(CORES) train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN)
 	$(BIN)/python scripts/evaluate.py $(RUN)
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 

@@ -17,7 +17,7 @@ from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
-from ldm.run import processes
+from ldm.run import processes, say_idle_cores
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
@@ -50,6 +50,7 @@ def claim(config: Config, fresh: bool = False) -> Config:
     broadcast_object_list(outcome)
     if outcome[1]:
         raise UserError(outcome[1])
+    say_idle_cores(state)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path(outcome[0])})})
 
 

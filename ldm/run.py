@@ -45,6 +45,17 @@ def processes(config: RunConfig) -> PartialState:
     return state
 
 
+def say_idle_cores(state: PartialState) -> None:
+    """A line where cores would idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
+    share = (os.cpu_count() or 1) // state.num_processes
+    if state.is_main_process and state.device.type == "cpu" and torch.get_num_threads() == 1 < share:
+        print(
+            f"One thread a process on {os.cpu_count()} cores; OMP_NUM_THREADS={share}, or accelerate launch "
+            f"--num_cpu_threads_per_process {share}, would be faster.",
+            file=sys.stderr,
+        )
+
+
 def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
     """accelerate, set up for this run's device and precision."""
     processes(config)
