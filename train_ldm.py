@@ -7,15 +7,15 @@ One process or many, and plain `python train_ldm.py …`. The same command again
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import autoencoder, config, plan, text
+from ldm import autoencoder, config, plan
 from ldm.data import sources
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
+from ldm.run import processes
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 
@@ -28,38 +28,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
     parser.add_argument("--fresh", action="store_true", help="leave a used run folder alone and start beside it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
 
     settings = config.load(given.config, given.overrides)
     if given.dry_run:
         print(plan.describe(settings))
         return
-    sources.check(settings.data.source)
+    state = processes(settings.run)
+    encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
     records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
 
-    trained = folder / "autoencoder"
-    if settings.stage1.pretrained:
-        vae = autoencoder.load(settings.stage1.pretrained)
-        plan.check(settings, vae)
-    elif trained.exists():
-        vae = autoencoder.load(trained)
-        print(f"stage1: finished, {trained}")
-    elif given.stage == "2":
-        raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
-    else:
-        vae = train_autoencoder(settings, records)
-
+    trained, pipeline = folder / "autoencoder", folder / "pipeline"
+    if not settings.stage1.pretrained and not trained.exists():
+        if given.stage == "2":
+            raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
+        train_autoencoder(settings, records)
     if given.stage != "1":
-        if (folder / "pipeline").exists():
-            print(f"stage2: finished, {folder / 'pipeline'}; nothing to do.")
-            return
-        encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width)
-        train_unet(settings, records, vae, encoder)
-        facts = trained / autoencoder.STATISTICS
-        write_card(settings, json.loads(facts.read_text()).get("held_out", {}) if facts.exists() else {})
-        print(f"finished: {folder / 'pipeline'}, samples in {folder / 'samples.png'}")
+        if not pipeline.exists():
+            train_unet(settings, records, autoencoder.load(settings.stage1.pretrained or trained), encoder)
+        if state.is_main_process and not (folder / "README.md").exists():
+            write_card(settings)
+    if state.is_main_process:
+        print(f"finished: {trained if given.stage == '1' else pipeline}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,12 @@ def load(name: str | Path) -> Autoencoder:
             f"stage1.pretrained: {folder} has no config.json; give the folder that an AutoencoderKL was saved to"
         )
     try:
-        vae = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder)
+        try:
+            vae = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, use_safetensors=True)
+        except (OSError, ValueError):  # the id of a whole pipeline on the Hub
+            if folder.is_dir():
+                raise
+            vae = AutoencoderKL.from_pretrained(str(name), subfolder="vae", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"stage1.pretrained: can't load an AutoencoderKL from {str(name)!r}: {str(error).splitlines()[0]}"

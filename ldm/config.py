@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ldm.errors import UserError
-
-Rate = Field(ge=0, le=1)
 
 
 class Section(BaseModel):
@@ -62,6 +61,10 @@ class TextConfig(Section):
     """Channels of the encoder's token states, checked when it is loaded; `--dry-run` then needs no download."""
 
 
+TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Training(Section):
     """What both stages share."""
 
@@ -79,11 +82,11 @@ class Training(Section):
     """Course of the learning rate after the warm-up; `cosine` ends at 0."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Of AdamW."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = Field(default=0.999, ge=0, lt=1)
+    ema: Decay = 0.999
     """Decay of the averaged weights, which are what is saved and sampled."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
@@ -182,6 +185,10 @@ class Config(Section):
         _divides(
             "data.size", self.data.size, one.factor, f"2 per level after the first of stage1.channels, {one.channels}"
         )
+        if self.run.tracker not in (*TRACKERS, "none"):
+            close = difflib.get_close_matches(self.run.tracker, TRACKERS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(TRACKERS)}, none"
+            raise ValueError(f"run.tracker: {self.run.tracker!r} is not known to accelerate; {hint}")
         for name, stage in (("stage1", one), ("stage2", two)):
             for width in stage.channels:
                 _divides(f"{name}.channels", width, stage.groups, f"{name}.groups")

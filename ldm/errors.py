@@ -31,7 +31,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         try:
             main(arguments)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command continues.", file=sys.stderr)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list
 
+from ldm.autoencoder import STATISTICS
 from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
-from ldm.run import processes, say_idle_cores
+from ldm.run import processes
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
@@ -50,7 +54,6 @@ def claim(config: Config, fresh: bool = False) -> Config:
     broadcast_object_list(outcome)
     if outcome[1]:
         raise UserError(outcome[1])
-    say_idle_cores(state)
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path(outcome[0])})})
 
 
@@ -61,36 +64,46 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
         while (free := folder.with_name(f"{folder.name}-{number}")).exists():
             number += 1
         folder, file = free, free / "config.yaml"
+        print(f"This run is in {folder}; to continue it, give run.dir={folder} without --fresh.", file=sys.stderr)
+    about: dict[str, Any] = {}
     if file.exists():
-        old = yaml.safe_load(file.read_text("utf-8"))["configuration"]
+        begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
+        still_free = FREE if begun else (*FREE, "stage2.", "text.")
+        about, old = yaml.safe_load(file.read_text("utf-8")).values()
         changed = [
             change for change in differences(old, dump(config))
-            if not change.startswith(FREE) and not change.partition(":")[0].endswith(FREE_ENDS)
+            if not change.startswith(still_free) and not change.partition(":")[0].endswith(FREE_ENDS)
         ]  # fmt: skip
         if changed:
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
-        return folder
+    key, made = "run.dir", folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        about = {
+        about = about or {
             "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
         }  # fmt: skip
         with whole_file(file) as beside:
             beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
+        if config.data.cache_dir:
+            key, made = "data.cache_dir", config.data.cache_dir
+            made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"run.dir: can't write {folder}: {error.strerror}; give a folder that you may write to"
-        ) from None
+        raise UserError(f"{key}: can't write {made}: {error.strerror}; give a folder that you may write to") from None
     return folder
 
 
-def write_card(config: Config, figures: dict[str, Any]) -> None:
-    """`README.md` of a finished run: what it was trained on and how, the figures reached, a sheet of samples."""
+def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """`README.md` of a finished run: what it was trained on and how, the figures reached, a sheet of samples.
+
+    `figures` are added to those of the autoencoder's own folder; nested ones are written in one row each.
+    """
     folder = config.run.dir
+    facts = folder / "autoencoder" / STATISTICS
+    rebuilt = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
     grids = sorted((folder / "stage2" / "samples").glob("step-*.png"))
     if grids:
         shutil.copy(grids[-1], folder / "samples.png")
@@ -112,18 +125,19 @@ def write_card(config: Config, figures: dict[str, Any]) -> None:
         f"| autoencoder | {one.pretrained or f'trained, {one.steps} steps of {one.batch}'} |",
         f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
-        *(f"| {name} | {value:.3f} |" for name, value in _flat(figures)),
+        *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
         "",
         *([openmoji.ATTRIBUTION, ""] if source in openmoji.SUBSETS else []),
         "Everything that was set is in `config.yaml`.", "",
     ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+    with whole_file(folder / "README.md") as beside:
+        beside.write_text("\n".join(lines), "utf-8")
 
 
-def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     rows: list[tuple[str, float]] = []
     for name, value in figures.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name} ")
         elif isinstance(value, float):
             rows.append((prefix + name, value))

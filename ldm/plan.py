@@ -1,4 +1,4 @@
-"""What a configuration would train: checked and counted without training or downloading anything."""
+"""What a configuration would train: checked and counted before anything is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def describe(config: Config) -> str:
         network = unet.build(two, one.latent_channels, side, width)
     where = Path(one.pretrained) if one.pretrained else None
     if where and where.is_dir():
-        check(config, autoencoder.load(where))
+        check_autoencoder(config, autoencoder.load(where))
     made = (
         f"loaded from {one.pretrained}"
         if one.pretrained
@@ -44,7 +44,30 @@ def describe(config: Config) -> str:
     )
 
 
-def check(config: Config, loaded: autoencoder.Autoencoder) -> None:
+def check(config: Config, processes: int) -> text.TextEncoder:
+    """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
+    one, two = config.stage1, config.stage2
+    sources.check(config.data.source)
+    for stage, training in (("stage1", one), ("stage2", two)):
+        share = processes * training.micro_batches
+        if training.batch % share:
+            raise UserError(
+                f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
+                f"micro-batches; make it a multiple of {share}"
+            )
+    unet.check_backend(two.attention_backend, torch.cuda.is_available() and config.run.device != "cpu")
+    if one.pretrained:
+        check_autoencoder(config, autoencoder.load(one.pretrained))
+    encoder = text.load(config.text.model, config.text.max_tokens, config.text.width)
+    side = config.data.size // one.factor
+    if two.init_from:
+        unet.load(two.init_from, one.latent_channels, side, encoder.width, two.target)
+    with torch.device("meta"):
+        unet.build(two, one.latent_channels, side, encoder.width)
+    return encoder
+
+
+def check_autoencoder(config: Config, loaded: autoencoder.Autoencoder) -> None:
     """UserError where a loaded autoencoder is not the one that `stage1` describes."""
     one = config.stage1
     for key, configured, found in (

@@ -15,21 +15,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config import RunConfig, Training
+from ldm.config import RunConfig, Training, differences
 from ldm.data.order import Positions
 from ldm.errors import UserError
 from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
+
+PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
 
 
 class Interrupted(SystemExit):
@@ -38,17 +41,18 @@ class Interrupted(SystemExit):
 
 def processes(config: RunConfig) -> PartialState:
     """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
-    state = PartialState(cpu=_on_cpu(config))
+    state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != told:  # each would train alone, and write over the others
         raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
     return state
 
 
-def say_idle_cores(state: PartialState) -> None:
-    """A line where cores would idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
-    share = (os.cpu_count() or 1) // state.num_processes
-    if state.is_main_process and state.device.type == "cpu" and torch.get_num_threads() == 1 < share:
+@cache
+def say_idle_cores(processes: int) -> None:
+    """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
+    share = (os.cpu_count() or 1) // processes
+    if torch.get_num_threads() == 1 < share:
         print(
             f"One thread a process on {os.cpu_count()} cores; OMP_NUM_THREADS={share}, or accelerate launch "
             f"--num_cpu_threads_per_process {share}, would be faster.",
@@ -60,13 +64,12 @@ def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
     """accelerate, set up for this run's device and precision."""
     processes(config)
     cpu = _on_cpu(config)
-    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported()
+    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
     return Accelerator(
         cpu=cpu,
         mixed_precision=precision,
         gradient_accumulation_steps=micro_batches,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.dir),
     )
@@ -113,6 +116,8 @@ class Run:
         self.accelerator = accelerator(config, training.micro_batches)
         self.device = self.accelerator.device
         processes = self.accelerator.num_processes
+        if self.is_main and self.device.type == "cpu":
+            say_idle_cores(processes)
         if training.batch % (training.micro_batches * processes):
             raise UserError(
                 f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
@@ -127,15 +132,16 @@ class Run:
         self.ema = EMAModel(trainable, decay=training.ema, foreach=True)
         self.parameters = trainable
         self.step = 0  # optimiser steps done
-        self._sums: dict[str, torch.Tensor] = {}
-        self._summed = 0
+        self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
+        self._counts: dict[str, int] = {}
+        self._bar: tqdm | None = None
         self._stop: int | None = None
         self._resume()
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
     def batches(self, dataset: torch.utils.data.Dataset[Any], workers: int = 0) -> Iterator[Any]:
-        """Micro-batches of this process from where the run stands to its end. Between steps it logs and saves."""
+        """Micro-batches of this process from where the run stands to its end; `position` stays on the CPU."""
         t, a = self.training, self.accelerator
         positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
         loader = torch.utils.data.DataLoader(
@@ -144,20 +150,18 @@ class Run:
         before = {number: signal.signal(number, self._asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         if a.log_with:
             a.init_trackers(self.stage)
-        bar = tqdm(
+        self._bar = tqdm(
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
         )  # fmt: skip
         self.model.train()
         try:
             for batch in loader:
-                step = self.step
-                yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-                if self.step > step:
-                    bar.update(t.batch)
-                    self._after_step(bar)
+                position = batch.pop("position")
+                on_device = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+                yield {"position": position, **on_device}
         finally:
-            bar.close()
+            self._bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
             for tracker in a.trackers:
@@ -175,18 +179,26 @@ class Run:
         self.accelerator.backward(loss)
 
     def update(self, **metrics: torch.Tensor) -> None:
-        """After a step's last micro-batch: clips, steps, averages. Metrics are scalars; their means are logged."""
+        """After a step's last micro-batch: clips, steps, averages, logs, saves. Metrics are scalars; logs means."""
         a = self.accelerator
         if a.sync_gradients:
-            metrics["gradient_norm"] = a.clip_grad_norm_(self.parameters, self.training.clip)
+            norm = a.clip_grad_norm_(self.parameters, self.training.clip)
         self.optimizer.step()
+        skipped = a.optimizer_step_was_skipped  # fp16: the loss scale was too high and has been lowered
+        if a.sync_gradients and not skipped:
+            metrics["gradient_norm"] = norm
+            self.ema.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-        self._summed += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
         if a.sync_gradients:
-            self.ema.step(self.parameters)
             self.step += 1
+            self._after_step()
+
+    def due(self, every: int) -> bool:
+        """After each step whose number is a multiple of `every`; that step's checkpoint is written by then."""
+        return self.accelerator.sync_gradients and self.step % every == 0
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
@@ -202,8 +214,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ the books
 
-    def _after_step(self, bar: tqdm) -> None:
-        t = self.training
+    def _after_step(self) -> None:
+        t, bar = self.training, self._bar
+        assert bar is not None  # steps are taken within `batches`
+        bar.update(t.batch)
         if self.step % self.config.log_every == 0 or self.step == t.steps:
             self._log(bar)
         stop = self._agreed_stop()
@@ -214,23 +228,26 @@ class Run:
                 bar.write(f"{self.stage}: stopped and saved at step {self.step}; the same command continues.")
             raise Interrupted(128 + stop)
 
-    def _log(self, bar: tqdm) -> None:
-        a, t = self.accelerator, self.training
+    def _totals(self) -> dict[str, float]:
+        """The sums of the metrics, mean over processes; UserError where one is not finite."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]).to(self.device) / self._summed
-        means = a.reduce(means, "mean")
-        norm = names.index("gradient_norm")
-        means[norm] *= t.micro_batches  # it is measured once a step, the others once a micro-batch
-        values = dict(zip(names, means.tolist(), strict=True))
-        self._sums, self._summed = {}, 0
+        totals = torch.stack([self._sums[name].to(self.device) for name in names])
+        values = dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             raise UserError(
-                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); "
-                f"lower {self.stage}.lr. The last good checkpoint stays in {self.folder / 'checkpoints'}"
+                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); checkpoints "
+                f"from before it stay in {self.folder / 'checkpoints'}. Start with --fresh and a lower {self.stage}.lr"
             )
-        values["lr"] = learning_rate(self.step - 1, t)
-        a.log(values, step=self.step)
-        bar.set_postfix(step=f"{self.step}/{t.steps}", loss=f"{values['loss']:.4f}", refresh=False)
+        return values
+
+    def _log(self, bar: tqdm) -> None:
+        values = {name: total / self._counts[name] for name, total in self._totals().items()}
+        self._sums, self._counts = {}, {}
+        values["lr"] = learning_rate(self.step - 1, self.training)
+        self.accelerator.log(values, step=self.step)
+        bar.set_postfix(step=f"{self.step}/{self.training.steps}", loss=f"{values['loss']:.4f}", refresh=False)
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             line = {"step": self.step, **values, "time": round(time.time(), 1)}
@@ -243,9 +260,11 @@ class Run:
         self._stop = number
 
     def _agreed_stop(self) -> int:
-        """The signal that any process got, known to all, so that they stop at the same step."""
+        """The signal that any process got, known to all, so that they stop at the same step: one that is logged."""
         if self.accelerator.num_processes == 1:
             return self._stop or 0
+        if self.step % self.config.log_every:
+            return 0
         flag = torch.tensor(self._stop or 0, device=self.device)
         return int(self.accelerator.gather(flag[None]).max())
 
@@ -253,7 +272,7 @@ class Run:
 
     def save(self) -> None:
         """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
-        self.accelerator.wait_for_everyone()
+        totals = self._totals()  # nothing is saved after a step that was not finite
         if self.is_main:
             tensors, groups = flatten_optimizer(self.optimizer.state_dict())
             parts = {
@@ -266,6 +285,8 @@ class Run:
                 "ema_step": self.ema.optimization_step,
                 "optimizer": groups,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "totals": totals,
+                "counts": self._counts,
                 "contract": self.contract,
             }
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
@@ -274,18 +295,18 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Continues from the newest sound checkpoint; a damaged one is named and passed over."""
+        """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
+        damaged = []
         for folder in reversed(_checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
             except (OSError, ValueError, KeyError) as error:
-                self._say(f"{folder} is damaged ({error}); going back to the checkpoint before it.")
+                self._say(f"{folder} is damaged ({error}); going back to the checkpoint before it, or else to step 0.")
+                damaged.append(folder)
                 continue
             if state["contract"] != self.contract:
-                raise UserError(
-                    f"{folder}: was trained on latents {state['contract']}, this run has {self.contract}; "
-                    "start anew with --fresh, or give back the autoencoder that it was trained with"
-                )
+                changed = "; ".join(differences(state["contract"], self.contract))
+                raise UserError(f"{folder}: was trained on other data ({changed}); give it back, or start with --fresh")
             self.bare.load_state_dict(parts["model"])
             self.optimizer.load_state_dict(unflatten_optimizer(parts["optimizer"], state["optimizer"]))
             with torch.no_grad():
@@ -295,10 +316,15 @@ class Run:
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
+            self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
+            self._counts = state["counts"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
             break
+        self.accelerator.wait_for_everyone()
         if self.is_main:
+            for folder in damaged:
+                folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
             _cut_metrics(self.folder / "metrics.jsonl", self.step)
         self.accelerator.wait_for_everyone()
 
@@ -322,7 +348,8 @@ class _Averaged(AbstractContextManager[None]):
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"))
+    """Oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from diffusers import (
 )
 
 from ldm.diffusion import TIMESTEPS, Process, betas
+from ldm.errors import UserError
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → prediction
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
@@ -49,18 +50,22 @@ def scheduler(process: Process, solver: str) -> Any:
 
 
 def with_solver(current: Any, solver: str) -> Any:
-    """Another solver for the process that a loaded scheduler describes."""
-    if current.config.get("use_flow_sigmas"):
-        if solver == "unipc":
-            return UniPCMultistepScheduler.from_config(current.config)
-        return DPMSolverMultistepScheduler.from_config(current.config, solver_order=1 if solver == "euler" else 2)
-    kinds = {
-        "ddim": DDIMScheduler,
-        "ddpm": DDPMScheduler,
-        "euler": EulerDiscreteScheduler,
-        "unipc": UniPCMultistepScheduler,
-    }
-    return kinds.get(solver, DPMSolverMultistepScheduler).from_config(current.config)
+    """Another solver for the process that a loaded scheduler describes; UserError where it can't sample a flow."""
+    config = current.config
+    if solver == "unipc":
+        return UniPCMultistepScheduler.from_config(config, solver_order=2)
+    if solver == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(config, solver_order=2)
+    if config.get("use_flow_sigmas"):
+        if solver != "euler":
+            raise UserError(f"solver: {solver!r} can't sample a flow; use euler, dpm++ or unipc")
+        return DPMSolverMultistepScheduler.from_config(config, solver_order=1)
+    if solver == "euler":
+        return EulerDiscreteScheduler.from_config(config)
+    if solver == "ddpm":
+        return DDPMScheduler.from_config(config, clip_sample=False)
+    last = config.get("set_alpha_to_one", True)
+    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=last)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:

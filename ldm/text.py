@@ -69,7 +69,9 @@ def load(name: str, max_tokens: int | None = None, width: int | None = None) -> 
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # CLIP's picture half, which is not loaded, would be listed
         try:
-            model = kind.get(config.model_type, AutoModel).from_pretrained(folder, use_safetensors=True)
+            model = kind.get(config.model_type, AutoModel).from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32
+            )
         finally:
             logging.set_verbosity(before)
     except (OSError, ValueError, KeyError) as error:

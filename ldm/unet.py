@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from ldm.config import Stage2Config
 from ldm.errors import UserError
+from ldm.sampling import PREDICTION
 
 
 def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_width: int) -> UNet2DConditionModel:
@@ -40,14 +41,25 @@ def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_widt
     )
 
 
-def load(name: str, latent_channels: int, text_width: int) -> UNet2DConditionModel:
-    """The U-Net of a diffusers pipeline folder or Hub id; UserError where it does not fit latents or text."""
+def load(name: str, latent_channels: int, latent_size: int, text_width: int, target: str) -> UNet2DConditionModel:
+    """The U-Net of a diffusers pipeline folder or Hub id; UserError where it does not fit latents, text or target."""
     try:
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"stage2.init_from: can't load a U-Net from {name!r}: {str(error).splitlines()[0]}") from None
+    try:
+        predicts = DDIMScheduler.load_config(name, subfolder="scheduler").get("prediction_type", "epsilon")
+    except (OSError, ValueError):  # a folder of a U-Net alone does not say
+        predicts = PREDICTION[target]
+    if predicts != PREDICTION[target]:
+        own = next((ours for ours, theirs in PREDICTION.items() if theirs == predicts), "another")
+        raise UserError(
+            f"stage2.target: {target!r}, but {name} was trained to predict {own!r}; set stage2.target={own}"
+        )
+    unet.register_to_config(sample_size=latent_size)  # convolutions take any; this is what sampling starts from
     for key, value, what in (
         ("in_channels", latent_channels, "the autoencoder's latent channels"),
+        ("out_channels", latent_channels, "the autoencoder's latent channels"),
         ("cross_attention_dim", text_width, "the text encoder's width"),
     ):
         if unet.config[key] != value:
@@ -57,11 +69,16 @@ def load(name: str, latent_channels: int, text_width: int) -> UNet2DConditionMod
     return unet
 
 
+def check_backend(backend: str, gpu: bool) -> None:
+    """UserError where an attention backend can't work here."""
+    if backend == "xformers" and not (gpu and importlib.util.find_spec("xformers")):
+        raise UserError("stage2.attention_backend: xformers needs a GPU and pip install 'ldm[xformers]'; use auto")
+
+
 def use_attention(unet: UNet2DConditionModel, backend: str, device: torch.device) -> None:
     """Chooses how attention is computed; the result is the same within rounding."""
+    check_backend(backend, device.type == "cuda")
     if backend == "xformers":
-        if not importlib.util.find_spec("xformers") or device.type != "cuda":
-            raise UserError("stage2.attention_backend: xformers needs a GPU and pip install 'ldm[xformers]'; use auto")
         unet.enable_xformers_memory_efficient_attention()
     elif backend == "eager" or (backend == "auto" and device.type == "cpu"):
         unet.set_attn_processor(AttnProcessor())

@@ -23,7 +23,7 @@ from ldm import config
 from ldm.data import images, sources
 from ldm.errors import Parser, UserError, command
 from ldm.folder import write_card
-from ldm.metrics.following import by_pixels, following
+from ldm.metrics.following import by_pixels, following, nearest
 from ldm.pipeline import LatentDiffusion
 
 
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
     given = parser.parse_args(arguments)
+    for name, value in (("--count", given.count), ("--steps", given.steps), ("--guidance", given.guidance)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: {value}; give 1 or more")
     if not (given.run / "pipeline").is_dir():
         raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
     tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
@@ -53,22 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "held-out combinations": [i for i, record in enumerate(records) if record.split == "combination"],
     }
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
+    known = {by: of(real) for by, of in features.items()}
     figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
     for name, wanted in groups.items():
         if wanted:
             prompts = [records[i].captions[0] for i in wanted]
             made = _generate(model, prompts, given.seed, steps, guidance)
-            figures[name] = {by: following(made, wanted, records, real, of) for by, of in features.items()}
+            figures[name] = {}
+            for by, of in features.items():
+                found = nearest(of(made), known[by])
+                another = np.roll(wanted, len(wanted) // 2).tolist()  # chance: held against another one's prompt
+                figures[name] |= {
+                    by: following(found, wanted, records),
+                    f"{by}, prompts shuffled": following(found, another, records),
+                }
             for by, scores in figures[name].items():
-                print(
-                    f"{name:22} {by:8} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True
-                )
+                shown = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+                print(f"{name:22} {by:25} {shown}", flush=True)
             sheet = images.grid(images.to_pil(made), prompts, columns=10)
             sheet.save(given.run / f"{name.replace(' ', '-')}.png")
     (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    facts = given.run / "autoencoder" / "latents.json"
-    rebuilt = json.loads(facts.read_text()).get("held_out", {}) if facts.exists() else {}
-    write_card(settings, {**rebuilt, **figures})
+    write_card(settings, figures)
 
 
 def _generate(model: LatentDiffusion, prompts: list[str], seed: int, steps: int, guidance: float) -> torch.Tensor:

@@ -16,6 +16,8 @@ from ldm.data.images import grid
 from ldm.errors import Parser, UserError, command
 from ldm.pipeline import LatentDiffusion
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--prompt: empty; write what the picture shall show")
     if not given.out.parent.is_dir():
         raise UserError(f"--out: no folder {given.out.parent}; make it first")
+    if given.out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out: {given.out} has no suffix of a picture; give one of {', '.join(SUFFIXES)}")
 
     prompts = [prompt for prompt in given.prompt for _ in range(given.count)]
     model = LatentDiffusion.load(given.model)

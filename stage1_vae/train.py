@@ -15,7 +15,7 @@ from ldm.autoencoder import Autoencoder, build, fold, statistics
 from ldm.config import Config
 from ldm.data.images import Pictures, load
 from ldm.data.order import normal
-from ldm.data.sources import Record
+from ldm.data.sources import Record, fingerprint
 from ldm.metrics.reconstruction import reconstruction
 from ldm.run import Run
 from stage1_vae.losses import gradient_loss, kl_loss
@@ -35,13 +35,13 @@ class Reconstruction(nn.Module):
         return self.vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
-def train(config: Config, records: Sequence[Record]) -> Autoencoder:
+def train(config: Config, records: Sequence[Record]) -> None:
     """Trains an autoencoder on the records of split `train` and saves it with its latent statistics."""
     stage, seed, size = config.stage1, config.run.seed, config.data.size
+    train_set = [record for record in records if record.split == "train"]
     torch.manual_seed(seed)
     vae = build(stage.channels, stage.layers, stage.latent_channels, stage.groups, stage.mid_attention, size)
-    run = Run(config.run, stage, "stage1", Reconstruction(vae))
-    train_set = [record for record in records if record.split == "train"]
+    run = Run(config.run, stage, "stage1", Reconstruction(vae), {"data": fingerprint(train_set)})
     latent = (stage.latent_channels, size // stage.factor, size // stage.factor)
 
     for batch in run.batches(Pictures(train_set, size, seed), config.data.workers):
@@ -55,17 +55,16 @@ def train(config: Config, records: Sequence[Record]) -> Autoencoder:
             run.backward(loss)
             run.update(loss=loss, l1=l1, l2=l2, gradient=gradient, kl=kl)
 
-    with run.averaged():
-        mean, std = statistics(vae, _batches(train_set, size))
-        autoencoder = Autoencoder(fold(vae, mean, std))
     if run.is_main:
+        with run.averaged():
+            mean, std = statistics(vae, _batches(train_set, size))
+            autoencoder = Autoencoder(fold(vae, mean, std))
         facts = evaluate(autoencoder, records, size)
         autoencoder.save(
             config.run.dir / "autoencoder",
             raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step, pictures=len(train_set), **facts,
         )  # fmt: skip
     run.accelerator.wait_for_everyone()
-    return autoencoder
 
 
 def evaluate(autoencoder: Autoencoder, records: Sequence[Record], size: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ldm.config import Config
 from ldm.data.cache import Samples, build
 from ldm.data.images import grid
 from ldm.data.order import normal, uniform
-from ldm.data.sources import Record
+from ldm.data.sources import Record, fingerprint
 from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
@@ -23,18 +23,19 @@ from ldm.unet import load as load_unet
 from ldm.unet import use_attention
 
 
-def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, text: TextEncoder) -> LatentDiffusion:
+def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, text: TextEncoder) -> None:
     """Trains the U-Net on the records of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = [record for record in records if record.split == "train"]
-    contract = autoencoder.contract(config.data.size)
+    contract = {**autoencoder.contract(config.data.size), "data": fingerprint(train_set)}
     process = Process(stage.target, stage.schedule, stage.time_mean, stage.time_std)
 
     torch.manual_seed(seed)
+    side = config.data.size // autoencoder.factor
     if stage.init_from:
-        unet = load_unet(stage.init_from, autoencoder.channels, text.width)
+        unet = load_unet(stage.init_from, autoencoder.channels, side, text.width, stage.target)
     else:
-        unet = build_unet(stage, autoencoder.channels, config.data.size // autoencoder.factor, text.width)
+        unet = build_unet(stage, autoencoder.channels, side, text.width)
     run = Run(config.run, stage, "stage2", unet, contract)
     use_attention(unet, stage.attention_backend, run.device)
     cache = build(train_set, config.data.size, autoencoder.to(run.device), text.to(run.device), config.cache_dir)
@@ -56,16 +57,15 @@ def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, t
             loss = F.mse_loss(prediction.float(), process.target_of(x0, eps, t))
             run.backward(loss)
             run.update(loss=loss, dropped=dropped.float().mean())
-        if run.step % config.sample.every == 0:
+        if run.due(config.sample.every):
             write_grid(config, run, model, records)
 
     run.release()
+    write_grid(config, run, model, records)
     with run.averaged():
         if run.is_main:
-            model.save(config.run.dir / "pipeline")
-    write_grid(config, run, model, records)
+            model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
     run.accelerator.wait_for_everyone()
-    return model
 
 
 def write_grid(config: Config, run: Run, model: LatentDiffusion, records: Sequence[Record]) -> None:
@@ -75,7 +75,7 @@ def write_grid(config: Config, run: Run, model: LatentDiffusion, records: Sequen
     if prompts and run.is_main and not path.exists():
         unseen = {caption for record in records if record.split == "combination" for caption in record.captions}
         with run.averaged():
-            pictures = model(prompts, seed=config.run.seed)
+            pictures = model(prompts, seed=config.run.seed, batch=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
         grid(pictures, prompts, columns=8, marked=marked).save(path)

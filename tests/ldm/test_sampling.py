@@ -1,9 +1,12 @@
 """Solvers and guidance, on data whose perfect denoiser is known: x_0 ~ N(m, s²)."""
 
+import itertools
+
 import pytest
 import torch
 
 from ldm.diffusion import Process
+from ldm.errors import UserError
 from ldm.sampling import guided, initial_noise, sample, scheduler, with_solver
 
 M, S = 0.7, 0.3
@@ -44,15 +47,22 @@ def test_a_flow_follows_its_straight_paths(solver: str) -> None:
     torch.testing.assert_close(x, M + S * noise, atol=0.02, rtol=0)
 
 
-def test_a_solver_of_a_flow_can_be_changed() -> None:
-    process = Process("flow")
-    noise = torch.linspace(-2, 2, 5).reshape(-1, 1, 1, 1)
-    for solver in ("euler", "dpm++", "unipc"):
-        changed = with_solver(scheduler(process, "dpm++"), solver)
-        torch.testing.assert_close(
-            sample(perfect(process), changed, noise, 20),
-            sample(perfect(process), scheduler(process, solver), noise, 20),
+@pytest.mark.parametrize("target", ["eps", "v", "flow"])
+def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> None:
+    process = Process(target)
+    noise = torch.linspace(-9, 9, 5).reshape(-1, 1, 1, 1)  # wide, so that clipping would show
+    solvers = ["euler", "dpm++", "unipc", *(["ddim", "ddpm"] if target != "flow" else [])]
+    for old, new in itertools.permutations(solvers, 2):
+        one, other = (
+            sample(perfect(process), rule, noise, 20, [torch.Generator().manual_seed(0)])
+            for rule in (with_solver(scheduler(process, old), new), scheduler(process, new))
         )
+        torch.testing.assert_close(one, other, msg=f"{old} to {new}")
+
+
+def test_a_flow_refuses_a_solver_that_can_not_sample_it() -> None:
+    with pytest.raises(UserError, match=r"ddim.*use euler"):
+        with_solver(scheduler(Process("flow"), "dpm++"), "ddim")
 
 
 def test_guidance_of_one_is_the_conditional_prediction_and_one_forward() -> None:

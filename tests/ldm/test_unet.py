@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ldm import config, unet
+from ldm.diffusion import Process
 from ldm.errors import UserError
+from ldm.sampling import scheduler
 
 
 def test_attention_backends_agree(root: Path) -> None:
@@ -36,6 +38,10 @@ def test_latents_too_small_for_the_levels_are_refused(root: Path) -> None:
 
 def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: Path) -> None:
     unet.build(config.load(root / "configs/tiny.yaml").stage2, 4, 16, 384).save_pretrained(tmp_path / "unet")
-    assert unet.load(str(tmp_path), 4, 384).config.in_channels == 4
+    loaded = unet.load(str(tmp_path), 4, 32, 384, "flow")
+    assert (loaded.config.in_channels, loaded.config.sample_size) == (4, 32)
     with pytest.raises(UserError, match="in_channels 4"):
-        unet.load(str(tmp_path), 8, 384)
+        unet.load(str(tmp_path), 8, 16, 384, "flow")
+    scheduler(Process("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UserError, match=r"stage2\.target: 'v', but .* set stage2\.target=eps"):
+        unet.load(str(tmp_path), 4, 16, 384, "v")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +36,12 @@ def test_the_turn_that_a_camera_noted_is_carried_out(tmp_path: Path) -> None:
     pixels = images.load(tmp_path / "a.png", 16)
     assert pixels[:, :8].min() == 1
     assert pixels[:, 8:].max() == -1
+
+
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(tmp_path / "a.png")
+    pixels = images.load(tmp_path / "a.png", 16)
+    torch.testing.assert_close(pixels, torch.full((3, 16, 16), 30_000 / 32_767.5 - 1), atol=0.01, rtol=0)
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

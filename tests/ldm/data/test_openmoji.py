@@ -3,6 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 from ldm.data import openmoji
 from ldm.data.sources import read
 
@@ -33,6 +36,16 @@ def test_both_subsets_hold_back_the_same_combinations() -> None:
         {d.captions[0] for d in openmoji.drawings(name) if d.split == "combination"} for name in openmoji.SUBSETS
     )
     assert small == everything
+
+
+@pytest.mark.parametrize("subset", openmoji.SUBSETS)
+def test_no_training_picture_is_the_twin_of_a_held_out_one(subset: str, tmp_path: Path) -> None:
+    drawn: dict[bytes, set[str]] = {}
+    for record in read(subset, 64, tmp_path):
+        drawn.setdefault(Image.open(record.path).tobytes(), set()).add(record.split)
+    assert all(splits == {"train"} or len(splits) == 1 for splits in drawn.values())
+    if subset == "openmoji-demo":  # here no two pictures are alike at all
+        assert len(drawn) == len(openmoji.drawings(subset))
 
 
 def test_captions_are_tidy_and_tell_pictures_apart() -> None:

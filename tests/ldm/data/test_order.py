@@ -1,5 +1,6 @@
 """Randomness by position."""
 
+import pickle
 from collections import Counter
 
 import torch
@@ -19,6 +20,11 @@ def test_epochs_differ_and_the_order_is_a_pure_function_of_seed_and_position() -
     assert first != second
     assert [Order([1.0] * 50, seed=3)[n] for n in range(50, 100)] == second
     assert [Order([1.0] * 50, seed=4)[n] for n in range(50)] != first
+
+
+def test_an_order_travels_to_loader_processes() -> None:
+    order = Order([1.0] * 50, seed=3)
+    assert [pickle.loads(pickle.dumps(order))[n] for n in range(100)] == [order[n] for n in range(100)]
 
 
 def test_samples_come_as_often_as_their_weights_say() -> None:

@@ -32,13 +32,28 @@ def test_metadata_and_caption_files_read_alike(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [('{"file_name": "../x.png", "text": "x"}', "not a file inside"), ('{"text": "x"}', "file_name"), ("{", "line 1")],
+    [
+        ('{"file_name": "../x.png", "text": "x"}', "not a file inside"),
+        ('{"file_name": "a.png", "text": 5}', "text 5"),
+        ('{"file_name": "a.png", "text": null}', "text None"),
+        ('{"file_name": "a.png", "text": []}', "give a caption"),
+        ('{"file_name": "a.png", "text": [" "]}', "give a caption"),
+        ('{"text": "x"}', "file_name"),
+        ("{", "line 1"),
+    ],
 )
 def test_bad_metadata_is_named_by_line(folder: Path, line: str, says: str) -> None:
     (folder / "metadata.jsonl").write_text(line)
     with pytest.raises(UserError, match="line 1") as caught:
         read(str(folder), 16, folder)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("caption", "says"), [(b"caf\xe9", "not UTF-8"), (b" \n", "an empty caption")])
+def test_a_bad_caption_file_is_named(folder: Path, caption: bytes, says: str) -> None:
+    (folder / "a.txt").write_bytes(caption)
+    with pytest.raises(UserError, match=rf"a\.txt: {says}"):
+        read(str(folder), 16, folder)
 
 
 def test_a_folder_without_captions_says_what_to_put_there(folder: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from ldm.data.openmoji import TONES
 from ldm.data.sources import Record
-from ldm.metrics.following import by_pixels, following
+from ldm.metrics.following import by_pixels, following, nearest
 
 
 def people() -> list[Record]:
@@ -21,17 +21,17 @@ REAL = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cl
 
 
 def test_the_real_pictures_themselves_follow_perfectly() -> None:
-    scores = following(REAL, range(10), people(), REAL, by_pixels)
-    assert all(scores[key] == 1 for key in ("top1", "top5", "role", "tone", "role_tone_near"))
-    assert scores["shuffled"] == 0
+    found = nearest(by_pixels(REAL), by_pixels(REAL))
+    assert set(following(found, range(10), people()).values()) == {1.0}
+    shuffled = following(found, [*range(5, 10), *range(5)], people())
+    assert (shuffled["top1"], shuffled["role"]) == (0, 0)
 
 
 def test_a_neighbouring_tone_is_near_and_another_role_is_wrong() -> None:
-    scores = following(REAL[[1, 6]], [0, 0], people(), REAL, by_pixels)  # cook one tone off; judge one tone off
-    assert scores["top1"] == 0
-    assert scores["role"] == 0.5
-    assert scores["role_tone_near"] == 0.5
-    assert scores["tone"] == 0
+    found = torch.tensor([[1, 0], [6, 2]])  # a cook one tone off, then the right one; judge and cook for a cook
+    assert following(found, [0, 0], people()) == {
+        "top1": 0.0, "top5": 0.5, "role": 0.5, "role+tone": 0.0, "role+tone near": 0.5,
+    }  # fmt: skip
 
 
 def test_features_do_not_depend_on_the_resolution() -> None:

@@ -1,0 +1,33 @@
+"""`watched.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains configs/tiny.yaml, and writes what its U-Net was given."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train_ldm
+
+world, folder, *more = sys.argv[1:]
+given: list[torch.Tensor] = []
+unets: list[UNet2DConditionModel] = []
+
+
+def watch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if isinstance(module, UNet2DConditionModel) and module.training:
+        given.append(inputs[0].clone())
+        unets[:] = [module]
+
+
+torch.nn.modules.module.register_module_forward_pre_hook(watch)
+status = train_ldm.main(["--config", "configs/tiny.yaml", f"run.dir={folder}", *more])
+assert PartialState().num_processes == int(world)
+weights = torch.cat([p.detach().flatten() for p in unets[0].parameters()])
+save_file(
+    {"x_t": torch.stack(given), "weights": weights},
+    Path(folder) / f"rank-{PartialState().process_index}.safetensors",
+)
+sys.exit(status)
