@@ -1,0 +1,50 @@
+"""All parts together, with random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import autoencoder, config, text, unet
+from ldm.diffusion import Process
+from ldm.errors import UserError
+from ldm.pipeline import LatentDiffusion
+from ldm.sampling import scheduler
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> LatentDiffusion:
+    torch.manual_seed(0)
+    settings = config.load(root / "configs/tiny.yaml")
+    encoder = text.load(settings.text.model, settings.text.max_tokens)
+    vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 4, 8, False, 32))
+    network = unet.build(settings.stage2, 4, 16, encoder.width).eval()
+    return LatentDiffusion(encoder, network, vae, scheduler(Process("flow"), "dpm++"), steps=3, guidance=2.0)
+
+
+def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Path) -> None:
+    model.save(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline")
+    for solver in ("dpm++", "euler", "unipc"):
+        one, other = (m.latents(["red heart"], [3], steps=3, guidance=2.0, solver=solver) for m in (model, loaded))
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+    model.autoencoder.save(tmp_path / "autoencoder")
+    with pytest.raises(UserError, match="--model: can't load a pipeline"):
+        LatentDiffusion.load(tmp_path / "autoencoder")
+
+
+def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: LatentDiffusion) -> None:
+    def latents(guidance: float, negative: str) -> torch.Tensor:
+        return model.latents(["red heart"], [0], guidance=guidance, negative=negative)
+
+    assert torch.equal(latents(1.0, ""), latents(1.0, "blue"))
+    assert not torch.equal(latents(2.0, ""), latents(2.0, "blue"))
+
+
+@pytest.mark.parametrize("prompts", ["", " ", [], ["cat", ""]])
+def test_an_empty_prompt_is_refused(model: LatentDiffusion, prompts: str | list[str]) -> None:
+    with pytest.raises(UserError, match="prompt: an empty prompt"):
+        model(prompts)
