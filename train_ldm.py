@@ -15,7 +15,7 @@ from ldm import autoencoder, config, plan
 from ldm.data import sources
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
-from ldm.run import processes
+from ldm.processes import join
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.dry_run:
         print(plan.describe(settings))
         return
-    state = processes(settings.run)
+    state = join(settings.run)
     encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {trained if given.stage == '1' else pipeline}")
+        print(f"finished: {pipeline if given.stage != '1' else settings.stage1.pretrained or trained}")
 
 
 if __name__ == "__main__":

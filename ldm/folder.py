@@ -21,7 +21,7 @@ from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
-from ldm.run import processes
+from ldm.processes import join
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
@@ -44,7 +44,7 @@ def claim(config: Config, fresh: bool = False) -> Config:
     alone and the first free one of `DIR-2`, `DIR-3`, … is taken: the configuration that comes back names it.
     """
     folder = config.run.dir
-    state = processes(config.run)
+    state = join(config.run)
     outcome: list[Any] = [None, None]
     if state.is_main_process:  # one process decides, all hear of it
         try:

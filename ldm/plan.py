@@ -11,6 +11,7 @@ from ldm import autoencoder, text, unet
 from ldm.config import Config
 from ldm.data import sources
 from ldm.errors import UserError
+from ldm.processes import local_batch
 
 
 def describe(config: Config) -> str:
@@ -49,12 +50,7 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     one, two = config.stage1, config.stage2
     sources.check(config.data.source)
     for stage, training in (("stage1", one), ("stage2", two)):
-        share = processes * training.micro_batches
-        if training.batch % share:
-            raise UserError(
-                f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
-                f"micro-batches; make it a multiple of {share}"
-            )
+        local_batch(stage, training, processes)
     unet.check_backend(two.attention_backend, torch.cuda.is_available() and config.run.device != "cpu")
     if one.pretrained:
         check_autoencoder(config, autoencoder.load(one.pretrained))

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
@@ -31,48 +27,11 @@ from ldm.config import RunConfig, Training, differences
 from ldm.data.order import Positions
 from ldm.errors import UserError
 from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
-
-PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
+from ldm.processes import accelerator, local_batch, say_idle_cores
 
 
 class Interrupted(SystemExit):
     """Raised after the checkpoint of a run that was asked to stop; its code is the shell's 128 + signal."""
-
-
-def processes(config: RunConfig) -> PartialState:
-    """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
-    state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
-    told = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != told:  # each would train alone, and write over the others
-        raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
-    return state
-
-
-@cache
-def say_idle_cores(processes: int) -> None:
-    """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
-    share = (os.cpu_count() or 1) // processes
-    if torch.get_num_threads() == 1 < share:
-        print(
-            f"One thread a process on {os.cpu_count()} cores; OMP_NUM_THREADS={share}, or accelerate launch "
-            f"--num_cpu_threads_per_process {share}, would be faster.",
-            file=sys.stderr,
-        )
-
-
-def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
-    """accelerate, set up for this run's device and precision."""
-    processes(config)
-    cpu = _on_cpu(config)
-    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=micro_batches,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(config.dir),
-    )
 
 
 def learning_rate(step: int, training: Training) -> float:
@@ -82,10 +41,6 @@ def learning_rate(step: int, training: Training) -> float:
         return training.lr * rise
     progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
     return training.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _on_cpu(config: RunConfig) -> bool:
-    return config.device == "cpu" or not torch.cuda.is_available()
 
 
 class Run:
@@ -115,14 +70,9 @@ class Run:
         self.folder = config.dir / stage
         self.accelerator = accelerator(config, training.micro_batches)
         self.device = self.accelerator.device
-        processes = self.accelerator.num_processes
+        local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
-            say_idle_cores(processes)
-        if training.batch % (training.micro_batches * processes):
-            raise UserError(
-                f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
-                f"micro-batches; make it a multiple of {training.micro_batches * processes}"
-            )
+            say_idle_cores(self.accelerator.num_processes)
         self.bare = model.to(self.device)
         trainable = [p for p in model.parameters() if p.requires_grad]
         fused = torch.optim.AdamW(

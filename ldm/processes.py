@@ -1,0 +1,67 @@
+"""The processes of a run and what each computes on, found by accelerate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from functools import cache
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from ldm.config import RunConfig, Training
+from ldm.errors import UserError
+
+PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
+
+
+def join(config: RunConfig) -> PartialState:
+    """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
+    state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != told:  # each would train alone, and write over the others
+        raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
+    return state
+
+
+@cache
+def say_idle_cores(processes: int) -> None:
+    """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
+    share = (os.cpu_count() or 1) // processes
+    if torch.get_num_threads() == 1 < share:
+        print(
+            f"One thread a process on {os.cpu_count()} cores; OMP_NUM_THREADS={share}, or accelerate launch "
+            f"--num_cpu_threads_per_process {share}, would be faster.",
+            file=sys.stderr,
+        )
+
+
+def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
+    """accelerate, set up for this run's device and precision."""
+    join(config)
+    cpu = _on_cpu(config)
+    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=micro_batches,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(config.dir),
+    )
+
+
+def local_batch(stage: str, training: Training, processes: int) -> int:
+    """Pictures of a micro-batch in each process; UserError where the batch can't be shared evenly."""
+    shares = processes * training.micro_batches
+    if training.batch % shares:
+        raise UserError(
+            f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
+            f"micro-batches; make it a multiple of {shares}"
+        )
+    return training.batch // shares
+
+
+def _on_cpu(config: RunConfig) -> bool:
+    return config.device == "cpu" or not torch.cuda.is_available()
