@@ -85,7 +85,9 @@ class Run:
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
         self._bar: tqdm | None = None
-        self._stop: int | None = None
+        self._stop: int | None = None  # the signal that asks for the end
+        self._asked = 0.0
+        self._stopped = 0  # the one that was heeded
         self._resume()
 
     # ------------------------------------------------------------------------------------------------ the loop's side
@@ -110,6 +112,8 @@ class Run:
                 position = batch.pop("position")
                 on_device = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
                 yield {"position": position, **on_device}
+                if self._stopped:
+                    raise Interrupted(128 + self._stopped)
         finally:
             self._bar.close()
             for number, handler in before.items():
@@ -148,7 +152,7 @@ class Run:
 
     def due(self, every: int) -> bool:
         """After each step whose number is a multiple of `every`; that step's checkpoint is written by then."""
-        return self.accelerator.sync_gradients and self.step % every == 0
+        return self.accelerator.sync_gradients and self.step % every == 0 and not self._stopped
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
@@ -173,10 +177,10 @@ class Run:
         stop = self._agreed_stop()
         if stop or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
-        if stop and self.step < t.steps:
+        if stop:
             if self.is_main:
                 bar.write(f"{self.stage}: stopped and saved at step {self.step}; the same command continues.")
-            raise Interrupted(128 + stop)
+            self._stopped = stop
 
     def _totals(self) -> dict[str, float]:
         """The sums of the metrics, mean over processes; UserError where one is not finite."""
@@ -205,9 +209,10 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
     def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
-        if self._stop:  # asked twice: now
+        if not self._stop:
+            self._stop, self._asked = number, time.monotonic()
+        elif time.monotonic() - self._asked > 3:  # asked again: now; sooner, it is a launcher's echo of the same wish
             raise Interrupted(128 + number)
-        self._stop = number
 
     def _agreed_stop(self) -> int:
         """The signal that any process got, known to all, so that they stop at the same step: one that is logged."""
