@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/openmoji
-CORES := $(shell getconf _NPROCESSORS_ONLN)
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .PHONY: setup demo test check
 

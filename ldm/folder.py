@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shutil
@@ -60,16 +61,15 @@ def claim(config: Config, fresh: bool = False) -> Config:
 def _claim(config: Config, folder: Path, fresh: bool) -> Path:
     file = folder / "config.yaml"
     if file.exists() and fresh:
-        number = 2
-        while (free := folder.with_name(f"{folder.name}-{number}")).exists():
-            number += 1
-        folder, file = free, free / "config.yaml"
+        folder = _free(folder)
+        file = folder / "config.yaml"
         print(f"This run is in {folder}; to continue it, give run.dir={folder} without --fresh.", file=sys.stderr)
     about: dict[str, Any] = {}
     if file.exists():
         begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
         still_free = FREE if begun else (*FREE, "stage2.", "text.")
-        about, old = yaml.safe_load(file.read_text("utf-8")).values()
+        written = yaml.safe_load(file.read_text("utf-8"))
+        about, old = written["about"] if begun else {}, written["configuration"]
         changed = [
             change for change in differences(old, dump(config))
             if not change.startswith(still_free) and not change.partition(":")[0].endswith(FREE_ENDS)
@@ -96,6 +96,20 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
     return folder
 
 
+def _free(folder: Path) -> Path:
+    """Makes and returns the first of `DIR-2`, `DIR-3`, … that was not there."""
+    for number in itertools.count(2):
+        free = folder.with_name(f"{folder.name}-{number}")
+        try:
+            free.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"run.dir: can't write {free}: {error.strerror}; give another folder") from None
+        return free
+    raise AssertionError("unreachable")
+
+
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
     """`README.md` of a finished run: what it was trained on and how, the figures reached, a sheet of samples.
 
@@ -104,9 +118,10 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     folder = config.run.dir
     facts = folder / "autoencoder" / STATISTICS
     rebuilt = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
-    grids = sorted((folder / "stage2" / "samples").glob("step-*.png"))
+    grids = list((folder / "stage2" / "samples").glob("step-*.png"))
     if grids:
-        shutil.copy(grids[-1], folder / "samples.png")
+        newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))
+        shutil.copy(newest, folder / "samples.png")
     one, two = config.stage1, config.stage2
     source = config.data.source
     lines = [
@@ -145,5 +160,8 @@ def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return "unknown"
     return found.stdout.strip() or "unknown"

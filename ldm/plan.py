@@ -49,8 +49,9 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
     sources.check(config.data.source)
-    for stage, training in (("stage1", one), ("stage2", two)):
-        local_batch(stage, training, processes)
+    if not one.pretrained:
+        local_batch("stage1", one, processes)
+    local_batch("stage2", two, processes)
     unet.check_backend(two.attention_backend, torch.cuda.is_available() and config.run.device != "cpu")
     if one.pretrained:
         check_autoencoder(config, autoencoder.load(one.pretrained))
@@ -58,8 +59,9 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     side = config.data.size // one.factor
     if two.init_from:
         unet.load(two.init_from, one.latent_channels, side, encoder.width, two.target)
-    with torch.device("meta"):
-        unet.build(two, one.latent_channels, side, encoder.width)
+    else:
+        with torch.device("meta"):
+            unet.build(two, one.latent_channels, side, encoder.width)
     return encoder
 
 

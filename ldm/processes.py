@@ -28,10 +28,11 @@ def join(config: RunConfig) -> PartialState:
 @cache
 def say_idle_cores(processes: int) -> None:
     """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
-    share = (os.cpu_count() or 1) // processes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // processes
     if torch.get_num_threads() == 1 < share:
         print(
-            f"One thread a process on {os.cpu_count()} cores; OMP_NUM_THREADS={share}, or accelerate launch "
+            f"One thread a process on {cores} cores; OMP_NUM_THREADS={share}, or accelerate launch "
             f"--num_cpu_threads_per_process {share}, would be faster.",
             file=sys.stderr,
         )

@@ -114,6 +114,8 @@ class Run:
                 yield {"position": position, **on_device}
                 if self._stopped:
                     raise Interrupted(128 + self._stopped)
+            if self._stop and a.num_processes == 1:  # it came after the last step was saved
+                raise Interrupted(128 + self._stop)
         finally:
             self._bar.close()
             for number, handler in before.items():
@@ -151,8 +153,9 @@ class Run:
             self._after_step()
 
     def due(self, every: int) -> bool:
-        """After each step whose number is a multiple of `every`; that step's checkpoint is written by then."""
-        return self.accelerator.sync_gradients and self.step % every == 0 and not self._stopped
+        """After each step but the last whose number is a multiple of `every`; a checkpoint of it stands by then."""
+        between = self.step % every == 0 and self.step < self.training.steps
+        return self.accelerator.sync_gradients and between and not self._stopped
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
@@ -218,7 +221,7 @@ class Run:
         """The signal that any process got, known to all, so that they stop at the same step: one that is logged."""
         if self.accelerator.num_processes == 1:
             return self._stop or 0
-        if self.step % self.config.log_every:
+        if self.step % self.config.log_every and self.step < self.training.steps:
             return 0
         flag = torch.tensor(self._stop or 0, device=self.device)
         return int(self.accelerator.gather(flag[None]).max())
@@ -261,7 +264,10 @@ class Run:
                 continue
             if state["contract"] != self.contract:
                 changed = "; ".join(differences(state["contract"], self.contract))
-                raise UserError(f"{folder}: was trained on other data ({changed}); give it back, or start with --fresh")
+                raise UserError(
+                    f"{folder}: its pictures, captions or latents were others ({changed}); "
+                    "give back those that it was trained with, or start with --fresh"
+                )
             self.bare.load_state_dict(parts["model"])
             self.optimizer.load_state_dict(unflatten_optimizer(parts["optimizer"], state["optimizer"]))
             with torch.no_grad():
@@ -304,7 +310,8 @@ class _Averaged(AbstractContextManager[None]):
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
+    return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -36,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
     given = parser.parse_args(arguments)
-    for name, value in (("--count", given.count), ("--steps", given.steps), ("--guidance", given.guidance)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}: {value}; give 1 or more")
+    for name, value, least in (
+        ("--count", given.count, 2), ("--steps", given.steps, 1), ("--guidance", given.guidance, 1),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise UserError(f"{name}: {value}; give {least} or more")
     if not (given.run / "pipeline").is_dir():
         raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
     tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]

@@ -62,6 +62,13 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
 
 
+def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
+    for stop in (11, 12):  # heeded at the end of step 12; after its checkpoint
+        with pytest.raises(SystemExit):
+            train(tmp_path / str(stop), stop=stop)
+        assert train(tmp_path / str(stop)).step == 12
+
+
 def test_micro_batches_give_the_same_step(tmp_path: Path) -> None:
     for a, b in zip(weights(train(tmp_path / "one")), weights(train(tmp_path / "four", micro_batches=4)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
