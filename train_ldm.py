@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import autoencoder, config, plan
-from ldm.data import sources
+from ldm.data import index
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
 from ldm.processes import join
@@ -38,16 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
-    records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
+    pictures = index.build(settings)
+    if state.is_main_process:
+        pictures.report(folder / "data-report.json")
+    if problem := pictures.verdict(folder / "data-report.json"):
+        raise UserError(problem)
 
     trained, pipeline = folder / "autoencoder", folder / "pipeline"
     if not settings.stage1.pretrained and not trained.exists():
         if given.stage == "2":
             raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
-        train_autoencoder(settings, records)
+        train_autoencoder(settings, pictures)
     if given.stage != "1":
         if not pipeline.exists():
-            train_unet(settings, records, autoencoder.load(settings.stage1.pretrained or trained), encoder)
+            train_unet(settings, pictures, autoencoder.load(settings.stage1.pretrained or trained), encoder)
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:

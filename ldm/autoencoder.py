@@ -8,6 +8,7 @@ say it: an autoencoder that we trained carries its statistics inside its 1×1 qu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,13 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """`(N, 3, H, W)` in [-1, 1] → `(N, channels, H/factor, W/factor)` float32: the posterior's mean, normalised."""
-        pixels = pixels.to(self.vae.device, self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mean.float() * self.scale
+        return self.moments(pixels)[0]
+
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the normalised posterior, each as `encode` gives the mean."""
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return posterior.mean.float() * self.scale, posterior.logvar.float() + 2 * math.log(self.scale)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from PIL import ImageColor
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from ldm.data import kohya
 from ldm.errors import UserError
 
 
@@ -41,15 +43,80 @@ class RunConfig(Section):
     """Any tracker that accelerate knows by name, or `none`."""
 
 
+class SourceConfig(Section):
+    path: str
+    """A folder, tars, parquet, kohya's TOML, an id of the Hub, `openmoji-demo` or `openmoji-all`."""
+    kind: Literal["auto", "openmoji", "metadata", "sidecars", "classes", "tar", "parquet", "datasets", "kohya"] = "auto"
+    """What the path is; `auto` looks."""
+    column: str = "text"
+    """Column, or key of a JSON, with the caption or a list of them."""
+    image: str = "image"
+    """Column with the picture, of parquet and `datasets`."""
+    lines: bool = False
+    """Each line of a caption file is a caption of its own."""
+    template: str = "{}"
+    """Caption of a class folder's pictures: `a photo of a {}`."""
+    split: str = "train"
+    """Split of a data set of `datasets`."""
+    repeats: PositiveInt = 1
+    """Times that each picture comes in an epoch."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of an epoch beside the other sources' weights; default: its number of pictures."""
+
+
+class BucketConfig(Section):
+    step: PositiveInt = 64
+    """Sides are multiples of it."""
+    smallest: PositiveInt | None = None
+    """Shortest side of a bucket; default: half of `data.size`."""
+    largest: PositiveInt | None = None
+    """Longest side of a bucket; default: twice `data.size`."""
+    upscale: bool = True
+    """Enlarges pictures that are smaller than their bucket; otherwise they get a smaller one."""
+
+
+def _sources(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    return [{"path": each} if isinstance(each, str) else each for each in values]
+
+
 class DataConfig(Section):
-    source: str
-    """A folder of captioned pictures, or `openmoji-demo` or `openmoji-all`."""
+    source: Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), Field(min_length=1, strict=False)]
+    """A path or id, a section with `path` and how to read it, or a list of these."""
     size: PositiveInt
-    """Side of the square pictures, in pixels."""
+    """Side of the square pictures, in pixels; with buckets, the square root of their area."""
+    buckets: BucketConfig | None = None
+    """Sorts pictures into batches by aspect ratio, so that little is cropped; default: squares."""
+    crop: Literal["center", "random"] = "center"
+    """Which part is kept of what does not fit."""
+    crops: PositiveInt = 1
+    """Random crops cached of each picture; with `cache: none` every draw is a fresh one."""
+    flip: bool = False
+    """Mirrors half of the samples."""
+    background: str = "white"
+    """Colour behind transparent pictures."""
+    min_side: PositiveInt = 8
+    """Pictures with a side of fewer pixels are bad."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What bad pictures and captions do: they are left out, or nothing is trained."""
+    max_bad: float = Field(default=0.05, ge=0, le=1)
+    """Share of bad ones beyond which `skip` stops too."""
+    streaming: bool = False
+    """Reads tars, parquet and `datasets` shard by shard, with no index and no cache: for more than a disk holds."""
+    cache: Literal["disk", "none"] = "disk"
+    """Latents and embeddings are encoded once and kept, or encoded for every batch."""
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the cache stores."""
+    latents: Literal["sample", "mean"] = "sample"
+    """Each draw is a fresh sample of the autoencoder's posterior, or its mean."""
     cache_dir: Path | None = None
-    """Where latents and text embeddings are kept; default: `cache` in the run's folder."""
+    """Where indices, latents and embeddings are kept, for several runs too; default: `cache` in the run's folder."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per training process."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.path for source in self.source)
 
 
 class TextConfig(Section):
@@ -189,6 +256,7 @@ class Config(Section):
             close = difflib.get_close_matches(self.run.tracker, TRACKERS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(TRACKERS)}, none"
             raise ValueError(f"run.tracker: {self.run.tracker!r} is not known to accelerate; {hint}")
+        self._possible_data()
         for name, stage in (("stage1", one), ("stage2", two)):
             for width in stage.channels:
                 _divides(f"{name}.channels", width, stage.groups, f"{name}.groups")
@@ -211,6 +279,31 @@ class Config(Section):
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
         return self
+
+    def _possible_data(self) -> None:
+        data, factor = self.data, self.stage1.factor
+        try:
+            ImageColor.getrgb(data.background)
+        except ValueError:
+            raise ValueError(f"data.background: {data.background!r} is no colour; white, or #ffffff") from None
+        for source in data.source:
+            if "{}" not in source.template:
+                raise ValueError(f"data.source.template: {source.template!r} has no {{}}, where the class's name goes")
+        weighted = [source.weight is not None for source in data.source]
+        if any(weighted) and not all(weighted):
+            raise ValueError("data.source: some have a weight and some have none; give all of them one, or none")
+        if buckets := data.buckets:
+            _divides("data.buckets.step", buckets.step, factor, "2 per level after the first of stage1.channels")
+            low, high = buckets.smallest or data.size // 2, buckets.largest or data.size * 2
+            if not buckets.step <= low <= data.size <= high:
+                raise ValueError(
+                    f"data.buckets: step {buckets.step}, smallest {low}, data.size {data.size}, largest {high}; "
+                    "each must be no more than the next"
+                )
+        if data.streaming and (data.buckets or data.cache != "none"):
+            raise ValueError(
+                "data.streaming: sizes aren't known beforehand; it needs data.buckets=null and data.cache=none"
+            )
 
 
 def _divides(key: str, value: int, divisor: int, why: str) -> None:
@@ -236,6 +329,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    _add_kohya(tree)
     return parse(tree, str(path))
 
 
@@ -264,6 +358,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
+def _add_kohya(tree: dict[str, Any]) -> None:
+    """Sizes and buckets that a kohya file sets, where the configuration does not say otherwise."""
+    data = tree.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    source = source.get("path") if isinstance(source, dict) else source
+    if isinstance(data, dict) and isinstance(source, str) and source.endswith(".toml"):
+        for key, value in kohya.settings(Path(source)).items():
+            if data.get(key) not in (None, value):
+                raise UserError(f"data.{key}: {data[key]}, but {source} says {value}; set data.{key} to that")
+            data[key] = value
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number and not a string."""
 
@@ -279,6 +385,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected section.key=value, for example stage2.lr=1e-4")
     *sections, leaf = key.split(".")
     for section in sections:
+        if section == "source" and isinstance(tree.get(section), str):
+            tree[section] = {"path": tree[section]}
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section!r} is a value, not a section")
@@ -295,7 +403,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            section = section.model_fields[part].annotation if isinstance(part, str) else section
+            section = next((arg for arg in (section, *get_args(section)) if isinstance(arg, type(Section))), section)
         name = str(first["loc"][-1])
         close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(section.model_fields)}"

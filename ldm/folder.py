@@ -33,6 +33,8 @@ FREE = (
     "run.device",
     "data.workers",
     "data.cache_dir",
+    "data.on_error",
+    "data.max_bad",
     "sample.",
 )
 FREE_ENDS = (".checkpoint_every", ".micro_batches")
@@ -123,7 +125,6 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))
         shutil.copy(newest, folder / "samples.png")
     one, two = config.stage1, config.stage2
-    source = config.data.source
     lines = [
         f"# {folder.name}", "",
         "A text-to-image latent diffusion model. The folder `pipeline` opens in plain diffusers:", "",
@@ -135,14 +136,14 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         "```", "",
         *(["![samples](samples.png)", "", "Framed: prompts whose pictures no training saw.", ""] if grids else []),
         "| | |", "|---|---|",
-        f"| data | `{source}`, {config.data.size} px |",
+        f"| data | `{config.data.name}`, {config.data.size} px |",
         f"| text encoder | `{config.text.model}` |",
         f"| autoencoder | {one.pretrained or f'trained, {one.steps} steps of {one.batch}'} |",
         f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
         "",
-        *([openmoji.ATTRIBUTION, ""] if source in openmoji.SUBSETS else []),
+        *([openmoji.ATTRIBUTION, ""] if any(source.path in openmoji.SUBSETS for source in config.data.source) else []),
         "Everything that was set is in `config.yaml`.", "",
     ]  # fmt: skip
     with whole_file(folder / "README.md") as beside:

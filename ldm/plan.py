@@ -34,7 +34,7 @@ def describe(config: Config) -> str:
     return "\n".join(
         [
             f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
-            f"data     {config.data.source}, {size} × {size} px{_presence(config)}",
+            f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
             f"text     {config.text.model}: {length} tokens × {width}",
             f"stage 1  autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
             f"latents {one.latent_channels} × {side} × {side}; {made}",

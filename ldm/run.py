@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
@@ -93,7 +94,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------ the loop's side
 
     def batches(self, dataset: torch.utils.data.Dataset[Any], workers: int = 0) -> Iterator[Any]:
-        """Micro-batches of this process from where the run stands to its end; `position` stays on the CPU."""
+        """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
         positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
         loader = torch.utils.data.DataLoader(
@@ -110,8 +111,7 @@ class Run:
         try:
             for batch in loader:
                 position = batch.pop("position")
-                on_device = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-                yield {"position": position, **on_device}
+                yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
                 if self._stopped:
                     raise Interrupted(128 + self._stopped)
             if self._stop and a.num_processes == 1:  # it came after the last step was saved

@@ -20,7 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from ldm import config
-from ldm.data import images, sources
+from ldm.data import images, index
 from ldm.errors import Parser, UserError, command
 from ldm.folder import write_card
 from ldm.metrics.following import by_pixels, following, nearest
@@ -46,16 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
     settings = config.parse(tree, str(given.run / "config.yaml"))
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": given.run})})
-    records = sources.read(settings.data.source, settings.data.size, settings.cache_dir)
+    records = index.build(settings)
+    if not len(records):
+        raise UserError(f"{settings.data.name}: no picture is left to compare with")
     model = LatentDiffusion.load(given.run / "pipeline")
     steps = settings.sample.steps if given.steps is None else given.steps
     guidance = settings.sample.guidance if given.guidance is None else given.guidance
 
-    real = torch.stack([images.load(record.path, settings.data.size) for record in records])
-    train = [i for i, record in enumerate(records) if record.split == "train"]
+    square = (settings.data.size, settings.data.size)
+    real = torch.stack([images.to_tensor(images.cut(records.picture(i), square)[0]) for i in range(len(records))])
+    splits = records.column("split").tolist()
+    train = [i for i, split in enumerate(splits) if split == "train"]
     groups = {
         "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[: given.count]],
-        "held-out combinations": [i for i, record in enumerate(records) if record.split == "combination"],
+        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
     }
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
     known = {by: of(real) for by, of in features.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import nn
 
 from ldm.autoencoder import Autoencoder, build, fold, statistics
 from ldm.config import Config
-from ldm.data.images import Pictures, load
+from ldm.data.index import Index
 from ldm.data.order import normal
-from ldm.data.sources import Record, fingerprint
+from ldm.data.samples import Pictures, whole
 from ldm.metrics.reconstruction import reconstruction
 from ldm.run import Run
 from stage1_vae.losses import gradient_loss, kl_loss
@@ -35,18 +34,18 @@ class Reconstruction(nn.Module):
         return self.vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
-def train(config: Config, records: Sequence[Record]) -> None:
-    """Trains an autoencoder on the records of split `train` and saves it with its latent statistics."""
+def train(config: Config, index: Index) -> None:
+    """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed, size = config.stage1, config.run.seed, config.data.size
-    train_set = [record for record in records if record.split == "train"]
+    train_set = index.select("train")
     torch.manual_seed(seed)
     vae = build(stage.channels, stage.layers, stage.latent_channels, stage.groups, stage.mid_attention, size)
-    run = Run(config.run, stage, "stage1", Reconstruction(vae), {"data": fingerprint(train_set)})
-    latent = (stage.latent_channels, size // stage.factor, size // stage.factor)
+    run = Run(config.run, stage, "stage1", Reconstruction(vae), {"data": train_set.fingerprint()})
 
-    for batch in run.batches(Pictures(train_set, size, seed), config.data.workers):
+    for batch in run.batches(Pictures(train_set, config, stage.batch), config.data.workers):
         with run.accumulate():
             x = batch["pixels"]
+            latent = (stage.latent_channels, x.shape[2] // stage.factor, x.shape[3] // stage.factor)
             eps = normal(seed, "stage1", batch["position"], latent).to(run.device)
             rebuilt, mean, logvar = run.model(x, eps)
             l1, l2 = F.l1_loss(rebuilt, x), F.mse_loss(rebuilt, x)
@@ -57,9 +56,9 @@ def train(config: Config, records: Sequence[Record]) -> None:
 
     if run.is_main:
         with run.averaged():
-            mean, std = statistics(vae, _batches(train_set, size))
+            mean, std = statistics(vae, whole(train_set))
             autoencoder = Autoencoder(fold(vae, mean, std))
-        facts = evaluate(autoencoder, records, size)
+        facts = evaluate(autoencoder, index)
         autoencoder.save(
             config.run.dir / "autoencoder",
             raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step, pictures=len(train_set), **facts,
@@ -67,24 +66,18 @@ def train(config: Config, records: Sequence[Record]) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def evaluate(autoencoder: Autoencoder, records: Sequence[Record], size: int) -> dict[str, Any]:
+def evaluate(autoencoder: Autoencoder, index: Index) -> dict[str, Any]:
     """PSNR and SSIM on the pictures that stage one never saw: each held-out split, and both together."""
     figures: dict[str, Any] = {}
-    rebuilt: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for split in ("reconstruction", "combination"):
-        held = [record for record in records if record.split == split]
-        if held:
-            x = torch.cat(list(_batches(held, size)))
-            rebuilt[split] = x, torch.cat([autoencoder.decode(autoencoder.encode(part)).cpu() for part in x.split(64)])
-    for split, (x, y) in rebuilt.items():
-        figures[split] = reconstruction(x, y)
-    if rebuilt:
-        x, y = (torch.cat(parts) for parts in zip(*rebuilt.values(), strict=True))
-        figures["held_out"] = reconstruction(x, y)
+    for name, splits in (
+        ("reconstruction", ("reconstruction",)),
+        ("combination", ("combination",)),
+        ("held_out", ("reconstruction", "combination")),
+    ):
+        held = index.select(*splits)
+        if len(held):
+            parts = ((x, autoencoder.decode(autoencoder.encode(x)).cpu()) for x in whole(held))
+            figures[name] = reconstruction(parts)
+    if figures:
         print(f"stage1: held-out reconstruction {json.dumps(figures)}", flush=True)
     return figures
-
-
-def _batches(records: Sequence[Record], size: int, batch: int = 64) -> Iterator[torch.Tensor]:
-    for start in range(0, len(records), batch):
-        yield torch.stack([load(record.path, size) for record in records[start : start + batch]])

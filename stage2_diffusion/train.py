@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 from ldm.autoencoder import Autoencoder
 from ldm.config import Config
-from ldm.data.cache import Samples, build
 from ldm.data.images import grid
+from ldm.data.index import Index
 from ldm.data.order import normal, uniform
-from ldm.data.sources import Record, fingerprint
+from ldm.data.samples import feed
 from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
@@ -23,11 +21,11 @@ from ldm.unet import load as load_unet
 from ldm.unet import use_attention
 
 
-def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, text: TextEncoder) -> None:
-    """Trains the U-Net on the records of split `train` and exports the pipeline with its EMA weights."""
+def train(config: Config, index: Index, autoencoder: Autoencoder, text: TextEncoder) -> None:
+    """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
-    train_set = [record for record in records if record.split == "train"]
-    contract = {**autoencoder.contract(config.data.size), "data": fingerprint(train_set)}
+    train_set = index.select("train")
+    contract = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
     process = Process(stage.target, stage.schedule, stage.time_mean, stage.time_std)
 
     torch.manual_seed(seed)
@@ -38,19 +36,19 @@ def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, t
         unet = build_unet(stage, autoencoder.channels, side, text.width)
     run = Run(config.run, stage, "stage2", unet, contract)
     use_attention(unet, stage.attention_backend, run.device)
-    cache = build(train_set, config.data.size, autoencoder.to(run.device), text.to(run.device), config.cache_dir)
-    null = cache.null.to(run.device)
+    samples = feed(train_set, config, autoencoder.to(run.device), text.to(run.device), run.device)
+    unseen = {caption for captions in index.select("combination").captions() for caption in captions}
     model = LatentDiffusion(
         text, unet, autoencoder, scheduler(process, config.sample.solver), config.sample.steps, config.sample.guidance
     )
 
-    for batch in run.batches(Samples(train_set, cache, seed), config.data.workers):
+    for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
-            x0, text_states, n = batch["latent"], batch["text"], batch["position"]
+            (x0, text_states), n = samples.encoded(batch), batch["position"]
             eps = normal(seed, "noise", n, x0.shape[1:]).to(run.device)
             t = process.time(uniform(seed, "time", n)).to(run.device)
-            dropped = (uniform(seed, "dropout", n) < stage.caption_dropout).to(run.device)
-            text_states = torch.where(dropped[:, None, None], null, text_states)  # classifier-free guidance
+            dropped = uniform(seed, "dropout", n).to(run.device) < batch["dropout"]
+            text_states = torch.where(dropped[:, None, None], samples.null, text_states)  # classifier-free guidance
 
             x_t = process.add_noise(x0, eps, t)
             prediction = run.model(x_t, process.network_time(t), text_states, return_dict=False)[0]
@@ -58,22 +56,21 @@ def train(config: Config, records: Sequence[Record], autoencoder: Autoencoder, t
             run.backward(loss)
             run.update(loss=loss, dropped=dropped.float().mean())
         if run.due(config.sample.every):
-            write_grid(config, run, model, records)
+            write_grid(config, run, model, unseen)
 
     run.release()
-    write_grid(config, run, model, records)
+    write_grid(config, run, model, unseen)
     with run.averaged():
         if run.is_main:
             model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
     run.accelerator.wait_for_everyone()
 
 
-def write_grid(config: Config, run: Run, model: LatentDiffusion, records: Sequence[Record]) -> None:
+def write_grid(config: Config, run: Run, model: LatentDiffusion, unseen: set[str]) -> None:
     """`stage2/samples/step-….png`: the configured prompts with the EMA weights; framed are those no training saw."""
     prompts = config.sample.prompts
     path = run.folder / "samples" / f"step-{run.step:06d}.png"
     if prompts and run.is_main and not path.exists():
-        unseen = {caption for record in records if record.split == "combination" for caption in record.captions}
         with run.averaged():
             pictures = model(prompts, seed=config.run.seed, batch=8)
         path.parent.mkdir(parents=True, exist_ok=True)

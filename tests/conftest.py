@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+
+from ldm import config
+from ldm.data import index
+from ldm.data.index import Index
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -28,6 +32,20 @@ def fresh_accelerator() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Callable[..., tuple[config.Config, Index]]:
+    """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
+
+    def indexed(*overrides: str) -> tuple[config.Config, Index]:
+        settings = config.load(
+            ROOT / "configs/tiny.yaml",
+            [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", *overrides],
+        )
+        return settings, index.build(settings)
+
+    return indexed
 
 
 @pytest.fixture(scope="session")

@@ -1,99 +1,296 @@
-"""Latents and text embeddings on disk: encoded once, keyed by everything that they were made from."""
+"""Latents and text embeddings on disk: encoded once, by all processes, and read memory-mapped ever after.
+
+A cache is a folder of safetensors files, each named by the SHA-256 of its content, so a damaged one is known by its
+name. An entry is found by the SHA-256 of the picture (or caption) and of everything else that it was made from, so that
+of another autoencoder is never read. Files are written whole; which entries share one follows from the data alone, so
+an encoding that was killed and taken up again leaves the same bytes as one that was not.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from ldm.autoencoder import Autoencoder
-from ldm.data.images import load
-from ldm.data.order import Order, generator
-from ldm.data.sources import Record
+from ldm.config import Config
+from ldm.data.images import Size, cut, place, to_tensor
+from ldm.data.index import Index
 from ldm.files import whole_file
 from ldm.text import NULL_PROMPT, TextEncoder
 
+PER_FILE = 4096  # entries
+BATCH = 32
+KEYS = "keys"  # the tensor of entries' SHA-256, (n, 32) bytes
+
 
 @dataclass(frozen=True)
-class Cache:
-    """Latents `(N, C, h, w)` of N records; embeddings `(M, T, D)` of their distinct captions and the null prompt."""
+class View:
+    """How a picture is brought to its latent: the size, which crop of it (-1: the centre), mirrored or not."""
 
-    latents: torch.Tensor
-    text: torch.Tensor
-    rows: dict[str, int]  # caption → row of `text`
+    size: Size
+    crop: int = -1
+    flip: bool = False
+
+    def cut(self, picture: Image.Image, sha256: bytes) -> torch.Tensor:
+        """`(3, H, W)` in [-1, 1]."""
+        part, _ = cut(picture, self.size, *self._corner(sha256))
+        return to_tensor(ImageOps.mirror(part) if self.flip else part)
+
+    def at(self, original: Size, sha256: bytes) -> Size:
+        """The crop's left and top, in pixels of the resized picture."""
+        return place(original, self.size, *self._corner(sha256))[1]
+
+    def _corner(self, sha256: bytes) -> tuple[float, float]:
+        """Where a crop lies in a picture follows from both, so that several runs can share the cache."""
+        if self.crop < 0:
+            return 0.5, 0.5
+        u, v = np.random.default_rng([self.crop, *sha256]).random(2)
+        return float(u), float(v)
+
+
+class Shelf:
+    """One folder of the cache: entries that were made alike, as `about` says, found by their 32-byte keys."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]):
+        self.about = json.dumps(about, sort_keys=True)
+        self.folder = folder / hashlib.sha256(self.about.encode()).hexdigest()[:16]
+        self.read()
+
+    def read(self) -> None:
+        """Takes stock of the files that are there."""
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        parts = [_keys(file) for file in self.files]
+        keys = np.concatenate(parts) if parts else np.zeros(0, "S32")
+        order = np.argsort(keys, kind="stable")
+        self.keys = keys[order]
+        self.places = np.array([(f, r) for f, part in enumerate(parts) for r in range(len(part))], np.int32)
+        self.places = self.places.reshape(-1, 2)[order]
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # a loader's process maps the files itself
+        return {**self.__dict__, "_open": {}}
+
+    def find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Where each key is among `self.keys`, `(N,)`, and whether it is, `(N,)`."""
+        wanted = np.array(keys, "S32")  # as an array: numpy takes the NULs off the end of a single one
+        if not len(self.keys):
+            return np.zeros(len(wanted), int), np.zeros(len(wanted), bool)
+        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return places, self.keys[places] == wanted
+
+    def __getitem__(self, key: bytes) -> dict[str, torch.Tensor]:
+        """The entry's tensors, float32."""
+        (place,), (found,) = self.find([key])
+        assert found, "what is trained on was encoded before"
+        file, row = self.places[place].tolist()
+        if file not in self._open:
+            self._open[file] = load_file(self.files[file])
+        return {name: value[row].float() for name, value in self._open[file].items() if name != KEYS}
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.about})
+        with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors") as beside:
+            beside.write_bytes(content)
+
+    def why(self, missing: Sequence[bytes]) -> Counter[str]:
+        """What changed since these entries were encoded, where they ever were, with a count each."""
+        wanted, reasons = np.array(missing, "S32"), Counter[str]()
+        left = np.ones(len(wanted), bool)
+        mine, others = json.loads(self.about), []
+        for folder in sorted(self.folder.parent.iterdir()) if self.folder.parent.exists() else []:
+            file = next(folder.glob("*.safetensors"), None)
+            if folder != self.folder and file and (about := _about(file)):
+                others.append(([name for name in mine if about.get(name) != mine[name]], folder))
+        for changed, folder in sorted(others, key=lambda other: len(other[0])):
+            found = left & np.isin(wanted, np.concatenate([_keys(file) for file in folder.glob("*.safetensors")]))
+            left &= ~found
+            if found.any():
+                reasons[f"the {' and the '.join(changed)} changed"] += int(found.sum())
+        if left.any():
+            reasons["new or changed"] += int(left.sum())
+        return reasons
+
+
+@dataclass(frozen=True)
+class Job:
+    """Entries for one shelf: their keys, and what encodes those at some places among them, in batches."""
+
+    shelf: Shelf
+    keys: Sequence[bytes]
+    encode: Callable[[np.ndarray], Iterator[dict[str, torch.Tensor]]]
+
+
+def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
+    """Encodes what is not on the shelves yet, and says how much and why. Each process writes a share of the files."""
+    state = PartialState()
+    for job in jobs:
+        for file in job.shelf.files[state.process_index :: state.num_processes]:
+            if not _sound(file):
+                tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
+                file.unlink()
+    state.wait_for_everyone()
+    chunks, reasons = [], Counter[str]()
+    for job in jobs:
+        job.shelf.read()
+        missing = np.flatnonzero(~job.shelf.find(job.keys)[1])
+        if len(missing):
+            chunks += [(job, missing[start : start + per_file]) for start in range(0, len(missing), per_file)]
+            reasons += job.shelf.why([job.keys[i] for i in missing.tolist()]) if state.is_main_process else Counter()
+    state.wait_for_everyone()  # nobody writes before all have looked
+    if not chunks:
+        return
+    total = sum(len(places) for _, places in chunks)
+    if state.is_main_process:
+        why = "; ".join(f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
+        tqdm.write(f"cache: {total:,} of {sum(len(job.keys) for job in jobs):,} {what} to encode: {why}.")
+    mine = chunks[state.process_index :: state.num_processes]
+    with tqdm(total=total, unit=f" {what}", desc="encoding", leave=False, disable=not state.is_main_process) as bar:
+        for job, places in mine:
+            job.shelf.folder.mkdir(parents=True, exist_ok=True)
+            batches = []
+            for batch in job.encode(places):
+                batches.append(batch)
+                bar.update(len(next(iter(batch.values()))) * min(state.num_processes, len(chunks)))
+            tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            keys = np.frombuffer(b"".join(job.keys[i] for i in places.tolist()), np.uint8).reshape(-1, 32)
+            job.shelf.write({**tensors, KEYS: torch.from_numpy(keys.copy())})
+    state.wait_for_everyone()
+    for job in jobs:
+        job.shelf.read()
+
+
+@dataclass
+class Cache:
+    """The latents and embeddings of an index."""
+
+    latents: dict[View, Shelf]
+    text: Shelf
+
+    def latent(self, view: View, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of a picture's normalised latent, `(C, h, w)` each."""
+        entry = self.latents[view][sha256]
+        return entry["mean"], entry["logvar"]
+
+    def embedding(self, caption: str) -> torch.Tensor:
+        """`(T, D)`."""
+        return self.text[_digest(caption)]["text"]
 
     @property
     def null(self) -> torch.Tensor:
         """The unconditional embedding, `(T, D)`."""
-        return self.text[self.rows[NULL_PROMPT]]
+        return self.embedding(NULL_PROMPT)
 
 
-def build(records: Sequence[Record], size: int, autoencoder: Autoencoder, text: TextEncoder, folder: Path) -> Cache:
-    """Reads the cache of these records from `folder`, encoding what is not there.
+class Cuts(torch.utils.data.Dataset[torch.Tensor]):
+    """Pictures of an index, all in one view."""
 
-    A file's name is the SHA-256 of what it was made from (pictures, size and autoencoder; captions and text encoder),
-    so a cache of other data or another model is never read.
-    """
-    captions = sorted({caption for record in records for caption in record.captions} | {NULL_PROMPT})
+    def __init__(self, index: Index, entries: np.ndarray, view: View):
+        self.index, self.entries, self.view = index, entries, view
 
-    def encode_pictures() -> torch.Tensor:
-        parts = []
-        for start in tqdm(range(0, len(records), 32), desc="encoding pictures", unit=" batch", leave=False):
-            pixels = torch.stack([load(record.path, size) for record in records[start : start + 32]])
-            parts.append(autoencoder.encode(pixels).cpu())
-        return torch.cat(parts)
+    def __len__(self) -> int:
+        return len(self.entries)
 
-    def encode_captions() -> torch.Tensor:
-        parts = (
-            text.encode(captions[start : start + 64]).cpu()
-            for start in tqdm(range(0, len(captions), 64), desc="encoding captions", unit=" batch", leave=False)
-        )
-        return torch.cat(list(parts))
-
-    latents = _cached(folder, "latents", [autoencoder.fingerprint(), size, _pictures(records)], encode_pictures)
-    embeddings = _cached(folder, "text", [text.fingerprint(), captions], encode_captions)
-    return Cache(latents, embeddings, {caption: row for row, caption in enumerate(captions)})
+    def __getitem__(self, i: int) -> torch.Tensor:
+        entry = int(self.entries[i])
+        return self.view.cut(self.index.picture(entry), self.index[entry].sha256)
 
 
-class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The samples of stage two by position: item n is `{"position": n, "latent": (C, h, w), "text": (T, D)}`.
-
-    Where a picture has several captions, one is drawn from (seed, n).
-    """
-
-    def __init__(self, records: Sequence[Record], cache: Cache, seed: int):
-        self.records, self.cache, self.seed = records, cache, seed
-        self.order = Order([record.weight for record in records], seed)
-
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        index = self.order[n]
-        captions = self.records[index].captions
-        choice = int(generator(self.seed, "caption", n).integers(len(captions)))
-        text = self.cache.text[self.cache.rows[captions[choice]]]
-        return {"position": torch.tensor(n), "latent": self.cache.latents[index], "text": text}
+def views(config: Config, size: Size, index: Index) -> list[View]:
+    """The views of a picture that the cache holds; mirrored ones where any source mirrors."""
+    data = config.data
+    crops = range(data.crops) if data.crop == "random" else (-1,)
+    mirrors = data.flip or bool(pc.any(index.table["flip"]).as_py())
+    return [View(size, crop, flip) for crop in crops for flip in ((False, True) if mirrors else (False,))]
 
 
-def _pictures(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(hashlib.sha256(record.path.read_bytes()).digest())
-    return digest.hexdigest()
+def build(index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder, per_file: int = PER_FILE) -> Cache:
+    """The cache of an index, encoding what is not there; every process of the run calls it."""
+    pictures = _pictures(index, config, autoencoder)
+    captions = _captions(index, config, text)
+    fill(list(pictures.values()), "pictures", per_file)
+    fill([captions], "captions", per_file)
+    return Cache({view: job.shelf for view, job in pictures.items()}, captions.shelf)
 
 
-def _cached(folder: Path, name: str, key: list[object], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = folder / f"{name}-{digest}.safetensors"
-    state = PartialState()
-    if state.is_main_process and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as beside:
-            save_file({name: make().contiguous()}, beside)
-    state.wait_for_everyone()
-    return load_file(path)[name]
+def _pictures(index: Index, config: Config, autoencoder: Autoencoder) -> dict[View, Job]:
+    """A job for each view of the pictures of each bucket."""
+    dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.fingerprint()
+    sha256, sizes = index.column("sha256").tolist(), index.sizes()
+    stacked = np.array(sha256, "S32")
+
+    def job(view: View, entries: np.ndarray) -> Job:
+        about = {
+            "autoencoder": made_by, "size": list(view.size), "crop": view.crop, "mirror": view.flip,
+            "background": config.data.background, "dtype": config.data.cache_dtype,
+        }  # fmt: skip
+
+        def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+            cuts = Cuts(index, entries[places], view)
+            for pixels in torch.utils.data.DataLoader(cuts, BATCH, num_workers=config.data.workers):
+                mean, logvar = autoencoder.moments(pixels)
+                yield {"mean": mean.to("cpu", dtype), "logvar": logvar.to("cpu", dtype)}
+
+        return Job(Shelf(config.cache_dir / "latents", about), [sha256[i] for i in entries], encode)
+
+    jobs: dict[View, Job] = {}
+    for size in sorted(set(sizes)):
+        entries = np.flatnonzero([other == size for other in sizes])
+        entries = entries[np.sort(np.unique(stacked[entries], return_index=True)[1])]  # twins are encoded once
+        jobs.update((view, job(view, entries)) for view in views(config, size, index))
+    return jobs
+
+
+def _captions(index: Index, config: Config, text: TextEncoder) -> Job:
+    """The job of each distinct caption, and of the null prompt."""
+    captions = {_digest(NULL_PROMPT): NULL_PROMPT}
+    for several in index.captions():
+        captions.update((_digest(caption), caption) for caption in several)
+    keys, dtype = list(captions), getattr(torch, config.data.cache_dtype)
+
+    def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(places), 2 * BATCH):
+            part = [captions[keys[i]] for i in places[start : start + 2 * BATCH]]
+            yield {"text": text.encode(part).to("cpu", dtype)}
+
+    about = {"text encoder": text.fingerprint(), "dtype": config.data.cache_dtype}
+    return Job(Shelf(config.cache_dir / "text", about), keys, encode)
+
+
+def _digest(caption: str) -> bytes:
+    return hashlib.sha256(caption.encode()).digest()
+
+
+def _keys(file: Path) -> np.ndarray:
+    """The keys of a file's entries; none of one that is damaged."""
+    try:
+        with safe_open(file, "np") as opened:
+            return np.ascontiguousarray(opened.get_tensor(KEYS)).view("S32").ravel()
+    except (OSError, SafetensorError, ValueError):
+        return np.zeros(0, "S32")
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        with safe_open(file, "np") as opened:
+            return dict(json.loads(opened.metadata()["about"]))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return {}
+
+
+def _sound(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.stem)

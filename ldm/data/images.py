@@ -1,38 +1,126 @@
-"""Picture files as tensors, and tensors as pictures."""
+"""Picture files as tensors, and tensors as pictures.
+
+A picture is decoded (turned as its EXIF says, any mode made RGB), then the part that is kept is resized to the size of
+its bucket in one antialiased step.
+"""
 
 from __future__ import annotations
 
+import io
+import math
+import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from ldm.data.order import Order
-from ldm.data.sources import Record
-from ldm.errors import UserError
+from ldm.config import BucketConfig
+from ldm.data.records import BadSampleError
+
+Size = tuple[int, int]  # width, height
 
 
-def load(path: Path, size: int) -> torch.Tensor:
-    """Reads a picture as `(3, size, size)` float32 in [-1, 1].
+def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:
+    """An encoded picture as RGB: its first frame, turned as its EXIF says, transparency over `background`.
 
-    Turned as its EXIF says, transparency on white, shorter side resized to `size` (antialiased), centre cropped.
-    Raises UserError, naming the file, where it is not a readable picture.
+    Raises BadSampleError where it is empty, cut off, no picture, incredibly large, or smaller than `min_side` pixels.
     """
+    if not data:
+        raise BadSampleError("the file is empty", "fetch it anew, or remove it")
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-            if picture.mode != "RGB":
-                rgba = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            if picture.size != (size, size):
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); mend or remove it") from None
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and odd EXIF, which are read all the same
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                picture = _rgb(ImageOps.exif_transpose(opened), background)
+    except Image.DecompressionBombError as error:
+        raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
+    except UnidentifiedImageError:
+        raise BadSampleError("it is no picture that Pillow reads", "convert or remove it") from None
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        raise BadSampleError(
+            f"it can't be decoded ({' '.join(str(error).split())})", "fetch it anew, or remove it"
+        ) from None
+    if min(picture.size) < min_side:
+        raise BadSampleError(
+            f"it is {picture.width} × {picture.height} px, and data.min_side is {min_side}", "use a larger one"
+        )
+    return picture
+
+
+def _rgb(picture: Image.Image, background: str) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    elif picture.mode == "F":
+        picture = picture.convert("L")
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, ImageColor.getrgb(background)), rgba).convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------- buckets
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes that pictures are brought to: one square, or sizes of about the same area and various aspect ratios."""
+
+    size: int
+    config: BucketConfig | None = None
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes, ordered by aspect ratio; where pictures are not upscaled, smaller ones are made as needed."""
+        if not self.config:
+            return ((self.size, self.size),)
+        step, area = self.config.step, self.size**2
+        low = -(-(self.config.smallest or self.size // 2) // step) * step
+        high = (self.config.largest or self.size * 2) // step * step
+        found = set()
+        for side in range(low, high + 1, step):
+            other = min(high, area // side // step * step)
+            if other >= low:
+                found |= {(side, other), (other, side)}
+        return tuple(sorted(found, key=lambda wh: (wh[0] / wh[1], wh)))
+
+    def of(self, width: int, height: int) -> Size:
+        """The size of the bucket for a picture of `width × height` pixels: the one of the nearest aspect ratio."""
+        ratio = math.log(width / height)
+        best = min(self.sizes, key=lambda wh: (abs(ratio - math.log(wh[0] / wh[1])), -wh[0] * wh[1]))
+        if self.config and not self.config.upscale:
+            step = self.config.step
+            return (max(step, min(best[0], width // step * step)), max(step, min(best[1], height // step * step)))
+        return best
+
+
+def cut(picture: Image.Image, size: Size, u: float = 0.5, v: float = 0.5) -> tuple[Image.Image, Size]:
+    """The largest part of a picture with the aspect ratio of `size`, resized to it (Lanczos, antialiased).
+
+    `u`, `v` in [0, 1] place it across and down what does not fit; 0.5 is the centre. Also returns the crop's left and
+    top, in pixels of the resized picture.
+    """
+    box, at = place(picture.size, size, u, v)
+    return (picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS, box=box)), at
+
+
+def place(original: Size, size: Size, u: float, v: float) -> tuple[tuple[float, float, float, float], Size]:
+    """The part that `cut` keeps, in pixels of the original, and its left and top in those of the resized picture."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    width, height = size[0] / scale, size[1] / scale
+    left, top = max(0.0, u * (original[0] - width)), max(0.0, v * (original[1] - height))
+    # Rounding may lead a box a hair outside, which Pillow refuses.
+    box = (left, top, min(left + width, original[0]), min(top + height, original[1]))
+    return box, (round(left * scale), round(top * scale))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """`(3, H, W)` float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
@@ -41,23 +129,11 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-class Pictures(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The pictures of a run by position: item n is `{"position": n, "pixels": (3, size, size)}`."""
-
-    def __init__(self, records: Sequence[Record], size: int, seed: int):
-        self.records, self.size = records, size
-        self.order = Order([record.weight for record in records], seed)
-
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        pixels = load(self.records[self.order[n]].path, self.size)
-        return {"position": torch.tensor(n), "pixels": pixels}
-
-
 def grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
 ) -> Image.Image:
     """A sheet of captioned pictures, those in `marked` in a frame; small pictures are enlarged to be seen."""
-    side = max(128, pictures[0].width)
+    side = max(128, *(max(picture.size) for picture in pictures))
     pad, line = 12, 15
     font = ImageFont.load_default(12)
     lines = [_wrap(caption, side, font) for caption in captions]
@@ -68,11 +144,12 @@ def grid(
     marked = set(marked)
     for i, picture in enumerate(pictures):
         x, y = pad + i % columns * (side + pad), pad + i // columns * height
-        sheet.paste(
-            picture.resize((side, round(side * picture.height / picture.width)), Image.Resampling.LANCZOS), (x, y)
-        )
+        shown = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+        left, top = x + (side - shown.width) // 2, y + side - shown.height
+        sheet.paste(shown, (left, top))
         if i in marked:
-            pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="#e8590c", width=2)
+            right, bottom = left + shown.width, top + shown.height
+            pen.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline="#e8590c", width=2)
         for j, text in enumerate(lines[i]):
             pen.text((x + side / 2, y + side + 6 + j * line), text, fill="#333", font=font, anchor="ma")
     return sheet

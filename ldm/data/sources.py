@@ -1,119 +1,157 @@
-"""Every way people keep captioned pictures, as one list of records.
+"""Every way people keep captioned pictures, as one stream of records.
 
-A folder holds pictures and, beside them, either one `metadata.jsonl` (`{"file_name": "a.png", "text": "a red heart"}` a
-line; `text` may be a list of captions) or a caption file for each picture (`a.png` + `a.txt`).
+A source is a path: a folder (with a metadata file, caption files beside the pictures, or class folders), tars, parquet,
+a data set of `datasets` on disk or on the Hub, kohya's TOML, or a built-in set. Which one it is, is found by looking.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
-from ldm.data import openmoji
+from ldm.config import SourceConfig
+from ldm.data import archives, folders, kohya, openmoji
+from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Where
 from ldm.errors import UserError
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+SAYS = {
+    "openmoji": "the built-in OpenMoji drawings",
+    "metadata": "a folder with a metadata file",
+    "sidecars": "a folder with a caption file beside each picture",
+    "classes": "class folders: a picture's folder is its caption",
+    "tar": "WebDataset tars",
+    "parquet": "parquet with an image column",
+    "datasets": "a data set of the library datasets",
+    "kohya": "kohya's TOML",
+}
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One captioned picture.
+def detect(source: SourceConfig) -> str:
+    """The kind of a source, one of SAYS; UserError, with what could be meant, where it is none."""
+    path = source.path
+    if source.kind != "auto":
+        return source.kind
+    if path in openmoji.SUBSETS:
+        return "openmoji"
+    if re.search(r"\.tar(\.\w+)?$", path):
+        return "tar"
+    if path.endswith(".parquet"):
+        return "parquet"
+    if path.endswith(".toml"):
+        return "kohya"
+    folder = Path(path)
+    if not folder.is_dir():
+        close = difflib.get_close_matches(path, openmoji.SUBSETS, n=1)
+        if close or not HUB_ID.match(path) or folder.exists():
+            hint = f"did you mean {close[0]!r}?" if close else f"give a folder or one of {', '.join(openmoji.SUBSETS)}"
+            raise UserError(f"data.source: {path!r} is neither a folder nor a built-in set; {hint}")
+        return "datasets"
+    if any((folder / name).exists() for name in folders.METADATA):
+        return "metadata"
+    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        return "datasets"
+    return _kind_of_folder(folder)
 
-    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
-    caption joins parts that training only shows apart). `weight` is how often it is drawn beside a plain picture's 1.
-    `attributes` is what a source knows of the picture besides its caption: OpenMoji's people have `role` and `tone`.
-    """
 
-    key: str
-    path: Path
-    captions: tuple[str, ...]
-    split: str = "train"
-    weight: float = 1.0
-    attributes: Mapping[str, str] = field(default_factory=dict)
+def _kind_of_folder(folder: Path) -> str:
+    in_classes = loose = False
+    for directory, names in folders.walk(folder):
+        suffixes, here = {Path(name).suffix for name in names}, set(names)
+        pictures = [name for name in names if folders.is_picture(name)]
+        if any(Path(name).stem + extension in here for name in pictures for extension in folders.SIDECARS):
+            return "sidecars"
+        for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
+            if suffix in suffixes and not pictures:
+                return kind
+        loose |= bool(pictures) and directory == folder
+        in_classes |= bool(pictures) and directory != folder
+    if in_classes:
+        return "classes"
+    raise UserError(
+        f"data.source: no captioned picture in {folder}; put a metadata.jsonl there, or a .txt beside each picture"
+        if loose
+        else f"data.source: no picture in {folder}; expected {', '.join(sorted(PICTURES))}, tars or parquet"
+    )
 
 
-def check(source: str) -> None:
-    """UserError where a source is neither a folder nor one of the built-in sets."""
-    if source not in openmoji.SUBSETS and not Path(source).is_dir():
-        close = difflib.get_close_matches(source, openmoji.SUBSETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"give a folder or one of {', '.join(openmoji.SUBSETS)}"
-        raise UserError(f"data.source: {source!r} is neither a folder nor a built-in set; {hint}")
+def check(sources: Sequence[SourceConfig]) -> None:
+    """UserError where a source can't be what it says; nothing is opened."""
+    for source in sources:
+        kind = detect(source)
+        if kind in ("metadata", "sidecars", "classes") and not Path(source.path).is_dir():
+            raise UserError(f"data.source: no folder {source.path}")
+        if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):
+            raise UserError(f"data.source: none of {', '.join(folders.METADATA)} in {source.path}; write one")
+        if kind == "kohya":
+            kohya.subsets(Path(source.path))
 
 
-def read(source: str, size: int, cache: Path) -> list[Record]:
-    """Reads a source, `openmoji-demo`, `openmoji-all` or a folder, into records ordered by key.
+class Sources:
+    """The sources of a run, in their order: their records, and the bytes of the pictures that these name."""
 
-    `size` (pixels) and `cache` (a folder that this may fill) are for sources that are drawn rather than read.
-    Raises UserError, naming source and remedy, where nothing can be read.
-    """
-    if source in openmoji.SUBSETS:
-        drawings = openmoji.draw(source, size, cache / f"{source}-{size}px")
-        return [
-            Record(d.code, path, d.captions, d.split, d.weight, {"role": d.role, "tone": d.tone} if d.role else {})
-            for d, path in drawings
-        ]
-    check(source)
-    folder = Path(source)
-    records = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_sidecars(folder)
-    if not records:
-        raise UserError(
-            f"data.source: no captioned picture in {folder}; put a metadata.jsonl there, or a .txt beside each picture"
+    def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path):
+        self.configs, self.size, self.cache = tuple(configs), size, cache
+        self.kinds = [detect(source) for source in self.configs]
+
+    def __getstate__(self) -> dict[str, object]:  # a loader's process opens tables itself
+        return {"configs": self.configs, "size": self.size, "cache": self.cache, "kinds": self.kinds}
+
+    def says(self) -> list[str]:
+        """A line a source: what it was taken for."""
+        return [f"data     {source.path}: {SAYS[kind]}" for source, kind in zip(self.configs, self.kinds, strict=True)]
+
+    def records(self, number: int) -> Records:
+        """What source `number` holds, good and bad; only names and captions are read."""
+        source, kind = self.configs[number], self.kinds[number]
+        for item in self._records(number, source, kind):
+            key = item.key if len(self.configs) == 1 else f"{number}:{item.key}"
+            if isinstance(item, Bad):
+                yield replace(item, key=key)
+            else:
+                yield replace(item, key=key, repeats=item.repeats * source.repeats)
+
+    def read(self, where: Where) -> bytes:
+        """The bytes of a picture; OSError or ValueError where they can't be had."""
+        if where.size == TABLE_ROW:
+            return self._tables[int(where.file)].picture(where.start)
+        return archives.read_bytes(where)
+
+    def table(self, number: int, streaming: bool = False) -> archives.Table:
+        source, kind = self.configs[number], self.kinds[number]
+        cache = str(self.cache / "datasets")
+        return archives.Table(source.path, kind, source.split, source.column, source.image, streaming, cache)
+
+    @cached_property
+    def _tables(self) -> dict[int, archives.Table]:
+        return {i: self.table(i) for i, kind in enumerate(self.kinds) if kind in ("parquet", "datasets")}
+
+    def _records(self, number: int, source: SourceConfig, kind: str) -> Records:
+        folder = Path(source.path)
+        if kind == "openmoji":
+            drawn = openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")
+            return (
+                Record(
+                    d.code, Where(str(path.resolve())), d.captions, split=d.split, weight=d.weight,
+                    attributes={"role": d.role, "tone": d.tone} if d.role else {},
+                )
+                for d, path in drawn
+            )  # fmt: skip
+        if kind == "metadata":
+            return folders.metadata(folder, source.column, source.lines)
+        if kind == "sidecars":
+            return folders.sidecars(folder, source.lines)
+        if kind == "classes":
+            return folders.classes(folder, source.template)
+        if kind == "kohya":
+            return kohya.read(folder)
+        if kind == "tar":
+            return archives.tars(archives.expand(source.path, (".tar",)), source.column, source.lines)
+        return (
+            item if isinstance(item, Bad) else item[0]
+            for item in self._tables[number].samples(str(number), source.lines)
         )
-    return sorted(records, key=lambda record: record.key)
-
-
-def fingerprint(records: Sequence[Record]) -> str:
-    """SHA-256 of which pictures with which captions there are, by name: a run is only continued on the same ones."""
-    lines = [[record.key, record.captions, record.weight] for record in records]
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-
-
-def _from_metadata(folder: Path) -> list[Record]:
-    records = []
-    where = folder / "metadata.jsonl"
-    for number, line in enumerate(_text(where).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{where} line {number}: {error!r}; expected {{"file_name": "a.png", "text": "…"}}'
-            ) from None
-        captions = [text] if isinstance(text, str) else text
-        if (
-            not isinstance(captions, list)
-            or not all(isinstance(c, str) and c.strip() for c in captions)
-            or not captions
-        ):
-            raise UserError(f"{where} line {number}: text {text!r}; give a caption, or a list of captions")
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()) or not path.is_file():
-            raise UserError(f"{where} line {number}: file_name {name!r} is not a file inside {folder}")
-        records.append(Record(name, path, tuple(captions)))
-    return records
-
-
-def _from_sidecars(folder: Path) -> list[Record]:
-    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-    captioned = [path for path in pictures if path.with_suffix(".txt").exists()]
-    return [Record(str(path.relative_to(folder)), path, (_caption(path.with_suffix(".txt")),)) for path in captioned]
-
-
-def _caption(path: Path) -> str:
-    caption = _text(path).strip()
-    if not caption:
-        raise UserError(f"{path}: an empty caption; write what the picture shows")
-    return caption
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+from ldm.data.index import Index
 from ldm.data.openmoji import TONES
-from ldm.data.sources import Record
+from ldm.data.records import Record
 
 
 def by_pixels(pictures: torch.Tensor) -> torch.Tensor:
@@ -21,7 +22,7 @@ def nearest(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> torch.Te
     return torch.cdist(generated, real).topk(min(k, len(real)), largest=False).indices
 
 
-def following(found: torch.Tensor, wanted: Sequence[int], records: Sequence[Record]) -> dict[str, float]:
+def following(found: torch.Tensor, wanted: Sequence[int], records: Sequence[Record] | Index) -> dict[str, float]:
     """Shares, in [0, 1], of generated pictures whose nearest real ones, `found` `(N, k)`, are what was asked for.
 
     `wanted[i]` is the index in `records` of the picture that prompt i describes. top1, top5: it is the nearest, among

@@ -1,13 +1,15 @@
 """Stage two on a handful of pictures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldm import autoencoder, config, text
-from ldm.data.sources import read
+from ldm import autoencoder, text
+from ldm.config import Config
+from ldm.data.index import Index
 from ldm.pipeline import LatentDiffusion
 from stage2_diffusion.train import train
 
@@ -15,20 +17,19 @@ PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "fl
 
 
 @pytest.mark.parametrize("target", PREDICTION)
-def test_every_target_is_learned_and_named_in_the_export(root: Path, tmp_path: Path, target: str) -> None:
-    settings = config.load(
-        root / "configs/tiny.yaml",
-        [
-            f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"stage2.target={target}",
-            "stage2.steps=60", "stage2.channels=[16, 32]", "stage2.schedule=cosine", "sample.prompts=[]",
-        ],
+def test_every_target_is_learned_and_named_in_the_export(
+    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]]
+) -> None:
+    settings, index = drawings(
+        f"stage2.target={target}", "stage2.steps=60", "stage2.channels=[16, 32]", "stage2.schedule=cosine",
+        "sample.prompts=[]",
     )  # fmt: skip
-    records = [record for record in read("openmoji-demo", 16, tmp_path) if record.split == "train"][:8]
+    pictures = index.select("train").first(8)
     torch.manual_seed(0)
     vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 4, 8, False, 16))
-    train(settings, records, vae, text.load(settings.text.model, settings.text.max_tokens))
+    train(settings, pictures, vae, text.load(settings.text.model, settings.text.max_tokens))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/stage2/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert model.scheduler.config.prediction_type == PREDICTION[target]
-    assert model(records[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
+    assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)

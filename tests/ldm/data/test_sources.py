@@ -1,66 +1,303 @@
-"""Folders of captioned pictures."""
+"""Every kind of source: what it is taken for, and that all of them give the same pictures and captions."""
 
+import csv
+import io
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.data.sources import read
+from ldm import config
+from ldm.data import index
+from ldm.data.index import Index
+from ldm.data.records import Bad
+from ldm.data.samples import Pictures
+from ldm.data.sources import Sources, detect
 from ldm.errors import UserError
+
+CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (20, 16), "red").save(tmp_path / name)
-    return tmp_path
+def pictures(tmp_path: Path) -> dict[str, bytes]:
+    """Encoded pictures by name."""
+    rng, encoded = np.random.default_rng(0), {}
+    for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.webp", "WEBP")):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (24, 30, 3), np.uint8)).save(buffer, kind)
+        encoded[name] = buffer.getvalue()
+    return encoded
 
 
-def test_metadata_and_caption_files_read_alike(folder: Path) -> None:
-    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": ["two", "deux"]}]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [(r.key, r.captions) for r in read(str(folder), 16, folder)] == [
-        ("a.png", ("one",)),
-        ("b.png", ("two", "deux")),
-    ]
-    (folder / "metadata.jsonl").unlink()
-    (folder / "a.txt").write_text("one\n")
-    (folder / "b.txt").write_text("two")
-    assert [(r.key, r.captions) for r in read(str(folder), 16, folder)] == [("a.png", ("one",)), ("b.png", ("two",))]
+def lay(folder: Path, pictures: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def as_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+    rows = [{"file_name": name, "text": text} for name, text in CAPTIONS.items()]
+    (lay(folder, pictures) / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def as_csv(folder: Path, pictures: dict[str, bytes]) -> str:
+    with (lay(folder, pictures) / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerows([("file_name", "text"), *((name, "\n".join(text)) for name, text in CAPTIONS.items())])
+    return f"{{path: {folder}, lines: true}}"
+
+
+def as_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    table = pa.table({"file_name": list(CAPTIONS), "text": list(CAPTIONS.values())})
+    pq.write_table(table, lay(folder, pictures) / "metadata.parquet")
+    return str(folder)
+
+
+def as_sidecars(folder: Path, pictures: dict[str, bytes]) -> str:
+    for name, text in CAPTIONS.items():
+        (lay(folder, pictures) / name).with_suffix(".txt").write_text("\n".join(text), "utf-8")
+    (folder / "a.txt").rename(folder / "a.caption")
+    return f"{{path: {folder}, lines: true}}"
+
+
+def as_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    for shard, names in enumerate((["a.png", "b.jpg"], ["c.webp"])):
+        with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
+            for name in names:
+                about = json.dumps({"text": CAPTIONS[name]}).encode()
+                for member, data in ((name, pictures[name]), (Path(name).stem + ".json", about)):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return str(folder / "s-{0..1}.tar")
+
+
+def as_url(folder: Path, pictures: dict[str, bytes]) -> str:
+    return "file://" + as_tar(folder, pictures)
+
+
+def as_dataset(pictures: dict[str, bytes]) -> datasets.Dataset:
+    images = [{"bytes": data, "path": None} for data in pictures.values()]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    return datasets.Dataset.from_dict({"image": images, "text": list(CAPTIONS.values())}, features)
+
+
+def as_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    as_dataset(pictures).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def as_plain_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    table = pa.table({"image": list(pictures.values()), "text": list(CAPTIONS.values())})
+    pq.write_table(table, folder / "train.parquet")
+    return str(folder / "train.parquet")
+
+
+def as_saved(folder: Path, pictures: dict[str, bytes]) -> str:
+    as_dataset(pictures).save_to_disk(folder)
+    return str(folder)
+
+
+KINDS: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
+    "jsonl": as_jsonl, "csv": as_csv, "metadata parquet": as_metadata_parquet, "sidecars": as_sidecars,
+    "tar": as_tar, "url": as_url, "parquet": as_parquet, "plain parquet": as_plain_parquet, "datasets": as_saved,
+}  # fmt: skip
+DETECTED = {"jsonl": "metadata", "csv": "metadata", "metadata parquet": "metadata", "url": "tar"}
+DETECTED |= {"plain parquet": "parquet"}
+
+
+def settings(root: Path, folder: Path, source: str, *overrides: str) -> config.Config:
+    return config.load(
+        root / "configs/tiny.yaml", [f"run.dir={folder}", f"data.source={source}", "data.size=16", *overrides]
+    )
+
+
+def by_picture(pictures: Index) -> dict[bytes, tuple[tuple[str, ...], int, int]]:
+    return {entry.sha256: (entry.captions, entry.width, entry.height) for entry in pictures}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_tensors_and_captions(
+    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    reference = index.build(settings(root, tmp_path / "a", as_jsonl(tmp_path / "reference", pictures)))
+    given = settings(root, tmp_path / "b", KINDS[kind](tmp_path / "data", pictures))
+    found = index.build(given)
+    assert found.bad_count() == 0
+    assert found.sources.kinds == [DETECTED.get(kind, kind)]
+    assert by_picture(found) == by_picture(reference)
+    order = {entry.sha256: i for i, entry in enumerate(found)}
+    for i, entry in enumerate(reference):
+        mine = Pictures(found, given, 1).draws.index.picture(order[entry.sha256])
+        assert mine.tobytes() == reference.picture(i).tobytes()
+    seen = {bytes(Pictures(found, given, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
+    assert seen == {Pictures(reference, given, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
+
+
+def test_class_folders_give_captions_by_template_and_labels(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    lay(tmp_path / "data/rain_coat", {"001.png": pictures["a.png"]})
+    lay(tmp_path / "data/hat/summer", {"001.jpg": pictures["b.jpg"]})
+    given = settings(root, tmp_path / "run", f"{{path: {tmp_path / 'data'}, template: 'a photo of a {{}}'}}")
+    found = index.build(given)
+    assert found.sources.kinds == ["classes"]
+    assert {(entry.captions, entry.label) for entry in found} == {
+        (("a photo of a rain coat",), "rain_coat"), (("a photo of a hat",), "hat"),
+    }  # fmt: skip
+    assert found.labels() == ["hat", "rain_coat"]
+    samples = Pictures(found, given, 1)
+    assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
+
+
+def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    as_jsonl(tmp_path / "one", pictures)
+    as_sidecars(
+        tmp_path / "two", {"a.png": pictures["a.png"], "b.jpg": pictures["b.jpg"], "c.webp": pictures["c.webp"]}
+    )
+    for mix, expected in (
+        (f"[{tmp_path / 'one'}, {{path: {tmp_path / 'two'}, repeats: 3}}]", 0.75),
+        (f"[{{path: {tmp_path / 'one'}, weight: 1}}, {{path: {tmp_path / 'two'}, weight: 4}}]", 0.8),
+    ):
+        given = settings(root, tmp_path / "run", mix)
+        found = index.build(given)
+        assert len(found) == 6
+        draws = Pictures(found, given, 1).draws
+        share = np.mean([draws[n].entry.key.startswith("1:") for n in range(300)])
+        assert share == pytest.approx(expected, abs=0.02)
+
+
+KOHYA = """
+[general]
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 1
+[[datasets]]
+resolution = 16
+enable_bucket = true
+bucket_reso_steps = 8
+min_bucket_reso = 8
+max_bucket_reso = 32
+bucket_no_upscale = true
+  [[datasets.subsets]]
+  image_dir = "one"
+  num_repeats = 2
+  flip_aug = true
+  caption_dropout_rate = 0.5
+  [[datasets.subsets]]
+  image_dir = "two"
+  class_tokens = "a scarf"
+"""
+
+
+def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    lay(tmp_path / "one", {"a.png": pictures["a.png"]})
+    (tmp_path / "one/a.txt").write_text("hat, red, wool")
+    lay(tmp_path / "two", {"c.webp": pictures["c.webp"]})
+    (tmp_path / "set.toml").write_text(KOHYA)
+    given = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
+    assert given.data.buckets == config.BucketConfig(step=8, smallest=8, largest=32, upscale=False)
+    hat, scarf = index.build(given)
+    assert set(hat.captions) == {"hat, red, wool", "hat, wool, red"}
+    assert (hat.repeats, hat.flip, hat.dropout) == (2, True, 0.5)
+    assert (scarf.captions, scarf.repeats, scarf.flip, scarf.dropout) == (("a scarf",), 1, None, None)
+    with pytest.raises(UserError, match=r"data\.size: 32, but .*set\.toml says 16"):
+        settings(root, tmp_path / "run", str(tmp_path / "set.toml"), "data.size=32")
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"file_name": "../x.png", "text": "x"}', "not a file inside"),
-        ('{"file_name": "a.png", "text": 5}', "text 5"),
-        ('{"file_name": "a.png", "text": null}', "text None"),
-        ('{"file_name": "a.png", "text": []}', "give a caption"),
-        ('{"file_name": "a.png", "text": [" "]}', "give a caption"),
-        ('{"text": "x"}', "file_name"),
-        ("{", "line 1"),
+        ("num_repeat = 2", "'num_repeat' is unknown or has no meaning here; the nearest is 'num_repeats'"),
+        ("batch_size = 4", "batch_size has no meaning here; set stage2.batch"),
+        ("flip_aug = 1", "flip_aug: 1; give bool"),
+        ("caption_dropout_rate = 1.5", "caption_dropout_rate: 1.5; give less than 1"),
+        ("num_repeats = 0", "num_repeats: 0; give 1 or more"),
     ],
 )
-def test_bad_metadata_is_named_by_line(folder: Path, line: str, says: str) -> None:
-    (folder / "metadata.jsonl").write_text(line)
-    with pytest.raises(UserError, match="line 1") as caught:
-        read(str(folder), 16, folder)
+def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, says: str, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.toml").write_text(f"[general]\n{line}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'x'\n")
+    with pytest.raises(UserError) as caught:
+        settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize(("caption", "says"), [(b"caf\xe9", "not UTF-8"), (b" \n", "an empty caption")])
-def test_a_bad_caption_file_is_named(folder: Path, caption: bytes, says: str) -> None:
-    (folder / "a.txt").write_bytes(caption)
-    with pytest.raises(UserError, match=rf"a\.txt: {says}"):
-        read(str(folder), 16, folder)
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"file_name": "../x.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "link.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "gone.png", "text": "x"}', "no such file"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "can't be followed"),
+        ('{"file_name": "a.png", "text": 5}', "its caption is 5"),
+        ('{"file_name": "a.png", "text": null}', "no caption"),
+        ('{"file_name": "a.png", "text": []}', "no caption"),
+        ('{"file_name": "a.png", "text": [" "]}', "empty"),
+        ('{"text": "x"}', "file_name"),
+        ("[1]", "no JSON object"),
+        ("{", "no JSON"),
+    ],
+)
+def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
+    line: str, says: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (tmp_path / "secret.png").write_bytes(pictures["a.png"])
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "metadata.jsonl").write_text(line + '\n{"file_name": "b.jpg", "text": "shoes"}\n')
+    sources = Sources(settings(root, tmp_path, str(folder)).data.source, 16, tmp_path)
+    bad, good = sources.records(0)
+    assert isinstance(bad, Bad)
+    assert "line 1" in bad.key
+    assert says in bad.reason
+    assert not isinstance(good, Bad)
+    assert good.captions == ("shoes",)
 
 
-def test_a_folder_without_captions_says_what_to_put_there(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"metadata\.jsonl"):
-        read(str(folder), 16, folder)
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("openmoji-dem", "did you mean 'openmoji-demo'"),
+        ("{}/nothing", "neither a folder nor a built-in set"),
+        ("{}/empty", "no picture in"),
+        ("{}/loose", "put a metadata.jsonl there, or a .txt beside each picture"),
+        ("{}/no-*.tar", "no file matches"),
+    ],
+)
+def test_what_is_no_source_is_named_with_what_to_do(
+    source: str, says: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    lay(tmp_path / "loose", pictures)
+    given = settings(root, tmp_path / "run", source.format(tmp_path))
+    with pytest.raises(UserError) as caught:
+        index.build(given)
+    assert says in str(caught.value)
 
 
-def test_an_unknown_source_suggests_the_known_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'openmoji-demo'"):
-        read("openmoji-dem", 16, tmp_path)
+def test_a_table_without_the_column_says_which_there_are(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = as_parquet(tmp_path / "data", pictures)
+    with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.column"):
+        index.build(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
+    as_csv(tmp_path / "csv", pictures)
+    with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
+        index.build(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
+
+
+def test_an_id_of_the_hub_is_taken_for_one(root: Path, tmp_path: Path) -> None:
+    assert detect(settings(root, tmp_path, "someone/pictures").data.source[0]) == "datasets"

@@ -1,17 +1,15 @@
 """The prompt-following figure."""
 
-from pathlib import Path
-
 import torch
 
 from ldm.data.openmoji import TONES
-from ldm.data.sources import Record
+from ldm.data.records import Record, Where
 from ldm.metrics.following import by_pixels, following, nearest
 
 
 def people() -> list[Record]:
     return [
-        Record(f"{role}-{tone}", Path(), (f"{role}, {tone}",), attributes={"role": role, "tone": tone})
+        Record(f"{role}-{tone}", Where(""), (f"{role}, {tone}",), attributes={"role": role, "tone": tone})
         for role in ("cook", "judge")
         for tone in TONES
     ]

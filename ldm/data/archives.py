@@ -1,0 +1,221 @@
+"""Pictures in few large files: WebDataset tars, parquet, and data sets that `datasets` opens, here or on the Hub."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import fsspec
+from braceexpand import braceexpand
+from fsspec.core import url_to_fs
+from webdataset.tariterators import group_by_keys
+
+from ldm.data.records import PICTURES, TABLE_ROW, Bad, BadSampleError, Record, Records, Where, captions_of
+from ldm.errors import UserError
+
+Sample = tuple[Record, bytes] | Bad
+BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+
+
+def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that `data-{000..099}.tar`, `data/*.tar`, a folder or a URL of such mean, in order."""
+    found: list[str] = []
+    try:
+        for pattern in braceexpand(path):
+            system, root = url_to_fs(pattern)
+            if system.isdir(root):
+                inside = (name for name in system.find(root) if name.endswith(suffixes))
+                found += [_named(system, name) for name in sorted(inside)]
+            elif any(letter in root for letter in "*?["):
+                found += [_named(system, name) for name in sorted(system.glob(root))]
+            else:
+                found.append(pattern)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"data.source: can't list {path} ({' '.join(str(error).split())})") from None
+    if not found:
+        raise UserError(f"data.source: no file matches {path}; expected {' or '.join(suffixes)}")
+    return found
+
+
+def tars(urls: Sequence[str], column: str = "text", lines: bool = False) -> Records:
+    """The samples of WebDataset tars: a picture, and its captions in `.txt` or in `column` of `.json`."""
+    for url in urls:
+        if not url.endswith(".tar"):
+            raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
+        for group in _groups(url, whole=False):
+            if isinstance(group, Bad):
+                yield group
+            else:
+                found = _record(url, group, column, lines)
+                yield found if isinstance(found, Bad) else found[0]
+
+
+def tar_samples(url: str, column: str = "text", lines: bool = False) -> Iterator[Sample]:
+    """The same of one tar, read from its beginning to its end, with the bytes of each picture."""
+    for group in _groups(url, whole=True):
+        if isinstance(group, Bad):
+            yield group
+        else:
+            found = _record(url, group, column, lines)
+            yield found if isinstance(found, Bad) else (found[0], found[1])
+
+
+def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
+    """Samples as webdataset groups them: suffix → bytes, or a picture's place in the tar unless `whole`."""
+    problems: list[Bad] = []
+
+    def problem(error: Exception) -> bool:
+        text = str(error.args[0] if error.args else error).split(" dict_keys")[0]
+        problems.append(Bad(url, text, "give each file of a tar its own name"))
+        return True
+
+    def members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*" if whole else "r:") as tar:
+                for member in tar:
+                    if not member.isreg():
+                        continue
+                    data: Any = member
+                    if whole or not member.name.lower().endswith(tuple(PICTURES)):
+                        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    yield {"fname": member.name, "data": data, "__url__": url}
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+        except BROKEN as error:
+            problems.append(Bad(url, f"the tar can't be read on ({error})", "fetch or write it anew"))
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            yield from group_by_keys(members(file), handler=problem)
+    except (OSError, ValueError, ImportError) as error:
+        problems.append(Bad(url, f"it can't be opened ({error})", "see that it is there and may be read"))
+    yield from problems
+
+
+def _record(url: str, group: dict[str, Any], column: str, lines: bool) -> tuple[Record, Any] | Bad:
+    suffix = next((suffix for suffix in group if f".{suffix}" in PICTURES), None)
+    key = f"{Path(url).name}:{group['__key__']}"
+    if not suffix:
+        return Bad(key, "it has no picture", "add one, or drop its other files")
+    picture = group[suffix]
+    try:
+        if "txt" in group:
+            captions = captions_of(group["txt"], lines)
+        elif "json" in group:
+            captions = captions_of(_column(group["json"], column), lines)
+        else:
+            raise BadSampleError("it has no caption", "add a .txt or .json of the same name")
+    except BadSampleError as error:
+        return Bad(f"{key}.{suffix}", *error.args)
+    where = Where(url) if isinstance(picture, bytes) else Where(url, picture.offset_data, picture.size)
+    return Record(f"{key}.{suffix}", where, captions), picture
+
+
+def _column(content: bytes, column: str) -> Any:
+    try:
+        return json.loads(content)[column]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadSampleError(
+            f"its .json has no {column!r} ({error!r})", "write it, or set data.source.column"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------- tables of `datasets`
+
+
+class Table:
+    """A data set that `datasets` opens, with one picture a row, which stays encoded until it is asked for."""
+
+    def __init__(
+        self, path: str, kind: str, split: str, column: str, image: str, streaming: bool = False, cache: str = ""
+    ):
+        self.column, self.image = column, image
+        options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache or None}
+        quiet = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            if kind == "parquet":
+                files = expand(path, (".parquet",))
+                self.rows = datasets.load_dataset("parquet", data_files={split: files}, **options)
+            elif (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
+                found = datasets.load_from_disk(path)
+                if isinstance(found, datasets.DatasetDict):
+                    found = found[split]
+                self.rows = found.to_iterable_dataset(min(64, len(found))) if streaming else found
+            else:
+                self.rows = datasets.load_dataset(path, **options)
+            names = self.rows.column_names or list(next(iter(self.rows)))
+            for key, name in (("column", column), ("image", image)):
+                if name not in names:
+                    raise UserError(
+                        f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
+                    )
+            if isinstance((self.rows.features or {}).get(image), datasets.Image):
+                self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
+        except UserError:
+            raise
+        except Exception as error:  # datasets raises whatever its readers raise
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"data.source: datasets can't open {path} ({type(error).__name__}: {text})") from None
+        finally:
+            if quiet:
+                datasets.enable_progress_bars()
+        self.name = Path(path.rstrip("/")).name
+
+    def samples(self, number: str = "", lines: bool = False, shard: int | None = None) -> Iterator[Sample]:
+        """Record and picture of each row, or of those of one shard; `number` is what records call this table."""
+        rows = self.rows if shard is None else self.rows.shard(self.rows.num_shards, shard)
+        for i, row in enumerate(rows):
+            key = f"{self.name}:{i}" if shard is None else f"{self.name}:{shard}-{i}"
+            try:
+                captions = captions_of(row[self.column], lines)
+                yield Record(key, Where(number, i, TABLE_ROW), captions), self._bytes(row)
+            except BadSampleError as error:
+                yield Bad(key, *error.args)
+
+    def picture(self, row: int) -> bytes:
+        return self._bytes(self.rows.select_columns([self.image])[row])
+
+    def _bytes(self, row: dict[str, Any]) -> bytes:
+        value = row[self.image]
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        if not isinstance(value, bytes):
+            raise BadSampleError("its row has no picture, or only the name of one", "store the pictures' bytes in it")
+        return value
+
+
+# ---------------------------------------------------------------------------------------------------- bytes
+
+
+def read_bytes(where: Where) -> bytes:
+    """The bytes of a picture in a file or behind a URL."""
+    if "://" not in where.file:
+        with Path(where.file).open("rb") as file:
+            file.seek(where.start)
+            return file.read(where.size)
+    system, path = url_to_fs(where.file)
+    return system.cat_file(path, where.start, None if where.size < 0 else where.start + where.size)
+
+
+def stamp(file: str, seen: dict[str, str]) -> str:
+    """What tells that a file is as it was: size and time of a local one, what its system knows of another."""
+    if file not in seen:
+        try:
+            if "://" in file:
+                system, path = url_to_fs(file)
+                seen[file] = str(system.ukey(path))
+            else:
+                facts = Path(file).stat()
+                return f"{facts.st_size} {facts.st_mtime_ns}"
+        except (OSError, NotImplementedError, ValueError):
+            return ""
+    return seen[file]
+
+
+def _named(system: Any, path: str) -> str:
+    return path if "file" in system.protocol else system.unstrip_protocol(path)

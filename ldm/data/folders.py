@@ -1,0 +1,174 @@
+"""Folders of pictures: captions in one metadata file, in a file beside each picture, or in the name of the folder.
+
+Nothing outside the folder is read, whatever a metadata file or a symbolic link says.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Where, captions_of
+from ldm.errors import UserError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECARS = (".txt", ".caption")
+
+
+def metadata(folder: Path, column: str = "text", lines: bool = False) -> Records:
+    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, and captions in `column`."""
+    file = next(folder / name for name in METADATA if (folder / name).exists())
+    for number, row in _rows(file, column):
+        place = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
+        if isinstance(row, str):
+            yield Bad(place, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
+        elif not isinstance(name := row.get("file_name"), str) or not name:
+            yield Bad(place, "it has no file_name", "name the picture, relative to the folder")
+        else:
+            path = _inside(folder, name)
+            if isinstance(path, str):
+                yield Bad(f"{place}, {name!r}", path, f"name a file inside {folder}")
+                continue
+            try:
+                captions = captions_of(row.get(column), lines)
+            except BadSampleError as error:
+                yield Bad(f"{place}, {name!r}", *error.args)
+                continue
+            yield Record(name, Where(str(path)), captions)
+
+
+def sidecars(folder: Path, lines: bool = False, extensions: tuple[str, ...] = SIDECARS, otherwise: str = "") -> Records:
+    """A folder, with those in it, of pictures with a caption file beside each: `a.jpg` and `a.txt` or `a.caption`.
+
+    `otherwise` is the caption of a picture that has none.
+    """
+    for directory, names in walk(folder):
+        here = set(names)
+        for name in names:
+            stem = Path(name).stem
+            if not is_picture(name):
+                continue
+            key = str((directory / name).relative_to(folder))
+            path = _inside(folder, key)
+            beside = next((stem + extension for extension in extensions if stem + extension in here), None)
+            if isinstance(path, str):
+                yield Bad(key, path, f"copy it into {folder}")
+                continue
+            try:
+                if beside:
+                    file = _inside(folder, str((directory / beside).relative_to(folder)))
+                    if isinstance(file, str):
+                        raise BadSampleError(f"its caption file {beside}: {file}", f"copy it into {folder}")
+                    captions = captions_of(file.read_bytes(), lines)
+                elif otherwise:
+                    captions = captions_of(otherwise)
+                else:
+                    raise BadSampleError("it has no caption", f"write one into {stem}{extensions[0]} beside it")
+            except BadSampleError as error:
+                yield Bad(key, *error.args)
+                continue
+            except OSError as error:
+                yield Bad(key, f"can't read {beside}: {error.strerror}", "let it be read")
+                continue
+            yield Record(key, Where(str(path)), captions)
+
+
+def classes(folder: Path, template: str = "{}") -> Records:
+    """A folder of folders of pictures, each named after what its pictures show; `template` makes it a caption."""
+    for directory, names in walk(folder):
+        for name in names:
+            if not is_picture(name):
+                continue
+            key = str((directory / name).relative_to(folder))
+            path = _inside(folder, key)
+            label = Path(key).parts[0] if directory != folder else ""
+            if isinstance(path, str):
+                yield Bad(key, path, f"copy it into {folder}")
+            elif not label:
+                yield Bad(key, "it is in no class folder", "move it into the folder of its class")
+            else:
+                yield Record(key, Where(str(path)), captions_of(template.replace("{}", label.replace("_", " "))), label)
+
+
+def is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURES
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each directory and the names of its files, sorted; hidden ones and links to directories are left out."""
+    for place, directories, names in os.walk(folder):
+        directories[:] = sorted(name for name in directories if not name.startswith((".", "__MACOSX")))
+        yield Path(place), sorted(name for name in names if not name.startswith("."))
+
+
+def _inside(folder: Path, name: str) -> Path | str:
+    """The file `name` of the folder, or what is wrong with it."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            return "it leads out of the folder"
+        return path if path.is_file() else "there is no such file"
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name that is too long
+        return f"it can't be followed ({error})"
+
+
+def _rows(file: Path, column: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Number, from 1, and content of each row, or what is wrong with it; UserError where the file is no table."""
+    if file.suffix == ".jsonl":
+        with file.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield number, _json_row(line)
+        return
+    try:
+        if file.suffix == ".parquet":
+            with pq.ParquetFile(file) as table:
+                _has_columns(file, table.schema_arrow.names, column)
+                number = 0
+                for batch in table.iter_batches(4096, columns=["file_name", column]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+            return
+        csv.field_size_limit(sys.maxsize)
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            reader = csv.DictReader(text)
+            _has_columns(file, list(reader.fieldnames or []), column)
+            while True:
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    yield reader.line_num, f"it is no CSV ({error})"
+                    continue
+                if row is None:
+                    return
+                yield reader.line_num, row
+    except (pa.ArrowException, OSError, csv.Error) as error:
+        raise UserError(f"{file}: can't be read ({' '.join(str(error).split())}); write it anew") from None
+
+
+def _json_row(line: bytes) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 ({error.reason} at byte {error.start})"
+    except (ValueError, RecursionError) as error:
+        return f"it is no JSON ({error})"
+    return row if isinstance(row, dict) else "it is no JSON object"
+
+
+def _has_columns(file: Path, found: list[str], column: str) -> None:
+    for wanted in ("file_name", column):
+        if wanted not in found:
+            raise UserError(
+                f"{file}: no column {wanted!r} among {', '.join(found) or 'none'}; add it"
+                + (", or name the one with captions in data.source.column" if wanted == column else "")
+            )

@@ -1,0 +1,96 @@
+"""What sources yield: captioned pictures, and what is wrong with those that can't be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+PICTURES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+
+
+class Where(NamedTuple):
+    """Where a picture's bytes are: a whole file or URL, `size` bytes of one from `start`, or row `start` of a table."""
+
+    file: str
+    start: int = 0
+    size: int = -1  # -1: the whole file; -2: a row of the `datasets` table that the source `file` opens
+
+
+TABLE_ROW = -2
+
+
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture.
+
+    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
+    caption joins parts that training only shows apart). It comes `repeats` times an epoch; `weight` is how often it is
+    drawn beside another's 1. `flip` and `dropout` are the source's own, where it has them. `attributes` is what a
+    source knows of the picture besides its caption: OpenMoji's people have `role` and `tone`.
+    """
+
+    key: str
+    where: Where
+    captions: tuple[str, ...]
+    label: str = ""  # the class folder's name
+    split: str = "train"
+    weight: float = 1.0
+    repeats: int = 1
+    flip: bool | None = None
+    dropout: float | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A picture or a line that can't be used: its name, what is wrong with it, and how to mend it."""
+
+    key: str
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}; {self.fix}"
+
+
+Records = Iterator[Record | Bad]
+
+
+class BadSampleError(ValueError):
+    """A picture or caption that can't be used; the arguments are the reason and how to mend it."""
+
+
+def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
+    """Captions from a string or a list of strings, white space tidied; BadSampleError where there is none.
+
+    With `lines`, each line of a string is a caption.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSampleError(
+                f"the caption is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
+            ) from None
+    if isinstance(value, str):
+        value = value.splitlines() if lines else [value]
+        if lines:
+            value = [line for line in value if line.strip()] or [""]
+    if value is None or value == []:
+        raise BadSampleError("it has no caption", "give it one")
+    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+        raise BadSampleError(f"its caption is {_short(value)}", "give a string or a list of strings")
+    tidy = tuple(" ".join(caption.split()) for caption in value)
+    if not all(tidy):
+        raise BadSampleError("its caption is empty", "write what the picture shows")
+    for caption in tidy:
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):  # what a reader puts for bytes that are no UTF-8
+            raise BadSampleError("the caption is not UTF-8", "save the file as UTF-8")
+    return tidy
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "…"

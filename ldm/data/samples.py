@@ -1,0 +1,167 @@
+"""What a run shows at each position: which picture, cut where, mirrored or not, under which caption.
+
+All of it is drawn from (seed, position), so it is the same for any number of processes and loader workers, and for
+latents from the cache as for latents encoded on the fly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from PIL import ImageOps
+
+from ldm.autoencoder import Autoencoder
+from ldm.config import Config
+from ldm.data.cache import Cache, View, build
+from ldm.data.images import Size, cut, to_tensor
+from ldm.data.index import Entry, Index
+from ldm.data.order import Order, generator, normal
+from ldm.text import TextEncoder
+
+Item = dict[str, Any]
+
+
+class Draw(NamedTuple):
+    """One position of a run."""
+
+    number: int  # of the entry
+    entry: Entry
+    view: View
+    caption: str
+
+
+class Draws:
+    """The draws of a run by position."""
+
+    def __init__(self, index: Index, config: Config, batch: int):
+        self.index, self.data, self.seed = index, config.data, config.run.seed
+        self.sizes = index.sizes()
+        self.order = Order(index.weights(), self.seed, batch, self.sizes, index.column("repeats"))
+        self.classes = {label: number for number, label in enumerate(index.labels())}
+
+    def __getitem__(self, n: int) -> Draw:
+        number = self.order[n]
+        entry, data = self.index[number], self.data
+        choice = int(generator(self.seed, "caption", n).integers(len(entry.captions)))
+        mirrored = data.flip if entry.flip is None else entry.flip
+        flip = mirrored and bool(generator(self.seed, "flip", n).random() < 0.5)
+        crop = int(generator(self.seed, "crop", n).integers(data.crops)) if data.crop == "random" else -1
+        return Draw(number, entry, View(self.sizes[number], crop, flip), entry.captions[choice])
+
+    def pixels(self, n: int, draw: Draw) -> tuple[torch.Tensor, Size]:
+        """The picture of a draw, `(3, H, W)` in [-1, 1], and the crop's left and top in the resized picture.
+
+        Where nothing is cached, each draw of a random crop lies somewhere else.
+        """
+        picture, view, sha256 = self.index.picture(draw.number), draw.view, draw.entry.sha256
+        if view.crop < 0 or self.data.cache == "disk":
+            return view.cut(picture, sha256), view.at(picture.size, sha256)
+        u, v = generator(self.seed, "corner", n).random(2)
+        part, at = cut(picture, view.size, float(u), float(v))
+        return to_tensor(ImageOps.mirror(part) if view.flip else part), at
+
+    def facts(self, n: int, draw: Draw) -> Item:
+        """What else a model may be told: position, original width and height, class."""
+        return {
+            "position": torch.tensor(n),
+            "original_size": torch.tensor((draw.entry.width, draw.entry.height)),
+            "class": torch.tensor(self.classes.get(draw.entry.label, -1)),
+        }
+
+
+class Pictures(torch.utils.data.Dataset[Item]):
+    """The pictures of a run by position: item n is `{"position": n, "pixels": (3, H, W), "crop": (left, top), …}`."""
+
+    def __init__(self, index: Index, config: Config, batch: int):
+        self.draws = Draws(index, config, batch)
+
+    def __getitem__(self, n: int) -> Item:
+        draw = self.draws[n]
+        pixels, at = self.draws.pixels(n, draw)
+        return {**self.draws.facts(n, draw), "pixels": pixels, "crop": torch.tensor(at)}
+
+
+def whole(index: Index, batch: int = 64) -> Iterator[torch.Tensor]:
+    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`."""
+    sizes = index.sizes()
+    for size in sorted(set(sizes)):
+        mine = [i for i, other in enumerate(sizes) if other == size]
+        for start in range(0, len(mine), batch):
+            part = mine[start : start + batch]
+            yield torch.stack([View(size).cut(index.picture(i), b"") for i in part])
+
+
+# --------------------------------------------------------------------------------------------- the samples of stage two
+
+
+class Feed:
+    """The samples of stage two: a data set by position, and what makes latents and embeddings of its batches.
+
+        for batch in run.batches(feed):
+            x0, text_states = feed.encoded(batch)
+
+    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device; `null` is the unconditional one.
+    """
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset[Item],
+        null: torch.Tensor,
+        encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor]],
+    ):
+        self.dataset, self.null, self.encoded = dataset, null, encoded
+
+
+def feed(index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder, device: torch.device) -> Feed:
+    """Latents and embeddings from the cache, which is filled first, or encoded for each batch (`data.cache: none`)."""
+    draws = Draws(index, config, config.stage2.batch)
+    dropout = config.stage2.caption_dropout
+    if config.data.cache == "disk":
+        cache = build(index, config, autoencoder, text)
+        return Feed(
+            _Cached(draws, cache, dropout), cache.null.to(device), lambda batch: (batch["latent"], batch["text"])
+        )
+
+    def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = autoencoder.moments(batch["pixels"])
+        if config.data.latents == "sample":
+            eps = normal(draws.seed, "latent", batch["position"], mean.shape[1:]).to(device)
+            mean = mean + (0.5 * logvar).exp() * eps
+        return mean, text.encode(batch["caption"])
+
+    return Feed(_Live(draws, dropout), text.encode([""])[0].to(device), encode)
+
+
+class _Cached(torch.utils.data.Dataset[Item]):
+    def __init__(self, draws: Draws, cache: Cache, dropout: float):
+        self.draws, self.cache, self.dropout = draws, cache, dropout
+
+    def __getitem__(self, n: int) -> Item:
+        draw = self.draws[n]
+        mean, logvar = self.cache.latent(draw.view, draw.entry.sha256)
+        if self.draws.data.latents == "sample":
+            mean = mean + (0.5 * logvar).exp() * normal(self.draws.seed, "latent", [n], mean.shape)[0]
+        return {
+            **self.draws.facts(n, draw), **_dropout(draw, self.dropout),
+            "latent": mean, "text": self.cache.embedding(draw.caption),
+            "crop": torch.tensor(draw.view.at((draw.entry.width, draw.entry.height), draw.entry.sha256)),
+        }  # fmt: skip
+
+
+class _Live(torch.utils.data.Dataset[Item]):
+    def __init__(self, draws: Draws, dropout: float):
+        self.draws, self.dropout = draws, dropout
+
+    def __getitem__(self, n: int) -> Item:
+        draw = self.draws[n]
+        pixels, at = self.draws.pixels(n, draw)
+        return {
+            **self.draws.facts(n, draw), **_dropout(draw, self.dropout), "pixels": pixels, "caption": draw.caption,
+            "crop": torch.tensor(at),
+        }  # fmt: skip
+
+
+def _dropout(draw: Draw, rate: float) -> Item:
+    return {"dropout": torch.tensor(rate if draw.entry.dropout is None else draw.entry.dropout)}
