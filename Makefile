@@ -15,7 +15,7 @@ setup: .venv/.ready
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[demo,test]' -c constraints.txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[demo,test]' -c constraints.txt
 	touch $@
 
 demo: setup

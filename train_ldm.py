@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import autoencoder, config, plan
-from ldm.data import index
+from ldm.data import check, index
+from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
 from ldm.processes import join
@@ -38,11 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
-    pictures = index.build(settings)
-    if state.is_main_process:
-        pictures.report(folder / "data-report.json")
-    if problem := pictures.verdict(folder / "data-report.json"):
-        raise UserError(problem)
+    pictures = Stream(settings) if settings.data.streaming else index.build(settings)
+    check.before_training(pictures, settings, encoder)
 
     trained, pipeline = folder / "autoencoder", folder / "pipeline"
     if not settings.stage1.pretrained and not trained.exists():

@@ -22,14 +22,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
     """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
         diffusers.utils.logging.disable_progress_bar()  # theirs, over reading a file, would hide ours
         transformers.utils.logging.disable_progress_bar()
         try:
-            main(arguments)
+            return main(arguments) or 0
         except UserError as error:
             text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
@@ -37,6 +37,5 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         except KeyboardInterrupt:
             print("interrupted; the same command continues.", file=sys.stderr)
             return 130
-        return 0
 
     return guarded

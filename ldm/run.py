@@ -12,20 +12,21 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
 from ldm.config import RunConfig, Training, differences
 from ldm.data.order import Positions
+from ldm.data.stream import Stream
 from ldm.errors import UserError
 from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
 from ldm.processes import accelerator, local_batch, say_idle_cores
@@ -85,6 +86,7 @@ class Run:
         self.step = 0  # optimiser steps done
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
+        self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
         self._stop: int | None = None  # the signal that asks for the end
         self._asked = 0.0
@@ -93,13 +95,17 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
-    def batches(self, dataset: torch.utils.data.Dataset[Any], workers: int = 0) -> Iterator[Any]:
+    def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
         """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
-        positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
-        )
+        loader: Iterable[Any]
+        if isinstance(dataset, Stream):
+            loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
+        else:
+            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
+            loader = torch.utils.data.DataLoader(
+                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
+            )
         before = {number: signal.signal(number, self._asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         if a.log_with:
             a.init_trackers(self.stage)
@@ -111,6 +117,7 @@ class Run:
         try:
             for batch in loader:
                 position = batch.pop("position")
+                self._places.update(batch.pop("places", {}))
                 yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
                 if self._stopped:
                     raise Interrupted(128 + self._stopped)
@@ -231,6 +238,7 @@ class Run:
     def save(self) -> None:
         """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
         totals = self._totals()  # nothing is saved after a step that was not finite
+        places = {lane: place for each in gather_object([self._places]) for lane, place in each.items()}
         if self.is_main:
             tensors, groups = flatten_optimizer(self.optimizer.state_dict())
             parts = {
@@ -245,6 +253,7 @@ class Run:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "totals": totals,
                 "counts": self._counts,
+                "places": places,
                 "contract": self.contract,
             }
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
@@ -279,6 +288,7 @@ class Run:
             self.step = state["step"]
             self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
             self._counts = state["counts"]
+            self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
             break

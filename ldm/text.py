@@ -46,6 +46,10 @@ class TextEncoder:
         mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None
         return self.model(tokens.input_ids, attention_mask=mask)[0].float()
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut, with those that begin and end it."""
+        return [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []  # type: ignore[operator]
+
     def to(self, device: torch.device) -> TextEncoder:
         self.model.to(device)
         return self

@@ -14,7 +14,8 @@ from ldm.autoencoder import Autoencoder, build, fold, statistics
 from ldm.config import Config
 from ldm.data.index import Index
 from ldm.data.order import normal
-from ldm.data.samples import Pictures, whole
+from ldm.data.samples import pictures, whole
+from ldm.data.stream import Stream
 from ldm.metrics.reconstruction import reconstruction
 from ldm.run import Run
 from stage1_vae.losses import gradient_loss, kl_loss
@@ -34,15 +35,15 @@ class Reconstruction(nn.Module):
         return self.vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
-def train(config: Config, index: Index) -> None:
+def train(config: Config, data: Index | Stream) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed, size = config.stage1, config.run.seed, config.data.size
-    train_set = index.select("train")
+    train_set = data.select("train")
     torch.manual_seed(seed)
     vae = build(stage.channels, stage.layers, stage.latent_channels, stage.groups, stage.mid_attention, size)
     run = Run(config.run, stage, "stage1", Reconstruction(vae), {"data": train_set.fingerprint()})
 
-    for batch in run.batches(Pictures(train_set, config, stage.batch), config.data.workers):
+    for batch in run.batches(pictures(train_set, config, stage.batch), config.data.workers):
         with run.accumulate():
             x = batch["pixels"]
             latent = (stage.latent_channels, x.shape[2] // stage.factor, x.shape[3] // stage.factor)
@@ -58,7 +59,7 @@ def train(config: Config, index: Index) -> None:
         with run.averaged():
             mean, std = statistics(vae, whole(train_set))
             autoencoder = Autoencoder(fold(vae, mean, std))
-        facts = evaluate(autoencoder, index)
+        facts = evaluate(autoencoder, data)
         autoencoder.save(
             config.run.dir / "autoencoder",
             raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step, pictures=len(train_set), **facts,
@@ -66,7 +67,7 @@ def train(config: Config, index: Index) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def evaluate(autoencoder: Autoencoder, index: Index) -> dict[str, Any]:
+def evaluate(autoencoder: Autoencoder, data: Index | Stream) -> dict[str, Any]:
     """PSNR and SSIM on the pictures that stage one never saw: each held-out split, and both together."""
     figures: dict[str, Any] = {}
     for name, splits in (
@@ -74,7 +75,7 @@ def evaluate(autoencoder: Autoencoder, index: Index) -> dict[str, Any]:
         ("combination", ("combination",)),
         ("held_out", ("reconstruction", "combination")),
     ):
-        held = index.select(*splits)
+        held = data.select(*splits)
         if len(held):
             parts = ((x, autoencoder.decode(autoencoder.encode(x)).cpu()) for x in whole(held))
             figures[name] = reconstruction(parts)

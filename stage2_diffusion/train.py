@@ -11,6 +11,7 @@ from ldm.data.images import grid
 from ldm.data.index import Index
 from ldm.data.order import normal, uniform
 from ldm.data.samples import feed
+from ldm.data.stream import Stream
 from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
@@ -21,10 +22,10 @@ from ldm.unet import load as load_unet
 from ldm.unet import use_attention
 
 
-def train(config: Config, index: Index, autoencoder: Autoencoder, text: TextEncoder) -> None:
+def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
-    train_set = index.select("train")
+    train_set = data.select("train")
     contract = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
     process = Process(stage.target, stage.schedule, stage.time_mean, stage.time_std)
 
@@ -37,7 +38,7 @@ def train(config: Config, index: Index, autoencoder: Autoencoder, text: TextEnco
     run = Run(config.run, stage, "stage2", unet, contract)
     use_attention(unet, stage.attention_backend, run.device)
     samples = feed(train_set, config, autoencoder.to(run.device), text.to(run.device), run.device)
-    unseen = {caption for captions in index.select("combination").captions() for caption in captions}
+    unseen = {caption for captions in data.select("combination").captions() for caption in captions}
     model = LatentDiffusion(
         text, unet, autoencoder, scheduler(process, config.sample.solver), config.sample.steps, config.sample.guidance
     )

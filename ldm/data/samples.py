@@ -18,7 +18,8 @@ from ldm.data.cache import Cache, View, build
 from ldm.data.images import Size, cut, to_tensor
 from ldm.data.index import Entry, Index
 from ldm.data.order import Order, generator, normal
-from ldm.text import TextEncoder
+from ldm.data.stream import Stream
+from ldm.text import NULL_PROMPT, TextEncoder
 
 Item = dict[str, Any]
 
@@ -37,6 +38,7 @@ class Draws:
 
     def __init__(self, index: Index, config: Config, batch: int):
         self.index, self.data, self.seed = index, config.data, config.run.seed
+        self.dropout = config.stage2.caption_dropout
         self.sizes = index.sizes()
         self.order = Order(index.weights(), self.seed, batch, self.sizes, index.column("repeats"))
         self.classes = {label: number for number, label in enumerate(index.labels())}
@@ -63,16 +65,18 @@ class Draws:
         return to_tensor(ImageOps.mirror(part) if view.flip else part), at
 
     def facts(self, n: int, draw: Draw) -> Item:
-        """What else a model may be told: position, original width and height, class."""
+        """What else a model may be told: position, original width and height, class; and its caption's dropout."""
+        dropout = self.dropout if draw.entry.dropout is None else draw.entry.dropout
         return {
             "position": torch.tensor(n),
+            "dropout": torch.tensor(dropout),
             "original_size": torch.tensor((draw.entry.width, draw.entry.height)),
             "class": torch.tensor(self.classes.get(draw.entry.label, -1)),
         }
 
 
 class Pictures(torch.utils.data.Dataset[Item]):
-    """The pictures of a run by position: item n is `{"position": n, "pixels": (3, H, W), "crop": (left, top), …}`."""
+    """Pictures by position: item n is `{"position": n, "pixels": (3, H, W), "caption": …, "crop": (left, top), …}`."""
 
     def __init__(self, index: Index, config: Config, batch: int):
         self.draws = Draws(index, config, batch)
@@ -80,12 +84,20 @@ class Pictures(torch.utils.data.Dataset[Item]):
     def __getitem__(self, n: int) -> Item:
         draw = self.draws[n]
         pixels, at = self.draws.pixels(n, draw)
-        return {**self.draws.facts(n, draw), "pixels": pixels, "crop": torch.tensor(at)}
+        return {**self.draws.facts(n, draw), "pixels": pixels, "caption": draw.caption, "crop": torch.tensor(at)}
 
 
-def whole(index: Index, batch: int = 64) -> Iterator[torch.Tensor]:
-    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`."""
-    sizes = index.sizes()
+def pictures(data: Index | Stream, config: Config, batch: int) -> Pictures | Stream:
+    """The samples of stage one."""
+    return data if isinstance(data, Stream) else Pictures(data, config, batch)
+
+
+def whole(data: Index | Stream, batch: int = 64) -> Iterator[torch.Tensor]:
+    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones."""
+    if isinstance(data, Stream):
+        yield from data.whole(batch)
+        return
+    index, sizes = data, data.sizes()
     for size in sorted(set(sizes)):
         mine = [i for i, other in enumerate(sizes) if other == size]
         for start in range(0, len(mine), batch):
@@ -96,72 +108,49 @@ def whole(index: Index, batch: int = 64) -> Iterator[torch.Tensor]:
 # --------------------------------------------------------------------------------------------- the samples of stage two
 
 
-class Feed:
-    """The samples of stage two: a data set by position, and what makes latents and embeddings of its batches.
+class Feed(NamedTuple):
+    """The samples of stage two: a data set, and what makes latents and embeddings of its batches.
 
-        for batch in run.batches(feed):
+        for batch in run.batches(feed.dataset):
             x0, text_states = feed.encoded(batch)
 
     Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device; `null` is the unconditional one.
     """
 
-    def __init__(
-        self,
-        dataset: torch.utils.data.Dataset[Item],
-        null: torch.Tensor,
-        encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor]],
-    ):
-        self.dataset, self.null, self.encoded = dataset, null, encoded
+    dataset: torch.utils.data.Dataset[Item] | Stream
+    null: torch.Tensor
+    encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor]]
 
 
-def feed(index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder, device: torch.device) -> Feed:
+def feed(
+    data: Index | Stream, config: Config, autoencoder: Autoencoder, text: TextEncoder, device: torch.device
+) -> Feed:
     """Latents and embeddings from the cache, which is filled first, or encoded for each batch (`data.cache: none`)."""
-    draws = Draws(index, config, config.stage2.batch)
-    dropout = config.stage2.caption_dropout
     if config.data.cache == "disk":
-        cache = build(index, config, autoencoder, text)
-        return Feed(
-            _Cached(draws, cache, dropout), cache.null.to(device), lambda batch: (batch["latent"], batch["text"])
-        )
+        assert isinstance(data, Index), "the configuration allows a stream no cache"
+        cache = build(data, config, autoencoder, text)
+        return Feed(_Cached(data, config, cache), cache.null.to(device), lambda batch: (batch["latent"], batch["text"]))
 
     def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
         mean, logvar = autoencoder.moments(batch["pixels"])
         if config.data.latents == "sample":
-            eps = normal(draws.seed, "latent", batch["position"], mean.shape[1:]).to(device)
+            eps = normal(config.run.seed, "latent", batch["position"], mean.shape[1:]).to(device)
             mean = mean + (0.5 * logvar).exp() * eps
         return mean, text.encode(batch["caption"])
 
-    return Feed(_Live(draws, dropout), text.encode([""])[0].to(device), encode)
+    dataset = data if isinstance(data, Stream) else Pictures(data, config, config.stage2.batch)
+    return Feed(dataset, text.encode([NULL_PROMPT])[0].to(device), encode)
 
 
 class _Cached(torch.utils.data.Dataset[Item]):
-    def __init__(self, draws: Draws, cache: Cache, dropout: float):
-        self.draws, self.cache, self.dropout = draws, cache, dropout
+    def __init__(self, index: Index, config: Config, cache: Cache):
+        self.draws, self.cache = Draws(index, config, config.stage2.batch), cache
 
     def __getitem__(self, n: int) -> Item:
         draw = self.draws[n]
         mean, logvar = self.cache.latent(draw.view, draw.entry.sha256)
         if self.draws.data.latents == "sample":
             mean = mean + (0.5 * logvar).exp() * normal(self.draws.seed, "latent", [n], mean.shape)[0]
-        return {
-            **self.draws.facts(n, draw), **_dropout(draw, self.dropout),
-            "latent": mean, "text": self.cache.embedding(draw.caption),
-            "crop": torch.tensor(draw.view.at((draw.entry.width, draw.entry.height), draw.entry.sha256)),
-        }  # fmt: skip
-
-
-class _Live(torch.utils.data.Dataset[Item]):
-    def __init__(self, draws: Draws, dropout: float):
-        self.draws, self.dropout = draws, dropout
-
-    def __getitem__(self, n: int) -> Item:
-        draw = self.draws[n]
-        pixels, at = self.draws.pixels(n, draw)
-        return {
-            **self.draws.facts(n, draw), **_dropout(draw, self.dropout), "pixels": pixels, "caption": draw.caption,
-            "crop": torch.tensor(at),
-        }  # fmt: skip
-
-
-def _dropout(draw: Draw, rate: float) -> Item:
-    return {"dropout": torch.tensor(rate if draw.entry.dropout is None else draw.entry.dropout)}
+        at = draw.view.at((draw.entry.width, draw.entry.height), draw.entry.sha256)
+        text = self.cache.embedding(draw.caption)
+        return {**self.draws.facts(n, draw), "crop": torch.tensor(at), "latent": mean, "text": text}

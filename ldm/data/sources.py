@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +121,25 @@ class Sources:
             return self._tables[int(where.file)].picture(where.start)
         return archives.read_bytes(where)
 
+    def shards(self, number: int) -> list[tuple[int, str | int]]:
+        """What of source `number` is read from its beginning to its end: tars, or parts of a table."""
+        source, kind = self.configs[number], self.kinds[number]
+        if kind == "tar":
+            return [(number, url) for url in archives.expand(source.path, (".tar", ".tar.gz", ".tgz"))]
+        if kind not in ("parquet", "datasets"):
+            raise UserError(
+                f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
+            )
+        return [(number, shard) for shard in range(self._streams[number].rows.num_shards)]
+
+    def samples(self, shard: tuple[int, str | int]) -> Iterator[archives.Sample]:
+        """The samples of a shard with the bytes of their pictures, in the order in which they lie there."""
+        number, name = shard
+        source = self.configs[number]
+        if isinstance(name, str):
+            return archives.tar_samples(name, source.column, source.lines)
+        return self._streams[number].samples(str(number), source.lines, name)
+
     def table(self, number: int, streaming: bool = False) -> archives.Table:
         source, kind = self.configs[number], self.kinds[number]
         cache = str(self.cache / "datasets")
@@ -129,6 +148,10 @@ class Sources:
     @cached_property
     def _tables(self) -> dict[int, archives.Table]:
         return {i: self.table(i) for i, kind in enumerate(self.kinds) if kind in ("parquet", "datasets")}
+
+    @cached_property
+    def _streams(self) -> dict[int, archives.Table]:
+        return {i: self.table(i, True) for i, kind in enumerate(self.kinds) if kind in ("parquet", "datasets")}
 
     def _records(self, number: int, source: SourceConfig, kind: str) -> Records:
         folder = Path(source.path)

@@ -1,1 +1,254 @@
 """Latents and embeddings on disk."""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import autoencoder, config, text
+from ldm.data import cache, index
+from ldm.data.cache import View
+from ldm.data.images import cut, to_tensor
+from ldm.data.index import Index
+from ldm.data.samples import feed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty-four captioned pictures of three shapes."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(24):
+        width, height = [(20, 20), (36, 14), (18, 33)][i % 3]
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"picture {i // 2}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> text.TextEncoder:
+    return text.load(text.MINILM, 8)
+
+
+def model(seed: int = 0) -> autoencoder.Autoencoder:
+    torch.manual_seed(seed)
+    return autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 2, 8, False, 16))
+
+
+def settings(root: Path, folder: Path, *overrides: str) -> config.Config:
+    return config.load(
+        root / "configs/tiny.yaml",
+        [
+            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}", "data.flip=true", "stage2.batch=4", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Every file of a cache, by its place and SHA-256."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for kind in ("latents", "text")
+        for path in sorted((folder / kind).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
+    root: Path, folder: Path, encoder: text.TextEncoder
+) -> None:
+    given = settings(root, folder)
+    pictures, vae = index.build(given), model()
+    kept = cache.build(pictures, given, vae, encoder, per_file=5)
+    assert len(set(pictures.sizes())) == 3
+    for i, (entry, size) in enumerate(zip(pictures, pictures.sizes(), strict=True)):
+        pixels = to_tensor(cut(pictures.picture(i), size)[0])
+        for flip, expected in ((False, pixels), (True, pixels.flip(2))):
+            mean, logvar = vae.moments(expected[None])
+            found = kept.latent(View(size, flip=flip), entry.sha256)
+            torch.testing.assert_close(found[0], mean[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[1], logvar[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            kept.embedding(entry.captions[0]), encoder.encode(entry.captions)[0], atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(kept.null, encoder.encode([""])[0], atol=1e-5, rtol=1e-5)
+    assert len(kept.text.keys) == 12 + 1  # each distinct caption once, and the null prompt
+
+
+def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+    given = settings(root, folder, "data.crop=random", "data.crops=3", "data.flip=false")
+    pictures, vae = index.build(given), model()
+    kept = cache.build(pictures, given, vae, encoder)
+    entry, size = pictures[1], pictures.sizes()[1]
+    for crop in range(3):
+        expected = vae.encode(View(size, crop).cut(pictures.picture(1), entry.sha256)[None])[0]
+        torch.testing.assert_close(kept.latent(View(size, crop), entry.sha256)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_build_encodes_only_what_changed_and_says_why(
+    root: Path, folder: Path, encoder: text.TextEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, vae = settings(root, folder, "data.flip=false"), model()
+
+    def built(vae: autoencoder.Autoencoder, given: config.Config = given) -> tuple[str, set[str]]:
+        before = set(files(given.cache_dir))
+        capsys.readouterr()
+        cache.build(index.build(given), given, vae, encoder, per_file=5)
+        return "".join(line for line in capsys.readouterr().out.splitlines(True) if "cache:" in line), set(
+            files(given.cache_dir)
+        ) - before
+
+    said, _ = built(vae)
+    assert "24 of 24 pictures to encode: new or changed." in said
+    assert built(vae) == ("", set())
+    Image.new("RGB", (20, 20), "red").save(folder / "00.png")
+    said, new = built(vae)
+    assert said == "cache: 1 of 24 pictures to encode: new or changed.\n"
+    (file,) = new
+    assert len(cache._keys(given.cache_dir / file)) == 1
+    (folder / "01.txt").write_text("something else")
+    assert built(vae)[0] == "cache: 1 of 14 captions to encode: new or changed.\n"
+    assert built(model(1))[0] == "cache: 24 of 24 pictures to encode: the autoencoder changed.\n"
+    larger = settings(root, folder, "data.flip=false", "data.size=24")
+    assert "the size changed" in built(vae, larger)[0]
+    assert built(vae) == ("", set())  # what was encoded before is still there
+
+
+def test_another_autoencoders_latents_are_never_read(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+    given = settings(root, folder)
+    pictures = index.build(given)
+    first, second = (cache.build(pictures, given, model(seed), encoder) for seed in (0, 1))
+    view, sha256 = View(pictures.sizes()[0]), pictures[0].sha256
+    assert not torch.allclose(first.latent(view, sha256)[0], second.latent(view, sha256)[0])
+
+
+def test_a_damaged_file_is_found_and_made_anew(
+    root: Path, folder: Path, encoder: text.TextEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, vae = settings(root, folder), model()
+    cache.build(index.build(given), given, vae, encoder, per_file=5)
+    whole = files(given.cache_dir)
+    for spoil in (lambda data: data[:-100] + bytes(100), lambda data: data[: len(data) // 2], lambda data: b""):
+        path = given.cache_dir / random.Random(0).choice(sorted(whole))
+        path.write_bytes(spoil(path.read_bytes()))
+        capsys.readouterr()
+        cache.build(index.build(given), given, vae, encoder, per_file=5)
+        assert f"{path.name} is damaged" in capsys.readouterr().out
+        assert files(given.cache_dir) == whole
+
+
+BUILD = """
+import sys
+from ldm import autoencoder, config, text
+from ldm.data import cache, index
+import torch
+torch.manual_seed(0)
+vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 2, 8, False, 16))
+given = config.load(sys.argv[1], sys.argv[2:])
+cache.build(index.build(given), given, vae, text.load(text.MINILM, 8), per_file=3)
+"""
+
+
+@pytest.mark.slow
+def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
+    root: Path, folder: Path, environment: dict[str, str], encoder: text.TextEncoder
+) -> None:
+    def start(cache_dir: Path) -> subprocess.Popen[str]:
+        overrides = [
+            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}", "data.flip=true", f"data.cache_dir={cache_dir}",
+        ]  # fmt: skip
+        command = [sys.executable, "-c", BUILD, str(root / "configs/tiny.yaml"), *overrides]
+        return subprocess.Popen(command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE)
+
+    given = settings(root, folder, f"data.cache_dir={folder.parent / 'whole'}")
+    cache.build(index.build(given), given, model(), encoder, per_file=3)
+    whole = files(given.cache_dir)
+    assert len(whole) > 20
+    killed, seen = folder.parent / "killed", set()
+    rng = random.Random(1)
+    for wanted in sorted(rng.sample(range(1, len(whole)), 3)):  # kill when this many files stand
+        process = start(killed)
+        while process.poll() is None and (not killed.exists() or len(files(killed)) < wanted):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        seen.add(len({name for name in files(killed) if name.endswith(".safetensors")}))
+    assert len(seen) > 1  # it was killed at several points
+    assert start(killed).wait() == 0
+    left = {name: digest for name, digest in files(killed).items() if not Path(name).name.startswith(".")}
+    assert left == whole
+
+
+@pytest.mark.slow
+def test_two_processes_fill_the_same_cache_as_one(
+    root: Path, folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    script = tmp_path / "build.py"
+    script.write_text(
+        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n" + BUILD
+        + "assert state.num_processes == int(__import__('os').environ.get('WORLD_SIZE', 1))\n"
+    )  # fmt: skip
+    for name, launcher in (
+        ("one", [sys.executable]),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        overrides = [f"data.source={folder}", "data.size=16", f"data.cache_dir={tmp_path / name}"]
+        command = [*launcher, str(script), str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *overrides]
+        done = subprocess.run(
+            command, cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("latents", ["mean", "sample"])
+def test_samples_from_the_cache_are_those_encoded_on_the_fly(
+    latents: str, root: Path, folder: Path, encoder: text.TextEncoder
+) -> None:
+    vae, batches = model(), {}
+    for kind in ("disk", "none"):
+        given = settings(root, folder, f"data.cache={kind}", f"data.latents={latents}")
+        samples = feed(index.build(given), given, vae, encoder, torch.device("cpu"))
+        found = []
+        for step in range(8):
+            items = [samples.dataset[n] for n in range(step * 4, step * 4 + 4)]  # type: ignore[index]
+            batch = torch.utils.data.default_collate(items)
+            x0, states = samples.encoded(batch)
+            found.append((x0, states, batch["position"], batch["dropout"], batch["crop"], batch["original_size"]))
+        batches[kind] = found
+    for cached, live in zip(batches["disk"], batches["none"], strict=True):
+        for a, b in zip(cached, live, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_sampled_latents_differ_from_epoch_to_epoch(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+    given = settings(root, folder, "data.flip=false", "data.buckets=null", "data.latents=sample")
+    dataset = feed(index.build(given), given, model(), encoder, torch.device("cpu")).dataset
+    order = dataset.draws.order  # type: ignore[union-attr]
+    again = next(n for n in range(24, 48) if order[n] == order[0])
+    first, second = (dataset[n]["latent"] for n in (0, again))  # type: ignore[index]
+    assert not torch.equal(first, second)
+    assert torch.equal(first, dataset[0]["latent"])  # type: ignore[index]
+
+
+def test_an_index_is_read_again_without_opening_what_has_not_changed(root: Path, folder: Path) -> None:
+    given = settings(root, folder)
+    first = index.build(given)
+    before = first.path.read_bytes()
+    stamp = (folder / "05.png").stat()
+    (folder / "05.png").write_bytes(b"\0" * stamp.st_size)  # same size, and the time is put back: it is not opened
+    os.utime(folder / "05.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert index.build(given).path.read_bytes() == before
+    os.utime(folder / "05.png")
+    assert [bad.key for bad in index.build(given).bad()] == ["05.png"]
+    assert len(Index(first.path, first.sources, given.data)) == 23

@@ -1,0 +1,170 @@
+"""What is in a data set, told before it costs hours: sizes, captions that don't fit, duplicates, how it will be cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+
+from ldm.config import Config
+from ldm.data.images import grid, to_pil
+from ldm.data.index import Index
+from ldm.data.samples import Draws
+from ldm.data.stream import Stream
+from ldm.errors import UserError
+from ldm.files import whole_file
+from ldm.text import TextEncoder
+
+QUANTILES = (0, 5, 50, 95, 100)
+NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in
+SHOWN = 5  # examples of each kind
+
+
+def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
+    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed."""
+    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length}"
+    asked = {"buckets": config.data.model_dump()["buckets"], "text": config.text.model, "bad": index.bad_count()}
+    file = config.cache_dir / f"check-{key}.json"
+    if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
+        return dict(known)
+    found = {
+        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index), **_captions(index, text),
+        **_duplicates(index),
+    }  # fmt: skip
+    with whole_file(file) as beside:
+        beside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The facts as a page of text."""
+    captions, duplicates, buckets = found["captions"], found["duplicates"], found["buckets"]
+    most = max(count for _, count in buckets)
+    lines = [
+        f"pictures   {found['pictures']:,} good, {found['bad']:,} bad",
+        f"shorter    {_spread(found['shorter'])} px (percentiles 0, 5, 50, 95, 100)",
+        f"longer     {_spread(found['longer'])} px",
+        f"upscaled   {found['upscaled']:,} are smaller than what they are brought to",
+        f"cropped    {found['cropped']:.1%} of the area on average",
+        *(
+            f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / most))} {count:,}"
+            for i, (size, count) in enumerate(buckets)
+        ),
+        f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
+        f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
+        *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
+        f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
+        *(f"             {kind}: {a} and {b}" for kind, a, b in duplicates["pairs"]),
+    ]
+    return "\n".join(lines)
+
+
+def sheet(index: Index, config: Config, count: int = 32) -> Image.Image:
+    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, above its caption."""
+    draws = Draws(index, config, config.stage2.batch)
+    chosen = {n: draws[n] for n in range(0, count * config.stage2.batch, config.stage2.batch)}
+    pictures = [to_pil(draws.pixels(n, draw)[0][None])[0] for n, draw in chosen.items()]
+    return grid(pictures, [draw.caption for draw in chosen.values()], columns=8)
+
+
+def _sizes(index: Index) -> dict[str, Any]:
+    width, height = index.column("width").astype(float), index.column("height").astype(float)
+    sizes = index.sizes()
+    to = np.array(sizes, float).reshape(-1, 2)
+    scale = np.maximum(to[:, 0] / width, to[:, 1] / height)
+    kept = to.prod(1) / (width * height * scale**2)
+    return {
+        "shorter": _quantiles(np.minimum(width, height)),
+        "longer": _quantiles(np.maximum(width, height)),
+        "upscaled": int((scale > 1).sum()),
+        "cropped": float(1 - kept.mean()),
+        "buckets": [[f"{w} × {h}", count] for (w, h), count in sorted(Counter(sizes).items())],
+    }
+
+
+def _captions(index: Index, text: TextEncoder) -> dict[str, Any]:
+    lengths: list[int] = []
+    seen: set[int] = set()  # hashes: the captions themselves are not kept
+    longest: list[tuple[int, str]] = []
+    captions = itertools.chain.from_iterable(index.captions())
+    while several := list(itertools.islice(captions, 1024)):
+        fresh = {caption: hash(caption) for caption in several if hash(caption) not in seen}
+        seen.update(fresh.values())
+        counted = text.count_tokens(list(fresh))
+        lengths += counted
+        longest = sorted([*longest, *zip(counted, fresh, strict=True)], reverse=True)[:SHOWN]
+    tokens = np.array(lengths)
+    return {
+        "captions": {
+            "distinct": len(tokens), "tokens": _quantiles(tokens), "room": text.length,
+            "cut": int((tokens > text.length).sum()), "lost": int((tokens - text.length).clip(0).sum()),
+            "longest": [[caption, count - text.length] for count, caption in longest if count > text.length],
+        }
+    }  # fmt: skip
+
+
+def _duplicates(index: Index) -> dict[str, Any]:
+    sha256 = np.array(index.column("sha256").tolist(), "S32")
+    _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
+    copies = np.flatnonzero(first[group] != np.arange(len(sha256)))
+    near = near_duplicates(index.column("phash")[first])
+    pairs = [("copies", int(first[group[i]]), int(i)) for i in copies[:SHOWN]]
+    pairs += [("alike", int(first[a]), int(first[b])) for a, b in near[:SHOWN]]
+    return {
+        "duplicates": {
+            "exact": len(copies),
+            "near": len(np.unique(near)),
+            "pairs": [(kind, index[a].key, index[b].key) for kind, a, b in pairs],
+        }
+    }
+
+
+def near_duplicates(hashes: np.ndarray, apart: int = NEAR, window: int = 64) -> np.ndarray:
+    """Pairs `(M, 2)` of places in `hashes` `(N,)` uint64 that differ in at most `apart` < 4 bits.
+
+    Such a pair agrees in one of four bands of 16 bits. Each is compared with up to `window` others of its band, so
+    within more than that many look-alikes not every pair is listed.
+    """
+    pairs: list[np.ndarray] = []
+    for band in range(4):
+        keys = (hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)
+        order = np.lexsort((hashes, keys))
+        for shift in range(1, min(window, len(order) - 1) + 1):
+            a, b = order[:-shift], order[shift:]
+            same = keys[a] == keys[b]
+            if not same.any():
+                break
+            close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= apart)
+            pairs.append(np.sort(np.stack([a[close], b[close]], axis=1), axis=1))
+    found = np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
+    return np.unique(found, axis=0)
+
+
+def _quantiles(values: np.ndarray) -> list[int]:
+    return [round(float(value)) for value in np.percentile(values, QUANTILES)]
+
+
+def _spread(quantiles: list[int]) -> str:
+    return " ".join(f"{value:,}" for value in quantiles)
+
+
+def before_training(index: Index | Stream, config: Config, text: TextEncoder) -> None:
+    """Prints the facts and writes `data-report.json` to the run's folder; UserError where too many are bad.
+
+    A stream is read as it is trained on; what is bad in it is named then.
+    """
+    if isinstance(index, Stream):
+        return
+    report = config.run.dir / "data-report.json"
+    main = PartialState().is_main_process
+    if main:
+        index.report(report)
+    if problem := index.verdict(report):
+        raise UserError(problem)
+    if main:
+        print(describe(facts(index, config, text)), flush=True)

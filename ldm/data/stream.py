@@ -1,0 +1,217 @@
+"""Data sets that are read from beginning to end, shard by shard, because they have no index or don't fit on a disk.
+
+The shards are dealt to lanes, and each lane fills the same places of every batch, whoever reads it: so the samples of
+step n are the same for any number of processes and loader workers. A lane reads its shards in an order of its own,
+anew in each round, and shuffles blocks of neighbours. Its place (round, shard, sample) travels with the batches and is
+kept in the checkpoints; reading goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from tqdm import tqdm
+
+from ldm.config import Config, Training
+from ldm.data.archives import Sample
+from ldm.data.images import cut, decode, to_tensor
+from ldm.data.order import generator
+from ldm.data.records import Bad, BadSampleError, Record
+from ldm.data.sources import Sources
+from ldm.errors import UserError
+
+Item = dict[str, Any]
+Place = tuple[int, int, int]  # the round of a lane, the shard in its order, the sample in the shard
+
+LANES = 64  # at most; no more processes can share them
+TOGETHER = 4096  # samples that all lanes shuffle at a time
+PATIENCE = 1000  # samples before the share of bad ones is judged
+STANDS_FOR_ALL = 4096  # pictures that a mean over the whole set is taken from
+
+
+class Stream:
+    """The shards of a configuration's sources; stands where an `Index` stands for sources that have one."""
+
+    def __init__(self, config: Config, shards: Sequence[tuple[int, str | int]] | None = None):
+        self.config = config
+        self.sources = Sources(config.data.source, config.data.size, config.cache_dir)
+        numbers = range(len(self.sources.configs))
+        self.shards = [s for n in numbers for s in self.sources.shards(n)] if shards is None else list(shards)
+
+    def select(self, *splits: str) -> Stream:
+        """All of it is training data; other splits are empty."""
+        return Stream(self.config, self.shards if "train" in splits else [])
+
+    def captions(self) -> Iterator[list[str]]:
+        return iter(())  # they aren't known before they are read
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the shards' names."""
+        return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
+
+    def first(self, count: int) -> Iterator[torch.Tensor | Bad]:
+        """The first pictures, centre cropped, `(3, H, W)`, and those that are bad."""
+        samples = (sample for shard in self.shards for sample in self.sources.samples(shard))
+        for sample in itertools.islice(samples, count):
+            yield sample if isinstance(sample, Bad) else _pixels(sample, self.config, None)
+
+    def whole(self, batch: int) -> Iterator[torch.Tensor]:
+        """Some pictures that stand for all, in batches `(N, 3, H, W)`."""
+        good = (pixels for pixels in self.first(STANDS_FOR_ALL) if isinstance(pixels, torch.Tensor))
+        while part := list(itertools.islice(good, batch)):
+            yield torch.stack(part)
+
+    def batches(
+        self, training: Training, first_step: int, rank: int, processes: int, workers: int, places: Mapping[str, Place]
+    ) -> Iterator[Item]:
+        """Micro-batches of one process from a step on, with the lanes' places after each step as `places`."""
+        lanes = lanes_of(training.batch, len(self.shards))
+        if lanes % processes:
+            raise UserError(
+                f"data.streaming: {len(self.shards)} shards make {lanes} lanes of a batch of {training.batch}, which "
+                f"{processes} processes can't share; make more shards, or another batch"
+            )
+        mine = range(rank * lanes // processes, (rank + 1) * lanes // processes)
+        workers = min(workers, len(mine))
+        reader = _Reader(self, training.batch, lanes, mine, first_step, training.steps, dict(places))
+        chunks = iter(DataLoader(reader, batch_size=None, num_workers=workers))
+        seen = bad = 0
+        for _ in range(first_step, training.steps):
+            parts = [next(chunks) for _ in range(max(1, workers))]  # one of each worker, in their order
+            step = _joined(parts)
+            seen, bad = seen + len(step["position"]), bad + len(step["bad"])
+            self._report(step.pop("bad"), seen, bad)
+            share = len(step["position"]) // training.micro_batches
+            places_now = step.pop("places")
+            for start in range(0, len(step["position"]), share):
+                yield {**{key: value[start : start + share] for key, value in step.items()}, "places": places_now}
+
+    def _report(self, new: Sequence[str], seen: int, bad: int) -> None:
+        report = self.config.run.dir / "data-report.jsonl"
+        for line in new:
+            key, reason, fix = json.loads(line)
+            tqdm.write(f"left out: {key}: {reason}; {fix}")
+            with report.open("a") as file:
+                file.write(json.dumps({"key": key, "reason": reason, "fix": fix}, ensure_ascii=False) + "\n")
+        data = self.config.data
+        too_many = seen >= PATIENCE and bad > data.max_bad * (seen + bad)
+        if bad and (data.on_error == "stop" or too_many):
+            rule = "data.on_error is stop" if data.on_error == "stop" else f"data.max_bad is {data.max_bad}"
+            raise UserError(f"{bad} of {seen + bad} samples were bad, and {rule}; see {report}")
+
+
+def lanes_of(batch: int, shards: int) -> int:
+    """Lanes that a batch is filled from: the most that share it evenly and have a shard each."""
+    return max(n for n in range(1, min(batch, shards, LANES) + 1) if batch % n == 0)
+
+
+def lane(stream: Stream, number: int, lanes: int, place: Place) -> Iterator[tuple[Place, Sample]]:
+    """The endless samples of a lane from a place on, each with the place after it."""
+    seed, (round_, begin, skipped) = stream.config.run.seed, place
+    dealt = np.random.default_rng([seed, *b"lanes"]).permutation(len(stream.shards))[number::lanes]
+    block = min(1024, max(16, TOGETHER // lanes))
+    while True:
+        order = np.random.default_rng([seed, number, round_]).permutation(dealt)
+        empty = (begin, skipped) == (0, 0)
+        for at in range(begin, len(order)):
+            shard = int(order[at])
+            start = skipped // block * block  # what was read of a block is read again, so that it shuffles alike
+            samples = itertools.islice(stream.sources.samples(stream.shards[shard]), start, None)
+            while several := list(itertools.islice(samples, block)):
+                empty = False
+                shuffled = np.random.default_rng([seed, shard, round_, start]).permutation(len(several))
+                for i in range(max(0, skipped - start), len(several)):
+                    yield (round_, at, start + i + 1), several[shuffled[i]]
+                start += len(several)
+            skipped = 0
+        if empty:
+            raise UserError(
+                f"data.source: no sample in {[stream.shards[i][1] for i in dealt]}; see that they are sound"
+            )
+        round_, begin = round_ + 1, 0
+
+
+class _Reader(IterableDataset[Item]):
+    """What one worker reads of each step: the places of the batch that its lanes fill."""
+
+    def __init__(
+        self, stream: Stream, batch: int, lanes: int, mine: range, first: int, steps: int, places: dict[str, Place]
+    ):
+        self.stream, self.batch, self.lanes, self.mine = stream, batch, lanes, mine
+        self.first, self.steps, self.places = first, steps, places
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        mine = list(self.mine)[worker.id :: worker.num_workers] if worker else list(self.mine)
+        places = {str(number): tuple(self.places.get(str(number), (0, 0, 0))) for number in mine}
+        reading = {n: lane(self.stream, n, self.lanes, places[str(n)]) for n in mine}  # type: ignore[arg-type]
+        share = self.batch // self.lanes
+        for step in range(self.first, self.steps):
+            items: list[Item] = []
+            bad: list[str] = []
+            for number in mine:
+                for j in range(share):
+                    n = step * self.batch + number * share + j
+                    while True:
+                        places[str(number)], sample = next(reading[number])
+                        item = sample if isinstance(sample, Bad) else _item(sample, self.stream.config, n)
+                        if not isinstance(item, Bad):
+                            break
+                        bad.append(json.dumps([item.key, item.reason, item.fix]))
+                    items.append(item)
+            yield {**default_collate(items), "bad": bad, "places": dict(places)}
+
+
+def _joined(parts: Sequence[Item]) -> Item:
+    """The chunks of a step as one, ordered by position, so that it doesn't matter who read what."""
+    order = torch.cat([part["position"] for part in parts]).argsort()
+    step: Item = {}
+    for key in parts[0]:
+        if key == "places":
+            step[key] = {number: place for part in parts for number, place in part[key].items()}
+        elif isinstance(parts[0][key], torch.Tensor):
+            step[key] = torch.cat([part[key] for part in parts])[order]
+        else:
+            values = [value for part in parts for value in part[key]]
+            step[key] = values if key == "bad" else [values[i] for i in order]
+    return step
+
+
+def _item(sample: tuple[Record, bytes], config: Config, n: int) -> Item | Bad:
+    record, seed = sample[0], config.run.seed
+    pixels = _pixels(sample, config, n)
+    if isinstance(pixels, Bad):
+        return pixels
+    choice = int(generator(seed, "caption", n).integers(len(record.captions)))
+    return {
+        "position": torch.tensor(n), "pixels": pixels, "caption": record.captions[choice],
+        "dropout": torch.tensor(config.stage2.caption_dropout),
+    }  # fmt: skip
+
+
+def _pixels(sample: tuple[Record, bytes], config: Config, n: int | None) -> torch.Tensor | Bad:
+    """The picture as position n shows it, or centre cropped, `(3, size, size)` in [-1, 1]."""
+    record, content = sample
+    data, seed = config.data, config.run.seed
+    try:
+        picture = decode(content, data.background, data.min_side)
+    except BadSampleError as error:
+        return Bad(record.key, *error.args)
+    u, v = 0.5, 0.5
+    if n is not None and data.crop == "random":
+        u, v = generator(seed, "corner", n).random(2).tolist()
+    part, _ = cut(picture, (data.size, data.size), u, v)
+    if n is not None and data.flip and generator(seed, "flip", n).random() < 0.5:
+        part = ImageOps.mirror(part)
+    return to_tensor(part)

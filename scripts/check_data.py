@@ -1,0 +1,51 @@
+"""Checks a configuration's pictures and captions before anything is trained on them.
+
+    python scripts/check_data.py --config configs/openmoji.yaml data.source=YOUR_FOLDER
+
+Prints sizes, buckets, captions that don't fit and duplicates; writes `data-report.json` (every bad one: file, reason,
+fix) and `data-sheet.png` (what the model will see) to the run's folder. Exit status 1: training would stop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import config, text
+from ldm.data import check, index, sources
+from ldm.errors import Parser, command
+from ldm.processes import join
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="check_data.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
+    given = parser.parse_intermixed_args(arguments)
+    settings = config.load(given.config, given.overrides)
+    join(settings.run)
+    sources.check(settings.data.source)
+    folder = settings.run.dir
+    found = index.build(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.report(folder / "data-report.json")
+    for _, bad in zip(range(20), found.bad(), strict=False):
+        print(f"bad        {bad}")
+    if found.bad_count() > 20:
+        print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
+    if len(found):
+        encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width)
+        print(check.describe(check.facts(found, settings, encoder)))
+        check.sheet(found.select("train"), settings).save(folder / "data-sheet.png")
+        print(f"look at {folder / 'data-sheet.png'}")
+    if problem := found.verdict(folder / "data-report.json"):
+        print(f"training would stop: {problem}")
+        return 1
+    print("training can begin")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
