@@ -371,9 +371,15 @@ def _add_kohya(tree: dict[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `1e-4` is a number and not a string."""
+    """YAML as PyYAML reads it, except that `1e-4` is a number, and `no` and `on` are words, as YAML 1.2 has it."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's way)
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

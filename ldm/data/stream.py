@@ -163,12 +163,15 @@ class _Reader(IterableDataset[Item]):
             for number in mine:
                 for j in range(share):
                     n = step * self.batch + number * share + j
+                    before = places[str(number)]
                     while True:
                         places[str(number)], sample = next(reading[number])
                         item = sample if isinstance(sample, Bad) else _item(sample, self.stream.config, n)
                         if not isinstance(item, Bad):
                             break
                         bad.append(json.dumps([item.key, item.reason, item.fix]))
+                        if places[str(number)][0] > before[0] + 1:  # a whole round, and nothing good
+                            raise UserError(f"data.source: shards without any good sample; the last: {item}")
                     items.append(item)
             yield {**default_collate(items), "bad": bad, "places": dict(places)}
 

@@ -22,6 +22,11 @@ def test_numbers_with_an_exponent_are_numbers(tiny: Path) -> None:
     assert config.load(tiny, ["stage2.lr=1e-4"]).stage2.lr == 1e-4
 
 
+def test_no_is_a_word_and_false_a_boolean(tiny: Path) -> None:
+    read = config.load(tiny, ["run.precision=no", "data.flip=false"])
+    assert (read.run.precision, read.data.flip) == ("no", False)
+
+
 def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
     read = config.load(tiny)
     assert config.parse(config.dump(read), "again") == read

@@ -1,0 +1,164 @@
+"""Data sets that are read shard by shard."""
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import config
+from ldm.data.stream import Stream, lane, lanes_of
+from ldm.errors import UserError
+
+SHARDS, EACH = 6, 10
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Six tars of ten pictures."""
+    rng, folder = np.random.default_rng(0), tmp_path / "tars"
+    folder.mkdir()
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:02}.tar", "w") as tar:
+            for i in range(EACH):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8)).save(buffer, "PNG")
+                for name, data in ((f"{i:03}.png", buffer.getvalue()), (f"{i:03}.txt", f"{shard}-{i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+@pytest.fixture
+def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Stream]:
+    def given(*overrides: str) -> Stream:
+        settings = config.load(
+            root / "configs/tiny.yaml",
+            [
+                f"run.dir={tmp_path}", f"data.source={tars}", "data.size=16", "data.streaming=true",
+                "data.cache=none", "data.flip=true", "stage2.batch=12", "stage2.steps=15", *overrides,
+            ],
+        )  # fmt: skip
+        return Stream(settings)
+
+    return given
+
+
+def read(stream: Stream, processes: int = 1, workers: int = 0, first: int = 0, **places: Any) -> list[dict[str, Any]]:
+    """The global batches of every step."""
+    training = stream.config.stage2
+    shares = [list(stream.batches(training, first, rank, processes, workers, places)) for rank in range(processes)]
+    return [
+        {
+            "position": torch.cat([part["position"] for part in parts]),
+            "pixels": torch.cat([part["pixels"] for part in parts]),
+            "caption": [caption for part in parts for caption in part["caption"]],
+            "places": {lane: place for part in parts for lane, place in part["places"].items()},
+        }
+        for parts in zip(*shares, strict=True)
+    ]
+
+
+def equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x["position"], y["position"])
+        and torch.equal(x["pixels"], y["pixels"])
+        and (x["caption"], x["places"]) == (y["caption"], y["places"])
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_every_sample_comes_once_a_round(streamed: Callable[..., Stream]) -> None:
+    steps = read(streamed())  # 15 steps of 12 over 60 samples: three rounds
+    captions = [caption for step in steps for caption in step["caption"]]
+    assert Counter(captions) == dict.fromkeys((f"{s}-{i}" for s in range(SHARDS) for i in range(EACH)), 3)
+    assert captions[:60] != captions[60:120]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (2, 3), (3, 2)])
+def test_the_global_batch_is_the_same_for_any_processes_and_workers(
+    processes: int, workers: int, streamed: Callable[..., Stream]
+) -> None:
+    assert equal(read(streamed()), read(streamed(), processes, workers))
+
+
+@pytest.mark.parametrize("first", [1, 4, 7, 11])
+def test_reading_goes_on_from_a_recorded_place(first: int, streamed: Callable[..., Stream]) -> None:
+    whole = read(streamed())
+    assert equal(whole[first:], read(streamed(), 2, 1, first, **whole[first - 1]["places"]))
+
+
+def test_micro_batches_split_the_step(streamed: Callable[..., Stream]) -> None:
+    whole, stream = read(streamed()), streamed("stage2.micro_batches=3")
+    parts = list(stream.batches(stream.config.stage2, 0, 0, 1, 0, {}))
+    assert len(parts) == 45
+    assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), whole[0]["pixels"])
+
+
+def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..., Stream]) -> None:
+    stream = streamed()
+    reading = lane(stream, 0, 1, (0, 0, 0))
+    first = [next(reading) for _ in range(95)]
+    for stop in (3, 10, 37, 61):
+        again = lane(stream, 0, 1, first[stop - 1][0])
+        assert [next(again)[1][0].captions for _ in range(30)] == [s[1][0].captions for s in first[stop : stop + 30]]  # type: ignore[index, union-attr]
+
+
+def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Stream], tmp_path: Path, tars: Path) -> None:
+    tar = streamed()
+    samples = [sample for shard in tar.shards for sample in tar.sources.samples(shard)]
+    rows = {
+        "image": [{"bytes": content, "path": None} for _, content in samples],  # type: ignore[misc]
+        "text": [record.captions[0] for record, _ in samples],  # type: ignore[misc, union-attr]
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved", num_shards=3)
+    stream = streamed(f"data.source={tmp_path / 'saved'}", "stage2.steps=5")
+    assert stream.sources.kinds == ["datasets"]
+    found = {
+        caption: step["pixels"][i] for step in read(stream, workers=2) for i, caption in enumerate(step["caption"])
+    }
+    expected = {caption: step["pixels"][i] for step in read(tar)[:5] for i, caption in enumerate(step["caption"])}
+    assert found.keys() == expected.keys()
+    flips = (lambda x: x, lambda x: x.flip(2))
+    assert all(any(torch.equal(found[c], flip(expected[c])) for flip in flips) for c in found)
+
+
+def test_bad_samples_are_left_out_and_named(streamed: Callable[..., Stream], tars: Path, tmp_path: Path) -> None:
+    with tarfile.open(tars / "03.tar", "w") as tar:
+        for name, data in (("x.png", b"no picture"), ("x.txt", b"x"), ("y.png", b"\x89PNG")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tars / "04.tar").write_bytes((tars / "04.tar").read_bytes()[:5000])
+    steps = read(streamed("stage2.batch=3", "stage2.steps=60"), workers=2)  # three lanes of two shards
+    assert len(steps) == 60
+    assert not any(caption.startswith("3-") for step in steps for caption in step["caption"])
+    report = (tmp_path / "data-report.jsonl").read_text()
+    for name in ("03.tar:x", "03.tar:y", "04.tar"):
+        assert name in report
+    with pytest.raises(UserError, match=r"samples were bad, and data\.on_error is stop"):
+        read(streamed("data.on_error=stop", "stage2.batch=3"))
+    with pytest.raises(UserError, match="shards without any good sample"):
+        read(streamed())  # six lanes: one has nothing else
+
+
+def test_what_can_not_be_shared_or_streamed_is_said(streamed: Callable[..., Stream], tmp_path: Path) -> None:
+    assert lanes_of(12, SHARDS) == 6
+    with pytest.raises(UserError, match="6 shards make 6 lanes of a batch of 12, which 4 processes can't share"):
+        read(streamed(), processes=4)
+    (tmp_path / "loose").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "loose/a.png")
+    (tmp_path / "loose/a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"data\.streaming: .*a caption file beside each picture; set it to false"):
+        streamed(f"data.source={tmp_path / 'loose'}")
+    with pytest.raises(UserError, match=r"it needs data\.buckets=null and data\.cache=none"):
+        streamed("data.cache=disk")
