@@ -214,7 +214,7 @@ class Run:
         bar.set_postfix(step=f"{self.step}/{self.training.steps}", loss=f"{values['loss']:.4f}", refresh=False)
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            line = {"step": self.step, **values, "time": round(time.time(), 1)}
+            line = {"step": self.step, **values, "time": round(time.time(), 3)}
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

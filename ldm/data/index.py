@@ -95,7 +95,7 @@ class Index:
 
     def column(self, name: str) -> np.ndarray:
         """One fact of all entries as an array, `(N,)`."""
-        return self.table[name].to_numpy()[self.rows]
+        return self.table[name].take(pa.array(self.rows)).to_numpy()
 
     def captions(self) -> Iterator[list[str]]:
         """The captions of each entry, without the rest of it."""
