@@ -69,7 +69,7 @@ class Order:
 
     def epoch(self, step: int) -> int:
         """The epoch of a step: the last one that begins no later."""
-        low, high = 0, step // max(1, sum(r.size for r in self.rounds) // self.batch) + 1
+        low, high = 0, step * self.batch // sum(r.size for r in self.rounds) + 1
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.first_step(middle) <= step else (low, middle - 1)

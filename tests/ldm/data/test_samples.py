@@ -56,6 +56,12 @@ def test_after_k_epochs_every_picture_was_shown_k_times_and_none_much_more() -> 
         assert abs(sum(seen.values()) - 89 * epoch) <= 8 * 4
 
 
+def test_a_batch_may_be_larger_than_all_pictures_together() -> None:
+    order = Order([1.0] * 10, seed=0, batch=16, buckets=[(1, 1)] * 6 + [(1, 2)] * 4)
+    seen = Counter(order[n] for n in range(16 * 100))
+    assert all(abs(seen[i] - 160) <= 16 for i in range(10))
+
+
 def test_a_bucketed_order_is_a_pure_function_of_seed_and_position() -> None:
     places = np.random.default_rng(0).permutation(800).tolist()
     forwards = Order([1.0] * 89, seed=1, batch=8, buckets=BUCKETS)
