@@ -34,6 +34,7 @@ from ldm.text import NULL_PROMPT, TextEncoder
 
 PER_FILE = 4096  # entries
 BATCH = 32
+Variant = tuple[int, bool]  # number of the crop, mirrored or not
 KEYS = "keys"  # the tensor of entries' SHA-256, (n, 32) bytes
 
 
@@ -177,13 +178,14 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
 class Cache:
     """The latents and embeddings of an index."""
 
-    latents: dict[View, Shelf]
+    latents: dict[Size, Shelf]
     text: Shelf
+    variants: Sequence[Variant]
 
     def latent(self, view: View, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of a picture's normalised latent, `(C, h, w)` each."""
-        entry = self.latents[view][sha256]
-        return entry["mean"], entry["logvar"]
+        entry, variant = self.latents[view.size][sha256], self.variants.index((view.crop, view.flip))
+        return entry["mean"][variant], entry["logvar"][variant]
 
     def embedding(self, caption: str) -> torch.Tensor:
         """`(T, D)`."""
@@ -196,61 +198,66 @@ class Cache:
 
 
 class Cuts(torch.utils.data.Dataset[torch.Tensor]):
-    """Pictures of an index, all in one view."""
+    """The variants of some pictures of an index, `(V, 3, H, W)` each."""
 
-    def __init__(self, index: Index, entries: np.ndarray, view: View):
-        self.index, self.entries, self.view = index, entries, view
+    def __init__(self, index: Index, entries: np.ndarray, size: Size, variants: Sequence[Variant]):
+        self.index, self.entries, self.size, self.variants = index, entries, size, variants
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         entry = int(self.entries[i])
-        return self.view.cut(self.index.picture(entry), self.index[entry].sha256)
+        picture, sha256 = self.index.picture(entry), self.index[entry].sha256
+        return torch.stack([View(self.size, *variant).cut(picture, sha256) for variant in self.variants])
 
 
-def views(config: Config, size: Size, index: Index) -> list[View]:
-    """The views of a picture that the cache holds; mirrored ones where any source mirrors."""
+def variants_of(config: Config, index: Index) -> list[Variant]:
+    """The variants of each picture that the cache holds; mirrored ones where any source mirrors."""
     data = config.data
     crops = range(data.crops) if data.crop == "random" else (-1,)
     mirrors = data.flip or bool(pc.any(index.table["flip"]).as_py())
-    return [View(size, crop, flip) for crop in crops for flip in ((False, True) if mirrors else (False,))]
+    return [(crop, flip) for crop in crops for flip in ((False, True) if mirrors else (False,))]
 
 
 def build(index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder, per_file: int = PER_FILE) -> Cache:
     """The cache of an index, encoding what is not there; every process of the run calls it."""
-    pictures = _pictures(index, config, autoencoder)
+    variants = variants_of(config, index)
+    pictures = _pictures(index, config, autoencoder, variants)
     captions = _captions(index, config, text)
-    fill(list(pictures.values()), "pictures", per_file)
+    fill(list(pictures.values()), "pictures", max(1, per_file // len(variants)))
     fill([captions], "captions", per_file)
-    return Cache({view: job.shelf for view, job in pictures.items()}, captions.shelf)
+    return Cache({size: job.shelf for size, job in pictures.items()}, captions.shelf, variants)
 
 
-def _pictures(index: Index, config: Config, autoencoder: Autoencoder) -> dict[View, Job]:
-    """A job for each view of the pictures of each bucket."""
+def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: Sequence[Variant]) -> dict[Size, Job]:
+    """A job for the pictures of each bucket."""
     dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.fingerprint()
     sha256, sizes = index.column("sha256").tolist(), index.sizes()
     stacked = np.array(sha256, "S32")
 
-    def job(view: View, entries: np.ndarray) -> Job:
+    def job(size: Size, entries: np.ndarray) -> Job:
         about = {
-            "autoencoder": made_by, "size": list(view.size), "crop": view.crop, "mirror": view.flip,
-            "background": config.data.background, "dtype": config.data.cache_dtype,
+            "autoencoder": made_by, "size": list(size), "crops": sorted({crop for crop, _ in variants}),
+            "mirroring": any(flip for _, flip in variants), "background": config.data.background,
+            "dtype": config.data.cache_dtype,
         }  # fmt: skip
 
         def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-            cuts = Cuts(index, entries[places], view)
-            for pixels in torch.utils.data.DataLoader(cuts, BATCH, num_workers=config.data.workers):
-                mean, logvar = autoencoder.moments(pixels)
-                yield {"mean": mean.to("cpu", dtype), "logvar": logvar.to("cpu", dtype)}
+            cuts = Cuts(index, entries[places], size, variants)
+            batch = max(1, BATCH // len(variants))
+            for pixels in torch.utils.data.DataLoader(cuts, batch, num_workers=config.data.workers):
+                moments = autoencoder.moments(pixels.flatten(0, 1))  # (N, V, 3, H, W) → (N·V, 3, H, W)
+                mean, logvar = (moment.unflatten(0, pixels.shape[:2]).to("cpu", dtype) for moment in moments)
+                yield {"mean": mean, "logvar": logvar}
 
         return Job(Shelf(config.cache_dir / "latents", about), [sha256[i] for i in entries], encode)
 
-    jobs: dict[View, Job] = {}
+    jobs = {}
     for size in sorted(set(sizes)):
         entries = np.flatnonzero([other == size for other in sizes])
         entries = entries[np.sort(np.unique(stacked[entries], return_index=True)[1])]  # twins are encoded once
-        jobs.update((view, job(view, entries)) for view in views(config, size, index))
+        jobs[size] = job(size, entries)
     return jobs
 
 

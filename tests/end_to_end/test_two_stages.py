@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -193,3 +195,45 @@ def test_own_pictures_in_a_folder_train_too(train, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     finish(train(folder, f"data.source={tmp_path / 'pictures'}", "stage1.steps=2", "stage2.steps=2"))
     assert (folder / "pipeline/model_index.json").exists()
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """The pictures of a folder as four tars."""
+    rng = np.random.default_rng(0)
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(9):
+                buffer = io.BytesIO()
+                Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(buffer, "PNG")
+                for name, data in ((f"{i}.png", buffer.getvalue()), (f"{i}.txt", f"picture {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_samples(
+    train, root: Path, environment: dict[str, str], tars: Path
+) -> None:
+    stream = [
+        f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
+        "stage2.steps=24", "stage2.checkpoint_every=4", "stage1.steps=10", "sample.prompts=[]", "run.log_every=1",
+    ]  # fmt: skip
+    finish(train(tars / "whole", *stream))
+    process = train(tars / "killed", *stream)
+    wait_for(tars / "killed/stage2/checkpoints/step-000008", process)
+    process.kill()
+    process.wait()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py",
+        "--config", "configs/tiny.yaml", f"run.dir={tars / 'killed'}", *stream, "data.workers=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tars / name / "stage2/metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    }
+    assert len(losses["whole"]) == 24
+    assert losses["killed"] == pytest.approx(losses["whole"], rel=2e-2)  # bf16, and two halves of a batch
