@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from ldm.data.records import PICTURES, TABLE_ROW, Bad, BadSampleError, Record, R
 from ldm.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
-BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+CAPTIONS = (".txt", ".json")
 
 
 def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -75,18 +74,21 @@ def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
         return True
 
     def members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+        end = 0
         try:
             with tarfile.open(fileobj=file, mode="r|*" if whole else "r:") as tar:
                 for member in tar:
-                    if not member.isreg():
-                        continue
-                    data: Any = member
-                    if whole or not member.name.lower().endswith(tuple(PICTURES)):
-                        data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    yield {"fname": member.name, "data": data, "__url__": url}
+                    if member.size < 0 or member.offset < end:  # it would be read for ever
+                        raise tarfile.ReadError("a member of negative size")
+                    end = member.offset_data
+                    suffix = Path(member.name).suffix.lower()
+                    if member.isreg() and suffix in (*CAPTIONS, *PICTURES):
+                        small = suffix in CAPTIONS
+                        data = tar.extractfile(member).read() if whole or small else member  # type: ignore[union-attr]
+                        yield {"fname": member.name, "data": data, "__url__": url}
                     tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
-        except BROKEN as error:
-            problems.append(Bad(url, f"the tar can't be read on ({error})", "fetch or write it anew"))
+        except Exception as error:  # tarfile raises whatever damaged headers make it stumble over
+            problems.append(Bad(url, f"the tar can't be read on ({error or error!r})", "fetch or write it anew"))
 
     try:
         with fsspec.open(url, "rb") as file:

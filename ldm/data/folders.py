@@ -112,6 +112,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 def _inside(folder: Path, name: str) -> Path | str:
     """The file `name` of the folder, or what is wrong with it."""
     try:
+        name.encode()  # an index holds text: names of other bytes can't be written to it
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
             return "it leads out of the folder"

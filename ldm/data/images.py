@@ -20,6 +20,10 @@ from ldm.config import BucketConfig
 from ldm.data.records import BadSampleError
 
 Size = tuple[int, int]  # width, height
+# What is decoded, whatever a file is called: for others, PostScript for one, Pillow starts programs.
+Image.init()
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of Pillow lack some
 
 
 def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:
@@ -32,13 +36,13 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd EXIF, which are read all the same
-            with Image.open(io.BytesIO(data)) as opened:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 opened.load()
                 picture = _rgb(ImageOps.exif_transpose(opened), background)
     except Image.DecompressionBombError as error:
         raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
     except UnidentifiedImageError:
-        raise BadSampleError("it is no picture that Pillow reads", "convert or remove it") from None
+        raise BadSampleError(f"it is none of {', '.join(FORMATS)}", "convert or remove it") from None
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise BadSampleError(
             f"it can't be decoded ({' '.join(str(error).split())})", "fetch it anew, or remove it"

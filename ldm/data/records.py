@@ -51,6 +51,10 @@ class Bad:
     reason: str
     fix: str
 
+    def __post_init__(self) -> None:
+        for name in ("key", "reason", "fix"):
+            object.__setattr__(self, name, _one_line(getattr(self, name)))
+
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}; {self.fix}"
 
@@ -89,6 +93,11 @@ def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
         if any("\ud800" <= letter <= "\udfff" for letter in caption):  # what a reader puts for bytes that are no UTF-8
             raise BadSampleError("the caption is not UTF-8", "save the file as UTF-8")
     return tidy
+
+
+def _one_line(text: str) -> str:
+    """The text without what a terminal or a file of UTF-8 can't show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _short(value: object) -> str:

@@ -80,7 +80,7 @@ def test_the_check_ends_with_status_1_where_training_would_stop(
     run = folder.parent / "run"
     assert check_data.main(arguments(root, folder)) == 1  # one of eleven is more than 5 %
     out = capsys.readouterr().out
-    assert "broken.png: it is no picture" in out
+    assert "broken.png: it is none of JPEG" in out
     assert "training would stop: 1 of 11 pictures are bad, and data.max_bad is 0.05" in out
     assert [bad["key"] for bad in json.loads((run / "data-report.json").read_text())["list"]] == ["broken.png"]
     assert check_data.main(arguments(root, folder, "data.max_bad=0.1")) == 0
