@@ -77,7 +77,11 @@ class BucketConfig(Section):
 
 def _sources(value: Any) -> Any:
     values = value if isinstance(value, list) else [value]
-    return [{"path": each} if isinstance(each, str) else each for each in values]
+    values = [{"path": str(each)} if isinstance(each, (str, int, float)) else each for each in values]
+    for each in values:
+        if isinstance(each, dict) and isinstance(each.get("path"), str) and each["path"].startswith("~"):
+            each["path"] = str(Path(each["path"]).expanduser())
+    return values
 
 
 class DataConfig(Section):
@@ -304,6 +308,8 @@ class Config(Section):
             raise ValueError(
                 "data.streaming: sizes aren't known beforehand; it needs data.buckets=null and data.cache=none"
             )
+        if data.streaming and any(source.repeats > 1 or source.weight for source in data.source):
+            raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 
 
 def _divides(key: str, value: int, divisor: int, why: str) -> None:
@@ -361,13 +367,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def _add_kohya(tree: dict[str, Any]) -> None:
     """Sizes and buckets that a kohya file sets, where the configuration does not say otherwise."""
     data = tree.get("data")
-    source = data.get("source") if isinstance(data, dict) else None
-    source = source.get("path") if isinstance(source, dict) else source
-    if isinstance(data, dict) and isinstance(source, str) and source.endswith(".toml"):
-        for key, value in kohya.settings(Path(source)).items():
-            if data.get(key) not in (None, value):
-                raise UserError(f"data.{key}: {data[key]}, but {source} says {value}; set data.{key} to that")
-            data[key] = value
+    for source in _sources(data.get("source")) if isinstance(data, dict) else ():
+        path = source.get("path") if isinstance(source, dict) else None
+        if isinstance(path, str) and (path.endswith(".toml") or source.get("kind") == "kohya"):
+            for key, value in kohya.settings(Path(path)).items():
+                if data.get(key) not in (None, value):
+                    raise UserError(
+                        f"data.{key}: {data[key]}, but {path} says {value}; data.{key}=null takes it from there"
+                    )
+                data[key] = value
 
 
 class _Loader(yaml.SafeLoader):
@@ -397,9 +405,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        tree[leaf] = yaml.load(value, _Loader)
+        new = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {value!r} is not valid YAML; quote it") from None
+    if leaf == "source" and isinstance(tree.get(leaf), dict) and isinstance(new, str):
+        new = {**tree[leaf], "path": new}  # how it is read may have been said before
+    tree[leaf] = new
 
 
 def _explain(error: ValidationError) -> str:

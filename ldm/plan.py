@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
 def check(config: Config, processes: int) -> text.TextEncoder:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
-    sources.check(config.data.source)
+    sources.check(config.data.source, config.data.streaming)
     if not one.pretrained:
         local_batch("stage1", one, processes)
     local_batch("stage2", two, processes)
@@ -87,7 +87,9 @@ def _text_shape(config: Config) -> tuple[int, int | str]:
 def _presence(config: Config) -> str:
     try:
         sources.check(config.data.source)
-    except UserError:
+    except UserError as error:
+        if any(Path(source.path).exists() for source in config.data.source):
+            return f" ({error})"
         return " (not here yet: a folder of captioned pictures goes there)"
     return ""
 

@@ -12,10 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ldm import config, text
-from ldm.data import check, index, sources
+from ldm.data import check, images, index, sources
+from ldm.data.records import Bad
+from ldm.data.stream import Stream
 from ldm.errors import Parser, command
 from ldm.processes import join
+
+BEGINNING = 1000  # samples of a stream
 
 
 @command
@@ -26,10 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     settings = config.load(given.config, given.overrides)
     join(settings.run)
-    sources.check(settings.data.source)
+    sources.check(settings.data.source, settings.data.streaming)
     folder = settings.run.dir
-    found = index.build(settings)
     folder.mkdir(parents=True, exist_ok=True)
+    return check_stream(settings) if settings.data.streaming else check_index(settings)
+
+
+def check_index(settings: config.Config) -> int:
+    folder, found = settings.run.dir, index.build(settings)
     found.report(folder / "data-report.json")
     for _, bad in zip(range(20), found.bad(), strict=False):
         print(f"bad        {bad}")
@@ -42,6 +52,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"look at {folder / 'data-sheet.png'}")
     if problem := found.verdict(folder / "data-report.json"):
         print(f"training would stop: {problem}")
+        return 1
+    print("training can begin")
+    return 0
+
+
+def check_stream(settings: config.Config) -> int:
+    """The beginning of a stream stands for all of it."""
+    data, stream = settings.data, Stream(settings)
+    print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")
+    good = bad = 0
+    shown = []
+    for found in stream.first(BEGINNING):
+        if isinstance(found, Bad):
+            print(f"bad        {found}")
+            bad += 1
+        else:
+            good += 1
+            if len(shown) < 32:
+                shown.append(found)
+    print(f"pictures   {good:,} good, {bad:,} bad among the first")
+    if shown:
+        pictures = images.to_pil(torch.stack([pixels for pixels, _ in shown]))
+        images.grid(pictures, [caption for _, caption in shown], columns=8).save(settings.run.dir / "data-sheet.png")
+        print(f"look at {settings.run.dir / 'data-sheet.png'}")
+    if not good or bad > data.max_bad * (good + bad) or (bad and data.on_error == "stop"):
+        print(f"training would stop: data.on_error is {data.on_error}, data.max_bad is {data.max_bad}")
         return 1
     print("training can begin")
     return 0

@@ -19,6 +19,7 @@ from ldm.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
 CAPTIONS = (".txt", ".json")
+TARS = (".tar", ".tar.gz", ".tgz")
 
 
 def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -146,6 +147,10 @@ class Table:
             elif (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
                 found = datasets.load_from_disk(path)
                 if isinstance(found, datasets.DatasetDict):
+                    if split not in found:
+                        raise UserError(
+                            f"data.source: {path} has no split {split!r} among {', '.join(found)}; set data.source.split"
+                        )
                     found = found[split]
                 self.rows = found.to_iterable_dataset(min(64, len(found))) if streaming else found
             else:

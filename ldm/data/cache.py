@@ -102,6 +102,14 @@ class Shelf:
             self._open[file] = load_file(self.files[file])
         return {name: value[row].float() for name, value in self._open[file].items() if name != KEYS}
 
+    def drop_damaged(self) -> None:
+        """Removes files that aren't what was written; each process looks at a share of them."""
+        state = PartialState()
+        for file in self.files[state.process_index :: state.num_processes]:
+            if not _sound(file):
+                tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
+                file.unlink()
+
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.about})
         with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors") as beside:
@@ -120,7 +128,7 @@ class Shelf:
             found = left & np.isin(wanted, np.concatenate([_keys(file) for file in folder.glob("*.safetensors")]))
             left &= ~found
             if found.any():
-                reasons[f"the {' and the '.join(changed)} changed"] += int(found.sum())
+                reasons[f"{' and '.join(changed)} changed"] += int(found.sum())
         if left.any():
             reasons["new or changed"] += int(left.sum())
         return reasons
@@ -139,10 +147,7 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
     """Encodes what is not on the shelves yet, and says how much and why. Each process writes a share of the files."""
     state = PartialState()
     for job in jobs:
-        for file in job.shelf.files[state.process_index :: state.num_processes]:
-            if not _sound(file):
-                tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
-                file.unlink()
+        job.shelf.drop_damaged()
     state.wait_for_everyone()
     chunks, reasons = [], Counter[str]()
     for job in jobs:
@@ -238,9 +243,9 @@ def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: 
 
     def job(size: Size, entries: np.ndarray) -> Job:
         about = {
-            "autoencoder": made_by, "size": list(size), "crops": sorted({crop for crop, _ in variants}),
-            "mirroring": any(flip for _, flip in variants), "background": config.data.background,
-            "dtype": config.data.cache_dtype,
+            "the autoencoder": made_by, "the size": list(size), "data.crop": sorted({crop for crop, _ in variants}),
+            "data.flip": any(flip for _, flip in variants), "data.background": config.data.background,
+            "data.cache_dtype": config.data.cache_dtype,
         }  # fmt: skip
 
         def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
@@ -273,7 +278,7 @@ def _captions(index: Index, config: Config, text: TextEncoder) -> Job:
             part = [captions[keys[i]] for i in places[start : start + 2 * BATCH]]
             yield {"text": text.encode(part).to("cpu", dtype)}
 
-    about = {"text encoder": text.fingerprint(), "dtype": config.data.cache_dtype}
+    about = {"the text encoder": text.fingerprint(), "data.cache_dtype": config.data.cache_dtype}
     return Job(Shelf(config.cache_dir / "text", about), keys, encode)
 
 

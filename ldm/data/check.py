@@ -159,6 +159,8 @@ def before_training(index: Index | Stream, config: Config, text: TextEncoder) ->
     A stream is read as it is trained on; what is bad in it is named then.
     """
     if isinstance(index, Stream):
+        if PartialState().is_main_process:
+            print("\n".join(index.sources.says()), f"shards   {len(index):,}", sep="\n", flush=True)
         return
     report = config.run.dir / "data-report.json"
     main = PartialState().is_main_process

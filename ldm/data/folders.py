@@ -38,7 +38,9 @@ def metadata(folder: Path, column: str = "text", lines: bool = False) -> Records
                 yield Bad(f"{place}, {name!r}", path, f"name a file inside {folder}")
                 continue
             try:
-                captions = captions_of(row.get(column), lines)
+                if column not in row:
+                    raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.column")
+                captions = captions_of(row[column], lines)
             except BadSampleError as error:
                 yield Bad(f"{place}, {name!r}", *error.args)
                 continue

@@ -22,8 +22,11 @@ from ldm.data.records import BadSampleError
 Size = tuple[int, int]  # width, height
 # What is decoded, whatever a file is called: for others, PostScript for one, Pillow starts programs.
 Image.init()
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of Pillow lack some
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+    if name in Image.OPEN  # some builds of Pillow lack some
+)
 
 
 def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:

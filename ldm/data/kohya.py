@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.folders import sidecars
+from ldm.data.folders import SIDECARS, sidecars
 from ldm.data.records import Bad, Record, Records
 from ldm.errors import UserError
 
@@ -53,12 +53,16 @@ SHUFFLES = 8  # orders of a shuffled caption: each one's embedding is cached
 class Subset:
     folder: Path
     num_repeats: int = 1
-    caption_extension: str = ".txt"
+    caption_extension: str = ""
     shuffle_caption: bool = False
     keep_tokens: int = 0
     caption_dropout_rate: float | None = None
     flip_aug: bool | None = None
     class_tokens: str = ""
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return (self.caption_extension,) if self.caption_extension else SIDECARS
 
 
 def settings(file: Path) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def read(file: Path) -> Records:
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        for item in sidecars(subset.folder, False, (subset.caption_extension,), subset.class_tokens):
+        for item in sidecars(subset.folder, False, subset.extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{item.key}"
             if isinstance(item, Bad):
                 yield replace(item, key=key)

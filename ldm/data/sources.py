@@ -28,6 +28,7 @@ SAYS = {
     "datasets": "a data set of the library datasets",
     "kohya": "kohya's TOML",
 }
+STREAMED = ("tar", "parquet", "datasets")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -38,7 +39,7 @@ def detect(source: SourceConfig) -> str:
         return source.kind
     if path in openmoji.SUBSETS:
         return "openmoji"
-    if re.search(r"\.tar(\.\w+)?$", path):
+    if path.endswith(archives.TARS):
         return "tar"
     if path.endswith(".parquet"):
         return "parquet"
@@ -61,12 +62,12 @@ def detect(source: SourceConfig) -> str:
 def _kind_of_folder(folder: Path) -> str:
     in_classes = loose = False
     for directory, names in folders.walk(folder):
-        suffixes, here = {Path(name).suffix for name in names}, set(names)
+        here = set(names)
         pictures = [name for name in names if folders.is_picture(name)]
         if any(Path(name).stem + extension in here for name in pictures for extension in folders.SIDECARS):
             return "sidecars"
-        for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
-            if suffix in suffixes and not pictures:
+        for suffixes, kind in ((archives.TARS, "tar"), ((".parquet",), "parquet")):
+            if not pictures and any(name.endswith(suffixes) for name in names):
                 return kind
         loose |= bool(pictures) and directory == folder
         in_classes |= bool(pictures) and directory != folder
@@ -79,10 +80,14 @@ def _kind_of_folder(folder: Path) -> str:
     )
 
 
-def check(sources: Sequence[SourceConfig]) -> None:
-    """UserError where a source can't be what it says; nothing is opened."""
+def check(sources: Sequence[SourceConfig], streaming: bool = False) -> None:
+    """UserError where a source can't be what it says, or can't be streamed; nothing is opened."""
     for source in sources:
         kind = detect(source)
+        if streaming and kind not in STREAMED:
+            raise UserError(
+                f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
+            )
         if kind in ("metadata", "sidecars", "classes") and not Path(source.path).is_dir():
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):
@@ -125,11 +130,8 @@ class Sources:
         """What of source `number` is read from its beginning to its end: tars, or parts of a table."""
         source, kind = self.configs[number], self.kinds[number]
         if kind == "tar":
-            return [(number, url) for url in archives.expand(source.path, (".tar", ".tar.gz", ".tgz"))]
-        if kind not in ("parquet", "datasets"):
-            raise UserError(
-                f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
-            )
+            return [(number, url) for url in archives.expand(source.path, archives.TARS)]
+        check([source], streaming=True)
         return [(number, shard) for shard in range(self._streams[number].rows.num_shards)]
 
     def samples(self, shard: tuple[int, str | int]) -> Iterator[archives.Sample]:
@@ -173,7 +175,7 @@ class Sources:
         if kind == "kohya":
             return kohya.read(folder)
         if kind == "tar":
-            return archives.tars(archives.expand(source.path, (".tar",)), source.column, source.lines)
+            return archives.tars(archives.expand(source.path, archives.TARS), source.column, source.lines)
         return (
             item if isinstance(item, Bad) else item[0]
             for item in self._tables[number].samples(str(number), source.lines)

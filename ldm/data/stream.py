@@ -45,6 +45,7 @@ class Stream:
         self.sources = Sources(config.data.source, config.data.size, config.cache_dir)
         numbers = range(len(self.sources.configs))
         self.shards = [s for n in numbers for s in self.sources.shards(n)] if shards is None else list(shards)
+        self._named: set[str] = set()  # the bad ones that were reported
 
     def select(self, *splits: str) -> Stream:
         """All of it is training data; other splits are empty."""
@@ -60,15 +61,16 @@ class Stream:
         """SHA-256 of the shards' names."""
         return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
 
-    def first(self, count: int) -> Iterator[torch.Tensor | Bad]:
-        """The first pictures, centre cropped, `(3, H, W)`, and those that are bad."""
+    def first(self, count: int) -> Iterator[tuple[torch.Tensor, str] | Bad]:
+        """The first pictures, centre cropped, `(3, H, W)`, with a caption, and those that are bad."""
         samples = (sample for shard in self.shards for sample in self.sources.samples(shard))
         for sample in itertools.islice(samples, count):
-            yield sample if isinstance(sample, Bad) else _pixels(sample, self.config, None)
+            pixels = sample if isinstance(sample, Bad) else _pixels(sample, self.config, None)
+            yield pixels if isinstance(pixels, Bad) else (pixels, sample[0].captions[0])  # type: ignore[index]
 
     def whole(self, batch: int) -> Iterator[torch.Tensor]:
         """Some pictures that stand for all, in batches `(N, 3, H, W)`."""
-        good = (pixels for pixels in self.first(STANDS_FOR_ALL) if isinstance(pixels, torch.Tensor))
+        good = (found[0] for found in self.first(STANDS_FOR_ALL) if not isinstance(found, Bad))
         while part := list(itertools.islice(good, batch)):
             yield torch.stack(part)
 
@@ -101,6 +103,9 @@ class Stream:
         report = self.config.run.dir / "data-report.jsonl"
         for line in new:
             key, reason, fix = json.loads(line)
+            if key in self._named:  # in an earlier round
+                continue
+            self._named.add(key)
             tqdm.write(f"left out: {key}: {reason}; {fix}")
             with report.open("a") as file:
                 file.write(json.dumps({"key": key, "reason": reason, "fix": fix}, ensure_ascii=False) + "\n")
