@@ -93,8 +93,8 @@ class DataConfig(Section):
     """Sorts pictures into batches by aspect ratio, so that little is cropped; default: squares."""
     crop: Literal["center", "random"] = "center"
     """Which part is kept of what does not fit."""
-    crops: PositiveInt = 1
-    """Random crops cached of each picture; with `cache: none` every draw is a fresh one."""
+    crops: PositiveInt = 4
+    """Random crops cached of each picture; without a cache, and in stage one, every draw is a fresh one."""
     flip: bool = False
     """Mirrors half of the samples."""
     background: str = "white"
@@ -367,7 +367,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def _add_kohya(tree: dict[str, Any]) -> None:
     """Sizes and buckets that a kohya file sets, where the configuration does not say otherwise."""
     data = tree.get("data")
-    for source in _sources(data.get("source")) if isinstance(data, dict) else ():
+    if not isinstance(data, dict):
+        return
+    for source in _sources(data.get("source")):
         path = source.get("path") if isinstance(source, dict) else None
         if isinstance(path, str) and (path.endswith(".toml") or source.get("kind") == "kohya"):
             for key, value in kohya.settings(Path(path)).items():

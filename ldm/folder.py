@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from accelerate.utils import broadcast_object_list
 
 from ldm.autoencoder import STATISTICS
 from ldm.config import Config, differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
-from ldm.processes import join
+from ldm.processes import join, on_main
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
@@ -46,18 +45,9 @@ def claim(config: Config, fresh: bool = False) -> Config:
     UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
     alone and the first free one of `DIR-2`, `DIR-3`, … is taken: the configuration that comes back names it.
     """
-    folder = config.run.dir
-    state = join(config.run)
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:  # one process decides, all hear of it
-        try:
-            outcome = [str(_claim(config, folder, fresh)), None]
-        except UserError as error:
-            outcome = [None, str(error)]
-    broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path(outcome[0])})})
+    join(config.run)
+    folder = on_main(lambda: _claim(config, config.run.dir, fresh))
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
 
 
 def _claim(config: Config, folder: Path, fresh: bool) -> Path:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from ldm.config import RunConfig, Training
 from ldm.errors import UserError
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
 
@@ -36,6 +41,21 @@ def say_idle_cores(processes: int) -> None:
             f"--num_cpu_threads_per_process {share}, would be faster.",
             file=sys.stderr,
         )
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """What `action` gives on the main process, on all of them; also its UserError, or the others would wait on."""
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:

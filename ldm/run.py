@@ -238,7 +238,9 @@ class Run:
     def save(self) -> None:
         """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
         totals = self._totals()  # nothing is saved after a step that was not finite
-        places = {lane: place for each in gather_object([self._places]) for lane, place in each.items()}
+        places: dict[str, Any] = {}
+        for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
+            places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
         if self.is_main:
             tensors, groups = flatten_optimizer(self.optimizer.state_dict())
             parts = {

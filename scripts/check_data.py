@@ -63,7 +63,7 @@ def check_stream(settings: config.Config) -> int:
     print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")
     good = bad = 0
     shown = []
-    for found in stream.first(BEGINNING):
+    for found in stream.beginning(BEGINNING):
         if isinstance(found, Bad):
             print(f"bad        {found}")
             bad += 1

@@ -20,6 +20,8 @@ from ldm.metrics.reconstruction import reconstruction
 from ldm.run import Run
 from stage1_vae.losses import gradient_loss, kl_loss
 
+STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
+
 
 class Reconstruction(nn.Module):
     """One forward through encoder and decoder, so that gradients of several processes meet in one place."""
@@ -57,7 +59,7 @@ def train(config: Config, data: Index | Stream) -> None:
 
     if run.is_main:
         with run.averaged():
-            mean, std = statistics(vae, whole(train_set))
+            mean, std = statistics(vae, whole(train_set.some(STATISTICS)))
             autoencoder = Autoencoder(fold(vae, mean, std))
         facts = evaluate(autoencoder, data)
         autoencoder.save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from ldm.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
 CAPTIONS = (".txt", ".json")
+HUGE = 2**34  # bytes of a member: no picture, so a damaged header
+LONGEST = 2**20  # bytes of a caption's file
 TARS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -65,6 +68,20 @@ def tar_samples(url: str, column: str = "text", lines: bool = False) -> Iterator
             yield found if isinstance(found, Bad) else (found[0], found[1])
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header. One that is damaged is an error, which tarfile takes for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tar.ended = True  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
+
+
 def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
     """Samples as webdataset groups them: suffix → bytes, or a picture's place in the tar unless `whole`."""
     problems: list[Bad] = []
@@ -77,25 +94,35 @@ def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
     def members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         end = 0
         try:
-            with tarfile.open(fileobj=file, mode="r|*" if whole else "r:") as tar:
+            with tarfile.open(fileobj=file, mode="r|*" if whole else "r:", tarinfo=_Header) as tar:
+                tar.ended = False  # type: ignore[attr-defined]
                 for member in tar:
-                    if member.size < 0 or member.offset < end:  # it would be read for ever
-                        raise tarfile.ReadError("a member of negative size")
+                    if not 0 <= member.size < HUGE or member.offset < end:  # it would be read for ever
+                        raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
                     end = member.offset_data
                     suffix = Path(member.name).suffix.lower()
+                    if suffix in CAPTIONS and (member.issparse() or member.size > LONGEST):
+                        key = f"{Path(url).name}:{member.name}"
+                        problems.append(Bad(key, f"a caption of {member.size:,} bytes", "shorten it"))
+                        continue
+                    if not member.isreg() and suffix in PICTURES:
+                        key = f"{Path(url).name}:{member.name}"
+                        problems.append(Bad(key, "it is a link, a folder or a device", "store the picture itself"))
                     if member.isreg() and suffix in (*CAPTIONS, *PICTURES):
                         small = suffix in CAPTIONS
                         data = tar.extractfile(member).read() if whole or small else member  # type: ignore[union-attr]
                         yield {"fname": member.name, "data": data, "__url__": url}
                     tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            if not tar.ended:  # type: ignore[attr-defined]
+                raise tarfile.ReadError(f"it ends at byte {tar.offset} without the mark of an end")
         except Exception as error:  # tarfile raises whatever damaged headers make it stumble over
             problems.append(Bad(url, f"the tar can't be read on ({error or error!r})", "fetch or write it anew"))
 
     try:
         with fsspec.open(url, "rb") as file:
             yield from group_by_keys(members(file), handler=problem)
-    except (OSError, ValueError, ImportError) as error:
-        problems.append(Bad(url, f"it can't be opened ({error})", "see that it is there and may be read"))
+    except Exception as error:  # whatever its file system raises
+        problems.append(Bad(url, f"it can't be read ({error or error!r})", "see that it is there and may be read"))
     yield from problems
 
 
@@ -103,7 +130,7 @@ def _record(url: str, group: dict[str, Any], column: str, lines: bool) -> tuple[
     suffix = next((suffix for suffix in group if f".{suffix}" in PICTURES), None)
     key = f"{Path(url).name}:{group['__key__']}"
     if not suffix:
-        return Bad(key, "it has no picture", "add one, or drop its other files")
+        return Bad(key, "it has no picture (a name ends at its first dot)", "add one, or drop its other files")
     picture = group[suffix]
     try:
         if "txt" in group:
@@ -123,7 +150,7 @@ def _column(content: bytes, column: str) -> Any:
         return json.loads(content)[column]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSampleError(
-            f"its .json has no {column!r} ({error!r})", "write it, or set data.source.column"
+            f"its .json has no {column!r} ({' '.join(str(error).split())})", "write it, or set data.source.column"
         ) from None
 
 
@@ -149,7 +176,7 @@ class Table:
                 if isinstance(found, datasets.DatasetDict):
                     if split not in found:
                         raise UserError(
-                            f"data.source: {path} has no split {split!r} among {', '.join(found)}; set data.source.split"
+                            f"data.source.split: {path} has no {split!r}, but {', '.join(found)}; name one of them"
                         )
                     found = found[split]
                 self.rows = found.to_iterable_dataset(min(64, len(found))) if streaming else found
@@ -161,6 +188,10 @@ class Table:
                     raise UserError(
                         f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                     )
+            strings, raw = datasets.Value("string"), datasets.Value("binary")
+            for given, instead in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
+                if (self.rows.features or {}).get(column) == given:  # it may be no UTF-8
+                    self.rows = self.rows.cast_column(column, instead)
             if isinstance((self.rows.features or {}).get(image), datasets.Image):
                 self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
         except UserError:
@@ -172,11 +203,24 @@ class Table:
             if quiet:
                 datasets.enable_progress_bars()
         self.name = Path(path.rstrip("/")).name
+        self.folder = Path(path) if kind == "datasets" else None
+        if not streaming:
+            self.pictures = self.rows.select_columns([image])
+            self.stamp: str = self.rows._fingerprint  # of its content, as datasets' own caches use it
 
     def samples(self, number: str = "", lines: bool = False, shard: int | None = None) -> Iterator[Sample]:
         """Record and picture of each row, or of those of one shard; `number` is what records call this table."""
-        for i, row in enumerate(self.rows if shard is None else self._shard(shard)):
-            key = f"{self.name}:{i}" if shard is None else f"{self.name}:{shard}-{i}"
+        place = self.name if shard is None else f"{self.name}:{shard}"
+        rows = iter(self.rows if shard is None else self._shard(shard))
+        for i in itertools.count():
+            key = f"{self.name}:{i}" if shard is None else f"{place}-{i}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever its reader raises
+                yield Bad(place, f"it can't be read on after row {i} ({error or error!r})", "fetch or write it anew")
+                return
             try:
                 captions = captions_of(row[self.column], lines)
                 yield Record(key, Where(number, i, TABLE_ROW), captions), self._bytes(row)
@@ -189,12 +233,23 @@ class Table:
             yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
     def picture(self, row: int) -> bytes:
-        return self._bytes(self.rows.select_columns([self.image])[row])
+        return self._bytes(self.pictures[row])
+
+    def _file(self, path: Any) -> bytes | None:
+        """A picture that a data set keeps beside its table, if it lies in its own folder or in the Hub's cache."""
+        if not isinstance(path, str) or self.folder is None:  # a row of parquet may name any file
+            return None
+        if path.startswith("hf://"):
+            with fsspec.open(path, "rb") as opened:
+                return bytes(opened.read())
+        places = (self.folder.resolve(), Path(datasets.config.HF_CACHE_HOME).resolve())
+        file = Path(path).resolve()
+        return file.read_bytes() if any(map(file.is_relative_to, places)) and file.is_file() else None
 
     def _bytes(self, row: dict[str, Any]) -> bytes:
         value = row[self.image]
         if isinstance(value, dict):
-            value = value.get("bytes")
+            value = value.get("bytes") or self._file(value.get("path"))
         if not isinstance(value, bytes):
             raise BadSampleError("its row has no picture, or only the name of one", "store the pictures' bytes in it")
         return value
@@ -213,18 +268,23 @@ def read_bytes(where: Where) -> bytes:
     return system.cat_file(path, where.start, None if where.size < 0 else where.start + where.size)
 
 
+TELLING = {"etag", "mtime", "last-modified", "last_modified", "lastmodified", "updated", "md5hash", "generation"}
+
+
 def stamp(file: str, seen: dict[str, str]) -> str:
     """What tells that a file is as it was: size and time of a local one, what its system knows of another."""
     if file not in seen:
         try:
             if "://" in file:
                 system, path = url_to_fs(file)
-                seen[file] = str(system.ukey(path))
+                facts_of = system.info(path)
+                told = {name: str(facts_of[name]) for name in sorted(facts_of) if name.lower() in TELLING}
+                seen[file] = repr(told) if told else ""
             else:
                 facts = Path(file).stat()
-                return f"{facts.st_size} {facts.st_mtime_ns}"
-        except (OSError, NotImplementedError, ValueError):
-            return ""
+                return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
+        except Exception:  # whatever its file system raises: then it is opened, and that says what is wrong
+            seen[file] = ""
     return seen[file]
 
 

@@ -30,6 +30,7 @@ from ldm.config import Config
 from ldm.data.images import Size, cut, place, to_tensor
 from ldm.data.index import Index
 from ldm.files import whole_file
+from ldm.processes import on_main
 from ldm.text import NULL_PROMPT, TextEncoder
 
 PER_FILE = 4096  # entries
@@ -78,8 +79,9 @@ class Shelf:
         keys = np.concatenate(parts) if parts else np.zeros(0, "S32")
         order = np.argsort(keys, kind="stable")
         self.keys = keys[order]
-        self.places = np.array([(f, r) for f, part in enumerate(parts) for r in range(len(part))], np.int32)
-        self.places = self.places.reshape(-1, 2)[order]
+        files = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+        rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]) if parts else files
+        self.places = np.stack([files, rows], axis=1)[order]
         self._open: dict[int, dict[str, torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # a loader's process maps the files itself
@@ -108,7 +110,7 @@ class Shelf:
         for file in self.files[state.process_index :: state.num_processes]:
             if not _sound(file):
                 tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.about})
@@ -149,18 +151,22 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
     for job in jobs:
         job.shelf.drop_damaged()
     state.wait_for_everyone()
-    chunks, reasons = [], Counter[str]()
     for job in jobs:
         job.shelf.read()
-        missing = np.flatnonzero(~job.shelf.find(job.keys)[1])
-        if len(missing):
-            chunks += [(job, missing[start : start + per_file]) for start in range(0, len(missing), per_file)]
-            reasons += job.shelf.why([job.keys[i] for i in missing.tolist()]) if state.is_main_process else Counter()
-    state.wait_for_everyone()  # nobody writes before all have looked
+    # One process looks what is missing: another run may write to the same cache meanwhile.
+    missing = on_main(lambda: [np.flatnonzero(~job.shelf.find(job.keys)[1]) for job in jobs])
+    chunks = [
+        (job, places[start : start + per_file])
+        for job, places in zip(jobs, missing, strict=True)
+        for start in range(0, len(places), per_file)
+    ]
     if not chunks:
         return
-    total = sum(len(places) for _, places in chunks)
+    total = sum(map(len, missing))
     if state.is_main_process:
+        reasons = Counter[str]()
+        for job, places in zip(jobs, missing, strict=True):
+            reasons += job.shelf.why([job.keys[i] for i in places.tolist()]) if len(places) else Counter()
         why = "; ".join(f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
         tqdm.write(f"cache: {total:,} of {sum(len(job.keys) for job in jobs):,} {what} to encode: {why}.")
     mine = chunks[state.process_index :: state.num_processes]
@@ -238,7 +244,7 @@ def build(index: Index, config: Config, autoencoder: Autoencoder, text: TextEnco
 def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: Sequence[Variant]) -> dict[Size, Job]:
     """A job for the pictures of each bucket."""
     dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.fingerprint()
-    sha256, sizes = index.column("sha256").tolist(), index.sizes()
+    sha256 = index.column("sha256").tolist()
     stacked = np.array(sha256, "S32")
 
     def job(size: Size, entries: np.ndarray) -> Job:
@@ -259,8 +265,7 @@ def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: 
         return Job(Shelf(config.cache_dir / "latents", about), [sha256[i] for i in entries], encode)
 
     jobs = {}
-    for size in sorted(set(sizes)):
-        entries = np.flatnonzero([other == size for other in sizes])
+    for size, entries in index.by_size().items():
         entries = entries[np.sort(np.unique(stacked[entries], return_index=True)[1])]  # twins are encoded once
         jobs[size] = job(size, entries)
     return jobs
@@ -304,5 +309,8 @@ def _about(file: Path) -> dict[str, Any]:
 
 
 def _sound(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.stem)
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.stem)
+    except FileNotFoundError:  # another run found it damaged
+        return True

@@ -74,7 +74,7 @@ def sheet(index: Index, config: Config, count: int = 32) -> Image.Image:
 
 def _sizes(index: Index) -> dict[str, Any]:
     width, height = index.column("width").astype(float), index.column("height").astype(float)
-    sizes = index.sizes()
+    sizes = index.sizes
     to = np.array(sizes, float).reshape(-1, 2)
     scale = np.maximum(to[:, 0] / width, to[:, 1] / height)
     kept = to.prod(1) / (width * height * scale**2)
@@ -159,6 +159,8 @@ def before_training(index: Index | Stream, config: Config, text: TextEncoder) ->
     A stream is read as it is trained on; what is bad in it is named then.
     """
     if isinstance(index, Stream):
+        for training in (config.stage1, config.stage2):
+            index.lanes(training.batch, PartialState().num_processes)
         if PartialState().is_main_process:
             print("\n".join(index.sources.says()), f"shards   {len(index):,}", sep="\n", flush=True)
         return

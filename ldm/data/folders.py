@@ -26,6 +26,8 @@ SIDECARS = (".txt", ".caption")
 def metadata(folder: Path, column: str = "text", lines: bool = False) -> Records:
     """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, and captions in `column`."""
     file = next(folder / name for name in METADATA if (folder / name).exists())
+    if isinstance(wrong := _inside(folder, file.name), str):
+        raise UserError(f"{file}: {wrong}; write it into the folder")
     for number, row in _rows(file, column):
         place = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
         if isinstance(row, str):
@@ -97,7 +99,11 @@ def classes(folder: Path, template: str = "{}") -> Records:
             elif not label:
                 yield Bad(key, "it is in no class folder", "move it into the folder of its class")
             else:
-                yield Record(key, Where(str(path)), captions_of(template.replace("{}", label.replace("_", " "))), label)
+                try:
+                    captions = captions_of(template.replace("{}", label.replace("_", " ")))
+                    yield Record(key, Where(str(path)), captions, label)
+                except BadSampleError as error:
+                    yield Bad(key, *error.args)
 
 
 def is_picture(name: str) -> bool:
@@ -106,9 +112,14 @@ def is_picture(name: str) -> bool:
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Each directory and the names of its files, sorted; hidden ones and links to directories are left out."""
-    for place, directories, names in os.walk(folder):
+    for place, directories, names in os.walk(folder, onerror=_unreadable):
+        names += [name for name in directories if is_picture(name)]  # which are told to be no files
         directories[:] = sorted(name for name in directories if not name.startswith((".", "__MACOSX")))
         yield Path(place), sorted(name for name in names if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"data.source: can't list {error.filename} ({error.strerror}); let it be read, or move it away")
 
 
 def _inside(folder: Path, name: str) -> Path | str:
@@ -118,32 +129,34 @@ def _inside(folder: Path, name: str) -> Path | str:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
             return "it leads out of the folder"
-        return path if path.is_file() else "there is no such file"
+        return path if path.is_file() else "it is no file" if path.exists() else "there is no such file"
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name that is too long
         return f"it can't be followed ({error})"
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Number, from 1, and content of each row, or what is wrong with it; UserError where the file is no table."""
-    if file.suffix == ".jsonl":
-        with file.open("rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield number, _json_row(line)
-        return
     try:
+        if file.suffix == ".jsonl":
+            with file.open("rb") as handle:
+                for number, line in enumerate(handle, start=1):
+                    if line.strip():
+                        yield number, _json_row(line)
+            return
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
                 _has_columns(file, table.schema_arrow.names, column)
                 number = 0
                 for batch in table.iter_batches(4096, columns=["file_name", column]):
-                    for row in batch.to_pylist():
+                    names, captions = (_raw(batch[name]).to_pylist() for name in ("file_name", column))
+                    for name, caption in zip(names, captions, strict=True):
                         number += 1
-                        yield number, row
+                        name = os.fsdecode(name) if isinstance(name, bytes) else name
+                        yield number, {"file_name": name, column: caption}
             return
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            reader = csv.DictReader(text)
+            reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
             _has_columns(file, list(reader.fieldnames or []), column)
             while True:
                 try:
@@ -166,6 +179,16 @@ def _json_row(line: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"it is no JSON ({error})"
     return row if isinstance(row, dict) else "it is no JSON object"
+
+
+def _raw(strings: pa.Array) -> pa.Array:
+    """Strings, or lists of them, as bytes, since they may be no UTF-8."""
+    kind = strings.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return strings.cast(pa.large_binary())
+    if pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+        return strings.cast(pa.list_(pa.binary()))
+    return strings
 
 
 def _has_columns(file: Path, found: list[str], column: str) -> None:

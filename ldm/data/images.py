@@ -10,7 +10,6 @@ import io
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,7 +60,9 @@ def _rgb(picture: Image.Image, background: str) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
     elif picture.mode == "F":
-        picture = picture.convert("L")
+        values = np.nan_to_num(np.asarray(picture))
+        values = values * 255 if values.max() <= 1 else values  # white is 1, where nothing is more
+        picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
@@ -73,27 +74,22 @@ def _rgb(picture: Image.Image, background: str) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------- buckets
 
 
-@dataclass(frozen=True)
 class Buckets:
-    """The sizes that pictures are brought to: one square, or sizes of about the same area and various aspect ratios."""
+    """The sizes that pictures are brought to: one square, or sizes of about the same area and various aspect ratios.
 
-    size: int
-    config: BucketConfig | None = None
+    `sizes` are all of them, ordered by aspect ratio; where pictures are not upscaled, smaller ones are made as needed.
+    """
 
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        """All sizes, ordered by aspect ratio; where pictures are not upscaled, smaller ones are made as needed."""
-        if not self.config:
-            return ((self.size, self.size),)
-        step, area = self.config.step, self.size**2
-        low = -(-(self.config.smallest or self.size // 2) // step) * step
-        high = (self.config.largest or self.size * 2) // step * step
-        found = set()
-        for side in range(low, high + 1, step):
-            other = min(high, area // side // step * step)
-            if other >= low:
-                found |= {(side, other), (other, side)}
-        return tuple(sorted(found, key=lambda wh: (wh[0] / wh[1], wh)))
+    def __init__(self, size: int, config: BucketConfig | None = None):
+        self.config = config
+        found = {(size, size)}
+        if config:
+            step = config.step
+            low = -(-(config.smallest or size // 2) // step) * step
+            high = (config.largest or size * 2) // step * step
+            sides = {side: min(high, size**2 // side // step * step) for side in range(low, high + 1, step)}
+            found = {pair for a, b in sides.items() if b >= low for pair in ((a, b), (b, a))}
+        self.sizes: tuple[Size, ...] = tuple(sorted(found, key=lambda wh: (wh[0] / wh[1], wh)))
 
     def of(self, width: int, height: int) -> Size:
         """The size of the bucket for a picture of `width × height` pixels: the one of the nearest aspect ratio."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,6 +31,7 @@ from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
 from ldm.data.sources import Sources
 from ldm.errors import UserError
 from ldm.files import whole_file
+from ldm.processes import on_main
 
 SCHEMA = pa.schema(
     [
@@ -59,17 +60,11 @@ class Entry(Record):
 class Index:
     """The usable pictures of a run, or some of them: a sequence of entries over a memory-mapped file."""
 
-    def __init__(self, path: Path, sources: Sources, data: DataConfig, rows: np.ndarray | None = None):
-        self.path, self.sources, self.data = path, sources, data
-        self.buckets = Buckets(data.size, data.buckets)
-        with pa.memory_map(str(path)) as file:
-            self.table = pa.ipc.open_file(file).read_all()
+    def __init__(self, table: pa.Table, sources: Sources, data: DataConfig, rows: np.ndarray | None = None):
+        self.table, self.sources, self.data = table, sources, data
         if rows is None:
             rows = np.flatnonzero(self.table["reason"].is_null().to_numpy(zero_copy_only=False))
         self.rows = rows
-
-    def __reduce__(self) -> tuple[Any, ...]:  # loaders' processes map the file themselves
-        return Index, (self.path, self.sources, self.data, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,10 +83,17 @@ class Index:
     def select(self, *splits: str) -> Index:
         """The entries of some splits: `train`, `reconstruction`, `combination`."""
         chosen = pc.is_in(self.table["split"], pa.array(splits)).to_numpy(zero_copy_only=False)
-        return Index(self.path, self.sources, self.data, self.rows[chosen[self.rows].astype(bool)])
+        return Index(self.table, self.sources, self.data, self.rows[chosen[self.rows].astype(bool)])
 
     def first(self, count: int) -> Index:
-        return Index(self.path, self.sources, self.data, self.rows[:count])
+        return Index(self.table, self.sources, self.data, self.rows[:count])
+
+    def some(self, count: int) -> Index:
+        """All entries, or so many of them, drawn at random but always the same."""
+        if len(self) <= count:
+            return self
+        chosen = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
+        return Index(self.table, self.sources, self.data, self.rows[chosen])
 
     def column(self, name: str) -> np.ndarray:
         """One fact of all entries as an array, `(N,)`."""
@@ -99,13 +101,21 @@ class Index:
 
     def captions(self) -> Iterator[list[str]]:
         """The captions of each entry, without the rest of it."""
-        column = self.table["captions"]
+        column = self.table["captions"].combine_chunks()
         for start in range(0, len(self.rows), CHUNK):
             yield from column.take(pa.array(self.rows[start : start + CHUNK])).to_pylist()
 
     def picture(self, i: int) -> Image.Image:
         """The decoded picture; UserError, naming it, where it was changed or removed since it was indexed."""
-        return open_picture(self.sources, self[i], self.data)
+        entry = self[i]
+        try:
+            content = self.sources.read(entry.where)
+            if hashlib.sha256(content).digest() == entry.sha256:
+                return decode(content, self.data.background, self.data.min_side)
+            reason = "it was changed since it was indexed"
+        except Exception as error:  # whatever its file system or library raises
+            reason = f"it can't be read any more ({error or error!r})"
+        raise UserError(f"{entry.key}: {reason}; put it back, or start the same command again to index it anew")
 
     def weights(self) -> np.ndarray:
         """How often each entry is drawn, `(N,)`: its own weight, and its source's share where sources have weights."""
@@ -119,11 +129,17 @@ class Index:
                     weights = np.where(mine, weights * share / each[mine].sum(), weights)
         return weights
 
+    @cached_property
     def sizes(self) -> list[Size]:
         """The size that each entry is brought to."""
-        known: dict[Size, Size] = {}
+        buckets, known = Buckets(self.data.size, self.data.buckets), dict[Size, Size]()
         pairs = zip(self.column("width").tolist(), self.column("height").tolist(), strict=True)
-        return [known.get(pair) or known.setdefault(pair, self.buckets.of(*pair)) for pair in pairs]
+        return [known.get(pair) or known.setdefault(pair, buckets.of(*pair)) for pair in pairs]
+
+    def by_size(self) -> dict[Size, np.ndarray]:
+        """The places of the entries of each size."""
+        names, groups = np.unique(np.array(self.sizes), axis=0, return_inverse=True)
+        return {(int(w), int(h)): np.flatnonzero(groups.ravel() == i) for i, (w, h) in enumerate(names)}
 
     def labels(self) -> list[str]:
         """The classes, sorted; an entry's number is its label's place among them."""
@@ -132,7 +148,8 @@ class Index:
     def fingerprint(self) -> str:
         """SHA-256 of which pictures with which captions there are: a run is only continued on the same ones."""
         digest = hashlib.sha256()
-        facts = (self.column(name).tolist() for name in ("sha256", "weight", "repeats"))
+        names = ("sha256", "weight", "repeats", "flip", "dropout", "label")
+        facts = (self.table[name].take(pa.array(self.rows)).to_pylist() for name in names)
         for captions, *row in zip(self.captions(), *facts, strict=True):
             digest.update(repr((captions, *row)).encode())
         return digest.hexdigest()
@@ -179,28 +196,22 @@ def build(config: Config) -> Index:
     """
     data, cache = config.data, config.cache_dir
     sources = Sources(data.source, data.size, cache)
-    asked = [source.model_dump(exclude={"weight", "repeats"}) for source in data.source]
+    asked = [
+        {**source.model_dump(exclude={"weight", "repeats"}), "at": str(Path(source.path).resolve())}
+        for source in data.source
+    ]
     key = hashlib.sha256(json.dumps([asked, data.background, data.min_side, data.size]).encode()).hexdigest()[:12]
     path = cache / f"index-{key}.arrow"
-    state = PartialState()
-    if state.is_main_process:
+
+    def written() -> None:
         cache.mkdir(parents=True, exist_ok=True)
         for line in sources.says():
             tqdm.write(line)
         _write(path, sources, data)
-    state.wait_for_everyone()
-    return Index(path, sources, data)
 
-
-def open_picture(sources: Sources, record: Record, data: DataConfig) -> Image.Image:
-    """Reads and decodes; UserError, naming the picture, where that fails."""
-    try:
-        return decode(sources.read(record.where), data.background, data.min_side)
-    except BadSampleError as error:
-        reason, fix = error.args
-    except (OSError, ValueError) as error:
-        reason, fix = f"it can't be read ({error})", "put it back; the same command continues"
-    raise UserError(f"{record.key}: {reason}; {fix}")
+    on_main(written)
+    with pa.memory_map(str(path)) as file:
+        return Index(pa.ipc.open_file(file).read_all(), sources, data)
 
 
 def _write(path: Path, sources: Sources, data: DataConfig) -> None:
@@ -228,7 +239,7 @@ def _rows(sources: Sources, data: DataConfig, known: _Known) -> Iterator[dict[st
                     row = {**item.__dict__, "source": number, "stamp": bytes(16)}
                     ahead.append((row, {}))
                 else:
-                    row = _row(item, number, seen)
+                    row = _row(item, number, seen, sources.table_stamp(number))
                     facts = known.facts(row["stamp"])
                     ahead.append((row, facts or pool.submit(_facts, sources, item.where, data)))
                 if len(ahead) >= 256:
@@ -241,9 +252,9 @@ def _joined(row: dict[str, Any], facts: Future[dict[str, Any]] | dict[str, Any])
     return {**row, **(facts.result() if isinstance(facts, Future) else facts)}
 
 
-def _row(record: Record, number: int, seen: dict[str, str]) -> dict[str, Any]:
+def _row(record: Record, number: int, seen: dict[str, str], table_stamp: str) -> dict[str, Any]:
     where = record.where
-    as_it_was = "" if where.size == TABLE_ROW else stamp(where.file, seen)  # tables keep no time: they are read again
+    as_it_was = table_stamp if where.size == TABLE_ROW else stamp(where.file, seen)
     mark = hashlib.sha256(repr((*where, as_it_was)).encode()).digest()[:16] if as_it_was else bytes(16)
     return {
         "key": record.key, "file": where.file, "start": where.start, "size": where.size,
@@ -260,8 +271,9 @@ def _facts(sources: Sources, where: Where, data: DataConfig) -> dict[str, Any]:
         picture = decode(content, data.background, data.min_side)
     except BadSampleError as error:
         return dict(zip(("reason", "fix"), error.args, strict=True))
-    except (OSError, ValueError) as error:
-        return {"reason": f"it can't be read ({error})", "fix": "see that it is there and may be read"}
+    except Exception as error:  # whatever its file system or library raises; it may pass, so it is tried again
+        reason = f"it can't be read ({error or error!r})"
+        return {"reason": reason, "fix": "see that it is there and may be read", "stamp": bytes(16)}
     return {
         "sha256": hashlib.sha256(content).digest(), "width": picture.width, "height": picture.height,
         "phash": int(str(imagehash.phash(picture)), 16),

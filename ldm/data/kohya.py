@@ -82,8 +82,8 @@ def settings(file: Path) -> dict[str, Any]:
     if sizes.get("enable_bucket"):
         data["buckets"] = {
             "step": sizes.get("bucket_reso_steps", 64),
-            "smallest": sizes.get("min_bucket_reso", 256),
-            "largest": sizes.get("max_bucket_reso", 1024),
+            "smallest": sizes.get("min_bucket_reso"),
+            "largest": sizes.get("max_bucket_reso"),
             "upscale": not sizes.get("bucket_no_upscale", False),
         }
     return data

@@ -42,6 +42,9 @@ class Record:
     dropout: float | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _one_line(self.key))
+
 
 @dataclass(frozen=True)
 class Bad:
@@ -71,13 +74,7 @@ def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
 
     With `lines`, each line of a string is a caption.
     """
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadSampleError(
-                f"the caption is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
-            ) from None
+    value = [_decoded(each) for each in value] if isinstance(value, list) else _decoded(value)
     if isinstance(value, str):
         value = value.splitlines() if lines else [value]
         if lines:
@@ -92,7 +89,20 @@ def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
     for caption in tidy:
         if any("\ud800" <= letter <= "\udfff" for letter in caption):  # what a reader puts for bytes that are no UTF-8
             raise BadSampleError("the caption is not UTF-8", "save the file as UTF-8")
+        if "\0" in caption:  # UTF-16 without its mark passes for UTF-8
+            raise BadSampleError("the caption has NULs in it", "save the file as UTF-8")
     return tidy
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(
+            f"the caption is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
+        ) from None
 
 
 def _one_line(text: str) -> str:

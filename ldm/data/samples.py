@@ -39,7 +39,7 @@ class Draws:
     def __init__(self, index: Index, config: Config, batch: int):
         self.index, self.data, self.seed = index, config.data, config.run.seed
         self.dropout = config.stage2.caption_dropout
-        self.sizes = index.sizes()
+        self.sizes = index.sizes
         self.order = Order(index.weights(), self.seed, batch, self.sizes, index.column("repeats"))
         self.classes = {label: number for number, label in enumerate(index.labels())}
 
@@ -55,10 +55,10 @@ class Draws:
     def pixels(self, n: int, draw: Draw) -> tuple[torch.Tensor, Size]:
         """The picture of a draw, `(3, H, W)` in [-1, 1], and the crop's left and top in the resized picture.
 
-        Where nothing is cached, each draw of a random crop lies somewhere else.
+        Each draw of a random crop lies somewhere else; only the cache has few of them.
         """
         picture, view, sha256 = self.index.picture(draw.number), draw.view, draw.entry.sha256
-        if view.crop < 0 or self.data.cache == "disk":
+        if view.crop < 0:
             return view.cut(picture, sha256), view.at(picture.size, sha256)
         u, v = generator(self.seed, "corner", n).random(2)
         part, at = cut(picture, view.size, float(u), float(v))
@@ -97,12 +97,10 @@ def whole(data: Index | Stream, batch: int = 64) -> Iterator[torch.Tensor]:
     if isinstance(data, Stream):
         yield from data.whole(batch)
         return
-    index, sizes = data, data.sizes()
-    for size in sorted(set(sizes)):
-        mine = [i for i, other in enumerate(sizes) if other == size]
+    for size, mine in data.by_size().items():
         for start in range(0, len(mine), batch):
-            part = mine[start : start + batch]
-            yield torch.stack([View(size).cut(index.picture(i), b"") for i in part])
+            part = mine[start : start + batch].tolist()
+            yield torch.stack([View(size).cut(data.picture(i), b"") for i in part])
 
 
 # --------------------------------------------------------------------------------------------- the samples of stage two

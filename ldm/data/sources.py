@@ -96,6 +96,10 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False) -> None:
             kohya.subsets(Path(source.path))
 
 
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 class Sources:
     """The sources of a run, in their order: their records, and the bytes of the pictures that these name."""
 
@@ -117,6 +121,8 @@ class Sources:
             key = item.key if len(self.configs) == 1 else f"{number}:{item.key}"
             if isinstance(item, Bad):
                 yield replace(item, key=key)
+            elif not _is_text(item.where.file + item.label):  # an index could not hold it
+                yield Bad(key, "its name is not UTF-8", "rename it")
             else:
                 yield replace(item, key=key, repeats=item.repeats * source.repeats)
 
@@ -141,6 +147,10 @@ class Sources:
         if isinstance(name, str):
             return archives.tar_samples(name, source.column, source.lines)
         return self._streams[number].samples(str(number), source.lines, name)
+
+    def table_stamp(self, number: int) -> str:
+        """What tells that a table is as it was."""
+        return self._tables[number].stamp if number in self._tables else ""
 
     def table(self, number: int, streaming: bool = False) -> archives.Table:
         source, kind = self.configs[number], self.kinds[number]

@@ -1,9 +1,9 @@
 """Data sets that are read from beginning to end, shard by shard, because they have no index or don't fit on a disk.
 
-The shards are dealt to lanes, and each lane fills the same places of every batch, whoever reads it: so the samples of
-step n are the same for any number of processes and loader workers. A lane reads its shards in an order of its own,
-anew in each round, and shuffles blocks of neighbours. Its place (round, shard, sample) travels with the batches and is
-kept in the checkpoints; reading goes on from there.
+Each epoch has the shards in another order, and they are dealt to lanes like cards. A lane fills the same places of
+every batch, whoever reads it, so the samples of step n are the same for any number of processes and loader workers; it
+shuffles blocks of neighbours. Its place (shard, sample) travels with the batches and is kept in the checkpoints, from
+where reading goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ldm.data.sources import Sources
 from ldm.errors import UserError
 
 Item = dict[str, Any]
-Place = tuple[int, int, int]  # the round of a lane, the shard in its order, the sample in the shard
+Place = tuple[int, int]  # the number of the shard in the endless order of all, and of the sample in the shard
 
 LANES = 64  # at most; no more processes can share them
 TOGETHER = 4096  # samples that all lanes shuffle at a time
@@ -51,6 +51,9 @@ class Stream:
         """All of it is training data; other splits are empty."""
         return Stream(self.config, self.shards if "train" in splits else [])
 
+    def some(self, _count: int) -> Stream:
+        return self  # `whole` stops by itself
+
     def captions(self) -> Iterator[list[str]]:
         return iter(())  # they aren't known before they are read
 
@@ -61,29 +64,35 @@ class Stream:
         """SHA-256 of the shards' names."""
         return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
 
-    def first(self, count: int) -> Iterator[tuple[torch.Tensor, str] | Bad]:
-        """The first pictures, centre cropped, `(3, H, W)`, with a caption, and those that are bad."""
-        samples = (sample for shard in self.shards for sample in self.sources.samples(shard))
+    def beginning(self, count: int) -> Iterator[tuple[torch.Tensor, str] | Bad]:
+        """As many of the first of each shard, centre cropped, `(3, H, W)`, with a caption, and those that are bad."""
+        each = -(-count // max(1, len(self.shards)))
+        samples = (sample for shard in self.shards for sample in itertools.islice(self.sources.samples(shard), each))
         for sample in itertools.islice(samples, count):
             pixels = sample if isinstance(sample, Bad) else _pixels(sample, self.config, None)
             yield pixels if isinstance(pixels, Bad) else (pixels, sample[0].captions[0])  # type: ignore[index]
 
     def whole(self, batch: int) -> Iterator[torch.Tensor]:
         """Some pictures that stand for all, in batches `(N, 3, H, W)`."""
-        good = (found[0] for found in self.first(STANDS_FOR_ALL) if not isinstance(found, Bad))
+        good = (found[0] for found in self.beginning(STANDS_FOR_ALL) if not isinstance(found, Bad))
         while part := list(itertools.islice(good, batch)):
             yield torch.stack(part)
+
+    def lanes(self, batch: int, processes: int) -> int:
+        """Lanes of a batch; UserError where the processes can't share them."""
+        lanes = lanes_of(batch, len(self.shards))
+        if lanes % processes:
+            raise UserError(
+                f"data.streaming: {len(self.shards)} shards make {lanes} lanes of a batch of {batch}, which "
+                f"{processes} processes can't share; make more shards, or another batch"
+            )
+        return lanes
 
     def batches(
         self, training: Training, first_step: int, rank: int, processes: int, workers: int, places: Mapping[str, Place]
     ) -> Iterator[Item]:
         """Micro-batches of one process from a step on, with the lanes' places after each step as `places`."""
-        lanes = lanes_of(training.batch, len(self.shards))
-        if lanes % processes:
-            raise UserError(
-                f"data.streaming: {len(self.shards)} shards make {lanes} lanes of a batch of {training.batch}, which "
-                f"{processes} processes can't share; make more shards, or another batch"
-            )
+        lanes = self.lanes(training.batch, processes)
         mine = range(rank * lanes // processes, (rank + 1) * lanes // processes)
         workers = min(workers, len(mine))
         reader = _Reader(self, training.batch, lanes, mine, first_step, training.steps, dict(places))
@@ -121,30 +130,30 @@ def lanes_of(batch: int, shards: int) -> int:
     return max(n for n in range(1, min(batch, shards, LANES) + 1) if batch % n == 0)
 
 
-def lane(stream: Stream, number: int, lanes: int, place: Place) -> Iterator[tuple[Place, Sample]]:
-    """The endless samples of a lane from a place on, each with the place after it."""
-    seed, (round_, begin, skipped) = stream.config.run.seed, place
-    dealt = np.random.default_rng([seed, *b"lanes"]).permutation(len(stream.shards))[number::lanes]
+def lane(stream: Stream, lanes: int, place: Place) -> Iterator[tuple[Place, Sample]]:
+    """The endless samples of a lane from a place on, each with the place after it.
+
+    Shard k of the run is the k-th of one epoch's permutation after the other; a lane reads every `lanes`-th.
+    """
+    seed, count, (first, skipped) = stream.config.run.seed, len(stream.shards), place
     block = min(1024, max(16, TOGETHER // lanes))
-    while True:
-        order = np.random.default_rng([seed, number, round_]).permutation(dealt)
-        empty = (begin, skipped) == (0, 0)
-        for at in range(begin, len(order)):
-            shard = int(order[at])
-            start = skipped // block * block  # what was read of a block is read again, so that it shuffles alike
-            samples = itertools.islice(stream.sources.samples(stream.shards[shard]), start, None)
-            while several := list(itertools.islice(samples, block)):
-                empty = False
-                shuffled = np.random.default_rng([seed, shard, round_, start]).permutation(len(several))
-                for i in range(max(0, skipped - start), len(several)):
-                    yield (round_, at, start + i + 1), several[shuffled[i]]
-                start += len(several)
-            skipped = 0
-        if empty:
-            raise UserError(
-                f"data.source: no sample in {[stream.shards[i][1] for i in dealt]}; see that they are sound"
-            )
-        round_, begin = round_ + 1, 0
+    empty = 0
+    for k in itertools.count(first, lanes):
+        epoch = k // count
+        shard = int(np.random.default_rng([seed, epoch, *b"shards"]).permutation(count)[k % count])
+        start = skipped // block * block  # what was read of a block is read again, so that it shuffles alike
+        samples = itertools.islice(stream.sources.samples(stream.shards[shard]), start, None)
+        empty += 1
+        while several := list(itertools.islice(samples, block)):
+            empty = 0
+            shuffled = np.random.default_rng([seed, shard, epoch, start]).permutation(len(several))
+            for i in range(max(0, skipped - start), len(several)):
+                yield (k, start + i + 1), several[shuffled[i]]
+            start += len(several)
+        skipped = 0
+        if empty > count:
+            raise UserError("data.source: no sample in any shard; see that they are sound")
+    raise AssertionError("unreachable")
 
 
 class _Reader(IterableDataset[Item]):
@@ -159,8 +168,8 @@ class _Reader(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
         mine = list(self.mine)[worker.id :: worker.num_workers] if worker else list(self.mine)
-        places = {str(number): tuple(self.places.get(str(number), (0, 0, 0))) for number in mine}
-        reading = {n: lane(self.stream, n, self.lanes, places[str(n)]) for n in mine}  # type: ignore[arg-type]
+        places = {str(number): tuple(self.places.get(str(number), (number, 0))) for number in mine}
+        reading = {n: lane(self.stream, self.lanes, places[str(n)]) for n in mine}  # type: ignore[arg-type]
         share = self.batch // self.lanes
         for step in range(self.first, self.steps):
             items: list[Item] = []
@@ -175,7 +184,7 @@ class _Reader(IterableDataset[Item]):
                         if not isinstance(item, Bad):
                             break
                         bad.append(json.dumps([item.key, item.reason, item.fix]))
-                        if places[str(number)][0] > before[0] + 1:  # a whole round, and nothing good
+                        if places[str(number)][0] > before[0] + 2 * len(self.stream.shards):  # nothing good in all
                             raise UserError(f"data.source: shards without any good sample; the last: {item}")
                     items.append(item)
             yield {**default_collate(items), "bad": bad, "places": dict(places)}

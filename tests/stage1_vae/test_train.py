@@ -20,7 +20,7 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
 ) -> None:
     settings, index = drawings("stage1.steps=150", "stage1.batch=8")
     few = np.concatenate([index.select("train").rows[:8], index.select("combination").rows[:4]])
-    index = Index(index.path, index.sources, index.data, few)
+    index = Index(index.table, index.sources, index.data, few)
     train(settings, index)
     trained = load_autoencoder(tmp_path / "run/autoencoder")
     losses = [json.loads(line)["l1"] for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from ldm import autoencoder, config, text
 from ldm.data import cache, index
 from ldm.data.cache import View
 from ldm.data.images import cut, to_tensor
-from ldm.data.index import Index
 from ldm.data.samples import feed
+from ldm.errors import UserError
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
     given = settings(root, folder)
     pictures, vae = index.build(given), model()
     kept = cache.build(pictures, given, vae, encoder, per_file=5)
-    assert len(set(pictures.sizes())) == 3
-    for i, (entry, size) in enumerate(zip(pictures, pictures.sizes(), strict=True)):
+    assert len(set(pictures.sizes)) == 3
+    for i, (entry, size) in enumerate(zip(pictures, pictures.sizes, strict=True)):
         pixels = to_tensor(cut(pictures.picture(i), size)[0])
         for flip, expected in ((False, pixels), (True, pixels.flip(2))):
             mean, logvar = vae.moments(expected[None])
@@ -88,7 +89,7 @@ def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: t
     given = settings(root, folder, "data.crop=random", "data.crops=3", "data.flip=false")
     pictures, vae = index.build(given), model()
     kept = cache.build(pictures, given, vae, encoder)
-    entry, size = pictures[1], pictures.sizes()[1]
+    entry, size = pictures[1], pictures.sizes[1]
     for crop in range(3):
         expected = vae.encode(View(size, crop).cut(pictures.picture(1), entry.sha256)[None])[0]
         torch.testing.assert_close(kept.latent(View(size, crop), entry.sha256)[0], expected, atol=1e-5, rtol=1e-5)
@@ -127,7 +128,7 @@ def test_another_autoencoders_latents_are_never_read(root: Path, folder: Path, e
     given = settings(root, folder)
     pictures = index.build(given)
     first, second = (cache.build(pictures, given, model(seed), encoder) for seed in (0, 1))
-    view, sha256 = View(pictures.sizes()[0]), pictures[0].sha256
+    view, sha256 = View(pictures.sizes[0]), pictures[0].sha256
     assert not torch.allclose(first.latent(view, sha256)[0], second.latent(view, sha256)[0])
 
 
@@ -241,14 +242,38 @@ def test_sampled_latents_differ_from_epoch_to_epoch(root: Path, folder: Path, en
     assert torch.equal(first, dataset[0]["latent"])  # type: ignore[index]
 
 
-def test_an_index_is_read_again_without_opening_what_has_not_changed(root: Path, folder: Path) -> None:
+def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, opened = settings(root, folder), []
+    facts = index._facts
+    monkeypatch.setattr(index, "_facts", lambda *given: opened.append(given[1].file) or facts(*given))
+
+    def names() -> list[str]:
+        opened.clear()
+        index.build(given)
+        return sorted(Path(name).name for name in opened)
+
+    assert len(names()) == 24
+    assert names() == []
+    before = (folder / "05.png").stat()
+    (folder / "05.png").write_bytes(b"\0" * before.st_size)
+    os.utime(folder / "05.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
+    assert names() == ["05.png"]
+    assert [bad.key for bad in index.build(given).bad()] == ["05.png"]
+
+
+def test_an_index_in_use_keeps_its_rows_when_another_is_written(root: Path, folder: Path) -> None:
     given = settings(root, folder)
     first = index.build(given)
-    before = first.path.read_bytes()
-    stamp = (folder / "05.png").stat()
-    (folder / "05.png").write_bytes(b"\0" * stamp.st_size)  # same size, and the time is put back: it is not opened
-    os.utime(folder / "05.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert index.build(given).path.read_bytes() == before
-    os.utime(folder / "05.png")
-    assert [bad.key for bad in index.build(given).bad()] == ["05.png"]
-    assert len(Index(first.path, first.sources, given.data)) == 23
+    keys = [entry.key for entry in first]
+    (folder / "-.png").write_bytes(b"bad")
+    (folder / "-.txt").write_text("comes first")
+    assert index.build(given).bad_count() == 1
+    assert [entry.key for entry in first.select("train")] == keys
+    assert [entry.key for entry in pickle.loads(pickle.dumps(first)).first(3)] == keys[:3]
+
+
+def test_a_picture_that_was_changed_since_is_refused(root: Path, folder: Path) -> None:
+    pictures = index.build(settings(root, folder))
+    Image.new("RGB", (20, 20), "red").save(folder / "00.png")
+    with pytest.raises(UserError, match=r"00\.png: it was changed since it was indexed"):
+        pictures.picture(0)
