@@ -17,6 +17,7 @@ from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
 from ldm.processes import join
+from ldm.run import check_finished
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
         train_autoencoder(settings, pictures)
     if given.stage != "1":
-        if not pipeline.exists():
+        if pipeline.exists():
+            check_finished(folder / "stage2", {"data": pictures.select("train").fingerprint()})
+        else:
             train_unet(settings, pictures, autoencoder.load(settings.stage1.pretrained or trained), encoder)
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)

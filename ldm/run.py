@@ -320,6 +320,18 @@ class _Averaged(AbstractContextManager[None]):
         self.run.bare.train()
 
 
+def check_finished(folder: Path, contract: dict[str, Any]) -> None:
+    """UserError where the finished stage in `folder` was trained under another contract, on other pictures for one."""
+    for checkpoint in _checkpoints(folder)[-1:]:
+        before = json.loads((checkpoint / "state.json").read_text())["contract"]
+        changed = [name for name, value in contract.items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{folder.parent} is finished, but its {' and '.join(changed)} changed since; "
+                "give another run.dir, or --fresh to train beside it"
+            )
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}

@@ -198,7 +198,8 @@ class Table:
             raise
         except Exception as error:  # datasets raises whatever its readers raise
             text = " ".join(str(error).split())[:200]
-            raise UserError(f"data.source: datasets can't open {path} ({type(error).__name__}: {text})") from None
+            here = "" if Path(path).exists() or kind == "parquet" else "there is no such folder here, and "
+            raise UserError(f"data.source: {here}datasets can't open {path} ({type(error).__name__}: {text})") from None
         finally:
             if quiet:
                 datasets.enable_progress_bars()

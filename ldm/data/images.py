@@ -18,6 +18,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 from ldm.config import BucketConfig
 from ldm.data.records import BadSampleError
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd EXIF, which are read all the same
+
 Size = tuple[int, int]  # width, height
 # What is decoded, whatever a file is called: for others, PostScript for one, Pillow starts programs.
 Image.init()
@@ -36,11 +38,9 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     if not data:
         raise BadSampleError("the file is empty", "fetch it anew, or remove it")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and odd EXIF, which are read all the same
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                opened.load()
-                picture = _rgb(ImageOps.exif_transpose(opened), background)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.load()
+            picture = _rgb(ImageOps.exif_transpose(opened), background)
     except Image.DecompressionBombError as error:
         raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
     except UnidentifiedImageError:
@@ -58,7 +58,9 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
 
 def _rgb(picture: Image.Image, background: str) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+        values = np.asarray(picture)
+        scale = 1 if picture.mode == "I" and values.max() <= 255 else 257  # 32-bit files of 8-bit values are common
+        picture = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     elif picture.mode == "F":
         values = np.nan_to_num(np.asarray(picture))
         values = values * 255 if values.max() <= 1 else values  # white is 1, where nothing is more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,19 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
 def test_a_finished_run_is_not_trained_again(train, tiny_run: Path) -> None:
     output = finish(train(tiny_run))
     assert f"finished: {tiny_run / 'pipeline'}" in output
-    assert "img/s" not in output
+    assert "stage1:" not in output
+    assert "stage2:" not in output
+
+
+def test_a_finished_run_says_so_where_its_pictures_changed(tiny_run: Path, train, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("openmoji-demo", "openmoji-all"))  # as if the source had grown
+    process = train(folder, "data.source=openmoji-all")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 2
+    assert "is finished, but its data changed since" in output
 
 
 def test_plain_diffusers_makes_the_same_picture_as_the_script(tiny_run: Path, launch, tmp_path: Path) -> None:
@@ -222,13 +235,19 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     ]  # fmt: skip
     finish(train(tars / "whole", *stream))
     process = train(tars / "killed", *stream)
-    wait_for(tars / "killed/stage2/checkpoints/step-000008", process)
+    wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
     process.kill()
     process.wait()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py",
         "--config", "configs/tiny.yaml", f"run.dir={tars / 'killed'}", *stream, "data.workers=1",
     ]  # fmt: skip
+    two = subprocess.Popen(
+        command, cwd=root, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
+    os.killpg(two.pid, signal.SIGKILL)  # and once more, for both processes
+    two.wait()
     done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = {
