@@ -40,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
+    trained, pipeline = folder / "autoencoder", folder / "pipeline"
+    untrained = not settings.stage1.pretrained and not trained.exists()
+    if untrained and given.stage == "2":
+        raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
     pictures = Stream(settings) if settings.data.streaming else index.build(settings)
     check.before_training(pictures, settings, encoder)
 
-    trained, pipeline = folder / "autoencoder", folder / "pipeline"
-    if not settings.stage1.pretrained and not trained.exists():
-        if given.stage == "2":
-            raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
+    if untrained:
         train_autoencoder(settings, pictures)
     if given.stage != "1":
         if pipeline.exists():

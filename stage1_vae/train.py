@@ -64,7 +64,8 @@ def train(config: Config, data: Index | Stream) -> None:
         facts = evaluate(autoencoder, data)
         autoencoder.save(
             config.run.dir / "autoencoder",
-            raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step, **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
+            raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step,
+            **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
         )  # fmt: skip
     run.accelerator.wait_for_everyone()
 
