@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +33,7 @@ from ldm.data.images import Buckets, Size, decode
 from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
 from ldm.data.sources import Sources
 from ldm.errors import UserError
-from ldm.files import whole_file
+from ldm.files import sync, whole_file
 from ldm.processes import on_main
 
 SCHEMA = pa.schema(
@@ -210,14 +213,16 @@ def build(config: Config) -> Index:
         _write(path, sources, data)
 
     on_main(written)
-    with pa.memory_map(str(path)) as file:
-        return Index(pa.ipc.open_file(file).read_all(), sources, data)
+    return Index(pa.Table.from_batches(_batches(path), SCHEMA), sources, data)
 
 
 def _write(path: Path, sources: Sources, data: DataConfig) -> None:
-    known = _Known(path)
+    """Writes the index beside, then puts it in its place; what an interrupted one had found is taken over."""
+    left = list(path.parent.glob(f".{path.name}.*"))
+    known = _Known([path, *left])
     rows = _rows(sources, data, known)
-    with whole_file(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         chunk: list[dict[str, Any]] = []
         with tqdm(rows, desc="checking pictures", unit=" img", total=known.count or None, leave=False) as bar:
             for row in bar:
@@ -226,6 +231,27 @@ def _write(path: Path, sources: Sources, data: DataConfig) -> None:
                     writer.write_batch(pa.RecordBatch.from_pylist(chunk, SCHEMA))
                     chunk = []
         writer.write_batch(pa.RecordBatch.from_pylist(chunk, SCHEMA))
+    sync(beside)
+    beside.replace(path)
+    for other in left:
+        if other.exists() and time.time() - other.stat().st_mtime > 3600:  # another run may be writing a younger one
+            other.unlink(missing_ok=True)
+
+
+def _batches(path: Path) -> list[pa.RecordBatch]:
+    """The memory-mapped batches of an index, as far as it was written."""
+    found: list[pa.RecordBatch] = []
+    try:
+        with pa.memory_map(str(path)) as file:
+            found.extend(batch for batch in _readable(pa.ipc.open_stream(file)) if batch.schema == SCHEMA)
+    except (OSError, pa.ArrowException):  # there is none, or it had just been begun
+        pass
+    return found
+
+
+def _readable(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with suppress(OSError, pa.ArrowException):  # one that was cut off
+        yield from reader
 
 
 def _rows(sources: Sources, data: DataConfig, known: _Known) -> Iterator[dict[str, Any]]:
@@ -281,18 +307,11 @@ def _facts(sources: Sources, where: Where, data: DataConfig) -> dict[str, Any]:
 
 
 class _Known:
-    """The facts of an earlier index, found by stamp."""
+    """The facts of earlier indices, found by stamp."""
 
-    def __init__(self, path: Path):
-        self.count = 0
-        try:
-            with pa.memory_map(str(path)) as file:
-                self.table = pa.ipc.open_file(file).read_all()
-            if self.table.schema != SCHEMA:
-                return
-            stamps = self.table["stamp"].to_numpy(zero_copy_only=False).astype("S16")
-        except (OSError, pa.ArrowException):  # none yet, or a damaged one: everything is opened again
-            return
+    def __init__(self, paths: Sequence[Path]):
+        self.table = pa.Table.from_batches([batch for path in paths for batch in _batches(path)], SCHEMA)
+        stamps = self.table["stamp"].to_numpy(zero_copy_only=False).astype("S16")
         self.order = np.argsort(stamps, kind="stable")
         self.stamps = stamps[self.order]
         self.count = len(stamps)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,6 +260,25 @@ def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monk
     os.utime(folder / "05.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
     assert names() == ["05.png"]
     assert [bad.key for bad in index.build(given).bad()] == ["05.png"]
+
+
+def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, opened = settings(root, folder), []
+    facts = index._facts
+
+    def interrupted(*given: Any) -> dict[str, Any]:
+        opened.append(given[1].file)
+        if len(opened) == 20:
+            raise KeyboardInterrupt
+        return facts(*given)
+
+    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(index, "_facts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.build(given)
+    first = len(opened)
+    assert len(index.build(given)) == 24
+    assert len(opened) - first <= 24 - 12  # what stood in whole chunks is not opened again
 
 
 def test_an_index_in_use_keeps_its_rows_when_another_is_written(root: Path, folder: Path) -> None:
