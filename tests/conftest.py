@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from ldm import config
 from ldm.data import index
@@ -46,6 +50,35 @@ def drawings(tmp_path: Path) -> Callable[..., tuple[config.Config, Index]]:
         return settings, index.build(settings)
 
     return indexed
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, dict[str, bytes]], None]:
+    """Writes a tar of files by name."""
+
+    def write(path: Path, files: dict[str, bytes]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path, int, str], None]:
+    """Writes a WebDataset tar of so many pictures, whose captions are a prefix and their number."""
+
+    def write(path: Path, count: int, prefix: str) -> None:
+        rng, files = np.random.default_rng([*prefix.encode()]), {}
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8)).save(buffer, "PNG")
+            files |= {f"{i:03}.png": buffer.getvalue(), f"{i:03}.txt": f"{prefix}{i}".encode()}
+        write_tar(path, files)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -211,18 +210,10 @@ def test_own_pictures_in_a_folder_train_too(train, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    """The pictures of a folder as four tars."""
-    rng = np.random.default_rng(0)
-    for shard in range(4):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for i in range(9):
-                buffer = io.BytesIO()
-                Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(buffer, "PNG")
-                for name, data in ((f"{i}.png", buffer.getvalue()), (f"{i}.txt", f"picture {i}".encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
+    """A folder of four tars."""
+    for number in range(4):
+        shard(tmp_path / f"{number}.tar", 9, f"picture {number}-")
     return tmp_path
 
 

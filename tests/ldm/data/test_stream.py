@@ -1,14 +1,11 @@
 """Data sets that are read shard by shard."""
 
-import io
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,19 +18,12 @@ SHARDS, EACH = 6, 10
 
 
 @pytest.fixture
-def tars(tmp_path: Path) -> Path:
+def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
     """Six tars of ten pictures."""
-    rng, folder = np.random.default_rng(0), tmp_path / "tars"
+    folder = tmp_path / "tars"
     folder.mkdir()
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:02}.tar", "w") as tar:
-            for i in range(EACH):
-                buffer = io.BytesIO()
-                Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8)).save(buffer, "PNG")
-                for name, data in ((f"{i:03}.png", buffer.getvalue()), (f"{i:03}.txt", f"{shard}-{i}".encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+    for number in range(SHARDS):
+        shard(folder / f"{number:02}.tar", EACH, f"{number}-")
     return folder
 
 
@@ -142,12 +132,10 @@ def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Stream]
     assert all(any(torch.equal(found[c], flip(expected[c])) for flip in flips) for c in found)
 
 
-def test_bad_samples_are_left_out_and_named(streamed: Callable[..., Stream], tars: Path, tmp_path: Path) -> None:
-    with tarfile.open(tars / "03.tar", "w") as tar:
-        for name, data in (("x.png", b"no picture"), ("x.txt", b"x"), ("y.png", b"\x89PNG")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+def test_bad_samples_are_left_out_and_named(
+    streamed: Callable[..., Stream], tars: Path, tmp_path: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
+) -> None:
+    write_tar(tars / "03.tar", {"x.png": b"no picture", "x.txt": b"x", "y.png": b"\x89PNG"})
     (tars / "04.tar").write_bytes((tars / "04.tar").read_bytes()[:5000])
     steps = read(streamed("stage2.batch=3", "stage2.steps=60"), workers=2)  # three lanes of two shards
     assert len(steps) == 60
