@@ -52,6 +52,22 @@ def drawings(tmp_path: Path) -> Callable[..., tuple[config.Config, Index]]:
     return indexed
 
 
+@pytest.fixture
+def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
+    """A folder of pictures, one for each caption, that are square, wide and tall in turn."""
+
+    def lay(captions: list[str]) -> Path:
+        rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+        folder.mkdir()
+        for i, caption in enumerate(captions):
+            width, height = [(20, 20), (36, 14), (18, 33)][i % 3]
+            Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{i:02}.png")
+            (folder / f"{i:02}.txt").write_text(caption)
+        return folder
+
+    return lay
+
+
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[[Path, dict[str, bytes]], None]:
     """Writes a tar of files by name."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ldm import autoencoder, config, text
 from ldm.data import index
@@ -20,14 +19,9 @@ BUCKETS = [(1, 1)] * 50 + [(1, 2)] * 7 + [(2, 1)] * 31 + [(3, 1)]
 
 
 @pytest.fixture
-def shapes(root: Path, tmp_path: Path) -> Callable[..., config.Config]:
-    """Settings for twenty-two pictures in three buckets, with flips, random crops and several captions."""
-    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(22):
-        width, height = [(20, 20), (36, 14), (18, 33)][i % 3]
-        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{i:02}.png")
-        (folder / f"{i:02}.txt").write_text(f"picture {i}\nanother {i}")
+def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]) -> Callable[..., config.Config]:
+    """Settings for twenty-two pictures in three buckets, with two captions each."""
+    folder = three_shapes([f"picture {i}\nanother {i}" for i in range(22)])
 
     def given(*overrides: str) -> config.Config:
         return config.load(
