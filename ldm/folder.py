@@ -17,11 +17,12 @@ from typing import Any
 import yaml
 
 from ldm.autoencoder import STATISTICS
-from ldm.config import Config, differences, dump
+from ldm.config import differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import whole_file
 from ldm.processes import join, on_main
+from ldm.schema import Config
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (

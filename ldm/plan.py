@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ldm import autoencoder, text, unet
-from ldm.config import Config
 from ldm.data import sources
 from ldm.errors import UserError
 from ldm.processes import local_batch
+from ldm.schema import Config
 
 
 def describe(config: Config) -> str:

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from ldm.config import RunConfig, Training
 from ldm.errors import UserError
+from ldm.schema import RunConfig, Training
 
 Result = TypeVar("Result")
 

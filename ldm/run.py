@@ -24,12 +24,13 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config import RunConfig, Training, differences
+from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
 from ldm.errors import UserError
 from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
 from ldm.processes import accelerator, local_batch, say_idle_cores
+from ldm.schema import RunConfig, Training
 
 
 class Interrupted(SystemExit):

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from ldm.config import Stage2Config
 from ldm.errors import UserError
 from ldm.sampling import PREDICTION
+from ldm.schema import Stage2Config
 
 
 def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_width: int) -> UNet2DConditionModel:

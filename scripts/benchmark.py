@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from ldm import autoencoder, config, text
-from ldm.config import Config
 from ldm.data import index
 from ldm.data.index import Index
 from ldm.data.order import Positions
 from ldm.data.samples import Feed, feed
 from ldm.errors import Parser, command
 from ldm.processes import accelerator
+from ldm.schema import Config
 from stage2_diffusion.train import train
 
 WORKERS = (0, 1, 2, 4)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.config import SOLVERS
 from ldm.data.images import grid
 from ldm.errors import Parser, UserError, command
 from ldm.pipeline import LatentDiffusion
+from ldm.schema import SOLVERS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ldm.autoencoder import Autoencoder, build, fold, statistics
-from ldm.config import Config
 from ldm.data.index import Index
 from ldm.data.order import normal
 from ldm.data.samples import pictures, whole
 from ldm.data.stream import Stream
 from ldm.metrics.reconstruction import reconstruction
 from ldm.run import Run
+from ldm.schema import Config
 from stage1_vae.losses import gradient_loss, kl_loss
 
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on

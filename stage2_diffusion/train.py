@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from ldm.autoencoder import Autoencoder
-from ldm.config import Config
 from ldm.data.images import grid
 from ldm.data.index import Index
 from ldm.data.order import normal, uniform
@@ -16,6 +15,7 @@ from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
 from ldm.sampling import scheduler
+from ldm.schema import Config
 from ldm.text import TextEncoder
 from ldm.unet import build as build_unet
 from ldm.unet import load as load_unet

@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_ldm
-from ldm.config import BucketConfig, Config, DataConfig, SourceConfig
 from ldm.data import kohya
 from ldm.data.sources import SAYS
+from ldm.schema import BucketConfig, Config, DataConfig, SourceConfig
 from scripts import check_data
 
 PAGE = (Path(__file__).parents[1] / "docs/your-own-data.md").read_text("utf-8")

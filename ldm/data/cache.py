@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from ldm.autoencoder import Autoencoder
-from ldm.config import Config
 from ldm.data.images import Size, cut, place, to_tensor
 from ldm.data.index import Index
 from ldm.files import whole_file
 from ldm.processes import on_main
+from ldm.schema import Config
 from ldm.text import NULL_PROMPT, TextEncoder
 
 PER_FILE = 4096  # entries

@@ -11,13 +11,13 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from ldm.config import Config
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.samples import Draws
 from ldm.data.stream import Stream
 from ldm.errors import UserError
 from ldm.files import whole_file
+from ldm.schema import Config
 from ldm.text import TextEncoder
 
 QUANTILES = (0, 5, 50, 95, 100)

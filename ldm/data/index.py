@@ -27,7 +27,6 @@ import pyarrow.compute as pc
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.config import Config, DataConfig
 from ldm.data.archives import stamp
 from ldm.data.images import Buckets, Size, decode
 from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
@@ -35,6 +34,7 @@ from ldm.data.sources import Sources
 from ldm.errors import UserError
 from ldm.files import sync, whole_file
 from ldm.processes import on_main
+from ldm.schema import Config, DataConfig
 
 SCHEMA = pa.schema(
     [

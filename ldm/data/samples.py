@@ -13,12 +13,12 @@ import torch
 from PIL import ImageOps
 
 from ldm.autoencoder import Autoencoder
-from ldm.config import Config
 from ldm.data.cache import Cache, View, build
 from ldm.data.images import Size, cut, to_tensor
 from ldm.data.index import Entry, Index
 from ldm.data.order import Order, generator, normal
 from ldm.data.stream import Stream
+from ldm.schema import Config
 from ldm.text import NULL_PROMPT, TextEncoder
 
 Item = dict[str, Any]

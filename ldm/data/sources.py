@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ldm.config import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Where
 from ldm.errors import UserError
+from ldm.schema import SourceConfig
 
 SAYS = {
     "openmoji": "the built-in OpenMoji drawings",

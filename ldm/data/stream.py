@@ -20,13 +20,13 @@ from PIL import ImageOps
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from ldm.config import Config, Training
 from ldm.data.archives import Sample
 from ldm.data.images import cut, decode, to_tensor
 from ldm.data.order import generator
 from ldm.data.records import Bad, BadSampleError, Record
 from ldm.data.sources import Sources
 from ldm.errors import UserError
+from ldm.schema import Config, Training
 
 Item = dict[str, Any]
 Place = tuple[int, int]  # the number of the shard in the endless order of all, and of the sample in the shard

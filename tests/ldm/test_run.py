@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import RunConfig, Training
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import read_checkpoint
 from ldm.run import Run, _checkpoints, learning_rate
+from ldm.schema import RunConfig, Training
 
 
 class Positions(torch.utils.data.Dataset):

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.autoencoder import load as load_autoencoder
-from ldm.config import Config
 from ldm.data.index import Index
 from ldm.data.samples import whole
+from ldm.schema import Config
 from stage1_vae.train import train
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ldm import autoencoder, text
-from ldm.config import Config
 from ldm.data.index import Index
 from ldm.pipeline import LatentDiffusion
+from ldm.schema import Config
 from stage2_diffusion.train import train
 
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
