@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
     trained, pipeline = folder / "autoencoder", folder / "pipeline"
-    untrained = not settings.stage1.pretrained and not trained.exists()
+    untrained = not settings.stage1.needs_none and not trained.exists()
+    made = settings.stage1.pretrained or ("identity" if settings.stage1.needs_none else trained)
     if untrained and given.stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
     pictures = Stream(settings) if settings.data.streaming else index.build(settings)
@@ -53,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if pipeline.exists():
             check_finished(folder / "stage2", {"data": pictures.select("train").fingerprint()})
         else:
-            train_unet(settings, pictures, autoencoder.load(settings.stage1.pretrained or trained), encoder)
+            train_unet(settings, pictures, autoencoder.load(made), encoder)
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {pipeline if given.stage != '1' else settings.stage1.pretrained or trained}")
+        print(f"finished: {pipeline if given.stage != '1' else made}")
 
 
 if __name__ == "__main__":

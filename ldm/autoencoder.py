@@ -1,7 +1,7 @@
-"""Pictures ↔ normalised latents. The only place that knows how latents are scaled.
+"""Pictures ↔ normalised latents. The only place that knows how latents are scaled, and which architectures there are.
 
-Latents that leave here have mean 0 and standard deviation 1 in each channel as far as the autoencoder's own files can
-say it: an autoencoder that we trained carries its statistics inside its 1×1 quant convolutions and has
+Latents that leave here have mean 0 and standard deviation 1 as far as the autoencoder's own files can say it: an
+AutoencoderKL that we trained carries the statistics of each channel inside its 1×1 quant convolutions and has
 `scaling_factor` 1, so that every program that reads diffusers folders decodes it rightly.
 """
 
@@ -9,31 +9,56 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
 
+from ldm import single_file, tiling
 from ldm.errors import UserError
 from ldm.files import tensors_sha256, whole_folder
+from ldm.schema import Stage1Config
 
 STATISTICS = "latents.json"
+CERTAIN = -60.0  # log-variance of latents that are no distribution: a sample is the mean
+AT_ONCE = 2**21  # pixels that are computed together
+WHOLE, TILE = 1024, 512  # a picture of more than WHOLE² pixels is computed in tiles of TILE²
+
+
+class Identity(nn.Module):
+    """Latents that are the pixels: diffusion in pixel space."""
+
+    config = SimpleNamespace(scaling_factor=1.0, shift_factor=None, latent_channels=3)
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, device: Any) -> Identity:  # type: ignore[override]
+        self.device = torch.device(device)
+        return self
+
+
+KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC)}
+FAMILIES = {"kl": "AutoencoderKL", "vq": "VQModel", "tiny": "AutoencoderTiny", "dc": "AutoencoderDC"}
+FAMILIES["identity"] = "Identity"
+Model: TypeAlias = Any  # one of these, or Identity
 
 
 class Autoencoder:
-    """An AutoencoderKL as two functions, `encode` and `decode`, and the facts that others need of it."""
+    """An autoencoder as two functions, `encode` and `decode`, and the facts that others need of it."""
 
-    def __init__(self, vae: AutoencoderKL):
-        if vae.config.shift_factor:  # diffusers' StableDiffusionPipeline ignores the shift, the convolutions don't
+    def __init__(self, vae: Model):
+        if isinstance(vae, AutoencoderKL) and vae.config.shift_factor:
+            # diffusers' StableDiffusionPipeline ignores the shift, the convolutions don't
             shift = torch.full((vae.config.latent_channels,), float(vae.config.shift_factor))
             vae = fold(vae, shift, torch.ones_like(shift))
         self.vae = vae.eval().requires_grad_(False)
         self.channels: int = vae.config.latent_channels
-        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor: int = factor(vae)
         self.scale: float = vae.config.scaling_factor
+        self.shift: float = vae.config.get("shift_factor") or 0.0 if isinstance(vae, AutoencoderTiny) else 0.0
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -43,13 +68,31 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the normalised posterior, each as `encode` gives the mean."""
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return posterior.mean.float() * self.scale, posterior.logvar.float() + 2 * math.log(self.scale)
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        parts = [self._moments(part) for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))]
+        mean, logvar = (torch.cat(each).float() for each in zip(*parts, strict=True))
+        return (mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)
+
+    def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.vae, Identity):
+            return pixels, torch.full_like(pixels, CERTAIN)
+        if pixels[0, 0].numel() > WHOLE**2:
+            h = tiling.encode(self.vae, pixels, TILE)
+            return posterior(self.vae, h)
+        return encoded(self.vae, pixels)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, about [-1, 1]."""
-        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype) / self.scale).sample.float()
+        z = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
+        area = z[0, 0].numel() * self.factor**2
+        return torch.cat([self._decode(part, area) for part in z.split(max(1, AT_ONCE // area))]).float()
+
+    def _decode(self, z: torch.Tensor, area: int) -> torch.Tensor:
+        if isinstance(self.vae, Identity):
+            return z
+        pixels: torch.Tensor = tiling.decode(self.vae, z, TILE) if area > WHOLE**2 else self.vae.decode(z).sample
+        return pixels
 
     def to(self, device: torch.device) -> Autoencoder:
         self.vae.to(device)
@@ -57,7 +100,7 @@ class Autoencoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and the scale: what caches and checkpoints of latents are bound to."""
-        return tensors_sha256(self.vae.state_dict(), self.scale)
+        return tensors_sha256(self.vae.state_dict(), self.scale, *([self.shift] if self.shift else []))
 
     def contract(self, size: int) -> dict[str, Any]:
         """What latents of pictures of `size` pixels are: shape, and the autoencoder that made them."""
@@ -71,60 +114,138 @@ class Autoencoder:
             (beside / STATISTICS).write_text(json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n")
 
 
-def load(name: str | Path) -> Autoencoder:
-    """Loads a diffusers autoencoder: a local folder (of a whole pipeline too) or a Hub id."""
-    folder = Path(name)
+# ------------------------------------------------------------------------------------------- what the architectures do
+
+
+def factor(vae: Model) -> int:
+    """Pixels along a side per latent."""
+    if isinstance(vae, Identity):
+        return 1
+    if isinstance(vae, AutoencoderDC):
+        return int(vae.spatial_compression_ratio)
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def posterior(vae: Model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents from what an encoder gives, before normalisation."""
+    if isinstance(vae, AutoencoderKL):
+        mean, logvar = h.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
+    return h, torch.full_like(h, CERTAIN)
+
+
+def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents of pictures, before normalisation."""
+    if isinstance(vae, AutoencoderKL):
+        distribution = vae.encode(pixels).latent_dist
+        return distribution.mean, distribution.logvar
+    return posterior(vae, vae.encode(pixels, return_dict=False)[0])
+
+
+def build(stage: Stage1Config, size: int) -> Model:
+    """A new autoencoder with random weights, as `stage1` describes it, for pictures of `size` pixels."""
+    widths, levels = stage.channels, len(stage.channels)
+    if stage.family == "identity":
+        return Identity()
+    if stage.family == "tiny":
+        blocks = (stage.layers,) * (levels - 1)
+        return AutoencoderTiny(
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=stage.latent_channels,
+            num_encoder_blocks=(1, *blocks), num_decoder_blocks=(*blocks, 1),
+        )  # fmt: skip
+    if stage.family == "dc":  # linear attention in the deeper half
+        deep = levels // 2
+        scales = ((),) * (levels - deep) + ((5,),) * deep
+        types = ("ResBlock",) * (levels - deep) + ("EfficientViTBlock",) * deep
+        return AutoencoderDC(
+            latent_channels=stage.latent_channels, encoder_block_types=types, decoder_block_types=types,
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+            encoder_layers_per_block=(stage.layers,) * levels, decoder_layers_per_block=(stage.layers,) * levels,
+            encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
+        )  # fmt: skip
+    shape: dict[str, Any] = {
+        "block_out_channels": widths, "layers_per_block": stage.layers, "latent_channels": stage.latent_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": stage.groups, "mid_block_add_attention": stage.mid_attention, "sample_size": size,
+        "scaling_factor": 1.0,
+    }  # fmt: skip
+    return VQModel(**shape, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
+    """Loads an autoencoder: a diffusers folder (of a whole pipeline too), one `.safetensors` in the original layout, a
+    Hub id, or `identity`. UserError, naming `key`, where there is none."""
+    path = Path(name)
+    if str(name) == "identity":
+        return Autoencoder(Identity())
+    try:
+        if path.is_file():
+            return Autoencoder(single_file.read(path))
+        return Autoencoder(_diffusers(str(name), path, key))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        said = reason if str(name) in reason else f"can't load an autoencoder from {str(name)!r}: {reason}"
+        raise UserError(said if said.startswith(key) else f"{key}: {said}") from None
+
+
+def _diffusers(name: str, folder: Path, key: str) -> Model:
     subfolder = "vae" if (folder / "vae").is_dir() else None
     if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
-        raise UserError(
-            f"stage1.pretrained: {folder} has no config.json; give the folder that an AutoencoderKL was saved to"
-        )
+        raise UserError(f"{key}: {folder} has no config.json; give the folder that an autoencoder was saved to")
     try:
-        try:
-            vae = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, use_safetensors=True)
-        except (OSError, ValueError):  # the id of a whole pipeline on the Hub
-            if folder.is_dir():
-                raise
-            vae = AutoencoderKL.from_pretrained(str(name), subfolder="vae", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"stage1.pretrained: can't load an AutoencoderKL from {str(name)!r}: {str(error).splitlines()[0]}"
-        ) from None
-    return Autoencoder(vae)
+        config = AutoencoderKL.load_config(name, subfolder=subfolder)
+    except OSError:
+        if folder.is_dir():
+            raise
+        subfolder = "vae"  # the id of a whole pipeline on the Hub
+        config = AutoencoderKL.load_config(name, subfolder=subfolder)
+    kind = KINDS.get(config.get("_class_name", ""))
+    if not kind:
+        raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
+    return kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
 
 
-def build(
-    channels: tuple[int, ...], layers: int, latent_channels: int, groups: int, mid_attention: bool, size: int
-) -> AutoencoderKL:
-    """A new AutoencoderKL with random weights for pictures of `size` pixels."""
-    levels = len(channels)
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=layers,
-        latent_channels=latent_channels,
-        norm_num_groups=groups,
-        mid_block_add_attention=mid_attention,
-        sample_size=size,
-        scaling_factor=1.0,
-    )
+# ------------------------------------------------------------------------------------------------------- normalisation
 
 
-def statistics(vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each latent channel, `(C,)` each, over all pictures and positions given."""
-    channels = vae.config.latent_channels
-    count, total, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+def statistics(
+    vae: Model, batches: Iterable[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent channel, `(C,)` each, over all pictures and positions given.
+
+    `total` adds a tensor up over processes, each of which gives its own share of the pictures.
+    """
+    sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():
         for pixels in batches:
-            z = (
-                vae.encode(pixels.to(vae.device)).latent_dist.mean.double().cpu().transpose(0, 1).flatten(1)
-            )  # (C, N·h·w)
-            count += z.shape[1]
-            total += z.sum(1)
-            squares += z.square().sum(1)
-    mean = total / count
+            z = encoded(vae, pixels.to(vae.device))[0].double().cpu().transpose(0, 1).flatten(1)  # (C, N·h·w)
+            sums += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
+    count, linear, squares = total(sums)
+    mean = linear / count
     return mean.float(), (squares / count - mean.square()).clamp_min(1e-12).sqrt().float()
+
+
+def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder:
+    """The same autoencoder with latents of mean 0 and deviation 1, as far as its architecture can express it.
+
+    AutoencoderKL: each channel, by its convolutions. VQModel: the mean of each channel, but one scale, since scaling
+    channels apart would change which code is nearest. AutoencoderTiny and AutoencoderDC: one scale.
+    """
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+        return Autoencoder(fold(vae, mean, std))
+    if isinstance(vae, VQModel):
+        with torch.no_grad():
+            vae.quant_conv.bias -= mean
+            vae.quantize.embedding.weight -= mean
+            vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        mean = torch.zeros_like(mean)
+    rms = (std.square() + (mean - mean.mean()).square()).mean().sqrt()  # the deviation of all channels together
+    vae.register_to_config(scaling_factor=float(1 / rms))
+    return Autoencoder(vae)
 
 
 def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> AutoencoderKL:

@@ -10,6 +10,7 @@ from torch import nn
 from ldm import autoencoder, text, unet
 from ldm.data import sources
 from ldm.errors import UserError
+from ldm.metrics import weights
 from ldm.processes import local_batch
 from ldm.schema import Config
 
@@ -19,24 +20,23 @@ def describe(config: Config) -> str:
     one, two, size = config.stage1, config.stage2, config.data.size
     side = size // one.factor
     with torch.device("meta"):  # shapes without memory
-        vae = autoencoder.build(one.channels, one.layers, one.latent_channels, one.groups, one.mid_attention, size)
+        vae = autoencoder.build(one, size)
         width, length = _text_shape(config)
         network = unet.build(two, one.latent_channels, side, width)
-    where = Path(one.pretrained) if one.pretrained else None
-    if where and where.is_dir():
-        check_autoencoder(config, autoencoder.load(where))
-    made = (
-        f"loaded from {one.pretrained}"
-        if one.pretrained
-        else f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
-    )
+    for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
+        if given and Path(given).exists():
+            check_autoencoder(config, key, given)
+    trained = f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
+    if one.init_from:
+        trained = f"{one.train} of {one.init_from} {trained}"
+    made = f"loaded from {one.pretrained}" if one.pretrained else "nothing to train" if one.needs_none else trained
     start = f", starting from {two.init_from}" if two.init_from else ""
     return "\n".join(
         [
             f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
             f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
             f"text     {config.text.model}: {length} tokens × {width}",
-            f"stage 1  autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
+            f"stage 1  {one.model} autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
             f"latents {one.latent_channels} × {side} × {side}; {made}",
             f"stage 2  U-Net, {_millions(network)} parameters, target {two.target}; "
             f"{two.steps} steps of {two.batch}, lr {two.lr}{start}",
@@ -49,12 +49,19 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
     sources.check(config.data.source, config.data.streaming)
-    if not one.pretrained:
+    on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
+    if not one.needs_none:
         local_batch("stage1", one, processes)
+        if one.init_from:
+            check_autoencoder(config, "stage1.init_from", one.init_from)
+        if one.lpips:
+            weights.lpips(one.lpips_net, config.data.size)
+        if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
+            raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)
-    unet.check_backend(two.attention_backend, torch.cuda.is_available() and config.run.device != "cpu")
+    unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
-        check_autoencoder(config, autoencoder.load(one.pretrained))
+        check_autoencoder(config, "stage1.pretrained", one.pretrained)
     encoder = text.load(config.text.model, config.text.max_tokens, config.text.width)
     side = config.data.size // one.factor
     if two.init_from:
@@ -65,15 +72,16 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     return encoder
 
 
-def check_autoencoder(config: Config, loaded: autoencoder.Autoencoder) -> None:
-    """UserError where a loaded autoencoder is not the one that `stage1` describes."""
-    one = config.stage1
-    for key, configured, found in (
+def check_autoencoder(config: Config, key: str, name: str) -> None:
+    """UserError where the autoencoder to load is not one as `stage1` describes it."""
+    one, loaded = config.stage1, autoencoder.load(name, key)
+    for described, configured, found in (
+        ("stage1.model", autoencoder.FAMILIES[one.family], type(loaded.vae).__name__),
         ("stage1.latent_channels", one.latent_channels, loaded.channels),
         ("stage1.channels (its factor)", one.factor, loaded.factor),
     ):
         if configured != found:
-            raise UserError(f"{key}: {configured}, but {one.pretrained} has {found}; set it to what is loaded")
+            raise UserError(f"{described}: {configured}, but {name} has {found}; set it to what is loaded")
 
 
 def _text_shape(config: Config) -> tuple[int, int | str]:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -28,9 +28,13 @@ from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
 from ldm.errors import UserError
-from ldm.files import flatten_optimizer, read_checkpoint, unflatten_optimizer, whole_file, write_checkpoint
+from ldm.files import read_checkpoint, whole_file, write_checkpoint
+from ldm.network import Network
 from ldm.processes import accelerator, local_batch, say_idle_cores
 from ldm.schema import RunConfig, Training
+
+NONE = torch.iinfo(torch.int64).max  # no position
+PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
 
 
 class Interrupted(SystemExit):
@@ -38,12 +42,12 @@ class Interrupted(SystemExit):
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Learning rate of the optimiser step `step`, counted from 0: linear warm-up, then constant or half a cosine."""
+    """Share of the full learning rate at optimiser step `step`, from 0: linear warm-up, constant or half a cosine."""
     rise = min(1.0, (step + 1) / max(1, training.warmup))
     if training.decay == "constant":
-        return training.lr * rise
+        return rise
     progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
-    return training.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+    return rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Run:
@@ -57,7 +61,9 @@ class Run:
                 run.backward(loss)
                 run.update(loss=loss)
 
-    `contract` is stored in each checkpoint; resuming under another is refused.
+    `contract` is stored in each checkpoint; resuming under another is refused. An `adversary`, given with its learning
+    rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` tells people what
+    sample a position is.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class Run:
         stage: str,
         model: nn.Module,
         contract: dict[str, Any] | None = None,
+        adversary: tuple[nn.Module, float] | None = None,
+        name: Callable[[int], str] = "sample {}".format,
     ):
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
@@ -76,14 +84,13 @@ class Run:
         local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
-        self.bare = model.to(self.device)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        fused = torch.optim.AdamW(
-            trainable, training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=True
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, fused)
-        self.ema = EMAModel(trainable, decay=training.ema, foreach=True)
-        self.parameters = trainable
+        self._network = Network(model, training, training.lr, self.accelerator)
+        self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
+        self._networks = [network for network in (self._network, self._adversary) if network]
+        self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
+        self.ema = EMAModel(self.parameters, decay=training.ema, foreach=True)
+        self._name = name
+        self._suspect = torch.tensor(NONE, device=self.device)  # the first position whose output was not finite
         self.step = 0  # optimiser steps done
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
@@ -133,37 +140,68 @@ class Run:
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
-        return self.accelerator.accumulate(self.model)
+        return self.accelerator.accumulate(*(network.wrapped for network in self._networks))
+
+    @property
+    def adversary(self) -> nn.Module:
+        assert self._adversary, "this run was given none"
+        return self._adversary.wrapped
+
+    def verdict(self, x: torch.Tensor) -> torch.Tensor:
+        """The adversary's output for a batch, with gradients for `x` and none for the adversary."""
+        assert self._adversary, "this run was given none"
+        bare = self._adversary.bare
+        frozen = {name: p.detach() for name, p in bare.named_parameters()}
+        return torch.func.functional_call(bare, frozen, (x,))  # type: ignore[no-any-return]
+
+    def watch(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Remembers the first sample whose output `(N, …)` is not finite, to name it should the run have to stop."""
+        bad = ~outputs.detach().flatten(1).isfinite().all(1)
+        self._suspect = torch.minimum(self._suspect, torch.where(bad, positions.to(self.device), NONE).min())
 
     def backward(self, loss: torch.Tensor) -> None:
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
-            rate = learning_rate(self.step, self.training)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            for network in self._networks:
+                network.set_rate(network.lr * learning_rate(self.step, self.training))
         self.accelerator.backward(loss)
 
     def update(self, **metrics: torch.Tensor) -> None:
         """After a step's last micro-batch: clips, steps, averages, logs, saves. Metrics are scalars; logs means."""
-        a = self.accelerator
-        if a.sync_gradients:
-            norm = a.clip_grad_norm_(self.parameters, self.training.clip)
-        self.optimizer.step()
-        skipped = a.optimizer_step_was_skipped  # fp16: the loss scale was too high and has been lowered
-        if a.sync_gradients and not skipped:
-            metrics["gradient_norm"] = norm
-            self.ema.step(self.parameters)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.sync_gradients:
+            learning = [network for network in self._networks if network.has_gradients]
+            for network in learning if self.accelerator.scaler else ():
+                self.accelerator.unscale_gradients(network.optimizer)
+            norms = [network.clip_gradients() for network in learning]
+            if self._take_step(learning):
+                metrics |= zip(("gradient_norm", "adversary_gradient_norm"), norms, strict=False)
+                self.ema.step(self.parameters)
+            for network in self._networks:
+                network.optimizer.zero_grad(set_to_none=True)
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
-        if a.sync_gradients:
+        if self.accelerator.sync_gradients:
             self.step += 1
             self._after_step()
 
-    def due(self, every: int) -> bool:
-        """After each step but the last whose number is a multiple of `every`; a checkpoint of it stands by then."""
-        between = self.step % every == 0 and self.step < self.training.steps
-        return self.accelerator.sync_gradients and between and not self._stopped
+    def _take_step(self, networks: list[Network]) -> bool:
+        """False where fp16's loss scale was too high: nothing was learned, and it has been lowered."""
+        scaler = self.accelerator.scaler
+        for network in networks:
+            if scaler:  # not accelerate's step, which lets the scale change between two optimisers
+                scaler.step(network.optimizer.optimizer)
+            else:
+                network.optimizer.step()
+        if not scaler:
+            return True
+        before = scaler.get_scale()
+        scaler.update()
+        return bool(scaler.get_scale() >= before)
+
+    def due(self, every: int, last: bool = False) -> bool:
+        """After each step whose number is a multiple of `every`, the last one only where asked for."""
+        at_end = self.step == self.training.steps
+        return self.accelerator.sync_gradients and not self._stopped and (last if at_end else self.step % every == 0)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
@@ -172,6 +210,27 @@ class Run:
     def release(self) -> None:
         """Ends mixed precision: from here on the model computes as it was built, as whoever loads it will."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def log(self, values: dict[str, float]) -> None:
+        """A line of metrics, to the trackers too."""
+        self.accelerator.log(values, step=self.step)
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = {"step": self.step, **values, "time": round(time.time(), 3)}
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over processes; on one, the tensor itself."""
+        return self.accelerator.reduce(tensor, "mean")  # type: ignore[no-any-return]
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, where the tensor was."""
+        return self.accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)  # type: ignore[no-any-return]
+
+    def shadow(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The average of a parameter."""
+        return next(s for s, p in zip(self.ema.shadow_params, self.parameters, strict=True) if p is parameter)
 
     @property
     def is_main(self) -> bool:
@@ -201,8 +260,10 @@ class Run:
         totals = torch.stack([self._sums[name].to(self.device) for name in names])
         values = dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
+            first = int(self.accelerator.gather(self._suspect[None]).min())
+            which = "" if first == NONE else f", first of {self._name(first)}"
             raise UserError(
-                f"{self.stage}: a loss or gradient is not finite at step {self.step} ({values}); checkpoints "
+                f"{self.stage}: a loss or gradient is not finite at step {self.step}{which} ({values}); checkpoints "
                 f"from before it stay in {self.folder / 'checkpoints'}. Start with --fresh and a lower {self.stage}.lr"
             )
         return values
@@ -210,14 +271,10 @@ class Run:
     def _log(self, bar: tqdm) -> None:
         values = {name: total / self._counts[name] for name, total in self._totals().items()}
         self._sums, self._counts = {}, {}
-        values["lr"] = learning_rate(self.step - 1, self.training)
-        self.accelerator.log(values, step=self.step)
+        rate = learning_rate(self.step - 1, self.training)
+        values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
+        self.log(values)
         bar.set_postfix(step=f"{self.step}/{self.training.steps}", loss=f"{values['loss']:.4f}", refresh=False)
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            line = {"step": self.step, **values, "time": round(time.time(), 3)}
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
 
     def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop:
@@ -243,16 +300,13 @@ class Run:
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
             places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
         if self.is_main:
-            tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-            parts = {
-                "model": self.bare.state_dict(),
-                "ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)},
-                "optimizer": tensors,
-            }
+            parts, groups = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}, {}
+            for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
+                parts[model], parts[optimizer], groups[optimizer] = network.state()
             state = {
                 "step": self.step,
                 "ema_step": self.ema.optimization_step,
-                "optimizer": groups,
+                "groups": groups,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "totals": totals,
                 "counts": self._counts,
@@ -280,8 +334,8 @@ class Run:
                     f"{folder}: its pictures, captions or latents were others ({changed}); "
                     "give back those that it was trained with, or start with --fresh"
                 )
-            self.bare.load_state_dict(parts["model"])
-            self.optimizer.load_state_dict(unflatten_optimizer(parts["optimizer"], state["optimizer"]))
+            for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
+                network.load(parts[model], parts[optimizer], state["groups"][optimizer])
             with torch.no_grad():
                 for i, shadow in enumerate(self.ema.shadow_params):
                     shadow.copy_(parts["ema"][str(i)])

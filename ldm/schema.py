@@ -96,6 +96,8 @@ class DataConfig(Section):
     """Colour behind transparent pictures."""
     min_side: PositiveInt = 8
     """Pictures with a side of fewer pixels are bad."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pictures that nothing is trained on, for measuring; which ones follows from their files' content."""
     on_error: Literal["skip", "stop"] = "skip"
     """What bad pictures and captions do: they are left out, or nothing is trained."""
     max_bad: float = Field(default=0.05, ge=0, le=1)
@@ -287,6 +289,11 @@ class Stage1Config(Training):
         """Pixels along a side per latent."""
         return 2 ** (len(self.channels) - 1)
 
+    @property
+    def needs_none(self) -> bool:
+        """Whether there is nothing to train."""
+        return bool(self.pretrained) or self.family == "identity"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.l1 + self.l2 + self.charbonnier + self.gradient + self.lpips:
@@ -426,6 +433,8 @@ class Config(Section):
             raise ValueError(
                 "data.streaming: sizes aren't known beforehand; it needs data.buckets=null and data.cache=none"
             )
+        if data.streaming and data.held_out:
+            raise ValueError("data.held_out: with data.streaming nothing is held out; set it to 0")
         if data.streaming and any(source.repeats > 1 or source.weight for source in data.source):
             raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 

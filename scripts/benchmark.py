@@ -53,13 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def data(settings: Config, seconds: float) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
     device = accelerator(settings.run).device
-    one = settings.stage1
     torch.manual_seed(0)
-    vae = autoencoder.Autoencoder(
-        autoencoder.build(
-            one.channels, one.layers, one.latent_channels, one.groups, one.mid_attention, settings.data.size
-        )
-    ).to(device)
+    vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size)).to(device)
     encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width).to(device)
     pictures = index.build(settings).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")

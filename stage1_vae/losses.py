@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+# ------------------------------------------------------------------------------------------------------ reconstruction
+
+
+def charbonnier_loss(rebuilt: torch.Tensor, real: torch.Tensor, epsilon: float = 1e-3) -> torch.Tensor:
+    """mean √((x̂ - x)² + ε²) - ε: an absolute error that is smooth at 0. Lai et al., arXiv 1704.03915, section 3.3."""
+    return ((rebuilt - real).square() + epsilon**2).sqrt().mean() - epsilon
+
 
 def gradient_loss(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 3) -> torch.Tensor:
     """Mean absolute error of horizontal and vertical differences, over an average pyramid: edges stay sharp.
@@ -19,6 +26,78 @@ def gradient_loss(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 3) ->
     return loss / scales
 
 
-def kl_loss(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp logvar) ‖ N(0, 1)), mean over elements. Kingma & Welling, arXiv 1312.6114, appendix B."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+def likelihood(error: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of an absolute error under a Laplace distribution of scale exp(s): e / exp(s) + s.
+
+    Up to a constant. Its least value over s is where exp(s) = e.
+    """
+    return error * (-logvar).exp() + logvar
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
+
+
+def kl_loss(mean: torch.Tensor, logvar: torch.Tensor, free: float = 0.0) -> torch.Tensor:
+    """KL(N(mean, exp logvar) ‖ N(0, 1)), mean over elements. Kingma & Welling, arXiv 1312.6114, appendix B.
+
+    `(N, C, h, w)` each → scalar. `free` nats an element, mean over each picture's channel, cost nothing and have no
+    gradient: free bits, Kingma et al., arXiv 1606.04934 (there over the batch, which processes would have to share).
+    """
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+    return kl.mean((2, 3)).clamp_min(free).mean() if free else kl.mean()
+
+
+def vq_loss(z: torch.Tensor, codes: torch.Tensor, beta: float) -> torch.Tensor:
+    """‖sg(z) - e‖² + β ‖z - sg(e)‖², mean over elements: van den Oord et al., arXiv 1711.00937, eq. 3.
+
+    β is on the commitment, which draws z to the codes; taming-transformers had it on the other term.
+    """
+    return F.mse_loss(codes, z.detach()) + beta * F.mse_loss(z, codes.detach())
+
+
+def alignment_loss(
+    z: torch.Tensor, projected: torch.Tensor, features: torch.Tensor, margin: float = 0.5, pair_margin: float = 0.25
+) -> torch.Tensor:
+    """Latents like a pretrained encoder's features, place by place and in their likeness to one another.
+
+    z `(N, C, h, w)`, the same projected to D channels `(N, D, h, w)`, features `(N, D, h, w)` → scalar. Yao et al.,
+    arXiv 2501.01423, section 3.2: marginal cosine similarity, and marginal distance matrix similarity.
+    """
+    place = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=1)).mean()
+    between = [F.normalize(each.flatten(2), dim=1) for each in (z, features)]  # (N, C, h·w), (N, D, h·w)
+    likeness = [each.transpose(1, 2) @ each for each in between]  # (N, h·w, h·w)
+    return place + F.relu((likeness[0] - likeness[1]).abs() - pair_margin).mean()
+
+
+# --------------------------------------------------------------------------------------------------------- adversarial
+
+
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the discriminator minimises; logits of any one shape.
+
+    hinge: ½ E[max(0, 1 - D(x)) + max(0, 1 + D(x̂))], Lim & Ye, arXiv 1705.02894. vanilla, non_saturating: half the
+    binary cross-entropy, Goodfellow et al., arXiv 1406.2661, eq. 1.
+    """
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the autoencoder minimises: -log D(x̂) (non_saturating), or the logit itself, -D(x̂) (hinge, vanilla)."""
+    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
+
+
+def r1_penalty(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """½ E[(∂ ΣD(x) / ∂x)²], mean over pixels; `real` needs gradients. Mescheder et al., arXiv 1801.04406, eq. 9."""
+    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return 0.5 * gradient.square().mean()
+
+
+def adaptive_weight(gradients: torch.Tensor, cap: float) -> torch.Tensor:
+    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer, at most `cap`: arXiv 2012.09841, eq. 7.
+
+    Both gradients are given, `(2, …)`, so that several processes can average them first.
+    """
+    reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
+    return (reconstruction / (adversarial + 1e-6)).clamp_max(cap)

@@ -2,86 +2,183 @@
 
 from __future__ import annotations
 
-import json
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from torch import nn
 
-from ldm.autoencoder import Autoencoder, build, fold, statistics
+from ldm import autoencoder as autoencoders
+from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
 from ldm.data.order import normal
-from ldm.data.samples import pictures, whole
+from ldm.data.samples import Pictures, pictures
 from ldm.data.stream import Stream
-from ldm.metrics.reconstruction import reconstruction
+from ldm.files import tensors_sha256
+from ldm.metrics import weights
 from ldm.run import Run
-from ldm.schema import Config
-from stage1_vae.losses import gradient_loss, kl_loss
+from ldm.schema import Config, Stage1Config
+from stage1_vae import losses, watch
+from stage1_vae.align import Features
+from stage1_vae.discriminator import PatchDiscriminator
+from stage1_vae.game import Game, Metrics
+from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
 
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
 
 
-class Reconstruction(nn.Module):
-    """One forward through encoder and decoder, so that gradients of several processes meet in one place."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, x: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x `(N, 3, H, W)`, eps `(N, C, h, w)` → rebuilt picture, posterior's mean and log-variance."""
-        posterior = self.vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * eps  # the reparameterisation trick, arXiv 1312.6114, eq. 10
-        return self.vae.decode(z).sample, posterior.mean, posterior.logvar
-
-
 def train(config: Config, data: Index | Stream) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
-    stage, seed, size = config.stage1, config.run.seed, config.data.size
+    stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
+    samples = pictures(train_set, config, stage.batch)
     torch.manual_seed(seed)
-    vae = build(stage.channels, stage.layers, stage.latent_channels, stage.groups, stage.mid_attention, size)
-    run = Run(config.run, stage, "stage1", Reconstruction(vae), {"data": train_set.fingerprint()})
+    vae = start(stage, config.data.size)
+    frozen = encoder_sha256(vae)
+    features = Features(stage.align.model) if stage.align else None
+    model = Reconstruction(vae, stage, features.width if features else 0)
+    run = Run(config.run, stage, "stage1", model, {"data": train_set.fingerprint()}, adversary(stage), name_of(samples))
+    reconstruction = Errors(stage, config.data.size, run.device)
+    game = Game(stage.gan, stage.steps, seed, run)
 
-    for batch in run.batches(pictures(train_set, config, stage.batch), config.data.workers):
+    for batch in run.batches(samples, config.data.workers):
         with run.accumulate():
-            x = batch["pixels"]
-            latent = (stage.latent_channels, x.shape[2] // stage.factor, x.shape[3] // stage.factor)
-            eps = normal(seed, "stage1", batch["position"], latent).to(run.device)
-            rebuilt, mean, logvar = run.model(x, eps)
-            l1, l2 = F.l1_loss(rebuilt, x), F.mse_loss(rebuilt, x)
-            gradient, kl = gradient_loss(rebuilt, x), kl_loss(mean, logvar)
-            loss = stage.l1 * l1 + stage.l2 * l2 + stage.gradient * gradient + stage.kl * kl
-            run.backward(loss)
-            run.update(loss=loss, l1=l1, l2=l2, gradient=gradient, kl=kl)
+            x, n, step = batch["pixels"].to(vae.dtype), batch["position"], run.step
+            h, w = x.shape[2] // stage.factor, x.shape[3] // stage.factor
+            eps = normal(seed, "stage1", n, (stage.latent_channels, h, w)).to(x)
+            change = draw_change(stage.equivariance, seed, step, h, w)
+            rebuilt: Rebuilt = run.model(x, eps, change)
 
+            said: Metrics = {}  # every part of the loss by name, for the log
+            error = reconstruction(rebuilt.pixels, change(x, stage.factor) if change else x, said)
+            if stage.learn_variance:
+                error = losses.likelihood(error, model.logvar)
+            loss = error + latent_losses(stage, step, rebuilt, said)
+            if features and stage.align and rebuilt.projected is not None:
+                said["align"] = losses.alignment_loss(rebuilt.mean, rebuilt.projected, features.to(x)(x, h, w))
+                loss = loss + stage.align.weight * said["align"]
+            plays = game.plays(step) and not change  # a picture that was shrunk gives itself away
+            if plays:
+                loss = loss + game.persuade(rebuilt.pixels, error, model.last_layer, n, said)
+            run.backward(loss)
+            if plays:
+                run.backward(game.judge(x, rebuilt.pixels, n, said))
+
+            run.watch(n, rebuilt.pixels)
+            if rebuilt.chosen is not None:
+                use_codes(config, run, model, rebuilt.chosen, rebuilt.mean, said)
+            run.update(loss=loss, **said)
+        if run.due(stage.evaluate_every, last=True):
+            watch.while_training(data, run, vae)
+
+    assert stage.train == "all" or encoder_sha256(vae) == frozen, "a frozen encoder has changed"
+    finish(config, data, run, vae)
+
+
+def start(stage: Stage1Config, size: int) -> Any:
+    """The autoencoder to train: a new one, or that of `stage1.init_from`."""
+    if stage.init_from:
+        vae = autoencoders.load(stage.init_from, "stage1.init_from").vae.requires_grad_(True)
+    else:
+        vae = autoencoders.build(stage, size)
+    if stage.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return vae
+
+
+def adversary(stage: Stage1Config) -> tuple[PatchDiscriminator, float] | None:
+    """The discriminator and its learning rate, where there is one."""
+    gan = stage.gan
+    return (PatchDiscriminator(gan.channels, gan.layers, gan.norm), gan.lr) if gan else None
+
+
+def name_of(samples: Pictures | Stream) -> Any:
+    """What to call the sample at a position, for people."""
+    if isinstance(samples, Pictures):
+        return lambda n: f"sample {n}, {samples.draws[n].entry.key}"
+    return "sample {}".format
+
+
+class Errors:
+    """How far reconstructions are from pictures: the weighted sum of what `stage1` asks for."""
+
+    def __init__(self, stage: Stage1Config, size: int, device: torch.device):
+        self.weights = {
+            name: getattr(stage, name)
+            for name in ("l1", "l2", "charbonnier", "gradient", "lpips")
+            if getattr(stage, name)
+        }
+        self.lpips: Any = weights.lpips(stage.lpips_net, size, device).net if stage.lpips else None
+
+    def __call__(self, rebuilt: torch.Tensor, real: torch.Tensor, said: Metrics) -> torch.Tensor:
+        """`(N, 3, H, W)` each → scalar; its parts go into `said`."""
+        measure: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+            "l1": F.l1_loss, "l2": F.mse_loss, "charbonnier": losses.charbonnier_loss,
+            "gradient": losses.gradient_loss, "lpips": self._lpips,
+        }  # fmt: skip
+        found = {name: measure[name](rebuilt, real) for name in self.weights}
+        said |= found
+        return torch.stack([self.weights[name] * value for name, value in found.items()]).sum()
+
+    def _lpips(self, rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Zhang et al., arXiv 1801.03924, eq. 1; not through torchmetrics' metric, which lets no gradient pass."""
+        distance: torch.Tensor = self.lpips(rebuilt, real, normalize=False).mean()
+        return distance
+
+
+def latent_losses(stage: Stage1Config, step: int, rebuilt: Rebuilt, said: Metrics) -> torch.Tensor:
+    """What keeps latents in bounds: a KL autoencoder's KL, a VQ one's codebook loss; nothing of a frozen encoder."""
+    if stage.train == "decoder":
+        return rebuilt.mean.new_zeros(())
+    if rebuilt.codes is not None:
+        said["vq"] = losses.vq_loss(rebuilt.mean, rebuilt.codes, stage.beta)
+        return stage.commitment * said["vq"]
+    if stage.family == "kl":
+        said["kl"] = losses.kl_loss(rebuilt.mean, rebuilt.logvar, stage.kl_free)
+        return stage.kl * min(1.0, (step + 1) / max(1, stage.kl_warmup)) * said["kl"]
+    return rebuilt.mean.new_zeros(())
+
+
+def use_codes(
+    config: Config, run: Run, model: Reconstruction, chosen: torch.Tensor, mean: torch.Tensor, said: Metrics
+) -> None:
+    """Counts the codes that all processes chose, and, every `stage1.revive` steps, revives those that none did."""
+    stage = config.stage1
+    model.used += run.total(torch.bincount(chosen, minlength=len(model.used)).float())
+    shares = model.used / model.used.sum()
+    said["codes_used"] = (model.used > 0).float().mean()
+    said["code_perplexity"] = torch.special.entr(shares).sum().exp()  # as many codes, used alike, would say as much
+    if stage.train == "all" and stage.revive and (run.step + 1) % stage.revive == 0 and run.accelerator.sync_gradients:
+        everywhere = run.accelerator.gather(mean.detach())
+        revived = revive(model, everywhere, config.run.seed, run.step, run.shadow)
+        said["codes_revived"] = mean.new_tensor(float(revived))
+
+
+def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
+    """Normalises the averaged autoencoder's latents, measures it, and saves it."""
+    train_set = data.select("train")
+    some = train_set.some(STATISTICS)
+    with run.averaged():
+        trained = copy.deepcopy(vae)
+    if config.stage1.train == "decoder":  # latents stay what they were
+        mean = std = None
+        autoencoder = Autoencoder(trained)
+    else:
+        mean, std = autoencoders.statistics(trained, watch.share(some, run), run.total)
+        autoencoder = autoencoders.normalised(trained, mean, std)
+    latents = watch.latent_report(some, autoencoder, run)
+    facts = watch.when_done(data, autoencoder, run)
     if run.is_main:
-        with run.averaged():
-            mean, std = statistics(vae, whole(train_set.some(STATISTICS)))
-            autoencoder = Autoencoder(fold(vae, mean, std))
-        facts = evaluate(autoencoder, data)
         autoencoder.save(
             config.run.dir / "autoencoder",
-            raw_mean=mean.tolist(), raw_std=std.tolist(), steps=run.step,
-            **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
+            steps=run.step, **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
+            raw_mean=None if mean is None else mean.tolist(), raw_std=None if std is None else std.tolist(),
+            latents=latents,
         )  # fmt: skip
     run.accelerator.wait_for_everyone()
 
 
-def evaluate(autoencoder: Autoencoder, data: Index | Stream) -> dict[str, Any]:
-    """PSNR and SSIM on the pictures that stage one never saw: each held-out split, and both together."""
-    figures: dict[str, Any] = {}
-    for name, splits in (
-        ("reconstruction", ("reconstruction",)),
-        ("combination", ("combination",)),
-        ("held_out", ("reconstruction", "combination")),
-    ):
-        held = data.select(*splits)
-        if len(held):
-            parts = ((x, autoencoder.decode(autoencoder.encode(x)).cpu()) for x in whole(held))
-            figures[name] = reconstruction(parts)
-    if figures:
-        print(f"stage1: held-out reconstruction {json.dumps(figures)}", flush=True)
-    return figures
+def encoder_sha256(vae: Any) -> str:
+    """Of everything that makes latents."""
+    return tensors_sha256({name: t for name, t in vae.state_dict().items() if name.startswith(("encoder.", "quant"))})

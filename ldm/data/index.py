@@ -213,7 +213,18 @@ def build(config: Config) -> Index:
         _write(path, sources, data)
 
     on_main(written)
-    return Index(pa.Table.from_batches(_batches(path), SCHEMA), sources, data)
+    return Index(_hold_out(pa.Table.from_batches(_batches(path), SCHEMA), data.held_out), sources, data)
+
+
+def _hold_out(table: pa.Table, share: float) -> pa.Table:
+    """The same with a share of the training pictures as split `reconstruction`, chosen by what their files hold."""
+    if not share:
+        return table
+    starts = pc.binary_slice(table["sha256"].combine_chunks().cast(pa.binary()), 0, 4).fill_null(bytes(4))
+    drawn = np.frombuffer(b"".join(starts.to_pylist()), ">u4") / 2**32  # uniform: the first bytes of a SHA-256
+    held = pc.and_(pa.array(drawn < share), pc.equal(table["split"], "train").fill_null(False))
+    split = pc.if_else(held, "reconstruction", table["split"])
+    return table.set_column(SCHEMA.get_field_index("split"), "split", split)
 
 
 def _write(path: Path, sources: Sources, data: DataConfig) -> None:

@@ -6,6 +6,7 @@ latents from the cache as for latents encoded on the fly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -92,12 +93,16 @@ def pictures(data: Index | Stream, config: Config, batch: int) -> Pictures | Str
     return data if isinstance(data, Stream) else Pictures(data, config, batch)
 
 
-def whole(data: Index | Stream, batch: int = 64) -> Iterator[torch.Tensor]:
-    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones."""
+def whole(data: Index | Stream, batch: int = 64, rank: int = 0, processes: int = 1) -> Iterator[torch.Tensor]:
+    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones.
+
+    Each of several processes gets its share of them.
+    """
     if isinstance(data, Stream):
-        yield from data.whole(batch)
+        yield from itertools.islice(data.whole(batch), rank, None, processes)
         return
-    for size, mine in data.by_size().items():
+    for size, all_of_it in data.by_size().items():
+        mine = all_of_it[rank::processes]
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch].tolist()
             yield torch.stack([View(size).cut(data.picture(i), b"") for i in part])

@@ -10,6 +10,7 @@ from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusion
 from ldm.sampling import scheduler
+from ldm.schema import Stage1Config
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,11 @@ def model(root: Path) -> LatentDiffusion:
     torch.manual_seed(0)
     settings = config.load(root / "configs/tiny.yaml")
     encoder = text.load(settings.text.model, settings.text.max_tokens)
-    vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 4, 8, False, 32))
+    vae = autoencoder.Autoencoder(
+        autoencoder.build(
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+        )
+    )
     network = unet.build(settings.stage2, 4, 16, encoder.width).eval()
     return LatentDiffusion(encoder, network, vae, scheduler(Process("flow"), "dpm++"), steps=3, guidance=2.0)
 

@@ -6,6 +6,7 @@ import pytest
 
 from ldm import autoencoder, config, plan
 from ldm.errors import UserError
+from ldm.schema import Stage1Config
 
 
 def tiny(root: Path, *overrides: str) -> config.Config:
@@ -35,11 +36,15 @@ def test_what_would_stop_a_later_stage_is_found_first(
 
 
 def test_a_stage_that_is_not_trained_limits_no_processes(root: Path, tmp_path: Path) -> None:
-    autoencoder.build((16, 32), 1, 4, 8, False, 32).save_pretrained(tmp_path)
+    autoencoder.build(
+        Stage1Config(channels=(16, 32), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+    ).save_pretrained(tmp_path)
     plan.check(tiny(root, f"stage1.pretrained={tmp_path}", "stage2.batch=32"), processes=32)
 
 
 def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Path) -> None:
-    autoencoder.build((16, 16, 16), 1, 4, 8, False, 32).save_pretrained(tmp_path)
+    autoencoder.build(
+        Stage1Config(channels=(16, 16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"stage1\.channels \(its factor\): 2, but .* has 4"):
         plan.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)

@@ -129,12 +129,12 @@ def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> Non
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
-    training = Training(steps=110, lr=2.0, warmup=10, decay="cosine")
+    training = Training(steps=110, warmup=10, decay="cosine")
     rates = [learning_rate(step, training) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10 + 50] == pytest.approx(1.0)
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10 + 50] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-9)
-    assert learning_rate(1000, Training(lr=2.0)) == 2.0
+    assert learning_rate(1000, Training()) == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

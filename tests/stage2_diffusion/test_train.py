@@ -10,7 +10,7 @@ import torch
 from ldm import autoencoder, text
 from ldm.data.index import Index
 from ldm.pipeline import LatentDiffusion
-from ldm.schema import Config
+from ldm.schema import Config, Stage1Config
 from stage2_diffusion.train import train
 
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
@@ -26,7 +26,11 @@ def test_every_target_is_learned_and_named_in_the_export(
     )  # fmt: skip
     pictures = index.select("train").first(8)
     torch.manual_seed(0)
-    vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 4, 8, False, 16))
+    vae = autoencoder.Autoencoder(
+        autoencoder.build(
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 16
+        )
+    )
     train(settings, pictures, vae, text.load(settings.text.model, settings.text.max_tokens))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/stage2/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]

@@ -21,6 +21,7 @@ from ldm.data.cache import View
 from ldm.data.images import cut, to_tensor
 from ldm.data.samples import feed
 from ldm.errors import UserError
+from ldm.schema import Stage1Config
 
 
 @pytest.fixture
@@ -36,7 +37,11 @@ def encoder() -> text.TextEncoder:
 
 def model(seed: int = 0) -> autoencoder.Autoencoder:
     torch.manual_seed(seed)
-    return autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 2, 8, False, 16))
+    return autoencoder.Autoencoder(
+        autoencoder.build(
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False), 16
+        )
+    )
 
 
 def settings(root: Path, folder: Path, *overrides: str) -> config.Config:
@@ -146,9 +151,11 @@ BUILD = """
 import sys
 from ldm import autoencoder, config, text
 from ldm.data import cache, index
+from ldm.schema import Stage1Config
 import torch
 torch.manual_seed(0)
-vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 2, 8, False, 16))
+shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False)
+vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 given = config.load(sys.argv[1], sys.argv[2:])
 cache.build(index.build(given), given, vae, text.load(text.MINILM, 8), per_file=3)
 """

@@ -13,6 +13,7 @@ from ldm import autoencoder, config, text
 from ldm.data import index
 from ldm.data.order import Order, Positions
 from ldm.data.samples import Pictures
+from ldm.schema import Stage1Config
 from stage2_diffusion.train import train
 
 BUCKETS = [(1, 1)] * 50 + [(1, 2)] * 7 + [(2, 1)] * 31 + [(3, 1)]
@@ -124,9 +125,25 @@ def test_training_from_the_cache_has_the_losses_of_training_without(
             "stage2.steps=12", "stage2.batch=4", "stage2.channels=[16, 32]", "sample.prompts=[]",
         )  # fmt: skip
         torch.manual_seed(0)
-        vae = autoencoder.Autoencoder(autoencoder.build((16, 16), 1, 4, 8, False, 16))
+        vae = autoencoder.Autoencoder(
+            autoencoder.build(
+                Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 16
+            )
+        )
         train(given, index.build(given), vae, text.load(given.text.model, given.text.max_tokens))
         lines = (tmp_path / kind / "stage2/metrics.jsonl").read_text().splitlines()
         losses[kind] = [json.loads(line)["loss"] for line in lines]
     assert len(losses["disk"]) == 12
     assert losses["disk"] == pytest.approx(losses["none"], rel=1e-3)
+
+
+def test_pictures_are_held_out_by_their_content(drawings: Callable[..., tuple[config.Config, index.Index]]) -> None:
+    _, everything = drawings()
+    _, shared = drawings("data.held_out=0.2")
+    before, after = (set(part.select("train").column("sha256").tolist()) for part in (everything, shared))
+    held = set(shared.select("reconstruction").column("sha256").tolist())
+    assert after < before
+    assert not held & after
+    assert 0.15 < len(before - after) / len(before) < 0.25
+    assert all(int.from_bytes(sha256[:4]) < 0.2 * 2**32 for sha256 in before - after)
+    assert shared.select("combination").fingerprint() == everything.select("combination").fingerprint()

@@ -1,0 +1,349 @@
+"""How well autoencoders suit a data set: figures on its held-out pictures, and what to do with each autoencoder.
+
+    python stage1_vae/evaluate.py --config configs/openmoji.yaml --model runs/openmoji/autoencoder [--model ANOTHER …]
+
+Prints a table with a row a model and a verdict on each: keep, tune the decoder, or retrain. Writes `report.json` (all
+figures, of each picture too), `reconstructions.png` and `worst.png` to `--out`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torchmetrics import Metric
+from tqdm import tqdm
+
+from ldm import autoencoder, config
+from ldm.autoencoder import Autoencoder
+from ldm.data import images, index, sources
+from ldm.data.index import Index
+from ldm.data.records import Bad
+from ldm.data.samples import whole
+from ldm.data.stream import Stream
+from ldm.errors import Parser, UserError, command
+from ldm.files import whole_file
+from ldm.latents import Report
+from ldm.metrics import weights
+from ldm.metrics.reconstruction import KERNEL, Bicubic, Figures, scales_of, verdict
+from ldm.processes import join
+from ldm.schema import Config
+
+Name = tuple[str, str]  # a picture's key and its caption
+
+HELD_OUT = ("reconstruction", "combination")
+ROWS = 8  # pictures of reconstructions.png
+AMPLIFIED = 4  # times that differences are shown stronger
+SETTLED = 2048  # pictures from which on rFID says something: as many as Inception has features
+COLUMNS = {
+    "psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".3f"), "ms_ssim": ("MS-SSIM", ".3f"), "lpips": ("LPIPS", ".3f"),
+    "rfid": ("rFID", ".1f"), "red": ("R bias", "+z.1f"), "green": ("G bias", "+z.1f"), "blue": ("B bias", "+z.1f"),
+}  # fmt: skip
+PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae-ft-mse
+    4: "KL-f4 27.5 dB (ImageNet)",
+    8: "KL-f8 of Stable Diffusion 23.4 dB, SSIM 0.69, its ft-MSE 24.5 dB, SSIM 0.71 (COCO)",
+}
+
+
+class Subject:
+    """A row of the table: an autoencoder, or the bicubic one, and what was found of it."""
+
+    def __init__(self, name: str, model: Autoencoder | Bicubic, figures: Figures):
+        self.name, self.model, self.figures = name, model, figures
+        self.latents = Report(model.channels)
+
+    def rebuild(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measures a batch, `(N, 3, H, W)`; returns it rebuilt, and the PSNR of each picture, `(N,)`."""
+        z = self.model.encode(x)
+        finite = z.flatten(1).isfinite().all(1)
+        if finite.any():
+            self.latents.add(z[finite])
+        rebuilt = self.model.decode(z)
+        return rebuilt, self.figures.add(x, rebuilt)["psnr"]
+
+    def std(self) -> torch.Tensor:
+        """Of each latent channel, `(C,)`; NaN where no latent was finite."""
+        return self.latents.std() if self.latents.count else torch.full((self.model.channels,), torch.nan)
+
+
+class Row(NamedTuple):
+    """A picture of a sheet: its place there, its number among all, the original and as each subject rebuilt it."""
+
+    rank: float
+    number: int
+    pictures: torch.Tensor  # (1 + subjects, 3, H, W)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _arguments(arguments)
+    settings = config.load(given.config, given.overrides)
+    device = join(settings.run).device
+    sources.check(settings.data.source, settings.data.streaming)
+    models = {name: autoencoder.load(name, "--model").to(device) for name in dict.fromkeys(given.model)}
+    for name, model in models.items():
+        _fits(name, model.factor, settings)
+    out = _folder(given.out, given.model[0])
+    data, which, notes = choose(settings, given.split, given.count)
+    side = _shortest(data, settings)
+    subjects, more = _subjects(models, side, given.lpips_net, device)
+    notes += more
+
+    with tqdm(
+        total=None if isinstance(data, Stream) else len(data), desc="reconstructing", unit=" img", leave=False
+    ) as bar:
+        names, some, worst = measure(batches(data, settings.data.size, given.count, device, bar), subjects, given.worst)
+    if not names:
+        raise UserError(f"data.source: no usable picture in {settings.data.name}; scripts/check_data.py says why")
+    if len(names) < SETTLED and subjects[0].figures.fid is not None:
+        notes.append(f"rFID of {len(names):,} pictures is mostly noise; it says something from about {SETTLED:,} on")
+    baselines = {s.model.factor: s.figures.means() for s in subjects if isinstance(s.model, Bicubic)}
+    facts = [describe(subject, baselines) for subject in subjects]
+    title = f"{len(names):,} pictures ({which}) of {settings.data.name} at {settings.data.size} px"
+    unit = "bias: mean of rebuilt less real, in 1/255"
+    print("\n".join([title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *_verdicts(facts), ""]))
+
+    each = {subject.name: {k: v.tolist() for k, v in subject.figures.each.items()} for subject in subjects}
+    report = {
+        "config": str(given.config), "data": settings.data.name, "split": which, "pictures": len(names),
+        "size": settings.data.size, "ms_ssim_scales": scales_of(side), "lpips_net": given.lpips_net,
+        "notes": notes, "models": facts, "names": names, "each": each,
+    }  # fmt: skip
+    with whole_file(out / "report.json") as beside:
+        beside.write_text(json.dumps(_plain(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for file, shown in (("reconstructions.png", some), ("worst.png", worst)):
+        sheet(shown, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
+    print(f"wrote {out}/report.json, reconstructions.png and worst.png")
+
+
+def _arguments(arguments: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="evaluate.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, type=Path, help="says which pictures, and at which size")
+    parser.add_argument("--model", required=True, action="append", metavar="PATH_OR_ID", help="may be given repeatedly")
+    parser.add_argument("--out", type=Path, help="default: evaluation/ in the first model's run, or here")
+    parser.add_argument("--count", type=int, default=SETTLED, help="pictures at most (default: %(default)s)")
+    parser.add_argument("--worst", type=int, default=8, help="pictures on worst.png (default: %(default)s)")
+    parser.add_argument(
+        "--split", action="append", choices=("train", *HELD_OUT), help="may be given repeatedly; default: held out"
+    )
+    parser.add_argument("--lpips-net", choices=tuple(weights.BACKBONES), default="vgg", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.size=256")
+    given = parser.parse_intermixed_args(arguments)
+    for name, value in (("--count", given.count), ("--worst", given.worst)):
+        if value < 1:
+            raise UserError(f"{name}: {value}; give 1 or more")
+    return given
+
+
+# ------------------------------------------------------------------------------------------------------ which pictures
+
+
+def choose(settings: Config, splits: Sequence[str] | None, count: int) -> tuple[Index | Stream, str, list[str]]:
+    """The pictures to measure on, in words too, and what is to be said of them: held-out ones where there are any."""
+    if settings.data.streaming:
+        if splits:
+            raise UserError("--split: a stream has no splits; leave it out")
+        note = "a stream has no held-out pictures: these may have been trained on, and figures flatter"
+        return Stream(settings), "the first", [note]
+    found = index.build(settings)
+    if not len(found):
+        raise UserError(f"data.source: no usable picture in {settings.data.name}; scripts/check_data.py says why")
+    splits = splits or HELD_OUT
+    chosen = found.select(*splits)
+    notes = []
+    if not len(chosen):
+        there = sorted(set(found.column("split").tolist()))
+        if set(splits) != set(HELD_OUT) or "train" not in there:
+            raise UserError(f"--split: no picture of {' or '.join(splits)}; the data has {', '.join(there)}")
+        chosen, splits = found.select("train"), ["train"]
+        notes = ["the data has no held-out pictures: these are training pictures, and figures flatter"]
+    of = f"of {len(chosen):,} in " if count < len(chosen) else ""
+    return chosen.some(count), of + ", ".join(splits), notes
+
+
+def _fits(name: str, factor: int, settings: Config) -> None:
+    """UserError where pictures of these sizes are not a whole number of an autoencoder's latents."""
+    data = settings.data
+    for key, value in (("data.size", data.size), ("data.buckets.step", data.buckets.step if data.buckets else factor)):
+        if value % factor:
+            step = math.lcm(factor, settings.stage1.factor)
+            better = step * max(1, round(value / step))
+            raise UserError(f"{key}: {value} is not a multiple of {factor}, the factor of {name}; {better} would be")
+
+
+def _shortest(data: Index | Stream, settings: Config) -> int:
+    """The shortest side of any picture, in pixels."""
+    side = settings.data.size if isinstance(data, Stream) else min(min(size) for size in data.sizes)
+    if side < KERNEL:
+        raise UserError(f"data.size: sides of {side} px are less than SSIM's window of {KERNEL}; make it larger")
+    return side
+
+
+def batches(
+    data: Index | Stream, size: int, count: int, device: torch.device, bar: tqdm[Any]
+) -> Iterator[tuple[torch.Tensor, list[Name]]]:
+    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)` in [-1, 1], with their names."""
+    batch = min(64, max(1, 2**19 // size**2))
+    if isinstance(data, Stream):
+        good = (found for found in data.beginning(count) if not isinstance(found, Bad))
+        for part in iter(lambda: list(itertools.islice(good, batch)), []):
+            yield torch.stack([pixels for pixels, _ in part]).to(device), [("", caption) for _, caption in part]
+            bar.update(len(part))
+        return
+    names = list(zip(data.column("key").tolist(), (several[0] for several in data.captions()), strict=True))
+    order = iter(np.concatenate(list(data.by_size().values())).tolist())  # which `whole` has too
+    for x in whole(data, batch):
+        yield x.to(device), [names[i] for i in itertools.islice(order, len(x))]
+        bar.update(len(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def _subjects(
+    models: Mapping[str, Autoencoder], side: int, net: str, device: torch.device
+) -> tuple[list[Subject], list[str]]:
+    """A row for each model and for the baseline of each factor, with the metrics that can be had; why others can't."""
+    scales, notes = scales_of(side), []
+    if scales < 5:
+        left = f"has {scales} of its 5 scales" if scales else "is left out"
+        notes.append(f"MS-SSIM {left}: there are sides of {side} px, and it needs 176")
+    lpips: Metric | None = None
+    fids: list[Metric | None] = [None] * len(models)
+    try:
+        fids = [weights.fid(device) for _ in models]
+    except UserError as error:
+        notes.append(str(error))
+    try:
+        lpips = weights.lpips(net, side, device)
+    except UserError as error:
+        notes.append(str(error))
+    subjects = [
+        Subject(name, model, Figures(scales, lpips, fid))
+        for (name, model), fid in zip(models.items(), fids, strict=True)
+    ]
+    factors = sorted({model.factor for model in models.values()})
+    return subjects + [Subject(f"bicubic ÷ {f}", Bicubic(f), Figures(scales, lpips)) for f in factors], notes
+
+
+def measure(
+    parts: Iterable[tuple[torch.Tensor, list[Name]]], subjects: Sequence[Subject], worst: int
+) -> tuple[list[Name], list[Row], list[Row]]:
+    """Rebuilds all pictures with all subjects.
+
+    Returns their names, rows of some, always the same, and of those that the first subject rebuilt worst, worst first.
+    """
+    names: list[Name] = []
+    some: list[Row] = []
+    lowest: list[Row] = []
+    luck = np.random.default_rng(0)
+    for x, part in parts:
+        rebuilt, psnr = zip(*(subject.rebuild(x) for subject in subjects), strict=True)
+        drawn = torch.from_numpy(luck.random(len(part)))
+        for rows, rank, most in ((some, drawn, ROWS), (lowest, psnr[0].nan_to_num(-math.inf, math.inf), worst)):
+            for i in rank.argsort()[:most].tolist():
+                rows.append(Row(float(rank[i]), len(names) + i, torch.stack([x[i], *(y[i] for y in rebuilt)]).cpu()))
+            rows.sort(key=lambda row: row.rank)
+            del rows[most:]
+        names += part
+    return names, some, lowest
+
+
+# ----------------------------------------------------------------------------------------------------------- reporting
+
+
+def describe(subject: Subject, plain: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """What `report.json` says of a subject; `plain` are the bicubic figures by factor."""
+    means, figures, model = subject.figures.means(), subject.figures, subject.model
+    facts = {
+        "model": subject.name, "factor": model.factor, "channels": model.channels, "figures": means,
+        "broken": figures.broken,
+    }  # fmt: skip
+    if isinstance(model, Bicubic):
+        return facts
+    answer, reasons = verdict(means, plain[model.factor], subject.std(), figures.broken)
+    latents = subject.latents.facts() if subject.latents.count else {}
+    return {**facts, "latents": latents, "verdict": answer, "reasons": reasons}
+
+
+def table(facts: Sequence[Mapping[str, Any]]) -> str:
+    """A row a model, a column a figure."""
+    columns = [key for key in COLUMNS if any(key in each["figures"] for each in facts)]
+    rows = [["model", "factor", "channels", *(COLUMNS[key][0] for key in columns)]]
+    for each in facts:
+        figures = (f"{each['figures'][key]:{COLUMNS[key][1]}}" if key in each["figures"] else "–" for key in columns)
+        rows.append([each["model"], str(each["factor"]), str(each["channels"]), *figures])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def _verdicts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for each in facts:
+        if "verdict" in each:
+            lines += ["", f"{each['model']}: {each['verdict']}", *(f"  - {reason}" for reason in each["reasons"])]
+    known = [PUBLISHED[f] for f in sorted({each["factor"] for each in facts}) if f in PUBLISHED]
+    return lines + (["", f"published, at 256 px: {'; '.join(known)}"] if known else [])
+
+
+def sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence[Name]) -> Image.Image:
+    """A line a picture: the original, then of each model the reconstruction and its difference from it, amplified."""
+    pictures, captions = [], []
+    side = max(128, *(size for row in rows for size in row.pictures.shape[2:]))
+    room = side // 7  # letters that fit below a picture
+
+    def tail(text: str) -> str:
+        return text if len(text) <= room else f"…{text[-room + 1 :]}"
+
+    for row in rows:
+        key, caption = names[row.number]
+        pictures.append(row.pictures[0])
+        captions.append(f"{tail(key)}: {caption}" if key else caption)
+        for subject, rebuilt in zip(subjects, row.pictures[1:], strict=False):  # the bicubic ones come last
+            psnr, ssim = (float(subject.figures.each[figure][row.number]) for figure in ("psnr", "ssim"))
+            rebuilt = rebuilt.nan_to_num(-1)
+            pictures += [rebuilt, AMPLIFIED * (rebuilt - row.pictures[0])]
+            figures = f"{psnr:.1f} dB, SSIM {ssim:.2f}" if math.isfinite(ssim) else "not finite"
+            captions += [f"{tail(subject.name)} {figures}", f"{AMPLIFIED}x the difference"]
+    return images.grid([images.to_pil(x[None])[0] for x in pictures], captions, columns=1 + 2 * len(subjects))
+
+
+def _folder(out: Path | None, model: str) -> Path:
+    """Where the report goes: where it should, or `evaluation` in the run that a model came from, or here."""
+    if not out:
+        runs = (folder for folder in Path(model).parents if (folder / "config.yaml").is_file())
+        out = (next(runs, Path()) if Path(model).exists() else Path()) / "evaluation"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: can't write to {out}: {error}") from None
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity; figures to six digits."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

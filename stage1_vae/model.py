@@ -1,0 +1,123 @@
+"""The autoencoder as it trains: one forward through encoder and decoder, where gradients of all processes meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, VQModel
+from torch import nn
+
+from ldm.autoencoder import encoded
+from ldm.data.order import generator
+from ldm.schema import Stage1Config
+
+
+class Change(NamedTuple):
+    """What is done to pictures and latents alike: quarter turns, and a height and width, in latents, to shrink to."""
+
+    turns: int
+    height: int
+    width: int
+
+    def __call__(self, x: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """`(N, C, h, w)` → `(N, C, height·factor, width·factor)`, turned."""
+        size = (self.height * factor, self.width * factor)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        return torch.rot90(x, self.turns, (2, 3))
+
+
+def draw_change(share: float, seed: int, step: int, height: int, width: int) -> Change | None:
+    """For a `share` of the steps, a turn and a scale in [¼, 1] of latents `height` × `width`; for all processes alike.
+
+    EQ-VAE, Kouzelis et al., arXiv 2502.09509, section 3: latents that turn and shrink with their picture have less
+    detail that only the decoder understands, and are easier to generate.
+    """
+    rng = generator(seed, "change", step)
+    if rng.random() >= share:
+        return None
+    scale = rng.uniform(0.25, 1)
+    return Change(int(rng.integers(4)), max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+class Rebuilt(NamedTuple):
+    pixels: torch.Tensor  # (N, 3, H, W), changed like the latents
+    mean: torch.Tensor  # (N, C, h, w), as the encoder gives it
+    logvar: torch.Tensor
+    codes: torch.Tensor | None  # (N, C, h, w): of VQ the nearest code at each place
+    chosen: torch.Tensor | None  # (N·h·w,): and its number
+    projected: torch.Tensor | None  # (N, D, h, w): as wide as the features that the latents are drawn to
+
+
+class Reconstruction(nn.Module):
+    """Encoder, latents, decoder, and the few parameters that only training has.
+
+    With `stage.train: decoder` the encoder is not trained. `features`: channels of what latents are aligned to.
+    """
+
+    used: torch.Tensor
+
+    def __init__(self, vae: Any, stage: Stage1Config, features: int = 0):
+        super().__init__()
+        self.vae = vae
+        self.frozen = stage.train == "decoder"
+        for part in (vae.encoder, getattr(vae, "quant_conv", None), getattr(vae, "quantize", None)):
+            if part is not None and self.frozen:
+                part.requires_grad_(False)
+        if stage.learn_variance:
+            self.logvar = nn.Parameter(torch.zeros(()))
+        if isinstance(vae, VQModel):
+            self.register_buffer("used", torch.zeros(vae.config.num_vq_embeddings))  # since the last revival
+        if features:
+            self.project = nn.Conv2d(vae.config.latent_channels, features, 1, bias=False)
+
+    def forward(self, x: torch.Tensor, eps: torch.Tensor, change: Change | None = None) -> Rebuilt:
+        """x `(N, 3, H, W)` in [-1, 1], eps `(N, C, h, w)`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            mean, logvar = encoded(self.vae, x)
+        projected = self.project(mean) if hasattr(self, "project") else None
+        if isinstance(self.vae, VQModel):
+            codes, chosen = quantise(mean, self.vae.quantize.embedding.weight)
+            z = mean + (codes - mean).detach()  # the straight-through estimator, arXiv 1711.00937, section 3.2
+            pixels = self.vae.decode(change(z) if change else z, force_not_quantize=True).sample
+            return Rebuilt(pixels, mean, logvar, codes, chosen, projected)
+        z = mean + (0.5 * logvar).exp() * eps  # the reparameterisation trick, arXiv 1312.6114, eq. 10
+        pixels = self.vae.decode(change(z) if change else z).sample
+        return Rebuilt(pixels, mean, logvar, None, None, projected)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights that pixels come out of."""
+        decoder = self.vae.decoder
+        layer = decoder.layers[-1] if isinstance(self.vae, AutoencoderTiny) else decoder.conv_out
+        weight: nn.Parameter = layer.weight
+        return weight
+
+
+def quantise(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest code, `(N, C, h, w)`, of each place of z, and its number, `(N·h·w,)`; codebook `(K, C)`."""
+    places = z.permute(0, 2, 3, 1)  # (N, h, w, C)
+    chosen = torch.cdist(places.reshape(-1, z.shape[1]).float(), codebook.float()).argmin(1)
+    return F.embedding(chosen, codebook).view(places.shape).permute(0, 3, 1, 2), chosen
+
+
+@torch.no_grad()
+def revive(
+    model: Reconstruction, mean: torch.Tensor, seed: int, step: int, shadow: Callable[[nn.Parameter], torch.Tensor]
+) -> int:
+    """Places codes that nothing chose since the last time on latents of this batch; returns how many.
+
+    mean `(N, C, h, w)` is that of the global batch, the same in all processes. `shadow` gives a parameter's average,
+    which follows. Dhariwal et al., arXiv 2005.00341, section 3.1.
+    """
+    codebook = model.vae.quantize.embedding.weight
+    dead = (model.used == 0).nonzero().flatten()
+    places = mean.permute(0, 2, 3, 1).reshape(-1, mean.shape[1])
+    drawn = torch.from_numpy(generator(seed, "revive", step).integers(len(places), size=len(dead)))
+    for target in (codebook, shadow(codebook)):
+        target[dead] = places[drawn.to(places.device)].to(target.dtype)
+    model.used.zero_()
+    return len(dead)

@@ -1,0 +1,106 @@
+"""What is looked at while the autoencoder trains, and when it is done: held-out figures, sheets of reconstructions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from ldm.autoencoder import Autoencoder, encoded
+from ldm.data.images import grid, to_pil
+from ldm.data.index import Index
+from ldm.data.samples import whole
+from ldm.data.stream import Stream
+from ldm.latents import Report
+from ldm.metrics.reconstruction import Figures
+from ldm.run import Run
+
+SHOWN = 8  # pictures of a sheet
+AMPLIFIED = 4  # how much larger than it is a difference is drawn
+Rebuild = Callable[[torch.Tensor], torch.Tensor]
+
+
+def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
+    """What stage one never sees: each held-out split that there is, and all of them together."""
+    found = {name: data.select(name) for name in ("reconstruction", "combination")}
+    found["held_out"] = data.select("reconstruction", "combination")
+    return {name: part for name, part in found.items() if len(part)}
+
+
+@torch.no_grad()
+def figures(data: Index | Stream, rebuild: Rebuild, run: Run) -> dict[str, float]:
+    """PSNR and SSIM of pictures, each the mean over them; every process rebuilds its share."""
+    found = Figures()
+    for x in share(data, run):
+        found.add(x, rebuild(x).float().cpu())
+    parts = gather_object([found.each])
+    return {name: float(torch.cat([part[name] for part in parts if part]).nanmean()) for name in ("psnr", "ssim")}
+
+
+def share(data: Index | Stream, run: Run) -> Iterator[torch.Tensor]:
+    """This process's pictures of all, in batches."""
+    return whole(data, rank=run.accelerator.process_index, processes=run.accelerator.num_processes)
+
+
+def plain(vae: Any, device: torch.device) -> Rebuild:
+    """Encoder and decoder of a model in training, without noise."""
+    return lambda x: vae.decode(encoded(vae, x.to(device, vae.dtype))[0]).sample
+
+
+def while_training(data: Index | Stream, run: Run, vae: Any) -> None:
+    """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
+    with run.averaged():
+        rebuild = plain(vae, run.device)
+        if (held := held_out(data).get("held_out")) is not None:
+            run.log({f"held_out_{name}": value for name, value in figures(held, rebuild, run).items()})
+        write_sheet(data, rebuild, run)
+
+
+def when_done(data: Index | Stream, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
+    """Figures of each held-out split, and a sheet of reconstructions where none of the last step stands."""
+
+    def rebuild(x: torch.Tensor) -> torch.Tensor:
+        return autoencoder.decode(autoencoder.encode(x))
+
+    write_sheet(data, rebuild, run)
+    found: dict[str, Any] = {name: figures(part, rebuild, run) for name, part in held_out(data).items()}
+    if found and run.is_main:
+        print(f"stage1: held-out reconstruction {json.dumps(found)}", flush=True)
+    return found
+
+
+def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
+    """Are the latents ready for diffusion? `stage1/latents.png`, and the facts; every process measures its share."""
+    report = Report(autoencoder.channels)
+    for x in share(data, run):
+        report.add(autoencoder.encode(x))
+    for tensor in report.tensors().values():
+        tensor.copy_(run.total(tensor))
+    if run.is_main:
+        report.plot(run.folder / "latents.png")
+        for warning in report.warnings():
+            print(f"stage1: latents: {warning}", flush=True)
+    return report.facts()
+
+
+@torch.no_grad()
+def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
+    """The first held-out pictures, or of all: originals, reconstructions, and differences, amplified about grey."""
+    path = run.folder / "samples" / f"step-{run.step:06d}.png"
+    if path.exists() or not run.is_main:
+        return
+    data = held_out(data).get("held_out", data)
+    x = next(whole(data if isinstance(data, Stream) else data.first(SHOWN), SHOWN))
+    rebuilt = rebuild(x).float().cpu()
+    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFIED}-fold": (rebuilt - x) / 2 * AMPLIFIED}
+    pictures = [picture for row in rows.values() for picture in to_pil(row)]
+    sheet = grid(pictures, [name for name, row in rows.items() for _ in row], columns=len(x))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"reconstructions": np.array(sheet)[None]}, step=run.step, dataformats="NHWC")
