@@ -174,8 +174,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # of newer models (SD 3, Flux), and for small machines
     "kl-f8-16ch": {"channels": [128, 256, 512, 512], "latent_channels": 16},
     "kl-f16-16ch": {"channels": [128, 128, 256, 512, 512], "latent_channels": 16},
-    "kl-f8-small": {"channels": [32, 64, 128, 128], "layers": 1},
-    "vq-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 3, "codes": 1024},
+    "kl-f8-small": {"channels": [32, 64, 128, 128], "layers": 1, "latent_channels": 8, "mid_attention": False},
+    "vq-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 3, "mid_attention": False},
     # TAESD: convolutions only. DC-AE, arXiv 2410.10733: factor 32 with linear attention in the deep half.
     "tiny": {"channels": [64, 64, 64, 64], "layers": 3},
     "dc-f32": {"channels": [128, 256, 512, 512, 1024, 1024], "latent_channels": 32},
