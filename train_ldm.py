@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import autoencoder, config, plan
-from ldm.data import check, index
+from ldm.data import check, index, samples
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
     pictures = Stream(settings) if settings.data.streaming else index.build(settings)
     check.before_training(pictures, settings, encoder)
+    plan.check_on_pictures(settings, next(samples.whole(pictures, 8)))
 
     if untrained:
         train_autoencoder(settings, pictures)

@@ -221,7 +221,9 @@ def statistics(
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():
         for pixels in batches:
-            z = encoded(vae, pixels.to(vae.device))[0].double().cpu().transpose(0, 1).flatten(1)  # (C, N·h·w)
+            z = (
+                encoded(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
+            )  # (C, N·h·w)
             sums += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
     count, linear, squares = total(sums)
     mean = linear / count
@@ -238,11 +240,12 @@ def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder
         vae.register_to_config(scaling_factor=1.0, shift_factor=None)
         return Autoencoder(fold(vae, mean, std))
     if isinstance(vae, VQModel):
+        mean = mean.to(vae.device, vae.dtype)
         with torch.no_grad():
             vae.quant_conv.bias -= mean
             vae.quantize.embedding.weight -= mean
             vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-        mean = torch.zeros_like(mean)
+        mean = torch.zeros_like(std)
     rms = (std.square() + (mean - mean.mean()).square()).mean().sqrt()  # the deviation of all channels together
     vae.register_to_config(scaling_factor=float(1 / rms))
     return Autoencoder(vae)
@@ -256,8 +259,9 @@ def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> Autoencod
     """
     c = vae.config.latent_channels
     config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
-    folded = AutoencoderKL.from_config(config)
+    folded = AutoencoderKL.from_config(config).to(vae.dtype)
     folded.load_state_dict(vae.state_dict(), strict=False)
+    mean, std = mean.to(vae.dtype), std.to(vae.dtype)
     with torch.no_grad():
         for conv, present in ((folded.quant_conv, vae.quant_conv), (folded.post_quant_conv, vae.post_quant_conv)):
             if present is None:

@@ -116,6 +116,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))
         shutil.copy(newest, folder / "samples.png")
     one, two = config.stage1, config.stage2
+    trained = "none: pixels" if one.needs_none else f"{one.model}, {one.steps} steps of {one.batch}"
     lines = [
         f"# {folder.name}", "",
         "A text-to-image latent diffusion model. The folder `pipeline` opens in plain diffusers:", "",
@@ -129,7 +130,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         "| | |", "|---|---|",
         f"| data | `{config.data.name}`, {config.data.size} px |",
         f"| text encoder | `{config.text.model}` |",
-        f"| autoencoder | {one.pretrained or f'trained, {one.steps} steps of {one.batch}'} |",
+        f"| autoencoder | {one.pretrained or trained} |",
         f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),

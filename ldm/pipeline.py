@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from PIL import Image
 
-from ldm.autoencoder import Autoencoder
+from ldm.autoencoder import Autoencoder, Identity
 from ldm.data.images import to_pil
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -55,7 +55,7 @@ class LatentDiffusion:
                 f"--model: {name} is a {type(pipeline).__name__}, not a text-to-image StableDiffusionPipeline"
             )
         text = TextEncoder(pipeline.text_encoder, pipeline.tokenizer)
-        model = cls(text, pipeline.unet.eval(), Autoencoder(pipeline.vae), pipeline.scheduler)
+        model = cls(text, pipeline.unet.eval(), Autoencoder(pipeline.vae or Identity()), pipeline.scheduler)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> LatentDiffusion:
@@ -66,9 +66,16 @@ class LatentDiffusion:
         return self
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that plain diffusers opens."""
+        """Writes a folder that plain diffusers opens.
+
+        Its `StableDiffusionPipeline` decodes with an AutoencoderKL or AutoencoderTiny. With others, ask it for
+        `output_type="latent"`: in pixel space these are the pictures, and a VQModel or AutoencoderDC decodes them.
+        """
+        vae = None if isinstance(self.autoencoder.vae, Identity) else self.autoencoder.vae
+        if isinstance(vae, AutoencoderDC):  # the pipeline counts levels by it
+            vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
         pipeline = StableDiffusionPipeline(
-            vae=self.autoencoder.vae, text_encoder=self.text.model, tokenizer=self.text.tokenizer, unet=self.unet,
+            vae=vae, text_encoder=self.text.model, tokenizer=self.text.tokenizer, unet=self.unet,
             scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
         with whole_folder(folder) as beside:

@@ -84,6 +84,31 @@ def check_autoencoder(config: Config, key: str, name: str) -> None:
             raise UserError(f"{described}: {configured}, but {name} has {found}; set it to what is loaded")
 
 
+def check_on_pictures(config: Config, pixels: torch.Tensor) -> None:
+    """UserError where the autoencoder to load gives pictures `(N, 3, H, W)` in [-1, 1] back worse than one colour.
+
+    That is one for another range of values, or with broken weights.
+    """
+
+    def error(rebuilt: torch.Tensor) -> float:
+        return float((rebuilt.cpu() - pixels).square().mean())
+
+    one = config.stage1
+    key, name = ("stage1.pretrained", one.pretrained) if one.pretrained else ("stage1.init_from", one.init_from)
+    if not name:
+        return
+    loaded = autoencoder.load(name, key)
+    flat = error(pixels.mean((2, 3), keepdim=True).expand_as(pixels))
+    found = error(loaded.decode(loaded.encode(pixels)))
+    if not found < flat:
+        other = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)
+        why = "for values from 0 to 1, and gets -1 to 1" if other < flat else "on other pictures, or is broken"
+        raise UserError(
+            f"{key}: {name} does not give these pictures back: its mean squared error is {found:.3g}, that of their "
+            f"mean colour {flat:.3g}. It was trained {why}; take another"
+        )
+
+
 def _text_shape(config: Config) -> tuple[int, int | str]:
     if config.text.width and not Path(config.text.model).is_dir():
         return config.text.width, config.text.max_tokens or "all its"

@@ -3,7 +3,8 @@
 What is small runs whole: the low resolutions, and with them attention. Each larger level of resolution runs in tiles
 before the next begins. A tile is cut with a halo as wide as the receptive field of its level, so that its core is what
 the whole picture would give there; cores are cropped and placed side by side. At the picture's own borders there is no
-halo: the zeros that convolutions see there are the whole picture's too.
+halo: the zeros that convolutions see there are the whole picture's too. Memory holds one tile's activations, and what
+goes into a level and comes out of it: at most the whole at half the picture's side.
 
 GroupNorm needs the mean and variance of the whole picture (a tile's own would shift its colours). They are measured
 norm by norm: all tiles run as far as the first norm whose statistics are unknown. That is exact, and a level of n norms

@@ -1,0 +1,32 @@
+"""`exactly.py WORLD_SIZE FOLDER` trains two small autoencoders in float64, where the order of sums shows little."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from ldm import config
+from ldm.data import index
+from ldm.processes import join
+from stage1_vae.train import train
+
+SHARED = [
+    "run.precision=no", "run.tracker=none", "run.log_every=1", "data.size=16", "stage1.steps=6", "stage1.batch=8",
+    "stage1.warmup=2", "stage1.checkpoint_every=6", "stage1.gan.start=1", "stage1.gan.warmup=1", "stage1.gan.ramp=2",
+    "stage1.gan.channels=8", "stage1.gan.layers=1", "stage1.gan.r1=0.5", "stage1.gan.lr=1e-3",
+    "stage1.gan.augment=[color,translation,cutout]", "stage1.learn_variance=true", "stage1.kl_free=0.01",
+]  # fmt: skip
+MODELS = {
+    "kl": ["stage1.equivariance=0.3"],
+    "vq": ["stage1.model=vq-f4", "stage1.codes=64", "stage1.revive=3"],
+}
+
+world, folder = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
+for name, overrides in MODELS.items():
+    settings = config.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides])
+    join(settings.run)
+    train(settings, index.build(settings))
+assert PartialState().num_processes == int(world)

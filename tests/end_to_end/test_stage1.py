@@ -1,0 +1,155 @@
+"""Stage one through the commands that people type: processes, kill -9, decoder only, other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from ldm import autoencoder, single_file
+from ldm.files import read_checkpoint
+
+pytestmark = pytest.mark.slow
+
+GAN = [
+    "stage1.gan.start=6", "stage1.gan.warmup=4", "stage1.gan.ramp=4", "stage1.gan.channels=16", "stage1.gan.layers=2",
+    "stage1.learn_variance=true", "stage1.checkpoint_every=4", "stage1.steps=24", "run.log_every=1",
+]  # fmt: skip
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", f"run.dir={folder}", *more
+    ]  # fmt: skip
+
+
+def finish(arguments: list[str], root: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        arguments, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in found]
+
+
+def checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    newest = max((folder / "stage1/checkpoints").glob("step-*"))
+    return read_checkpoint(newest)
+
+
+def test_two_processes_equal_one_with_the_discriminator_on(
+    root: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finish([*two, "tests/end_to_end/exactly.py", "2", str(tmp_path / "two")], root, environment)
+    finish([sys.executable, "tests/end_to_end/exactly.py", "1", str(tmp_path / "one")], root, environment)
+    for model in ("kl", "vq"):
+        (one, _), (other, _) = (checkpoint(tmp_path / name / model) for name in ("one", "two"))
+        assert one.keys() == other.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
+        for part, tensors in one.items():
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(other[part][name], tensor, rtol=1e-9, atol=1e-12, msg=f"{part} {name}")
+        for a, b in zip(lines(tmp_path / "one" / model), lines(tmp_path / "two" / model), strict=True):
+            assert b == pytest.approx(a, rel=1e-6)  # the log adds up in float32
+        assert "generator" in a and "adaptive_weight" in a and "r1" in a
+        facts = [
+            json.loads((tmp_path / name / model / "autoencoder/latents.json").read_text()) for name in ("one", "two")
+        ]
+        assert facts[1]["raw_std"] == pytest.approx(facts[0]["raw_std"], rel=1e-6)
+        assert facts[1]["latents"]["values_per_channel"] == facts[0]["latents"]["values_per_channel"]
+        assert facts[1]["held_out"]["psnr"] == pytest.approx(facts[0]["held_out"]["psnr"], rel=1e-6)
+    assert "codes_revived" in lines(tmp_path / "one/vq")[2]
+
+
+def test_both_networks_survive_kill_9(root: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    finish(command(tmp_path / "whole", *GAN), root, environment)
+    folder = tmp_path / "killed"
+    for step in (8, 16):  # the discriminator has just begun; the autoencoder hears it
+        process = subprocess.Popen(
+            command(folder, *GAN), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 300
+        while not (folder / f"stage1/checkpoints/step-{step:06d}").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "stage1: continuing from step" in finish(command(folder, *GAN), root, environment)
+    (whole, state), (parts, resumed) = checkpoint(tmp_path / "whole"), checkpoint(folder)
+    assert whole.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
+    for part, tensors in whole.items():
+        assert all(torch.equal(tensor, parts[part][name]) for name, tensor in tensors.items()), part
+    assert resumed == state
+    assert lines(folder) == lines(tmp_path / "whole")
+    weights = [
+        load_file(name / "autoencoder/diffusion_pytorch_model.safetensors") for name in (tmp_path / "whole", folder)
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_training_only_the_decoder_leaves_the_encoders_bytes_and_betters_pictures(
+    root: Path, environment: dict[str, str], tiny_run: Path, tmp_path: Path
+) -> None:
+    start = tiny_run / "autoencoder"
+    finish(command(tmp_path, f"stage1.init_from={start}", "stage1.train=decoder", "stage1.steps=40"), root, environment)
+    before, after = (
+        load_file(name / "diffusion_pytorch_model.safetensors") for name in (start, tmp_path / "autoencoder")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        encoder = name.startswith(("encoder.", "quant_conv."))
+        assert (tensor.numpy().tobytes() == after[name].numpy().tobytes()) == encoder, name
+    facts = [json.loads((folder / "latents.json").read_text()) for folder in (start, tmp_path / "autoencoder")]
+    assert facts[1]["held_out"]["psnr"] > facts[0]["held_out"]["psnr"]
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = [autoencoder.load(folder).encode(x) for folder in (start, tmp_path / "autoencoder")]
+    assert torch.equal(*latents)
+
+
+def test_what_was_trained_goes_on_from_where_it_was(
+    root: Path, environment: dict[str, str], tiny_run: Path, tmp_path: Path
+) -> None:
+    start = tiny_run / "autoencoder"
+    finish(command(tmp_path, f"stage1.init_from={start}", "stage1.steps=40"), root, environment)
+    facts = [json.loads((folder / "latents.json").read_text()) for folder in (start, tmp_path / "autoencoder")]
+    assert facts[1]["held_out"]["psnr"] > facts[0]["held_out"]["psnr"] + 0.5
+    np.testing.assert_allclose(facts[1]["latents"]["std"], 1, atol=1e-3)
+    np.testing.assert_allclose(facts[1]["latents"]["mean"], 0, atol=1e-3)
+
+
+def test_plain_diffusers_decodes_the_same_picture(tiny_run: Path, tmp_path: Path) -> None:
+    ours = autoencoder.load(tiny_run / "autoencoder")
+    plain = AutoencoderKL.from_pretrained(tiny_run / "autoencoder")
+    single_file.write(ours.vae, tmp_path / "vae.safetensors")
+    again = autoencoder.load(tmp_path / "vae.safetensors")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = plain.encode(x).latent_dist.mean * plain.config.scaling_factor
+        pixels = plain.decode(latents / plain.config.scaling_factor).sample
+    for each in (ours, again):
+        assert torch.equal(each.encode(x), latents)
+        assert torch.equal(each.decode(latents), pixels)
+
+
+def test_a_run_leaves_figures_and_pictures_of_each_interval(tiny_run: Path) -> None:
+    measured = [line for line in lines(tiny_run) if "held_out_psnr" in line]
+    assert [line["step"] for line in measured] == [40]
+    assert (tiny_run / "stage1/samples/step-000040.png").exists()
+    assert (tiny_run / "stage1/latents.png").exists()
+    facts = json.loads((tiny_run / "autoencoder/latents.json").read_text())
+    np.testing.assert_allclose(facts["latents"]["std"], 1, atol=1e-3)
