@@ -259,7 +259,8 @@ def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> Autoencod
     """
     c = vae.config.latent_channels
     config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
-    folded = AutoencoderKL.from_config(config).to(vae.dtype)
+    folded = AutoencoderKL.from_config(config)
+    nn.Module.to(folded, vae.dtype)  # diffusers' own warns of layers that it keeps in float32, of which there are none
     folded.load_state_dict(vae.state_dict(), strict=False)
     mean, std = mean.to(vae.dtype), std.to(vae.dtype)
     with torch.no_grad():

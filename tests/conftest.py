@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything; read when huggingface_hub is imported
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import io
 import subprocess
 import sys
 import tarfile
@@ -18,9 +22,6 @@ from PIL import Image
 from ldm import config
 from ldm.data import index
 from ldm.data.index import Index
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train_ldm.py and scripts/ are files, not packages

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ldm import autoencoder
+from ldm import autoencoder, single_file
 from ldm.errors import UserError
+from ldm.schema import Stage1Config
 
 
 def small(**changes: object) -> AutoencoderKL:
@@ -66,3 +67,96 @@ def test_the_saved_folder_is_diffusers_own_and_keeps_the_fingerprint(tmp_path: P
 def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage1\.pretrained"):
         autoencoder.load(tmp_path)
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "kl": {"channels": (16, 16), "groups": 8},
+    "vq-f4": {"channels": (16, 16), "groups": 8, "codes": 32},
+    "tiny": {"channels": (16, 16)},
+    "dc-f32": {"channels": (32, 32)},
+    "identity": {"channels": (3,), "latent_channels": 3},
+}
+
+
+def of_kind(model: str) -> autoencoder.Model:
+    torch.manual_seed(0)
+    return autoencoder.build(Stage1Config(model=model, layers=1, **{"latent_channels": 4, **SHAPES[model]}), 16)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_every_architecture_is_normalised_and_rebuilds_as_before(model: str) -> None:
+    if model == "identity":
+        ours = autoencoder.Autoencoder(of_kind(model))
+        assert torch.equal(ours.encode(PICTURES), PICTURES)
+        assert torch.equal(ours.decode(PICTURES), PICTURES)
+        assert ours.factor == 1
+        return
+    vae = of_kind(model).eval()
+    with torch.no_grad():
+        before = vae.decode(autoencoder.encoded(vae, PICTURES)[0]).sample
+        mean, std = autoencoder.statistics(vae, PICTURES.split(4))
+    ours = autoencoder.normalised(vae, mean, std)
+    z, logvar = ours.moments(PICTURES)
+    torch.testing.assert_close(ours.decode(z), before, atol=1e-4, rtol=1e-4)
+    assert z.shape == (6, 4, 8, 8)
+    if model == "kl":  # each channel
+        torch.testing.assert_close(z.transpose(0, 1).flatten(1).std(1, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+    else:  # all channels together; a sample is the mean
+        torch.testing.assert_close(z.std(correction=0), torch.tensor(1.0), atol=1e-4, rtol=0)
+        assert float(logvar.max()) < -50
+    if model in ("kl", "vq-f4"):
+        torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", [name for name in SHAPES if name != "identity"])
+def test_every_architecture_is_loaded_as_it_was_saved(model: str, tmp_path: Path) -> None:
+    one = autoencoder.Autoencoder(of_kind(model))
+    one.save(tmp_path)
+    again = autoencoder.load(tmp_path)
+    assert type(again.vae) is type(one.vae)
+    assert again.fingerprint() == one.fingerprint()
+    assert (again.factor, again.channels) == (2, 4)
+    assert torch.equal(again.encode(PICTURES), one.encode(PICTURES))
+
+
+def test_identity_is_loaded_by_its_name() -> None:
+    assert isinstance(autoencoder.load("identity").vae, autoencoder.Identity)
+
+
+@pytest.mark.parametrize("model", ["kl", "vq-f4"])
+def test_a_single_file_is_loaded_as_the_folder_is(model: str, tmp_path: Path) -> None:
+    one = autoencoder.Autoencoder(of_kind(model))
+    single_file.write(one.vae, tmp_path / "vae.safetensors")
+    again = autoencoder.load(tmp_path / "vae.safetensors")
+    assert torch.equal(again.encode(PICTURES), one.encode(PICTURES))
+    assert torch.equal(again.decode(one.encode(PICTURES)), one.decode(one.encode(PICTURES)))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{}", "holds a None"), ('{"_class_name": "UNet2DModel"}', "holds a UNet2DModel; known are")]
+)
+def test_another_models_folder_is_named(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"stage1\.init_from: .*{said}"):
+        autoencoder.load(tmp_path, "stage1.init_from")
+
+
+def test_a_damaged_single_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vae.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .*vae\.safetensors"):
+        autoencoder.load(tmp_path / "vae.safetensors")
+
+
+def test_large_pictures_are_computed_in_tiles_and_batches_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = autoencoder.Autoencoder(small())
+    pictures = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = one.encode(pictures)
+    whole = one.decode(z)
+    for name, value in (("WHOLE", 32), ("TILE", 16), ("AT_ONCE", 64 * 96)):
+        monkeypatch.setattr(autoencoder, name, value)
+    seen: list[tuple[int, ...]] = []
+    one.vae.decoder.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    torch.testing.assert_close(one.encode(pictures), z, atol=2e-2, rtol=0)
+    assert float((one.decode(z) - whole).abs().mean()) < 2 / 255  # of a range of 2
+    assert {shape[0] for shape in seen} == {1}
+    assert max(shape[2] * shape[3] for shape in seen) < 64 * 96

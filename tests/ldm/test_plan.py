@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm import autoencoder, config, plan
 from ldm.errors import UserError
@@ -48,3 +49,28 @@ def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Pa
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"stage1\.channels \(its factor\): 2, but .* has 4"):
         plan.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)
+
+
+def test_an_autoencoder_that_does_not_give_pictures_back_is_refused(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    random = Stage1Config(channels=(16, 32), layers=1, groups=8, mid_attention=False)
+    autoencoder.build(random, 32).save_pretrained(tmp_path)
+    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
+    for key in ("pretrained", "init_from"):
+        with pytest.raises(UserError, match=rf"stage1\.{key}: .* does not give these pictures back: .*other pictures"):
+            plan.check_on_pictures(tiny(root, f"stage1.{key}={tmp_path}"), pixels)
+
+
+def test_an_autoencoder_of_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:
+    other = Stage1Config(model="vq-f4", channels=(16, 32), layers=1, groups=8, mid_attention=False)
+    autoencoder.build(other, 32).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"stage1\.model: AutoencoderKL, but .* has VQModel"):
+        plan.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)
+
+
+def test_missing_weights_of_lpips_are_named_before_training(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth is not in .*put it there"):
+        plan.check(tiny(root, "stage1.lpips=1"), processes=1)

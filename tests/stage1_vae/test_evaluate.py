@@ -20,6 +20,7 @@ from ldm.data.samples import whole
 from ldm.errors import UserError
 from ldm.metrics.reconstruction import Figures, reconstruction
 from stage1_vae import evaluate
+from stage1_vae.report import Subject
 
 Report = Callable[..., tuple[int, str, str]]
 
@@ -111,7 +112,7 @@ def test_figures_are_of_the_held_out_pictures_and_the_worst_are_the_worst(
     assert (found["psnr"], found["ssim"]) == pytest.approx((expected["psnr"], expected["ssim"]), rel=1e-4)
     assert {name for name, _ in facts["names"]} == {entry.key for entry in held}  # type: ignore[attr-defined]
 
-    subject = evaluate.Subject("one", loaded, Figures())
+    subject = Subject("one", loaded, Figures())
     x = next(whole(held, 8))
     names = [(f"picture {i}", "") for i in range(8)]
     parts = [(x[:3], names[:3]), (x[3:], names[3:])]

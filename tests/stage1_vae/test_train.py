@@ -1,18 +1,29 @@
 """Stage one on a handful of pictures."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder
+from torch import nn
+from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import alexnet
+from transformers import ViTConfig, ViTModel
 
+from ldm.autoencoder import build
 from ldm.autoencoder import load as load_autoencoder
 from ldm.data.index import Index
-from ldm.data.samples import whole
-from ldm.schema import Config
-from stage1_vae.train import train
+from ldm.data.samples import Pictures, whole
+from ldm.errors import UserError
+from ldm.metrics import weights
+from ldm.schema import Config, Stage1Config
+from stage1_vae.model import Reconstruction
+from stage1_vae.train import Errors, train
 
 
 def test_training_rebuilds_its_pictures_and_normalises_latents(
@@ -33,3 +44,66 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(1), torch.ones(4), atol=1e-2, rtol=0)
     assert AutoencoderKL.from_pretrained(tmp_path / "run/autoencoder").config.scaling_factor == 1.0
+
+
+def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / weights.BACKBONES["alex"].rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), file)
+    stage = Stage1Config(channels=(16, 16), layers=1, groups=8, l1=0, gradient=0, lpips=0.5, lpips_net="alex")
+    model = Reconstruction(build(stage, 32), stage)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    said: dict[str, torch.Tensor] = {}
+    rebuilt = model(x, torch.zeros(2, 4, 16, 16)).pixels.clamp(-1, 1)
+    loss = Errors(stage, 32, torch.device("cpu"))(rebuilt, x, said)
+    loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in model.vae.encoder.conv_in.parameters())
+    reference = LearnedPerceptualImagePatchSimilarity("alex")(rebuilt.detach(), x)
+    torch.testing.assert_close(said["lpips"], reference)
+    torch.testing.assert_close(loss, 0.5 * reference)
+
+
+def test_the_sample_that_is_not_finite_is_named(drawings: Callable[..., tuple[Config, Index]]) -> None:
+    settings, index = drawings("stage1.steps=3", "stage1.batch=4", "run.log_every=1")
+    calls: list[int] = []
+
+    def overflow(module: nn.Module, _: object, pixels: torch.Tensor) -> torch.Tensor | None:
+        """The third picture of the second batch overflows, as half precision would let it."""
+        if not isinstance(module, Decoder):
+            return None
+        calls.append(0)
+        return (
+            torch.where(torch.arange(len(pixels))[:, None, None, None] == 2, torch.inf, pixels) if calls[1:] else None
+        )
+
+    draws = Pictures(index.select("train"), settings, 4).draws
+    hook = nn.modules.module.register_module_forward_hook(overflow)
+    try:
+        with pytest.raises(
+            UserError, match=f"not finite at step 2, first of sample 6, {re.escape(draws[6].entry.key)} "
+        ):
+            train(settings, index)
+    finally:
+        hook.remove()
+
+
+def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watched(
+    tmp_path: Path, drawings: Callable[..., tuple[Config, Index]]
+) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
+    settings, index = drawings(
+        "stage1.steps=60", "stage1.model=vq-f4", "stage1.codes=32", "stage1.revive=20", "run.log_every=20",
+        f"stage1.align.model={tmp_path / 'vit'}", "stage1.align.weight=1", "stage1.gradient_checkpointing=false",
+    )  # fmt: skip
+    train(settings, index)
+    said = [json.loads(line) for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
+    said = [line for line in said if "l1" in line]
+    assert said[-1]["align"] < said[0]["align"]
+    assert {"vq", "codes_used", "code_perplexity", "codes_revived"} <= said[0].keys()
+    assert said[-1]["codes_used"] > 0.2
+    assert load_autoencoder(tmp_path / "run/autoencoder").vae.config.num_vq_embeddings == 32
