@@ -1,33 +1,41 @@
 """Measures speed, as ratios within one run.
 
     python scripts/benchmark.py data --config configs/openmoji.yaml data.size=256 stage2.batch=16
+    python scripts/benchmark.py stage1 --config configs/openmoji.yaml
+    python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
 
 `data`: how many samples a second come from the cache, cold (dropped from the system's memory first) and warm, and how
 many when pictures are decoded and encoded on the fly; and how fast stage two trains from the one and from the other.
-Weights are random: they don't change the speed. Nothing is kept.
+`stage1`: pictures a second and peak memory of stage one's loop, plain, recomputing activations, with a discriminator.
+`tiles`: a picture of 2,048 pixels decoded whole and in tiles: memory, time, difference. Each of these in a process of
+its own. Weights are random unless given: they don't change the speed. Nothing is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ldm import autoencoder, config, text
-from ldm.data import index
+from ldm.data import images, index
 from ldm.data.index import Index
 from ldm.data.order import Positions
 from ldm.data.samples import Feed, feed
 from ldm.errors import Parser, command
 from ldm.processes import accelerator
 from ldm.schema import Config
+from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train
 
 WORKERS = (0, 1, 2, 4)
@@ -36,7 +44,7 @@ WORKERS = (0, 1, 2, 4)
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("data",), help="what is measured")
+    parser.add_argument("what", choices=("data", "stage1", "tiles"), help="what is measured")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of reading")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
@@ -45,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"run.dir={folder}", "run.tracker=none", "run.log_every=1", f"stage2.steps={given.steps}",
+            f"stage1.steps={given.steps}",
             "sample.prompts=[]", "data.latents=sample",
         ]  # fmt: skip
-        data(config.load(given.config, [*given.overrides, *own]), given.seconds)
+        overrides = [*given.overrides, *own]
+        if given.what == "data":
+            data(config.load(given.config, overrides), given.seconds)
+        elif given.what == "stage1":
+            stage1(given.config, overrides)
+        else:
+            tiles(given.config, overrides)
 
 
 def data(settings: Config, seconds: float) -> None:
@@ -114,12 +129,86 @@ def forget(folder: Path) -> None:
 
 
 def training(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> float:
-    """Pictures a second of stage two's own loop, the median of its steps after the first two."""
+    """Pictures a second of stage two's own loop."""
     train(settings, pictures, vae, encoder)
-    lines = (settings.run.dir / "stage2/metrics.jsonl").read_text().splitlines()
-    times = [json.loads(line)["time"] for line in lines]
+    return settings.stage2.batch / _step_time(settings.run.dir / "stage2")
+
+
+def _step_time(folder: Path) -> float:
+    """Seconds of a step, the median after the first two."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines if "loss" in line]
     steps = sorted(b - a for a, b in itertools.pairwise(times[1:]))
-    return settings.stage2.batch / steps[len(steps) // 2]
+    return steps[len(steps) // 2]
+
+
+def apart(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What `action` gives in a process of its own, and its peak memory in MB: the GPU's where there is one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(action, arguments)
+        memory = pool.apply(_peak)
+    return found, memory
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def stage1(file: Path, overrides: list[str]) -> None:
+    """Prints a line a variant of training, each with its ratio to the first."""
+    variants = {
+        "as configured": [],
+        "recomputed activations": ["stage1.gradient_checkpointing=true"],
+        "with a discriminator": ["stage1.gan.start=0", "stage1.gan.warmup=0"],
+    }
+    first: float | None = None
+    for name, more in variants.items():
+        seconds, memory = apart(_train_stage1, file, [*overrides, f"run.dir={_folder(overrides)}/{name}", *more])
+        first = first or seconds[1]
+        print(
+            f"stage 1  {name:24} {seconds[0] / seconds[1]:8.2f} img/s {first / seconds[1]:6.2f} × {memory:9,.0f} MB",
+            flush=True,
+        )
+
+
+def _folder(overrides: list[str]) -> str:
+    """The run's folder among overrides."""
+    return next(each.partition("=")[2] for each in overrides if each.startswith("run.dir="))
+
+
+def _train_stage1(file: Path, overrides: list[str]) -> tuple[int, float]:
+    settings = config.load(file, overrides)
+    train_autoencoder(settings, index.build(settings))
+    return settings.stage1.batch, _step_time(settings.run.dir / "stage1")
+
+
+def tiles(file: Path, overrides: list[str], side: int = 2048) -> None:
+    """Prints memory and seconds of decoding whole and in tiles, and how much they differ."""
+    pictures = []
+    for name, whole in (("whole", 10**9), ("in tiles", autoencoder.WHOLE)):
+        (seconds, picture), memory = apart(_decode, file, overrides, side, whole)
+        pictures.append(picture)
+        print(f"decode   {side} px, {name:10} {seconds:8.1f} s {memory:9,.0f} MB", flush=True)
+    difference = (pictures[1] - pictures[0]).abs() * 127.5  # of 255
+    print(f"decode   difference: mean {difference.mean():.2g}, largest {difference.max():.2g} of 255")
+
+
+def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[float, torch.Tensor]:
+    settings = config.load(file, overrides)
+    device = accelerator(settings.run).device
+    torch.manual_seed(0)
+    one = settings.stage1
+    vae = autoencoder.load(one.pretrained) if one.pretrained else autoencoder.Autoencoder(autoencoder.build(one, side))
+    picture = images.to_tensor(images.cut(index.build(settings).picture(0), (side, side))[0])[None]
+    latents = vae.to(device).encode(picture)
+    autoencoder.WHOLE = whole
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    pixels = vae.decode(latents).cpu()
+    return time.perf_counter() - began, pixels
 
 
 if __name__ == "__main__":

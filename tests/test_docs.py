@@ -1,4 +1,4 @@
-"""docs/your-own-data.md does what it says: its blocks are executed, its keys are those of the configuration."""
+"""docs/your-own-data.md is executed; its keys, and those of docs/stage1.md, are those of the configuration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,28 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_ldm
+from ldm import config
 from ldm.data import kohya
 from ldm.data.sources import SAYS
-from ldm.schema import BucketConfig, Config, DataConfig, SourceConfig
+from ldm.schema import (
+    PRESETS,
+    AlignConfig,
+    BucketConfig,
+    Config,
+    DataConfig,
+    GanConfig,
+    SourceConfig,
+    Stage1Config,
+)
 from scripts import check_data
 
-PAGE = (Path(__file__).parents[1] / "docs/your-own-data.md").read_text("utf-8")
+PAGE, STAGE1 = (
+    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8") for name in ("your-own-data", "stage1")
+)
+KEYS = {  # of each page
+    PAGE: {"data": DataConfig, "data.source": SourceConfig, "data.buckets": BucketConfig},
+    STAGE1: {"stage1": Stage1Config, "stage1.gan": GanConfig, "stage1.align": AlignConfig},
+}
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
 Block = tuple[str, str]  # tag and content
 
@@ -132,13 +148,14 @@ def test_the_page_shows_how_every_kind_is_found() -> None:
     assert shown == set(SAYS.values())
 
 
-def test_every_key_of_the_data_is_on_the_page_with_its_default() -> None:
+@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1"])
+def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
     fields = {
-        **{f"data.{name}": field for name, field in DataConfig.model_fields.items()},
-        **{f"data.source.{name}": field for name, field in SourceConfig.model_fields.items()},
-        **{f"data.buckets.{name}": field for name, field in BucketConfig.model_fields.items()},
+        f"{prefix}.{name}": field
+        for prefix, section in KEYS[page].items()
+        for name, field in section.model_fields.items()
     }
-    rows = dict(re.findall(r"^\| `(data\.[\w.]+)` \|([^|]*)\|", PAGE, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `((?:data|stage1)\.[\w.]+)` \|([^|]*)\|", page, flags=re.MULTILINE))
     assert rows.keys() == fields.keys()
     for key, shown in rows.items():
         default = fields[key].default
@@ -162,3 +179,16 @@ def test_every_key_on_the_page_exists() -> None:
 def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
     keys = {"image_dir", *kohya.SIZES, *kohya.CAPTIONS, *kohya.INSTEAD}
     assert {key for key in keys if f"`{key}`" not in PAGE} == set()
+
+
+def test_every_preset_is_on_the_page_with_its_factor_and_channels() -> None:
+    rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \| ([\d, ;]+) \|", STAGE1, flags=re.MULTILINE)
+    shown = {}
+    for names, shapes in rows:
+        shown |= dict(zip(re.findall(r"[\w-]+", names), shapes.split("; "), strict=True))
+    expected = {}
+    for name in PRESETS:
+        tree = {"data": {"source": "x", "size": 64}, "stage1": {"model": name}}
+        one = config.parse(tree, "a test").stage1
+        expected[name] = f"{one.factor}, {one.latent_channels}"
+    assert shown == expected
