@@ -55,7 +55,7 @@ def check(config: Config, processes: int) -> text.TextEncoder:
         if one.init_from:
             check_autoencoder(config, "stage1.init_from", one.init_from)
         if one.lpips:
-            weights.lpips(one.lpips_net, config.data.size)
+            weights.lpips(one.lpips_net, config.data.shortest)
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)

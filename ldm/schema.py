@@ -119,6 +119,11 @@ class DataConfig(Section):
     def name(self) -> str:
         return ", ".join(source.path for source in self.source)
 
+    @property
+    def shortest(self) -> int:
+        """The shortest side that a picture may have, in pixels."""
+        return (self.buckets.smallest or self.size // 2) if self.buckets else self.size
+
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
@@ -400,6 +405,11 @@ class Config(Section):
         for width, attends in zip(two.channels, two.attention, strict=True):
             if attends:
                 _divides("stage2.channels", width, two.head_size, "stage2.head_size")
+        if one.gan and self.data.shortest < (least := 3 * 2**one.gan.layers):
+            raise ValueError(
+                f"stage1.gan.layers: {one.gan.layers} need sides of {least} px, and the shortest has "
+                f"{self.data.shortest}; fewer layers, or larger pictures"
+            )
         if two.target == "flow" and self.sample.solver in ("ddim", "ddpm"):
             raise ValueError(
                 f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc"
@@ -423,7 +433,7 @@ class Config(Section):
             raise ValueError("data.source: some have a weight and some have none; give all of them one, or none")
         if buckets := data.buckets:
             _divides("data.buckets.step", buckets.step, factor, "2 per level after the first of stage1.channels")
-            low, high = buckets.smallest or data.size // 2, buckets.largest or data.size * 2
+            low, high = data.shortest, buckets.largest or data.size * 2
             if not buckets.step <= low <= data.size <= high:
                 raise ValueError(
                     f"data.buckets: step {buckets.step}, smallest {low}, data.size {data.size}, largest {high}; "

@@ -39,7 +39,7 @@ def train(config: Config, data: Index | Stream) -> None:
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     run = Run(config.run, stage, "stage1", model, {"data": train_set.fingerprint()}, adversary(stage), name_of(samples))
-    reconstruction = Errors(stage, config.data.size, run.device)
+    reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 
     for batch in run.batches(samples, config.data.workers):
@@ -103,13 +103,13 @@ def name_of(samples: Pictures | Stream) -> Any:
 class Errors:
     """How far reconstructions are from pictures: the weighted sum of what `stage1` asks for."""
 
-    def __init__(self, stage: Stage1Config, size: int, device: torch.device):
+    def __init__(self, stage: Stage1Config, side: int, device: torch.device):
         self.weights = {
             name: getattr(stage, name)
             for name in ("l1", "l2", "charbonnier", "gradient", "lpips")
             if getattr(stage, name)
         }
-        self.lpips: Any = weights.lpips(stage.lpips_net, size, device).net if stage.lpips else None
+        self.lpips: Any = weights.lpips(stage.lpips_net, side, device).net if stage.lpips else None
 
     def __call__(self, rebuilt: torch.Tensor, real: torch.Tensor, said: Metrics) -> torch.Tensor:
         """`(N, 3, H, W)` each → scalar; its parts go into `said`."""

@@ -48,6 +48,16 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("sample.prompts=['']", "empty prompt"),
         ("stage2.caption_dropout=1.5", "less than 1"),
         ("stage2.lr", "expected section.key=value"),
+        ("stage1.model=kl-f9", "did you mean 'kl-f8'"),
+        ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (groups); 32 would be"),
+        ("stage1.train=decoder", "stage1.train: decoder needs init_from"),
+        ("stage1.gan.wieght=1", "did you mean 'weight'"),
+        ("stage1.gan.layers=4", "stage1.gan.layers: 4 need sides of 48 px, and the shortest has 32"),
+        ("stage1.model=identity", "identity has one level and 3 channels"),
+        ("stage1={l1: 0, gradient: 0}", "stage1.l1, l2, charbonnier, gradient and lpips are all 0"),
+        ("stage1={model: vq-f4, gradient_checkpointing: true}", "stage1.gradient_checkpointing: diffusers has none"),
+        ("stage1={model: tiny, channels: [16, 32]}", "AutoencoderTiny has the same width at every level"),
+        ("stage1={pretrained: a, init_from: b}", "set one of them"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
@@ -55,6 +65,12 @@ def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: 
         config.load(tiny, [override])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_fills_in_what_is_not_given(tiny: Path) -> None:
+    one = config.load(tiny, ["stage1={model: kl-f16-16ch, layers: 1}"]).stage1
+    assert (one.channels, one.layers, one.latent_channels) == ((128, 128, 256, 512, 512), 1, 16)
+    assert one.factor == 16
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
