@@ -274,7 +274,8 @@ class Run:
         rate = learning_rate(self.step - 1, self.training)
         values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
         self.log(values)
-        bar.set_postfix(step=f"{self.step}/{self.training.steps}", loss=f"{values['loss']:.4f}", refresh=False)
+        shown = {name: f"{value:.3g}" for name, value in values.items() if not name.endswith("gradient_norm")}
+        bar.set_postfix({"step": f"{self.step}/{self.training.steps}"} | shown, refresh=False)
 
     def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop:
