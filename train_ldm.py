@@ -16,7 +16,7 @@ from ldm.data import check, index, samples
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
 from ldm.folder import claim, write_card
-from ldm.processes import join
+from ldm.processes import join, on_main
 from ldm.run import check_finished
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
     pictures = Stream(settings) if settings.data.streaming else index.build(settings)
     check.before_training(pictures, settings, encoder)
-    plan.check_on_pictures(settings, next(samples.whole(pictures, 8)))
+    if not pipeline.exists():
+        on_main(lambda: plan.check_on_pictures(settings, next(samples.whole(pictures, 2)), state.device))
 
     if untrained:
         train_autoencoder(settings, pictures)

@@ -46,14 +46,21 @@ FAMILIES["identity"] = "Identity"
 Model: TypeAlias = Any  # one of these, or Identity
 
 
+def at_once(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A batch `(N, C, H, W)` in parts that fit into memory together."""
+    return pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
+
+
 class Autoencoder:
     """An autoencoder as two functions, `encode` and `decode`, and the facts that others need of it."""
 
     def __init__(self, vae: Model):
-        if isinstance(vae, AutoencoderKL) and vae.config.shift_factor:
-            # diffusers' StableDiffusionPipeline ignores the shift, the convolutions don't
-            shift = torch.full((vae.config.latent_channels,), float(vae.config.shift_factor))
-            vae = fold(vae, shift, torch.ones_like(shift))
+        if isinstance(vae, AutoencoderKL) and (vae.config.shift_factor or vae.config.latents_mean):
+            # diffusers' StableDiffusionPipeline ignores both, the convolutions don't
+            one = torch.ones(vae.config.latent_channels)
+            known = vae.config.latents_mean
+            vae = fold(vae, *map(torch.tensor, (known, vae.config.latents_std))) if known else vae
+            vae = fold(vae, one * vae.config.shift_factor, one) if vae.config.shift_factor else vae
         self.vae = vae.eval().requires_grad_(False)
         self.channels: int = vae.config.latent_channels
         self.factor: int = factor(vae)
@@ -69,7 +76,7 @@ class Autoencoder:
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the normalised posterior, each as `encode` gives the mean."""
         pixels = pixels.to(self.vae.device, self.vae.dtype)
-        parts = [self._moments(part) for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))]
+        parts = [self._moments(part) for part in at_once(pixels)]
         mean, logvar = (torch.cat(each).float() for each in zip(*parts, strict=True))
         return (mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)
 
@@ -99,13 +106,17 @@ class Autoencoder:
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and the scale: what caches and checkpoints of latents are bound to."""
+        """SHA-256 of the weights and the scale."""
         return tensors_sha256(self.vae.state_dict(), self.scale, *([self.shift] if self.shift else []))
 
+    def encoder_fingerprint(self) -> str:
+        """SHA-256 of all that makes latents: what caches and checkpoints are bound to. Decoders may change."""
+        return tensors_sha256(encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else []))
+
     def contract(self, size: int) -> dict[str, Any]:
-        """What latents of pictures of `size` pixels are: shape, and the autoencoder that made them."""
+        """What latents of pictures of `size` pixels are: shape, and the encoder that made them."""
         side = size // self.factor
-        return {"shape": [self.channels, side, side], "autoencoder": self.fingerprint()}
+        return {"shape": [self.channels, side, side], "autoencoder": self.encoder_fingerprint()}
 
     def save(self, folder: Path, **facts: Any) -> None:
         """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
@@ -124,6 +135,11 @@ def factor(vae: Model) -> int:
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encoder_tensors(vae: Model) -> dict[str, torch.Tensor]:
+    """The weights of everything that makes latents."""
+    return {name: t for name, t in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
 
 
 def posterior(vae: Model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,10 +218,23 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
             raise
         subfolder = "vae"  # the id of a whole pipeline on the Hub
         config = AutoencoderKL.load_config(name, subfolder=subfolder)
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: {folder}/config.json is no autoencoder's")
     kind = KINDS.get(config.get("_class_name", ""))
     if not kind:
         raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
-    return kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+    if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
+        raise UserError(f"{key}: {name} is for pictures of {config['in_channels']} channels; ours have 3")
+    if config.get("scaling_factor", 1.0) is None or config.get("vq_embed_dim") not in (None, config["latent_channels"]):
+        raise UserError(
+            f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
+        )
+    vae, found = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+        raise UserError(
+            f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"
+        )
+    return vae
 
 
 # ------------------------------------------------------------------------------------------------------- normalisation
@@ -220,7 +249,7 @@ def statistics(
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():
-        for pixels in batches:
+        for pixels in (part for batch in batches for part in at_once(batch)):
             z = (
                 encoded(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
             )  # (C, N·h·w)
@@ -237,7 +266,7 @@ def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder
     channels apart would change which code is nearest. AutoencoderTiny and AutoencoderDC: one scale.
     """
     if isinstance(vae, AutoencoderKL):
-        vae.register_to_config(scaling_factor=1.0, shift_factor=None)
+        vae.register_to_config(scaling_factor=1.0)
         return Autoencoder(fold(vae, mean, std))
     if isinstance(vae, VQModel):
         mean = mean.to(vae.device, vae.dtype)
@@ -248,6 +277,8 @@ def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder
         mean = torch.zeros_like(std)
     rms = (std.square() + (mean - mean.mean()).square()).mean().sqrt()  # the deviation of all channels together
     vae.register_to_config(scaling_factor=float(1 / rms))
+    if isinstance(vae, AutoencoderTiny):
+        vae.register_to_config(shift_factor=0.0)  # it has one, but diffusers' StableDiffusionPipeline ignores it
     return Autoencoder(vae)
 
 
@@ -258,7 +289,8 @@ def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> Autoencod
     post_quant_conv begins on z: W'·z' + b' = W·(std·z' + mean) + b.
     """
     c = vae.config.latent_channels
-    config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
+    config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True}
+    config |= {"shift_factor": 0.0, "latents_mean": None, "latents_std": None}
     folded = AutoencoderKL.from_config(config)
     nn.Module.to(folded, vae.dtype)  # diffusers' own warns of layers that it keeps in float32, of which there are none
     folded.load_state_dict(vae.state_dict(), strict=False)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ldm.data import kohya
 from ldm.errors import UserError
-from ldm.schema import PRESETS, Config, Section, as_sources
+from ldm.schema import ARCHITECTURE, PRESETS, Config, Section, as_sources
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,6 +35,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
+    if any(override.startswith("stage1.model=") for override in overrides) and isinstance(tree.get("stage1"), dict):
+        for key in ARCHITECTURE:  # those in the file are of the model in the file
+            tree["stage1"].pop(key, None)
     for override in overrides:
         _apply(tree, override)
     _add_kohya(tree)

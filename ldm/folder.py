@@ -61,11 +61,15 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
     if file.exists():
         begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
         still_free = FREE if begun else (*FREE, "stage2.", "text.")
+        one = config.stage1
+        ends: tuple[str, ...] = FREE_ENDS
+        if (one.gan and one.gan.adaptive) or one.family == "vq":  # weighed, or revived, by what is computed together
+            still_free, ends = (*still_free, "stage2.micro_batches"), (".checkpoint_every",)
         written = yaml.safe_load(file.read_text("utf-8"))
         about, old = written["about"] if begun else {}, written["configuration"]
         changed = [
             change for change in differences(old, dump(config))
-            if not change.startswith(still_free) and not change.partition(":")[0].endswith(FREE_ENDS)
+            if not change.startswith(still_free) and not change.partition(":")[0].endswith(ends)
         ]  # fmt: skip
         if changed:
             raise UserError(

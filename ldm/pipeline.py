@@ -43,7 +43,9 @@ class LatentDiffusion:
         before = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            pipeline = DiffusionPipeline.from_pretrained(str(name), safety_checker=None, use_safetensors=True)
+            parts = DiffusionPipeline.load_config(str(name))
+            none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
+            pipeline = DiffusionPipeline.from_pretrained(str(name), safety_checker=None, use_safetensors=True, **none)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}"

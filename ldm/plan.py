@@ -55,7 +55,7 @@ def check(config: Config, processes: int) -> text.TextEncoder:
         if one.init_from:
             check_autoencoder(config, "stage1.init_from", one.init_from)
         if one.lpips:
-            weights.lpips(one.lpips_net, config.data.shortest)
+            weights.lpips(one.lpips_net, config.data.shortest // (4 if one.equivariance else 1))
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)
@@ -84,10 +84,10 @@ def check_autoencoder(config: Config, key: str, name: str) -> None:
             raise UserError(f"{described}: {configured}, but {name} has {found}; set it to what is loaded")
 
 
-def check_on_pictures(config: Config, pixels: torch.Tensor) -> None:
-    """UserError where the autoencoder to load gives pictures `(N, 3, H, W)` in [-1, 1] back worse than one colour.
+def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device) -> None:
+    """UserError where an autoencoder whose latents will be used gives pictures back worse than one colour would.
 
-    That is one for another range of values, or with broken weights.
+    `pixels` `(N, 3, H, W)` in [-1, 1]. Such a one is for another range of values, or has broken weights.
     """
 
     def error(rebuilt: torch.Tensor) -> float:
@@ -95,10 +95,10 @@ def check_on_pictures(config: Config, pixels: torch.Tensor) -> None:
 
     one = config.stage1
     key, name = ("stage1.pretrained", one.pretrained) if one.pretrained else ("stage1.init_from", one.init_from)
-    if not name:
+    if not name or (one.init_from and one.train == "all"):
         return
-    loaded = autoencoder.load(name, key)
-    flat = error(pixels.mean((2, 3), keepdim=True).expand_as(pixels))
+    loaded = autoencoder.load(name, key).to(device)
+    flat = max(0.01, error(pixels.mean((2, 3), keepdim=True).expand_as(pixels)))
     found = error(loaded.decode(loaded.encode(pixels)))
     if not found < flat:
         other = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)

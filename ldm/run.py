@@ -220,6 +220,12 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies losses by; 1 in other precisions."""
+        scaler = self.accelerator.scaler
+        return float(scaler.get_scale()) if scaler else 1.0
+
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over processes; on one, the tensor itself."""
         return self.accelerator.reduce(tensor, "mean")  # type: ignore[no-any-return]

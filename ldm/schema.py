@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -188,6 +189,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+ARCHITECTURE = ("channels", "layers", "latent_channels", "groups", "mid_attention", "codes")
+
+
 class GanConfig(Section):
     """PatchGAN, a second network that learns to tell patches of rebuilt pictures from real ones."""
 
@@ -237,7 +241,7 @@ class Stage1Config(Training):
     """`decoder` leaves the encoder as it is, so that latents, and U-Nets trained on them, stay valid."""
     model: Literal[tuple(PRESETS)] = "kl"  # type: ignore[valid-type]
     """Architecture; the keys below change single values of it."""
-    channels: tuple[PositiveInt, ...] = (64, 128, 256)
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 256)
     """Width of each level; each level after the first halves the resolution."""
     layers: PositiveInt = 2
     """Residual blocks a level."""
@@ -320,6 +324,27 @@ class Stage1Config(Training):
         if self.family in ("kl", "vq"):
             for width in self.channels:
                 _divides("channels", width, self.groups, "groups")
+        if self.family == "dc":  # its shortcuts average channels, its attention has heads of 32
+            _divides("channels", self.channels[-1], self.latent_channels, "latent_channels")
+            for above, width in itertools.pairwise(self.channels):
+                _divides("channels", 4 * above, width, "the next level's, a quarter of it at most")
+            for width in self.channels[(len(self.channels) + 1) // 2 :]:
+                _divides("channels", width, 32, "size of a head")
+        if self.align and self.train == "decoder":
+            raise ValueError("align: draws the latents of an encoder that train: decoder leaves as it is; drop one")
+        if gan := self.gan:
+            start = int(gan.start * self.steps) if gan.start < 1 else int(gan.start)
+            if start + gan.warmup >= self.steps:
+                raise ValueError(
+                    f"gan: begins at step {start} and is warmed up for {gan.warmup}, so in {self.steps} steps the "
+                    "autoencoder would never hear it; lower gan.start or gan.warmup"
+                )
+            if self.equivariance == 1:
+                raise ValueError(
+                    "equivariance: 1 leaves no step to the discriminator, which sees whole pictures; lower it"
+                )
+            if gan.norm == "batch" and gan.r1:
+                raise ValueError("gan.r1: batch norm over processes has no second derivative; gan.norm=group has")
         return self
 
 
@@ -405,6 +430,10 @@ class Config(Section):
         for width, attends in zip(two.channels, two.attention, strict=True):
             if attends:
                 _divides("stage2.channels", width, two.head_size, "stage2.head_size")
+        if one.equivariance and self.data.shortest < 32:
+            raise ValueError(
+                f"stage1.equivariance: shrinks pictures to a quarter of {self.data.shortest} px; they need 32"
+            )
         if one.gan and self.data.shortest < (least := 3 * 2**one.gan.layers):
             raise ValueError(
                 f"stage1.gan.layers: {one.gan.layers} need sides of {least} px, and the shortest has "

@@ -49,7 +49,8 @@ class Game:
         verdict = losses.generator_loss(self.run.verdict(self._seen(fake, positions)), gan.loss)
         said["generator"] = verdict
         if gan.adaptive:
-            gradients = [torch.autograd.grad(each, last, retain_graph=True)[0] for each in (error, verdict)]
+            scale = self.run.loss_scale  # small gradients vanish in half precision
+            gradients = [torch.autograd.grad(scale * each, last, retain_graph=True)[0] for each in (error, verdict)]
             said["adaptive_weight"] = losses.adaptive_weight(self.run.mean(torch.stack(gradients)), gan.cap)
             verdict = said["adaptive_weight"] * verdict
         return weight * verdict
@@ -63,7 +64,7 @@ class Game:
         loss = said["discriminator"] = losses.discriminator_loss(of_real, of_fake, gan.loss)
         said["discriminator_accuracy"] = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
         if gan.r1:
-            said["r1"] = losses.r1_penalty(of_real, real)
+            said["r1"] = losses.r1_penalty(of_real, real, self.run.loss_scale)
             loss = loss + gan.r1 * said["r1"]
         return loss
 

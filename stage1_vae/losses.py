@@ -19,10 +19,9 @@ def gradient_loss(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 3) ->
     `(N, C, H, W)` each → scalar. After the gradient difference loss of Mathieu et al., arXiv 1511.05440, eq. 6.
     """
     loss = rebuilt.new_zeros(())
-    for _ in range(scales):
-        error = rebuilt - real  # a difference of differences is the difference of the error
+    for scale in range(scales):
+        error = F.avg_pool2d(rebuilt - real, 2**scale)  # averages and differences are linear: the error's are the same
         loss = loss + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        rebuilt, real = F.avg_pool2d(rebuilt, 2), F.avg_pool2d(real, 2)
     return loss / scales
 
 
@@ -88,10 +87,13 @@ def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
-def r1_penalty(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """½ E[(∂ ΣD(x) / ∂x)²], mean over pixels; `real` needs gradients. Mescheder et al., arXiv 1801.04406, eq. 9."""
-    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return 0.5 * gradient.square().mean()
+def r1_penalty(logits: torch.Tensor, real: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """½ E[(∂ ΣD(x) / ∂x)²], mean over pixels; `real` needs gradients. Mescheder et al., arXiv 1801.04406, eq. 9.
+
+    The inner gradient is computed `scale` times as large, for half precision.
+    """
+    (gradient,) = torch.autograd.grad(scale * logits.sum(), real, create_graph=True)
+    return 0.5 * (gradient / scale).square().mean()
 
 
 def adaptive_weight(gradients: torch.Tensor, cap: float) -> torch.Tensor:

@@ -70,7 +70,9 @@ class Reconstruction(nn.Module):
         if stage.learn_variance:
             self.logvar = nn.Parameter(torch.zeros(()))
         if isinstance(vae, VQModel):
-            self.register_buffer("used", torch.zeros(vae.config.num_vq_embeddings))  # since the last revival
+            self.register_buffer(
+                "used", torch.zeros(vae.config.num_vq_embeddings, dtype=torch.int64)
+            )  # since the last revival
         if features:
             self.project = nn.Conv2d(vae.config.latent_channels, features, 1, bias=False)
 

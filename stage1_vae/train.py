@@ -54,6 +54,7 @@ def train(config: Config, data: Index | Stream) -> None:
             error = reconstruction(rebuilt.pixels, change(x, stage.factor) if change else x, said)
             if stage.learn_variance:
                 error = losses.likelihood(error, model.logvar)
+                said["logvar"] = model.logvar
             loss = error + latent_losses(stage, step, rebuilt, said)
             if features and stage.align and rebuilt.projected is not None:
                 said["align"] = losses.alignment_loss(rebuilt.mean, rebuilt.projected, features.to(x)(x, h, w))
@@ -145,11 +146,14 @@ def use_codes(
 ) -> None:
     """Counts the codes that all processes chose, and, every `stage1.revive` steps, revives those that none did."""
     stage = config.stage1
-    model.used += run.total(torch.bincount(chosen, minlength=len(model.used)).float())
+    model.used += run.total(torch.bincount(chosen, minlength=len(model.used)))
     shares = model.used / model.used.sum()
     said["codes_used"] = (model.used > 0).float().mean()
     said["code_perplexity"] = torch.special.entr(shares).sum().exp()  # as many codes, used alike, would say as much
-    if stage.train == "all" and stage.revive and (run.step + 1) % stage.revive == 0 and run.accelerator.sync_gradients:
+    at_end = run.accelerator.sync_gradients and (run.step + 1) % (stage.revive or 1000) == 0
+    if at_end and (stage.train == "decoder" or not stage.revive):
+        model.used.zero_()
+    elif at_end:
         everywhere = run.accelerator.gather(mean.detach())
         revived = revive(model, everywhere, config.run.seed, run.step, run.shadow)
         said["codes_revived"] = mean.new_tensor(float(revived))
@@ -180,5 +184,4 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
 
 
 def encoder_sha256(vae: Any) -> str:
-    """Of everything that makes latents."""
-    return tensors_sha256({name: t for name, t in vae.state_dict().items() if name.startswith(("encoder.", "quant"))})
+    return tensors_sha256(autoencoders.encoder_tensors(vae))

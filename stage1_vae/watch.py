@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from ldm.autoencoder import Autoencoder, encoded
+from ldm.autoencoder import Autoencoder, at_once, encoded
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.samples import whole
 from ldm.data.stream import Stream
 from ldm.latents import Report
-from ldm.metrics.reconstruction import Figures
+from ldm.metrics.reconstruction import Figures, scales_of
 from ldm.run import Run
 
 SHOWN = 8  # pictures of a sheet
@@ -33,12 +33,13 @@ def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
 
 @torch.no_grad()
 def figures(data: Index | Stream, rebuild: Rebuild, run: Run) -> dict[str, float]:
-    """PSNR and SSIM of pictures, each the mean over them; every process rebuilds its share."""
-    found = Figures()
+    """PSNR, SSIM, MS-SSIM where there is room, and colour bias in 1/255, each the mean; every process has its share."""
+    sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.config.data.size]
+    found = Figures(scales_of(min(sides)))
     for x in share(data, run):
         found.add(x, rebuild(x).float().cpu())
-    parts = gather_object([found.each])
-    return {name: float(torch.cat([part[name] for part in parts if part]).nanmean()) for name in ("psnr", "ssim")}
+    parts = [part for part in gather_object([found.each]) if part]
+    return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
 
 
 def share(data: Index | Stream, run: Run) -> Iterator[torch.Tensor]:
@@ -48,7 +49,12 @@ def share(data: Index | Stream, run: Run) -> Iterator[torch.Tensor]:
 
 def plain(vae: Any, device: torch.device) -> Rebuild:
     """Encoder and decoder of a model in training, without noise."""
-    return lambda x: vae.decode(encoded(vae, x.to(device, vae.dtype))[0]).sample
+
+    def rebuild(x: torch.Tensor) -> torch.Tensor:
+        parts = (part.to(device, vae.dtype) for part in at_once(x))
+        return torch.cat([vae.decode(encoded(vae, part)[0]).sample.float().cpu() for part in parts])
+
+    return rebuild
 
 
 def while_training(data: Index | Stream, run: Run, vae: Any) -> None:
@@ -94,7 +100,7 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
     if path.exists() or not run.is_main:
         return
     data = held_out(data).get("held_out", data)
-    x = next(whole(data if isinstance(data, Stream) else data.first(SHOWN), SHOWN))
+    x = max(whole(data if isinstance(data, Stream) else data.first(8 * SHOWN), SHOWN), key=len)  # of one size
     rebuilt = rebuild(x).float().cpu()
     rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFIED}-fold": (rebuilt - x) / 2 * AMPLIFIED}
     pictures = [picture for row in rows.values() for picture in to_pil(row)]

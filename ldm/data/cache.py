@@ -243,7 +243,7 @@ def build(index: Index, config: Config, autoencoder: Autoencoder, text: TextEnco
 
 def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: Sequence[Variant]) -> dict[Size, Job]:
     """A job for the pictures of each bucket."""
-    dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.fingerprint()
+    dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.encoder_fingerprint()
     sha256 = index.column("sha256").tolist()
     stacked = np.array(sha256, "S32")
 

@@ -20,7 +20,13 @@ SHARED = [
 ]  # fmt: skip
 MODELS = {
     "kl": ["stage1.equivariance=0.3"],
-    "vq": ["stage1.model=vq-f4", "stage1.codes=64", "stage1.revive=3"],
+    "vq": [
+        "stage1.model=vq-f4-small",
+        "stage1.channels=[16, 32]",
+        "stage1.groups=8",
+        "stage1.codes=64",
+        "stage1.revive=3",
+    ],
 }
 
 world, folder = sys.argv[1:]

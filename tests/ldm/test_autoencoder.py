@@ -1,10 +1,12 @@
 """Latents and their scale."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from ldm import autoencoder, single_file
 from ldm.errors import UserError
@@ -160,3 +162,54 @@ def test_large_pictures_are_computed_in_tiles_and_batches_in_parts(monkeypatch: 
     assert float((one.decode(z) - whole).abs().mean()) < 2 / 255  # of a range of 2
     assert {shape[0] for shape in seen} == {1}
     assert max(shape[2] * shape[3] for shape in seen) < 64 * 96
+
+
+def test_another_decoder_makes_no_other_latents() -> None:
+    one, other = small(), small()
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    one, other = autoencoder.Autoencoder(one), autoencoder.Autoencoder(other)
+    assert one.contract(16) == other.contract(16)
+    assert one.fingerprint() != other.fingerprint()
+    with torch.no_grad():
+        other.vae.quant_conv.bias += 1
+    assert one.contract(16) != other.contract(16)
+
+
+def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.conv_in.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"not its config's: encoder\.conv_in\.bias and 0 more differ"):
+        autoencoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"in_channels": 1, "out_channels": 1}, {"scaling_factor": None}])
+def test_an_autoencoder_of_other_pictures_is_named(config: dict[str, object], tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | config))
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .* (for pictures of 1 channels|has scaling_factor null)"):
+        autoencoder.load(tmp_path)
+
+
+def test_statistics_in_the_config_are_applied_and_go_into_the_convolutions() -> None:
+    plain = autoencoder.Autoencoder(small())
+    told = autoencoder.Autoencoder(small(latents_mean=[0.1, 0.2, 0.3], latents_std=[2.0, 3.0, 4.0]))
+    mean, std = torch.tensor([[0.1, 0.2, 0.3], [2.0, 3.0, 4.0]])[:, :, None, None]
+    torch.testing.assert_close(told.encode(PICTURES), (plain.encode(PICTURES) - mean) / std, atol=1e-5, rtol=1e-4)
+    assert told.vae.config.latents_mean is None
+
+
+def test_a_tiny_autoencoders_shift_is_undone_and_measured_anew() -> None:
+    vae = autoencoder.build(Stage1Config(model="tiny", channels=(16, 16), layers=1), 16).eval()
+    vae.register_to_config(shift_factor=0.7, scaling_factor=2.0)
+    ours = autoencoder.Autoencoder(vae)
+    z = ours.encode(PICTURES)
+    torch.testing.assert_close(z, (autoencoder.encoded(vae, PICTURES)[0] - 0.7) * 2)
+    torch.testing.assert_close(ours.decode(z), vae.decode(autoencoder.encoded(vae, PICTURES)[0]).sample)
+    anew = autoencoder.normalised(vae, *autoencoder.statistics(vae, [PICTURES]))
+    assert float(anew.encode(PICTURES).mean().abs()) < 1
+    assert anew.shift == 0

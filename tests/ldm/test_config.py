@@ -52,8 +52,13 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (groups); 32 would be"),
         ("stage1.train=decoder", "stage1.train: decoder needs init_from"),
         ("stage1.gan.wieght=1", "did you mean 'weight'"),
-        ("stage1.gan.layers=4", "stage1.gan.layers: 4 need sides of 48 px, and the shortest has 32"),
-        ("stage1.model=identity", "identity has one level and 3 channels"),
+        ("stage1.gan={layers: 4, warmup: 5}", "stage1.gan.layers: 4 need sides of 48 px, and the shortest has 32"),
+        ("stage1={model: identity, channels: [16, 32]}", "identity has one level and 3 channels"),
+        ("stage1.channels=[]", "at least 1 item"),
+        ("stage1={model: dc-f32, channels: [32, 64], latent_channels: 5}", "64 is not a multiple of 5"),
+        ("stage1.gan={start: 10, warmup: 30}", "in 40 steps the autoencoder would never hear it"),
+        ("stage1={equivariance: 1, gan: {}}", "equivariance: 1 leaves no step to the discriminator"),
+        ("stage1.gan={norm: batch, r1: 1, warmup: 5}", "no second derivative"),
         ("stage1={l1: 0, gradient: 0}", "stage1.l1, l2, charbonnier, gradient and lpips are all 0"),
         ("stage1={model: vq-f4, gradient_checkpointing: true}", "stage1.gradient_checkpointing: diffusers has none"),
         ("stage1={model: tiny, channels: [16, 32]}", "AutoencoderTiny has the same width at every level"),
@@ -68,7 +73,7 @@ def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: 
 
 
 def test_a_preset_fills_in_what_is_not_given(tiny: Path) -> None:
-    one = config.load(tiny, ["stage1={model: kl-f16-16ch, layers: 1}"]).stage1
+    one = config.load(tiny, ["stage1.model=kl-f16-16ch", "stage1.layers=1"]).stage1  # not the file's channels
     assert (one.channels, one.layers, one.latent_channels) == ((128, 128, 256, 512, 512), 1, 16)
     assert one.factor == 16
 

@@ -53,3 +53,29 @@ def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: La
 def test_an_empty_prompt_is_refused(model: LatentDiffusion, prompts: str | list[str]) -> None:
     with pytest.raises(UserError, match="prompt: an empty prompt"):
         model(prompts)
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "vq-f4": {"channels": (16, 16), "groups": 8, "codes": 32},
+    "tiny": {"channels": (16, 16)},
+    "dc-f32": {"channels": (32, 32)},
+    "identity": {"channels": (3,), "latent_channels": 3},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
+    kind: str, model: LatentDiffusion, root: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    settings = config.load(root / "configs/tiny.yaml")
+    stage = Stage1Config(model=kind, layers=1, **{"latent_channels": 4, **SHAPES[kind]})
+    vae = autoencoder.Autoencoder(autoencoder.build(stage, 16))
+    network = unet.build(settings.stage2, vae.channels, 16 // vae.factor, model.text.width).eval()
+    one = LatentDiffusion(model.text, network, vae, scheduler(Process("flow"), "dpm++"), steps=2, guidance=2.0)
+    one.save(tmp_path / "pipeline")
+    other = LatentDiffusion.load(tmp_path / "pipeline")
+    assert type(other.autoencoder.vae) is type(vae.vae)
+    pictures = [each("red heart", seed=3, steps=2, guidance=2.0)[0] for each in (one, other)]
+    assert pictures[0].size == (16, 16)
+    assert pictures[0].tobytes() == pictures[1].tobytes()
