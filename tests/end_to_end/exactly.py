@@ -19,7 +19,7 @@ SHARED = [
     "stage1.gan.augment=[color,translation,cutout]", "stage1.learn_variance=true", "stage1.kl_free=0.01",
 ]  # fmt: skip
 MODELS = {
-    "kl": ["stage1.equivariance=0.3"],
+    "kl": ["data.size=32", "stage1.equivariance=0.3"],
     "vq": [
         "stage1.model=vq-f4-small",
         "stage1.channels=[16, 32]",
