@@ -114,7 +114,8 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     """
     folder = config.run.dir
     facts = folder / "autoencoder" / STATISTICS
-    rebuilt = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
+    found = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
+    rebuilt = {name: found[name] for name in ("psnr", "ssim") if name in found}
     grids = list((folder / "stage2" / "samples").glob("step-*.png"))
     if grids:
         newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))

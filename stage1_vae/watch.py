@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,8 +73,9 @@ def when_done(data: Index | Stream, autoencoder: Autoencoder, run: Run) -> dict[
 
     write_sheet(data, rebuild, run)
     found: dict[str, Any] = {name: figures(part, rebuild, run) for name, part in held_out(data).items()}
-    if found and run.is_main:
-        print(f"stage1: held-out reconstruction {json.dumps(found)}", flush=True)
+    if run.is_main:
+        for name, values in found.items():
+            print(f"stage1: {name} rebuilt, psnr {values['psnr']:.2f} dB, ssim {values['ssim']:.4f}", flush=True)
     return found
 
 
