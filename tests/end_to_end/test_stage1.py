@@ -63,7 +63,8 @@ def test_two_processes_equal_one_with_the_discriminator_on(
         assert one.keys() == other.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
         for part, tensors in one.items():
             for name, tensor in tensors.items():
-                torch.testing.assert_close(other[part][name], tensor, rtol=1e-9, atol=1e-12, msg=f"{part} {name}")
+                # Adam divides by the gradient's size, so where that is tiny rounding counts more than elsewhere
+                torch.testing.assert_close(other[part][name], tensor, rtol=1e-9, atol=1e-10, msg=f"{part} {name}")
         for a, b in zip(lines(tmp_path / "one" / model), lines(tmp_path / "two" / model), strict=True):
             assert b == pytest.approx(a, rel=1e-6)  # the log adds up in float32
         seen = {name for line in lines(tmp_path / "two" / model) for name in line}

@@ -174,12 +174,12 @@ def test_two_processes_train_together(launch, tiny_run: Path, tmp_path: Path) ->
     assert torch.equal(torch.cat([first["x_t"], second["x_t"]], 1), one["x_t"])
     assert torch.unique(one["x_t"].flatten(0, 1), dim=0).shape[0] == 40 * 16
     losses = [
-        [json.loads(line)["loss"] for line in (where / stage / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line)["loss"] for line in (where / stage / "metrics.jsonl").read_text().splitlines()[:2]]
         for where, stage in ((folder, "stage1"), (tiny_run, "stage1"), (folder, "stage2"), (alone, "stage2"))
     ]
     # the same global batches, summed in another order, in bf16: ten steps agree before rounding has grown
-    np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-3)
-    np.testing.assert_allclose(losses[2][:2], losses[3][:2], rtol=1e-3)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    np.testing.assert_allclose(losses[2], losses[3], rtol=1e-3)
 
 
 def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, launch) -> None:
