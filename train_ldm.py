@@ -15,9 +15,8 @@ from ldm import autoencoder, config, plan
 from ldm.data import check, index, samples
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
-from ldm.folder import claim, write_card
+from ldm.folder import check_finished, claim, write_card
 from ldm.processes import join, on_main
-from ldm.run import check_finished
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 

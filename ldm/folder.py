@@ -20,7 +20,7 @@ from ldm.autoencoder import STATISTICS
 from ldm.config import differences, dump
 from ldm.data import openmoji
 from ldm.errors import UserError
-from ldm.files import whole_file
+from ldm.files import checkpoints, whole_file
 from ldm.processes import join, on_main
 from ldm.schema import Config
 
@@ -91,6 +91,18 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
     except OSError as error:
         raise UserError(f"{key}: can't write {made}: {error.strerror}; give a folder that you may write to") from None
     return folder
+
+
+def check_finished(folder: Path, contract: dict[str, Any]) -> None:
+    """UserError where the finished stage in `folder` was trained under another contract, on other pictures for one."""
+    for checkpoint in checkpoints(folder)[-1:]:
+        before = json.loads((checkpoint / "state.json").read_text())["contract"]
+        changed = [name for name, value in contract.items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{folder.parent} is finished, but its {' and '.join(changed)} changed since; "
+                "give another run.dir, or --fresh to train beside it"
+            )
 
 
 def _free(folder: Path) -> Path:

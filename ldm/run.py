@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,7 +27,7 @@ from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
 from ldm.errors import UserError
-from ldm.files import read_checkpoint, whole_file, write_checkpoint
+from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
 from ldm.network import Network
 from ldm.processes import accelerator, local_batch, say_idle_cores
 from ldm.schema import RunConfig, Training
@@ -321,14 +320,14 @@ class Run:
                 "contract": self.contract,
             }
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
-            for old in _checkpoints(self.folder)[: -self.config.keep]:
+            for old in checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
         damaged = []
-        for folder in reversed(_checkpoints(self.folder)):
+        for folder in reversed(checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
             except (OSError, ValueError, KeyError) as error:
@@ -360,7 +359,7 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            _cut_metrics(self.folder / "metrics.jsonl", self.step)
+            cut_lines(self.folder / "metrics.jsonl", self.step)
         self.accelerator.wait_for_everyone()
 
     def _say(self, text: str) -> None:
@@ -380,32 +379,3 @@ class _Averaged(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self.run.ema.restore(self.run.parameters)
         self.run.bare.train()
-
-
-def check_finished(folder: Path, contract: dict[str, Any]) -> None:
-    """UserError where the finished stage in `folder` was trained under another contract, on other pictures for one."""
-    for checkpoint in _checkpoints(folder)[-1:]:
-        before = json.loads((checkpoint / "state.json").read_text())["contract"]
-        changed = [name for name, value in contract.items() if before.get(name) != value]
-        if changed:
-            raise UserError(
-                f"{folder.parent} is finished, but its {' and '.join(changed)} changed since; "
-                "give another run.dir, or --fresh to train beside it"
-            )
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
-    return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drops lines after `step`, which will be written again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        with whole_file(path) as beside:
-            beside.write_text("".join(kept))

@@ -11,8 +11,8 @@ from torch import nn
 
 from ldm.data.order import normal
 from ldm.errors import UserError
-from ldm.files import read_checkpoint
-from ldm.run import Run, _checkpoints, learning_rate
+from ldm.files import checkpoints, read_checkpoint
+from ldm.run import Run, learning_rate
 from ldm.schema import RunConfig, Training
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for step in (999_500, 1_000_000):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
-    assert [path.name for path in _checkpoints(tmp_path)] == ["step-999500", "step-1000000"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-999500", "step-1000000"]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite"):
         train(tmp_path, lr=1e30, checkpoint_every=1)
-    for folder in _checkpoints(tmp_path / "stage1"):
+    for folder in checkpoints(tmp_path / "stage1"):
         parts, _ = read_checkpoint(folder)
         assert all(tensor.isfinite().all() for tensor in parts["model"].values())
 
