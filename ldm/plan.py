@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -85,9 +87,9 @@ def check_autoencoder(config: Config, key: str, name: str) -> None:
 
 
 def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device) -> None:
-    """UserError where an autoencoder whose latents will be used gives pictures back worse than one colour would.
+    """UserError where an autoencoder whose latents will be used is for values from 0 to 1, or gives what is not finite.
 
-    `pixels` `(N, 3, H, W)` in [-1, 1]. Such a one is for another range of values, or has broken weights.
+    `pixels` `(N, 3, H, W)` in [-1, 1]. One that gives them back worse than one colour would is only warned of.
     """
 
     def error(rebuilt: torch.Tensor) -> float:
@@ -98,15 +100,16 @@ def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device
     if not name or (one.init_from and one.train == "all"):
         return
     loaded = autoencoder.load(name, key).to(device)
-    flat = max(0.01, error(pixels.mean((2, 3), keepdim=True).expand_as(pixels)))
     found = error(loaded.decode(loaded.encode(pixels)))
-    if not found < flat:
-        other = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)
-        why = "for values from 0 to 1, and gets -1 to 1" if other < flat else "on other pictures, or is broken"
-        raise UserError(
-            f"{key}: {name} does not give these pictures back: its mean squared error is {found:.3g}, that of their "
-            f"mean colour {flat:.3g}. It was trained {why}; take another"
-        )
+    other = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)
+    flat = error(pixels.mean((2, 3), keepdim=True).expand_as(pixels))
+    said = f"{key}: {name} gives pictures back with a mean squared error of {found:.3g}"
+    if not math.isfinite(found):
+        raise UserError(f"{said}: its weights are broken; take another")
+    if other < min(found, flat) / 2:
+        raise UserError(f"{said}, and {other:.3g} if they are given from 0 to 1: it was trained so; take another")
+    if found > max(flat, 0.01):
+        print(f"{said}, and one colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True)
 
 
 def _text_shape(config: Config) -> tuple[int, int | str]:

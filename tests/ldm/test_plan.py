@@ -51,16 +51,41 @@ def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Pa
         plan.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)
 
 
-def test_an_autoencoder_that_does_not_give_pictures_back_is_refused(root: Path, tmp_path: Path) -> None:
+PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def saved(folder: Path, broken: float = 1.0) -> Path:
     torch.manual_seed(0)
-    random = Stage1Config(channels=(16, 32), layers=1, groups=8, mid_attention=False)
-    autoencoder.build(random, 32).save_pretrained(tmp_path)
-    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
-    for key, more in (("pretrained", "all"), ("init_from", "decoder")):
-        settings = tiny(root, f"stage1={{{key}: {tmp_path}, train: {more}, channels: [16, 32], groups: 8}}")
-        with pytest.raises(UserError, match=rf"stage1\.{key}: .* does not give these pictures back: .*other pictures"):
-            plan.check_on_pictures(settings, pixels, torch.device("cpu"))
-    plan.check_on_pictures(tiny(root, f"stage1.init_from={tmp_path}"), pixels, torch.device("cpu"))  # it will learn
+    vae = autoencoder.build(Stage1Config(channels=(16, 32), layers=1, groups=8, mid_attention=False), 32)
+    vae.decoder.conv_out.weight.data *= broken
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("keys", ["pretrained: {}", "init_from: {}, train: decoder"])
+def test_an_autoencoder_that_gives_no_numbers_is_refused(root: Path, tmp_path: Path, keys: str) -> None:
+    folder = saved(tmp_path, float("inf"))
+    settings = tiny(root, f"stage1={{{keys.format(folder)}, channels: [16, 32], groups: 8}}")
+    with pytest.raises(UserError, match=r"stage1\..*: its weights are broken"):
+        plan.check_on_pictures(settings, PIXELS, torch.device("cpu"))
+
+
+def test_an_autoencoder_for_values_from_0_to_1_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = autoencoder.load("identity")
+    monkeypatch.setattr(ours, "decode", lambda z: z.clamp(0, 1))  # as if its last layer were a sigmoid
+    monkeypatch.setattr(autoencoder, "load", lambda *_: ours)
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .* if they are given from 0 to 1"):
+        plan.check_on_pictures(tiny(root, "stage1.pretrained=theirs"), PIXELS, torch.device("cpu"))
+
+
+def test_an_autoencoder_that_gives_back_other_pictures_is_warned_of(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path)
+    plan.check_on_pictures(tiny(root, f"stage1.init_from={folder}"), PIXELS, torch.device("cpu"))  # it will learn
+    assert not capsys.readouterr().err
+    plan.check_on_pictures(tiny(root, f"stage1.pretrained={folder}"), PIXELS, torch.device("cpu"))
+    assert "one colour would have" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:

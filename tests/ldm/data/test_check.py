@@ -12,6 +12,7 @@ from ldm import config, text
 from ldm.data import check, index
 from ldm.data.check import near_duplicates
 from ldm.data.images import Buckets, cut
+from ldm.schema import BucketConfig
 from scripts import check_data
 
 
@@ -106,7 +107,7 @@ def test_near_duplicates_are_those_that_every_pair_compared_would_find(bits: int
 
 
 def test_buckets_have_about_one_area_and_every_picture_the_nearest_shape() -> None:
-    buckets = Buckets(512, config.BucketConfig(step=64))
+    buckets = Buckets(512, BucketConfig(step=64))
     assert (512, 512) in buckets.sizes
     for width, height in buckets.sizes:
         assert width % 64 == height % 64 == 0
@@ -120,7 +121,7 @@ def test_buckets_have_about_one_area_and_every_picture_the_nearest_shape() -> No
 
 
 def test_without_upscaling_a_small_picture_gets_a_small_bucket() -> None:
-    buckets = Buckets(512, config.BucketConfig(step=64, upscale=False))
+    buckets = Buckets(512, BucketConfig(step=64, upscale=False))
     assert buckets.of(300, 200) == (256, 192)
     assert buckets.of(4000, 3000) == (576, 448)
 

@@ -21,6 +21,7 @@ from ldm.data.records import Bad
 from ldm.data.samples import Pictures
 from ldm.data.sources import Sources, detect
 from ldm.errors import UserError
+from ldm.schema import BucketConfig
 
 CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
 
@@ -208,7 +209,7 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictu
     lay(tmp_path / "two", {"c.webp": pictures["c.webp"]})
     (tmp_path / "set.toml").write_text(KOHYA)
     given = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
-    assert given.data.buckets == config.BucketConfig(step=8, smallest=8, largest=32, upscale=False)
+    assert given.data.buckets == BucketConfig(step=8, smallest=8, largest=32, upscale=False)
     hat, scarf = index.build(given)
     assert set(hat.captions) == {"hat, red, wool", "hat, wool, red"}
     assert (hat.repeats, hat.flip, hat.dropout) == (2, True, 0.5)
