@@ -5,32 +5,15 @@ Everywhere x_t = α(t)·x_0 + σ(t)·ε with ε ~ N(0, 1).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-TIMESTEPS = 1000  # of the discrete chain; a flow's time is in thousandths too when the network sees it
+from ldm.schedules import SCHEDULES, TIMESTEPS, Chain, betas, chain, shift_time
 
+__all__ = ["TARGETS", "TIMESTEPS", "Process", "betas", "offset_noise", "perturbed"]
 
-def betas(schedule: str, timesteps: int = TIMESTEPS) -> torch.Tensor:
-    """β_t of a discrete noise schedule, `(timesteps,)` float64 in (0, 1)."""
-    if schedule == "linear":  # DDPM, arXiv 2006.11239, section 4
-        return torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
-    if schedule == "scaled_linear":  # linear in sqrt(β); latent diffusion, arXiv 2112.10752
-        return torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64).square()
-    if schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
-        t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-        alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"schedule: {schedule!r} is not linear, scaled_linear or cosine")
-
-
-@lru_cache
-def alpha_bars(schedule: str, device: torch.device) -> torch.Tensor:
-    """ᾱ_t = ∏ (1 − β_s) over s ≤ t, `(1000,)` float64; DDPM, below eq. 3."""
-    return (1 - betas(schedule)).cumprod(0).to(device)
+TARGETS = ("eps", "x0", "v", "flow")
 
 
 @dataclass(frozen=True)
@@ -38,52 +21,140 @@ class Process:
     """A forward process and the network's target.
 
     `target`: `eps`, `x0`, `v` (over the discrete chain `schedule`) or `flow` (the straight path; `schedule` is unused).
-    Times t are whole numbers in [0, 1000) on the chain, and real numbers in (0, 1) for a flow, 1 being noise.
+    Times t are whole numbers in [0, `timesteps`) on the chain, and real numbers in (0, 1) for a flow, 1 being noise.
+    Where the pictures are float64, so is the arithmetic; otherwise it is float32.
     """
 
     target: str
     schedule: str = "scaled_linear"
     time_mean: float = 0.0
     time_std: float = 1.0
+    timesteps: int = TIMESTEPS
+    """Steps T of the chain; a flow's network is told its time in as many."""
+    zero_snr: bool = False
+    """The chain ends in pure noise (arXiv 2305.08891); eps is refused then, for it says nothing about x_0 there."""
+    shift: float = 1.0
+    """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
+    times: str | None = None
+    """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target: {self.target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+        if self.times not in (None, "uniform", "logit_normal"):
+            raise ValueError(f"times: {self.times!r} is not uniform or logit_normal")
+        if self.shift <= 0:
+            raise ValueError(f"shift: {self.shift} is no ratio of two sides; give more than 0")
+        if self.target == "flow":
+            return
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: {self.schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
+        if self.zero_snr and self.target == "eps":
+            raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
+
+    def chain(self, device: torch.device | None = None) -> Chain:
+        """The tables β, ᾱ, ᾱ_{t-1} and log-SNR of the discrete chain; ValueError for a flow, which has none."""
+        if self.target == "flow":
+            raise ValueError("a flow has no chain of steps; use eps, x0 or v")
+        return chain(self.schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
 
     def time(self, u: torch.Tensor) -> torch.Tensor:
         """Training times `(N,)` from uniform numbers u in [0, 1)."""
-        if self.target == "flow":  # logit-normal, arXiv 2403.03206, eq. 19
-            return torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-        return (u * TIMESTEPS).long()
+        flow = self.target == "flow"
+        if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
+            u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+        elif flow:  # never 0 or 1, where log-SNR is infinite
+            u = u.clamp(1e-6, 1 - 1e-6)
+        if flow:
+            return shift_time(u, self.shift)
+        # A uniform number rounded to 1 in low precision must not leave the chain.
+        return (u * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
-        """t as the network is told it: in [0, 1000)."""
-        return t * TIMESTEPS if self.target == "flow" else t
+        """t as the network is told it: in [0, timesteps)."""
+        return t * self.timesteps if self.target == "flow" else t
 
-    def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """α(t) and σ(t), `(N, 1, 1, 1)` each."""
+    def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
         if self.target == "flow":  # the straight path, arXiv 2209.03003, eq. 1
             alpha, sigma = 1 - t, t
         else:  # α² = ᾱ_t, σ² = 1 - ᾱ_t: DDPM, eq. 4
-            alpha_bar = alpha_bars(self.schedule, t.device)[t]
-            alpha, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-        return alpha[:, None, None, None], sigma[:, None, None, None]
+            alpha_bar = self.chain(t.device).alpha_bar[t]
+            alpha, sigma = alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
+        return _wide(alpha), _wide(sigma)
+
+    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+        """log(α² / σ²) at t, `(N,)` float32, within ±20."""
+        if self.target == "flow":
+            return (-2 * torch.logit(t)).clamp(-20, 20).float()
+        return self.chain(t.device).log_snr[t].float()
 
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t, a draw of q(x_t | x_0); DDPM, eq. 4. Shapes `(N, C, h, w)`, t `(N,)`."""
-        alpha, sigma = self.alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t, _precision(x0))
         return alpha * x0 + sigma * eps
 
-    def target_of(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should answer to (x_t, t)."""
-        if self.target == "eps":  # DDPM, eq. 14
+    def add_step(self, x_before: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t, a draw of q(x_t | x_{t-1}), given x_{t-1} and a step's own noise; DDPM, eq. 2.
+
+        Shapes `(N, C, h, w)`, t `(N,)`; before step 0 stands the picture.
+        """
+        beta = _wide(self.chain(t.device).beta[t])
+        return (1 - beta).sqrt().to(_precision(x_before)) * x_before + beta.sqrt().to(_precision(x_before)) * eps
+
+    def posterior(
+        self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q(x_{t-1} | x_t, x_0): mean `(N, C, h, w)`, variance, clipped log-variance `(N, 1, 1, 1)`; DDPM, eqs. 6, 7.
+
+        At t = 0 the mean is x_0 and the variance 0. Its logarithm is taken from t = 1 there, as Improved DDPM does.
+        """
+        beta, alpha_bar, before, _ = (table[t] for table in self.chain(t.device))
+        of_x0 = beta * before.sqrt() / (1 - alpha_bar)
+        of_x_t = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
+        dtype = _precision(x_t)
+        mean = _wide(of_x0).to(dtype) * x0 + _wide(of_x_t).to(dtype) * x_t
+        variance = beta * (1 - before) / (1 - alpha_bar)
+        return mean, _wide(variance).to(dtype), self.log_variances(t, dtype)[0]
+
+    def log_variances(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """log β̃_t, clipped, and log β_t: the reverse step's least and greatest log-variance, `(N, 1, 1, 1)` each.
+
+        They are the right ones for data that is a point and data that is standard normal; DDPM, section 3.2.
+        """
+        beta, alpha_bar, before, _ = self.chain(t.device)
+        clipped = (beta * (1 - before) / (1 - alpha_bar))[1:]
+        small = torch.cat([clipped[:1] if len(clipped) else beta[:1], clipped])
+        return _wide(small.log()[t]).to(dtype), _wide(beta.log()[t]).to(dtype)
+
+    def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Log-variance of the reverse step from the network's second half of channels; Improved DDPM, eq. 15.
+
+        v `(N, C, h, w)`, −1 standing for log β̃ and 1 for log β, to the same shape.
+        """
+        small, large = self.log_variances(t, _precision(v))
+        share = (v + 1) / 2
+        return share * large + (1 - share) * small
+
+    def target_of(
+        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
+    ) -> torch.Tensor:
+        """What the network should answer to (x_t, t), or what one with another `target` should."""
+        target = target or self.target
+        if target == "eps":  # DDPM, eq. 14
             return eps
-        if self.target == "x0":
+        if target == "x0":
             return x0
-        if self.target == "v":  # progressive distillation, arXiv 2202.00512, appendix D
-            alpha, sigma = self.alpha_sigma(t)
+        if target == "v":  # progressive distillation, arXiv 2202.00512, appendix D
+            alpha, sigma = self.alpha_sigma(t, _precision(x0))
             return alpha * eps - sigma * x0
+        if target != "flow":
+            raise ValueError(f"target: {target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
         return eps - x0  # dx_t/dt of the straight path
 
     def x0_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The picture that a prediction stands for: the inverse of `target_of`, given x_t."""
-        alpha, sigma = self.alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t, _precision(x_t))
         if self.target == "eps":
             return (x_t - sigma * prediction) / alpha
         if self.target == "x0":
@@ -91,3 +162,46 @@ class Process:
         if self.target == "v":
             return alpha * x_t - sigma * prediction
         return x_t - sigma * prediction
+
+    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
+        alpha, sigma = self.alpha_sigma(t, _precision(x_t))
+        if self.target == "eps":
+            return prediction
+        if self.target == "x0":
+            return (x_t - alpha * prediction) / sigma
+        if self.target == "v":
+            return alpha * prediction + sigma * x_t
+        return x_t + alpha * prediction
+
+    def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
+        """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
+        if target == self.target:
+            return prediction
+        return self.target_of(self.x0_of(prediction, x_t, t), self.eps_of(prediction, x_t, t), t, target)
+
+
+def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise whose mean varies too: ε + strength·offset, with offset `(N, C, 1, 1)` standard normal.
+
+    Teaches brightness where the schedule doesn't end in pure noise (Guttenberg, "Diffusion with offset noise", 2023,
+    who takes 0.1); zero terminal SNR does so without bias. It is both x_t's noise and the target's.
+    """
+    return eps + strength * offset
+
+
+def perturbed(eps: torch.Tensor, xi: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise for x_t only, ε + strength·ξ, while the target keeps ε: input perturbation, arXiv 2301.11706 (0.1 there).
+
+    The network meets in training the errors that it makes itself in sampling. ξ is standard normal, as ε.
+    """
+    return eps + strength * xi
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value[:, None, None, None]
+
+
+def _precision(x: torch.Tensor) -> torch.dtype:
+    """Of the coefficients that meet x: half precision would lose the small ones."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
