@@ -53,7 +53,7 @@ class Process:
             raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
 
     def chain(self, device: torch.device | None = None) -> Chain:
-        """The tables β, ᾱ, ᾱ_{t-1} and log-SNR of the discrete chain; ValueError for a flow, which has none."""
+        """The tables of the discrete chain, β and ᾱ among them; ValueError for a flow, which has none."""
         if self.target == "flow":
             raise ValueError("a flow has no chain of steps; use eps, x0 or v")
         return chain(self.schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
@@ -109,23 +109,20 @@ class Process:
 
         At t = 0 the mean is x_0 and the variance 0. Its logarithm is taken from t = 1 there, as Improved DDPM does.
         """
-        beta, alpha_bar, before, _ = (table[t] for table in self.chain(t.device))
+        beta, alpha_bar, before, _, variance, log_variance = (table[t] for table in self.chain(t.device))
         of_x0 = beta * before.sqrt() / (1 - alpha_bar)
         of_x_t = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
         dtype = _precision(x_t)
         mean = _wide(of_x0).to(dtype) * x0 + _wide(of_x_t).to(dtype) * x_t
-        variance = beta * (1 - before) / (1 - alpha_bar)
-        return mean, _wide(variance).to(dtype), self.log_variances(t, dtype)[0]
+        return mean, _wide(variance).to(dtype), _wide(log_variance).to(dtype)
 
     def log_variances(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """log β̃_t, clipped, and log β_t: the reverse step's least and greatest log-variance, `(N, 1, 1, 1)` each.
 
         They are the right ones for data that is a point and data that is standard normal; DDPM, section 3.2.
         """
-        beta, alpha_bar, before, _ = self.chain(t.device)
-        clipped = (beta * (1 - before) / (1 - alpha_bar))[1:]
-        small = torch.cat([clipped[:1] if len(clipped) else beta[:1], clipped])
-        return _wide(small.log()[t]).to(dtype), _wide(beta.log()[t]).to(dtype)
+        table = self.chain(t.device)
+        return _wide(table.log_variance[t]).to(dtype), _wide(table.beta[t].log()).to(dtype)
 
     def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Log-variance of the reverse step from the network's second half of channels; Improved DDPM, eq. 15.

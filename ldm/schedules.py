@@ -89,6 +89,10 @@ class Chain(NamedTuple):
     """ᾱ_{t-1}, the first being 1."""
     log_snr: torch.Tensor
     """log(ᾱ_t / (1 − ᾱ_t)), within ±20: at zero terminal SNR the last would be −∞."""
+    variance: torch.Tensor
+    """β̃_t, that of q(x_{t-1} | x_t, x_0); DDPM, eq. 7. The first is 0."""
+    log_variance: torch.Tensor
+    """log β̃_t, the first being that of the second, as in Improved DDPM's code."""
 
 
 @lru_cache
@@ -99,7 +103,9 @@ def chain(schedule: str, timesteps: int, zero_snr: bool, shift: float, device: t
     alpha_bar = (1 - beta).cumprod(0)
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     log_snr = torch.logit(alpha_bar).clamp(-20, 20)
-    return Chain(*(table.to(device) for table in (beta, alpha_bar, before, log_snr)))
+    variance = beta * (1 - before) / (1 - alpha_bar)
+    log_variance = torch.cat([variance[1:2] if timesteps > 1 else beta, variance[1:]]).log()
+    return Chain(*(table.to(device) for table in (beta, alpha_bar, before, log_snr, variance, log_variance)))
 
 
 class LearnedSchedule(nn.Module):

@@ -117,7 +117,7 @@ def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_t
     reference = like(process, DDIMScheduler, prediction_type=names[process.target], set_alpha_to_one=True)
     x_t, prediction = process.add_noise(x0, eps, t), process.target_of(x0, eps, t)
     ours, noise = process.x0_of(prediction, x_t, t), process.eps_of(prediction, x_t, t)
-    _, before = process.chain()[1:3]
+    before = process.chain().alpha_bar_before
     for i in range(len(t)):
         result = reference.step(prediction[i], int(t[i]), x_t[i])
         assert torch.equal(ours[i], result.pred_original_sample)
