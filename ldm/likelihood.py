@@ -98,7 +98,8 @@ def reverse_step(
         output, v = output.chunk(2, dim=1)
         log_variance = process.learned_log_variance(v, t)
     else:
-        small, large = process.log_variances(t, x_t.dtype)
+        # In half precision exp(log β) would be off by a tenth.
+        small, large = process.log_variances(t, torch.float64 if x_t.dtype == torch.float64 else torch.float32)
         log_variance = small if variance == "small" else large
     x0 = process.x0_of(output, x_t, t)
     mean, _, _ = process.posterior(x0 if clip is None else x0.clamp(-clip, clip), x_t, t)

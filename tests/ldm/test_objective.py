@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.diffusion import Process
+from ldm.likelihood import bound
 from ldm.objective import DISTANCES, WEIGHTS, Uncertainty, distance, hybrid_loss, training_loss, weights
 from ldm.schedules import SCHEDULES
 
@@ -184,6 +185,21 @@ def test_the_bound_teaches_the_variance_alone(decoder: str) -> None:
     assert torch.equal(of_simple[:, :2], of_hybrid[:, :2])
     assert float(of_simple[:, 2:].abs().max()) == 0
     assert bool((of_hybrid[:, 2:].abs().flatten(1).sum(1) > 0).all())
+
+
+@pytest.mark.parametrize("decoder", ["gaussian", "discrete"])
+def test_the_hybrid_loss_is_the_simple_one_and_a_share_of_the_whole_bound(decoder: str) -> None:
+    """Over all t, T times the term at t is on average the bound's sum: arXiv 2102.09672, eqs. 4 and 16."""
+    process, t = Process("v", "cosine", timesteps=50), torch.arange(50)
+    g = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn(2, 1, 2, 3, 3, generator=g, dtype=torch.float64).expand(2, 50, 2, 3, 3).clone()
+    x0 = x0.clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
+    output = torch.randn(50, 4, 3, 3, generator=g, dtype=torch.float64) / 3
+    loss = hybrid_loss(process, output, x0, process.add_noise(x0, eps, t), eps, t, share=0.01, decoder=decoder)
+    simple = distance("l2", output[:, :2], process.target_of(x0, eps, t))
+    whole = bound(process, lambda x, t: output[t], x0[:1], lambda t: eps[:1], "learned", decoder)
+    bits = float(whole.steps.sum()) / (math.log(2) if decoder == "gaussian" else 1)
+    assert float((loss - simple).mean()) == pytest.approx(0.01 * bits, rel=1e-9)
 
 
 def test_the_hybrid_loss_is_that_of_denoising_diffusion_pytorch_times_the_number_of_steps() -> None:
