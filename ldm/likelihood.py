@@ -165,7 +165,8 @@ def log_density(
     `steps` of Heun's method, at most T on a chain (all by default; 100 for a flow).
 
     On the chain the ODE is solved in the angle φ with cos φ = α, sin φ = σ, where it is dx/dφ = v: finite from data to
-    pure noise. On the straight path it is dx/dt = the flow's velocity.
+    pure noise. On the straight path it is dx/dt = the flow's velocity. Pixels k of 256 dequantised to (k + u) / 128 − 1
+    take 7 − log p / (C·h·w·log 2) bits per dimension.
     """
     nodes, times = _path(process, steps, x0)
     x, total = x0, torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)

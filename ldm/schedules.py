@@ -30,7 +30,7 @@ def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     if schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-    elif schedule == "sigmoid":  # arXiv 2212.11972, figure 8's code, from -3 to 3 at temperature 1
+    elif schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
         ends = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
         alpha_bar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
     else:

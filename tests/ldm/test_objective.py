@@ -62,7 +62,7 @@ def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: 
 
 
 def test_min_snr_is_its_paper_for_every_target() -> None:
-    """arXiv 2303.09556, section 3.4: min(SNR, γ) on x_0, over SNR on ε, over SNR + 1 on v."""
+    """arXiv 2303.09556: min(SNR, γ) on x_0, over SNR on ε, over SNR + 1 on v."""
     t = torch.arange(0, 1000, 9)
     alpha_bar = Process("eps").chain().alpha_bar[t]
     snr = (alpha_bar / (1 - alpha_bar)).float()
