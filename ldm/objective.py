@@ -105,13 +105,12 @@ class Uncertainty(nn.Module):
         g = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", torch.randn(features, generator=g) * 2 * math.pi)
         self.register_buffer("phases", torch.rand(features, generator=g) * 2 * math.pi)
-        self.out = nn.Linear(features, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.weight, self.bias = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(()))
 
     def forward(self, log_snr: torch.Tensor) -> torch.Tensor:
         at = log_snr.float()[:, None] / -8  # a quarter of log σ, as EDM tells its network the noise
-        return self.out(math.sqrt(2) * torch.cos(at * self.frequencies + self.phases))[:, 0]
+        features = math.sqrt(2) * torch.cos(at * self.frequencies + self.phases)
+        return (features * self.weight).sum(1) + self.bias  # no matrix product, which autocast would round
 
     def weighted(self, loss: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         """`(N,)` losses to `(N,)`."""

@@ -154,6 +154,9 @@ def test_uncertainty_changes_nothing_at_first_and_learns_the_size_of_the_loss() 
         optimizer.step()
     assert float((module(log_snr).detach().exp() / loss - 1).abs().mean()) < 0.1
     assert bool(torch.isfinite(module(torch.tensor([-20.0, 20.0]))).all())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(log_snr), module(log_snr.double()))
+        assert module(log_snr).dtype == torch.float32
 
 
 def test_uncertainty_does_not_depend_on_the_runs_seed() -> None:
