@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from ldm.data import kohya
 from ldm.errors import UserError
-from ldm.schema import ARCHITECTURE, PRESETS, Config, Section, as_sources
+from ldm.presets import PRESETS
+from ldm.schema import Config, Section, as_sources
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,9 +36,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
-    if any(override.startswith("stage1.model=") for override in overrides) and isinstance(tree.get("stage1"), dict):
-        for key in ARCHITECTURE:  # those in the file are of the model in the file
-            tree["stage1"].pop(key, None)
+    for section, name, _, decided in PRESETS:
+        if any(override.startswith(f"{section}.{name}=") for override in overrides):
+            for key in decided if isinstance(tree.get(section), dict) else ():  # those in the file are of its own set
+                tree[section].pop(key, None)
     for override in overrides:
         _apply(tree, override)
     _add_kohya(tree)
@@ -46,9 +48,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """A validated configuration from plain data; `origin` is named in errors."""
-    one = tree.get("stage1")
-    if isinstance(one, dict) and str(one.get("model")) in PRESETS:
-        tree = {**tree, "stage1": {**PRESETS[one["model"]], **one}}
+    for section, name, presets, _ in PRESETS:
+        values = tree.get(section)
+        if isinstance(values, dict) and str(values.get(name)) in presets:
+            tree = {**tree, section: {**presets[values[name]], **values}}
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:

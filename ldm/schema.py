@@ -11,6 +11,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import ImageColor
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+from ldm.presets import AUTOENCODERS, PROCESSES, UNETS
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
@@ -133,6 +135,12 @@ class TextConfig(Section):
     """Length that captions are padded or cut to; default: the tokenizer's own."""
     width: PositiveInt | None = None
     """Channels of the encoder's token states, checked when it is loaded; `--dry-run` then needs no download."""
+    skip_layers: int = Field(default=0, ge=0)
+    """Last layers that are left out: 1 gives the penultimate layer's states (Stable Diffusion 2, "clip skip")."""
+    chunks: PositiveInt = 1
+    """Long captions are encoded in up to so many pieces, whose states stand one after the other."""
+    train: bool = False
+    """Trains the encoder along with the U-Net; captions' embeddings are then not cached."""
 
 
 TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
@@ -166,30 +174,6 @@ class Training(Section):
     """Steps between checkpoints."""
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass instead of keeping them: less memory, a third more time."""
-
-
-# Before the first hyphen stands the family: diffusers' AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC, or none.
-PRESETS: dict[str, dict[str, Any]] = {
-    "kl": {},
-    # Rombach et al., arXiv 2112.10752, table 8
-    "kl-f4": {"channels": [128, 256, 512], "latent_channels": 3},
-    "kl-f8": {"channels": [128, 256, 512, 512]},
-    "kl-f16": {"channels": [128, 128, 256, 256, 512], "latent_channels": 16},
-    "vq-f4": {"channels": [128, 256, 512], "latent_channels": 3, "codes": 8192},
-    "vq-f8": {"channels": [128, 256, 256, 512], "codes": 16384},
-    # of newer models (SD 3, Flux), and for small machines
-    "kl-f8-16ch": {"channels": [128, 256, 512, 512], "latent_channels": 16},
-    "kl-f16-16ch": {"channels": [128, 128, 256, 512, 512], "latent_channels": 16},
-    "kl-f8-small": {"channels": [32, 64, 128, 128], "layers": 1, "latent_channels": 8, "mid_attention": False},
-    "vq-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 3, "mid_attention": False},
-    # TAESD: convolutions only. DC-AE, arXiv 2410.10733: factor 32 with linear attention in the deep half.
-    "tiny": {"channels": [64, 64, 64, 64], "layers": 3},
-    "dc-f32": {"channels": [128, 256, 512, 512, 1024, 1024], "latent_channels": 32},
-    "identity": {"channels": [3], "latent_channels": 3},
-}
-
-
-ARCHITECTURE = ("channels", "layers", "latent_channels", "groups", "mid_attention", "codes")
 
 
 class GanConfig(Section):
@@ -239,7 +223,7 @@ class Stage1Config(Training):
     """The same, from which training goes on."""
     train: Literal["all", "decoder"] = "all"
     """`decoder` leaves the encoder as it is, so that latents, and U-Nets trained on them, stay valid."""
-    model: Literal[tuple(PRESETS)] = "kl"  # type: ignore[valid-type]
+    model: Literal[tuple(AUTOENCODERS)] = "kl"  # type: ignore[valid-type]
     """Architecture; the keys below change single values of it."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 256)
     """Width of each level; each level after the first halves the resolution."""
@@ -350,13 +334,24 @@ class Stage1Config(Training):
 
 class Stage2Config(Training):
     init_from: str | None = None
-    """A diffusers pipeline folder or Hub id whose U-Net the training starts from."""
+    """A diffusers pipeline folder or Hub id whose U-Net the training starts from; inputs that it lacks are added."""
+    conditions: tuple[Literal["text", "class", "size", "inpaint", "upscale"], ...] = ("text",)
+    """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
+    small picture. `[]` is unconditional."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of samples trained without captions and classes, for classifier-free guidance."""
+    dropout_each: bool = False
+    """Drops captions and classes by draws of their own, rather than together."""
+    null: Literal["empty", "learned"] = "empty"
+    """What stands for a dropped caption: the embedding of the empty one, or one that is trained."""
+    model: Literal[tuple(UNETS)] = "unet"  # type: ignore[valid-type]
+    """Architecture; the keys below change single values of it."""
     channels: tuple[PositiveInt, ...] = (320, 640, 1280, 1280)
     """Width of each level."""
     layers: PositiveInt = 2
     """Residual blocks a level."""
     attention: tuple[bool, ...] = (True, True, True, False)
-    """Which levels have self- and cross-attention."""
+    """Which levels have self-attention, and cross-attention to captions."""
     mid_attention: bool = True
     """The same for the middle block."""
     head_size: PositiveInt = 64
@@ -369,16 +364,101 @@ class Stage2Config(Training):
     """The time embedding scales features as well as shifting them (ADM's adaptive group normalisation)."""
     attention_backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
     """`auto`: sdpa on a GPU, eager on a CPU, where sdpa's backward is slow."""
+    compile: bool = False
+    """Compiles the U-Net with torch.compile: a minute or more at the start, faster steps on GPUs."""
+    channels_last: bool = False
+    """Keeps pictures channel by channel innermost in memory: faster convolutions on GPUs."""
+    process: Literal[tuple(PROCESSES)] = "free"  # type: ignore[valid-type]
+    """How pictures become noise and what is learned of it; the keys below change single values of it."""
     target: Literal["eps", "v", "x0", "flow"] = "eps"
     """What the U-Net predicts; `flow` is the velocity of a straight path from picture to noise."""
-    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
     """Noise schedule of eps, v and x0; flow has none."""
+    timesteps: PositiveInt = 1000
+    """Steps of the chain from picture to noise."""
+    zero_snr: bool = False
+    """The chain ends in pure noise, so that very dark and very bright pictures can be made."""
+    shift: float = Field(default=1.0, gt=0)
+    """Side of these latents, or pixels, over the side that the schedule was made for: larger ones get more noise."""
+    variance: Literal["fixed", "learned"] = "fixed"
+    """The reverse step's variance: the schedule's, or a second output of the U-Net (for `sample.solver: ddpm`)."""
+    vlb_weight: float = Field(default=0.001, gt=0)
+    """Learned variance: weight of the variational bound, which teaches it."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Distance of prediction and target."""
+    weight: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid", "learned"] = "uniform"
+    """Weight of a loss by its noise level; `learned` divides by how large losses are there."""
+    weight_gamma: float | None = Field(default=None, gt=0)
+    """γ of min_snr and soft_min_snr (5 unless set), and of p2 (1)."""
+    times: Literal["auto", "uniform", "logit_normal", "loss"] = "auto"
+    """How noise levels are drawn: evenly, more often in the middle, or by how large losses were (`loss`); `auto` is
+    logit_normal for flow and uniform otherwise."""
     time_mean: float = 0.0
-    """Flow: mean of the logit of the time drawn in training; larger is noisier."""
+    """Logit-normal times: mean of the logit; larger is noisier."""
     time_std: float = Field(default=1.0, gt=0)
-    """Flow: its standard deviation."""
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of samples trained with the empty caption, for classifier-free guidance."""
+    """Logit-normal times: its standard deviation."""
+    stratified: bool = False
+    """Spreads the noise levels of a batch evenly, which steadies the loss."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Strength of noise that is the same all over a channel (0.1 where used); zero_snr is the sounder way."""
+    input_perturbation: float = Field(default=0.0, ge=0)
+    """Strength of noise that the U-Net sees and is not told of (0.1 where used)."""
+    evaluate_every: PositiveInt = 1000
+    """Steps between two measurements of the loss by noise level, on held-out and on training pictures."""
+
+    @property
+    def text(self) -> bool:
+        return "text" in self.conditions
+
+    @property
+    def classes(self) -> bool:
+        return "class" in self.conditions
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(f"conditions: {list(self.conditions)} names one twice; name each once")
+        if {"inpaint", "upscale"} <= set(self.conditions):
+            raise ValueError("conditions: a model has one task; give inpaint or upscale")
+        if "upscale" in self.conditions and self.classes:
+            raise ValueError("conditions: upscale tells its noise level where classes would stand; drop class")
+        for key, value in (("size", "size" in self.conditions), ("inpaint", "inpaint" in self.conditions),
+                           ("upscale", "upscale" in self.conditions)):  # fmt: skip
+            if value and not self.text:
+                raise ValueError(f"conditions: {key} needs text beside it; give [text, {key}]")
+        for key, given in (("pooled_text", self.pooled_text), ("null", self.null == "learned")):
+            if given and not self.text:
+                raise ValueError(f"{key}: there is no text in conditions, {list(self.conditions)}; leave it out")
+        if self.dropout and not (self.text or self.classes) and "dropout" in self.model_fields_set:
+            raise ValueError(f"dropout: nothing to drop in conditions, {list(self.conditions)}; leave it out")
+        flow = self.target == "flow"
+        for key, given in (
+            ("zero_snr", self.zero_snr), ("variance", self.variance == "learned"), ("times", self.times == "loss"),
+            ("schedule", self.schedule == "learned"),
+        ):  # fmt: skip
+            if given and flow:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)!r} is for a chain of steps, which flow is not; leave it out"
+                )
+        if self.zero_snr and self.target == "eps":
+            raise ValueError("zero_snr: pure noise says nothing about eps; set target to v or x0")
+        if self.variance == "learned" and (self.loss, self.weight) != ("l2", "uniform"):
+            raise ValueError("variance: learned has its own weighting; set loss to l2 and weight to uniform")
+        if self.schedule == "learned":
+            for key, plain in (
+                ("target", "eps"), ("loss", "l2"), ("weight", "uniform"), ("times", "auto"), ("variance", "fixed"),
+                ("zero_snr", False), ("shift", 1.0), ("noise_offset", 0.0), ("input_perturbation", 0.0),
+            ):  # fmt: skip
+                if getattr(self, key) != plain:
+                    raise ValueError(
+                        f"schedule: learned minimises the bound's variance, which is defined with {key}={plain}; "
+                        f"not {getattr(self, key)!r}"
+                    )
+        if self.weight_gamma and self.weight not in ("min_snr", "soft_min_snr", "p2"):
+            raise ValueError(f"weight_gamma: weight {self.weight!r} has no γ; leave it out")
+        if self.weight == "sigmoid" and self.timesteps < 2:
+            raise ValueError("timesteps: weight 'sigmoid' needs 2 at least")
+        return self
 
 
 class SampleConfig(Section):
@@ -439,11 +519,23 @@ class Config(Section):
                 f"stage1.gan.layers: {one.gan.layers} need sides of {least} px, and the shortest has "
                 f"{self.data.shortest}; fewer layers, or larger pictures"
             )
+        if two.variance == "learned" and self.sample.solver != "ddpm":
+            raise ValueError(
+                f"sample.solver: {self.sample.solver!r} makes no use of stage2.variance 'learned'; use ddpm"
+            )
+        if {"inpaint", "upscale"} & set(two.conditions) and (self.data.streaming or self.data.buckets):
+            raise ValueError("stage2.conditions: inpaint and upscale need data.streaming=false and data.buckets=null")
+        if "upscale" in two.conditions and one.factor < 2:
+            raise ValueError("stage2.conditions: upscale enlarges by the autoencoder's factor, which is 1; train one")
+        if two.classes and self.data.streaming:
+            raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
+        if self.text.train and not two.text:
+            raise ValueError("text.train: there is no text in stage2.conditions; leave it out")
         if two.target == "flow" and self.sample.solver in ("ddim", "ddpm"):
             raise ValueError(
                 f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc"
             )
-        for prompt in self.sample.prompts:
+        for prompt in self.sample.prompts if two.text else ():
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
         return self

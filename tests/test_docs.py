@@ -20,8 +20,8 @@ import train_ldm
 from ldm import config
 from ldm.data import kohya
 from ldm.data.sources import SAYS
+from ldm.presets import AUTOENCODERS
 from ldm.schema import (
-    PRESETS,
     AlignConfig,
     BucketConfig,
     Config,
@@ -187,7 +187,7 @@ def test_every_preset_is_on_the_page_with_its_factor_and_channels() -> None:
     for names, shapes in rows:
         shown |= dict(zip(re.findall(r"[\w-]+", names), shapes.split("; "), strict=True))
     expected = {}
-    for name in PRESETS:
+    for name in AUTOENCODERS:
         tree = {"data": {"source": "x", "size": 64}, "stage1": {"model": name}}
         one = config.parse(tree, "a test").stage1
         expected[name] = f"{one.factor}, {one.latent_channels}"

@@ -46,7 +46,7 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage2.attention=[true]", "1 values for 2 levels"),
         ("sample.solver=ddim", "can't sample stage2.target 'flow'"),
         ("sample.prompts=['']", "empty prompt"),
-        ("stage2.caption_dropout=1.5", "less than 1"),
+        ("stage2.dropout=1.5", "less than 1"),
         ("stage2.lr", "expected section.key=value"),
         ("stage1.model=kl-f9", "did you mean 'kl-f8'"),
         ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (groups); 32 would be"),

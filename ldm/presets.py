@@ -1,0 +1,63 @@
+"""Named sets of values for keys of the configuration; a key that is given beside the name stands above the set's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Presets = dict[str, dict[str, Any]]
+
+# Before the first hyphen stands the family: diffusers' AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC, or none.
+AUTOENCODERS: Presets = {
+    "kl": {},
+    # Rombach et al., arXiv 2112.10752, table 8
+    "kl-f4": {"channels": [128, 256, 512], "latent_channels": 3},
+    "kl-f8": {"channels": [128, 256, 512, 512]},
+    "kl-f16": {"channels": [128, 128, 256, 256, 512], "latent_channels": 16},
+    "vq-f4": {"channels": [128, 256, 512], "latent_channels": 3, "codes": 8192},
+    "vq-f8": {"channels": [128, 256, 256, 512], "codes": 16384},
+    # of newer models (SD 3, Flux), and for small machines
+    "kl-f8-16ch": {"channels": [128, 256, 512, 512], "latent_channels": 16},
+    "kl-f16-16ch": {"channels": [128, 128, 256, 512, 512], "latent_channels": 16},
+    "kl-f8-small": {"channels": [32, 64, 128, 128], "layers": 1, "latent_channels": 8, "mid_attention": False},
+    "vq-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 3, "mid_attention": False},
+    # TAESD: convolutions only. DC-AE, arXiv 2410.10733: factor 32 with linear attention in the deep half.
+    "tiny": {"channels": [64, 64, 64, 64], "layers": 3},
+    "dc-f32": {"channels": [128, 256, 512, 512, 1024, 1024], "latent_channels": 32},
+    "identity": {"channels": [3], "latent_channels": 3},
+}
+
+SMALL, DEEP = [False, True, True], [True, True, True, False]
+UNETS: Presets = {  # by parameters, with captions' states of 384 channels (the first) or 768
+    "unet": {},
+    "unet-5m": {
+        "channels": [32, 96, 128], "layers": 1, "attention": [False, False, True], "head_size": 8, "groups": 8,
+        "pooled_text": True,
+    },
+    "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "head_size": 32},
+    "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
+    "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "head_size": 32},
+    "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1
+}  # fmt: skip
+
+PROCESSES: Presets = {
+    "free": {},
+    "ddpm": {"target": "eps", "schedule": "linear"},  # arXiv 2006.11239
+    "improved-ddpm": {"target": "eps", "schedule": "cosine", "variance": "learned"},  # arXiv 2102.09672
+    "stable-diffusion": {"target": "eps", "schedule": "scaled_linear"},  # arXiv 2112.10752
+    "zero-snr": {"target": "v", "schedule": "scaled_linear", "zero_snr": True},  # arXiv 2305.08891
+    "rectified-flow": {"target": "flow", "times": "logit_normal"},  # arXiv 2209.03003, 2403.03206
+    "variational": {"target": "eps", "schedule": "learned"},  # arXiv 2107.00630
+}
+
+PRESETS = (
+    ("stage1", "model", AUTOENCODERS, ("channels", "layers", "latent_channels", "groups", "mid_attention", "codes")),
+    (
+        "stage2", "model", UNETS,
+        ("channels", "layers", "attention", "mid_attention", "head_size", "groups", "pooled_text", "scale_shift"),
+    ),
+    (
+        "stage2", "process", PROCESSES,
+        ("target", "schedule", "timesteps", "zero_snr", "shift", "variance", "times", "time_mean", "time_std"),
+    ),
+)  # fmt: skip
+"""Section, key that names a set, the sets, and all keys that a set decides."""
