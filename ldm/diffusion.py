@@ -5,11 +5,12 @@ Everywhere x_t = α(t)·x_0 + σ(t)·ε with ε ~ N(0, 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ldm.schedules import SCHEDULES, TIMESTEPS, Chain, betas, chain, shift_time
+from ldm.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
+from ldm.schema import Stage2Config
 
 __all__ = ["TARGETS", "TIMESTEPS", "Process", "betas", "offset_noise", "perturbed"]
 
@@ -26,7 +27,8 @@ class Process:
     """
 
     target: str
-    schedule: str = "scaled_linear"
+    schedule: str | tuple[float, ...] = "scaled_linear"
+    """A name, or the betas themselves, `timesteps` of them."""
     time_mean: float = 0.0
     time_std: float = 1.0
     timesteps: int = TIMESTEPS
@@ -37,6 +39,8 @@ class Process:
     """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
     times: str | None = None
     """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
+    told: tuple[int, ...] | None = None
+    """What the network is told at each step, where that is not the step's own number."""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -47,10 +51,36 @@ class Process:
             raise ValueError(f"shift: {self.shift} is no ratio of two sides; give more than 0")
         if self.target == "flow":
             return
-        if self.schedule not in SCHEDULES:
+        if isinstance(self.schedule, tuple):
+            if len(self.schedule) != self.timesteps:
+                raise ValueError(f"schedule: {len(self.schedule)} betas for {self.timesteps} timesteps; give one each")
+        elif self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: {self.schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
         if self.zero_snr and self.target == "eps":
             raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
+
+    @classmethod
+    def of(cls, stage: Stage2Config) -> Process:
+        """The process that a configuration describes; a learned schedule is log_linear but for training's times."""
+        return cls(
+            stage.target, "log_linear" if stage.schedule == "learned" else stage.schedule, stage.time_mean,
+            stage.time_std, stage.timesteps, stage.zero_snr, stage.shift,
+            stage.times if stage.times in ("uniform", "logit_normal") else None,
+        )  # fmt: skip
+
+    def respaced(self, steps: int) -> Process:
+        """The chain of `steps` of this one's noise levels, the noisiest among them, for the same network.
+
+        Improved DDPM, arXiv 2102.09672, section 4: the likelihood and the samples of few steps.
+        """
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps: {steps}; give 1 to {self.timesteps}")
+        kept = [round(self.timesteps * (i + 1) / steps) - 1 for i in range(steps)]
+        beta = betas_of(self.chain().alpha_bar[kept])
+        told = tuple(kept if self.told is None else [self.told[i] for i in kept])
+        return replace(
+            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0, told=told,
+        )  # fmt: skip
 
     def chain(self, device: torch.device | None = None) -> Chain:
         """The tables of the discrete chain, β and ᾱ among them; ValueError for a flow, which has none."""
@@ -72,7 +102,9 @@ class Process:
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """t as the network is told it: in [0, timesteps)."""
-        return t * self.timesteps if self.target == "flow" else t
+        if self.target == "flow":
+            return t * self.timesteps
+        return t if self.told is None else torch.tensor(self.told, device=t.device)[t]
 
     def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
@@ -88,6 +120,13 @@ class Process:
         if self.target == "flow":
             return (-2 * torch.logit(t)).clamp(-20, 20).float()
         return self.chain(t.device).log_snr[t].float()
+
+    def time_at(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """The time `(N,)` whose log-SNR is nearest to the one given."""
+        if self.target == "flow":
+            return torch.sigmoid(-log_snr / 2)
+        table = self.chain(log_snr.device).log_snr
+        return (table[None] - log_snr[:, None]).abs().argmin(1)
 
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t, a draw of q(x_t | x_0); DDPM, eq. 4. Shapes `(N, C, h, w)`, t `(N,)`."""

@@ -23,7 +23,7 @@ def describe(config: Config) -> str:
     side = size // one.factor
     with torch.device("meta"):  # shapes without memory
         vae = autoencoder.build(one, size)
-        width, length = _text_shape(config)
+        width, length = _text_shape(config) if two.text else (0, 0)
         network = unet.build(two, one.latent_channels, side, width)
     for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
         if given and Path(given).exists():
@@ -37,17 +37,17 @@ def describe(config: Config) -> str:
         [
             f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
             f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
-            f"text     {config.text.model}: {length} tokens × {width}",
+            f"text     {config.text.model}: {length} tokens × {width}" if two.text else "text     none",
             f"stage 1  {one.model} autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
             f"latents {one.latent_channels} × {side} × {side}; {made}",
-            f"stage 2  U-Net, {_millions(network)} parameters, target {two.target}; "
-            f"{two.steps} steps of {two.batch}, lr {two.lr}{start}",
+            f"stage 2  U-Net, {_millions(network)} parameters, given {', '.join(two.conditions) or 'nothing'}, "
+            f"target {two.target}; {two.steps} steps of {two.batch}, lr {two.lr}{start}",
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
     )
 
 
-def check(config: Config, processes: int) -> text.TextEncoder:
+def check(config: Config, processes: int) -> text.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
     sources.check(config.data.source, config.data.streaming)
@@ -64,13 +64,12 @@ def check(config: Config, processes: int) -> text.TextEncoder:
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)
-    encoder = text.load(config.text.model, config.text.max_tokens, config.text.width)
-    side = config.data.size // one.factor
+    encoder = text.load(config.text.model, config.text.max_tokens, config.text.width) if two.text else None
+    shape = one.latent_channels, config.data.size // one.factor, encoder.width if encoder else 0
     if two.init_from:
-        unet.load(two.init_from, one.latent_channels, side, encoder.width, two.target)
+        unet.load(two, *shape)
     else:
-        with torch.device("meta"):
-            unet.build(two, one.latent_channels, side, encoder.width)
+        unet.build_empty(two, *shape)
     return encoder
 
 

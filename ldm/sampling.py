@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,36 +15,42 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm.diffusion import TIMESTEPS, Process, betas
+from ldm.condition import Condition
+from ldm.diffusion import Process
 from ldm.errors import UserError
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → prediction
+Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]  # (x_t, t, condition) → prediction
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 
 
-def scheduler(process: Process, solver: str) -> Any:
+def scheduler(process: Process, solver: str, learned: bool = False, clip: bool = False) -> Any:
     """diffusers' scheduler of a solver for a process, configured so that it can be saved with a pipeline.
+
+    `learned`: the network tells the reverse step's variance (ddpm alone makes use of it). `clip` keeps every predicted
+    picture within [-1, 1], for pixels (ddim, ddpm).
 
     A flow runs on the solvers that know its straight path: `dpm++`, `unipc`, and `euler` as dpm++ of first order,
     which on a straight path is the same step.
     """
     common: dict[str, Any] = {
-        "num_train_timesteps": TIMESTEPS,
+        "num_train_timesteps": process.timesteps,
         "prediction_type": PREDICTION[process.target],
         "steps_offset": 1,
     }
     if process.target == "flow":
-        common["use_flow_sigmas"] = True
+        common |= {"use_flow_sigmas": True, "flow_shift": process.shift}
         order = 1 if solver == "euler" else 2
         if solver == "unipc":
             return UniPCMultistepScheduler(**common)
         return DPMSolverMultistepScheduler(**common, solver_order=order)
-    common["trained_betas"] = betas(process.schedule).tolist()
+    common["trained_betas"] = replace(process, zero_snr=False).chain().beta.tolist()
+    common["rescale_betas_zero_snr"] = process.zero_snr
     common["timestep_spacing"] = "trailing"
     if solver == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+        return DDIMScheduler(**common, clip_sample=clip, set_alpha_to_one=True)
     if solver == "ddpm":
-        return DDPMScheduler(**common, clip_sample=False)
+        return DDPMScheduler(**common, clip_sample=clip, variance_type="learned_range" if learned else "fixed_small")
     if solver == "euler":
         return EulerDiscreteScheduler(**common)
     return (UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler)(**common)
@@ -54,8 +61,8 @@ def with_solver(current: Any, solver: str) -> Any:
     config = current.config
     if solver == "unipc":
         return UniPCMultistepScheduler.from_config(config, solver_order=2)
-    if solver == "dpm++":
-        return DPMSolverMultistepScheduler.from_config(config, solver_order=2)
+    if solver == "dpm++":  # of a learned variance it would take three channels for the picture
+        return DPMSolverMultistepScheduler.from_config(config, solver_order=2, variance_type=None)
     if config.get("use_flow_sigmas"):
         if solver != "euler":
             raise UserError(f"solver: {solver!r} can't sample a flow; use euler, dpm++ or unipc")
@@ -63,9 +70,9 @@ def with_solver(current: Any, solver: str) -> Any:
     if solver == "euler":
         return EulerDiscreteScheduler.from_config(config)
     if solver == "ddpm":
-        return DDPMScheduler.from_config(config, clip_sample=False)
+        return DDPMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     last = config.get("set_alpha_to_one", True)
-    return DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=last)
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False), set_alpha_to_one=last)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
@@ -73,18 +80,18 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
-def guided(network: Callable[..., Any], text: torch.Tensor, null: torch.Tensor, scale: float) -> Denoiser:
-    """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_text − ε_∅). Scale 1 is one forward.
+def guided(network: Network, condition: Condition, null: Condition | None, scale: float) -> Denoiser:
+    """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_c − ε_∅). Scale 1 is one forward.
 
-    text, null `(N, T, D)`; `network(x, t, encoder_hidden_states)` as diffusers' U-Net.
+    `network(x, t, condition)`; `null` is the condition without what guidance pulls towards, None where nothing does.
     """
-    if scale == 1:
-        return lambda x, t: network(x, t, encoder_hidden_states=text, return_dict=False)[0]
-    both = torch.cat([null, text])
+    if scale == 1 or null is None:
+        return lambda x, t: network(x, t, condition)
+    both = null.of(condition)
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        without, with_text = network(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0].chunk(2)
-        return without + scale * (with_text - without)
+        without, with_it = network(torch.cat([x, x]), t, both).chunk(2)
+        return without + scale * (with_it - without)
 
     return denoise
 
@@ -99,7 +106,11 @@ def sample(
     """
     solver.set_timesteps(steps, device=noise.device)
     x = noise * solver.init_noise_sigma
-    stochastic = {"generator": generators} if isinstance(solver, DDPMScheduler) else {}
+    ancestral = isinstance(solver, DDPMScheduler)
+    stochastic = {"generator": generators} if ancestral else {}
     for t in solver.timesteps:
-        x = solver.step(denoise(solver.scale_model_input(x, t), t), t, x, **stochastic, return_dict=False)[0]
+        output = denoise(solver.scale_model_input(x, t), t)
+        if not ancestral and output.shape[1] == 2 * x.shape[1]:  # the variance has no meaning to the others
+            output = output.chunk(2, dim=1)[0]
+        x = solver.step(output, t, x, **stochastic, return_dict=False)[0]
     return x

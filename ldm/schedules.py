@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 TIMESTEPS = 1000  # of the discrete chain; a flow's time is in thousandths too when the network sees it
-SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "log_linear")
+LOG_SNR = (9.0, -9.0)  # of log_linear and of learned schedules, at the data and at noise
 
 
 def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -30,6 +31,9 @@ def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     if schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+    elif schedule == "log_linear":  # log-SNR falls evenly; arXiv 2107.00630, section 3.2
+        alpha_bar = (LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * t).sigmoid()
+        alpha_bar[0] = 1  # before the first step stands the picture itself
     elif schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
         ends = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
         alpha_bar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
@@ -96,9 +100,12 @@ class Chain(NamedTuple):
 
 
 @lru_cache
-def chain(schedule: str, timesteps: int, zero_snr: bool, shift: float, device: torch.device) -> Chain:
-    """The tables of a schedule: shifted for resolution first, so that a zero terminal SNR stays zero."""
-    beta = shift_snr(betas(schedule, timesteps), shift)
+def chain(
+    schedule: str | tuple[float, ...], timesteps: int, zero_snr: bool, shift: float, device: torch.device
+) -> Chain:
+    """The tables of a schedule, or of betas: shifted for resolution first, so that a zero terminal SNR stays zero."""
+    own = torch.tensor(schedule, dtype=torch.float64) if isinstance(schedule, tuple) else betas(schedule, timesteps)
+    beta = shift_snr(own, shift)
     beta = zero_terminal_snr(beta) if zero_snr else beta
     alpha_bar = (1 - beta).cumprod(0)
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
@@ -116,7 +123,7 @@ class LearnedSchedule(nn.Module):
     schedule is trained to lower.
     """
 
-    def __init__(self, log_snr_max: float = 9.0, log_snr_min: float = -9.0, width: int = 128):
+    def __init__(self, log_snr_max: float = LOG_SNR[0], log_snr_min: float = LOG_SNR[1], width: int = 128):
         super().__init__()
         if not log_snr_max > log_snr_min:
             raise ValueError(f"log-SNR must fall with time; it goes from {log_snr_max} to {log_snr_min}")
@@ -136,24 +143,43 @@ class LearnedSchedule(nn.Module):
         share = (self._rise(t) - low) / (high - low)
         return self.log_snr_max + (self.log_snr_min - self.log_snr_max) * share
 
-    def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """α(t) and σ(t), `(N, 1, 1, 1)` each, with α² + σ² = 1."""
-        log_snr = self(t)[:, None, None, None]
-        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-
-    def log_snr_and_slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log-SNR and −d log-SNR / dt, `(N,)` each; both carry gradients to the schedule."""
+    def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log-SNR at uniform times u `(N,)`, and −d log-SNR / dt, `(N,)` each; both carry gradients to the schedule."""
         with torch.enable_grad():
-            t = t.detach().requires_grad_()
-            log_snr = self(t)
-            (slope,) = torch.autograd.grad(log_snr.sum(), t, create_graph=True)
+            u = u.detach().requires_grad_()
+            log_snr = self(u)
+            (slope,) = torch.autograd.grad(log_snr.sum(), u, create_graph=True)
         return log_snr, -slope
 
-    def diffusion_loss(self, prediction: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The continuous-time bound's integrand, nats per dimension, `(N,)`: ½·(−dλ/dt)·mean (ε − ε̂)².
+    def chain_time(self, log_snr: torch.Tensor, timesteps: int) -> torch.Tensor:
+        """Where a log-SNR stands on the chain `log_linear` of so many steps: real numbers in [-1, timesteps - 1].
 
-        Its mean over uniform t is the diffusion term of the bound whatever the schedule; arXiv 2107.00630, section 5.
-        Train the schedule on the mean of this value's square, with the network's gradient taken from the value.
+        That is what the network is told, so that it samples on this chain whatever schedule it was trained with.
         """
-        _, slope = self.log_snr_and_slope(t)
-        return 0.5 * slope * (eps - prediction).square().flatten(1).mean(1)
+        share = (log_snr - self.log_snr_max) / (self.log_snr_min - self.log_snr_max)
+        return share * timesteps - 1
+
+
+def alpha_sigma(log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """α and σ of a log-SNR `(N,)`, `(N, 1, 1, 1)` each, with α² + σ² = 1."""
+    log_snr = log_snr[:, None, None, None]
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def bound_integrand(prediction: torch.Tensor, eps: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The continuous-time bound's integrand, nats per dimension, `(N,)`: ½·(−dλ/dt)·mean (ε − ε̂)².
+
+    Its mean over uniform t is the diffusion term of the bound whatever the schedule; arXiv 2107.00630, section 5.
+    """
+    return 0.5 * slope * (eps - prediction).square().flatten(1).mean(1)
+
+
+def lower_variance(losses: torch.Tensor, *drawn: torch.Tensor) -> None:
+    """Turns the gradient of the losses `(N,)` in what a schedule drew, `(N,)` each, into that of their squares.
+
+    A schedule doesn't change the bound's mean; so what minimises the mean square minimises the variance. The network's
+    gradient stays that of the loss: both in one backward pass (arXiv 2107.00630, appendix I.2).
+    """
+    values = losses.detach()
+    for tensor in drawn:
+        tensor.register_hook(lambda gradient: 2 * values * gradient)

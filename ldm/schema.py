@@ -405,6 +405,8 @@ class Stage2Config(Training):
     """Strength of noise that the U-Net sees and is not told of (0.1 where used)."""
     evaluate_every: PositiveInt = 1000
     """Steps between two measurements of the loss by noise level, on held-out and on training pictures."""
+    evaluate_pictures: PositiveInt = 64
+    """Pictures of each of the two that are measured, always the same."""
 
     @property
     def text(self) -> bool:
@@ -413,6 +415,11 @@ class Stage2Config(Training):
     @property
     def classes(self) -> bool:
         return "class" in self.conditions
+
+    @property
+    def image(self) -> bool:
+        """Whether a picture stands beside x_t."""
+        return bool({"inpaint", "upscale"} & set(self.conditions))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -523,7 +530,7 @@ class Config(Section):
             raise ValueError(
                 f"sample.solver: {self.sample.solver!r} makes no use of stage2.variance 'learned'; use ddpm"
             )
-        if {"inpaint", "upscale"} & set(two.conditions) and (self.data.streaming or self.data.buckets):
+        if two.image and (self.data.streaming or self.data.buckets):
             raise ValueError("stage2.conditions: inpaint and upscale need data.streaming=false and data.buckets=null")
         if "upscale" in two.conditions and one.factor < 2:
             raise ValueError("stage2.conditions: upscale enlarges by the autoencoder's factor, which is 1; train one")

@@ -3,50 +3,95 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
 
 from ldm.errors import UserError
 from ldm.sampling import PREDICTION
 from ldm.schema import Stage2Config
 
+UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel where no text is read
+SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 256 channels, as in SDXL
 
-def build(stage: Stage2Config, latent_channels: int, latent_size: int, text_width: int) -> UNet2DConditionModel:
-    """A U-Net with random weights that denoises `(N, latent_channels, latent_size, latent_size)`."""
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
+
+def inputs(stage: Stage2Config, channels: int) -> int:
+    """Channels of the U-Net's input for latents of `channels`."""
+    if "inpaint" in stage.conditions:  # beside x_t: the mask, and the latents of the picture with the hole
+        return 2 * channels + 1
+    return channels + 3 if "upscale" in stage.conditions else channels
+
+
+def outputs(stage: Stage2Config, channels: int) -> int:
+    """Channels of its output: twice the latents' where it tells the variance too."""
+    return 2 * channels if stage.variance == "learned" else channels
+
+
+def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+    """A U-Net with random weights that denoises `(N, channels, side, side)`; UserError where its levels don't fit.
+
+    One more class than `classes` stands for none of them. Without text it is a UNet2DModel, with self-attention only.
+    """
     halvings = len(stage.channels) - 1
-    if latent_size % 2**halvings:
+    if side % 2**halvings:
         raise UserError(
             f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is "
-            f"{latent_size}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
+            f"{side}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
         )
+    shape: dict[str, Any] = {
+        "sample_size": side, "in_channels": inputs(stage, channels), "out_channels": outputs(stage, channels),
+        "block_out_channels": stage.channels, "layers_per_block": stage.layers,
+        "resnet_time_scale_shift": "scale_shift" if stage.scale_shift else "default",
+        "norm_num_groups": stage.groups, "num_class_embeds": classes + 1 if stage.classes else None,
+    }  # fmt: skip
+    if not stage.text:
+        down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
+        return UNet2DModel(
+            **shape, down_block_types=tuple(down),
+            up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+            attention_head_dim=stage.head_size, add_attention=stage.mid_attention,
+        )  # fmt: skip
+    if "upscale" in stage.conditions:
+        shape["num_class_embeds"] = 1000  # noise levels of the small picture
+    if "size" in stage.conditions:
+        width = SIZES * 256 + (text_width if stage.pooled_text else 0)
+        shape |= {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": width,
+        }  # fmt: skip
+    elif stage.pooled_text:
+        shape |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8}
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
     return UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=stage.channels,
-        layers_per_block=stage.layers,
+        **shape,
         down_block_types=tuple(down),
         mid_block_type="UNetMidBlock2DCrossAttn" if stage.mid_attention else "UNetMidBlock2D",
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         # diffusers' `attention_head_dim` of this class is the number of heads
         attention_head_dim=tuple(max(1, width // stage.head_size) for width in stage.channels),
-        resnet_time_scale_shift="scale_shift" if stage.scale_shift else "default",
-        norm_num_groups=stage.groups,
         cross_attention_dim=text_width,
-        addition_embed_type="text" if stage.pooled_text else None,
-        addition_embed_type_num_heads=8,
     )
 
 
-def load(name: str, latent_channels: int, latent_size: int, text_width: int, target: str) -> UNet2DConditionModel:
-    """The U-Net of a diffusers pipeline folder or Hub id; UserError where it does not fit latents, text or target."""
+def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+    """The U-Net of `stage2.init_from`, a diffusers pipeline folder or Hub id, with the inputs that it lacks added.
+
+    UserError where it does not fit latents, text, classes (0: not known yet) or target.
+    """
+    name, target = str(stage.init_from), stage.target
+    kind = UNet2DConditionModel if stage.text else UNet2DModel
     try:
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
+        unet = kind.from_pretrained(name, subfolder="unet", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"stage2.init_from: can't load a U-Net from {name!r}: {str(error).splitlines()[0]}") from None
+    if unet.config.get("_class_name", kind.__name__) != kind.__name__:
+        raise UserError(
+            f"stage2.init_from: {name} has a {unet.config['_class_name']}; stage2.conditions need {kind.__name__}"
+        )
     try:
         predicts = DDIMScheduler.load_config(name, subfolder="scheduler").get("prediction_type", "epsilon")
     except (OSError, ValueError):  # a folder of a U-Net alone does not say
@@ -56,17 +101,53 @@ def load(name: str, latent_channels: int, latent_size: int, text_width: int, tar
         raise UserError(
             f"stage2.target: {target!r}, but {name} was trained to predict {own!r}; set stage2.target={own}"
         )
-    unet.register_to_config(sample_size=latent_size)  # convolutions take any; this is what sampling starts from
-    for key, value, what in (
-        ("in_channels", latent_channels, "the autoencoder's latent channels"),
-        ("out_channels", latent_channels, "the autoencoder's latent channels"),
-        ("cross_attention_dim", text_width, "the text encoder's width"),
+    unet.register_to_config(sample_size=side)  # convolutions take any; this is what sampling starts from
+    wanted = dict(build_empty(stage, channels, side, text_width, classes).config)
+    if stage.classes and not classes:
+        wanted["num_class_embeds"] = unet.config.num_class_embeds
+    widen(unet, wanted)
+    for key, what in (
+        ("in_channels", "the latents' and the conditions'"),
+        ("out_channels", "the autoencoder's latent channels"),
+        ("cross_attention_dim", "the text encoder's width"),
+        ("num_class_embeds", "the classes of data.source, one more,"),
     ):
-        if unet.config[key] != value:
-            raise UserError(
-                f"stage2.init_from: {name} has {key} {unet.config[key]}, but {what} are {value}; use its own"
-            )
+        has, needed = unet.config.get(key), wanted.get(key)
+        if has != needed:
+            raise UserError(f"stage2.init_from: {name} has {key} {has}, but {what} are {needed}; use its own")
+    if (unet.config.get("addition_embed_type") == "text_time") != ("size" in stage.conditions):
+        raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
     return unet
+
+
+def build_empty(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+    """The same as `build` without memory for weights: for its shapes."""
+    with torch.device("meta"):
+        return build(stage, channels, side, text_width, classes)
+
+
+@torch.no_grad()
+def widen(unet: UNet, wanted: Mapping[str, Any]) -> None:
+    """Gives a U-Net the input channels, the output for a variance and the class embedding that `wanted` has and it
+    lacks, with weights that are 0: it answers as before."""
+
+    def wider(old: nn.Conv2d, key: str, inputs: int, outputs: int) -> nn.Conv2d:
+        new = nn.Conv2d(inputs, outputs, 3, padding=1).to(old.weight)
+        for name, theirs in old.named_parameters():
+            parameter = new.get_parameter(name).zero_()
+            parameter[tuple(slice(n) for n in theirs.shape)] = theirs
+        unet.register_to_config(**{key: wanted[key]})
+        return new
+
+    first, last = unet.conv_in, unet.conv_out
+    if wanted["in_channels"] > first.in_channels:
+        unet.conv_in = wider(first, "in_channels", wanted["in_channels"], first.out_channels)
+    if wanted["out_channels"] == 2 * last.out_channels:
+        unet.conv_out = wider(last, "out_channels", last.in_channels, wanted["out_channels"])
+    if wanted["num_class_embeds"] and unet.class_embedding is None:
+        unet.class_embedding = nn.Embedding(wanted["num_class_embeds"], unet.time_embedding.linear_2.out_features)
+        unet.class_embedding.to(first.weight).weight.zero_()
+        unet.register_to_config(num_class_embeds=wanted["num_class_embeds"])
 
 
 def check_backend(backend: str, gpu: bool) -> None:
@@ -75,12 +156,35 @@ def check_backend(backend: str, gpu: bool) -> None:
         raise UserError("stage2.attention_backend: xformers needs a GPU and pip install 'ldm[xformers]'; use auto")
 
 
-def use_attention(unet: UNet2DConditionModel, backend: str, device: torch.device) -> None:
-    """Chooses how attention is computed; the result is the same within rounding."""
+def use_attention(unet: UNet, backend: str, device: torch.device) -> None:
+    """Chooses how attention is computed, and checks on a small example that the result is the same within rounding."""
     check_backend(backend, device.type == "cuda")
-    if backend == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
-    elif backend == "eager" or (backend == "auto" and device.type == "cpu"):
+    if backend == "eager" or (backend == "auto" and device.type == "cpu"):
         unet.set_attn_processor(AttnProcessor())
+    elif backend == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+        check_kernels(unet, device)
     else:
         unet.set_attn_processor(AttnProcessor2_0())
+
+
+def check_kernels(unet: UNet, device: torch.device) -> None:
+    """UserError where the U-Net's first attention layer gives something else than torch's own attention."""
+    layer = next((m for m in unet.modules() if isinstance(m, Attention)), None)
+    if layer is None:
+        return
+    used, g = layer.processor, torch.Generator().manual_seed(0)
+    states = torch.randn(2, 64, layer.to_q.in_features, generator=g).to(device, layer.to_q.weight.dtype)
+    other = torch.randn(2, 64, layer.to_k.in_features, generator=g).to(states)
+    given = {} if layer.to_k.in_features == layer.to_q.in_features else {"encoder_hidden_states": other}
+    with torch.no_grad():
+        found = layer(states, **given)
+        layer.set_processor(AttnProcessor2_0())
+        expected = layer(states, **given)
+        layer.set_processor(used)
+    off, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not off <= 0.01 * scale:
+        raise UserError(
+            f"stage2.attention_backend: xformers is off by {off:.2g} of {scale:.2g} here; its version may not fit "
+            "torch's; use sdpa"
+        )

@@ -1,79 +1,81 @@
-"""Trains the text-conditioned latent U-Net: cached latents and captions in, `RUN/pipeline` out."""
+"""Trains the latent U-Net: cached latents and what they are conditioned on in, `RUN/pipeline` out."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ldm.autoencoder import Autoencoder
-from ldm.data.images import grid
 from ldm.data.index import Index
-from ldm.data.order import normal, uniform
 from ldm.data.samples import feed
 from ldm.data.stream import Stream
-from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
 from ldm.sampling import scheduler
 from ldm.schema import Config
 from ldm.text import TextEncoder
-from ldm.unet import build as build_unet
-from ldm.unet import load as load_unet
-from ldm.unet import use_attention
+from ldm.unet import build, load, use_attention
+from stage2_diffusion.conditions import Conditions
+from stage2_diffusion.model import Denoiser
+from stage2_diffusion.objective import Objective
+from stage2_diffusion.sheet import write_sheet
+from stage2_diffusion.validation import Validation
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder) -> None:
+def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
+    classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
     contract = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
-    process = Process(stage.target, stage.schedule, stage.time_mean, stage.time_std)
 
     torch.manual_seed(seed)
-    side = config.data.size // autoencoder.factor
-    if stage.init_from:
-        unet = load_unet(stage.init_from, autoencoder.channels, side, text.width, stage.target)
-    else:
-        unet = build_unet(stage, autoencoder.channels, side, text.width)
-    run = Run(config.run, stage, "stage2", unet, contract)
+    shape = (autoencoder.channels, config.data.size // autoencoder.factor, text.width if text else 0, len(classes))
+    unet = load(stage, *shape) if stage.init_from else build(stage, *shape)
+    if stage.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if stage.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    trained = text if config.text.train else None
+    null = text.encode([""])[0] if text and not trained else None
+    denoiser = Denoiser(unet, stage, null, trained)
+    run = Run(config.run, stage, "stage2", denoiser, contract)
     use_attention(unet, stage.attention_backend, run.device)
-    samples = feed(train_set, config, autoencoder.to(run.device), text.to(run.device), run.device)
-    unseen = {caption for captions in data.select("combination").captions() for caption in captions}
+    if stage.compile:
+        unet.compile()
+    samples = feed(train_set, config, autoencoder.to(run.device), None if trained else text, run.device)
+    conditions = Conditions(config, autoencoder, trained, len(classes))
+    objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = LatentDiffusion(
-        text, unet, autoencoder, scheduler(process, config.sample.solver), config.sample.steps, config.sample.guidance
-    )
+        text.to(run.device) if text else None, unet, autoencoder,
+        scheduler(objective.process, config.sample.solver, stage.variance == "learned", autoencoder.factor == 1),
+        config.sample.steps, config.sample.guidance, denoiser.null, tuple(classes),
+    )  # fmt: skip
+    validation = Validation(config, data, model, conditions, objective.process)
 
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
-            (x0, text_states), n = samples.encoded(batch), batch["position"]
-            eps = normal(seed, "noise", n, x0.shape[1:]).to(run.device)
-            t = process.time(uniform(seed, "time", n)).to(run.device)
-            dropped = uniform(seed, "dropout", n).to(run.device) < batch["dropout"]
-            text_states = torch.where(dropped[:, None, None], samples.null, text_states)  # classifier-free guidance
+            n = batch["position"]
+            x0, states = samples.encoded(batch)
+            condition, dropped, rates = conditions(batch, x0, states)  # classifier-free guidance needs some without
+            eps, added = objective.noise(x0, n)
+            t, importance = objective.times(n)
 
-            x_t = process.add_noise(x0, eps, t)
-            prediction = run.model(x_t, process.network_time(t), text_states, return_dict=False)[0]
-            loss = F.mse_loss(prediction.float(), process.target_of(x0, eps, t))
+            x_t = objective.forward.add_noise(x0, added, t)
+            prediction = run.model(x_t, objective.forward.network_time(t), condition, dropped)
+            losses = objective.losses(prediction, x0, x_t, eps, t)
+            loss = (importance * losses).mean()
+            run.watch(n, losses[:, None])
             run.backward(loss)
-            run.update(loss=loss, dropped=dropped.float().mean())
+            objective.saw(n, t, losses, run.accelerator)
+            run.update(loss=loss, **rates)
         if run.due(config.sample.every):
-            write_grid(config, run, model, unseen)
+            write_sheet(config, run, model, data)
+        if run.due(stage.evaluate_every, last=True):
+            validation(run)
 
     run.release()
-    write_grid(config, run, model, unseen)
+    write_sheet(config, run, model, data)
     with run.averaged():
         if run.is_main:
             model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
     run.accelerator.wait_for_everyone()
-
-
-def write_grid(config: Config, run: Run, model: LatentDiffusion, unseen: set[str]) -> None:
-    """`stage2/samples/step-….png`: the configured prompts with the EMA weights; framed are those no training saw."""
-    prompts = config.sample.prompts
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    if prompts and run.is_main and not path.exists():
-        with run.averaged():
-            pictures = model(prompts, seed=config.run.seed, batch=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
-        grid(pictures, prompts, columns=8, marked=marked).save(path)

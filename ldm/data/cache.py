@@ -190,7 +190,7 @@ class Cache:
     """The latents and embeddings of an index."""
 
     latents: dict[Size, Shelf]
-    text: Shelf
+    text: Shelf | None
     variants: Sequence[Variant]
 
     def latent(self, view: View, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,6 +200,7 @@ class Cache:
 
     def embedding(self, caption: str) -> torch.Tensor:
         """`(T, D)`."""
+        assert self.text, "a cache without captions"
         return self.text[_digest(caption)]["text"]
 
     @property
@@ -231,14 +232,17 @@ def variants_of(config: Config, index: Index) -> list[Variant]:
     return [(crop, flip) for crop in crops for flip in ((False, True) if mirrors else (False,))]
 
 
-def build(index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder, per_file: int = PER_FILE) -> Cache:
-    """The cache of an index, encoding what is not there; every process of the run calls it."""
+def build(
+    index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder | None, per_file: int = PER_FILE
+) -> Cache:
+    """The cache of an index, encoding what is not there; every process of the run calls it. None: no captions."""
     variants = variants_of(config, index)
     pictures = _pictures(index, config, autoencoder, variants)
-    captions = _captions(index, config, text)
+    captions = [_captions(index, config, text)] if text else []
     fill(list(pictures.values()), "pictures", max(1, per_file // len(variants)))
-    fill([captions], "captions", per_file)
-    return Cache({size: job.shelf for size, job in pictures.items()}, captions.shelf, variants)
+    fill(captions, "captions", per_file)
+    latents = {size: job.shelf for size, job in pictures.items()}
+    return Cache(latents, captions[0].shelf if captions else None, variants)
 
 
 def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: Sequence[Variant]) -> dict[Size, Job]:

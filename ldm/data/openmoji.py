@@ -43,6 +43,11 @@ VEHICLES = range(0x1F680, 0x1F6A5)
 MUSIC = range(0x1F3B7, 0x1F3BD)
 FOOD = (*range(0x1F32D, 0x1F330), *range(0x1F345, 0x1F380), *range(0x1F950, 0x1F970), *range(0x1F9C0, 0x1F9CC))
 
+KINDS = {
+    "face": FACES, "clothes": CLOTHES, "plant": PLANTS, "animal": ANIMALS, "vehicle": VEHICLES, "music": MUSIC,
+    "food": FOOD,
+}  # fmt: skip
+
 _TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) skin tone")
 
 
@@ -56,6 +61,16 @@ class Drawing:
     tone: str = ""  # one of TONES, "" for the plain yellow
     split: str = "train"
     weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """The class: person, shape, one of KINDS, or thing."""
+        if self.role:
+            return "person"
+        if _is_shape(self):
+            return "shape"
+        first = int(self.code.split("-")[0], 16)
+        return next((kind for kind, block in KINDS.items() if first in block), "thing")
 
 
 def drawings(subset: str) -> list[Drawing]:
@@ -153,9 +168,7 @@ def _is_shape(drawing: Drawing) -> bool:
 
 def _is_single(code: str) -> bool:
     points = [int(part, 16) for part in code.split("-")]
-    return len(points) == 1 and any(
-        points[0] in block for block in (FACES, ANIMALS, FOOD, PLANTS, CLOTHES, VEHICLES, MUSIC)
-    )
+    return len(points) == 1 and any(points[0] in block for block in KINDS.values())
 
 
 def _merge_alike(chosen: list[Drawing]) -> list[Drawing]:

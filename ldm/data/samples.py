@@ -115,39 +115,46 @@ class Feed(NamedTuple):
     """The samples of stage two: a data set, and what makes latents and embeddings of its batches.
 
         for batch in run.batches(feed.dataset):
-            x0, text_states = feed.encoded(batch)
+            x0, text = feed.encoded(batch)
 
     Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device; `null` is the unconditional one.
+    Both embeddings are None where there is no frozen text encoder; captions are in `batch["caption"]` then.
     """
 
     dataset: torch.utils.data.Dataset[Item] | Stream
-    null: torch.Tensor
-    encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor]]
+    null: torch.Tensor | None
+    encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def feed(
-    data: Index | Stream, config: Config, autoencoder: Autoencoder, text: TextEncoder, device: torch.device
+    data: Index | Stream, config: Config, autoencoder: Autoencoder, text: TextEncoder | None, device: torch.device
 ) -> Feed:
-    """Latents and embeddings from the cache, which is filled first, or encoded for each batch (`data.cache: none`)."""
+    """Latents and embeddings from the cache, which is filled first, or encoded for each batch (`data.cache: none`).
+
+    `text` is None where captions are not read, or by an encoder that is trained. Where the model is conditioned on a
+    picture, samples have their `pixels` too.
+    """
     if config.data.cache == "disk":
         assert isinstance(data, Index), "the configuration allows a stream no cache"
         cache = build(data, config, autoencoder, text)
-        return Feed(_Cached(data, config, cache), cache.null.to(device), lambda batch: (batch["latent"], batch["text"]))
+        null = cache.null.to(device) if text else None
+        return Feed(_Cached(data, config, cache), null, lambda batch: (batch["latent"], batch.get("text")))
 
-    def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor | None]:
         mean, logvar = autoencoder.moments(batch["pixels"])
         if config.data.latents == "sample":
             eps = normal(config.run.seed, "latent", batch["position"], mean.shape[1:]).to(device)
             mean = mean + (0.5 * logvar).exp() * eps
-        return mean, text.encode(batch["caption"])
+        return mean, text.encode(batch["caption"]) if text else None
 
     dataset = data if isinstance(data, Stream) else Pictures(data, config, config.stage2.batch)
-    return Feed(dataset, text.encode([NULL_PROMPT])[0].to(device), encode)
+    return Feed(dataset, text.encode([NULL_PROMPT])[0].to(device) if text else None, encode)
 
 
 class _Cached(torch.utils.data.Dataset[Item]):
     def __init__(self, index: Index, config: Config, cache: Cache):
         self.draws, self.cache = Draws(index, config, config.stage2.batch), cache
+        self.pixels = config.stage2.image
 
     def __getitem__(self, n: int) -> Item:
         draw = self.draws[n]
@@ -155,5 +162,11 @@ class _Cached(torch.utils.data.Dataset[Item]):
         if self.draws.data.latents == "sample":
             mean = mean + (0.5 * logvar).exp() * normal(self.draws.seed, "latent", [n], mean.shape)[0]
         at = draw.view.at((draw.entry.width, draw.entry.height), draw.entry.sha256)
-        text = self.cache.embedding(draw.caption)
-        return {**self.draws.facts(n, draw), "crop": torch.tensor(at), "latent": mean, "text": text}
+        item = {**self.draws.facts(n, draw), "crop": torch.tensor(at), "latent": mean}
+        if self.cache.text:
+            item["text"] = self.cache.embedding(draw.caption)
+        else:
+            item["caption"] = draw.caption
+        if self.pixels:
+            item["pixels"] = draw.view.cut(self.draws.index.picture(draw.number), draw.entry.sha256)
+        return item

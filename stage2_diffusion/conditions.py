@@ -1,0 +1,69 @@
+"""What the U-Net is told of each sample in training, and what is left out for classifier-free guidance."""
+
+from __future__ import annotations
+
+import torch
+
+from ldm.autoencoder import Autoencoder
+from ldm.condition import NOISIEST, Condition, blurred, small, with_hole
+from ldm.data.order import generator, normal, uniform
+from ldm.data.samples import Item
+from ldm.schema import Config
+from ldm.text import TextEncoder
+from stage2_diffusion.holes import holes
+
+
+class Conditions:
+    """Makes the conditions of a batch, as `stage2.conditions` lists them; all that is drawn follows from positions.
+
+    `encoder` is given where it is trained along: the text is then tokens. `classes` is the number of classes.
+    """
+
+    def __init__(self, config: Config, autoencoder: Autoencoder, encoder: TextEncoder | None, classes: int):
+        self.stage, self.seed = config.stage2, config.run.seed
+        self.autoencoder, self.encoder, self.classes = autoencoder, encoder, classes
+
+    def __call__(
+        self, batch: Item, x0: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[Condition, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """The condition of latents x0 `(N, C, h, w)`, whose caption is dropped `(N,)`, and the rates of dropping."""
+        stage, n, device = self.stage, batch["position"], x0.device
+        rates: dict[str, torch.Tensor] = {}
+        sizes = image = label = dropped = None
+        if stage.text or stage.classes:
+            dropped = uniform(self.seed, "dropout", n).to(device) < batch["dropout"]
+            rates["dropped"] = dropped.float().mean()
+        if stage.classes:
+            unlabelled = dropped
+            if stage.dropout_each and stage.text:
+                unlabelled = uniform(self.seed, "class dropout", n).to(device) < batch["dropout"]
+                rates["dropped_class"] = unlabelled.float().mean()
+            label = torch.where(unlabelled | (batch["class"] < 0), self.classes, batch["class"])
+        if self.encoder:
+            text = torch.stack(self.encoder.tokens(batch["caption"]), dim=1)
+        if "size" in stage.conditions:
+            sizes = self._sizes(batch, x0)
+        if "inpaint" in stage.conditions:
+            image = self._with_hole(batch["pixels"], n)
+        if "upscale" in stage.conditions:
+            image, label = self._small(batch["pixels"], n)
+        return Condition(text, label, sizes, image), dropped if stage.text else None, rates
+
+    def _sizes(self, batch: Item, x0: torch.Tensor) -> torch.Tensor:
+        """Sizes and the crop's corner stand as (width, height) and (left, top) in a batch; SDXL tells them reversed."""
+        now = torch.tensor(x0.shape[2:], device=x0.device) * self.autoencoder.factor
+        known = [batch["original_size"].flip(1), batch["crop"].flip(1), now.expand(len(x0), 2)]
+        return torch.cat(known, dim=1).float()
+
+    def _with_hole(self, pixels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        mask = torch.stack([holes(generator(self.seed, "hole", int(i)), *pixels.shape[2:]) for i in n]).to(
+            pixels.device
+        )
+        return with_hole(mask, self.autoencoder.encode(pixels * (1 - mask)))
+
+    def _small(self, pixels: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The small picture with noise, so that what an autoencoder or a camera does to it matters less."""
+        picture = small(pixels, self.autoencoder.factor)
+        level = (uniform(self.seed, "small noise level", n) * NOISIEST).long().to(pixels.device)
+        noise = normal(self.seed, "small noise", n, picture.shape[1:]).to(pixels.device)
+        return blurred(picture, noise, level), level

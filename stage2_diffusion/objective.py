@@ -1,0 +1,95 @@
+"""What is drawn and what is learned in a step, as `stage2` configures it: noise, times, losses."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from ldm import schedules
+from ldm.data.order import normal, uniform
+from ldm.diffusion import Process, offset_noise, perturbed
+from ldm.objective import hybrid_loss, training_loss
+from ldm.schedules import LearnedSchedule, bound_integrand, lower_variance
+from ldm.schema import Stage2Config
+from ldm.times import stratified
+from stage2_diffusion.model import Denoiser
+
+
+class LearnedProcess:
+    """The forward process of a learned schedule; its times are the log-SNRs `(N,)`, which carry gradients to it."""
+
+    def __init__(self, schedule: LearnedSchedule, timesteps: int):
+        self.schedule, self.timesteps = schedule, timesteps
+
+    def time(self, u: torch.Tensor) -> torch.Tensor:
+        log_snr, self.slope = self.schedule.draw(u)
+        return log_snr
+
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = schedules.alpha_sigma(log_snr)
+        return alpha * x0 + sigma * eps
+
+    def network_time(self, log_snr: torch.Tensor) -> torch.Tensor:
+        return self.schedule.chain_time(log_snr, self.timesteps)
+
+
+class Objective:
+    """Draws noise and times by position, and says what an output costs.
+
+    `decoder` is of the bound in which a learned variance is trained: `discrete` for pixels, `gaussian` for latents.
+    """
+
+    def __init__(self, stage: Stage2Config, seed: int, model: Denoiser, decoder: str = "gaussian"):
+        self.stage, self.seed, self.model, self.decoder = stage, seed, model, decoder
+        self.process = Process.of(stage)
+        self.forward = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
+        self._seen: list[tuple[torch.Tensor, ...]] = []
+
+    def noise(self, x0: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise for positions n: what is to be recognised, and what x_t is made with; perturbation parts them."""
+        stage, seed = self.stage, self.seed
+        eps = normal(seed, "noise", n, x0.shape[1:]).to(x0.device)
+        if stage.noise_offset:
+            offset = normal(seed, "noise offset", n, (x0.shape[1], 1, 1)).to(x0.device)
+            eps = offset_noise(eps, offset, stage.noise_offset)
+        if not stage.input_perturbation:
+            return eps, eps
+        xi = normal(seed, "perturbation", n, x0.shape[1:]).to(x0.device)
+        return eps, perturbed(eps, xi, stage.input_perturbation)
+
+    def times(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The times of positions n, and what their losses are multiplied by for having been drawn unevenly."""
+        stage = self.stage
+        device = next(self.model.parameters()).device
+        u = stratified(self.seed, "time", n, stage.batch) if stage.stratified else uniform(self.seed, "time", n)
+        u = u.to(device)
+        return self.model.times.draw(u) if self.model.times else (self.forward.time(u), 1.0)
+
+    def losses(
+        self, output: torch.Tensor, x0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """`(N,)` of outputs `(N, C, h, w)`, or 2C where the variance is learned, at times t `(N,)`."""
+        stage = self.stage
+        if isinstance(self.forward, LearnedProcess):
+            losses = bound_integrand(output.float(), eps, self.forward.slope)
+            lower_variance(losses, t, self.forward.slope)
+            return losses
+        if stage.variance == "learned":
+            return hybrid_loss(self.process, output.float(), x0, x_t, eps, t, stage.vlb_weight, self.decoder)
+        if self.model.uncertainty:
+            plain = training_loss(self.process, output, x0, eps, t, stage.loss)
+            return self.model.uncertainty.weighted(plain, self.process.log_snr(t))
+        options = {"gamma": stage.weight_gamma} if stage.weight_gamma else {}
+        return training_loss(self.process, output, x0, eps, t, stage.loss, stage.weight, **options)
+
+    def saw(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
+        """Takes in what the times cost, for drawing by it; after a step's last micro-batch, from all processes."""
+        if not self.model.times:
+            return
+        self._seen.append((n.to(t.device), t, losses.detach()))
+        if accelerator.sync_gradients:
+            parts = [torch.cat(several) for several in zip(*self._seen, strict=True)]
+            n, t, losses = (accelerator.gather(part) for part in parts)
+            order = n.argsort()
+            self.model.times.update(t[order], losses[order])
+            self._seen = []

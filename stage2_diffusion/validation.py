@@ -1,0 +1,101 @@
+"""The loss by noise level, on pictures that were held out and on ones that were trained on: has it learned, or learned
+by heart?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ldm.condition import predict
+from ldm.data.images import cut, to_tensor
+from ldm.data.index import Index
+from ldm.data.order import normal
+from ldm.data.samples import Item
+from ldm.data.stream import Stream
+from ldm.diffusion import Process
+from ldm.pipeline import LatentDiffusion
+from ldm.run import Run
+from ldm.schema import Config
+from stage2_diffusion.conditions import Conditions
+
+LEVELS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
+BATCH = 32
+
+
+def velocity_error(
+    process: Process, unet: Any, x0: torch.Tensor, eps: torch.Tensor, log_snr: float, condition: Any
+) -> torch.Tensor:
+    """Mean squared error of the velocity v at a noise level, `(N,)`: one measure for every target, schedule and weight.
+
+    v is that of arXiv 2202.00512: with α² + σ² = 1, ‖v − v̂‖² = (1 + SNR)·‖x_0 − x̂_0‖². The trivial answers, x_0 = 0
+    at noise and x_0 = x_t at the data, cost about 1.
+    """
+    t = process.time_at(torch.full((len(x0),), log_snr, device=x0.device))
+    x_t = process.add_noise(x0, eps, t)
+    prediction = predict(unet, x_t, process.network_time(t), condition)[:, : x0.shape[1]]
+    error = (process.x0_of(prediction.float(), x_t, t) - x0).square().flatten(1).mean(1)
+    return error * (1 + process.log_snr(t).exp())
+
+
+class Validation:
+    """Measures some held-out pictures and as many of training, always the same, with the same noise.
+
+    Held out are the splits `reconstruction` and `combination`; a stream has neither, and is not measured.
+    """
+
+    def __init__(
+        self, config: Config, data: Index | Stream, model: LatentDiffusion, conditions: Conditions, process: Process
+    ):
+        self.config, self.model, self.conditions, self.process = config, model, conditions, process
+        self.sets: dict[str, tuple[Index, list[int]]] = {}
+        if isinstance(data, Index):
+            splits, size = data.column("split").tolist(), config.data.size
+            held = [i for i, split in enumerate(splits) if split in ("reconstruction", "combination")]
+            seen = [i for i, split in enumerate(splits) if split == "train"]
+            for name, numbers in (("held_out", held), ("trained_on", seen)):
+                if numbers and held:
+                    count = min(config.stage2.evaluate_pictures, len(numbers))
+                    self.sets[name] = data, [numbers[k * len(numbers) // count] for k in range(count)]
+            self.size = size
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """Logs `held_out_loss` and `trained_on_loss`, means over the noise levels, and each level of the former."""
+        found, state = dict[str, float](), run.accelerator
+        with run.averaged(), torch.no_grad():
+            for name, (index, numbers) in self.sets.items():
+                sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
+                for start in range(0, len(numbers), BATCH)[state.process_index :: state.num_processes]:
+                    sums += self._measured(index, numbers[start : start + BATCH], start)
+                sums = run.total(sums)
+                errors = (sums[:-1] / sums[-1]).tolist()
+                found[f"{name}_loss"] = sum(errors) / len(errors)
+                if name == "held_out":
+                    found |= {f"held_out_loss_at_{level:+.0f}": e for level, e in zip(LEVELS, errors, strict=True)}
+        if found:
+            run.log(found)
+        return found
+
+    def _measured(self, index: Index, numbers: list[int], first: int) -> torch.Tensor:
+        """Sums of the errors at each level, and their count."""
+        model, size = self.model, (self.size, self.size)
+        device = model.unet.device
+        pixels = torch.stack([to_tensor(cut(index.picture(i), size)[0]) for i in numbers]).to(device)
+        x0 = model.autoencoder.encode(pixels)
+        positions = torch.arange(first, first + len(numbers))
+        entries = [index[i] for i in numbers]
+        labels = {name: i for i, name in enumerate(model.classes)}
+        batch: Item = {
+            "position": positions, "pixels": pixels, "dropout": torch.zeros(len(numbers), device=device),
+            "caption": [entry.captions[0] for entry in entries],
+            "class": torch.tensor([labels.get(entry.label, -1) for entry in entries], device=device),
+            "original_size": torch.tensor([(entry.width, entry.height) for entry in entries], device=device),
+            "crop": torch.zeros(len(numbers), 2, dtype=torch.long, device=device),
+        }  # fmt: skip
+        condition = self.conditions(batch, x0, None)[0]
+        if self.config.stage2.text:
+            assert model.text, "the configuration asks for text"
+            condition = condition._replace(text=model.text.encode(batch["caption"]))
+        eps = normal(self.config.run.seed, "validation", positions, x0.shape[1:]).to(device)
+        errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in LEVELS]
+        return torch.stack([*errors, torch.tensor(float(len(numbers)))]).double().cpu()
