@@ -25,16 +25,23 @@ NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in
 SHOWN = 5  # examples of each kind
 
 
-def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
-    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed."""
-    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length}"
-    asked = {"buckets": config.data.model_dump()["buckets"], "text": config.text.model, "bad": index.bad_count()}
+def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, Any]:
+    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed.
+
+    Captions have none where stage two is trained without them; then `text` is not used, and may be None.
+    """
+    text = text if config.stage2.text else None
+    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length if text else 0}"
+    asked = {
+        "buckets": config.data.model_dump()["buckets"], "text": config.text.model if text else None,
+        "bad": index.bad_count(),
+    }  # fmt: skip
     file = config.cache_dir / f"check-{key}.json"
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
         return dict(known)
     found = {
-        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index), **_captions(index, text),
-        **_duplicates(index),
+        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
+        **(_captions(index, text) if text else {}), **_duplicates(index),
     }  # fmt: skip
     with whole_file(file) as beside:
         beside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -43,7 +50,7 @@ def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """The facts as a page of text."""
-    captions, duplicates, buckets = found["captions"], found["duplicates"], found["buckets"]
+    duplicates, buckets = found["duplicates"], found["buckets"]
     most = max(count for _, count in buckets)
     lines = [
         f"pictures   {found['pictures']:,} good, {found['bad']:,} bad",
@@ -55,9 +62,14 @@ def describe(found: dict[str, Any]) -> str:
             f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / most))} {count:,}"
             for i, (size, count) in enumerate(buckets)
         ),
-        f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
-        f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
-        *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
+    ]
+    if captions := found.get("captions"):
+        lines += [
+            f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
+            f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
+            *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
+        ]
+    lines += [
         f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
         *(f"             {kind}: {a} and {b}" for kind, a, b in duplicates["pairs"]),
     ]
@@ -153,7 +165,7 @@ def _spread(quantiles: list[int]) -> str:
     return " ".join(f"{value:,}" for value in quantiles)
 
 
-def before_training(index: Index | Stream, config: Config, text: TextEncoder) -> None:
+def before_training(index: Index | Stream, config: Config, text: TextEncoder | None) -> None:
     """Prints the facts and writes `data-report.json` to the run's folder; UserError where too many are bad.
 
     A stream is read as it is trained on; what is bad in it is named then.

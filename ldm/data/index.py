@@ -198,12 +198,15 @@ def build(config: Config) -> Index:
     Raises UserError where a source can't be read at all; single bad pictures are kept in the index as such.
     """
     data, cache = config.data, config.cache_dir
-    sources = Sources(data.source, data.size, cache)
+    sources = Sources(data.source, data.size, cache, config.stage2.conditions)
     asked = [
         {**source.model_dump(exclude={"weight", "repeats"}), "at": str(Path(source.path).resolve())}
         for source in data.source
     ]
-    key = hashlib.sha256(json.dumps([asked, data.background, data.min_side, data.size]).encode()).hexdigest()[:12]
+    facts: list[Any] = [asked, data.background, data.min_side, data.size]
+    if not config.stage2.text:  # then pictures without captions are good, and such an index is no other run's
+        facts.append("without captions")
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = cache / f"index-{key}.arrow"
 
     def written() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.folders import SIDECARS, sidecars
-from ldm.data.records import Bad, Record, Records
+from ldm.data.records import Bad, Record, Records, Wanted
 from ldm.errors import UserError
 
 SIZES = {
@@ -89,12 +89,12 @@ def settings(file: Path) -> dict[str, Any]:
     return data
 
 
-def read(file: Path) -> Records:
+def read(file: Path, wanted: Wanted) -> Records:
     """The pictures of every subset, each named by its folder and file."""
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        for item in sidecars(subset.folder, False, subset.extensions, subset.class_tokens):
+        for item in sidecars(subset.folder, wanted._replace(lines=False), subset.extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{item.key}"
             if isinstance(item, Bad):
                 yield replace(item, key=key)

@@ -1,4 +1,4 @@
-"""What sources yield: captioned pictures, and what is wrong with those that can't be used."""
+"""What sources yield: pictures with captions, and what is wrong with those that can't be used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE_ROW = -2
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned picture.
+    """One picture with its captions; a single empty one where it has none and needs none.
 
     `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
     caption joins parts that training only shows apart). It comes `repeats` times an epoch; `weight` is how often it is
@@ -69,22 +69,38 @@ class BadSampleError(ValueError):
     """A picture or caption that can't be used; the arguments are the reason and how to mend it."""
 
 
-def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
-    """Captions from a string or a list of strings, white space tidied; BadSampleError where there is none.
+class Wanted(NamedTuple):
+    """What is read of a picture besides its bytes, and where it stands."""
 
-    With `lines`, each line of a string is a caption.
+    column: str = "text"
+    """Column, or key of a JSON, with captions."""
+    lines: bool = False
+    """Each line of a string is a caption."""
+    captions: bool = True
+    """A picture without a caption is bad; otherwise it has an empty one."""
+
+
+def captions_of(value: Any, wanted: Wanted) -> tuple[str, ...]:
+    """Captions from a string or a list of strings, white space tidied; BadSampleError where one is missing or no text.
+
+    Where none are wanted, those that are missing or empty are left out; if that is all, `("",)`.
     """
+    lines = wanted.lines
     value = [_decoded(each) for each in value] if isinstance(value, list) else _decoded(value)
     if isinstance(value, str):
         value = value.splitlines() if lines else [value]
         if lines:
             value = [line for line in value if line.strip()] or [""]
     if value is None or value == []:
+        if not wanted.captions:
+            return ("",)
         raise BadSampleError("it has no caption", "give it one")
     if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
         raise BadSampleError(f"its caption is {_short(value)}", "give a string or a list of strings")
     tidy = tuple(" ".join(caption.split()) for caption in value)
-    if not all(tidy):
+    if not wanted.captions:
+        tidy = tuple(filter(None, tidy)) or ("",)
+    elif not all(tidy):
         raise BadSampleError("its caption is empty", "write what the picture shows")
     for caption in tidy:
         if any("\ud800" <= letter <= "\udfff" for letter in caption):  # what a reader puts for bytes that are no UTF-8

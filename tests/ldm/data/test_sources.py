@@ -1,6 +1,7 @@
 """Every kind of source: what it is taken for, and that all of them give the same pictures and captions."""
 
 import csv
+import hashlib
 import io
 import json
 import tarfile
@@ -19,9 +20,9 @@ from ldm.data import index
 from ldm.data.index import Index
 from ldm.data.records import Bad
 from ldm.data.samples import Pictures
-from ldm.data.sources import Sources, detect
+from ldm.data.sources import Sources, check, detect
 from ldm.errors import UserError
-from ldm.schema import BucketConfig
+from ldm.schema import BucketConfig, SourceConfig
 
 CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
 
@@ -161,6 +162,176 @@ def test_class_folders_give_captions_by_template_and_labels(
     assert found.labels() == ["hat", "rain_coat"]
     samples = Pictures(found, given, 1)
     assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
+
+
+UNCONDITIONAL = ("stage2.conditions=[]", "stage2.pooled_text=false")
+
+
+def bare_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+    (lay(folder, pictures) / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}"}}\n' for name in pictures))
+    return str(folder)
+
+
+def bare_csv(folder: Path, pictures: dict[str, bytes]) -> str:
+    (lay(folder, pictures) / "metadata.csv").write_text("\n".join(["file_name", *pictures]))
+    return str(folder)
+
+
+def bare_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    pq.write_table(pa.table({"file_name": list(pictures)}), lay(folder, pictures) / "metadata.parquet")
+    return str(folder)
+
+
+def bare_folder(folder: Path, pictures: dict[str, bytes]) -> str:
+    lay(folder / "deep/deeper", {"c.webp": pictures["c.webp"]})
+    return str(lay(folder, {name: pictures[name] for name in ("a.png", "b.jpg")}))
+
+
+def bare_classes(folder: Path, pictures: dict[str, bytes]) -> str:
+    for name, data in pictures.items():
+        lay(folder / "_", {name: data})  # of which no caption can be made
+    return str(folder)
+
+
+def bare_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, data in sorted({**pictures, "b.json": b"{}", "c.json": b"[]"}.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def bare_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": list(pictures.values())}), folder / "train.parquet")
+    return str(folder)
+
+
+def bare_saved(folder: Path, pictures: dict[str, bytes]) -> str:
+    as_dataset(pictures).remove_columns("text").save_to_disk(folder)
+    return str(folder)
+
+
+def bare_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
+    lay(folder / "one", pictures)
+    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'one'\n")
+    return str(folder / "set.toml")
+
+
+BARE: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
+    "jsonl": ("metadata", bare_jsonl), "csv": ("metadata", bare_csv),
+    "metadata parquet": ("metadata", bare_metadata_parquet), "folder": ("pictures", bare_folder),
+    "classes": ("classes", bare_classes), "tar": ("tar", bare_tar), "parquet": ("parquet", bare_parquet),
+    "datasets": ("datasets", bare_saved), "kohya": ("kohya", bare_kohya),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them(
+    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    detected, lay_out = BARE[kind]
+    given = settings(root, tmp_path / "run", lay_out(tmp_path / "data", pictures), *UNCONDITIONAL)
+    found = index.build(given)
+    assert found.sources.kinds == [detected]
+    assert found.bad_count() == 0
+    assert {entry.sha256: entry.captions for entry in found} == {
+        hashlib.sha256(data).digest(): ("",) for data in pictures.values()
+    }
+    assert {Pictures(found, given, 1)[n]["caption"] for n in range(3)} == {""}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_that_are_there_are_kept_where_none_are_needed(
+    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = KINDS[kind](tmp_path / "data", pictures)
+    needed = index.build(settings(root, tmp_path / "run", source))
+    assert by_picture(index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == by_picture(needed)
+
+
+def test_some_captions_may_be_missing_where_none_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_text("a red hat")
+    (folder / "b.txt").write_text(" \n")
+    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert (found.sources.kinds, found.bad_count()) == (["sidecars"], 0)
+    assert {entry.key: entry.captions for entry in found} == {
+        "a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [" ", [], ["", " "], None])
+def test_a_caption_that_says_nothing_is_none(
+    text: object, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    source = str(tmp_path / "data")
+    (entry,) = index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
+    assert entry.captions == ("",)
+    assert index.build(settings(root, tmp_path / "run", source)).bad_count() == 1
+
+
+def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_bytes("grün".encode("latin-1"))
+    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert [(bad.key, bad.fix) for bad in found.bad()] == [("a.png", "save it as UTF-8")]
+
+
+def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    lay(tmp_path / "data/hats", {"a.png": pictures["a.png"]})
+    for kind in ("classes", "pictures"):
+        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: pictures}}"
+        (entry,) = (found := index.build(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
+        assert found.sources.kinds == [kind]
+        assert entry.captions == (("hats",) if kind == "classes" else ("",))
+
+
+def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: pictures}}")
+    with pytest.raises(UserError) as caught:
+        index.build(given)
+    assert str(caught.value) == (
+        f"data.source.kind: pictures, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
+        "leave out the kind, or text"
+    )
+    with pytest.raises(UserError, match="no folder"):
+        check([SourceConfig(path=str(tmp_path / "gone"), kind="pictures")], conditions=())
+
+
+def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_text("a red hat")
+    run = tmp_path / "run"
+    for conditions, bad in ((UNCONDITIONAL, 0), ((), 2), (UNCONDITIONAL, 0)):
+        assert index.build(settings(root, run, str(folder), *conditions)).bad_count() == bad
+    assert len(list((run / "cache").glob("index-*.arrow"))) == 2
+
+
+def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = as_jsonl(tmp_path / "data", pictures)
+    index.build(settings(root, tmp_path / "run", source))
+    asked = {
+        "path": source, "kind": "auto", "column": "text", "image": "image", "lines": False, "template": "{}",
+        "split": "train", "at": source,
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]
+    assert [path.name for path in (tmp_path / "run/cache").glob("index-*")] == [f"index-{name}.arrow"]
 
 
 def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
