@@ -50,6 +50,8 @@ class SourceConfig(Section):
     """What the path is; `auto` looks."""
     column: str = "text"
     """Column, or key of a JSON, with the caption or a list of them."""
+    label: str = "label"
+    """Column, or key of a JSON, with the class, a string or an integer; read where `stage2.conditions` has `class`."""
     image: str = "image"
     """Column with the picture, of parquet and `datasets`."""
     lines: bool = False

@@ -15,7 +15,18 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from webdataset.tariterators import group_by_keys
 
-from ldm.data.records import PICTURES, TABLE_ROW, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of
+from ldm.data.records import (
+    PICTURES,
+    TABLE_ROW,
+    Bad,
+    BadSampleError,
+    Record,
+    Records,
+    Wanted,
+    Where,
+    captions_of,
+    label_of,
+)
 from ldm.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
@@ -46,7 +57,7 @@ def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def tars(urls: Sequence[str], wanted: Wanted) -> Records:
-    """The samples of WebDataset tars: a picture, and its captions in `.txt` or in a key of `.json`."""
+    """The samples of WebDataset tars: a picture, its captions in `.txt` or a key of `.json`, its class in another."""
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
@@ -136,26 +147,28 @@ def _record(url: str, group: dict[str, Any], wanted: Wanted) -> tuple[Record, An
         if "txt" in group:
             captions = captions_of(group["txt"], wanted)
         elif "json" in group:
-            captions = captions_of(_column(group["json"], wanted), wanted)
+            captions = captions_of(_column(group["json"], "column", wanted.column, wanted.captions), wanted)
         elif not wanted.captions:
             captions = ("",)
         else:
             raise BadSampleError("it has no caption", "add a .txt or .json of the same name")
+        labelled = wanted.label is not None and "json" in group
+        label = label_of(_column(group["json"], "label", wanted.label, False)) if labelled else ""
     except BadSampleError as error:
         return Bad(f"{key}.{suffix}", *error.args)
     where = Where(url) if isinstance(picture, bytes) else Where(url, picture.offset_data, picture.size)
-    return Record(f"{key}.{suffix}", where, captions), picture
+    return Record(f"{key}.{suffix}", where, captions, label), picture
 
 
-def _column(content: bytes, wanted: Wanted) -> Any:
-    column = wanted.column
+def _column(content: bytes, key: str, name: str | None, needed: bool) -> Any:
+    """What a JSON has under the name that `data.source.KEY` gives."""
     try:
-        return json.loads(content)[column]
+        return json.loads(content)[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, KeyError | TypeError) and not wanted.captions:
+        if isinstance(error, KeyError | TypeError) and not needed:
             return None
         raise BadSampleError(
-            f"its .json has no {column!r} ({' '.join(str(error).split())})", "write it, or set data.source.column"
+            f"its .json has no {name!r} ({' '.join(str(error).split())})", f"write it, or set data.source.{key}"
         ) from None
 
 
@@ -188,15 +201,19 @@ class Table:
             else:
                 self.rows = datasets.load_dataset(path, **options)
             names = self.rows.column_names or list(next(iter(self.rows)))
-            for key, name in (("column", wanted.captions and wanted.column), ("image", image)):
-                if name and name not in names:
+            column = wanted.column if wanted.captions else None
+            for key, name in (("column", column), ("label", wanted.label), ("image", image)):
+                if name is not None and name not in names:
                     raise UserError(
                         f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                     )
             strings, raw = datasets.Value("string"), datasets.Value("binary")
             for given, instead in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
-                if (self.rows.features or {}).get(wanted.column) == given:  # it may be no UTF-8
-                    self.rows = self.rows.cast_column(wanted.column, instead)
+                for name in (wanted.column, wanted.label):
+                    if (self.rows.features or {}).get(name) == given:  # it may be no UTF-8
+                        self.rows = self.rows.cast_column(name, instead)
+            label = (self.rows.features or {}).get(wanted.label)
+            self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
             if isinstance((self.rows.features or {}).get(image), datasets.Image):
                 self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
         except UserError:
@@ -229,7 +246,8 @@ class Table:
                 return
             try:
                 captions = captions_of(row.get(self.wanted.column), self.wanted)
-                yield Record(key, Where(number, i, TABLE_ROW), captions), self._bytes(row)
+                label = "" if self.wanted.label is None else label_of(row[self.wanted.label], self.classes)
+                yield Record(key, Where(number, i, TABLE_ROW), captions, label), self._bytes(row)
             except BadSampleError as error:
                 yield Bad(key, *error.args)
 

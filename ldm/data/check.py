@@ -28,7 +28,7 @@ SHOWN = 5  # examples of each kind
 def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, Any]:
     """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed.
 
-    Captions have none where stage two is trained without them; then `text` is not used, and may be None.
+    Captions and classes have some where stage two is trained with them; without captions, `text` may be None.
     """
     text = text if config.stage2.text else None
     key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length if text else 0}"
@@ -41,7 +41,8 @@ def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, A
         return dict(known)
     found = {
         "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
-        **(_captions(index, text) if text else {}), **_duplicates(index),
+        **(_captions(index, text) if text else {}), **(_classes(index) if config.stage2.classes else {}),
+        **_duplicates(index),
     }  # fmt: skip
     with whole_file(file) as beside:
         beside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -69,6 +70,8 @@ def describe(found: dict[str, Any]) -> str:
             f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
             *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
         ]
+    if classes := found.get("classes"):
+        lines.append(f"classes    {classes['distinct']:,} of {_spread(classes['pictures'])} pictures (percentiles)")
     lines += [
         f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
         *(f"             {kind}: {a} and {b}" for kind, a, b in duplicates["pairs"]),
@@ -77,11 +80,11 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def sheet(index: Index, config: Config, count: int = 32) -> Image.Image:
-    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, above its caption."""
+    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, with its caption or class."""
     draws = Draws(index, config, config.stage2.batch)
     chosen = {n: draws[n] for n in range(0, count * config.stage2.batch, config.stage2.batch)}
     pictures = [to_pil(draws.pixels(n, draw)[0][None])[0] for n, draw in chosen.items()]
-    return grid(pictures, [draw.caption for draw in chosen.values()], columns=8)
+    return grid(pictures, [draw.caption or draw.entry.label for draw in chosen.values()], columns=8)
 
 
 def _sizes(index: Index) -> dict[str, Any]:
@@ -118,6 +121,11 @@ def _captions(index: Index, text: TextEncoder) -> dict[str, Any]:
             "longest": [[caption, count - text.length] for count, caption in longest if count > text.length],
         }
     }  # fmt: skip
+
+
+def _classes(index: Index) -> dict[str, Any]:
+    pictures = np.array(list(Counter(index.column("label").tolist()).values()))
+    return {"classes": {"distinct": len(pictures), "pictures": _quantiles(pictures)}}
 
 
 def _duplicates(index: Index) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of
+from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of, label_of
 from ldm.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -24,7 +24,7 @@ SIDECARS = (".txt", ".caption")
 
 
 def metadata(folder: Path, wanted: Wanted) -> Records:
-    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, and captions in a column."""
+    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, captions in a column, classes in another."""
     column = wanted.column
     file = next(folder / name for name in METADATA if (folder / name).exists())
     if isinstance(wrong := _inside(folder, file.name), str):
@@ -44,16 +44,17 @@ def metadata(folder: Path, wanted: Wanted) -> Records:
                 if wanted.captions and column not in row:
                     raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.column")
                 captions = captions_of(row.get(column), wanted)
+                label = label_of(row.get(wanted.label)) if wanted.label is not None else ""
             except BadSampleError as error:
                 yield Bad(f"{place}, {name!r}", *error.args)
                 continue
-            yield Record(name, Where(str(path)), captions)
+            yield Record(name, Where(str(path)), captions, label)
 
 
 def sidecars(folder: Path, wanted: Wanted, extensions: tuple[str, ...] = SIDECARS, otherwise: str = "") -> Records:
     """A folder, with those in it, of pictures with a caption file beside each: `a.jpg` and `a.txt` or `a.caption`.
 
-    `otherwise` is the caption of a picture that has none.
+    `otherwise` is the caption of a picture that has none. Where classes are wanted, the folder is one.
     """
     for directory, names in walk(folder):
         here = set(names)
@@ -83,7 +84,8 @@ def sidecars(folder: Path, wanted: Wanted, extensions: tuple[str, ...] = SIDECAR
             except OSError as error:
                 yield Bad(key, f"can't read {beside}: {error.strerror}", "let it be read")
                 continue
-            yield Record(key, Where(str(path)), captions)
+            in_folder = wanted.label is not None and directory != folder
+            yield Record(key, Where(str(path)), captions, Path(key).parts[0] if in_folder else "")
 
 
 def classes(folder: Path, template: str, wanted: Wanted) -> Records:
@@ -148,7 +150,7 @@ def _rows(file: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any] | st
             with pq.ParquetFile(file) as table:
                 found = table.schema_arrow.names
                 _has_columns(file, found, wanted)
-                columns = [name for name in dict.fromkeys(("file_name", wanted.column)) if name in found]
+                columns = [name for name in found if name in ("file_name", wanted.column, wanted.label)]
                 number = 0
                 for batch in table.iter_batches(4096, columns=columns):
                     for values in zip(*(_raw(batch[name]).to_pylist() for name in columns), strict=True):
@@ -198,7 +200,8 @@ def _raw(strings: pa.Array) -> pa.Array:
 def _has_columns(file: Path, found: list[str], wanted: Wanted) -> None:
     for name, instead in (
         ("file_name", ""),
-        (wanted.captions and wanted.column, ", or name the one with captions in data.source.column"),
+        (wanted.column if wanted.captions else None, ", or name the one with captions in data.source.column"),
+        (wanted.label, ", or name the one with classes in data.source.label"),
     ):
-        if name and name not in found:
+        if name is not None and name not in found:
             raise UserError(f"{file}: no column {name!r} among {', '.join(found) or 'none'}; add it{instead}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.folders import SIDECARS, sidecars
-from ldm.data.records import Bad, Record, Records, Wanted
+from ldm.data.records import Bad, Record, Records, Wanted, label_of
 from ldm.errors import UserError
 
 SIZES = {
@@ -90,7 +90,7 @@ def settings(file: Path) -> dict[str, Any]:
 
 
 def read(file: Path, wanted: Wanted) -> Records:
-    """The pictures of every subset, each named by its folder and file."""
+    """The pictures of every subset, each named by its folder and file; where classes are wanted, `class_tokens`."""
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
@@ -100,7 +100,8 @@ def read(file: Path, wanted: Wanted) -> Records:
                 yield replace(item, key=key)
             else:
                 yield Record(
-                    key, item.where, tuple(_orders(item.captions[0], key, subset)), repeats=subset.num_repeats,
+                    key, item.where, tuple(_orders(item.captions[0], key, subset)),
+                    label="" if wanted.label is None else label_of(subset.class_tokens), repeats=subset.num_repeats,
                     flip=subset.flip_aug, dropout=subset.caption_dropout_rate,
                 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A source is a path: a folder (with a metadata file, caption files beside the pictures, class folders, or just
 pictures), tars, parquet, a data set of `datasets` on disk or on the Hub, kohya's TOML, or a built-in set. Which one it
-is, is found by looking; what its pictures need follows from what stage two is conditioned on: `text` needs captions.
+is, is found by looking; what its pictures need follows from what stage two is conditioned on: `text` needs captions,
+`class` needs classes.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: 
             raise UserError(
                 f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
             )
+        if kind == "openmoji" and "class" in conditions:
+            raise UserError(f"data.source: {source.path} has no classes; leave class out of stage2.conditions")
         if kind in ("metadata", "sidecars", "classes", "pictures") and not Path(source.path).is_dir():
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):
@@ -125,7 +128,7 @@ class Sources:
         return [f"data     {source.path}: {SAYS[kind]}" for source, kind in zip(self.configs, self.kinds, strict=True)]
 
     def records(self, number: int) -> Records:
-        """What source `number` holds, good and bad; only names and captions are read."""
+        """What source `number` holds, good and bad; only names, captions and classes are read."""
         source, kind = self.configs[number], self.kinds[number]
         for item in self._records(number, source, kind):
             key = item.key if len(self.configs) == 1 else f"{number}:{item.key}"
@@ -133,6 +136,9 @@ class Sources:
                 yield replace(item, key=key)
             elif not _is_text(item.where.file + item.label):  # an index could not hold it
                 yield Bad(key, "its name is not UTF-8", "rename it")
+            elif "class" in self.conditions and not item.label:
+                column = f"write it into the column {source.label!r}, or put it in a class folder"
+                yield Bad(key, "it has no class", "give its subset class_tokens" if kind == "kohya" else column)
             else:
                 yield replace(item, key=key, repeats=item.repeats * source.repeats)
 
@@ -167,7 +173,8 @@ class Sources:
         return archives.Table(source.path, kind, source.split, self._wanted(source), source.image, streaming, cache)
 
     def _wanted(self, source: SourceConfig) -> Wanted:
-        return Wanted(source.column, source.lines, captions="text" in self.conditions)
+        label = source.label if "class" in self.conditions else None
+        return Wanted(source.column, source.lines, "text" in self.conditions, label)
 
     @cached_property
     def _tables(self) -> dict[int, archives.Table]:

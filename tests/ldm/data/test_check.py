@@ -107,6 +107,19 @@ def test_pictures_without_captions_are_checked_without_figures_of_captions(
     assert Image.open(folder.parent / "run/data-sheet.png").width > 800
 
 
+def test_classes_are_checked_with_how_many_pictures_they_have(
+    root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"file_name": f"{i}.png", "label": int(i > 0)} for i in range(7)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 0
+    assert "classes    2 of 1 1 4 6 6 pictures (percentiles)\n" in capsys.readouterr().out
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}')
+    assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 1
+    out = capsys.readouterr().out
+    assert "bad        0.png: it has no class; write it into the column 'label', or put it in a class folder" in out
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
 def test_near_duplicates_are_those_that_every_pair_compared_would_find(bits: int) -> None:
     rng = np.random.default_rng(0)
