@@ -44,10 +44,14 @@ class RunConfig(Section):
 class SourceConfig(Section):
     path: str
     """A folder, tars, parquet, kohya's TOML, an id of the Hub, `openmoji-demo` or `openmoji-all`."""
-    kind: Literal["auto", "openmoji", "metadata", "sidecars", "classes", "tar", "parquet", "datasets", "kohya"] = "auto"
+    kind: Literal[
+        "auto", "openmoji", "metadata", "sidecars", "classes", "pictures", "tar", "parquet", "datasets", "kohya"
+    ] = "auto"
     """What the path is; `auto` looks."""
     column: str = "text"
     """Column, or key of a JSON, with the caption or a list of them."""
+    label: str = "label"
+    """Column, or key of a JSON, with the class, a string or an integer; read where `stage2.conditions` has `class`."""
     image: str = "image"
     """Column with the picture, of parquet and `datasets`."""
     lines: bool = False

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     settings = config.load(given.config, given.overrides)
     join(settings.run)
-    sources.check(settings.data.source, settings.data.streaming)
+    sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     folder = settings.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     return check_stream(settings) if settings.data.streaming else check_index(settings)
@@ -46,7 +46,8 @@ def check_index(settings: config.Config) -> int:
     if found.bad_count() > 20:
         print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
     if len(found):
-        encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width)
+        words = settings.text
+        encoder = text.load(words.model, words.max_tokens, words.width) if settings.stage2.text else None
         print(check.describe(check.facts(found, settings, encoder)))
         check.sheet(found.select("train"), settings).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _arguments(arguments)
     settings = config.load(given.config, given.overrides)
     device = join(settings.run).device
-    sources.check(settings.data.source, settings.data.streaming)
+    sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     models = {name: autoencoder.load(name, "--model").to(device) for name in dict.fromkeys(given.model)}
     for name, model in models.items():
         _fits(name, model.factor, settings)

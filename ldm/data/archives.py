@@ -15,7 +15,18 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from webdataset.tariterators import group_by_keys
 
-from ldm.data.records import PICTURES, TABLE_ROW, Bad, BadSampleError, Record, Records, Where, captions_of
+from ldm.data.records import (
+    PICTURES,
+    TABLE_ROW,
+    Bad,
+    BadSampleError,
+    Record,
+    Records,
+    Wanted,
+    Where,
+    captions_of,
+    label_of,
+)
 from ldm.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
@@ -45,8 +56,8 @@ def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
     return found
 
 
-def tars(urls: Sequence[str], column: str = "text", lines: bool = False) -> Records:
-    """The samples of WebDataset tars: a picture, and its captions in `.txt` or in `column` of `.json`."""
+def tars(urls: Sequence[str], wanted: Wanted) -> Records:
+    """The samples of WebDataset tars: a picture, its captions in `.txt` or a key of `.json`, its class in another."""
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
@@ -54,17 +65,17 @@ def tars(urls: Sequence[str], column: str = "text", lines: bool = False) -> Reco
             if isinstance(group, Bad):
                 yield group
             else:
-                found = _record(url, group, column, lines)
+                found = _record(url, group, wanted)
                 yield found if isinstance(found, Bad) else found[0]
 
 
-def tar_samples(url: str, column: str = "text", lines: bool = False) -> Iterator[Sample]:
+def tar_samples(url: str, wanted: Wanted) -> Iterator[Sample]:
     """The same of one tar, read from its beginning to its end, with the bytes of each picture."""
     for group in _groups(url, whole=True):
         if isinstance(group, Bad):
             yield group
         else:
-            found = _record(url, group, column, lines)
+            found = _record(url, group, wanted)
             yield found if isinstance(found, Bad) else (found[0], found[1])
 
 
@@ -126,7 +137,7 @@ def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
     yield from problems
 
 
-def _record(url: str, group: dict[str, Any], column: str, lines: bool) -> tuple[Record, Any] | Bad:
+def _record(url: str, group: dict[str, Any], wanted: Wanted) -> tuple[Record, Any] | Bad:
     suffix = next((suffix for suffix in group if f".{suffix}" in PICTURES), None)
     key = f"{Path(url).name}:{group['__key__']}"
     if not suffix:
@@ -134,23 +145,30 @@ def _record(url: str, group: dict[str, Any], column: str, lines: bool) -> tuple[
     picture = group[suffix]
     try:
         if "txt" in group:
-            captions = captions_of(group["txt"], lines)
+            captions = captions_of(group["txt"], wanted)
         elif "json" in group:
-            captions = captions_of(_column(group["json"], column), lines)
+            captions = captions_of(_column(group["json"], "column", wanted.column, wanted.captions), wanted)
+        elif not wanted.captions:
+            captions = ("",)
         else:
             raise BadSampleError("it has no caption", "add a .txt or .json of the same name")
+        labelled = wanted.label is not None and "json" in group
+        label = label_of(_column(group["json"], "label", wanted.label, False)) if labelled else ""
     except BadSampleError as error:
         return Bad(f"{key}.{suffix}", *error.args)
     where = Where(url) if isinstance(picture, bytes) else Where(url, picture.offset_data, picture.size)
-    return Record(f"{key}.{suffix}", where, captions), picture
+    return Record(f"{key}.{suffix}", where, captions, label), picture
 
 
-def _column(content: bytes, column: str) -> Any:
+def _column(content: bytes, key: str, name: str | None, needed: bool) -> Any:
+    """What a JSON has under the name that `data.source.KEY` gives."""
     try:
-        return json.loads(content)[column]
+        return json.loads(content)[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, KeyError | TypeError) and not needed:
+            return None
         raise BadSampleError(
-            f"its .json has no {column!r} ({' '.join(str(error).split())})", "write it, or set data.source.column"
+            f"its .json has no {name!r} ({' '.join(str(error).split())})", f"write it, or set data.source.{key}"
         ) from None
 
 
@@ -161,9 +179,9 @@ class Table:
     """A data set that `datasets` opens, with one picture a row, which stays encoded until it is asked for."""
 
     def __init__(
-        self, path: str, kind: str, split: str, column: str, image: str, streaming: bool = False, cache: str = ""
+        self, path: str, kind: str, split: str, wanted: Wanted, image: str, streaming: bool = False, cache: str = ""
     ):
-        self.column, self.image = column, image
+        self.wanted, self.image = wanted, image
         options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache or None}
         quiet = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
@@ -183,15 +201,19 @@ class Table:
             else:
                 self.rows = datasets.load_dataset(path, **options)
             names = self.rows.column_names or list(next(iter(self.rows)))
-            for key, name in (("column", column), ("image", image)):
-                if name not in names:
+            column = wanted.column if wanted.captions else None
+            for key, name in (("column", column), ("label", wanted.label), ("image", image)):
+                if name is not None and name not in names:
                     raise UserError(
                         f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                     )
             strings, raw = datasets.Value("string"), datasets.Value("binary")
             for given, instead in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
-                if (self.rows.features or {}).get(column) == given:  # it may be no UTF-8
-                    self.rows = self.rows.cast_column(column, instead)
+                for name in (wanted.column, wanted.label):
+                    if (self.rows.features or {}).get(name) == given:  # it may be no UTF-8
+                        self.rows = self.rows.cast_column(name, instead)
+            label = (self.rows.features or {}).get(wanted.label)
+            self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
             if isinstance((self.rows.features or {}).get(image), datasets.Image):
                 self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
         except UserError:
@@ -209,7 +231,7 @@ class Table:
             self.pictures = self.rows.select_columns([image])
             self.stamp: str = self.rows._fingerprint  # of its content, as datasets' own caches use it
 
-    def samples(self, number: str = "", lines: bool = False, shard: int | None = None) -> Iterator[Sample]:
+    def samples(self, number: str = "", shard: int | None = None) -> Iterator[Sample]:
         """Record and picture of each row, or of those of one shard; `number` is what records call this table."""
         place = self.name if shard is None else f"{self.name}:{shard}"
         rows = iter(self.rows if shard is None else self._shard(shard))
@@ -223,8 +245,9 @@ class Table:
                 yield Bad(place, f"it can't be read on after row {i} ({error or error!r})", "fetch or write it anew")
                 return
             try:
-                captions = captions_of(row[self.column], lines)
-                yield Record(key, Where(number, i, TABLE_ROW), captions), self._bytes(row)
+                captions = captions_of(row.get(self.wanted.column), self.wanted)
+                label = "" if self.wanted.label is None else label_of(row[self.wanted.label], self.classes)
+                yield Record(key, Where(number, i, TABLE_ROW), captions, label), self._bytes(row)
             except BadSampleError as error:
                 yield Bad(key, *error.args)
 

@@ -25,15 +25,23 @@ NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in
 SHOWN = 5  # examples of each kind
 
 
-def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
-    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed."""
-    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length}"
-    asked = {"buckets": config.data.model_dump()["buckets"], "text": config.text.model, "bad": index.bad_count()}
+def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, Any]:
+    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed.
+
+    Captions and classes have some where stage two is trained with them; without captions, `text` may be None.
+    """
+    text = text if config.stage2.text else None
+    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length if text else 0}"
+    asked = {
+        "buckets": config.data.model_dump()["buckets"], "text": config.text.model if text else None,
+        "bad": index.bad_count(),
+    }  # fmt: skip
     file = config.cache_dir / f"check-{key}.json"
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
         return dict(known)
     found = {
-        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index), **_captions(index, text),
+        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
+        **(_captions(index, text) if text else {}), **(_classes(index) if config.stage2.classes else {}),
         **_duplicates(index),
     }  # fmt: skip
     with whole_file(file) as beside:
@@ -43,7 +51,7 @@ def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """The facts as a page of text."""
-    captions, duplicates, buckets = found["captions"], found["duplicates"], found["buckets"]
+    duplicates, buckets = found["duplicates"], found["buckets"]
     most = max(count for _, count in buckets)
     lines = [
         f"pictures   {found['pictures']:,} good, {found['bad']:,} bad",
@@ -55,9 +63,16 @@ def describe(found: dict[str, Any]) -> str:
             f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / most))} {count:,}"
             for i, (size, count) in enumerate(buckets)
         ),
-        f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
-        f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
-        *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
+    ]
+    if captions := found.get("captions"):
+        lines += [
+            f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
+            f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
+            *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
+        ]
+    if classes := found.get("classes"):
+        lines.append(f"classes    {classes['distinct']:,} of {_spread(classes['pictures'])} pictures (percentiles)")
+    lines += [
         f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
         *(f"             {kind}: {a} and {b}" for kind, a, b in duplicates["pairs"]),
     ]
@@ -65,11 +80,11 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def sheet(index: Index, config: Config, count: int = 32) -> Image.Image:
-    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, above its caption."""
+    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, with its caption or class."""
     draws = Draws(index, config, config.stage2.batch)
     chosen = {n: draws[n] for n in range(0, count * config.stage2.batch, config.stage2.batch)}
     pictures = [to_pil(draws.pixels(n, draw)[0][None])[0] for n, draw in chosen.items()]
-    return grid(pictures, [draw.caption for draw in chosen.values()], columns=8)
+    return grid(pictures, [draw.caption or draw.entry.label for draw in chosen.values()], columns=8)
 
 
 def _sizes(index: Index) -> dict[str, Any]:
@@ -106,6 +121,11 @@ def _captions(index: Index, text: TextEncoder) -> dict[str, Any]:
             "longest": [[caption, count - text.length] for count, caption in longest if count > text.length],
         }
     }  # fmt: skip
+
+
+def _classes(index: Index) -> dict[str, Any]:
+    pictures = np.array(list(Counter(index.column("label").tolist()).values()))
+    return {"classes": {"distinct": len(pictures), "pictures": _quantiles(pictures)}}
 
 
 def _duplicates(index: Index) -> dict[str, Any]:
@@ -153,7 +173,7 @@ def _spread(quantiles: list[int]) -> str:
     return " ".join(f"{value:,}" for value in quantiles)
 
 
-def before_training(index: Index | Stream, config: Config, text: TextEncoder) -> None:
+def before_training(index: Index | Stream, config: Config, text: TextEncoder | None) -> None:
     """Prints the facts and writes `data-report.json` to the run's folder; UserError where too many are bad.
 
     A stream is read as it is trained on; what is bad in it is named then.

@@ -16,19 +16,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Where, captions_of
+from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of, label_of
 from ldm.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 
 
-def metadata(folder: Path, column: str = "text", lines: bool = False) -> Records:
-    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, and captions in `column`."""
+def metadata(folder: Path, wanted: Wanted) -> Records:
+    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, captions in a column, classes in another."""
+    column = wanted.column
     file = next(folder / name for name in METADATA if (folder / name).exists())
     if isinstance(wrong := _inside(folder, file.name), str):
         raise UserError(f"{file}: {wrong}; write it into the folder")
-    for number, row in _rows(file, column):
+    for number, row in _rows(file, wanted):
         place = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
         if isinstance(row, str):
             yield Bad(place, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
@@ -40,19 +41,20 @@ def metadata(folder: Path, column: str = "text", lines: bool = False) -> Records
                 yield Bad(f"{place}, {name!r}", path, f"name a file inside {folder}")
                 continue
             try:
-                if column not in row:
+                if wanted.captions and column not in row:
                     raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.column")
-                captions = captions_of(row[column], lines)
+                captions = captions_of(row.get(column), wanted)
+                label = label_of(row.get(wanted.label)) if wanted.label is not None else ""
             except BadSampleError as error:
                 yield Bad(f"{place}, {name!r}", *error.args)
                 continue
-            yield Record(name, Where(str(path)), captions)
+            yield Record(name, Where(str(path)), captions, label)
 
 
-def sidecars(folder: Path, lines: bool = False, extensions: tuple[str, ...] = SIDECARS, otherwise: str = "") -> Records:
+def sidecars(folder: Path, wanted: Wanted, extensions: tuple[str, ...] = SIDECARS, otherwise: str = "") -> Records:
     """A folder, with those in it, of pictures with a caption file beside each: `a.jpg` and `a.txt` or `a.caption`.
 
-    `otherwise` is the caption of a picture that has none.
+    `otherwise` is the caption of a picture that has none. Where classes are wanted, the folder is one.
     """
     for directory, names in walk(folder):
         here = set(names)
@@ -71,9 +73,9 @@ def sidecars(folder: Path, lines: bool = False, extensions: tuple[str, ...] = SI
                     file = _inside(folder, str((directory / beside).relative_to(folder)))
                     if isinstance(file, str):
                         raise BadSampleError(f"its caption file {beside}: {file}", f"copy it into {folder}")
-                    captions = captions_of(file.read_bytes(), lines)
-                elif otherwise:
-                    captions = captions_of(otherwise)
+                    captions = captions_of(file.read_bytes(), wanted)
+                elif otherwise or not wanted.captions:
+                    captions = captions_of(otherwise, wanted._replace(lines=False))
                 else:
                     raise BadSampleError("it has no caption", f"write one into {stem}{extensions[0]} beside it")
             except BadSampleError as error:
@@ -82,10 +84,11 @@ def sidecars(folder: Path, lines: bool = False, extensions: tuple[str, ...] = SI
             except OSError as error:
                 yield Bad(key, f"can't read {beside}: {error.strerror}", "let it be read")
                 continue
-            yield Record(key, Where(str(path)), captions)
+            in_folder = wanted.label is not None and directory != folder
+            yield Record(key, Where(str(path)), captions, Path(key).parts[0] if in_folder else "")
 
 
-def classes(folder: Path, template: str = "{}") -> Records:
+def classes(folder: Path, template: str, wanted: Wanted) -> Records:
     """A folder of folders of pictures, each named after what its pictures show; `template` makes it a caption."""
     for directory, names in walk(folder):
         for name in names:
@@ -100,7 +103,7 @@ def classes(folder: Path, template: str = "{}") -> Records:
                 yield Bad(key, "it is in no class folder", "move it into the folder of its class")
             else:
                 try:
-                    captions = captions_of(template.replace("{}", label.replace("_", " ")))
+                    captions = captions_of(template.replace("{}", label.replace("_", " ")), wanted)
                     yield Record(key, Where(str(path)), captions, label)
                 except BadSampleError as error:
                     yield Bad(key, *error.args)
@@ -134,7 +137,7 @@ def _inside(folder: Path, name: str) -> Path | str:
         return f"it can't be followed ({error})"
 
 
-def _rows(file: Path, column: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _rows(file: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Number, from 1, and content of each row, or what is wrong with it; UserError where the file is no table."""
     try:
         if file.suffix == ".jsonl":
@@ -145,19 +148,22 @@ def _rows(file: Path, column: str) -> Iterator[tuple[int, dict[str, Any] | str]]
             return
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
-                _has_columns(file, table.schema_arrow.names, column)
+                found = table.schema_arrow.names
+                _has_columns(file, found, wanted)
+                columns = [name for name in found if name in ("file_name", wanted.column, wanted.label)]
                 number = 0
-                for batch in table.iter_batches(4096, columns=["file_name", column]):
-                    names, captions = (_raw(batch[name]).to_pylist() for name in ("file_name", column))
-                    for name, caption in zip(names, captions, strict=True):
+                for batch in table.iter_batches(4096, columns=columns):
+                    for values in zip(*(_raw(batch[name]).to_pylist() for name in columns), strict=True):
                         number += 1
-                        name = os.fsdecode(name) if isinstance(name, bytes) else name
-                        yield number, {"file_name": name, column: caption}
+                        cells = dict(zip(columns, values, strict=True))
+                        if isinstance(cells["file_name"], bytes):
+                            cells["file_name"] = os.fsdecode(cells["file_name"])
+                        yield number, cells
             return
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
-            _has_columns(file, list(reader.fieldnames or []), column)
+            _has_columns(file, list(reader.fieldnames or []), wanted)
             while True:
                 try:
                     row = next(reader, None)
@@ -191,10 +197,11 @@ def _raw(strings: pa.Array) -> pa.Array:
     return strings
 
 
-def _has_columns(file: Path, found: list[str], column: str) -> None:
-    for wanted in ("file_name", column):
-        if wanted not in found:
-            raise UserError(
-                f"{file}: no column {wanted!r} among {', '.join(found) or 'none'}; add it"
-                + (", or name the one with captions in data.source.column" if wanted == column else "")
-            )
+def _has_columns(file: Path, found: list[str], wanted: Wanted) -> None:
+    for name, instead in (
+        ("file_name", ""),
+        (wanted.column if wanted.captions else None, ", or name the one with captions in data.source.column"),
+        (wanted.label, ", or name the one with classes in data.source.label"),
+    ):
+        if name is not None and name not in found:
+            raise UserError(f"{file}: no column {name!r} among {', '.join(found) or 'none'}; add it{instead}")

@@ -145,12 +145,15 @@ class Index:
         return {(int(w), int(h)): np.flatnonzero(groups.ravel() == i) for i, (w, h) in enumerate(names)}
 
     def labels(self) -> list[str]:
-        """The classes, sorted; an entry's number is its label's place among them."""
-        return sorted({label for label in pc.unique(self.table["label"]).to_pylist() if label})
+        """The classes of all usable pictures, whatever was selected, sorted; a class's number is its place in them."""
+        usable = self.table["label"].filter(pc.is_null(self.table["reason"]))
+        return sorted(label for label in pc.unique(usable).to_pylist() if label)
 
     def fingerprint(self) -> str:
-        """SHA-256 of which pictures with which captions there are: a run is only continued on the same ones."""
+        """SHA-256 of which pictures with which captions and classes: a run is only continued on the same ones."""
         digest = hashlib.sha256()
+        if "class" in self.sources.conditions:  # one that only others have changes the numbers of these
+            digest.update(repr(self.labels()).encode())
         names = ("sha256", "weight", "repeats", "flip", "dropout", "label")
         facts = (self.table[name].take(pa.array(self.rows)).to_pylist() for name in names)
         for captions, *row in zip(self.captions(), *facts, strict=True):
@@ -198,12 +201,14 @@ def build(config: Config) -> Index:
     Raises UserError where a source can't be read at all; single bad pictures are kept in the index as such.
     """
     data, cache = config.data, config.cache_dir
-    sources = Sources(data.source, data.size, cache)
-    asked = [
-        {**source.model_dump(exclude={"weight", "repeats"}), "at": str(Path(source.path).resolve())}
-        for source in data.source
-    ]
-    key = hashlib.sha256(json.dumps([asked, data.background, data.min_side, data.size]).encode()).hexdigest()[:12]
+    sources = Sources(data.source, data.size, cache, config.stage2.conditions)
+    two = config.stage2
+    unread = {"weight", "repeats"} if two.classes else {"weight", "repeats", "label"}
+    asked = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
+    facts: list[Any] = [asked, data.background, data.min_side, data.size]
+    if (two.text, two.classes) != (True, False):  # others are good, so that such an index is no other run's
+        facts.append({"captions": two.text, "classes": two.classes})
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = cache / f"index-{key}.arrow"
 
     def written() -> None:

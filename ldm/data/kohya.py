@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.folders import SIDECARS, sidecars
-from ldm.data.records import Bad, Record, Records
+from ldm.data.records import Bad, Record, Records, Wanted, label_of
 from ldm.errors import UserError
 
 SIZES = {
@@ -89,18 +89,19 @@ def settings(file: Path) -> dict[str, Any]:
     return data
 
 
-def read(file: Path) -> Records:
-    """The pictures of every subset, each named by its folder and file."""
+def read(file: Path, wanted: Wanted) -> Records:
+    """The pictures of every subset, each named by its folder and file; where classes are wanted, `class_tokens`."""
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        for item in sidecars(subset.folder, False, subset.extensions, subset.class_tokens):
+        for item in sidecars(subset.folder, wanted._replace(lines=False), subset.extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{item.key}"
             if isinstance(item, Bad):
                 yield replace(item, key=key)
             else:
                 yield Record(
-                    key, item.where, tuple(_orders(item.captions[0], key, subset)), repeats=subset.num_repeats,
+                    key, item.where, tuple(_orders(item.captions[0], key, subset)),
+                    label="" if wanted.label is None else label_of(subset.class_tokens), repeats=subset.num_repeats,
                     flip=subset.flip_aug, dropout=subset.caption_dropout_rate,
                 )  # fmt: skip
 

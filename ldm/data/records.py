@@ -1,9 +1,9 @@
-"""What sources yield: captioned pictures, and what is wrong with those that can't be used."""
+"""What sources yield: pictures with captions, and what is wrong with those that can't be used."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ TABLE_ROW = -2
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned picture.
+    """One picture with its captions; a single empty one where it has none and needs none.
 
     `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
     caption joins parts that training only shows apart). It comes `repeats` times an epoch; `weight` is how often it is
@@ -34,7 +34,7 @@ class Record:
     key: str
     where: Where
     captions: tuple[str, ...]
-    label: str = ""  # the class folder's name
+    label: str = ""  # its class
     split: str = "train"
     weight: float = 1.0
     repeats: int = 1
@@ -69,39 +69,79 @@ class BadSampleError(ValueError):
     """A picture or caption that can't be used; the arguments are the reason and how to mend it."""
 
 
-def captions_of(value: Any, lines: bool = False) -> tuple[str, ...]:
-    """Captions from a string or a list of strings, white space tidied; BadSampleError where there is none.
+class Wanted(NamedTuple):
+    """What is read of a picture besides its bytes, and where it stands."""
 
-    With `lines`, each line of a string is a caption.
+    column: str = "text"
+    """Column, or key of a JSON, with captions."""
+    lines: bool = False
+    """Each line of a string is a caption."""
+    captions: bool = True
+    """A picture without a caption is bad; otherwise it has an empty one."""
+    label: str | None = None
+    """Column, or key of a JSON, with the class; None: classes are not read."""
+
+
+def captions_of(value: Any, wanted: Wanted) -> tuple[str, ...]:
+    """Captions from a string or a list of strings, white space tidied; BadSampleError where one is missing or no text.
+
+    Where none are wanted, those that are missing or empty are left out; if that is all, `("",)`.
     """
+    lines = wanted.lines
     value = [_decoded(each) for each in value] if isinstance(value, list) else _decoded(value)
     if isinstance(value, str):
         value = value.splitlines() if lines else [value]
         if lines:
             value = [line for line in value if line.strip()] or [""]
     if value is None or value == []:
+        if not wanted.captions:
+            return ("",)
         raise BadSampleError("it has no caption", "give it one")
     if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
         raise BadSampleError(f"its caption is {_short(value)}", "give a string or a list of strings")
     tidy = tuple(" ".join(caption.split()) for caption in value)
-    if not all(tidy):
+    if not wanted.captions:
+        tidy = tuple(filter(None, tidy)) or ("",)
+    elif not all(tidy):
         raise BadSampleError("its caption is empty", "write what the picture shows")
     for caption in tidy:
-        if any("\ud800" <= letter <= "\udfff" for letter in caption):  # what a reader puts for bytes that are no UTF-8
-            raise BadSampleError("the caption is not UTF-8", "save the file as UTF-8")
-        if "\0" in caption:  # UTF-16 without its mark passes for UTF-8
-            raise BadSampleError("the caption has NULs in it", "save the file as UTF-8")
+        _check_text(caption, "caption")
     return tidy
 
 
-def _decoded(value: Any) -> Any:
+def label_of(value: Any, names: Sequence[str] = ()) -> str:
+    """A class from a string or an integer, white space tidied; "" where there is none; BadSampleError for the rest.
+
+    `names` are what integers stand for, where they have names; -1 is then none, as `datasets` has it.
+    """
+    value = _decoded(value, "class")
+    if value is None or (value == -1 and names):
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if names and not 0 <= value < len(names):
+            raise BadSampleError(f"its class is {value}, and only {len(names)} have names", "give one that has")
+        value = names[value] if names else str(value)
+    if not isinstance(value, str):
+        raise BadSampleError(f"its class is {_short(value)}", "give a string or an integer")
+    _check_text(value, "class")
+    return " ".join(value.split())
+
+
+def _check_text(text: str, what: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a reader puts for bytes that are no UTF-8
+        raise BadSampleError(f"the {what} is not UTF-8", "save the file as UTF-8")
+    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+        raise BadSampleError(f"the {what} has NULs in it", "save the file as UTF-8")
+
+
+def _decoded(value: Any, what: str = "caption") -> Any:
     if not isinstance(value, bytes):
         return value
     try:
         return value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSampleError(
-            f"the caption is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
+            f"the {what} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
         ) from None
 
 

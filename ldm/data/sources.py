@@ -1,7 +1,9 @@
-"""Every way people keep captioned pictures, as one stream of records.
+"""Every way people keep pictures, with captions or without, as one stream of records.
 
-A source is a path: a folder (with a metadata file, caption files beside the pictures, or class folders), tars, parquet,
-a data set of `datasets` on disk or on the Hub, kohya's TOML, or a built-in set. Which one it is, is found by looking.
+A source is a path: a folder (with a metadata file, caption files beside the pictures, class folders, or just
+pictures), tars, parquet, a data set of `datasets` on disk or on the Hub, kohya's TOML, or a built-in set. Which one it
+is, is found by looking; what its pictures need follows from what stage two is conditioned on: `text` needs captions,
+`class` needs classes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ldm.data import archives, folders, kohya, openmoji
-from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Where
+from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Wanted, Where
 from ldm.errors import UserError
 from ldm.schema import SourceConfig
 
@@ -23,6 +25,7 @@ SAYS = {
     "metadata": "a folder with a metadata file",
     "sidecars": "a folder with a caption file beside each picture",
     "classes": "class folders: a picture's folder is its caption",
+    "pictures": "a folder of pictures",
     "tar": "WebDataset tars",
     "parquet": "parquet with an image column",
     "datasets": "a data set of the library datasets",
@@ -30,11 +33,17 @@ SAYS = {
 }
 STREAMED = ("tar", "parquet", "datasets")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+CONDITIONS = ("text",)
 
 
-def detect(source: SourceConfig) -> str:
+def detect(source: SourceConfig, conditions: Sequence[str] = CONDITIONS) -> str:
     """The kind of a source, one of SAYS; UserError, with what could be meant, where it is none."""
     path = source.path
+    if source.kind == "pictures" and "text" in conditions:
+        raise UserError(
+            f"data.source.kind: pictures, so {path} has no captions, and stage2.conditions has text; "
+            "leave out the kind, or text"
+        )
     if source.kind != "auto":
         return source.kind
     if path in openmoji.SUBSETS:
@@ -56,10 +65,10 @@ def detect(source: SourceConfig) -> str:
         return "metadata"
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
         return "datasets"
-    return _kind_of_folder(folder)
+    return _kind_of_folder(folder, "text" in conditions)
 
 
-def _kind_of_folder(folder: Path) -> str:
+def _kind_of_folder(folder: Path, captions: bool) -> str:
     in_classes = loose = False
     for directory, names in folders.walk(folder):
         here = set(names)
@@ -71,6 +80,8 @@ def _kind_of_folder(folder: Path) -> str:
                 return kind
         loose |= bool(pictures) and directory == folder
         in_classes |= bool(pictures) and directory != folder
+    if loose and not captions:
+        return "pictures"
     if in_classes:
         return "classes"
     raise UserError(
@@ -80,15 +91,17 @@ def _kind_of_folder(folder: Path) -> str:
     )
 
 
-def check(sources: Sequence[SourceConfig], streaming: bool = False) -> None:
+def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: Sequence[str] = CONDITIONS) -> None:
     """UserError where a source can't be what it says, or can't be streamed; nothing is opened."""
     for source in sources:
-        kind = detect(source)
+        kind = detect(source, conditions)
         if streaming and kind not in STREAMED:
             raise UserError(
                 f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
             )
-        if kind in ("metadata", "sidecars", "classes") and not Path(source.path).is_dir():
+        if kind == "openmoji" and "class" in conditions:
+            raise UserError(f"data.source: {source.path} has no classes; leave class out of stage2.conditions")
+        if kind in ("metadata", "sidecars", "classes", "pictures") and not Path(source.path).is_dir():
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):
             raise UserError(f"data.source: none of {', '.join(folders.METADATA)} in {source.path}; write one")
@@ -103,19 +116,19 @@ def _is_text(name: str) -> bool:
 class Sources:
     """The sources of a run, in their order: their records, and the bytes of the pictures that these name."""
 
-    def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path):
-        self.configs, self.size, self.cache = tuple(configs), size, cache
-        self.kinds = [detect(source) for source in self.configs]
+    def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path, conditions: Sequence[str] = CONDITIONS):
+        self.configs, self.size, self.cache, self.conditions = tuple(configs), size, cache, tuple(conditions)
+        self.kinds = [detect(source, conditions) for source in self.configs]
 
     def __getstate__(self) -> dict[str, object]:  # a loader's process opens tables itself
-        return {"configs": self.configs, "size": self.size, "cache": self.cache, "kinds": self.kinds}
+        return {name: getattr(self, name) for name in ("configs", "size", "cache", "conditions", "kinds")}
 
     def says(self) -> list[str]:
         """A line a source: what it was taken for."""
         return [f"data     {source.path}: {SAYS[kind]}" for source, kind in zip(self.configs, self.kinds, strict=True)]
 
     def records(self, number: int) -> Records:
-        """What source `number` holds, good and bad; only names and captions are read."""
+        """What source `number` holds, good and bad; only names, captions and classes are read."""
         source, kind = self.configs[number], self.kinds[number]
         for item in self._records(number, source, kind):
             key = item.key if len(self.configs) == 1 else f"{number}:{item.key}"
@@ -123,6 +136,9 @@ class Sources:
                 yield replace(item, key=key)
             elif not _is_text(item.where.file + item.label):  # an index could not hold it
                 yield Bad(key, "its name is not UTF-8", "rename it")
+            elif "class" in self.conditions and not item.label:
+                column = f"write it into the column {source.label!r}, or put it in a class folder"
+                yield Bad(key, "it has no class", "give its subset class_tokens" if kind == "kohya" else column)
             else:
                 yield replace(item, key=key, repeats=item.repeats * source.repeats)
 
@@ -137,16 +153,15 @@ class Sources:
         source, kind = self.configs[number], self.kinds[number]
         if kind == "tar":
             return [(number, url) for url in archives.expand(source.path, archives.TARS)]
-        check([source], streaming=True)
+        check([source], streaming=True, conditions=self.conditions)
         return [(number, shard) for shard in range(self._streams[number].rows.num_shards)]
 
     def samples(self, shard: tuple[int, str | int]) -> Iterator[archives.Sample]:
         """The samples of a shard with the bytes of their pictures, in the order in which they lie there."""
         number, name = shard
-        source = self.configs[number]
         if isinstance(name, str):
-            return archives.tar_samples(name, source.column, source.lines)
-        return self._streams[number].samples(str(number), source.lines, name)
+            return archives.tar_samples(name, self._wanted(self.configs[number]))
+        return self._streams[number].samples(str(number), name)
 
     def table_stamp(self, number: int) -> str:
         """What tells that a table is as it was."""
@@ -155,7 +170,11 @@ class Sources:
     def table(self, number: int, streaming: bool = False) -> archives.Table:
         source, kind = self.configs[number], self.kinds[number]
         cache = str(self.cache / "datasets")
-        return archives.Table(source.path, kind, source.split, source.column, source.image, streaming, cache)
+        return archives.Table(source.path, kind, source.split, self._wanted(source), source.image, streaming, cache)
+
+    def _wanted(self, source: SourceConfig) -> Wanted:
+        label = source.label if "class" in self.conditions else None
+        return Wanted(source.column, source.lines, "text" in self.conditions, label)
 
     @cached_property
     def _tables(self) -> dict[int, archives.Table]:
@@ -166,7 +185,7 @@ class Sources:
         return {i: self.table(i, True) for i, kind in enumerate(self.kinds) if kind in ("parquet", "datasets")}
 
     def _records(self, number: int, source: SourceConfig, kind: str) -> Records:
-        folder = Path(source.path)
+        folder, wanted = Path(source.path), self._wanted(source)
         if kind == "openmoji":
             drawn = openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")
             return (
@@ -177,16 +196,13 @@ class Sources:
                 for d, path in drawn
             )  # fmt: skip
         if kind == "metadata":
-            return folders.metadata(folder, source.column, source.lines)
-        if kind == "sidecars":
-            return folders.sidecars(folder, source.lines)
+            return folders.metadata(folder, wanted)
+        if kind in ("sidecars", "pictures"):
+            return folders.sidecars(folder, wanted, folders.SIDECARS if kind == "sidecars" else ())
         if kind == "classes":
-            return folders.classes(folder, source.template)
+            return folders.classes(folder, source.template, wanted)
         if kind == "kohya":
-            return kohya.read(folder)
+            return kohya.read(folder, wanted)
         if kind == "tar":
-            return archives.tars(archives.expand(source.path, archives.TARS), source.column, source.lines)
-        return (
-            item if isinstance(item, Bad) else item[0]
-            for item in self._tables[number].samples(str(number), source.lines)
-        )
+            return archives.tars(archives.expand(source.path, archives.TARS), wanted)
+        return (item if isinstance(item, Bad) else item[0] for item in self._tables[number].samples(str(number)))

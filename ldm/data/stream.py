@@ -42,7 +42,7 @@ class Stream:
 
     def __init__(self, config: Config, shards: Sequence[tuple[int, str | int]] | None = None):
         self.config = config
-        self.sources = Sources(config.data.source, config.data.size, config.cache_dir)
+        self.sources = Sources(config.data.source, config.data.size, config.cache_dir, config.stage2.conditions)
         numbers = range(len(self.sources.configs))
         self.shards = [s for n in numbers for s in self.sources.shards(n)] if shards is None else list(shards)
         self._named: set[str] = set()  # the bad ones that were reported

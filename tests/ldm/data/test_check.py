@@ -91,6 +91,35 @@ def test_the_check_ends_with_status_1_where_training_would_stop(
     assert not (run / "config.yaml").exists()  # a check begins no run
 
 
+def test_pictures_without_captions_are_checked_without_figures_of_captions(
+    root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for caption in folder.glob("*.txt"):
+        caption.unlink()
+    assert check_data.main(arguments(root, folder)) == 2
+    assert "put a metadata.jsonl there, or a .txt beside each picture" in capsys.readouterr().err
+    assert check_data.main(arguments(root, folder, "stage2.conditions=[]", "stage2.pooled_text=false")) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}: a folder of pictures\n" in out
+    assert "pictures   10 good, 0 bad" in out
+    assert "duplicates 1 are exact copies" in out
+    assert "\ncaptions " not in out
+    assert Image.open(folder.parent / "run/data-sheet.png").width > 800
+
+
+def test_classes_are_checked_with_how_many_pictures_they_have(
+    root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"file_name": f"{i}.png", "label": int(i > 0)} for i in range(7)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 0
+    assert "classes    2 of 1 1 4 6 6 pictures (percentiles)\n" in capsys.readouterr().out
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}')
+    assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 1
+    out = capsys.readouterr().out
+    assert "bad        0.png: it has no class; write it into the column 'label', or put it in a class folder" in out
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
 def test_near_duplicates_are_those_that_every_pair_compared_would_find(bits: int) -> None:
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Every kind of source: what it is taken for, and that all of them give the same pictures and captions."""
 
 import csv
+import hashlib
 import io
 import json
 import tarfile
@@ -19,9 +20,9 @@ from ldm.data import index
 from ldm.data.index import Index
 from ldm.data.records import Bad
 from ldm.data.samples import Pictures
-from ldm.data.sources import Sources, detect
+from ldm.data.sources import Sources, check, detect
 from ldm.errors import UserError
-from ldm.schema import BucketConfig
+from ldm.schema import BucketConfig, SourceConfig
 
 CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
 
@@ -163,6 +164,380 @@ def test_class_folders_give_captions_by_template_and_labels(
     assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
 
 
+UNCONDITIONAL = ("stage2.conditions=[]", "stage2.pooled_text=false")
+
+
+def bare_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+    (lay(folder, pictures) / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}"}}\n' for name in pictures))
+    return str(folder)
+
+
+def bare_csv(folder: Path, pictures: dict[str, bytes]) -> str:
+    (lay(folder, pictures) / "metadata.csv").write_text("\n".join(["file_name", *pictures]))
+    return str(folder)
+
+
+def bare_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    pq.write_table(pa.table({"file_name": list(pictures)}), lay(folder, pictures) / "metadata.parquet")
+    return str(folder)
+
+
+def bare_folder(folder: Path, pictures: dict[str, bytes]) -> str:
+    lay(folder / "deep/deeper", {"c.webp": pictures["c.webp"]})
+    return str(lay(folder, {name: pictures[name] for name in ("a.png", "b.jpg")}))
+
+
+def bare_classes(folder: Path, pictures: dict[str, bytes]) -> str:
+    for name, data in pictures.items():
+        lay(folder / "_", {name: data})  # of which no caption can be made
+    return str(folder)
+
+
+def bare_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, data in sorted({**pictures, "b.json": b"{}", "c.json": b"[]"}.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def bare_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": list(pictures.values())}), folder / "train.parquet")
+    return str(folder)
+
+
+def bare_saved(folder: Path, pictures: dict[str, bytes]) -> str:
+    as_dataset(pictures).remove_columns("text").save_to_disk(folder)
+    return str(folder)
+
+
+def bare_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
+    lay(folder / "one", pictures)
+    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'one'\n")
+    return str(folder / "set.toml")
+
+
+BARE: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
+    "jsonl": ("metadata", bare_jsonl), "csv": ("metadata", bare_csv),
+    "metadata parquet": ("metadata", bare_metadata_parquet), "folder": ("pictures", bare_folder),
+    "classes": ("classes", bare_classes), "tar": ("tar", bare_tar), "parquet": ("parquet", bare_parquet),
+    "datasets": ("datasets", bare_saved), "kohya": ("kohya", bare_kohya),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them(
+    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    detected, lay_out = BARE[kind]
+    given = settings(root, tmp_path / "run", lay_out(tmp_path / "data", pictures), *UNCONDITIONAL)
+    found = index.build(given)
+    assert found.sources.kinds == [detected]
+    assert found.bad_count() == 0
+    assert {entry.sha256: entry.captions for entry in found} == {
+        hashlib.sha256(data).digest(): ("",) for data in pictures.values()
+    }
+    assert {Pictures(found, given, 1)[n]["caption"] for n in range(3)} == {""}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_that_are_there_are_kept_where_none_are_needed(
+    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = KINDS[kind](tmp_path / "data", pictures)
+    needed = index.build(settings(root, tmp_path / "run", source))
+    assert by_picture(index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == by_picture(needed)
+
+
+def test_some_captions_may_be_missing_where_none_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_text("a red hat")
+    (folder / "b.txt").write_text(" \n")
+    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert (found.sources.kinds, found.bad_count()) == (["sidecars"], 0)
+    assert {entry.key: entry.captions for entry in found} == {
+        "a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [" ", [], ["", " "], None])
+def test_a_caption_that_says_nothing_is_none(
+    text: object, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    source = str(tmp_path / "data")
+    (entry,) = index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
+    assert entry.captions == ("",)
+    assert index.build(settings(root, tmp_path / "run", source)).bad_count() == 1
+
+
+def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_bytes("grün".encode("latin-1"))
+    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert [(bad.key, bad.fix) for bad in found.bad()] == [("a.png", "save it as UTF-8")]
+
+
+def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    lay(tmp_path / "data/hats", {"a.png": pictures["a.png"]})
+    for kind in ("classes", "pictures"):
+        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: pictures}}"
+        (entry,) = (found := index.build(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
+        assert found.sources.kinds == [kind]
+        assert entry.captions == (("hats",) if kind == "classes" else ("",))
+
+
+def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: pictures}}")
+    with pytest.raises(UserError) as caught:
+        index.build(given)
+    assert str(caught.value) == (
+        f"data.source.kind: pictures, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
+        "leave out the kind, or text"
+    )
+    with pytest.raises(UserError, match="no folder"):
+        check([SourceConfig(path=str(tmp_path / "gone"), kind="pictures")], conditions=())
+
+
+def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = lay(tmp_path / "data", pictures)
+    (folder / "a.txt").write_text("a red hat")
+    run = tmp_path / "run"
+    for conditions, bad in ((UNCONDITIONAL, 0), ((), 2), (UNCONDITIONAL, 0)):
+        assert index.build(settings(root, run, str(folder), *conditions)).bad_count() == bad
+    assert len(list((run / "cache").glob("index-*.arrow"))) == 2
+
+
+def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = as_jsonl(tmp_path / "data", pictures)
+    index.build(settings(root, tmp_path / "run", source))
+    asked = {
+        "path": source, "kind": "auto", "column": "text", "image": "image", "lines": False, "template": "{}",
+        "split": "train", "at": source,
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]
+    assert [path.name for path in (tmp_path / "run/cache").glob("index-*")] == [f"index-{name}.arrow"]
+
+
+OF_CLASSES = ("stage2.conditions=[class]", "stage2.pooled_text=false")
+LABELS = {"a.png": "hat", "b.jpg": "shoe", "c.webp": "hat"}
+
+
+def labelled_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+    rows = (json.dumps({"file_name": name, "kind": label}) for name, label in LABELS.items())
+    (lay(folder, pictures) / "metadata.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def labelled_csv(folder: Path, pictures: dict[str, bytes]) -> str:
+    rows = (f"{name}, {label} " for name, label in LABELS.items())
+    (lay(folder, pictures) / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]))
+    return str(folder)
+
+
+def labelled_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    table = pa.table({"file_name": list(LABELS), "kind": pa.array(LABELS.values()).dictionary_encode()})
+    pq.write_table(table, lay(folder, pictures) / "metadata.parquet")
+    return str(folder)
+
+
+def labelled_folders(folder: Path, pictures: dict[str, bytes]) -> str:
+    for name, label in LABELS.items():
+        lay(folder / label / "deeper", {name: pictures[name]})
+    return str(folder)
+
+
+def labelled_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, label in LABELS.items():
+            stem = Path(name).stem
+            about = json.dumps({"kind": label}).encode()
+            files = {name: pictures[name], f"{stem}.json": about} | ({"a.txt": b"a red hat"} if stem == "a" else {})
+            for member, data in files.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(folder)
+
+
+def labelled_dataset(pictures: dict[str, bytes], kind: object) -> datasets.Dataset:
+    images = [{"bytes": data, "path": None} for data in pictures.values()]
+    features = datasets.Features({"image": datasets.Image(), "kind": kind})
+    names = ["shoe", "hat"]
+    labels = [names.index(label) if isinstance(kind, datasets.ClassLabel) else label for label in LABELS.values()]
+    return datasets.Dataset.from_dict({"image": images, "kind": labels}, features)
+
+
+def labelled_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    labelled_dataset(pictures, datasets.Value("string")).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def named_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+    folder.mkdir(parents=True)
+    labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def labelled_saved(folder: Path, pictures: dict[str, bytes]) -> str:
+    labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).save_to_disk(folder)
+    return str(folder)
+
+
+def labelled_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
+    subsets = ""
+    for name, label in LABELS.items():
+        lay(folder / Path(name).stem, {name: pictures[name]})
+        subsets += f"[[datasets.subsets]]\nimage_dir = '{Path(name).stem}'\nclass_tokens = '{label}'\n"
+    (folder / "set.toml").write_text(f"[[datasets]]\nresolution = 16\n{subsets}")
+    return str(folder / "set.toml")
+
+
+LABELLED: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
+    "jsonl": labelled_jsonl, "csv": labelled_csv, "metadata parquet": labelled_metadata_parquet,
+    "folders": labelled_folders, "tar": labelled_tar, "parquet": labelled_parquet,
+    "parquet with names": named_parquet, "datasets": labelled_saved, "kohya": labelled_kohya,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    source = LABELLED[kind](tmp_path / "data", pictures)
+    given = settings(root, tmp_path / "run", f"{{path: {source}, label: kind}}", *OF_CLASSES)
+    found = index.build(given)
+    assert found.bad_count() == 0
+    assert {entry.sha256: entry.label for entry in found} == {
+        hashlib.sha256(pictures[name]).digest(): label for name, label in LABELS.items()
+    }
+    assert found.labels() == ["hat", "shoe"]
+    samples = Pictures(found, given, 1)
+    numbers = {samples.draws[n].entry.sha256: int(samples[n]["class"]) for n in range(3)}
+    assert numbers == {hashlib.sha256(pictures[name]).digest(): int(LABELS[name] == "shoe") for name in LABELS}
+
+
+def test_the_first_folder_is_the_class_beside_caption_files_too(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (lay(tmp_path / "data/hats/red", {"a.png": pictures["a.png"]}) / "a.txt").write_text("a red hat")
+    (lay(tmp_path / "data", {"b.jpg": pictures["b.jpg"]}) / "b.txt").write_text("two shoes")
+    found = index.build(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
+    assert [(entry.captions, entry.label) for entry in found] == [(("a red hat",), "hats")]
+    assert [(bad.key, bad.reason) for bad in found.bad()] == [("b.jpg", "it has no class")]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (7, "7"), (0, "0"), ("a  hat\n", "a hat"), (None, "it has no class"), (" ", "it has no class"),
+        (True, "its class is true"), (1.5, "its class is 1.5"), (["hat"], 'its class is ["hat"]'),
+        ("\ud800", "the class is not UTF-8"), ("a\0", "the class has NULs in it"),
+    ],
+)  # fmt: skip
+def test_a_class_is_a_string_or_an_integer(
+    label: object, expected: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
+    found = index.build(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
+    assert [*(entry.label for entry in found), *(bad.reason for bad in found.bad())] == [expected]
+    assert found.labels() == ([] if found.bad_count() else [expected])
+
+
+def test_a_class_without_a_name_is_named_and_minus_one_is_none(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    (tmp_path / "data").mkdir()
+    named = labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).data.table
+    table = named.set_column(1, "kind", pa.array([-1, 1, 2])).replace_schema_metadata(named.schema.metadata)
+    pq.write_table(table, tmp_path / "data/train.parquet")
+    source = f"{{path: {tmp_path / 'data'}, label: kind}}"
+    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    assert [entry.label for entry in found] == ["hat"]
+    assert [bad.reason for bad in found.bad()] == ["it has no class", "its class is 2, and only 2 have names"]
+
+
+def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = bare_jsonl(tmp_path / "data", pictures)
+    assert index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
+    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    assert len(found) == 0
+    assert found.verdict(tmp_path / "data-report.json") == (
+        f"data.source: no usable picture in {source}; the first bad one: "
+        "a.png: it has no class; write it into the column 'label', or put it in a class folder"
+    )
+    kohya = index.build(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
+    assert {bad.fix for bad in kohya.bad()} == {"give its subset class_tokens"}
+    with pytest.raises(UserError, match="openmoji-demo has no classes; leave class out"):
+        check([SourceConfig(path="openmoji-demo")], conditions=("class",))
+
+
+def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    source = labelled_folders(tmp_path / "data", pictures)
+    lay(tmp_path / "data/coat", {"d.png": b"damaged"})
+    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    assert (found.labels(), found.bad_count()) == (["hat", "shoe"], 1)
+
+
+def test_classes_are_part_of_what_a_run_is_bound_to_where_it_learns_them(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = f"{{path: {labelled_jsonl(tmp_path / 'data', pictures)}, label: kind}}"
+    metadata = tmp_path / "data/metadata.jsonl"
+
+    def fingerprints(*overrides: str) -> list[str]:
+        built = index.build(settings(root, tmp_path / "run", source, *overrides))
+        return [built.fingerprint(), built.first(1).fingerprint()]
+
+    before, without = fingerprints(*OF_CLASSES), fingerprints(*UNCONDITIONAL)
+    metadata.write_text(metadata.read_text().replace("shoe", "boot"))  # which is none of the first one's
+    after = fingerprints(*OF_CLASSES)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    assert fingerprints(*UNCONDITIONAL) == without
+
+
+def test_a_column_of_labels_changes_nothing_where_no_classes_are_learned(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "data"
+    plain = index.build(settings(root, tmp_path / "one", as_jsonl(folder, pictures)))
+    rows = [{"file_name": name, "text": text, "label": [7]} for name, text in CAPTIONS.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    other = index.build(settings(root, tmp_path / "two", f"{{path: {folder}, label: label}}"))
+    assert other.fingerprint() == plain.fingerprint()
+    one, two = (next((tmp_path / run / "cache").glob("index-*")) for run in ("one", "two"))
+    assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
+
+
+def test_an_index_is_shared_only_by_runs_that_need_the_same(
+    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    source = as_jsonl(tmp_path / "data", pictures)
+    for label in ("label", "kind"):
+        for conditions in ("[]", "[text]", "[class]", "[text,class]"):
+            overrides = (f"stage2.conditions={conditions}", "stage2.pooled_text=false")
+            index.build(settings(root, tmp_path / "run", f"{{path: {source}, label: {label}}}", *overrides))
+    assert len(list((tmp_path / "run/cache").glob("index-*.arrow"))) == 2 + 2 * 2
+
+
 def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
     as_jsonl(tmp_path / "one", pictures)
     as_sidecars(
@@ -298,6 +673,10 @@ def test_a_table_without_the_column_says_which_there_are(
     as_csv(tmp_path / "csv", pictures)
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
         index.build(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
+    with pytest.raises(UserError, match=r"no column 'label' among image, text; set data\.source\.label"):
+        index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    with pytest.raises(UserError, match=r"no column 'label' .* or name the one with classes in data\.source\.label"):
+        index.build(settings(root, tmp_path / "run", str(tmp_path / "csv"), *OF_CLASSES))
 
 
 def test_an_id_of_the_hub_is_taken_for_one(root: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Data sets that are read shard by shard."""
 
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,20 @@ def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Stream]:
         return Stream(settings)
 
     return given
+
+
+def test_tars_without_captions_are_streamed_where_none_are_needed(
+    streamed: Callable[..., Stream], tars: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
+) -> None:
+    for path in tars.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".png")]
+            files = {name: tar.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+        write_tar(path, files)
+    stream = streamed("stage2.conditions=[]", "stage2.pooled_text=false", "stage2.steps=2")
+    steps = read(stream)
+    assert [len(step["pixels"]) for step in steps] == [12, 12]
+    assert {caption for step in steps for caption in step["caption"]} == {""}
 
 
 def read(stream: Stream, processes: int = 1, workers: int = 0, first: int = 0, **places: Any) -> list[dict[str, Any]]:
