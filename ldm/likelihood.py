@@ -151,6 +151,26 @@ def bound(
     return Bound(prior + terms.sum(1), prior, terms)
 
 
+def through_autoencoder(
+    latent_bound: torch.Tensor,
+    log_variance: torch.Tensor,
+    pixels: torch.Tensor,
+    rebuilt: torch.Tensor,
+    error: float,
+) -> torch.Tensor:
+    """The bound on the pictures themselves, bits per dimension of the pixels, `(N,)`: arXiv 2106.05931, eq. 1.
+
+    −log P(x) ≤ E_q[−log P(x | z)] − H(q(z | x)) + the bound of z. `latent_bound` `(N,)` is that of latents z drawn from
+    q(z | x), nats per dimension; `log_variance` `(N, c, h, w)` that of q; `rebuilt` is z decoded, for 8-bit `pixels`
+    `(N, 3, H, W)` in [−1, 1]. P(x | z) is the discretised Gaussian about it whose variance is `error`, the mean squared
+    error of other pictures than these, or of enough of them that these don't matter.
+    """
+    decoded = discrete_nll(pixels, rebuilt, torch.tensor(error, device=pixels.device).log()).flatten(1).sum(1)
+    entropy = 0.5 * (1 + math.log(2 * math.pi) + log_variance).flatten(1).sum(1)
+    dimensions = pixels[0].numel()
+    return (decoded - entropy + latent_bound * log_variance[0].numel()) / (dimensions * math.log(2))
+
+
 def log_density(
     process: Process,
     denoise: Denoiser,
@@ -185,8 +205,11 @@ def _path(process: Process, steps: int | None, like: torch.Tensor) -> tuple[list
         nodes = torch.linspace(0, 1, (steps or 100) + 1, dtype=torch.float64)
         # At either end one of the targets is 0/0; the velocity is not, and is told a time just inside.
         return nodes.tolist(), nodes.clamp(1e-4, 1 - 1e-4).to(like)
+    last = process.timesteps - 1
+    if process.target == "eps":  # which tells next to nothing of v in all but pure noise: v = (ε − σ·x_t) / α
+        last = max(1, int((process.chain().log_snr > -9).sum()) - 1)
     count = min(steps or process.timesteps, process.timesteps)
-    times = torch.linspace(0, process.timesteps - 1, count).round().long().unique()
+    times = torch.linspace(0, last, count).round().long().unique()
     alpha_bar = process.chain().alpha_bar[times]
     angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt()).tolist()
     # The data stand at angle 0, a little before the least noise that the network knows.
