@@ -28,7 +28,11 @@ SHOWN = 5  # examples of each kind
 def facts(index: Index, config: Config, text: TextEncoder) -> dict[str, Any]:
     """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed."""
     key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length}"
-    asked = {"buckets": config.data.model_dump()["buckets"], "text": config.text.model, "bad": index.bad_count()}
+    asked = {
+        "buckets": config.data.model_dump()["buckets"],
+        "text": [config.text.model, text.chunks],
+        "bad": index.bad_count(),
+    }
     file = config.cache_dir / f"check-{key}.json"
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
         return dict(known)
