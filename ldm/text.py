@@ -1,6 +1,6 @@
 """Prompts → token embeddings for cross-attention, through transformers.
 
-One key covers BERT-like encoders (MiniLM), CLIP and T5. Embeddings are the last layer's token states,
+One key covers BERT-like encoders (MiniLM), CLIP, OpenCLIP and T5. Embeddings are the last layer's token states,
 padded to one length, exactly as diffusers' `StableDiffusionPipeline` computes them, so an exported model sees the same
 numbers.
 """
@@ -21,12 +21,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
 from transformers.utils import logging
 
+from ldm import open_clip_text
 from ldm.errors import UserError
 from ldm.files import tensors_sha256
 from ldm.schema import TextConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+OPEN_CLIP = "open_clip:"
 NULL_PROMPT = ""  # its embedding is the unconditional one
 
 
@@ -113,11 +115,14 @@ def load(
 ) -> TextEncoder:
     """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that carries it.
 
-    The model has `skip_layers` fewer layers than what is
+    `open_clip:` before a name gives a text tower of OpenCLIP. The model has `skip_layers` fewer layers than what is
     loaded; its last norm stays. UserError where there is neither, where `width` is given and is not the encoder's,
     where all-MiniLM-L6-v2 is not the published file, and where a key asks for what the encoder has not.
     """
-    model, tokenizer = _from_transformers(name)
+    if name.startswith(OPEN_CLIP):
+        model, tokenizer = open_clip_text.load(name.removeprefix(OPEN_CLIP))
+    else:
+        model, tokenizer = _from_transformers(name)
     if width and width != model.config.hidden_size:
         raise UserError(f"text.width: {width}, but {name} has {model.config.hidden_size}; set it to that")
     if skip_layers:
