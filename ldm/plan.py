@@ -64,7 +64,7 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)
-    encoder = text.load(config.text.model, config.text.max_tokens, config.text.width) if two.text else None
+    encoder = text.of(config.text) if two.text else None
     shape = one.latent_channels, config.data.size // one.factor, encoder.width if encoder else 0
     if two.init_from:
         unet.load(two, *shape)
@@ -113,9 +113,10 @@ def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device
 
 def _text_shape(config: Config) -> tuple[int, int | str]:
     if config.text.width and not Path(config.text.model).is_dir():
-        return config.text.width, config.text.max_tokens or "all its"
+        tokens = config.text.max_tokens
+        return config.text.width, tokens * config.text.chunks if tokens else "all its"
     with torch.device("cpu"):
-        encoder = text.load(config.text.model, config.text.max_tokens, config.text.width)
+        encoder = text.of(config.text)
     return encoder.width, encoder.length
 
 

@@ -134,7 +134,7 @@ class DataConfig(Section):
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers."""
+    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers; or `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or cut to; default: the tokenizer's own."""
     width: PositiveInt | None = None

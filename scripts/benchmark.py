@@ -70,7 +70,7 @@ def data(settings: Config, seconds: float) -> None:
     device = accelerator(settings.run).device
     torch.manual_seed(0)
     vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size)).to(device)
-    encoder = text.load(settings.text.model, settings.text.max_tokens, settings.text.width).to(device)
+    encoder = text.of(settings.text).to(device)
     pictures = index.build(settings).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
 

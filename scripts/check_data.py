@@ -46,8 +46,7 @@ def check_index(settings: config.Config) -> int:
     if found.bad_count() > 20:
         print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
     if len(found):
-        words = settings.text
-        encoder = text.load(words.model, words.max_tokens, words.width) if settings.stage2.text else None
+        encoder = text.of(settings.text) if settings.stage2.text else None
         print(check.describe(check.facts(found, settings, encoder)))
         check.sheet(found.select("train"), settings).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")

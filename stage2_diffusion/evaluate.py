@@ -217,4 +217,4 @@ def one_draw_bounds(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

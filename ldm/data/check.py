@@ -33,7 +33,7 @@ def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, A
     text = text if config.stage2.text else None
     key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length if text else 0}"
     asked = {
-        "buckets": config.data.model_dump()["buckets"], "text": config.text.model if text else None,
+        "buckets": config.data.model_dump()["buckets"], "text": [config.text.model, text.chunks] if text else None,
         "bad": index.bad_count(),
     }  # fmt: skip
     file = config.cache_dir / f"check-{key}.json"

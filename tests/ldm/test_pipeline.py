@@ -1,5 +1,6 @@
 """All parts together, with random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Pa
     for solver in ("dpm++", "euler", "unipc"):
         one, other = (m.latents(["red heart"], [3], steps=3, guidance=2.0, solver=solver) for m in (model, loaded))
         torch.testing.assert_close(one, other)
+
+
+def test_a_saved_model_keeps_pieces_and_skipped_layers(model: LatentDiffusion, tmp_path: Path) -> None:
+    encoder = text.load(text.MINILM, 8, skip_layers=2, chunks=2)
+    replace(model, text=encoder).save(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline", "cpu").text
+    prompts = ["red heart", "a very long caption of more than eight tokens"]
+    torch.testing.assert_close(loaded.encode(prompts), encoder.encode(prompts), rtol=0, atol=0)
+    assert loaded.fingerprint() == encoder.fingerprint()
 
 
 def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:

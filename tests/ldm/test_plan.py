@@ -19,6 +19,12 @@ def test_a_sound_configuration_gives_its_text_encoder(root: Path) -> None:
     assert (encoder.length, encoder.width) == (16, 384)
 
 
+def test_the_plan_counts_the_tokens_of_all_pieces(root: Path) -> None:
+    config = tiny(root, "text.chunks=3", "text.skip_layers=1")
+    assert plan.check(config, processes=1).length == 48
+    assert "48 tokens × 384" in plan.describe(config)
+
+
 @pytest.mark.parametrize(
     ("overrides", "processes", "says"),
     [
