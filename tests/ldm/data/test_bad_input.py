@@ -399,6 +399,13 @@ ROWS: dict[str, tuple[dict[str, Any] | None, bytes | None]] = {
     "nothing at all": (None, None),
 }
 
+UNCAPTIONED = {  # bad for no other reason than that there is no caption
+    "caption-missing.png", "caption-empty.png", "caption-blank.png", "caption-of-a-mark.png", "name-of-two\nlines.png",
+    "no caption", "null as caption", "no caption in a list", "a blank in a list", "an empty caption", "a blank caption",
+    "no-caption", "empty-caption", "blank-caption", "list-as-json", "other-json", "link-as-caption", "../way-out",
+    "name-of-two\nlines", "caption-folder.png",
+}  # fmt: skip
+
 # ---------------------------------------------------------------------------------------------------------------- sets
 
 
@@ -684,6 +691,22 @@ def test_all_hostile_inputs_together_are_named_and_nothing_outside_is_read(
             content = file.read_bytes()
             assert SECRET.encode() not in content
             assert secret not in content
+
+
+def test_without_captions_all_other_hostile_inputs_are_named_and_nothing_outside_is_read(
+    root: Path, tmp_path: Path, watch: Watch
+) -> None:
+    sets = [make(tmp_path, kind) for kind in KINDS]
+    for each in sets:
+        assert each.named.keys() & UNCAPTIONED
+        each.named = {name: pattern for name, pattern in each.named.items() if name not in UNCAPTIONED}
+    with watch.within(tmp_path):
+        found = index.build(settings(root, tmp_path, sets, "stage2.conditions=[]", "stage2.pooled_text=false"))
+    assert_named(list(found.bad()), sets)
+    expected = {key: captions for each in sets for key, captions in each.good.items()}
+    captioned = {entry.sha256: entry.captions for entry in found if entry.captions not in (("",), ("a hat",))}
+    assert captioned == expected
+    assert SECRET not in {caption for entry in found for caption in entry.captions}
 
 
 def test_the_share_of_bad_ones_decides_in_one_line(root: Path, tmp_path: Path) -> None:
