@@ -50,7 +50,7 @@ def describe(config: Config) -> str:
 def check(config: Config, processes: int) -> text.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
-    sources.check(config.data.source, config.data.streaming)
+    sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if not one.needs_none:
         local_batch("stage1", one, processes)
@@ -122,7 +122,7 @@ def _text_shape(config: Config) -> tuple[int, int | str]:
 
 def _presence(config: Config) -> str:
     try:
-        sources.check(config.data.source)
+        sources.check(config.data.source, conditions=config.stage2.conditions)
     except UserError as error:
         if any(Path(source.path).exists() for source in config.data.source):
             return f" ({error})"

@@ -421,6 +421,10 @@ class Stage2Config(Training):
         return "class" in self.conditions
 
     @property
+    def sizes(self) -> bool:
+        return "size" in self.conditions
+
+    @property
     def image(self) -> bool:
         """Whether a picture stands beside x_t."""
         return bool({"inpaint", "upscale"} & set(self.conditions))

@@ -57,7 +57,7 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
         )  # fmt: skip
     if "upscale" in stage.conditions:
         shape["num_class_embeds"] = 1000  # noise levels of the small picture
-    if "size" in stage.conditions:
+    if stage.sizes:
         width = SIZES * 256 + (text_width if stage.pooled_text else 0)
         shape |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
@@ -115,7 +115,7 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
         has, needed = unet.config.get(key), wanted.get(key)
         if has != needed:
             raise UserError(f"stage2.init_from: {name} has {key} {has}, but {what} are {needed}; use its own")
-    if (unet.config.get("addition_embed_type") == "text_time") != ("size" in stage.conditions):
+    if (unet.config.get("addition_embed_type") == "text_time") != (stage.sizes):
         raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
     return unet
 

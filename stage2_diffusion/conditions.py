@@ -41,7 +41,7 @@ class Conditions:
             label = torch.where(unlabelled | (batch["class"] < 0), self.classes, batch["class"])
         if self.encoder:
             text = torch.stack(self.encoder.tokens(batch["caption"]), dim=1)
-        if "size" in stage.conditions:
+        if stage.sizes:
             sizes = self._sizes(batch, x0)
         if "inpaint" in stage.conditions:
             image = self._with_hole(batch["pixels"], n)

@@ -158,7 +158,7 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
         text = model.text.encode([entry.captions[0] for entry in entries])
     if model.classes:
         label = torch.tensor([model.class_number(entry.label) for entry in entries], device=pixels.device)
-    if "size" in settings.stage2.conditions:
+    if settings.stage2.sizes:
         rows = [[entry.height, entry.width, 0, 0, size, size] for entry in entries]
         sizes = torch.tensor(rows, device=pixels.device).float()
     return pixels, Condition(text, label, sizes), bool(held)

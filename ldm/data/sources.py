@@ -99,8 +99,6 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: 
             raise UserError(
                 f"data.streaming: {source.path} is {SAYS[kind]}; set it to false: tars, parquet and datasets stream"
             )
-        if kind == "openmoji" and "class" in conditions:
-            raise UserError(f"data.source: {source.path} has no classes; leave class out of stage2.conditions")
         if kind in ("metadata", "sidecars", "classes", "pictures") and not Path(source.path).is_dir():
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):

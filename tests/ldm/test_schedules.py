@@ -5,7 +5,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion import Process
-from ldm.schedules import SCHEDULES, LearnedSchedule, betas, shift_snr, shift_time, zero_terminal_snr
+from ldm.schedules import (
+    SCHEDULES,
+    LearnedSchedule,
+    alpha_sigma,
+    betas,
+    bound_integrand,
+    lower_variance,
+    shift_snr,
+    shift_time,
+    zero_terminal_snr,
+)
 
 THEIRS = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -89,7 +99,9 @@ def test_a_shifted_flow_time_has_a_log_snr_lower_by_twice_the_logarithm_of_the_r
 
 
 def test_impossible_schedules_are_refused() -> None:
-    with pytest.raises(ValueError, match="schedule: 'quadratic' is not linear, scaled_linear, cosine or sigmoid"):
+    with pytest.raises(
+        ValueError, match="schedule: 'quadratic' is not linear, scaled_linear, cosine, sigmoid or log_linear"
+    ):
         betas("quadratic")
     with pytest.raises(ValueError, match="timesteps: 0"):
         betas("linear", 0)
@@ -108,12 +120,12 @@ def test_a_learned_schedule_falls_between_its_ends_whatever_its_weights() -> Non
         g = torch.Generator().manual_seed(seed)
         for parameter in schedule.parameters():
             parameter.data = torch.randn(parameter.shape, generator=g)
-        log_snr, slope = (value.detach() for value in schedule.log_snr_and_slope(t))
+        log_snr, slope = (value.detach() for value in schedule.draw(t))
         assert float(log_snr[0]) == pytest.approx(8)
         assert float(log_snr[-1]) == pytest.approx(-6)
         assert bool((log_snr.diff() < 0).all())
         assert bool((slope > 0).all())
-        alpha, sigma = schedule.alpha_sigma(t)
+        alpha, sigma = alpha_sigma(log_snr)
         torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
 
 
@@ -124,8 +136,9 @@ def test_training_a_schedule_lowers_the_variance_of_the_bound_and_leaves_its_mea
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05)
     means, spreads = [], []
     for _ in range(150):
-        error = torch.sigmoid(schedule(u)).sqrt()[:, None]
-        loss = schedule.diffusion_loss(torch.zeros_like(error), error, u)
+        log_snr, slope = schedule.draw(u)
+        error = torch.sigmoid(log_snr).sqrt()[:, None]
+        loss = bound_integrand(torch.zeros_like(error), error, slope)
         means.append(float(loss.detach().mean()))
         spreads.append(float(loss.detach().std()))
         optimizer.zero_grad()
@@ -137,14 +150,35 @@ def test_training_a_schedule_lowers_the_variance_of_the_bound_and_leaves_its_mea
     assert spreads[-1] < 0.5 * spreads[0]
 
 
-def test_every_weight_of_a_learned_schedule_gets_a_gradient_from_the_variance() -> None:
-    schedule = LearnedSchedule(width=8)
+def test_one_backward_pass_lowers_the_loss_by_the_network_and_its_variance_by_the_schedule() -> None:
+    """The gradients are those of the mean loss for the network and of its mean square for the schedule."""
     g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, 16, 1, 2, 2, generator=g)
-    t = torch.rand(16, generator=g)
-    alpha, sigma = schedule.alpha_sigma(t)
-    schedule.diffusion_loss(sigma * (alpha * x0 + sigma * eps), eps, t).square().mean().backward()
-    for name, parameter in schedule.named_parameters():
-        assert parameter.grad is not None, name
-        assert bool(torch.isfinite(parameter.grad).all()), name
-        assert float(parameter.grad.abs().max()) > 0, name
+    x0, eps = torch.randn(2, 16, 1, 2, 2, generator=g, dtype=torch.float64)
+    u = torch.rand(16, generator=g, dtype=torch.float64)
+    schedule = LearnedSchedule(width=8).double()
+    weight = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        log_snr, slope = schedule.draw(u)
+        alpha, sigma = alpha_sigma(log_snr)
+        told = schedule.chain_time(log_snr, 1000)[:, None, None, None] / 1000
+        prediction = weight[0] * (alpha * x0 + sigma * eps) + weight[1] * told
+        return bound_integrand(prediction, eps, slope), log_snr, slope
+
+    parameters = list(schedule.parameters())
+    of_square = torch.autograd.grad(losses()[0].square().mean(), parameters)
+    (of_loss,) = torch.autograd.grad(losses()[0].mean(), weight)
+    values, *drawn = losses()
+    lower_variance(values, *drawn)
+    values.mean().backward()
+    torch.testing.assert_close(weight.grad, of_loss)
+    for (name, parameter), expected in zip(schedule.named_parameters(), of_square, strict=True):
+        assert float(expected.abs().max()) > 0, name
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_what_the_network_is_told_of_a_learned_schedule_is_its_place_on_the_log_linear_chain() -> None:
+    schedule = LearnedSchedule()
+    chain = Process("eps", "log_linear", timesteps=200)
+    t = torch.arange(200)
+    torch.testing.assert_close(schedule.chain_time(chain.log_snr(t), 200), t.float(), atol=2e-3, rtol=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm import config, unet
+from ldm.condition import Condition, predict
 from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.sampling import scheduler
@@ -37,11 +38,84 @@ def test_latents_too_small_for_the_levels_are_refused(root: Path) -> None:
 
 
 def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: Path) -> None:
-    unet.build(config.load(root / "configs/tiny.yaml").stage2, 4, 16, 384).save_pretrained(tmp_path / "unet")
-    loaded = unet.load(str(tmp_path), 4, 32, 384, "flow")
+    stage = config.load(root / "configs/tiny.yaml", [f"stage2.init_from={tmp_path}"]).stage2
+    unet.build(stage, 4, 16, 384).save_pretrained(tmp_path / "unet")
+    loaded = unet.load(stage, 4, 32, 384)
     assert (loaded.config.in_channels, loaded.config.sample_size) == (4, 32)
     with pytest.raises(UserError, match="in_channels 4"):
-        unet.load(str(tmp_path), 8, 16, 384, "flow")
+        unet.load(stage, 3, 16, 384)
+    with pytest.raises(UserError, match=r"cross_attention_dim 384, but the text encoder's width are 32|384"):
+        unet.load(stage, 4, 16, 32)
     scheduler(Process("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match=r"stage2\.target: 'v', but .* set stage2\.target=eps"):
-        unet.load(str(tmp_path), 4, 16, 384, "v")
+        unet.load(stage.model_copy(update={"target": "v"}), 4, 16, 384)
+
+
+def test_a_widened_unet_answers_as_before_until_it_learns(root: Path, tmp_path: Path) -> None:
+    """Text to picture, widened for inpainting, for super-resolution and for classes: the new weights are 0."""
+    torch.manual_seed(0)
+    before = config.load(root / "configs/tiny.yaml").stage2
+    old = unet.build(before, 4, 16, 32).eval()
+    old.save_pretrained(tmp_path / "unet")
+    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 5, 32)
+    expected = predict(old, x, t, Condition(text)).detach()
+    for conditions, classes, condition in (
+        (("text", "inpaint"), 0, Condition(text, image=torch.randn(2, 5, 16, 16))),
+        (("text", "upscale"), 0, Condition(text, torch.tensor([20, 300]), image=torch.randn(2, 3, 16, 16))),
+        (("text", "class"), 7, Condition(text, torch.tensor([0, 7]))),
+    ):
+        stage = before.model_copy(update={"init_from": str(tmp_path), "conditions": conditions})
+        new = unet.load(stage, 4, 16, 32, classes).eval()
+        torch.testing.assert_close(predict(new, x, t, condition), expected)
+        assert new.config.in_channels == unet.inputs(stage, 4)
+        predict(new, x, t, condition).square().sum().backward()
+        added = new.conv_in.weight.grad[:, 4:] if condition.image is not None else new.class_embedding.weight.grad
+        assert float(added.abs().max()) > 0  # and they learn
+        new.save_pretrained(tmp_path / "new")
+        again = type(new).from_pretrained(tmp_path / "new")
+        torch.testing.assert_close(predict(again, x, t, condition), expected)
+
+
+def test_a_unet_for_a_learned_variance_starts_from_one_without(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = config.load(root / "configs/tiny.yaml").stage2
+    unet.build(before, 4, 16, 32).save_pretrained(tmp_path / "unet")
+    stage = before.model_copy(update={"init_from": str(tmp_path), "variance": "learned"})
+    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 5, 32)
+    expected = predict(
+        unet.load(before.model_copy(update={"init_from": str(tmp_path)}), 4, 16, 32), x, t, Condition(text)
+    )
+    found = predict(unet.load(stage, 4, 16, 32), x, t, Condition(text))
+    torch.testing.assert_close(found, torch.cat([expected, torch.zeros_like(expected)], dim=1))
+
+
+@pytest.mark.parametrize(
+    "conditions", [[], ["class"], ["text"], ["text", "class"], ["text", "size"], ["text", "upscale"]]
+)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_every_parameter_of_the_unet_receives_a_gradient(root: Path, conditions: list[str], pooled: bool) -> None:
+    torch.manual_seed(0)
+    words = "text" in conditions
+    stage = config.load(
+        root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", f"stage2.pooled_text={pooled and words}"]
+    ).stage2
+    model = unet.build(stage, 4, 8, 32 if words else 0, 3)
+    label = torch.tensor([0, 3]) if {"class", "upscale"} & set(conditions) else None
+    condition = Condition(
+        torch.randn(2, 5, 32) if words else None, label, torch.rand(2, 6) * 64 if stage.sizes else None,
+        torch.randn(2, 3, 8, 8) if stage.image else None,
+    )  # fmt: skip
+    predict(model, torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), condition).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("unet-5m", 5), ("unet-34m", 34), ("unet-110m", 110), ("unet-425m", 425), ("unet-860m", 860)]
+)
+def test_presets_have_the_size_that_they_are_named_after(name: str, millions: int) -> None:
+    tree = {"data": {"source": "x", "size": 512}, "stage2": {"model": name}}
+    stage, width = config.parse(tree, "a test").stage2, 384 if name == "unet-5m" else 768
+    count = sum(p.numel() for p in unet.build_empty(stage, 4, 64, width).parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.04)

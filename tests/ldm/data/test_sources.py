@@ -485,8 +485,6 @@ def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
     )
     kohya = index.build(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
     assert {bad.fix for bad in kohya.bad()} == {"give its subset class_tokens"}
-    with pytest.raises(UserError, match="openmoji-demo has no classes; leave class out"):
-        check([SourceConfig(path="openmoji-demo")], conditions=("class",))
 
 
 def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
