@@ -188,8 +188,8 @@ class Sources:
             drawn = openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")
             return (
                 Record(
-                    d.code, Where(str(path.resolve())), d.captions, d.label if wanted.label else "", split=d.split,
-                    weight=d.weight, attributes={"role": d.role, "tone": d.tone} if d.role else {},
+                    d.code, Where(str(path.resolve())), d.captions, d.label if wanted.label else "", d.split, d.weight,
+                    attributes={"role": d.role, "tone": d.tone} if d.role else {},
                 )
                 for d, path in drawn
             )  # fmt: skip
