@@ -51,12 +51,17 @@ def vae() -> Autoencoder:
 
 
 @pytest.fixture
-def few(root: Path, tmp_path: Path, drawn: Path, words: Path) -> Callable[..., tuple[Config, Index]]:
+def small(drawn: Path, words: Path) -> list[str]:
+    """Overrides of configs/tiny.yaml."""
+    return [*SMALL, f"data.cache_dir={drawn}", f"text.model={words}"]
+
+
+@pytest.fixture
+def few(root: Path, tmp_path: Path, small: list[str]) -> Callable[..., tuple[Config, Index]]:
     """Small settings with overrides, and twelve drawings with four that are held out."""
 
     def given(*overrides: str) -> tuple[Config, Index]:
-        paths = [f"run.dir={tmp_path / 'run'}", f"data.cache_dir={drawn}", f"text.model={words}"]
-        settings = config.load(root / "configs/tiny.yaml", [*paths, *SMALL, *overrides])
+        settings = config.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
         everything = index.build(settings)
         splits = everything.column("split")
         rows = [np.flatnonzero(splits == "train")[::50][:12], np.flatnonzero(splits == "combination")[::9][:4]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,3 +181,35 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
     if settings.stage2.times == "loss":
         assert int(whole["model"]["times.counts"].sum()) == 6 * settings.stage2.batch
         assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_validate_as_one_does(
+    root: Path, environment: dict[str, str], tmp_path: Path, small: list[str]
+) -> None:
+    shared = [*small, "stage2.evaluate_pictures=64", "stage2.evaluate_every=2", "stage2.steps=4"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher, world in (("one", [], "1"), ("two", two, "2")):
+        script = [
+            "tests/stage2_diffusion/exactly.py",
+            world,
+            str(tmp_path / name),
+            json.dumps(RUNS),
+            json.dumps(shared),
+        ]
+        done = subprocess.run(
+            [sys.executable, *launcher, *script], cwd=root, env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in RUNS:
+        (one, _), (other, _) = (last_checkpoint(tmp_path / world / name) for world in ("one", "two"))
+        for part, values in one.items():
+            for key, value in values.items():
+                torch.testing.assert_close(other[part][key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {part} {key}")
+        for key in ("loss", "held_out_loss"):
+            lines_of = [lines(tmp_path / world / name, key) for world in ("one", "two")]
+            assert len(lines_of[0]) == (4 if key == "loss" else 2)
+            for a, b in zip(*lines_of, strict=True):
+                assert {k: v for k, v in b.items() if k != "time"} == pytest.approx(
+                    {k: v for k, v in a.items() if k != "time"}, rel=1e-5
+                )
