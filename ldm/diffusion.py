@@ -93,10 +93,8 @@ class Process:
         flow = self.target == "flow"
         if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
             u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-        elif flow:  # never 0 or 1, where log-SNR is infinite
-            u = u.clamp(1e-6, 1 - 1e-6)
-        if flow:
-            return shift_time(u, self.shift)
+        if flow:  # never 0 or 1, where log-SNR is infinite
+            return shift_time(u, self.shift).clamp(1e-6, 1 - 1e-6)
         # A uniform number rounded to 1 in low precision must not leave the chain.
         return (u * self.timesteps).long().clamp(max=self.timesteps - 1)
 

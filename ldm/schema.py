@@ -471,8 +471,9 @@ class Stage2Config(Training):
                     )
         if self.weight_gamma and self.weight not in ("min_snr", "soft_min_snr", "p2"):
             raise ValueError(f"weight_gamma: weight {self.weight!r} has no γ; leave it out")
-        if self.weight == "sigmoid" and self.timesteps < 2:
-            raise ValueError("timesteps: weight 'sigmoid' needs 2 at least")
+        for key, given in (("weight 'sigmoid'", self.weight == "sigmoid"), ("zero_snr", self.zero_snr)):
+            if given and self.timesteps < 2:
+                raise ValueError(f"timesteps: {key} needs 2 at least")
         return self
 
 

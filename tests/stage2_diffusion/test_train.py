@@ -1,39 +1,215 @@
 """Stage two on a handful of pictures."""
 
+from __future__ import annotations
+
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ldm import autoencoder, text
+from ldm import text
+from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
+from ldm.data.order import uniform
+from ldm.files import checkpoints, read_checkpoint
 from ldm.pipeline import LatentDiffusion
-from ldm.schema import Config, Stage1Config
+from ldm.schema import Config
 from stage2_diffusion.train import train
 
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+Few = Callable[..., tuple[Config, Index]]
+
+
+def encoder_of(settings: Config) -> text.TextEncoder:
+    return text.of(settings.text)
+
+
+def tensors(module: torch.nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
+
+
+def lines(folder: Path, key: str = "loss") -> list[dict[str, float]]:
+    found = map(json.loads, (folder / "stage2/metrics.jsonl").read_text().splitlines())
+    return [line for line in found if key in line]
+
+
+def last_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    return read_checkpoint(checkpoints(folder / "stage2")[-1])
 
 
 @pytest.mark.parametrize("target", PREDICTION)
 def test_every_target_is_learned_and_named_in_the_export(
-    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]]
+    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = drawings(
         f"stage2.target={target}", "stage2.steps=60", "stage2.channels=[16, 32]", "stage2.schedule=cosine",
         "sample.prompts=[]",
     )  # fmt: skip
     pictures = index.select("train").first(8)
-    torch.manual_seed(0)
-    vae = autoencoder.Autoencoder(
-        autoencoder.build(
-            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 16
-        )
-    )
     train(settings, pictures, vae, text.load(settings.text.model, settings.text.max_tokens))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/stage2/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert model.scheduler.config.prediction_type == PREDICTION[target]
     assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_nothing_reaches_a_frozen_autoencoder_or_text_encoder(few: Few, vae: Autoencoder, cache: str) -> None:
+    settings, index = few(f"data.cache={cache}", "stage2.conditions=[text, inpaint]", "stage2.null=learned")
+    encoder = encoder_of(settings)
+    before = tensors(vae.vae), tensors(encoder.model)
+    train(settings, index, vae, encoder)
+    assert (tensors(vae.vae), tensors(encoder.model)) == before
+    for parameter in (*vae.vae.parameters(), *encoder.model.parameters()):
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+
+
+@pytest.mark.slow
+def test_a_text_encoder_is_trained_averaged_and_exported_and_no_embedding_is_kept(
+    tmp_path: Path, few: Few, vae: Autoencoder
+) -> None:
+    cache = tmp_path / "own cache"
+    settings, index = few("text.train=true", f"data.cache_dir={cache}", "sample.prompts=[red heart]")
+    encoder = encoder_of(settings)
+    before, frozen, dropped_out = tensors(encoder.model), tensors(vae.vae), list[bool]()
+    encoder.model.register_forward_pre_hook(lambda m, _: dropped_out.append(any(part.training for part in m.modules())))
+    train(settings, index, vae, encoder)
+    assert len(dropped_out) > settings.stage2.steps
+    assert not any(dropped_out)
+    assert tensors(vae.vae) == frozen
+    exported, live = tensors(LatentDiffusion.load(tmp_path / "run/pipeline", "cpu").text.model), tensors(encoder.model)
+    unchanged = {name for name, value in before.items() if live[name] == value}
+    assert unchanged == {name for name in before if name.startswith("pooler.")}
+    for name, value in before.items():
+        same = name in unchanged
+        assert (exported[name] == value) == (exported[name] == live[name]) == same, name
+    assert (cache / "latents").is_dir()
+    assert not (cache / "text").exists()
+    settings, _ = few("text.train=false", f"data.cache_dir={cache}", f"run.dir={tmp_path / 'frozen'}")
+    train(settings, index, vae, encoder_of(settings))
+    assert (cache / "text").is_dir()  # where embeddings would be
+
+
+def test_the_exported_text_encoder_has_the_average_of_the_checkpoint(
+    tmp_path: Path, few: Few, vae: Autoencoder
+) -> None:
+    settings, index = few("text.train=true")
+    encoder = encoder_of(settings)
+    train(settings, index, vae, encoder)
+    trained = [name for name, parameter in encoder.model.named_parameters() if parameter.requires_grad]
+    parts, _ = last_checkpoint(tmp_path / "run")
+    averages = [parts["ema"][str(i)] for i in range(len(parts["ema"]))][-len(trained) :]
+    exported = load_file(tmp_path / "run/pipeline/text_encoder/model.safetensors")
+    for name, average in zip(trained, averages, strict=True):
+        assert torch.equal(exported[name], average), name
+
+
+def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
+    tmp_path: Path, few: Few, vae: Autoencoder
+) -> None:
+    settings, index = few("stage2.null=learned", "stage2.dropout=0.5", "stage2.ema=0")
+    encoder = encoder_of(settings)
+    empty = encoder.encode([text.NULL_PROMPT])[0]
+    train(settings, index, vae, encoder)
+    parts, _ = last_checkpoint(tmp_path / "run")
+    model = LatentDiffusion.load(tmp_path / "run/pipeline", "cpu")
+    assert model.null is not None
+    torch.testing.assert_close(model.null, parts["model"]["null"], rtol=1e-6, atol=0)
+    assert not torch.allclose(model.null, empty, atol=1e-3)
+
+    def latents(model: LatentDiffusion, guidance: float) -> torch.Tensor:
+        return model.latents(["red heart"], [0], guidance=guidance)
+
+    of_empty = replace(model, null=None)
+    assert torch.equal(latents(model, 1.0), latents(of_empty, 1.0))
+    assert not torch.allclose(latents(model, 5.0), latents(of_empty, 5.0))
+    assert torch.equal(latents(replace(model, null=empty), 5.0), latents(of_empty, 5.0))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_the_rate_that_is_logged_is_that_of_the_positions(
+    few: Few, vae: Autoencoder, tmp_path: Path, each: bool
+) -> None:
+    settings, index = few(
+        "stage2.conditions=[text, class]", "stage2.dropout=0.4", f"stage2.dropout_each={each}".lower(),
+        "stage2.micro_batches=2", "run.log_every=2", "stage2.steps=4",
+    )  # fmt: skip
+    train(settings, index, vae, encoder_of(settings))
+    names = {"dropped": "dropout", "dropped_class": "class dropout"} if each else {"dropped": "dropout"}
+    for line, start in zip(lines(tmp_path / "run"), (0, 16), strict=True):
+        assert {name for name in line if name.startswith("dropped")} == names.keys()
+        for name, stream in names.items():
+            expected = (uniform(0, stream, range(start, start + 16)) < 0.4).float().mean()
+            assert line[name] == pytest.approx(float(expected), abs=1e-6)
+
+
+RUNS = {
+    "all that is learned beside the U-Net": (
+        "text.train=true", "stage2.null=learned", "stage2.weight=learned", "stage2.conditions=[text, class]",
+        "stage2.stratified=true",
+    ),
+    "a learned schedule": ("stage2.process=variational",),
+    "times by their loss": (
+        "stage2.times=loss", "stage2.timesteps=2", "stage2.micro_batches=2", "stage2.target=v", "stage2.batch=16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", RUNS.values(), ids=RUNS)
+def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path, keys: tuple[str, ...]) -> None:
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    for folder, steps in ((folders[0], 6), (folders[1], 3), (folders[1], 6)):
+        settings, index = few(*keys, f"run.dir={folder}", f"stage2.steps={steps}", "stage2.checkpoint_every=3")
+        train(settings, index, vae, encoder_of(settings))
+    (whole, state), (resumed, other) = map(last_checkpoint, folders)
+    assert state == other
+    for part, values in whole.items():
+        assert values.keys() == resumed[part].keys()
+        assert all(torch.equal(value, resumed[part][name]) for name, value in values.items()), part
+    losses = [[line["loss"] for line in lines(folder)] for folder in folders]
+    assert losses[0] == losses[1]
+    if settings.stage2.times == "loss":
+        assert int(whole["model"]["times.counts"].sum()) == 6 * settings.stage2.batch
+        assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_validate_as_one_does(
+    root: Path, environment: dict[str, str], tmp_path: Path, small: list[str]
+) -> None:
+    shared = [*small, "stage2.evaluate_pictures=64", "stage2.evaluate_every=2", "stage2.steps=4"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher, world in (("one", [], "1"), ("two", two, "2")):
+        script = [
+            "tests/stage2_diffusion/exactly.py",
+            world,
+            str(tmp_path / name),
+            json.dumps(RUNS),
+            json.dumps(shared),
+        ]
+        done = subprocess.run(
+            [sys.executable, *launcher, *script], cwd=root, env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in RUNS:
+        (one, _), (other, _) = (last_checkpoint(tmp_path / world / name) for world in ("one", "two"))
+        for part, values in one.items():
+            for key, value in values.items():
+                torch.testing.assert_close(other[part][key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {part} {key}")
+        for key in ("loss", "held_out_loss"):
+            lines_of = [lines(tmp_path / world / name, key) for world in ("one", "two")]
+            assert len(lines_of[0]) == (4 if key == "loss" else 2)
+            for a, b in zip(*lines_of, strict=True):
+                assert {k: v for k, v in b.items() if k != "time"} == pytest.approx(
+                    {k: v for k, v in a.items() if k != "time"}, rel=1e-5
+                )

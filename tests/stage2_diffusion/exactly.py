@@ -1,0 +1,46 @@
+"""`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums shows little.
+
+RUNS, overrides by name, and OVERRIDES, those of all, are JSON.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DConditionModel
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from ldm import config, text
+from ldm.autoencoder import Autoencoder, build
+from ldm.data import index
+from ldm.processes import join
+from stage2_diffusion.train import train
+
+
+def wide(value: Any) -> Any:
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+forward = UNet2DConditionModel.forward
+
+
+@functools.wraps(forward)
+def in_float64(network: UNet2DConditionModel, *given: Any, **named: Any) -> Any:
+    return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
+
+
+world, folder, runs, overrides = sys.argv[1:]
+torch.set_default_dtype(torch.float64)
+UNet2DConditionModel.forward = in_float64  # embeddings and noise come in float32
+for name, more in json.loads(runs).items():
+    settings = config.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
+    join(settings.run)
+    torch.manual_seed(0)
+    vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text.of(settings.text)
+    encoder.model.double()
+    train(settings, index.build(settings), vae, encoder)
+assert PartialState().num_processes == int(world)

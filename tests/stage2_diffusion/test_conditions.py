@@ -1,0 +1,146 @@
+"""What the U-Net is told in training, and how often it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import config
+from ldm.autoencoder import Autoencoder
+from ldm.condition import NOISIEST, Condition, small, with_hole
+from ldm.data.order import generator
+from stage2_diffusion.conditions import Conditions
+from stage2_diffusion.holes import holes
+
+N, CLASSES = 20_000, 5
+Make = Callable[..., Conditions]
+
+
+@pytest.fixture
+def conditions(root: Path, vae: Autoencoder) -> Make:
+    def given(*overrides: str) -> Conditions:
+        keys = [f"stage2.{override}" for override in overrides]
+        return Conditions(config.load(root / "configs/tiny.yaml", ["data.size=16", *keys]), vae, None, CLASSES)
+
+    return given
+
+
+def batch(n: torch.Tensor, side: int = 1, rate: float = 0.0) -> dict[str, Any]:
+    """Samples that follow from their positions; every seventh has no class."""
+    pixels = torch.stack(
+        [torch.from_numpy(generator(0, "pixels", int(i)).random((3, side, side), np.float32)) for i in n]
+    )
+    label = torch.where(n % 7 == 0, -1, n % CLASSES)
+    sizes = {"original_size": torch.stack([n + 100, n + 200], 1), "crop": torch.stack([n % 3, n % 4], 1)}
+    return {"position": n, "class": label, "dropout": torch.full((len(n),), rate), "pixels": pixels * 2 - 1, **sizes}
+
+
+def said(conditions: Conditions, n: torch.Tensor, **given: Any) -> tuple[Condition, Any, dict[str, torch.Tensor]]:
+    return conditions(batch(n, **given), torch.zeros(len(n), 4, 8, 8), torch.ones(len(n), 2, 3))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_captions_and_classes_are_dropped_at_the_same_positions_and_at_their_rate(
+    conditions: Make, rate: float
+) -> None:
+    n = torch.arange(N)
+    condition, dropped, rates = said(conditions("conditions=[text, class]"), n, rate=rate)
+    assert abs(float(dropped.float().mean()) - rate) <= 4 * math.sqrt(rate * (1 - rate) / N)
+    assert rates.keys() == {"dropped"}
+    assert float(rates["dropped"]) == pytest.approx(float(dropped.float().mean()))
+    assert torch.equal(condition.label, torch.where(dropped | (n % 7 == 0), CLASSES, n % CLASSES))
+
+
+def test_dropped_each_on_its_own_captions_and_classes_have_nothing_to_do_with_each_other(conditions: Make) -> None:
+    n, rate = torch.arange(N), 0.2
+    condition, dropped, rates = said(conditions("conditions=[text, class]", "dropout_each=true"), n, rate=rate)
+    labelled = n % 7 != 0
+    unlabelled = condition.label == CLASSES
+    for each in (dropped, unlabelled[labelled]):
+        assert abs(float(each.float().mean()) - rate) <= 4 * math.sqrt(rate * (1 - rate) / len(each))
+    pair = torch.stack([dropped[labelled], unlabelled[labelled]]).double()
+    assert abs(float(torch.corrcoef(pair)[0, 1])) <= 4 / math.sqrt(pair.shape[1])
+    assert float(rates["dropped"]) == pytest.approx(float(dropped.float().mean()))
+    assert abs(float(rates["dropped_class"]) - rate) <= 4 * math.sqrt(rate * (1 - rate) / N)
+
+
+def test_each_sample_is_dropped_at_a_rate_of_its_own(conditions: Make) -> None:
+    given = batch(torch.arange(N))
+    given["dropout"] = torch.where(torch.arange(N) % 2 == 0, 0.0, 0.4)
+    _, dropped, _ = conditions("conditions=[text]")(given, torch.zeros(N, 4, 1, 1), torch.ones(N, 1, 1))
+    assert not bool(dropped[::2].any())
+    assert abs(float(dropped[1::2].float().mean()) - 0.4) <= 4 * math.sqrt(0.24 / (N / 2))
+
+
+@pytest.mark.parametrize(
+    "conditions_of",
+    ["[text, class]", "[text, size]", "[text, inpaint]", "[text, upscale]", "[text, class, size, inpaint]"],
+)
+def test_the_conditions_of_a_batch_are_those_of_its_parts(conditions: Make, conditions_of: str) -> None:
+    made = conditions(f"conditions={conditions_of}")
+    n = torch.arange(100, 112)
+    whole, dropped, _ = said(made, n, side=16, rate=0.5)
+    for part in (slice(0, 6), slice(6, 12), slice(3, 4)):
+        condition, missing, _ = said(made, n[part], side=16, rate=0.5)
+        assert torch.equal(missing, dropped[part])
+        for some, all_of_them in zip(condition, whole, strict=True):
+            assert (some is None) == (all_of_them is None)
+            if some is not None:  # convolutions round by the batch's size
+                torch.testing.assert_close(some, all_of_them[part], atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_are_heights_before_widths_and_the_crops_top_before_its_left(conditions: Make) -> None:
+    n = torch.tensor([1, 2])
+    condition, _, _ = said(conditions("conditions=[text, size]"), n)
+    assert condition.sizes.tolist() == [[201, 101, 1, 1, 16, 16], [202, 102, 2, 2, 16, 16]]
+    assert condition.sizes.dtype == torch.float32
+
+
+def test_an_inpainting_model_sees_the_mask_and_the_picture_without_what_it_shall_make(
+    conditions: Make, vae: Autoencoder
+) -> None:
+    n = torch.arange(6)
+    condition, _, _ = said(conditions("conditions=[text, inpaint]"), n, side=16)
+    mask = torch.stack([holes(generator(0, "hole", int(i)), 16, 16) for i in n])
+    pixels = batch(n, side=16)["pixels"]
+    assert torch.equal(condition.image, with_hole(mask, vae.encode(pixels * (1 - mask))))
+    assert condition.image.shape == (6, 5, 8, 8)
+    wild = torch.where(mask.bool(), torch.randn_like(pixels), pixels)
+    other, _, _ = conditions("conditions=[text, inpaint]")({**batch(n), "pixels": wild}, torch.zeros(6, 4, 8, 8), None)
+    assert torch.equal(other.image, condition.image)  # nothing of what is in the hole shows
+
+
+def test_an_upscaler_sees_the_small_picture_with_noise_of_the_level_that_it_is_told(conditions: Make) -> None:
+    n = torch.arange(2000)
+    condition, _, _ = said(conditions("conditions=[text, upscale]"), n, side=4)
+    level = condition.label
+    assert 0 <= int(level.min()) <= 5
+    assert NOISIEST - 5 <= int(level.max()) < NOISIEST
+    assert abs(float(level.float().mean()) - (NOISIEST - 1) / 2) <= 4 * NOISIEST / math.sqrt(12 * len(n))
+    error = (condition.image - small(batch(n, side=4)["pixels"], 2)).square().flatten(1).mean(1)
+    quiet, loud = error[level < 20].mean(), error[level > NOISIEST - 20].mean()
+    assert float(quiet) < 0.05 < float(loud)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (64, 64), (40, 96)])
+def test_holes_are_of_every_size_and_never_nothing(height: int, width: int) -> None:
+    masks = torch.stack([holes(generator(0, "hole", i), height, width) for i in range(600)])
+    assert masks.shape == (600, 1, height, width)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    shares = masks.flatten(1).mean(1)
+    assert float(shares.min()) >= 0.01
+    whole = shares == 1  # a tenth is drawn whole, and a few boxes or strokes happen to be
+    assert 0.05 < float(whole.float().mean()) < 0.2
+    rows, columns = masks[:, 0].amax(2), masks[:, 0].amax(1)  # where there is any of it
+    filled = shares == rows.mean(1) * columns.mean(1)
+    box = filled & ~whole
+    side = box & ((rows.mean(1) == 1) | (columns.mean(1) == 1))
+    strokes = ~filled
+    for kind in (box & ~side, side, strokes):
+        assert float(kind.float().mean()) > 0.04

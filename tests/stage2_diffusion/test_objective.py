@@ -1,0 +1,108 @@
+"""One step of every objective that can be configured."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from ldm import unet
+from ldm.condition import Condition
+from ldm.schema import Stage2Config
+from stage2_diffusion.model import Denoiser
+from stage2_diffusion.objective import Objective
+
+TINY = {"conditions": (), "channels": (8, 8), "attention": (False, True), "layers": 1, "mid_attention": False,
+        "head_size": 8, "groups": 4, "batch": 4}  # fmt: skip
+KEYS = ("schedule", "target", "loss", "weight", "times", "variance")
+CHOICES = {key: get_args(Stage2Config.model_fields[key].annotation) for key in KEYS}
+DRAWS = {
+    **{key: st.sampled_from(values) for key, values in CHOICES.items()},
+    "stratified": st.booleans(),
+    "zero_snr": st.booleans(),
+    "timesteps": st.one_of(st.integers(1, 4), st.sampled_from([10, 100, 1000, 4000])),
+    "shift": st.sampled_from([1.0, 0.01, 0.5, 3.0, 100.0]),
+    "noise_offset": st.sampled_from([0.0, 0.1, 1.0]),
+    "input_perturbation": st.sampled_from([0.0, 0.1, 1.0]),
+    "weight_gamma": st.sampled_from([None, 0.5, 20.0]),
+    "time_mean": st.sampled_from([0.0, -10.0, 10.0]),
+    "time_std": st.sampled_from([1.0, 0.1, 10.0]),
+}
+
+
+def take_a_step(stage: Stage2Config) -> None:
+    """As in training, at the times that are drawn, and at the first and the last that could be."""
+    torch.manual_seed(0)
+    model = Denoiser(unet.build(stage, 2, 4), stage)
+    objective = Objective(stage, 0, model)
+    adamw = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    ends = torch.tensor([0.0, 1 - 2**-24, 0.5, 1 - 2**-10])
+    for step, n in enumerate((torch.arange(4), torch.arange(4, 8))):
+        x0 = torch.randn(4, 2, 4, 4)
+        eps, added = objective.noise(x0, n)
+        t, importance = objective.times(n) if step == 0 else (objective.forward.time(ends), 1.0)
+        x_t = objective.forward.add_noise(x0, added, t)
+        output = model(x_t, objective.forward.network_time(t), Condition())
+        losses = objective.losses(output, x0, x_t, eps, t)
+        (importance * losses).mean().backward()
+        objective.saw(n, t.detach(), losses, Accelerator(cpu=True))
+        assert losses.shape == (4,)
+        assert bool(losses.isfinite().all()), (step, losses)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        assert bool(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip).isfinite()), step
+        adamw.step()
+        adamw.zero_grad()
+    assert all(bool(state["exp_avg_sq"].isfinite().all()) for state in adamw.state.values())
+
+
+def refusal(error: ValidationError) -> str:
+    """The key that it names."""
+    (problem,) = error.errors()
+    key, colon, reason = problem["msg"].removeprefix("Value error, ").partition(": ")
+    assert colon and reason and "\n" not in problem["msg"], problem["msg"]
+    return key
+
+
+def test_what_can_be_configured_takes_a_finite_step_and_all_else_is_refused_by_its_key() -> None:
+    outcomes = dict.fromkeys(("trained", "refused"), 0)
+
+    @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.fixed_dictionaries({}, optional=DRAWS))
+    def objective(keys: dict[str, Any]) -> None:
+        try:
+            stage = Stage2Config(**TINY, **keys)
+        except ValidationError as error:
+            assert refusal(error) in keys
+            outcomes["refused"] += 1
+            return
+        take_a_step(stage)
+        outcomes["trained"] += 1
+
+    objective()
+    assert min(outcomes.values()) >= 100, outcomes
+
+
+@pytest.mark.parametrize("target", CHOICES["target"])
+@pytest.mark.parametrize("weight", CHOICES["weight"])
+def test_every_schedule_trains_every_target_under_every_weight(target: str, weight: str) -> None:
+    for schedule in CHOICES["schedule"]:
+        if schedule != "learned" or (target, weight) == ("eps", "uniform"):
+            take_a_step(Stage2Config(**TINY, schedule=schedule, target=target, weight=weight))
+        else:
+            with pytest.raises(ValidationError) as refused:
+                Stage2Config(**TINY, schedule=schedule, target=target, weight=weight)
+            assert refusal(refused.value) == "schedule"
+
+
+@pytest.mark.parametrize("weight", CHOICES["weight"])
+@pytest.mark.parametrize(
+    "keys", [{"shift": 100.0, "times": "uniform"}, {"time_mean": -10.0}, {"time_std": 10.0}], ids=str
+)
+def test_a_flows_loss_is_finite_where_its_times_crowd_at_an_end(weight: str, keys: dict[str, Any]) -> None:
+    take_a_step(Stage2Config(**TINY, target="flow", weight=weight, **keys))

@@ -1,0 +1,158 @@
+"""The loss by noise level against closed forms, and against what it is by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ldm import text, unet
+from ldm.autoencoder import Autoencoder
+from ldm.condition import Condition
+from ldm.data.images import cut, to_tensor
+from ldm.data.index import Index
+from ldm.data.order import normal
+from ldm.diffusion import Process
+from ldm.pipeline import LatentDiffusion
+from ldm.run import Run
+from ldm.sampling import scheduler
+from ldm.schema import Config
+from stage2_diffusion.conditions import Conditions
+from stage2_diffusion.model import Denoiser
+from stage2_diffusion.validation import LEVELS, Validation, velocity_error
+
+PROCESSES = [
+    Process("eps", "linear"), Process("x0", "cosine"), Process("v", "scaled_linear", zero_snr=True), Process("flow"),
+    Process("eps", "log_linear"),
+]  # fmt: skip
+
+
+def network(process: Process, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+    """What diffusers' U-Net would be, of a prediction of x_0."""
+
+    def answer(x: torch.Tensor, told: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        t = told / process.timesteps if process.target == "flow" else told
+        alpha, sigma = process.alpha_sigma(t)
+        x0 = predict(x, t)
+        return (process.target_of(x0, (x - alpha * x0) / sigma, t),)
+
+    return answer
+
+
+def signs(std: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 and ε at ±std × ±1: the mean over them is the expectation of any quadratic under Gaussians."""
+    x0, eps = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])[:, :, None, None, None]
+    return std * x0, eps
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_perfect_denoiser_costs_the_same_for_every_target_and_schedule(level: float, std: float) -> None:
+    """(1 + SNR) times the variance of x_0 given x_t: std²·(1 + SNR) / (1 + std²·SNR), for data N(0, std²)."""
+    x0, eps = signs(std)
+    for process in PROCESSES:
+        exact_level = float(process.log_snr(process.time_at(torch.tensor([level]))))
+        assert exact_level == pytest.approx(level, abs=0.12)  # of 1000 steps, the nearest
+
+        def best(x: torch.Tensor, t: torch.Tensor, process: Process = process) -> torch.Tensor:
+            alpha, sigma = process.alpha_sigma(t)
+            return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
+
+        found = velocity_error(process, network(process, best), x0, eps, level, Condition()).mean()
+        snr = torch.tensor(exact_level).exp()
+        assert float(found) == pytest.approx(float(std**2 * (1 + snr) / (1 + std**2 * snr)), rel=1e-3)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_the_trivial_answers_cost_about_one(process: Process) -> None:
+    x0, eps = signs(1.0)
+    nothing = network(process, lambda x, t: torch.zeros_like(x))
+    itself = network(process, lambda x, t: x / process.alpha_sigma(t)[0])
+    at_noise = velocity_error(process, nothing, x0, eps, LEVELS[0], Condition()).mean()
+    at_data = velocity_error(process, itself, x0, eps, LEVELS[-1], Condition()).mean()
+    assert float(at_noise) == pytest.approx(1, abs=0.02)
+    assert float(at_data) == pytest.approx(1, abs=0.02)
+
+
+def test_a_learned_variance_is_left_out() -> None:
+    process, (x0, eps) = Process("v", "cosine"), signs(1.0)
+
+    def both(x: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (torch.cat([torch.zeros_like(x), torch.full_like(x, torch.inf)], dim=1),)
+
+    plain = network(process, lambda x, t: process.alpha_sigma(t)[0] * x)  # v = 0
+    for level in LEVELS:
+        found = velocity_error(process, both, x0, eps, level, Condition())
+        torch.testing.assert_close(found, velocity_error(process, plain, x0, eps, level, Condition()))
+
+
+@pytest.mark.parametrize("target", ["flow", "x0"])
+def test_its_figures_are_means_over_held_out_and_training_pictures_under_average_weights(
+    few: Callable[..., tuple[Config, Index]], vae: Autoencoder, target: str
+) -> None:
+    settings, index = few(
+        "stage2.conditions=[text, class, size]", f"stage2.target={target}", "stage2.evaluate_pictures=3",
+        "stage2.schedule=cosine",
+    )  # fmt: skip
+    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text.of(settings.text)
+    classes = tuple(index.select("train").labels())
+    torch.manual_seed(1)
+    denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.encode([""])[0])
+    run = Run(settings.run, stage, "stage2", denoiser)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.zero_()  # the average is what was built
+    model = LatentDiffusion(encoder, denoiser.unet, vae, scheduler(process, "dpm++"), classes=classes)
+    validation = Validation(settings, index, model, Conditions(settings, vae, None, len(classes)), process)
+    found = validation(run)
+
+    splits = index.column("split")
+    chosen = {
+        "held_out": [12 + k * 4 // 3 for k in range(3)],
+        "trained_on": [k * 12 // 3 for k in range(3)],
+    }
+    errors = {}
+    with run.averaged(), torch.no_grad():
+        for name, numbers in chosen.items():
+            assert {splits[i] for i in numbers} == {"combination" if name == "held_out" else "train"}
+            table = torch.zeros(3, len(LEVELS))
+            for k, i in enumerate(numbers):
+                entry = index[i]
+                x0 = vae.encode(to_tensor(cut(index.picture(i), (16, 16))[0])[None])
+                eps = normal(0, "validation", [k], x0.shape[1:])
+                for j, level in enumerate(LEVELS):
+                    t = process.time_at(torch.tensor([level]))
+                    x_t = process.add_noise(x0, eps, t)
+                    label = classes.index(entry.label) if entry.label in classes else len(classes)
+                    sizes = torch.tensor([[entry.height, entry.width, 0, 0, 16, 16]]).float()
+                    output = denoiser.unet(
+                        x_t, process.network_time(t), encoder.encode(entry.captions[:1]),
+                        class_labels=torch.tensor([label]),
+                        added_cond_kwargs={"time_ids": sizes, "text_embeds": torch.zeros(1, 0)},
+                    ).sample  # fmt: skip
+                    snr = process.log_snr(t).exp()
+                    alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+                    guess = process.x0_of(output, x_t, t)
+                    scaled = x_t * alpha / process.alpha_sigma(t)[0]  # where α² + σ² = 1
+                    v, v_hat = alpha * eps - sigma * x0, alpha * (scaled - alpha * guess) / sigma - sigma * guess
+                    table[k, j] = (v - v_hat).square().mean()
+            errors[name] = table.mean(0)
+    assert found.keys() == {"held_out_loss", "trained_on_loss", *(f"held_out_loss_at_{level:+.0f}" for level in LEVELS)}
+    for name, by_level in errors.items():
+        assert found[f"{name}_loss"] == pytest.approx(float(by_level.mean()), rel=1e-4)
+    by_level = [found[f"held_out_loss_at_{level:+.0f}"] for level in LEVELS]
+    assert by_level == pytest.approx(errors["held_out"].tolist(), rel=1e-4)
+
+
+def test_without_held_out_pictures_nothing_is_measured(
+    few: Callable[..., tuple[Config, Index]], vae: Autoencoder
+) -> None:
+    settings, index = few()
+    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text.of(settings.text)
+    network = unet.build(stage, 4, 8, encoder.width)
+    model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
+    validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)
+    assert validation(Run(settings.run, stage, "stage2", Denoiser(network, stage, encoder.encode([""])[0]))) == {}
+    assert not (settings.run.dir / "stage2/metrics.jsonl").exists()
