@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ldm.errors import UserError
 from ldm.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RANGE = 6.0  # histograms reach from -RANGE to RANGE; what lies outside counts in the first and last bin
 BINS = 96
@@ -152,6 +151,10 @@ class Report:
 
     def plot(self, path: Path) -> None:
         """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
+        import matplotlib  # slow to import: only where something is drawn
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots(2, 2)

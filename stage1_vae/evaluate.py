@@ -15,11 +15,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torchmetrics import Metric
 from tqdm import tqdm
 
 from ldm import autoencoder, config
@@ -36,6 +35,9 @@ from ldm.metrics.reconstruction import KERNEL, Bicubic, Figures, scales_of
 from ldm.processes import join
 from ldm.schema import Config
 from stage1_vae.report import Name, Row, Subject, describe, plain, sheet, table, verdicts
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 HELD_OUT = ("reconstruction", "combination")
 ROWS = 8  # pictures of reconstructions.png

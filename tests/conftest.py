@@ -6,11 +6,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything; read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
 
 import io
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ldm.data.index import Index
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train_ldm.py and scripts/ are files, not packages
+Main = Callable[[list[str]], int]
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +43,20 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that tests share: what one of them drew and checked, the next one finds."""
+    return tmp_path_factory.mktemp("drawn")
+
+
 @pytest.fixture
-def drawings(tmp_path: Path) -> Callable[..., tuple[config.Config, Index]]:
+def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[config.Config, Index]]:
     """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
 
     def indexed(*overrides: str) -> tuple[config.Config, Index]:
         settings = config.load(
             ROOT / "configs/tiny.yaml",
-            [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", *overrides],
+            [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
         )
         return settings, index.build(settings)
 
@@ -100,12 +110,87 @@ def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}  # what one said that is killed is not lost
+
+
+@pytest.fixture
+def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `python ARGUMENTS` in a group of its own, which ends with the test; `finish` waits for it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=root, env=environment, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[[subprocess.Popen[str]], str]:
+    """Waits for the success of a process, and returns what it printed."""
+
+    def wait(process: subprocess.Popen[str]) -> str:
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[[Path, subprocess.Popen[str]], None]:
+    """Waits for a file that a process writes."""
+
+    def wait(path: Path, process: subprocess.Popen[str]) -> None:
+        end = time.monotonic() + 300
+        while not path.exists():
+            assert process.poll() is None, f"ended before {path} was written: {process.communicate()[0][-3000:]}"
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls the `main` of a command in this process, as it does in its own; returns what it printed."""
+
+    def given(main: Main, *arguments: object, status: int = 0) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        found = main([*map(str, arguments)])
+        said = "".join(capsys.readouterr())
+        assert found == status, said[-3000:]
+        return said
+
+    return given
+
+
+@pytest.fixture
+def train(call: Callable[..., str], root: Path) -> Callable[..., str]:
+    """Calls train_ldm.py with configs/tiny.yaml, a run's folder and more; returns what it printed."""
+    import train_ldm
+
+    def given(folder: Path, *more: str, status: int = 0) -> str:
+        return call(train_ldm.main, "--config", root / "configs/tiny.yaml", f"run.dir={folder}", *more, status=status)
+
+    return given
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """The folder of an uninterrupted run of configs/tiny.yaml."""
+    """The folder of an uninterrupted run of configs/tiny.yaml.
+
+    Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
+    """
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
@@ -181,6 +180,8 @@ class Table:
     def __init__(
         self, path: str, kind: str, split: str, wanted: Wanted, image: str, streaming: bool = False, cache: str = ""
     ):
+        import datasets  # with pandas, a second: only for those who have such a table
+
         self.wanted, self.image = wanted, image
         options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache or None}
         quiet = datasets.is_progress_bar_enabled()
@@ -261,6 +262,8 @@ class Table:
 
     def _file(self, path: Any) -> bytes | None:
         """A picture that a data set keeps beside its table, if it lies in its own folder or in the Hub's cache."""
+        import datasets
+
         if not isinstance(path, str) or self.folder is None:  # a row of parquet may name any file
             return None
         if path.startswith("hf://"):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torchmetrics import Metric
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+
+if TYPE_CHECKING:  # torchmetrics takes a second to import, so only what measures imports it
+    from torchmetrics import Metric
 
 KERNEL = 11  # pixels of SSIM's window
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM's scales, finest first; Wang et al. 2003
@@ -49,6 +47,8 @@ class Figures:
 
         Returns the figures of each of its pictures, `(N,)` float64 on the CPU.
         """
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
         rebuilt = rebuilt.to(real.device)
         finite = rebuilt.flatten(1).isfinite().all(1)  # (N,)
         real, rebuilt = real / 2 + 0.5, (rebuilt.nan_to_num() / 2 + 0.5).clamp(0, 1)
@@ -177,6 +177,8 @@ def ms_ssim(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 5) -> torch
 
     With fewer than five scales, the weights of those that are left are enlarged so that they add up to what all do.
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     share = sum(BETAS[:scales]) / sum(BETAS)
     betas = tuple(beta / share for beta in BETAS[:scales])
     found: torch.Tensor = multiscale_structural_similarity_index_measure(

@@ -11,15 +11,16 @@ import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torchmetrics import Metric
-from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 from ldm.errors import UserError
+
+if TYPE_CHECKING:  # torchmetrics takes a second to import, so only what measures imports it
+    from torchmetrics import Metric
 
 BACKBONES: dict[str, str] = {
     "vgg": VGG16_Weights.DEFAULT.url,
@@ -36,6 +37,8 @@ def lpips(net: str, side: int, device: torch.device | str = "cpu") -> Metric:
     UserError, of one line, where pictures of `side` pixels are too small for it, or where the weights can't be had:
     it names the file and where to put it.
     """
+    from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
     if side < LEAST[net]:
         raise UserError(f"LPIPS: sides of {side} px are too small for {net}, which needs {LEAST[net]}")
     path = _file("LPIPS", BACKBONES[net], "torchvision's")
@@ -44,6 +47,9 @@ def lpips(net: str, side: int, device: torch.device | str = "cpu") -> Metric:
 
 def fid(device: torch.device | str = "cpu") -> Metric:
     """Fréchet distance of Inception's 2048 features, arXiv 1706.08500, of uint8 pictures; UserError as for `lpips`."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchmetrics.image import FrechetInceptionDistance
+
     path = _file("rFID", URL_INCEPTION_V3, "torch-fidelity's")
     return _made(path, lambda: FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path))).to(device)
 

@@ -1,4 +1,4 @@
-"""`exactly.py WORLD_SIZE FOLDER` trains two small autoencoders in float64, where the order of sums shows little."""
+"""`exactly.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains two autoencoders in float64: the order of sums shows little."""
 
 import sys
 from pathlib import Path
@@ -29,10 +29,10 @@ MODELS = {
     ],
 }
 
-world, folder = sys.argv[1:]
+world, folder, *more = sys.argv[1:]
 torch.set_default_dtype(torch.float64)
 for name, overrides in MODELS.items():
-    settings = config.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides])
+    settings = config.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides, *more])
     join(settings.run)
     train(settings, index.build(settings))
 assert PartialState().num_processes == int(world)

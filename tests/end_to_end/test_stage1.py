@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,8 @@ GAN = [
 ]  # fmt: skip
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", f"run.dir={folder}", *more
-    ]  # fmt: skip
-
-
-def finish(arguments: list[str], root: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        arguments, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+Start = Callable[..., subprocess.Popen[str]]
+Finish = Callable[[subprocess.Popen[str]], str]
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -52,12 +41,18 @@ def checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[s
     return read_checkpoint(newest)
 
 
+@pytest.fixture
+def few(three_shapes: Callable[[list[str]], Path]) -> tuple[str, str]:
+    """Overrides: a data set of few pictures, some of which are held out."""
+    return f"data.source={three_shapes([f'picture {i}' for i in range(33)])}", "data.held_out=0.3"
+
+
 def test_two_processes_equal_one_with_the_discriminator_on(
-    root: Path, environment: dict[str, str], tmp_path: Path
+    launch: Start, finish: Finish, few: tuple[str, str], tmp_path: Path
 ) -> None:
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finish([*two, "tests/end_to_end/exactly.py", "2", str(tmp_path / "two")], root, environment)
-    finish([sys.executable, "tests/end_to_end/exactly.py", "1", str(tmp_path / "one")], root, environment)
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(launch(*two, "tests/end_to_end/exactly.py", 2, tmp_path / "two", *few))
+    finish(launch("tests/end_to_end/exactly.py", 1, tmp_path / "one", *few))
     for model in ("kl", "vq"):
         (one, _), (other, _) = (checkpoint(tmp_path / name / model) for name in ("one", "two"))
         assert one.keys() == other.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
@@ -78,20 +73,22 @@ def test_two_processes_equal_one_with_the_discriminator_on(
     assert "codes_revived" in lines(tmp_path / "one/vq")[2]
 
 
-def test_both_networks_survive_kill_9(root: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    finish(command(tmp_path / "whole", *GAN), root, environment)
+def test_both_networks_survive_kill_9(
+    train: Callable[..., str],
+    launch: Start,
+    wait_for: Callable[[Path, subprocess.Popen[str]], None],
+    few: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    given = ["--stage", "1", *GAN, *few]
+    train(tmp_path / "whole", *given)
     folder = tmp_path / "killed"
     for step in (8, 16):  # the discriminator has just begun; the autoencoder hears it
-        process = subprocess.Popen(
-            command(folder, *GAN), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        end = time.monotonic() + 300
-        while not (folder / f"stage1/checkpoints/step-{step:06d}").exists():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
+        process = launch("train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", *given)
+        wait_for(folder / f"stage1/checkpoints/step-{step:06d}", process)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert "stage1: continuing from step" in finish(command(folder, *GAN), root, environment)
+        process.communicate()
+    assert "stage1: continuing from step" in train(folder, *given)
     (whole, state), (parts, resumed) = checkpoint(tmp_path / "whole"), checkpoint(folder)
     assert whole.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
     for part, tensors in whole.items():
@@ -105,10 +102,11 @@ def test_both_networks_survive_kill_9(root: Path, environment: dict[str, str], t
 
 
 def test_training_only_the_decoder_leaves_the_encoders_bytes_and_betters_pictures(
-    root: Path, environment: dict[str, str], tiny_run: Path, tmp_path: Path
+    train: Callable[..., str], tiny_run: Path, tmp_path: Path
 ) -> None:
     start = tiny_run / "autoencoder"
-    finish(command(tmp_path, f"stage1.init_from={start}", "stage1.train=decoder", "stage1.steps=40"), root, environment)
+    given = (f"stage1.init_from={start}", "stage1.train=decoder", "stage1.steps=20")
+    train(tmp_path, "--stage", "1", *given, f"data.cache_dir={tiny_run / 'cache'}")
     before, after = (
         load_file(name / "diffusion_pytorch_model.safetensors") for name in (start, tmp_path / "autoencoder")
     )
@@ -123,11 +121,9 @@ def test_training_only_the_decoder_leaves_the_encoders_bytes_and_betters_picture
     assert torch.equal(*latents)
 
 
-def test_what_was_trained_goes_on_from_where_it_was(
-    root: Path, environment: dict[str, str], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_what_was_trained_goes_on_from_where_it_was(train: Callable[..., str], tiny_run: Path, tmp_path: Path) -> None:
     start = tiny_run / "autoencoder"
-    finish(command(tmp_path, f"stage1.init_from={start}", "stage1.steps=40"), root, environment)
+    train(tmp_path, "--stage", "1", f"stage1.init_from={start}", f"data.cache_dir={tiny_run / 'cache'}")
     facts = [json.loads((folder / "latents.json").read_text()) for folder in (start, tmp_path / "autoencoder")]
     assert facts[1]["held_out"]["psnr"] > facts[0]["held_out"]["psnr"] + 0.5
     np.testing.assert_allclose(facts[1]["latents"]["std"], 1, atol=1e-3)

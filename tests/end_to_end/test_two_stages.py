@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,44 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from scripts import evaluate, txt2img
+
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def launch(root: Path, environment: dict[str, str]):
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=root,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    return start
-
-
-@pytest.fixture
-def train(launch):
-    def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-        return launch("train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", *more)
-
-    return start
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path} was written"
-        assert time.monotonic() < end
-        time.sleep(0.05)
+Start = Callable[..., subprocess.Popen[str]]
+Finish = Callable[[subprocess.Popen[str]], str]
+Wait = Callable[[Path, subprocess.Popen[str]], None]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TINY = ("train_ldm.py", "--config", "configs/tiny.yaml")
 
 
 def unet(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,6 +43,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
         assert (tiny_run / name).exists(), name
     assert list(tiny_run.glob("stage2/events.out.tfevents.*"))
     lines = [json.loads(line) for line in (tiny_run / "stage2/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]  # the others are of held-out pictures
     assert [line["step"] for line in lines] == list(range(5, 41, 5))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert not list(tiny_run.rglob("*.bin")) and not list(tiny_run.rglob("*.pt"))
@@ -81,34 +51,27 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
     assert facts["held_out"]["psnr"] > 10
 
 
-def test_a_finished_run_is_not_trained_again(train, tiny_run: Path) -> None:
-    output = finish(train(tiny_run))
+def test_a_finished_run_is_not_trained_again(train: Callable[..., str], tiny_run: Path) -> None:
+    output = train(tiny_run)
     assert f"finished: {tiny_run / 'pipeline'}" in output
     assert "stage1:" not in output
     assert "stage2:" not in output
 
 
-def test_a_finished_run_says_so_where_its_pictures_changed(tiny_run: Path, train, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_run, folder)
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("openmoji-demo", "openmoji-all"))  # as if the source had grown
-    process = train(folder, "data.source=openmoji-all")
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 2
-    assert "is finished, but its data changed since" in output
-
-
-def test_plain_diffusers_makes_the_same_picture_as_the_script(tiny_run: Path, launch, tmp_path: Path) -> None:
-    finish(launch("scripts/txt2img.py", "--model", str(tiny_run / "pipeline"), "--prompt", "red heart", "--seed", "5",
-                  "--out", str(tmp_path / "ours.png")))  # fmt: skip
+def test_plain_diffusers_makes_the_same_picture_as_the_script(
+    tiny_run: Path, launch: Start, finish: Finish, call: Callable[..., str], tmp_path: Path
+) -> None:
     plain = (
         "import sys, torch; from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained({str(tiny_run / 'pipeline')!r})\n"
-        "pipe('red heart', generator=torch.Generator().manual_seed(5)).images[0].save(sys.argv[1])\n"
+        "given = {'num_inference_steps': 5, 'guidance_scale': 3.0, 'generator': torch.Generator().manual_seed(5)}\n"
+        "pipe('red heart', **given).images[0].save(sys.argv[1])\n"
         "assert not any(name.partition('.')[0] == 'ldm' for name in sys.modules)"
     )
-    finish(launch("-c", plain, str(tmp_path / "theirs.png")))
+    process = launch("-c", plain, tmp_path / "theirs.png")
+    call(txt2img.main, "--model", tiny_run / "pipeline", "--prompt", "red heart", "--seed", 5,
+         "--out", tmp_path / "ours.png")  # fmt: skip
+    finish(process)
     ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("ours", "theirs"))
     assert ours.shape == (32, 32, 3)
     assert np.abs(ours - theirs).max() <= 1
@@ -128,26 +91,28 @@ def test_a_seed_means_the_same_picture_in_any_batch(tiny_run: Path) -> None:
     assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(together[2]).astype(int)).max() > 1
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_kill_9_and_the_same_command_again_give_the_uninterrupted_weights(
-    train,
-    tiny_run: Path,
-    tmp_path: Path,
-    stage: str,
+def test_kill_9_in_each_stage_and_the_same_command_again_give_the_uninterrupted_weights(
+    train: Callable[..., str], launch: Start, wait_for: Wait, tiny_run: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    process = train(folder)
-    wait_for(folder / stage / "checkpoints/step-000020", process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (folder / "pipeline").exists()
-    assert f"{stage}: continuing from step" in finish(train(folder))
+    folder, cache = tmp_path / "run", f"data.cache_dir={tiny_run / 'cache'}"
+    said = []
+    for stage in ("stage1", "stage2"):
+        process = launch(*TINY, f"run.dir={folder}", cache)
+        wait_for(folder / stage / "checkpoints/step-000020", process)
+        os.kill(process.pid, signal.SIGKILL)
+        said.append(process.communicate()[0])
+        assert not (folder / "pipeline").exists()
+    assert "stage1: continuing from step" in said[1]
+    assert "stage2: continuing from step" in train(folder, cache)
     assert same(unet(folder), unet(tiny_run))
 
 
-def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(train, tiny_run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(
+    train: Callable[..., str], launch: Start, wait_for: Wait, tiny_run: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    process = train(folder)
+    more = [f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}"]
+    process = launch(*TINY, f"run.dir={folder}", *more)
     wait_for(folder / "stage2/checkpoints/step-000010", process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=100)
@@ -157,22 +122,27 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(train, tiny_r
     with (newest / "model.safetensors").open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
-    output = finish(train(folder))
-    assert f"{newest.name} is damaged" in output
+    assert f"{newest.name} is damaged" in train(folder, *more)
     assert same(unet(folder), unet(tiny_run))
 
 
-def test_two_processes_train_together(launch, tiny_run: Path, tmp_path: Path) -> None:
+def test_two_processes_train_together(launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path) -> None:
     folder, alone = tmp_path / "two", tmp_path / "one"
-    finish(launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                  "tests/end_to_end/watched.py", "2", str(folder)))  # fmt: skip
-    finish(launch("tests/end_to_end/watched.py", "1", str(alone), f"stage1.pretrained={folder / 'autoencoder'}"))
+    for each in (folder, alone):  # pictures and captions from the cache that stands; each encodes its own latents
+        (each / "cache").mkdir(parents=True)
+        for path in (tiny_run / "cache").iterdir():
+            if path.name != "latents":
+                (each / "cache" / path.name).symlink_to(path)
+    steps = ("stage1.steps=10", "stage2.steps=10")
+    finish(launch(*TWO, "tests/end_to_end/watched.py", 2, folder, *steps))
+    pretrained = f"stage1.pretrained={folder / 'autoencoder'}"
+    finish(launch("tests/end_to_end/watched.py", 1, alone, *steps, pretrained))
     first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
     one = load_file(alone / "rank-0.safetensors")
     assert torch.equal(first["weights"], second["weights"])
     # the noisy latents that the U-Nets got: step by step, the halves of what one process's got
     assert torch.equal(torch.cat([first["x_t"], second["x_t"]], 1), one["x_t"])
-    assert torch.unique(one["x_t"].flatten(0, 1), dim=0).shape[0] == 40 * 16
+    assert torch.unique(one["x_t"].flatten(0, 1), dim=0).shape[0] == 10 * 16
     losses = [
         [json.loads(line)["loss"] for line in (where / stage / "metrics.jsonl").read_text().splitlines()[:2]]
         for where, stage in ((folder, "stage1"), (tiny_run, "stage1"), (folder, "stage2"), (alone, "stage2"))
@@ -182,8 +152,8 @@ def test_two_processes_train_together(launch, tiny_run: Path, tmp_path: Path) ->
     np.testing.assert_allclose(losses[2], losses[3], rtol=1e-3)
 
 
-def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, launch) -> None:
-    output = finish(launch("scripts/evaluate.py", str(tiny_run), "--count", "8", "--steps", "2"))
+def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, call: Callable[..., str]) -> None:
+    output = call(evaluate.main, tiny_run, "--count", 8, "--steps", 2)
     assert "held-out combinations" in output
     figures = json.loads((tiny_run / "evaluation.json").read_text())
     assert figures["held-out combinations"]["pixels"].keys() == {"top1", "top5", "role", "role+tone", "role+tone near"}
@@ -191,22 +161,25 @@ def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, 
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
 
 
-def test_a_pretrained_autoencoder_is_loaded_instead_of_trained(train, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_pretrained_autoencoder_is_loaded_instead_of_trained(
+    train: Callable[..., str], tiny_run: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    finish(train(folder, f"stage1.pretrained={tiny_run / 'autoencoder'}"))
+    train(folder, f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}")
     assert not (folder / "stage1").exists()
     assert same(unet(folder), unet(tiny_run))
 
 
-def test_own_pictures_in_a_folder_train_too(train, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"pictures/{i}.png")
-        (tmp_path / f"pictures/{i}.txt").write_text(f"noise number {i}")
-    folder = tmp_path / "run"
-    finish(train(folder, f"data.source={tmp_path / 'pictures'}", "stage1.steps=2", "stage2.steps=2"))
+def test_own_pictures_train_too_and_a_finished_run_says_so_where_they_changed(
+    train: Callable[..., str], three_shapes: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    pictures, folder = three_shapes([f"noise number {i}" for i in range(8)]), tmp_path / "run"
+    given = (f"data.source={pictures}", "stage1.steps=2", "stage2.steps=2")
+    train(folder, *given)
     assert (folder / "pipeline/model_index.json").exists()
+    (pictures / "00.png").replace(pictures / "99.png")
+    (pictures / "00.txt").replace(pictures / "99.txt")
+    assert "is finished, but its data changed since" in train(folder, *given, status=2)
 
 
 @pytest.fixture
@@ -218,29 +191,24 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 
 
 def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_samples(
-    train, root: Path, environment: dict[str, str], tars: Path
+    train: Callable[..., str], launch: Start, finish: Finish, wait_for: Wait, tars: Path
 ) -> None:
     stream = [
         f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
-        "stage2.steps=24", "stage2.checkpoint_every=4", "stage1.steps=10", "sample.prompts=[]", "run.log_every=1",
+        "stage2.steps=24", "stage2.checkpoint_every=4", "stage1.steps=2", "sample.prompts=[]", "run.log_every=1",
     ]  # fmt: skip
-    finish(train(tars / "whole", *stream))
-    process = train(tars / "killed", *stream)
+    command = [*TINY, f"run.dir={tars / 'killed'}", *stream]
+    process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
     process.kill()
-    process.wait()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py",
-        "--config", "configs/tiny.yaml", f"run.dir={tars / 'killed'}", *stream, "data.workers=1",
-    ]  # fmt: skip
-    two = subprocess.Popen(
-        command, cwd=root, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process.communicate()
+    two = launch(*TWO, *command, "data.workers=1")
     wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
     os.killpg(two.pid, signal.SIGKILL)  # and once more, for both processes
-    two.wait()
-    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two.communicate()
+    again = launch(*TWO, *command, "data.workers=1")
+    train(tars / "whole", *stream)
+    finish(again)
     losses = {
         name: [json.loads(line)["loss"] for line in (tars / name / "stage2/metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "killed")
