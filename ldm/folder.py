@@ -37,7 +37,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".micro_batches")
+FREE_ENDS = (".checkpoint_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
 
 
 def claim(config: Config, fresh: bool = False) -> Config:
@@ -64,7 +64,8 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
         one = config.stage1
         ends: tuple[str, ...] = FREE_ENDS
         if (one.gan and one.gan.adaptive) or one.family == "vq":  # weighed, or revived, by what is computed together
-            still_free, ends = (*still_free, "stage2.micro_batches"), (".checkpoint_every",)
+            still_free = (*still_free, "stage2.micro_batches")
+            ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
         written = yaml.safe_load(file.read_text("utf-8"))
         about, old = written["about"] if begun else {}, written["configuration"]
         changed = [
@@ -135,20 +136,15 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     one, two = config.stage1, config.stage2
     trained = "none: pixels" if one.needs_none else f"{one.model}, {one.steps} steps of {one.batch}"
     lines = [
-        f"# {folder.name}", "",
-        "A text-to-image latent diffusion model. The folder `pipeline` opens in plain diffusers:", "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        f'pipe = DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
-        f'pipe("{(config.sample.prompts or ("a red heart",))[0]}", num_inference_steps={config.sample.steps}, '
-        f"guidance_scale={config.sample.guidance}).images[0]",
-        "```", "",
+        f"# {folder.name}", "", f"{_kind(config)} {_usage(config)}", "",
         *(["![samples](samples.png)", "", "Framed: prompts whose pictures no training saw.", ""] if grids else []),
         "| | |", "|---|---|",
         f"| data | `{config.data.name}`, {config.data.size} px |",
-        f"| text encoder | `{config.text.model}` |",
+        f"| conditions | {', '.join(two.conditions) or 'none'} |",
+        *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if two.text else []),
         f"| autoencoder | {one.pretrained or trained} |",
-        f"| U-Net | channels {list(two.channels)}, target {two.target}, {two.steps} steps of {two.batch} |",
+        f"| U-Net | channels {list(two.channels)}, {two.steps} steps of {two.batch} |",
+        f"| process | target {two.target}{'' if two.target == 'flow' else f', schedule {two.schedule}'} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
         "",
@@ -157,6 +153,46 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     ]  # fmt: skip
     with whole_file(folder / "README.md") as beside:
         beside.write_text("\n".join(lines), "utf-8")
+
+
+def _kind(config: Config) -> str:
+    two, space = config.stage2, "latent" if config.stage1.factor > 1 else "pixel"
+    if two.image:
+        does = (
+            "fills holes in pictures"
+            if "inpaint" in two.conditions
+            else f"enlarges pictures {config.stage1.factor}-fold"
+        )
+        return f"A {space} diffusion model that {does}."
+    kind = "text-to-image" if two.text else "class-conditional" if two.classes else "unconditional"
+    return f"A {kind} {space} diffusion model."
+
+
+def _usage(config: Config) -> str:
+    """How the pipeline is used: in plain diffusers where its pipelines have arguments for the model's conditions."""
+    two, sample, folder = config.stage2, config.sample, config.run.dir / "pipeline"
+    prompt, steps = (sample.prompts or ("a red heart",))[0], f"num_inference_steps={sample.steps}"
+    guided = f"{steps}, guidance_scale={sample.guidance}"
+    call = {
+        "text": f'pipe("{prompt}", {guided}).images[0]',
+        "": f"pipe({steps}).images[0]",
+        "text inpaint": f'pipe("{prompt}", image=picture, mask_image=mask, {guided}).images[0]',
+        "text upscale": f'pipe("{prompt}", image=small, {guided}).images[0]',
+    }.get(" ".join(two.conditions))
+    if call:
+        code = [
+            "from diffusers import DiffusionPipeline",
+            f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
+            call,
+        ]
+        return "\n".join(["The folder `pipeline` opens in plain diffusers:", "", "```python", *code, "```"])
+    given = ", ".join([f'"{prompt}"'] * two.text + ["labels=0"] * two.classes + ["image=picture"] * two.image)
+    code = [
+        "from ldm.pipeline import LatentDiffusion",
+        f'model = LatentDiffusion.load("{folder}")',
+        f"model({given})[0]",
+    ]
+    return "\n".join(["", "```python", *code, "```"])
 
 
 def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

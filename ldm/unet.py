@@ -159,13 +159,14 @@ def check_backend(backend: str, gpu: bool) -> None:
 def use_attention(unet: UNet, backend: str, device: torch.device) -> None:
     """Chooses how attention is computed, and checks on a small example that the result is the same within rounding."""
     check_backend(backend, device.type == "cuda")
-    if backend == "eager" or (backend == "auto" and device.type == "cpu"):
-        unet.set_attn_processor(AttnProcessor())
-    elif backend == "xformers":
+    if backend == "xformers":
         unet.enable_xformers_memory_efficient_attention()
         check_kernels(unet, device)
-    else:
-        unet.set_attn_processor(AttnProcessor2_0())
+        return
+    eager = backend == "eager" or (backend == "auto" and device.type == "cpu")
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.set_processor(AttnProcessor() if eager else AttnProcessor2_0())
 
 
 def check_kernels(unet: UNet, device: torch.device) -> None:

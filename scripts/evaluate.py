@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
     tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
     settings = config.parse(tree, str(given.run / "config.yaml"))
+    if settings.stage2.conditions != ("text",):
+        told = ", ".join(settings.stage2.conditions) or "nothing"
+        raise UserError(
+            f"{given.run}: its model is told {told}, and this measures how prompts are followed; "
+            f"python -m stage2_diffusion.evaluate {given.run} measures any"
+        )
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": given.run})})
     records = index.build(settings)
     if not len(records):

@@ -12,7 +12,7 @@ from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
 from ldm.sampling import scheduler
 from ldm.schema import Config
-from ldm.text import TextEncoder
+from ldm.text import NULL_PROMPT, TextEncoder
 from ldm.unet import build, load, use_attention
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.model import Denoiser
@@ -36,7 +36,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     trained = text if config.text.train else None
-    null = text.encode([""])[0] if text and not trained else None
+    null = text.encode([NULL_PROMPT])[0] if text and not trained else None
     denoiser = Denoiser(unet, stage, null, trained)
     run = Run(config.run, stage, "stage2", denoiser, contract)
     use_attention(unet, stage.attention_backend, run.device)

@@ -29,15 +29,18 @@ from ldm.schema import (
     GanConfig,
     SourceConfig,
     Stage1Config,
+    Stage2Config,
+    TextConfig,
 )
 from scripts import check_data
 
-PAGE, STAGE1 = (
-    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8") for name in ("your-own-data", "stage1")
+PAGE, STAGE1, STAGE2 = (
+    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8") for name in ("your-own-data", "stage1", "stage2")
 )
 KEYS = {  # of each page
     PAGE: {"data": DataConfig, "data.source": SourceConfig, "data.buckets": BucketConfig},
     STAGE1: {"stage1": Stage1Config, "stage1.gan": GanConfig, "stage1.align": AlignConfig},
+    STAGE2: {"stage2": Stage2Config, "text": TextConfig},
 }
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
 Block = tuple[str, str]  # tag and content
@@ -148,14 +151,14 @@ def test_the_page_shows_how_every_kind_is_found() -> None:
     assert shown == set(SAYS.values())
 
 
-@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1"])
+@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1", "stage2"])
 def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
     fields = {
         f"{prefix}.{name}": field
         for prefix, section in KEYS[page].items()
         for name, field in section.model_fields.items()
     }
-    rows = dict(re.findall(r"^\| `((?:data|stage1)\.[\w.]+)` \|([^|]*)\|", page, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `((?:data|stage1|stage2|text)\.[\w.]+)` \|([^|]*)\|", page, flags=re.MULTILINE))
     assert rows.keys() == fields.keys()
     for key, shown in rows.items():
         default = fields[key].default

@@ -31,7 +31,7 @@ from ldm.data.index import Index
 from ldm.files import whole_file
 from ldm.processes import on_main
 from ldm.schema import Config
-from ldm.text import NULL_PROMPT, TextEncoder
+from ldm.text import TextEncoder
 
 PER_FILE = 4096  # entries
 BATCH = 32
@@ -203,11 +203,6 @@ class Cache:
         assert self.text, "a cache without captions"
         return self.text[_digest(caption)]["text"]
 
-    @property
-    def null(self) -> torch.Tensor:
-        """The unconditional embedding, `(T, D)`."""
-        return self.embedding(NULL_PROMPT)
-
 
 class Cuts(torch.utils.data.Dataset[torch.Tensor]):
     """The variants of some pictures of an index, `(V, 3, H, W)` each."""
@@ -276,8 +271,8 @@ def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: 
 
 
 def _captions(index: Index, config: Config, text: TextEncoder) -> Job:
-    """The job of each distinct caption, and of the null prompt."""
-    captions = {_digest(NULL_PROMPT): NULL_PROMPT}
+    """The job of each distinct caption."""
+    captions: dict[bytes, str] = {}
     for several in index.captions():
         captions.update((_digest(caption), caption) for caption in several)
     keys, dtype = list(captions), getattr(torch, config.data.cache_dtype)

@@ -20,7 +20,7 @@ from ldm.data.index import Entry, Index
 from ldm.data.order import Order, generator, normal
 from ldm.data.stream import Stream
 from ldm.schema import Config
-from ldm.text import NULL_PROMPT, TextEncoder
+from ldm.text import TextEncoder
 
 Item = dict[str, Any]
 
@@ -117,12 +117,11 @@ class Feed(NamedTuple):
         for batch in run.batches(feed.dataset):
             x0, text = feed.encoded(batch)
 
-    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device; `null` is the unconditional one.
-    Both embeddings are None where there is no frozen text encoder; captions are in `batch["caption"]` then.
+    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device. Embeddings are None where there is
+    no frozen text encoder; captions are in `batch["caption"]` then.
     """
 
     dataset: torch.utils.data.Dataset[Item] | Stream
-    null: torch.Tensor | None
     encoded: Callable[[Item], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -137,8 +136,7 @@ def feed(
     if config.data.cache == "disk":
         assert isinstance(data, Index), "the configuration allows a stream no cache"
         cache = build(data, config, autoencoder, text)
-        null = cache.null.to(device) if text else None
-        return Feed(_Cached(data, config, cache), null, lambda batch: (batch["latent"], batch.get("text")))
+        return Feed(_Cached(data, config, cache), lambda batch: (batch["latent"], batch.get("text")))
 
     def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor | None]:
         mean, logvar = autoencoder.moments(batch["pixels"])
@@ -148,7 +146,7 @@ def feed(
         return mean, text.encode(batch["caption"]) if text else None
 
     dataset = data if isinstance(data, Stream) else Pictures(data, config, config.stage2.batch)
-    return Feed(dataset, text.encode([NULL_PROMPT])[0].to(device) if text else None, encode)
+    return Feed(dataset, encode)
 
 
 class _Cached(torch.utils.data.Dataset[Item]):

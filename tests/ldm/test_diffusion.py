@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion import TARGETS, TIMESTEPS, Process, betas, offset_noise, perturbed
+from ldm.likelihood import reverse_step
 from ldm.schedules import SCHEDULES
 
 CHAINS = [(target, schedule) for target in ("eps", "x0", "v") for schedule in ("linear", "scaled_linear", "cosine")]
@@ -285,3 +286,43 @@ def test_a_learned_variance_lies_between_its_two_bounds() -> None:
         small, large = process.log_variances(torch.tensor([step]), torch.float64)
         assert float(ours.flatten()[0]) == pytest.approx(float(small))
         assert float(ours.flatten()[-1]) == pytest.approx(float(large))
+
+
+@pytest.mark.parametrize("process", [Process("eps", "cosine"), Process("v", "scaled_linear", zero_snr=True, shift=2.0)])
+def test_a_respaced_chain_has_the_noise_levels_that_it_keeps_and_tells_the_network_their_numbers(
+    process: Process,
+) -> None:
+    whole = process.chain().alpha_bar
+    for steps in (1, 7, 50, 1000):
+        few = process.respaced(steps)
+        told = few.network_time(torch.arange(steps))
+        assert int(told[-1]) == process.timesteps - 1  # the noisiest, where sampling starts
+        torch.testing.assert_close(few.chain().alpha_bar, whole[told], atol=1e-12, rtol=1e-9)
+    twice = process.respaced(100).respaced(10)
+    assert twice.told == process.respaced(10).told
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"steps: {steps}; give 1 to 1000"):
+            process.respaced(steps)
+
+
+def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
+    process, x = Process("eps", "scaled_linear"), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    rule = DDPMScheduler(
+        trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False
+    )  # fmt: skip
+    rule.set_timesteps(20)
+    few = process.respaced(20)
+    assert few.told == tuple(rule.timesteps.flip(0).tolist())
+    for i in (1, 10, 19):
+        mean, log_variance = reverse_step(few, eps, x, torch.full((2,), i))
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        expected = rule.step(eps, few.told[i], x, generator=torch.Generator().manual_seed(2)).prev_sample
+        torch.testing.assert_close(mean + (0.5 * log_variance).exp() * noise, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("process", [Process("eps", "cosine"), Process("x0", "log_linear"), Process("flow")])
+def test_the_time_of_a_log_snr_has_that_log_snr(process: Process) -> None:
+    wanted = torch.linspace(-6, 6, 25)
+    found = process.log_snr(process.time_at(wanted))
+    torch.testing.assert_close(found, wanted, atol=1e-4 if process.target == "flow" else 0.1, rtol=0)

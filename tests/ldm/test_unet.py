@@ -1,9 +1,11 @@
 """The U-Net that a configuration describes."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from ldm import config, unet
 from ldm.condition import Condition, predict
@@ -23,6 +25,38 @@ def test_attention_backends_agree(root: Path) -> None:
         with torch.no_grad():
             answers.append(model(x, t, text).sample)
     torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and importlib.util.find_spec("xformers")), reason="needs a GPU and xformers"
+)
+def test_xformers_gives_what_sdpa_gives(root: Path) -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = unet.build(config.load(root / "configs/tiny.yaml").stage2, 4, 16, 384).eval().to(device)
+    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 16, 384)
+    answers = []
+    for backend in ("sdpa", "xformers"):
+        unet.use_attention(model, backend, device)
+        with torch.no_grad():
+            answers.append(model(*(each.to(device) for each in (x, t, text))).sample)
+    torch.testing.assert_close(*answers, atol=1e-3, rtol=1e-3)
+
+
+def test_kernels_that_compute_something_else_are_found_when_loaded(root: Path) -> None:
+    class Halved(AttnProcessor2_0):
+        def __call__(self, *arguments, **options):
+            return 0.5 * super().__call__(*arguments, **options)
+
+    for conditions in ("[text]", "[]"):
+        overrides = [f"stage2.conditions={conditions}", f"stage2.pooled_text={conditions != '[]'}".lower()]
+        model = unet.build(config.load(root / "configs/tiny.yaml", overrides).stage2, 4, 16, 384)
+        unet.check_kernels(model, torch.device("cpu"))
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                layer.set_processor(Halved())
+        with pytest.raises(UserError, match=r"stage2\.attention_backend: xformers is off by .*; use sdpa"):
+            unet.check_kernels(model, torch.device("cpu"))
 
 
 def test_a_backend_that_is_not_there_is_an_error(root: Path) -> None:

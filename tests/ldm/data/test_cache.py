@@ -81,8 +81,7 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
         torch.testing.assert_close(
             kept.embedding(entry.captions[0]), encoder.encode(entry.captions)[0], atol=1e-5, rtol=1e-5
         )
-    torch.testing.assert_close(kept.null, encoder.encode([""])[0], atol=1e-5, rtol=1e-5)
-    assert len(kept.text.keys) == 12 + 1  # each distinct caption once, and the null prompt
+    assert len(kept.text.keys) == 12  # each distinct caption once
 
 
 def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
@@ -117,7 +116,7 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
     (file,) = new
     assert len(cache._keys(given.cache_dir / file)) == 1
     (folder / "01.txt").write_text("something else")
-    assert built(vae)[0] == "cache: 1 of 14 captions to encode: new or changed.\n"
+    assert built(vae)[0] == "cache: 1 of 13 captions to encode: new or changed.\n"
     assert built(model(1))[0] == "cache: 24 of 24 pictures to encode: the autoencoder changed.\n"
     larger = settings(root, folder, "data.flip=false", "data.size=24")
     assert "the size changed" in built(vae, larger)[0]

@@ -1,0 +1,95 @@
+"""`Trainer`: stage two from Python, for who has a folder of pictures and wants a diffusion model of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldm import autoencoder, config, plan
+from ldm.data import check, index
+from ldm.diffusion import Process
+from ldm.folder import claim, write_card
+from ldm.pipeline import LatentDiffusion
+from ldm.processes import join
+from stage2_diffusion.train import train
+
+
+class Trainer:
+    """Trains a diffusion model of the pictures in a folder; unconditional and in pixel space unless told otherwise.
+
+        trainer = Trainer(Process("eps", "cosine"), "pictures", size=64, batch=32, lr=1e-4, steps=20_000)
+        model = trainer.train()
+        model(count=16)[0].save("picture.png")
+
+    `size` is the pictures' side in pixels, `batch` the global batch, computed in `micro_batches` parts; `lr` the
+    learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`, `no`,
+    `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is the
+    run's folder: the same call again continues there. `keys` are any others of the configuration, written
+    `stage2__channels=[64, 128]`. ldm.errors.UserError says in one line what can't be.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        folder: str | Path,
+        *,
+        size: int = 64,
+        batch: int = 32,
+        lr: float = 1e-4,
+        steps: int = 20_000,
+        micro_batches: int = 1,
+        ema: float = 0.995,
+        precision: str = "auto",
+        autoencoder: str | Path = "identity",
+        conditions: tuple[str, ...] = (),
+        run: str | Path = "runs/trainer",
+        **keys: Any,
+    ):
+        in_pixels = str(autoencoder) == "identity"
+        flow = process.target == "flow"
+        tree: dict[str, dict[str, Any]] = {
+            "run": {"dir": str(run), "precision": precision},
+            "data": {"source": str(folder), "size": size, "cache": "none" if in_pixels else "disk"},
+            "text": {},
+            "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
+            "stage2": {
+                "conditions": list(conditions), "channels": [64, 128, 256, 256], "head_size": 32,
+                "attention": [False, False, True, True], "target": process.target, "timesteps": process.timesteps,
+                "zero_snr": process.zero_snr, "shift": process.shift, "times": process.times or "auto",
+                "time_mean": process.time_mean, "time_std": process.time_std, "steps": steps, "batch": batch,
+                "micro_batches": micro_batches, "lr": lr, "ema": ema,
+                **({} if flow else {"schedule": process.schedule}), **({"dropout": 0.0} if not conditions else {}),
+            },
+            "sample": {"steps": 50, "guidance": 1.0, "solver": "euler" if flow else "ddim"},
+        }  # fmt: skip
+        for key, value in keys.items():
+            section, _, name = key.partition("__")
+            tree.setdefault(section, {})[name] = value
+        self.config = config.parse(tree, "Trainer")
+        self.autoencoder = str(autoencoder)
+
+    def train(self) -> LatentDiffusion:
+        """Trains to the end, from where it stood, and returns the model; `RUN/pipeline` opens in plain diffusers."""
+        state = join(self.config.run)
+        text = plan.check(self.config, state.num_processes)
+        settings = claim(self.config)
+        pipeline = settings.run.dir / "pipeline"
+        if not pipeline.exists():
+            pictures = index.build(settings)
+            check.before_training(pictures, settings, text)
+            train(settings, pictures, autoencoder.load(self.autoencoder, "autoencoder"), text)
+            if state.is_main_process:
+                write_card(settings)
+        return LatentDiffusion.load(pipeline, state.device)
+
+
+def _loaded(name: str | Path) -> dict[str, Any]:
+    """The keys of stage one that describe an autoencoder that exists."""
+    found = autoencoder.load(name, "autoencoder")
+    family = next(key for key, kind in autoencoder.FAMILIES.items() if kind == type(found.vae).__name__)
+    model = {"dc": "dc-f32", "vq": "vq-f4"}.get(family, family)
+    width = 64
+    return {
+        "model": model, "pretrained": str(name), "latent_channels": found.channels,
+        "channels": [width] * (found.factor.bit_length()),
+    }  # fmt: skip

@@ -1,0 +1,129 @@
+"""Every kind of model, trained on a few drawings by the real command, and sampled: here and in plain diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import train_ldm
+from ldm.data import openmoji
+from ldm.data.images import to_tensor
+from ldm.diffusion import Process
+from ldm.pipeline import LatentDiffusion
+from stage2_diffusion.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty drawings in a folder, food and faces in class folders, and nothing else."""
+    folder, drawn = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("drawn")
+    for kind in ("food", "face"):
+        (folder / kind).mkdir()
+        chosen = [d for d, _ in openmoji.draw("openmoji-demo", 32, drawn) if d.label == kind][:20]
+        for each in chosen:
+            shutil.copy(drawn / f"{each.code}.png", folder / kind / f"{each.code}.png")
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "stage2/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def trained(tiny_run: Path, tmp_path: Path):
+    """Trains stage two of configs/tiny.yaml with overrides, in the latents of its finished run."""
+
+    def train(*overrides: str) -> LatentDiffusion:
+        status = train_ldm.main(
+            [
+                "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", "run.tracker=none",
+                f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}", *overrides,
+            ]
+        )  # fmt: skip
+        assert status == 0
+        course = losses(tmp_path / "run")
+        assert course[-1] < 0.8 * course[0]
+        assert list((tmp_path / "run/stage2/samples").glob("step-*.png"))
+        return LatentDiffusion.load(tmp_path / "run/pipeline")
+
+    return train
+
+
+@pytest.fixture(autouse=True)
+def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+
+
+def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
+    trainer = Trainer(
+        Process("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, micro_batches=2, ema=0.9,
+        precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
+        stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,
+    )  # fmt: skip
+    model = trainer.train()
+    course = losses(tmp_path / "run")
+    assert course[-1] < 0.6 * course[0]
+    made = model(count=3, seed=1, steps=10)
+    assert [each.size for each in made] == [(16, 16)] * 3
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    found = theirs(generator=torch.Generator().manual_seed(1), num_inference_steps=10).images[0]
+    assert np.abs(np.asarray(found, int) - np.asarray(made[0], int)).max() <= 1
+
+
+def test_a_class_conditional_model(trained, pictures: Path) -> None:
+    model = trained(
+        "stage2.conditions=[class]",
+        "stage2.pooled_text=false",
+        f"data.source={pictures}",
+        "sample.guidance=2",
+        "stage2.dropout=0.2",
+    )
+    assert model.classes == ("face", "food")
+    face, food = model(labels=["face", "food"], seed=3, steps=4)
+    assert face.size == food.size == (32, 32)
+    unguided = model(labels="food", seed=4, steps=4, guidance=1.0)[0]
+    assert np.abs(np.asarray(food, int) - np.asarray(unguided, int)).max() > 0
+
+
+def test_an_unconditional_model_of_latents(trained, pictures: Path, tmp_path: Path) -> None:
+    model = trained("stage2.conditions=[]", "stage2.pooled_text=false", "sample.guidance=1", f"data.source={pictures}")
+    made = model(count=2, seed=5, steps=4)[0]
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    found = theirs(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
+    assert np.abs(np.asarray(found, int) - np.asarray(made, int)).max() <= 1
+
+
+def test_an_inpainting_model(trained, tmp_path: Path) -> None:
+    model = trained("stage2.conditions=[text,inpaint]")
+    assert model.task == "inpaint"
+    picture = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
+    mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
+    made = model("red heart", seed=2, image=picture, mask=mask, steps=4, guidance=2.0)[0]
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline", safety_checker=None)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    grey = to_tensor(picture) * (to_tensor(mask.convert("RGB")) < 0)
+    seen = model.autoencoder.encode(grey[None])  # theirs would draw from the autoencoder's posterior
+    found = theirs(
+        "red heart", image=picture, mask_image=mask, height=32, width=32, latents=noise, masked_image_latents=seen,
+        num_inference_steps=4, guidance_scale=2.0, strength=1.0,
+    ).images[0]  # fmt: skip
+    assert np.abs(np.asarray(found, int) - np.asarray(made, int)).max() <= 1
+
+
+def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
+    model = trained("stage2.conditions=[text,upscale]")
+    assert model.task == "upscale"
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    assert model("red heart", seed=2, image=small, steps=4)[0].size == (32, 32)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert theirs("red heart", image=small, num_inference_steps=4, noise_level=20).images[0].size == (32, 32)
