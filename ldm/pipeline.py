@@ -183,6 +183,8 @@ class LatentDiffusion:
             image, mask = image.to(device), mask.to(device)
             beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
         elif self.task == "upscale" and image is not None:
+            if not 0 <= noise_level < NOISIEST:
+                raise UserError(f"noise_level: {noise_level}; give 0 to {NOISIEST - 1}")
             label = torch.full((len(seeds),), noise_level, device=device)
             with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
             beside = blurred(image.to(device), torch.stack(with_noise).to(device), label)
@@ -255,9 +257,16 @@ class LatentDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         labels = [labels] if isinstance(labels, str) else labels
         number = self._check(prompts, labels, count, image, mask)
-        given, holes = (None if each is None else _pixels(each, number) for each in (image, mask))
-        if holes is not None:
-            holes = (holes[:, :1] > 0.5).float()
+        given = None if image is None else _pixels("image", image, number)
+        holes = None if mask is None else _pixels("mask", mask, number)
+        if given is not None and holes is not None:
+            if not isinstance(mask, torch.Tensor):
+                holes = holes / 2 + 0.5
+            holes = (holes[:, :1] >= 0.5).float()
+            side = self.unet.config.sample_size * self.autoencoder.factor
+            for name, (h, w) in (("image", given.shape[2:]), ("mask", holes.shape[2:])):
+                if (h, w) != (side, side):
+                    raise UserError(f"{name}: {w} × {h} pixels; this model completes {side} × {side}, resize it")
         pictures: list[Image.Image] = []
         for start in range(0, number, batch):
             part = slice(start, min(start + batch, number))
@@ -302,12 +311,14 @@ def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
     return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None
 
 
-def _pixels(pictures: Pictures, number: int) -> torch.Tensor:
+def _pixels(name: str, pictures: Pictures, number: int) -> torch.Tensor:
     """`(number, C, H, W)`: pictures in [-1, 1]; tensors as they are."""
     if isinstance(pictures, Image.Image):
         pictures = [pictures]
-    if not isinstance(pictures, torch.Tensor):
-        pictures = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures])
     if len(pictures) not in (1, number):
-        raise UserError(f"image: {len(pictures)} pictures or masks for {number} prompts; give one, or one each")
+        raise UserError(f"{name}: {len(pictures)} for {number} pictures; give one, or one each")
+    if not isinstance(pictures, torch.Tensor):
+        if len(sizes := {picture.size for picture in pictures}) > 1:
+            raise UserError(f"{name}: of {len(sizes)} sizes; bring all to one")
+        pictures = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures])
     return pictures.expand(number, *pictures.shape[1:])

@@ -444,7 +444,8 @@ class Stage2Config(Training):
         for key, given in (("pooled_text", self.pooled_text), ("null", self.null == "learned")):
             if given and not self.text:
                 raise ValueError(f"{key}: there is no text in conditions, {list(self.conditions)}; leave it out")
-        if self.dropout and not (self.text or self.classes) and "dropout" in self.model_fields_set:
+        default = type(self).model_fields["dropout"].default  # a run's own config.yaml has it written out
+        if self.dropout not in (0, default) and not (self.text or self.classes):
             raise ValueError(f"dropout: nothing to drop in conditions, {list(self.conditions)}; leave it out")
         flow = self.target == "flow"
         for key, given in (

@@ -43,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1000, 100, 25], help="steps of the chain")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
     given = parser.parse_args(arguments)
-    if not (given.run / "pipeline").is_dir():
-        raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
+    for name in ("pipeline", "config.yaml"):
+        if not (given.run / name).exists():
+            raise UserError(f"{given.run}: no finished run (it has no {name}); run train_ldm.py first")
+    for option, number, least in (("--count", given.count, 1), ("--ode-steps", given.ode_steps, 0)):
+        if number < least:
+            raise UserError(f"{option}: {number}; give {least} or more")
     tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
     settings = config.parse(tree, str(given.run / "config.yaml"))
     stage, process = settings.stage2, Process.of(settings.stage2)
@@ -157,7 +161,8 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
     if model.text:
         text = model.text.encode([entry.captions[0] for entry in entries])
     if model.classes:
-        label = torch.tensor([model.class_number(entry.label) for entry in entries], device=pixels.device)
+        known = {name: number for number, name in enumerate(model.classes)}
+        label = torch.tensor([known.get(entry.label, len(known)) for entry in entries], device=pixels.device)
     if settings.stage2.sizes:
         rows = [[entry.height, entry.width, 0, 0, size, size] for entry in entries]
         sizes = torch.tensor(rows, device=pixels.device).float()

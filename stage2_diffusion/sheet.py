@@ -30,11 +30,12 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
     with run.averaged():
         if stage.image:
             assert isinstance(data, Index), "the configuration allows no stream here"
-            pixels, captions = _given(data, config.data.size)
+            pixels, captions, of = _given(data, config.data.size)
+            labels = [each if each in model.classes else 0 for each in of] if stage.classes else None
             if "inpaint" in stage.conditions:
                 masks = [holes(generator(seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
                 mask = torch.stack(masks)
-                pictures = model(captions, seed, image=pixels, mask=mask)
+                pictures = model(captions, seed, labels=labels, image=pixels, mask=mask)
                 shown = to_pil(pixels * (1 - mask))
             else:
                 low = torch.nn.functional.avg_pool2d(pixels, model.autoencoder.factor)
@@ -55,10 +56,10 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
     grid(pictures, prompts, columns=8, marked=marked).save(path)
 
 
-def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str]]:
-    """Eight pictures, of those that nothing is trained on where there are some, and their captions."""
+def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Eight pictures, of those that nothing is trained on where there are some, their captions and classes."""
     held = data.select("reconstruction")
     chosen = held if len(held) else data
     numbers = range(min(8, len(chosen)))
     pixels = [to_tensor(cut(chosen.picture(i), (size, size))[0]) for i in numbers]
-    return torch.stack(pixels), [chosen[i].captions[0] for i in numbers]
+    return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]

@@ -87,3 +87,12 @@ def test_differences_name_the_keys(tiny: Path) -> None:
     a, b = config.load(tiny), config.load(tiny, ["stage2.lr=1e-3", "run.seed=4"])
     changed = config.differences(config.dump(a), config.dump(b))
     assert changed == ["run.seed: 0 → 4", "stage2.lr: 0.002 → 0.001"]
+
+
+@pytest.mark.parametrize(
+    "conditions", ["[]", "[class]", "[text]", "[text, class]", "[text, size]", "[text, inpaint]", "[text, upscale]"]
+)
+def test_what_is_written_down_is_read_again(root: Path, conditions: str) -> None:
+    pooled = f"stage2.pooled_text={'text' in conditions}"
+    settings = config.load(root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", pooled])
+    assert config.parse(config.dump(settings), "a test") == settings

@@ -61,6 +61,39 @@ def test_every_target_is_learned_and_named_in_the_export(
     assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize(
+    ("conditions", "more"),
+    [
+        ("[]", ()),
+        ("[class]", ()),
+        ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.target=eps")),
+        ("[text, class]", ("stage2.init_from=ITSELF",)),
+        ("[text, upscale]", ()),
+        ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.target=eps")),
+        ("[text, inpaint]", ("stage2.pooled_text=true",)),
+        ("[text, class, size, inpaint]", ("text.train=true", "stage2.null=learned")),
+    ],
+)
+def test_every_task_is_trained_shown_measured_and_exported(
+    conditions: str, more: tuple[str, ...], cache: str, few: Few, vae: Autoencoder, tmp_path: Path
+) -> None:
+    keys = [f"stage2.conditions={conditions}", f"data.cache={cache}", "sample.prompts=[red heart]"]
+    for start in (None, str(tmp_path / "run/pipeline")) if "stage2.init_from=ITSELF" in more else (None,):
+        own = [key.replace("ITSELF", str(start)) for key in more if start or "ITSELF" not in key]
+        settings, index = few(*keys, *own, f"run.dir={tmp_path / ('again' if start else 'run')}")
+        encoder = encoder_of(settings) if settings.stage2.text else None
+        train(settings, index, vae, encoder)
+        folder = settings.run.dir
+        assert (folder / "stage2/samples/step-000003.png").exists()
+        assert lines(folder, "held_out_loss")[-1]["step"] == 3
+        model = LatentDiffusion.load(folder / "pipeline", "cpu")
+        assert model.task == next((task for task in ("inpaint", "upscale") if task in conditions), "generate")
+        assert list(model.classes) == (index.select("train").labels() if settings.stage2.classes else [])
+        assert torch.isfinite(model.unet.conv_out.weight).all()
+
+
 @pytest.mark.parametrize("cache", ["disk", "none"])
 def test_nothing_reaches_a_frozen_autoencoder_or_text_encoder(few: Few, vae: Autoencoder, cache: str) -> None:
     settings, index = few(f"data.cache={cache}", "stage2.conditions=[text, inpaint]", "stage2.null=learned")
