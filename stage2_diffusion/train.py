@@ -42,11 +42,14 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     use_attention(unet, stage.attention_backend, run.device)
     if stage.compile:
         unet.compile()
-    samples = feed(train_set, config, autoencoder.to(run.device), None if trained else text, run.device)
+    autoencoder.to(run.device)
+    if text:
+        text.to(run.device)
+    samples = feed(train_set, config, autoencoder, None if trained else text, run.device)
     conditions = Conditions(config, autoencoder, trained, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = LatentDiffusion(
-        text.to(run.device) if text else None, unet, autoencoder,
+        text, unet, autoencoder,
         scheduler(objective.process, config.sample.solver, stage.variance == "learned", autoencoder.factor == 1),
         config.sample.steps, config.sample.guidance, denoiser.null, tuple(classes),
     )  # fmt: skip
