@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from ldm.schedules import betas
 
-NOISIEST = 350  # of the 1000 noise levels of a small picture in training, as Stable Diffusion's upscaler
+LEVELS = 1000  # noise levels of a small picture that the U-Net can be told
+NOISIEST = 350  # of them in training, as Stable Diffusion's upscaler
 
 
 class Condition(NamedTuple):

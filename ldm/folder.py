@@ -137,7 +137,8 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     trained = "none: pixels" if one.needs_none else f"{one.model}, {one.steps} steps of {one.batch}"
     lines = [
         f"# {folder.name}", "", f"{_kind(config)} {_usage(config)}", "",
-        *(["![samples](samples.png)", "", "Framed: prompts whose pictures no training saw.", ""] if grids else []),
+        *(["![samples](samples.png)", ""] if grids else []),
+        *(["Framed: prompts whose pictures no training saw.", ""] if grids and two.text and not two.image else []),
         "| | |", "|---|---|",
         f"| data | `{config.data.name}`, {config.data.size} px |",
         f"| conditions | {', '.join(two.conditions) or 'none'} |",
@@ -179,14 +180,18 @@ def _usage(config: Config) -> str:
         "text inpaint": f'pipe("{prompt}", image=picture, mask_image=mask, {guided}).images[0]',
         "text upscale": f'pipe("{prompt}", image=small, {guided}).images[0]',
     }.get(" ".join(two.conditions))
-    if call:
+    ours = two.null == "learned" or config.text.chunks > 1 or (two.text and config.stage1.family == "identity")
+    if call and not ours:
         code = [
             "from diffusers import DiffusionPipeline",
             f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
             call,
         ]
         return "\n".join(["The folder `pipeline` opens in plain diffusers:", "", "```python", *code, "```"])
-    given = ", ".join([f'"{prompt}"'] * two.text + ["labels=0"] * two.classes + ["image=picture"] * two.image)
+    holes = "inpaint" in two.conditions
+    given = ", ".join(
+        [f'"{prompt}"'] * two.text + ["labels=0"] * two.classes + ["image=picture"] * two.image + ["mask=mask"] * holes
+    )
     code = [
         "from ldm.pipeline import LatentDiffusion",
         f'model = LatentDiffusion.load("{folder}")',

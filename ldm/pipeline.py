@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder import Autoencoder, Identity, fold
-from ldm.condition import NOISIEST, Condition, blurred, predict, with_hole
+from ldm.condition import LEVELS, NOISIEST, Condition, blurred, predict, with_hole
 from ldm.data.images import to_pil, to_tensor
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -65,9 +65,11 @@ class LatentDiffusion:
 
     @property
     def task(self) -> str:
-        """`generate`, `inpaint` or `upscale`, by the channels of the U-Net's input."""
+        """`generate`, `inpaint` or `upscale`, by the inputs of the U-Net."""
         beside = self.unet.config.in_channels - self.autoencoder.channels
-        return {0: "generate", self.autoencoder.channels + 1: "inpaint"}.get(beside, "upscale")
+        if beside == 3 and self.unet.config.get("num_class_embeds") == LEVELS:
+            return "upscale"
+        return "inpaint" if beside == self.autoencoder.channels + 1 else "generate"
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
@@ -114,10 +116,10 @@ class LatentDiffusion:
     def save(self, folder: Path) -> None:
         """Writes a folder that plain diffusers opens, as the pipeline of the model's task.
 
-        What diffusers has no place for (class names, a trained null embedding, steps and guidance)
-        stands beside, for `load`. Its Stable Diffusion pipelines decode with an AutoencoderKL or AutoencoderTiny. With
-        others, ask for `output_type="latent"`: in pixel space these are the pictures, and a VQModel or AutoencoderDC
-        decodes them.
+        What diffusers has no place for (class names, a trained null embedding, steps and guidance) stands beside, for
+        `load`. Its Stable Diffusion pipelines decode with an AutoencoderKL or AutoencoderTiny. With others, ask for
+        `output_type="latent"`, which a VQModel or AutoencoderDC decodes; in pixel space these are the pictures, and the
+        folder opens with `vae=None`.
         """
         with whole_folder(folder) as beside:
             self._pipeline().save_pretrained(beside)
@@ -171,13 +173,15 @@ class LatentDiffusion:
         the small pictures to be enlarged, which get noise of `noise_level` in [0, 350).
         """
         device, side = self.unet.device, self.unet.config.sample_size
-        h, w = (image.shape[2:] if self.task == "upscale" else (side, side)) if image is not None else (side, side)
+        h, w = image.shape[2:] if image is not None and self.task == "upscale" else (side, side)
         shape = (self.autoencoder.channels, int(h), int(w))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = initial_noise(shape, seeds).to(device)
         for generator in generators:  # their first draw made the noise above
             torch.randn(shape, generator=generator)
-        label = torch.tensor([self.class_number(each) for each in labels], device=device) if labels else None
+        label = (
+            torch.tensor([self.class_number(each) for each in labels], device=device) if labels is not None else None
+        )
         beside = None
         if self.task == "inpaint" and image is not None and mask is not None:
             image, mask = image.to(device), mask.to(device)
@@ -242,7 +246,7 @@ class LatentDiffusion:
         seed: int = 0,
         batch: int = 32,
         *,
-        labels: str | Sequence[str | int] | None = None,
+        labels: str | int | Sequence[str | int] | None = None,
         count: int = 1,
         image: Pictures | None = None,
         mask: Pictures | None = None,
@@ -255,7 +259,7 @@ class LatentDiffusion:
         enlarges. `options`: `steps`, `guidance`, `solver`, `negative`, `noise_level`, as `latents` takes them.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        labels = [labels] if isinstance(labels, str) else labels
+        labels = [labels] if isinstance(labels, (str, int)) else labels
         number = self._check(prompts, labels, count, image, mask)
         given = None if image is None else _pixels("image", image, number)
         holes = None if mask is None else _pixels("mask", mask, number)

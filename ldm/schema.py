@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import ImageColor
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from ldm.presets import AUTOENCODERS, PROCESSES, UNETS
 
@@ -145,6 +145,15 @@ class TextConfig(Section):
     """Long captions are encoded in up to so many pieces, whose states stand one after the other."""
     train: bool = False
     """Trains the encoder along with the U-Net; captions' embeddings are then not cached."""
+
+
+CONDITIONS = ("text", "class", "size", "inpaint", "upscale")
+
+
+def _in_order(given: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(given)) < len(given):
+        raise ValueError(f"{list(given)} names one twice; name each once")
+    return tuple(sorted(given, key=CONDITIONS.index))
 
 
 TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
@@ -339,7 +348,7 @@ class Stage1Config(Training):
 class Stage2Config(Training):
     init_from: str | None = None
     """A diffusers pipeline folder or Hub id whose U-Net the training starts from; inputs that it lacks are added."""
-    conditions: tuple[Literal["text", "class", "size", "inpaint", "upscale"], ...] = ("text",)
+    conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
     """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
     small picture. `[]` is unconditional."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -363,7 +372,7 @@ class Stage2Config(Training):
     groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     pooled_text: bool = False
-    """Adds the text, pooled by attention, to the time embedding."""
+    """Adds the text to the time embedding, pooled by attention; with `size` among the conditions, its mean."""
     scale_shift: bool = False
     """The time embedding scales features as well as shifting them (ADM's adaptive group normalisation)."""
     attention_backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
@@ -431,8 +440,6 @@ class Stage2Config(Training):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if len(set(self.conditions)) < len(self.conditions):
-            raise ValueError(f"conditions: {list(self.conditions)} names one twice; name each once")
         if {"inpaint", "upscale"} <= set(self.conditions):
             raise ValueError("conditions: a model has one task; give inpaint or upscale")
         if "upscale" in self.conditions and self.classes:
@@ -444,9 +451,6 @@ class Stage2Config(Training):
         for key, given in (("pooled_text", self.pooled_text), ("null", self.null == "learned")):
             if given and not self.text:
                 raise ValueError(f"{key}: there is no text in conditions, {list(self.conditions)}; leave it out")
-        default = type(self).model_fields["dropout"].default  # a run's own config.yaml has it written out
-        if self.dropout not in (0, default) and not (self.text or self.classes):
-            raise ValueError(f"dropout: nothing to drop in conditions, {list(self.conditions)}; leave it out")
         flow = self.target == "flow"
         for key, given in (
             ("zero_snr", self.zero_snr), ("variance", self.variance == "learned"), ("times", self.times == "loss"),
@@ -456,6 +460,10 @@ class Stage2Config(Training):
                 raise ValueError(
                     f"{key}: {getattr(self, key)!r} is for a chain of steps, which flow is not; leave it out"
                 )
+        if flow and self.timesteps != 1000:  # which samplers round to whole numbers
+            raise ValueError(f"timesteps: {self.timesteps}; flow tells the U-Net its time in thousandths, leave it out")
+        if self.weight == "learned" and self.times == "loss":
+            raise ValueError("times: by the loss means little where weight is learned, which makes all alike; drop one")
         if self.zero_snr and self.target == "eps":
             raise ValueError("zero_snr: pure noise says nothing about eps; set target to v or x0")
         if self.variance == "learned" and (self.loss, self.weight) != ("l2", "uniform"):
@@ -540,10 +548,26 @@ class Config(Section):
             raise ValueError(
                 f"sample.solver: {self.sample.solver!r} makes no use of stage2.variance 'learned'; use ddpm"
             )
+        if self.sample.steps > two.timesteps and two.target != "flow":
+            raise ValueError(f"sample.steps: {self.sample.steps}, but stage2.timesteps are {two.timesteps}; lower it")
+        if not two.conditions and one.family == "identity":
+            known = ("euler", "dpm++") if two.target == "flow" else ("ddpm", "ddim", "dpm++")
+            if self.sample.solver not in known:
+                raise ValueError(
+                    f"sample.solver: {self.sample.solver!r} can't be exported for pixels without conditions, whose "
+                    f"pipeline in diffusers runs {', '.join(known)}; take one of these"
+                )
+        if "upscale" in two.conditions and one.family != "kl":
+            raise ValueError(
+                f"stage2.conditions: upscale needs an AutoencoderKL, and stage1.model is {one.model!r}: diffusers' "
+                "pipeline would change the scale of another"
+            )
+        if two.sizes and self.data.streaming:
+            raise ValueError("stage2.conditions: size needs data.streaming=false, where sizes are known")
         if two.image and (self.data.streaming or self.data.buckets):
             raise ValueError("stage2.conditions: inpaint and upscale need data.streaming=false and data.buckets=null")
         if "upscale" in two.conditions and one.factor < 2:
-            raise ValueError("stage2.conditions: upscale enlarges by the autoencoder's factor, which is 1; train one")
+            raise ValueError("stage1.channels: upscale enlarges by the autoencoder's factor, which is 1; more levels")
         if two.classes and self.data.streaming:
             raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
         if self.text.train and not two.text:

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from ldm.condition import LEVELS
 from ldm.errors import UserError
 from ldm.sampling import PREDICTION
 from ldm.schema import Stage2Config
@@ -56,7 +57,7 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
             attention_head_dim=stage.head_size, add_attention=stage.mid_attention,
         )  # fmt: skip
     if "upscale" in stage.conditions:
-        shape["num_class_embeds"] = 1000  # noise levels of the small picture
+        shape["num_class_embeds"] = LEVELS
     if stage.sizes:
         width = SIZES * 256 + (text_width if stage.pooled_text else 0)
         shape |= {
@@ -105,7 +106,8 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
     wanted = dict(build_empty(stage, channels, side, text_width, classes).config)
     if stage.classes and not classes:
         wanted["num_class_embeds"] = unet.config.num_class_embeds
-    widen(unet, wanted)
+    if unet.config.in_channels == channels:  # other inputs are another task's
+        widen(unet, wanted)
     for key, what in (
         ("in_channels", "the latents' and the conditions'"),
         ("out_channels", "the autoencoder's latent channels"),

@@ -1,6 +1,6 @@
 """How probable a model finds pictures: the variational bound, the exact density of its ODE, the bound's variance.
 
-    python -m stage2_diffusion.evaluate runs/openmoji --steps 1000 100 25
+    python -m stage2_diffusion.evaluate runs/openmoji
 
 Measured are held-out pictures, where the run has some, with their captions. Figures are nats per dimension of the
 latents, and bits per dimension of the pixels; lower is better. The bound of few steps is that of sampling in as many.
@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from ldm.diffusion import Process
 from ldm.errors import Parser, UserError, command
 from ldm.files import checkpoints, read_checkpoint
 from ldm.pipeline import LatentDiffusion
-from ldm.schedules import LOG_SNR, LearnedSchedule
+from ldm.schedules import LOG_SNR, LearnedSchedule, bound_integrand
 from ldm.schema import Config
 from ldm.unet import UNet
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="stage2_diffusion.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--count", type=int, default=32, help="pictures to measure")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1000, 100, 25], help="steps of the chain")
+    parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
     given = parser.parse_args(arguments)
     for name in ("pipeline", "config.yaml"):
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{given.run}: made for {', '.join(stage.conditions)}; the bound is of models that make whole pictures"
         )
-    for steps in given.steps:
+    several = given.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
+    for steps in several:
         if process.target != "flow" and not 1 <= steps <= process.timesteps:
             raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
     model = LatentDiffusion.load(given.run / "pipeline")
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "held-out" if found.held_out else "training"
     print(f"{len(found.x0)} {what} pictures, {found.x0[0].numel():,} dimensions, {found.unit}")
     if process.target != "flow":
-        print_bounds(found, stage.variance == "learned", given.steps)
+        print_bounds(found, stage.variance == "learned", several)
     if given.ode_steps:
         probes = torch.sign(normal(0, "probe", range(len(found.x0)), found.x0.shape[1:]))[None].to(found.x0)
         log_p = likelihood.log_density(process, found.denoise(process), found.x0, given.ode_steps, probes)
@@ -138,7 +140,13 @@ def print_bounds(found: Subject, learned_variance: bool, several: Sequence[int])
 
 def print_variances(found: Subject, schedule: Levels | None) -> None:
     print("The bound by one random noise level, which a schedule draws:")
-    for name, levels in (("log_linear", evenly), ("cosine", by_cosine), ("learned", schedule)):
+    span = ends(found.process)
+    drawn = (
+        ("log_linear", partial(evenly, ends=span)),
+        ("cosine", partial(by_cosine, ends=span)),
+        ("learned", schedule),
+    )
+    for name, levels in drawn:
         if levels:
             draws = one_draw_bounds(found.process, found.denoise(found.process), found.x0, levels)
             spread = float(draws.std() / math.sqrt(draws.numel()))
@@ -155,7 +163,8 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
     held = [i for i, split in enumerate(splits) if split in ("reconstruction", "combination")]
     numbers = held or list(range(len(records)))
     chosen = [numbers[k * len(numbers) // count] for k in range(min(count, len(numbers)))]
-    pixels = torch.stack([to_tensor(cut(records.picture(i), (size, size))[0]) for i in chosen]).to(model.unet.device)
+    cuts = [cut(records.picture(i), (size, size)) for i in chosen]
+    pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(model.unet.device)
     entries = [records[i] for i in chosen]
     text = label = sizes = None
     if model.text:
@@ -164,7 +173,8 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
         known = {name: number for number, name in enumerate(model.classes)}
         label = torch.tensor([known.get(entry.label, len(known)) for entry in entries], device=pixels.device)
     if settings.stage2.sizes:
-        rows = [[entry.height, entry.width, 0, 0, size, size] for entry in entries]
+        corners = [corner for _, corner in cuts]
+        rows = [[e.height, e.width, top, left, size, size] for e, (left, top) in zip(entries, corners, strict=True)]
         sizes = torch.tensor(rows, device=pixels.device).float()
     return pixels, Condition(text, label, sizes), bool(held)
 
@@ -172,15 +182,21 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
 # ------------------------------------------------------------------------------- the variance of the bound's estimate
 
 
-def evenly(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ends(process: Process) -> tuple[float, float]:
+    """The log-SNRs that a chain begins and ends with, within those of learned schedules."""
+    log_snr = process.chain().log_snr
+    return min(LOG_SNR[0], float(log_snr[0])), max(LOG_SNR[1], float(log_snr[-1]))
+
+
+def evenly(u: torch.Tensor, ends: tuple[float, float] = LOG_SNR) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-SNRs spread evenly."""
-    high, low = LOG_SNR
+    high, low = ends
     return high + (low - high) * u, torch.full_like(u, high - low)
 
 
-def by_cosine(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by_cosine(u: torch.Tensor, ends: tuple[float, float] = LOG_SNR) -> tuple[torch.Tensor, torch.Tensor]:
     """The cosine schedule, α = cos(πt/2), between the same ends: log-SNR = −2·log tan(πt/2)."""
-    first, last = (2 / math.pi * math.atan(math.exp(-end / 2)) for end in LOG_SNR)
+    first, last = (2 / math.pi * math.atan(math.exp(-end / 2)) for end in ends)
     t = first + (last - first) * u
     slope = (last - first) * 2 * math.pi / torch.sin(math.pi * t)
     return -2 * torch.log(torch.tan(math.pi * t / 2)), slope
@@ -188,7 +204,9 @@ def by_cosine(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def learned(run: Path) -> Levels:
     """The schedule that a run has learned."""
-    parts, _ = read_checkpoint(checkpoints(run / "stage2")[-1])
+    if not (found := checkpoints(run / "stage2")):
+        raise UserError(f"{run}: its checkpoints are gone, and with them the schedule that it learned")
+    parts, _ = read_checkpoint(found[-1])
     schedule = LearnedSchedule()
     prefix = "schedule."
     schedule.load_state_dict({k.removeprefix(prefix): v for k, v in parts["model"].items() if k.startswith(prefix)})
@@ -217,7 +235,7 @@ def one_draw_bounds(
         eps = normal(0, "level noise", positions, x0.shape[1:]).to(x0)
         x_t = process.add_noise(x0, eps, t)
         guess = process.eps_of(denoise(x_t, t), x_t, t)
-        found.append(0.5 * slope * (eps - guess).square().flatten(1).mean(1))
+        found.append(bound_integrand(guess, eps, slope))
     return torch.stack(found)
 
 

@@ -43,6 +43,12 @@ class Denoiser(nn.Module):
         self.uncertainty = Uncertainty() if stage.weight == "learned" else None
         self.times = LossSecondMoment(stage.timesteps) if stage.times == "loss" else None
 
+    @property
+    def apart(self) -> list[nn.Parameter]:
+        """What is trained beside the networks: it has no weight decay, and gradients of another size."""
+        beside = [module for module in (self.schedule, self.uncertainty) if module is not None]
+        return [p for module in beside for p in module.parameters()] + ([self.null] if self.null is not None else [])
+
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, dropped: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ldm.condition import small
 from ldm.data.images import cut, grid, to_pil, to_tensor
 from ldm.data.index import Index
 from ldm.data.order import generator
@@ -38,7 +39,7 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
                 pictures = model(captions, seed, labels=labels, image=pixels, mask=mask)
                 shown = to_pil(pixels * (1 - mask))
             else:
-                low = torch.nn.functional.avg_pool2d(pixels, model.autoencoder.factor)
+                low = small(pixels, model.autoencoder.factor)
                 pictures = model(captions, seed, image=low)
                 shown = [each.resize(pictures[0].size, 0) for each in to_pil(low)]
             pictures, prompts = shown + pictures, ["given"] * len(shown) + captions

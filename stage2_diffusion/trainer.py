@@ -8,7 +8,7 @@ from typing import Any
 from ldm import autoencoder, config, plan
 from ldm.data import check, index
 from ldm.diffusion import Process
-from ldm.folder import claim, write_card
+from ldm.folder import check_finished, claim, write_card
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join
 from stage2_diffusion.train import train
@@ -58,9 +58,12 @@ class Trainer:
                 "zero_snr": process.zero_snr, "shift": process.shift, "times": process.times or "auto",
                 "time_mean": process.time_mean, "time_std": process.time_std, "steps": steps, "batch": batch,
                 "micro_batches": micro_batches, "lr": lr, "ema": ema,
-                **({} if flow else {"schedule": process.schedule}), **({"dropout": 0.0} if not conditions else {}),
+                **({} if flow else {"schedule": process.schedule}),
             },
-            "sample": {"steps": 50, "guidance": 1.0, "solver": "euler" if flow else "ddim"},
+            "sample": {
+                "steps": 50 if flow else min(50, process.timesteps), "guidance": 1.0,
+                "solver": "euler" if flow else "ddim",
+            },
         }  # fmt: skip
         for key, value in keys.items():
             section, _, name = key.partition("__")
@@ -73,9 +76,10 @@ class Trainer:
         state = join(self.config.run)
         text = plan.check(self.config, state.num_processes)
         settings = claim(self.config)
-        pipeline = settings.run.dir / "pipeline"
-        if not pipeline.exists():
-            pictures = index.build(settings)
+        pipeline, pictures = settings.run.dir / "pipeline", index.build(settings)
+        if pipeline.exists():
+            check_finished(settings.run.dir / "stage2", {"data": pictures.select("train").fingerprint()})
+        else:
             check.before_training(pictures, settings, text)
             train(settings, pictures, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:

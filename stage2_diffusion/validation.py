@@ -80,7 +80,8 @@ class Validation:
         """Sums of the errors at each level, and their count."""
         model, size = self.model, (self.size, self.size)
         device = model.unet.device
-        pixels = torch.stack([to_tensor(cut(index.picture(i), size)[0]) for i in numbers]).to(device)
+        cuts = [cut(index.picture(i), size) for i in numbers]
+        pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(device)
         x0 = model.autoencoder.encode(pixels)
         positions = torch.arange(first, first + len(numbers))
         entries = [index[i] for i in numbers]
@@ -90,7 +91,7 @@ class Validation:
             "caption": [entry.captions[0] for entry in entries],
             "class": torch.tensor([labels.get(entry.label, -1) for entry in entries], device=device),
             "original_size": torch.tensor([(entry.width, entry.height) for entry in entries], device=device),
-            "crop": torch.zeros(len(numbers), 2, dtype=torch.long, device=device),
+            "crop": torch.tensor([corner for _, corner in cuts], device=device),
         }  # fmt: skip
         condition = self.conditions(batch, x0, None)[0]
         if self.config.stage2.text:

@@ -53,8 +53,9 @@ class View:
         return to_tensor(ImageOps.mirror(part) if self.flip else part)
 
     def at(self, original: Size, sha256: bytes) -> Size:
-        """The crop's left and top, in pixels of the resized picture."""
-        return place(original, self.size, *self._corner(sha256))[1]
+        """The crop's left and top, in pixels of the resized picture, which is mirrored first."""
+        u, v = self._corner(sha256)
+        return place(original, self.size, 1 - u if self.flip else u, v)[1]
 
     def _corner(self, sha256: bytes) -> tuple[float, float]:
         """Where a crop lies in a picture follows from both, so that several runs can share the cache."""

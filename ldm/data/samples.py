@@ -62,8 +62,10 @@ class Draws:
         if view.crop < 0:
             return view.cut(picture, sha256), view.at(picture.size, sha256)
         u, v = generator(self.seed, "corner", n).random(2)
+        if view.flip:
+            picture = ImageOps.mirror(picture)
         part, at = cut(picture, view.size, float(u), float(v))
-        return to_tensor(ImageOps.mirror(part) if view.flip else part), at
+        return to_tensor(part), at
 
     def facts(self, n: int, draw: Draw) -> Item:
         """What else a model may be told: position, original width and height, class; and its caption's dropout."""
