@@ -152,7 +152,7 @@ CONDITIONS = ("text", "class", "size", "inpaint", "upscale")
 
 def _in_order(given: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(given)) < len(given):
-        raise ValueError(f"{list(given)} names one twice; name each once")
+        raise ValueError("one stands here twice; name each once")
     return tuple(sorted(given, key=CONDITIONS.index))
 
 

@@ -1,11 +1,17 @@
 """Configurations: what is read is what is meant, and what is wrong is said in one line."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from ldm import config
 from ldm.errors import UserError
+
+CHAIN = "stage2.target=eps"
+STREAM = "data.streaming=true data.cache=none"
+UPSCALE = "stage2.conditions=[text,upscale]"
+PIXELS = "stage2.conditions=[] stage2.pooled_text=false stage1={model: identity}"
 
 
 @pytest.fixture
@@ -63,11 +69,27 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage1={model: vq-f4, gradient_checkpointing: true}", "stage1.gradient_checkpointing: diffusers has none"),
         ("stage1={model: tiny, channels: [16, 32]}", "AutoencoderTiny has the same width at every level"),
         ("stage1={pretrained: a, init_from: b}", "set one of them"),
+        (f"{CHAIN} stage2.timesteps=4", "sample.steps: 5, but stage2.timesteps are 4"),
+        (f"{UPSCALE} stage1={{model: tiny, channels: [16, 16]}}", "stage2.conditions: upscale needs an AutoencoderKL"),
+        (f"{UPSCALE} stage1={{model: identity}}", "stage2.conditions: upscale needs an AutoencoderKL"),
+        (f"stage2.conditions=[text,size] {STREAM}", "stage2.conditions: size needs data.streaming=false"),
+        (f"stage2.conditions=[text,inpaint] {STREAM}", "stage2.conditions: inpaint and upscale need data.streaming"),
+        (f"stage2.conditions=[text,class] {STREAM}", "stage2.conditions: a stream's classes aren't known"),
+        (f"{PIXELS} {CHAIN} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
+        (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
+        (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
+        ("stage2.timesteps=100", "stage2.timesteps: 100; flow tells the U-Net its time in thousandths"),
+        (f"{CHAIN} stage2.weight=learned stage2.times=loss", "stage2.times: by the loss means little"),
+        (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: pure noise says nothing about eps"),
+        ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: one stands here twice; name"),
+        ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text beside it"),
+        ("stage2.conditions=[text,inpaint,upscale]", "stage2.conditions: a model has one task"),
+        ("stage2.conditions=[text,class,upscale]", "stage2.conditions: upscale tells its noise level"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.load(tiny, [override])
+        config.load(tiny, re.split(r" (?=\w+[.=])", override))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -96,3 +118,7 @@ def test_what_is_written_down_is_read_again(root: Path, conditions: str) -> None
     pooled = f"stage2.pooled_text={'text' in conditions}"
     settings = config.load(root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", pooled])
     assert config.parse(config.dump(settings), "a test") == settings
+
+
+def test_conditions_stand_in_one_order(tiny: Path) -> None:
+    assert config.load(tiny, ["stage2.conditions=[inpaint, text]"]).stage2.conditions == ("text", "inpaint")
