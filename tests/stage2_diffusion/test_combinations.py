@@ -1,0 +1,93 @@
+"""Conditions, processes, solvers and autoencoders together: trained, shown, exported, and used as the card says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ldm import config, text
+from ldm.autoencoder import Autoencoder, Identity
+from ldm.data.index import Index
+from ldm.folder import write_card
+from ldm.pipeline import LatentDiffusion
+from ldm.schema import Config
+from stage2_diffusion.train import train
+
+Few = Callable[..., tuple[Config, Index]]
+DDIM, DDPM = "sample.solver=ddim stage2.target=eps", "sample.solver=ddpm stage2.target=v"
+EULER, EULER_FLOW = "sample.solver=euler stage2.target=eps", "sample.solver=euler stage2.target=flow"
+DPM, DPM_FLOW = "sample.solver=dpm++ stage2.target=v", "sample.solver=dpm++ stage2.target=flow"
+UNIPC, UNIPC_FLOW = "sample.solver=unipc stage2.target=eps", "sample.solver=unipc stage2.target=flow"
+LEARNED = "sample.solver=ddpm stage2.target=eps stage2.variance=learned"
+COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder and solver once
+    ("text", "kl", DDPM), ("text", "identity", UNIPC), ("class", "kl", EULER), ("", "kl", LEARNED),
+    ("", "identity", DPM_FLOW), ("text,class", "kl", UNIPC), ("text,size", "kl", EULER), ("text,inpaint", "kl", DDIM),
+    ("text,upscale", "kl", EULER_FLOW), ("text,class,inpaint", "identity", DPM),
+
+    ("text", "kl", DDIM), ("text", "kl", EULER_FLOW), ("text", "kl", LEARNED), ("text", "kl", UNIPC),
+    ("text", "kl", f"{DPM} stage2.null=learned"), ("text", "identity", DPM_FLOW),
+    ("class", "kl", UNIPC_FLOW), ("class", "identity", DPM), ("class", "identity", LEARNED),
+    ("", "kl", DDIM), ("", "kl", EULER), ("", "kl", UNIPC_FLOW), ("", "kl", DPM),
+    ("", "identity", DDIM), ("", "identity", DDPM), ("", "identity", EULER_FLOW), ("", "identity", DPM),
+    ("", "identity", LEARNED), ("text,class", "identity", DDIM), ("text,size", "identity", UNIPC_FLOW),
+    ("text,inpaint", "kl", DPM), ("text,inpaint", "kl", EULER), ("text,inpaint", "kl", UNIPC_FLOW),
+    ("text,inpaint", "kl", LEARNED), ("text,inpaint", "identity", EULER_FLOW), ("text,upscale", "kl", DDIM),
+    ("text,upscale", "kl", EULER), ("text,upscale", "kl", UNIPC), ("text,upscale", "kl", LEARNED),
+    ("text,class,inpaint", "kl", DDPM),
+]  # fmt: skip
+CASES = [
+    pytest.param(*each, marks=pytest.mark.slow if i >= 10 else (), id=" ".join(each).replace("sample.solver=", ""))
+    for i, each in enumerate(COMBINATIONS)
+]
+
+
+def noise(*shape: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8))
+
+
+@pytest.mark.parametrize(("conditions", "autoencoder", "process"), CASES)
+def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
+    conditions: str, autoencoder: str, process: str, few: Few, vae: Autoencoder
+) -> None:
+    pixels = autoencoder == "identity"
+    settings, index = few(
+        f"stage2.conditions=[{conditions}]", *process.split(), "stage2.steps=1", "stage2.batch=2",
+        "stage2.evaluate_pictures=2", "sample.prompts=[red heart]", "data.cache=none", "stage2.head_size=4",
+        *(["stage1={model: identity}"] if pixels else []),
+    )  # fmt: skip
+    assert config.parse(config.dump(settings), "again") == settings
+
+    stage, folder = settings.stage2, settings.run.dir
+    train(settings, index, Autoencoder(Identity()) if pixels else vae, text.of(settings.text) if stage.text else None)
+    assert Image.open(folder / "stage2/samples/step-000001.png").size[0] > 0
+    write_card(settings)
+
+    given = {"picture": noise(16, 16, 3), "mask": noise(16, 16), "small": noise(8, 8, 3)}
+    asked: dict[str, Any] = {"prompts": "red heart"} if stage.text else {}
+    asked |= {"labels": 0} if stage.classes else {}
+    asked |= {"image": given["small" if "upscale" in conditions else "picture"]} if stage.image else {}
+    asked |= {"mask": given["mask"]} if "inpaint" in conditions else {}
+    made = LatentDiffusion.load(folder / "pipeline", "cpu")(**asked)
+    assert [each.size for each in made] == [(16, 16)]
+
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    *before, call = code.splitlines()
+    scope: dict[str, Any] = dict(given)
+    exec("\n".join(before), scope)
+    torch.manual_seed(0)
+    picture = eval(call, scope)
+    assert picture.size == (16, 16)
+    ours = (pixels and stage.text) or stage.classes or stage.sizes or "null=learned" in process
+    assert ("LatentDiffusion" in code) == ours
+    if ours:
+        none = {"vae": None} if pixels and stage.text else {}
+        assert isinstance(DiffusionPipeline.from_pretrained(folder / "pipeline", **none).unet, torch.nn.Module)
+    elif not stage.image:  # where pictures are given, theirs draws more, or in another order
+        assert np.abs(np.asarray(picture, int) - np.asarray(made[0], int)).max() <= 1
