@@ -13,6 +13,8 @@ from ldm.pipeline import LatentDiffusion
 from ldm.processes import join
 from stage2_diffusion.train import train
 
+UNET = {"channels": [64, 128, 256, 256], "head_size": 32, "attention": [False, False, True, True]}
+
 
 class Trainer:
     """Trains a diffusion model of the pictures in a folder; unconditional and in pixel space unless told otherwise.
@@ -25,7 +27,7 @@ class Trainer:
     learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`, `no`,
     `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is the
     run's folder: the same call again continues there. `keys` are any others of the configuration, written
-    `stage2__channels=[64, 128]`. ldm.errors.UserError says in one line what can't be.
+    `stage2__model="unet-34m"`. ldm.errors.UserError says in one line what can't be.
     """
 
     def __init__(
@@ -53,8 +55,8 @@ class Trainer:
             "text": {},
             "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
             "stage2": {
-                "conditions": list(conditions), "channels": [64, 128, 256, 256], "head_size": 32,
-                "attention": [False, False, True, True], "target": process.target, "timesteps": process.timesteps,
+                "conditions": list(conditions), **({} if "stage2__model" in keys else UNET),
+                "target": process.target, "timesteps": process.timesteps,
                 "zero_snr": process.zero_snr, "shift": process.shift, "times": process.times or "auto",
                 "time_mean": process.time_mean, "time_std": process.time_std, "steps": steps, "batch": batch,
                 "micro_batches": micro_batches, "lr": lr, "ema": ema,

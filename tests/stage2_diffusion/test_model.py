@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ldm import text, unet
 from ldm.condition import Condition, predict
+from ldm.network import Network
 from ldm.schema import Stage2Config
 from stage2_diffusion.model import Denoiser
 
@@ -111,3 +113,32 @@ def test_what_is_trained_is_what_the_configuration_asks_for(encoder: text.TextEn
     learned = model(stage(), encoder, trained=True)
     frozen = {n.removeprefix("encoder.") for n, p in learned.named_parameters() if not p.requires_grad}
     assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+@pytest.mark.parametrize("key", ["schedule", "weight", "null"])
+def test_what_is_learned_beside_the_networks_is_clipped_apart_and_not_decayed(
+    encoder: text.TextEncoder, key: str
+) -> None:
+    denoiser = model(settings := stage(**{key: "learned", "weight_decay": 0.5, "clip": 1.0}), encoder, trained=True)
+    network = Network(denoiser, settings, 0.1, Accelerator(cpu=True))
+    beside = {name: p for name, p in denoiser.named_parameters() if not name.startswith(("unet.", "encoder."))}
+    networks = [p for name, p in denoiser.named_parameters() if name not in beside and p.requires_grad]
+    assert len(beside) == {"schedule": 4, "weight": 2, "null": 1}[key]
+
+    for parameter in networks:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    for parameter in beside.values():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    norm = 1e-3 * sum(p.numel() for p in networks) ** 0.5
+    assert float(network.clip_gradients()) == pytest.approx(norm, rel=1e-2)
+    assert norm < 1
+    assert all(torch.equal(p.grad, torch.full_like(p, 1e-3)) for p in networks)
+    assert torch.cat([p.grad.flatten() for p in beside.values()]).norm() == pytest.approx(1, abs=1e-4)
+
+    for parameter in network.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    before = [p.detach().clone() for p in network.parameters]
+    network.optimizer.step()
+    stays = {id(p) for p in beside.values()}
+    for parameter, old in zip(network.parameters, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old if id(parameter) in stays else old * (1 - 0.1 * 0.5))

@@ -196,14 +196,25 @@ RUNS = {
     ),
 }  # fmt: skip
 
+LAYOUTS = {
+    "channels last": ("stage2.channels_last=true", "stage2.attention=[false, true]"),
+    "channels last, of pixels": (
+        "stage2.channels_last=true", "stage2.conditions=[]", "stage2.attention=[true, false]", "stage2.head_size=4",
+    ),
+    "activations computed again": (
+        "stage2.channels_last=true", "stage2.gradient_checkpointing=true", "stage2.attention=[true, true]",
+        "stage2.micro_batches=2",
+    ),
+}  # fmt: skip
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("keys", [*RUNS.values(), *LAYOUTS.values()], ids=[*RUNS, *LAYOUTS])
 def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path, keys: tuple[str, ...]) -> None:
     folders = tmp_path / "whole", tmp_path / "resumed"
     for folder, steps in ((folders[0], 6), (folders[1], 3), (folders[1], 6)):
         settings, index = few(*keys, f"run.dir={folder}", f"stage2.steps={steps}", "stage2.checkpoint_every=3")
-        train(settings, index, vae, encoder_of(settings))
+        train(settings, index, vae, encoder_of(settings) if settings.stage2.text else None)
     (whole, state), (resumed, other) = map(last_checkpoint, folders)
     assert state == other
     for part, values in whole.items():

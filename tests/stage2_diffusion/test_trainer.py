@@ -1,0 +1,116 @@
+"""Stage two from Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.autoencoder import Autoencoder
+from ldm.diffusion import Process
+from ldm.errors import UserError
+from stage2_diffusion.trainer import Trainer
+
+KEYS = {
+    "size": 16, "batch": 4, "steps": 2, "precision": "no", "run__tracker": "none", "run__device": "cpu",
+    "stage2__channels": [8, 8], "stage2__attention": [False, True], "stage2__groups": 4, "stage2__head_size": 4,
+    "stage2__layers": 1,
+}  # fmt: skip
+Make = Callable[..., Trainer]
+
+
+def draw(path: Path) -> None:
+    rng = np.random.default_rng([*path.name.encode()])
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(6):
+        draw(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def make(pictures: Path, tmp_path: Path) -> Make:
+    def made(process: Process, **keys: Any) -> Trainer:
+        return Trainer(process, pictures, run=tmp_path / "run", **{**KEYS, **keys})
+
+    return made
+
+
+def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pictures: Path) -> None:
+    process = Process("eps", "cosine")
+    made = make(process).train()(count=2, seed=1, steps=2)
+    again = make(process).train()(count=2, seed=1, steps=2)
+    assert [each.tobytes() for each in again] == [each.tobytes() for each in made]
+    draw(pictures / "new.png")
+    with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
+        make(process).train()
+
+
+@pytest.mark.parametrize(
+    ("process", "kind", "steps"),
+    [
+        (Process("eps", "linear", timesteps=25), "DDIMScheduler", 25),
+        (Process("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
+        (Process("flow"), "DPMSolverMultistepScheduler", 50),
+        (Process("flow", times="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
+    ],
+)
+def test_every_process_is_trained_and_sampled(process: Process, kind: str, steps: int, make: Make) -> None:
+    trainer = make(process)
+    assert Process.of(trainer.config.stage2) == process
+    model = trainer.train()
+    assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
+    assert model.scheduler.config.num_train_timesteps == process.timesteps
+    (picture,) = model(steps=3)
+    assert picture.size == (16, 16)
+
+
+def test_captions_and_an_autoencoder_that_was_saved(
+    make: Make, pictures: Path, vae: Autoencoder, words: Path, tmp_path: Path
+) -> None:
+    for path in pictures.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"a picture {path.stem}")
+    vae.save(tmp_path / "autoencoder")
+    told = {"text__model": str(words), "text__max_tokens": 8, "sample__prompts": ["a picture 1"]}
+    trainer = make(Process("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
+    model = trainer.train()
+    assert model.autoencoder.fingerprint() == vae.fingerprint()
+    assert model("a picture 1", steps=2)[0].size == (16, 16)
+    assert "a text-to-image latent" in (tmp_path / "run/README.md").read_text().lower()
+    assert list((tmp_path / "run/stage2/samples").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"stage2__chanels": [8]}, r"unknown key 'stage2\.chanels'; did you mean 'channels'\?"),
+        ({"stage4__steps": 3}, r"unknown key 'stage4'; did you mean 'stage[12]'\?"),
+        ({"epochs": 3}, "unknown key 'epochs'; known: run, "),
+        ({"conditions": ("texts",)}, r"stage2\.conditions\.0: 'texts'.*did you mean 'text'\?"),
+        ({"autoencoder": "nowhere"}, "autoencoder: .*nowhere"),
+        ({"process": Process("eps", (0.1, 0.2), timesteps=2)}, r"stage2\.schedule: .*0\.1, 0\.2"),
+        ({"process": Process("v", "log_linear")}, r"stage2\.schedule: 'log_linear'"),
+        ({"steps": 0}, r"stage2\.steps: 0"),
+        ({"batch": 0}, r"stage2\.batch: 0"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(keys: dict[str, Any], says: str, make: Make) -> None:
+    with pytest.raises(UserError) as caught:
+        make(**{"process": Process("eps", "cosine"), **keys})
+    assert re.search(says, str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_unet_has_its_own_shape_but_for_the_keys_given(pictures: Path) -> None:
+    stage = Trainer(Process("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
+    assert (stage.channels, stage.attention, stage.layers) == ((96, 192, 256), (False, True, True), 3)
