@@ -172,15 +172,17 @@ def _kind(config: Config) -> str:
 def _usage(config: Config) -> str:
     """How the pipeline is used: in plain diffusers where its pipelines have arguments for the model's conditions."""
     two, sample, folder = config.stage2, config.sample, config.run.dir / "pipeline"
-    prompt, steps = (sample.prompts or ("a red heart",))[0], f"num_inference_steps={sample.steps}"
+    prompt = json.dumps((sample.prompts or ("a red heart",))[0], ensure_ascii=False)
+    steps = f"num_inference_steps={sample.steps}"
     guided = f"{steps}, guidance_scale={sample.guidance}"
     call = {
-        "text": f'pipe("{prompt}", {guided}).images[0]',
+        "text": f"pipe({prompt}, {guided}).images[0]",
         "": f"pipe({steps}).images[0]",
-        "text inpaint": f'pipe("{prompt}", image=picture, mask_image=mask, {guided}).images[0]',
-        "text upscale": f'pipe("{prompt}", image=small, {guided}).images[0]',
+        "text inpaint": f"pipe({prompt}, image=picture, mask_image=mask, {guided}).images[0]",
+        "text upscale": f"pipe({prompt}, image=small, {guided}).images[0]",
     }.get(" ".join(two.conditions))
-    ours = two.null == "learned" or config.text.chunks > 1 or (two.text and config.stage1.family == "identity")
+    decoded = not two.text or config.stage1.family in ("kl", "tiny")  # by diffusers' Stable Diffusion pipelines
+    ours = two.null == "learned" or config.text.chunks > 1 or not decoded
     if call and not ours:
         code = [
             "from diffusers import DiffusionPipeline",
@@ -188,10 +190,8 @@ def _usage(config: Config) -> str:
             call,
         ]
         return "\n".join(["The folder `pipeline` opens in plain diffusers:", "", "```python", *code, "```"])
-    holes = "inpaint" in two.conditions
-    given = ", ".join(
-        [f'"{prompt}"'] * two.text + ["labels=0"] * two.classes + ["image=picture"] * two.image + ["mask=mask"] * holes
-    )
+    told = {"text": prompt, "class": "labels=0", "inpaint": "image=picture, mask=mask", "upscale": "image=small"}
+    given = ", ".join(told[each] for each in two.conditions if each in told)
     code = [
         "from ldm.pipeline import LatentDiffusion",
         f'model = LatentDiffusion.load("{folder}")',
