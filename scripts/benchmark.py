@@ -32,7 +32,7 @@ from ldm.data import images, index
 from ldm.data.index import Index
 from ldm.data.order import Positions
 from ldm.data.samples import Feed, feed
-from ldm.errors import Parser, command
+from ldm.errors import Parser, UserError, command
 from ldm.processes import accelerator
 from ldm.schema import Config
 from stage1_vae.train import train as train_autoencoder
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     given = parser.parse_intermixed_args(arguments)
+    if given.steps < 4:
+        raise UserError(f"--steps: {given.steps}; give 4 or more, of which the first two aren't measured")
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"run.dir={folder}", "run.tracker=none", "run.log_every=1", f"stage2.steps={given.steps}",
