@@ -197,7 +197,7 @@ def _usage(config: Config) -> str:
         f'model = LatentDiffusion.load("{folder}")',
         f"model({given})[0]",
     ]
-    return "\n".join(["", "```python", *code, "```"])
+    return "\n".join(["With `ldm` installed:", "", "```python", *code, "```"])
 
 
 def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
