@@ -63,7 +63,7 @@ def small(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     return F.avg_pool2d(pixels, factor)
 
 
-def blurred(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+def augmented(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """A small picture with noise of a level `(N,)` in [0, 1000): what the upscaler is given (arXiv 2106.15282)."""
     alpha_bar = (1 - betas("scaled_linear")).cumprod(0).to(level.device)[level].float()[:, None, None, None]
     return alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * noise

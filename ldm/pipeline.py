@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder import Autoencoder, Identity, fold
-from ldm.condition import LEVELS, NOISIEST, Condition, blurred, predict, with_hole
+from ldm.condition import LEVELS, NOISIEST, Condition, augmented, predict, with_hole
 from ldm.data.images import to_pil, to_tensor
 from ldm.errors import UserError
 from ldm.files import whole_folder
@@ -191,7 +191,7 @@ class LatentDiffusion:
                 raise UserError(f"noise_level: {noise_level}; give 0 to {NOISIEST - 1}")
             label = torch.full((len(seeds),), noise_level, device=device)
             with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
-            beside = blurred(image.to(device), torch.stack(with_noise).to(device), label)
+            beside = augmented(image.to(device), torch.stack(with_noise).to(device), label)
         condition, null = self._conditions(prompts, negative, label, beside, shape)
         scale = self.guidance if guidance is None else guidance
 

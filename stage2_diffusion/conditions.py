@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldm.autoencoder import Autoencoder
-from ldm.condition import NOISIEST, Condition, blurred, small, with_hole
+from ldm.condition import NOISIEST, Condition, augmented, small, with_hole
 from ldm.data.order import generator, normal, uniform
 from ldm.data.samples import Item
 from ldm.schema import Config
@@ -66,4 +66,4 @@ class Conditions:
         picture = small(pixels, self.autoencoder.factor)
         level = (uniform(self.seed, "small noise level", n) * NOISIEST).long().to(pixels.device)
         noise = normal(self.seed, "small noise", n, picture.shape[1:]).to(pixels.device)
-        return blurred(picture, noise, level), level
+        return augmented(picture, noise, level), level
