@@ -444,9 +444,8 @@ class Stage2Config(Training):
             raise ValueError("conditions: a model has one task; give inpaint or upscale")
         if "upscale" in self.conditions and self.classes:
             raise ValueError("conditions: upscale tells its noise level where classes would stand; drop class")
-        for key, value in (("size", "size" in self.conditions), ("inpaint", "inpaint" in self.conditions),
-                           ("upscale", "upscale" in self.conditions)):  # fmt: skip
-            if value and not self.text:
+        for key in self.conditions:
+            if key in ("size", "inpaint", "upscale") and not self.text:
                 raise ValueError(f"conditions: {key} needs text beside it; give [text, {key}]")
         for key, given in (("pooled_text", self.pooled_text), ("null", self.null == "learned")):
             if given and not self.text:

@@ -25,7 +25,7 @@ from ldm import autoencoder, config
 from ldm.autoencoder import Autoencoder
 from ldm.data import index, sources
 from ldm.data.index import Index
-from ldm.data.records import Bad
+from ldm.data.records import HELD_OUT, Bad
 from ldm.data.samples import whole
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
@@ -39,7 +39,6 @@ from stage1_vae.report import Name, Row, Subject, describe, plain, sheet, table,
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-HELD_OUT = ("reconstruction", "combination")
 ROWS = 8  # pictures of reconstructions.png
 SETTLED = 2048  # pictures from which on rFID says something: as many as Inception has features
 

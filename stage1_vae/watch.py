@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from ldm.autoencoder import Autoencoder, at_once, encoded
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
 from ldm.data.samples import whole
 from ldm.data.stream import Stream
 from ldm.latents import Report
@@ -25,8 +26,8 @@ Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
     """What stage one never sees: each held-out split that there is, and all of them together."""
-    found = {name: data.select(name) for name in ("reconstruction", "combination")}
-    found["held_out"] = data.select("reconstruction", "combination")
+    found = {name: data.select(name) for name in HELD_OUT}
+    found["held_out"] = data.select(*HELD_OUT)
     return {name: part for name, part in found.items() if len(part)}
 
 

@@ -23,6 +23,7 @@ from ldm.condition import Condition, predict
 from ldm.data import index
 from ldm.data.images import cut, to_tensor
 from ldm.data.order import normal, uniform
+from ldm.data.records import HELD_OUT
 from ldm.diffusion import Process
 from ldm.errors import Parser, UserError, command
 from ldm.files import checkpoints, read_checkpoint
@@ -159,13 +160,11 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
     """`(N, 3, H, W)` pictures, what the model is told of them, and whether they were held out."""
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": run})})
     records, size = index.build(settings), settings.data.size
-    splits = records.column("split").tolist()
-    held = [i for i, split in enumerate(splits) if split in ("reconstruction", "combination")]
-    numbers = held or list(range(len(records)))
-    chosen = [numbers[k * len(numbers) // count] for k in range(min(count, len(numbers)))]
-    cuts = [cut(records.picture(i), (size, size)) for i in chosen]
+    held = records.select(*HELD_OUT)
+    chosen = (held if len(held) else records).some(count)
+    cuts = [cut(chosen.picture(i), (size, size)) for i in range(len(chosen))]
     pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(model.unet.device)
-    entries = [records[i] for i in chosen]
+    entries = [chosen[i] for i in range(len(chosen))]
     text = label = sizes = None
     if model.text:
         text = model.text.encode([entry.captions[0] for entry in entries])
@@ -176,7 +175,7 @@ def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) ->
         corners = [corner for _, corner in cuts]
         rows = [[e.height, e.width, top, left, size, size] for e, (left, top) in zip(entries, corners, strict=True)]
         sizes = torch.tensor(rows, device=pixels.device).float()
-    return pixels, Condition(text, label, sizes), bool(held)
+    return pixels, Condition(text, label, sizes), bool(len(held))
 
 
 # ------------------------------------------------------------------------------- the variance of the bound's estimate

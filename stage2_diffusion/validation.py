@@ -11,6 +11,7 @@ from ldm.condition import predict
 from ldm.data.images import cut, to_tensor
 from ldm.data.index import Index
 from ldm.data.order import normal
+from ldm.data.records import HELD_OUT
 from ldm.data.samples import Item
 from ldm.data.stream import Stream
 from ldm.diffusion import Process
@@ -48,25 +49,21 @@ class Validation:
         self, config: Config, data: Index | Stream, model: LatentDiffusion, conditions: Conditions, process: Process
     ):
         self.config, self.model, self.conditions, self.process = config, model, conditions, process
-        self.sets: dict[str, tuple[Index, list[int]]] = {}
-        if isinstance(data, Index):
-            splits, size = data.column("split").tolist(), config.data.size
-            held = [i for i, split in enumerate(splits) if split in ("reconstruction", "combination")]
-            seen = [i for i, split in enumerate(splits) if split == "train"]
-            for name, numbers in (("held_out", held), ("trained_on", seen)):
-                if numbers and held:
-                    count = min(config.stage2.evaluate_pictures, len(numbers))
-                    self.sets[name] = data, [numbers[k * len(numbers) // count] for k in range(count)]
-            self.size = size
+        held = data.select(*HELD_OUT)
+        self.sets: dict[str, Index] = {}
+        if isinstance(data, Index) and isinstance(held, Index) and len(held):
+            for name, part in (("held_out", held), ("trained_on", data.select("train"))):
+                if len(part):
+                    self.sets[name] = part.some(config.stage2.evaluate_pictures)
 
     def __call__(self, run: Run) -> dict[str, float]:
         """Logs `held_out_loss` and `trained_on_loss`, means over the noise levels, and each level of the former."""
         found, state = dict[str, float](), run.accelerator
         with run.averaged(), torch.no_grad():
-            for name, (index, numbers) in self.sets.items():
+            for name, index in self.sets.items():
                 sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
-                for start in range(0, len(numbers), BATCH)[state.process_index :: state.num_processes]:
-                    sums += self._measured(index, numbers[start : start + BATCH], start)
+                for start in range(0, len(index), BATCH)[state.process_index :: state.num_processes]:
+                    sums += self._measured(index, range(start, min(start + BATCH, len(index))))
                 sums = run.total(sums)
                 errors = (sums[:-1] / sums[-1]).tolist()
                 found[f"{name}_loss"] = sum(errors) / len(errors)
@@ -76,14 +73,14 @@ class Validation:
             run.log(found)
         return found
 
-    def _measured(self, index: Index, numbers: list[int], first: int) -> torch.Tensor:
+    def _measured(self, index: Index, numbers: range) -> torch.Tensor:
         """Sums of the errors at each level, and their count."""
-        model, size = self.model, (self.size, self.size)
+        model, size = self.model, (self.config.data.size, self.config.data.size)
         device = model.unet.device
         cuts = [cut(index.picture(i), size) for i in numbers]
         pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(device)
         x0 = model.autoencoder.encode(pixels)
-        positions = torch.arange(first, first + len(numbers))
+        positions = torch.tensor(numbers)
         entries = [index[i] for i in numbers]
         labels = {name: i for i, name in enumerate(model.classes)}
         batch: Item = {

@@ -18,6 +18,7 @@ class Where(NamedTuple):
     size: int = -1  # -1: the whole file; -2: a row of the `datasets` table that the source `file` opens
 
 
+HELD_OUT = ("reconstruction", "combination")  # the splits that stage one never sees
 TABLE_ROW = -2
 
 

@@ -33,10 +33,10 @@ SAYS = {
 }
 STREAMED = ("tar", "parquet", "datasets")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-CONDITIONS = ("text",)
+CAPTIONED = ("text",)  # the conditions of a model that reads captions
 
 
-def detect(source: SourceConfig, conditions: Sequence[str] = CONDITIONS) -> str:
+def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
     """The kind of a source, one of SAYS; UserError, with what could be meant, where it is none."""
     path = source.path
     if source.kind == "pictures" and "text" in conditions:
@@ -91,7 +91,7 @@ def _kind_of_folder(folder: Path, captions: bool) -> str:
     )
 
 
-def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: Sequence[str] = CONDITIONS) -> None:
+def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: Sequence[str] = CAPTIONED) -> None:
     """UserError where a source can't be what it says, or can't be streamed; nothing is opened."""
     for source in sources:
         kind = detect(source, conditions)
@@ -114,7 +114,7 @@ def _is_text(name: str) -> bool:
 class Sources:
     """The sources of a run, in their order: their records, and the bytes of the pictures that these name."""
 
-    def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path, conditions: Sequence[str] = CONDITIONS):
+    def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path, conditions: Sequence[str] = CAPTIONED):
         self.configs, self.size, self.cache, self.conditions = tuple(configs), size, cache, tuple(conditions)
         self.kinds = [detect(source, conditions) for source in self.configs]
 
