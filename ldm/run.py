@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ldm.config import differences
@@ -31,6 +32,7 @@ from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
 from ldm.network import Network
 from ldm.processes import accelerator, local_batch, say_idle_cores
 from ldm.schema import RunConfig, Training
+from ldm.sharding import gathered
 
 NONE = torch.iinfo(torch.int64).max  # no position
 PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
@@ -62,7 +64,7 @@ class Run:
 
     `contract` is stored in each checkpoint; resuming under another is refused. An `adversary`, given with its learning
     rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` tells people what
-    sample a position is.
+    sample a position is. A `sharded` model is spread over the processes where accelerate's configuration says so.
     """
 
     def __init__(
@@ -74,11 +76,12 @@ class Run:
         contract: dict[str, Any] | None = None,
         adversary: tuple[nn.Module, float] | None = None,
         name: Callable[[int], str] = "sample {}".format,
+        sharded: bool = False,
     ):
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
-        self.accelerator = accelerator(config, training.micro_batches)
+        self.accelerator = accelerator(config, training.micro_batches, sharded)
         self.device = self.accelerator.device
         local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
@@ -87,7 +90,7 @@ class Run:
         self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
-        self.ema = EMAModel(self.parameters, decay=training.ema, foreach=True)
+        self.ema = EMAModel(self._network.local, decay=training.ema, foreach=True)
         self._name = name
         self._suspect = torch.tensor(NONE, device=self.device)  # the first position whose output was not finite
         self.step = 0  # optimiser steps done
@@ -98,6 +101,7 @@ class Run:
         self._stop: int | None = None  # the signal that asks for the end
         self._asked = 0.0
         self._stopped = 0  # the one that was heeded
+        self._released = False
         self._resume()
 
     # ------------------------------------------------------------------------------------------------ the loop's side
@@ -173,7 +177,7 @@ class Run:
             norms = [network.clip_gradients() for network in learning]
             if self._take_step(learning):
                 metrics |= zip(("gradient_norm", "adversary_gradient_norm"), norms, strict=False)
-                self.ema.step(self.parameters)
+                self.ema.step(self._network.local)
             for network in self._networks:
                 network.optimizer.zero_grad(set_to_none=True)
         for name, value in metrics.items():
@@ -204,11 +208,12 @@ class Run:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
-        return _Averaged(self)
+        return nullcontext() if self._released else _Averaged(self)
 
-    def release(self) -> None:
-        """Ends mixed precision: from here on the model computes as it was built, as whoever loads it will."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+    def release(self) -> Any:
+        """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
+        self._released = True
+        return self._network.release(self.ema.shadow_params)
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""
@@ -305,10 +310,11 @@ class Run:
         places: dict[str, Any] = {}
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
             places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
+        averages = self._network.joined(self.ema.shadow_params)
+        parts, groups = {"ema": gathered({str(i): average for i, average in enumerate(averages)})}, {}
+        for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
+            parts[model], parts[optimizer], groups[optimizer] = network.state()
         if self.is_main:
-            parts, groups = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}, {}
-            for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
-                parts[model], parts[optimizer], groups[optimizer] = network.state()
             state = {
                 "step": self.step,
                 "ema_step": self.ema.optimization_step,
@@ -342,9 +348,10 @@ class Run:
                 )
             for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
                 network.load(parts[model], parts[optimizer], state["groups"][optimizer])
+            averages = self._network.divided(parts["ema"][str(i)] for i in range(len(self.parameters)))
             with torch.no_grad():
-                for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(parts["ema"][str(i)])
+                for shadow, average in zip(self.ema.shadow_params, averages, strict=True):
+                    shadow.copy_(average)
             self.ema.optimization_step = state["ema_step"]
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -372,10 +379,14 @@ class _Averaged(AbstractContextManager[None]):
         self.run = run
 
     def __enter__(self) -> None:
-        self.run.ema.store(self.run.parameters)
-        self.run.ema.copy_to(self.run.parameters)
+        self.run.ema.store(self.run._network.local)
+        self.run.ema.copy_to(self.run._network.local)
+        if isinstance(self.run.bare, FSDPModule):  # parts of it are called by themselves
+            self.run.bare.unshard()
         self.run.bare.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.run.ema.restore(self.run.parameters)
+        if isinstance(self.run.bare, FSDPModule):
+            self.run.bare.reshard()
+        self.run.ema.restore(self.run._network.local)
         self.run.bare.train()
