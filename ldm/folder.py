@@ -29,6 +29,7 @@ FREE = (
     "run.dir",
     "run.keep",
     "run.log_every",
+    "run.max_skipped",
     "run.tracker",
     "run.device",
     "data.workers",

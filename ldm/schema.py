@@ -37,6 +37,8 @@ class RunConfig(Section):
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
+    max_skipped: PositiveInt = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; then the run stops."""
     tracker: str = "tensorboard"
     """Any tracker that accelerate knows by name, or `none`."""
 

@@ -6,7 +6,7 @@ import torch
 
 from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
-from ldm.data.samples import feed
+from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
@@ -38,7 +38,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     trained = text if config.text.train else None
     null = text.encode([NULL_PROMPT])[0] if text and not trained else None
     denoiser = Denoiser(unet, stage, null, trained)
-    run = Run(config.run, stage, "stage2", denoiser, contract)
+    run = Run(config.run, stage, "stage2", denoiser, contract, name=named(train_set, config, stage.batch))
     use_attention(unet, stage.attention_backend, run.device)
     if stage.compile:
         unet.compile()
