@@ -108,14 +108,6 @@ class Run:
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
         """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
-        loader: Iterable[Any]
-        if isinstance(dataset, Stream):
-            loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
-        else:
-            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
-            loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
-            )
         handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._asked_to_stop)
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._asked_to_save
@@ -128,10 +120,8 @@ class Run:
         )  # fmt: skip
         self.model.train()
         try:
-            for batch in loader:
-                position = batch.pop("position")
-                self._places.update(batch.pop("places", {}))
-                yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
+            for batch in self._loaded(dataset, workers):
+                yield batch
                 if self._stopped:
                     raise Interrupted(128 + self._stopped)
             if self._stop and a.num_processes == 1:  # it came after the last step was saved
@@ -142,6 +132,22 @@ class Run:
                 signal.signal(number, handler)
             for tracker in a.trackers:
                 tracker.finish()
+
+    def _loaded(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
+        """This process's micro-batches."""
+        t, a = self.training, self.accelerator
+        loader: Iterable[Any]
+        if isinstance(dataset, Stream):
+            loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
+        else:
+            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
+            loader = torch.utils.data.DataLoader(
+                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
+            )
+        for batch in loader:
+            position = batch.pop("position")
+            self._places.update(batch.pop("places", {}))
+            yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""

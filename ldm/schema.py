@@ -33,6 +33,8 @@ class RunConfig(Section):
     """Mixed precision of training; `auto` is bf16 where the processor computes it natively, else none."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes the GPU where there is one."""
+    preflight: bool = True
+    """Measures two steps and a validation first, to tell the memory, time and disk that a run will take."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20

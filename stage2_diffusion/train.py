@@ -21,7 +21,9 @@ from stage2_diffusion.sheet import write_sheet
 from stage2_diffusion.validation import Validation
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
+def train(
+    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, books: type[Run] = Run
+) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
@@ -38,7 +40,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     trained = text if config.text.train else None
     null = text.encode([NULL_PROMPT])[0] if text and not trained else None
     denoiser = Denoiser(unet, stage, null, trained)
-    run = Run(config.run, stage, "stage2", denoiser, contract, name=named(train_set, config, stage.batch))
+    run = books(config.run, stage, "stage2", denoiser, contract, name=named(train_set, config, stage.batch))
     use_attention(unet, stage.attention_backend, run.device)
     if stage.compile:
         unet.compile()
