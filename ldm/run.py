@@ -32,6 +32,7 @@ from ldm.network import Network
 from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
 
+MEASURED = ("time",)  # in a line of metrics: what no two runs have alike
 NAMED = 8  # samples of a step that is not finite
 PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
 
