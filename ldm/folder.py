@@ -39,7 +39,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
+FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
 
 
 def claim(config: Config, fresh: bool = False) -> Config:

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, send_to_device
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
 from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
+from ldm.ema import Averages
 from ldm.errors import UserError
 from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
 from ldm.network import Network
@@ -88,7 +88,7 @@ class Run:
         self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
-        self.ema = EMAModel(self.parameters, decay=training.ema, foreach=True)
+        self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
         self._name = name
         self.step = 0  # optimiser steps done
         self.skipped = self._in_a_row = 0  # those of them that learned nothing, as something was not finite
@@ -289,9 +289,10 @@ class Run:
         """Sum over processes, where the tensor was."""
         return self.accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)  # type: ignore[no-any-return]
 
-    def shadow(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The average of a parameter."""
-        return next(s for s, p in zip(self.ema.shadow_params, self.parameters, strict=True) if p is parameter)
+    def averages(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """Those of a parameter: one, or one of each of `ema_widths`."""
+        i = next(i for i, p in enumerate(self.parameters) if p is parameter)
+        return [model.shadow_params[i] for model in self.ema.models]
 
     @property
     def is_main(self) -> bool:
@@ -305,6 +306,8 @@ class Run:
         bar.update(t.batch)
         if self.step % self.config.log_every == 0 or self.step == t.steps:
             self._log(bar)
+        if self.ema.due(self.step):  # before the checkpoint, which is where a killed run goes on
+            self.ema.snapshot(self.folder / "ema", self.step)
         if stop or save or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
         if save:
@@ -354,12 +357,12 @@ class Run:
         places: dict[str, Any] = {}
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
             places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
-        parts, groups = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}, {}
+        parts, groups = self.ema.state(), {}
         for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
             parts[model], parts[optimizer], groups[optimizer] = network.state()
         state = {
             "step": self.step,
-            "ema_step": self.ema.optimization_step,
+            "ema_step": self.ema.updates,
             "groups": groups,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "totals": totals,
@@ -395,10 +398,7 @@ class Run:
                 )
             for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
                 network.load(parts[model], parts[optimizer], state["groups"][optimizer])
-            with torch.no_grad():
-                for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(parts["ema"][str(i)])
-            self.ema.optimization_step = state["ema_step"]
+            self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]

@@ -149,7 +149,7 @@ def use_codes(
         model.used.zero_()
     elif at_end:
         everywhere = run.accelerator.gather(mean.detach())
-        revived = revive(model, everywhere, config.run.seed, run.step, run.shadow)
+        revived = revive(model, everywhere, config.run.seed, run.step, run.averages)
         said["codes_revived"] = mean.new_tensor(float(revived))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Run) -> list[torch.Tensor]:
-    return [*(p.detach().clone() for p in run.parameters), *run.ema.shadow_params]
+    return [
+        *(p.detach().clone() for p in run.parameters),
+        *(s for model in run.ema.models for s in model.shadow_params),
+    ]
 
 
 def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -151,7 +155,34 @@ def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> Non
     for n, run in enumerate(runs[1:], start=1):
         decay = min(0.5, (1 + n) / (10 + n))
         averaged = [decay * a + (1 - decay) * p.detach() for a, p in zip(averaged, run.parameters, strict=True)]
-    torch.testing.assert_close(runs[-1].ema.shadow_params, averaged)
+    torch.testing.assert_close(runs[-1].ema.main.shadow_params, averaged)
+
+
+def test_a_killed_run_ends_with_the_averages_and_snapshots_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    widths = {"ema_widths": (0.05, 0.2), "ema_snapshot_every": 3}
+    whole = train(tmp_path / "whole", **widths)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **widths)
+    shutil.rmtree(tmp_path / "parts/stage1/checkpoints/step-000007")  # killed: it goes on from step 4
+    resumed = train(tmp_path / "parts", **widths)
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        parts, _ = read_checkpoint(checkpoints(folder / "stage1")[-1])
+        assert parts["ema"].keys() == parts["ema-0.2"].keys() == {"weight", "bias"}
+    names = [f"step-{step:06d}-{width}.safetensors" for step in (3, 6, 9, 12) for width in (0.05, 0.2)]
+    assert sorted(path.name for path in (tmp_path / "parts/stage1/ema").iterdir()) == names
+    for name in names:
+        first, second = (tmp_path / folder / "stage1/ema" / name for folder in ("whole", "parts"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> None:
+    run = train(tmp_path, ema_widths=(0.2, 0.05))
+    before = weights(run)
+    with run.averaged():
+        assert torch.equal(run.bare.weight, run.ema.models[0].shadow_params[0])
+        assert not torch.equal(run.bare.weight, before[0])
+    assert all(map(torch.equal, weights(run), before))
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
