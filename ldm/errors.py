@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import diffusers.utils.logging
 import transformers.utils.logging
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
     """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+
+
+def cant_write(error: BaseException) -> str:
+    """Why nothing could be written, and the remedy; empty where the error is another one."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # its library tells the number in its text alone
+    if number in FULL:
+        return f"{os.strerror(number)}; make room, and the same command continues"
+    return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +50,11 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         except UserError as error:
             text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            return 2
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # or while reading
+                raise
+            print(f"error: can't write {getattr(error, 'filename', None) or 'a file'}: {reason}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command continues.", file=sys.stderr)

@@ -13,19 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ldm.errors import UserError, cant_write
 
 Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written becomes `path` at the end, and nothing does after an error."""
+    """A path to write to; what was written becomes `path` at the end, and nothing does after an error.
+
+    UserError where there is no room, or may not be written.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield beside
-        sync(beside)
-        beside.replace(path)
+        with _writing(path):
+            yield beside
+            sync(beside)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -34,17 +41,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which exists when it is given; an older one goes only when the new one is written."""
     beside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    for path in (*beside.rglob("*"), beside):
-        sync(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    beside.replace(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        with _writing(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for path in (*beside.rglob("*"), beside):
+                sync(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.replace(old)
+            beside.replace(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in a line where and why writing failed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not (reason := cant_write(error)):
+            raise
+        raise UserError(
+            f"can't write {path}: {reason}; what stood before is kept, and the same command continues"
+        ) from None
 
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:

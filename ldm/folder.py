@@ -27,8 +27,10 @@ from ldm.schema import Config
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
     "run.dir",
+    "run.preflight",
     "run.keep",
     "run.log_every",
+    "run.max_skipped",
     "run.tracker",
     "run.device",
     "data.workers",
@@ -37,7 +39,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
+FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
 
 
 def claim(config: Config, fresh: bool = False) -> Config:
@@ -77,21 +79,24 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
-    key, made = "run.dir", folder
+    make("run.dir", folder)
+    about = about or {
+        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }  # fmt: skip
+    with whole_file(file) as beside:
+        beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
+    if config.data.cache_dir:
+        make("data.cache_dir", config.data.cache_dir)
+    return folder
+
+
+def make(key: str, folder: Path) -> None:
+    """Makes the folder of a key, or takes the one that is there; UserError where that can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        about = about or {
-            "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-        }  # fmt: skip
-        with whole_file(file) as beside:
-            beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
-        if config.data.cache_dir:
-            key, made = "data.cache_dir", config.data.cache_dir
-            made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}: can't write {made}: {error.strerror}; give a folder that you may write to") from None
-    return folder
+        raise UserError(f"{key}: can't write {folder}: {error.strerror}; give a folder that you may write to") from None
 
 
 def check_finished(folder: Path, contract: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from ldm.files import Tensors, flatten_optimizer, unflatten_optimizer
 from ldm.schema import Training
-from ldm.sharding import gathered, joined, local, sharded, whole, without_weights
+from ldm.sharding import gathered, sharded, whole, without_weights
 
 
 class Network:
@@ -64,19 +63,6 @@ class Network:
             nn.utils.clip_grad_norm_(self._apart, self.clip)
         return whole(nn.utils.clip_grad_norm_(self._together, self.clip))
 
-    @property
-    def local(self) -> list[torch.Tensor]:
-        """What this process has of each parameter, for averaging."""
-        return [local(parameter) for parameter in self.parameters]
-
-    def joined(self, averages: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Averages of `local`, as tensors like the parameters."""
-        return [joined(average, like) for average, like in zip(averages, self.parameters, strict=True)]
-
-    def divided(self, averages: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Like `local`, of whole averages."""
-        return [local(sharded(average, like)) for average, like in zip(averages, self.parameters, strict=True)]
-
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -103,14 +89,13 @@ class Network:
                     entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     @torch.no_grad()
-    def release(self, averages: Iterable[torch.Tensor]) -> nn.Module:
-        """The module as it was built, whole and computing in full precision, with the averages of `local`."""
+    def release(self, averages: Tensors) -> nn.Module:
+        """The module as it was built, whole and computing in full precision, with averages of its parameters."""
         if self._built is None:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-            for parameter, average in zip(self.parameters, averages, strict=True):
-                parameter.copy_(average)
+            for name, average in averages.items():
+                self.bare.get_parameter(name).copy_(average)
             return self.bare.eval()
-        names = [name for name, p in self.bare.named_parameters() if p.requires_grad]
-        weights = self.bare.state_dict() | dict(zip(names, self.joined(averages), strict=True))
+        weights = self.bare.state_dict() | averages
         self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
         return self._built.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,17 +15,15 @@ from ldm.data import sources
 from ldm.errors import UserError
 from ldm.metrics import weights
 from ldm.processes import local_batch
-from ldm.schema import Config
+from ldm.schema import Config, TextConfig
 
 
 def describe(config: Config) -> str:
     """The plan of a run: data, both stages with parameter counts, and what is not here yet."""
     one, two, size = config.stage1, config.stage2, config.data.size
     side = size // one.factor
-    with torch.device("meta"):  # shapes without memory
-        vae = autoencoder.build(one, size)
-        width, length = _text_shape(config) if two.text else (0, 0)
-        network = unet.build(two, one.latent_channels, side, width)
+    vae, network = networks(config)
+    width, length = _text_shape(config.text) if two.text else (0, 0)
     for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
         if given and Path(given).exists():
             check_autoencoder(config, key, given)
@@ -45,6 +44,14 @@ def describe(config: Config) -> str:
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
     )
+
+
+def networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Autoencoder and U-Net on the meta device: shapes without memory."""
+    one, two, size = config.stage1, config.stage2, config.data.size
+    width = _text_shape(config.text)[0] if two.text else 0
+    with torch.device("meta"):
+        return autoencoder.build(one, size), unet.build(two, one.latent_channels, size // one.factor, width)
 
 
 def check(config: Config, processes: int) -> text.TextEncoder | None:
@@ -111,12 +118,12 @@ def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device
         print(f"{said}, and one colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True)
 
 
-def _text_shape(config: Config) -> tuple[int, int | str]:
-    if config.text.width and not Path(config.text.model).is_dir():
-        tokens = config.text.max_tokens
-        return config.text.width, tokens * config.text.chunks if tokens else "all its"
+@cache
+def _text_shape(wanted: TextConfig) -> tuple[int, int | str]:
+    if wanted.width and not Path(wanted.model).is_dir():
+        return wanted.width, wanted.max_tokens * wanted.chunks if wanted.max_tokens else "all its"
     with torch.device("cpu"):
-        encoder = text.of(config.text)
+        encoder = text.of(wanted)
     return encoder.width, encoder.length
 
 

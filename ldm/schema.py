@@ -33,10 +33,14 @@ class RunConfig(Section):
     """Mixed precision of training; `auto` is bf16 where the processor computes it natively, else none."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes the GPU where there is one."""
+    preflight: bool = True
+    """Measures two steps and a validation first, to tell the memory, time and disk that a run will take."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
+    max_skipped: PositiveInt = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; then the run stops."""
     tracker: str = "tensorboard"
     """Any tracker that accelerate knows by name, or `none`."""
 
@@ -156,6 +160,17 @@ def _in_order(given: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(given, key=CONDITIONS.index))
 
 
+WIDEST = 12**-0.5  # the relative width of the plain mean of all weights so far
+
+
+def _widths(given: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < width < WIDEST for width in given):
+        raise ValueError(f"each must be more than 0 and less than {WIDEST:.4f}; 0.05 and 0.1 are usual")
+    if len(set(given)) < len(given):
+        raise ValueError("one stands here twice; name each once")
+    return given
+
+
 TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -183,6 +198,11 @@ class Training(Section):
     """Largest norm of the gradient."""
     ema: Decay = 0.999
     """Decay of the averaged weights, which are what is saved and sampled."""
+    ema_widths: Annotated[tuple[float, ...], AfterValidator(_widths)] = ()
+    """Power-function averages instead, by σ_rel: `[0.05, 0.1]`; the first is saved and sampled, snapshots are kept of
+    all."""
+    ema_snapshot_every: PositiveInt = 500
+    """Steps between their snapshots, of which averages of other widths are made afterwards."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
     gradient_checkpointing: bool = False

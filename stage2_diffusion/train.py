@@ -8,7 +8,7 @@ import torch
 
 from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
-from ldm.data.samples import feed
+from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join
@@ -24,7 +24,9 @@ from stage2_diffusion.sheet import write_sheet
 from stage2_diffusion.validation import Validation
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
+def train(
+    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, books: type[Run] = Run
+) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
@@ -43,7 +45,8 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     denoiser = Denoiser(unet, stage, null, encoder)
     device = join(config.run).device
     use_attention(unet.to(device), stage.attention_backend, device)
-    run = Run(config.run, stage, "stage2", denoiser, contract, sharded=True)
+    name = named(train_set, config, stage.batch)
+    run = books(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         unet.compile()
     autoencoder.to(run.device)

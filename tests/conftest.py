@@ -192,7 +192,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
     """
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}"]
+    command = [
+        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", "run.preflight=true",
+    ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
