@@ -150,6 +150,11 @@ class Run:
             self._places.update(batch.pop("places", {}))
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was learned yet: for a look at what the training starts from."""
+        return self.step == 0
+
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
         return self.accelerator.accumulate(*(network.wrapped for network in self._networks))
@@ -413,7 +418,7 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            cut_lines(self.folder / "metrics.jsonl", self.step)
+            cut_lines(self.folder / "metrics.jsonl", self.step or -1)  # those of step 0 will be written again too
         self.accelerator.wait_for_everyone()
 
     def _say(self, text: str) -> None:
