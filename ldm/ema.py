@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ldm.errors import UserError
 from ldm.files import Tensors, whole_file
 from ldm.processes import on_main
 from ldm.schema import Training
+from ldm.sharding import gathered, joined, local, sharded
 
 Numbers = np.ndarray | float
 
@@ -38,7 +37,7 @@ def exponent(width: float) -> float:
 class PowerEMA(EMAModel):
     """An average in which the weights after update τ count as τ^γ: always the same share of the training."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], width: float):
+    def __init__(self, parameters: Iterable[torch.Tensor], width: float):
         super().__init__(parameters, foreach=True)
         self.gamma = exponent(width)
 
@@ -47,7 +46,9 @@ class PowerEMA(EMAModel):
 
 
 class Averages:
-    """The averages of a module's trained parameters, which are given in the order of `named`; DTensors will do.
+    """The averages of a module's trained parameters, which are given in the order of `named`.
+
+    Each process averages what it has of a sharded parameter.
 
     Where `ema_widths` are set, a power-function average of each; else diffusers' EMA, with its warm-up: the decay after
     update n is min(ema, (1 + n) / (10 + n)). The first of `models`, `main`, is what is sampled, measured and exported.
@@ -56,10 +57,13 @@ class Averages:
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training):
         names, parameters = zip(*named, strict=True)
         self.names: tuple[str, ...] = names
+        self.parameters: tuple[nn.Parameter, ...] = parameters
+        mine = self._local()
         self.training, self.widths = training, training.ema_widths
-        self.models: list[EMAModel] = [PowerEMA(parameters, width) for width in self.widths]
-        self.models = self.models or [EMAModel(parameters, decay=training.ema, foreach=True)]
+        self.models: list[EMAModel] = [PowerEMA(mine, width) for width in self.widths]
+        self.models = self.models or [EMAModel(mine, decay=training.ema, foreach=True)]
         self.main = self.models[0]
+        self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
         self._stored: list[torch.Tensor] = []
 
     @property
@@ -67,43 +71,47 @@ class Averages:
         """Times that weights were taken in: steps, but for skipped ones."""
         return int(self.main.optimization_step)
 
-    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+    def _local(self) -> list[torch.Tensor]:
+        return [local(p) for p in self.parameters]
+
+    def step(self) -> None:
         for model in self.models:
-            model.step(parameters)
+            model.step(self._local())
 
     @torch.no_grad()
-    def store(self, parameters: Sequence[nn.Parameter]) -> None:
+    def store(self) -> None:
         """Keeps the weights themselves, in main memory, for `restore`."""
-        self._stored = [_local(p).to("cpu", copy=True) for p in parameters]
+        self._stored = [p.to("cpu", copy=True) for p in self._local()]
 
     @torch.no_grad()
-    def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
+    def copy_to(self) -> None:
         """Gives the parameters the main average."""
-        for p, average in zip(parameters, self.main.shadow_params, strict=True):
-            _local(p).copy_(_local(average))
+        torch._foreach_copy_(self._local(), self.main.shadow_params)
 
     @torch.no_grad()
-    def restore(self, parameters: Sequence[nn.Parameter]) -> None:
+    def restore(self) -> None:
         """Gives them back what was stored."""
-        for p, before in zip(parameters, self._stored, strict=True):
-            _local(p).copy_(before)
+        torch._foreach_copy_(self._local(), self._stored)
         self._stored = []
 
+    def tensors(self, model: EMAModel) -> Tensors:
+        """Averages by parameter name, sharded as the parameters are."""
+        found = zip(self.names, model.shadow_params, self.parameters, strict=True)
+        return {name: joined(average, like) for name, average, like in found}
+
     def state(self) -> dict[str, Tensors]:
-        """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`."""
-        parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
-        return {
-            part: dict(zip(self.names, model.shadow_params, strict=True))
-            for part, model in zip(parts, self.models, strict=True)
-        }
+        """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`.
+
+        All processes call it, the main one gets them.
+        """
+        return {part: gathered(self.tensors(model)) for part, model in zip(self._parts, self.models, strict=True)}
 
     @torch.no_grad()
     def load(self, parts: dict[str, Tensors], updates: int) -> None:
         """Takes back what `state` gave."""
-        for part, averages in self.state().items():
-            for name, average in averages.items():
-                average.copy_(parts[part][name])
-        for model in self.models:
+        for part, model in zip(self._parts, self.models, strict=True):
+            for name, average, like in zip(self.names, model.shadow_params, self.parameters, strict=True):
+                average.copy_(local(sharded(parts[part][name], like)))
             model.optimization_step = updates
 
     def due(self, step: int) -> bool:
@@ -116,13 +124,8 @@ class Averages:
 
         Its metadata are what a `Snapshot` tells. UserError, on all processes, where it can't be written.
         """
-        is_main = PartialState().is_main_process
         for width, model in zip(self.widths, self.models, strict=True):
-            tensors = {}
-            for name, average in zip(self.names, model.shadow_params, strict=True):
-                whole = average.full_tensor() if isinstance(average, DTensor) else average
-                if is_main:
-                    tensors[name] = whole.cpu().contiguous()
+            tensors = gathered(self.tensors(model))
             facts = json.dumps({"step": step, "updates": self.updates, "width": width})
             on_main(partial(_write, folder / f"step-{step:06d}-{width}.safetensors", tensors, facts))
 
@@ -130,12 +133,8 @@ class Averages:
 def _write(path: Path, tensors: Tensors, facts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
-        save_file(tensors, beside, {"average": facts})  # of several keys the order would change by chance
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part: DTensors have no `_foreach_copy_`, which EMAModel would copy with."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, beside, {"average": facts})  # of several keys the order would change by chance
 
 
 class Snapshot(NamedTuple):

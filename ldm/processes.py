@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 
 from ldm.errors import UserError
 from ldm.schema import RunConfig, Training
+from ldm.sharding import check as check_sharding
+from ldm.sharding import shard
 
 Result = TypeVar("Result")
 
@@ -23,6 +25,7 @@ PATIENCE = timedelta(hours=12)  # that the other processes wait while one encode
 
 def join(config: RunConfig) -> PartialState:
     """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
+    check_sharding()
     state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != told:  # each would train alone, and write over the others
@@ -58,19 +61,22 @@ def on_main(action: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
-    """accelerate, set up for this run's device and precision."""
+def accelerator(config: RunConfig, micro_batches: int = 1, sharded: bool = False) -> Accelerator:
+    """accelerate, set up for this run's device and precision; `sharded` where its configuration asks for that."""
     join(config)
     cpu = _on_cpu(config)
     native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=micro_batches,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(config.dir),
-    )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `shard` does it, or nobody
+        found = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            gradient_accumulation_steps=micro_batches,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(config.dir),
+        )
+    shard(found, sharded)
+    return found
 
 
 def local_batch(stage: str, training: Training, processes: int) -> int:

@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ldm.config import differences
@@ -63,7 +64,7 @@ class Run:
 
     `contract` is stored in each checkpoint; resuming under another is refused. An `adversary`, given with its learning
     rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` tells people what
-    sample a position is.
+    sample a position is. A `sharded` model is spread over the processes where accelerate's configuration says so.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Run:
         contract: dict[str, Any] | None = None,
         adversary: tuple[nn.Module, float] | None = None,
         name: Callable[[int], str] = "sample {}".format,
+        sharded: bool = False,
     ):
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
-        self.accelerator = accelerator(config, training.micro_batches)
+        self.accelerator = accelerator(config, training.micro_batches, sharded)
         self.device = self.accelerator.device
         local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
@@ -102,6 +104,7 @@ class Run:
         self._asked = 0.0
         self._stopped = 0  # the one that was heeded
         self._wanted = False  # a checkpoint, by SIGUSR1
+        self._released = False
         self._resume()
 
     # ------------------------------------------------------------------------------------------------ the loop's side
@@ -197,7 +200,7 @@ class Run:
         finite, stop, save = self._agreed(norms)
         if self._take_step(learning, finite):
             self._metrics[-1] |= zip(("gradient_norm", "adversary_gradient_norm"), norms, strict=False)
-            self.ema.step(self.parameters)
+            self.ema.step()
         for network in self._networks:
             network.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -265,11 +268,12 @@ class Run:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
-        return _Averaged(self)
+        return nullcontext() if self._released else _Averaged(self)
 
-    def release(self) -> None:
-        """Ends mixed precision: from here on the model computes as it was built, as whoever loads it will."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+    def release(self) -> Any:
+        """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
+        self._released = True
+        return self._network.release(self.ema.tensors(self.ema.main))
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""
@@ -431,10 +435,14 @@ class _Averaged(AbstractContextManager[None]):
         self.run = run
 
     def __enter__(self) -> None:
-        self.run.ema.store(self.run.parameters)
-        self.run.ema.copy_to(self.run.parameters)
+        self.run.ema.store()
+        self.run.ema.copy_to()
+        if isinstance(self.run.bare, FSDPModule):  # parts of it are called by themselves
+            self.run.bare.unshard()
         self.run.bare.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.run.ema.restore(self.run.parameters)
+        if isinstance(self.run.bare, FSDPModule):
+            self.run.bare.reshard()
+        self.run.ema.restore()
         self.run.bare.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ldm.autoencoder import Autoencoder
@@ -9,6 +11,7 @@ from ldm.data.index import Index
 from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
+from ldm.processes import join
 from ldm.run import Run
 from ldm.sampling import scheduler
 from ldm.schema import Config
@@ -37,18 +40,20 @@ def train(
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
-    trained = text if config.text.train else None
-    null = text.encode([NULL_PROMPT])[0] if text and not trained else None
-    denoiser = Denoiser(unet, stage, null, trained)
-    run = books(config.run, stage, "stage2", denoiser, contract, name=named(train_set, config, stage.batch))
-    use_attention(unet, stage.attention_backend, run.device)
+    encoder = text if config.text.train else None
+    null = text.encode([NULL_PROMPT])[0] if text and not encoder else None
+    denoiser = Denoiser(unet, stage, null, encoder)
+    device = join(config.run).device
+    use_attention(unet.to(device), stage.attention_backend, device)
+    name = named(train_set, config, stage.batch)
+    run = books(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         unet.compile()
     autoencoder.to(run.device)
     if text:
         text.to(run.device)
-    samples = feed(train_set, config, autoencoder, None if trained else text, run.device)
-    conditions = Conditions(config, autoencoder, trained, len(classes))
+    samples = feed(train_set, config, autoencoder, None if encoder else text, run.device)
+    conditions = Conditions(config, autoencoder, encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = LatentDiffusion(
         text, unet, autoencoder,
@@ -81,9 +86,9 @@ def train(
         if run.due(stage.evaluate_every, last=True):
             validation(run)
 
-    run.release()
+    trained = run.release()
+    model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, run, model, data)
-    with run.averaged():
-        if run.is_main:
-            model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
+    if run.is_main:
+        model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
     run.accelerator.wait_for_everyone()

@@ -142,16 +142,16 @@ def test_sharded_weights_are_averaged_and_kept_as_whole_ones_are(one_process: No
     for weights in history:
         whole.data.copy_(weights)
         sharded.data.copy_(distribute_tensor(weights, mesh, [Shard(0)]))
-        for averages, p in zip(both, (whole, sharded), strict=True):
-            averages.step([p])
-    for averages, p, folder in zip(both, (whole, sharded), (tmp_path / "whole", tmp_path / "sharded"), strict=True):
+        for averages in both:
+            averages.step()
+    for averages, folder in zip(both, (tmp_path / "whole", tmp_path / "sharded"), strict=True):
         averages.snapshot(folder, 20)
-        averages.store([p])
-        averages.copy_to([p])
+        averages.store()
+        averages.copy_to()
     assert isinstance(sharded.data, DTensor)
     assert torch.equal(sharded.full_tensor(), whole)
-    for averages, p in zip(both, (whole, sharded), strict=True):
-        averages.restore([p])
+    for averages in both:
+        averages.restore()
     assert torch.equal(sharded.full_tensor(), history[-1])
     for a, b in zip(snapshots(tmp_path / "whole"), snapshots(tmp_path / "sharded"), strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()

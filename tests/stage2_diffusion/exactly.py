@@ -1,6 +1,7 @@
 """`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums shows little.
 
-RUNS, overrides by name, and OVERRIDES, those of all, are JSON.
+RUNS, overrides by name, and OVERRIDES, those of all, are JSON. Each process writes to `FOLDER/shares-RANK.json` what
+share of each run's trained numbers it held.
 """
 
 import functools
@@ -18,6 +19,8 @@ from ldm import config, text
 from ldm.autoencoder import Autoencoder, build
 from ldm.data import index
 from ldm.processes import join
+from ldm.sharding import local
+from stage2_diffusion.model import Denoiser
 from stage2_diffusion.train import train
 
 
@@ -33,7 +36,15 @@ def in_float64(network: UNet2DConditionModel, *given: Any, **named: Any) -> Any:
     return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
 
 
+def watch(module: torch.nn.Module, _: Any) -> None:
+    if isinstance(module, Denoiser) and module.training:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        shares[name] = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+
+
 world, folder, runs, overrides = sys.argv[1:]
+shares: dict[str, float] = {}
+torch.nn.modules.module.register_module_forward_pre_hook(watch)
 torch.set_default_dtype(torch.float64)
 UNet2DConditionModel.forward = in_float64  # embeddings and noise come in float32
 for name, more in json.loads(runs).items():
@@ -44,3 +55,4 @@ for name, more in json.loads(runs).items():
     encoder.model.double()
     train(settings, index.build(settings), vae, encoder)
 assert PartialState().num_processes == int(world)
+(Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))

@@ -123,8 +123,8 @@ def test_a_text_encoder_is_trained_averaged_and_exported_and_no_embedding_is_kep
     unchanged = {name for name, value in before.items() if live[name] == value}
     assert unchanged == {name for name in before if name.startswith("pooler.")}
     for name, value in before.items():
-        same = name in unchanged
-        assert (exported[name] == value) == (exported[name] == live[name]) == same, name
+        assert exported[name] == live[name], name  # which has the average, once the run is over
+        assert (exported[name] == value) == (name in unchanged), name
     assert (cache / "latents").is_dir()
     assert not (cache / "text").exists()
     settings, _ = few("text.train=false", f"data.cache_dir={cache}", f"run.dir={tmp_path / 'frozen'}")
