@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from functools import cache
@@ -68,6 +69,9 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)
+    for key, stage in (("stage1", one), ("stage2", two)):
+        if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+            raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)

@@ -184,6 +184,8 @@ class Training(Section):
     """Global batch: the pictures of one optimiser step, over all processes."""
     micro_batches: PositiveInt = 1
     """Parts that the batch is computed in, one after the other (gradient accumulation)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate, as it stands: not scaled by batch or processes."""
     warmup: int = Field(default=100, ge=0)
