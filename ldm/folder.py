@@ -157,7 +157,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         f"| conditions | {', '.join(two.conditions) or 'none'} |",
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if two.text else []),
         f"| autoencoder | {one.pretrained or trained} |",
-        f"| U-Net | channels {list(two.channels)}, {two.steps} steps of {two.batch} |",
+        f"| U-Net | {two.init_from or f'channels {list(two.channels)}'}, {two.steps} steps of {two.batch} |",
         f"| process | target {two.target}{'' if two.target == 'flow' else f', schedule {two.schedule}'} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),

@@ -138,7 +138,8 @@ class DataConfig(Section):
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers; or `open_clip:ARCH:WEIGHTS`."""
+    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers, or a whole diffusers pipeline, whose
+    encoder is taken; or `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or cut to; default: the tokenizer's own."""
     width: PositiveInt | None = None
@@ -369,7 +370,8 @@ class Stage1Config(Training):
 
 class Stage2Config(Training):
     init_from: str | None = None
-    """A diffusers pipeline folder or Hub id whose U-Net the training starts from; inputs that it lacks are added."""
+    """A diffusers folder or Hub id, or a `.safetensors` in diffusers' or the original layout, whose U-Net the training
+    starts from. It keeps its architecture; inputs that it lacks are added."""
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
     """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
     small picture. `[]` is unconditional."""
