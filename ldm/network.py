@@ -55,6 +55,11 @@ class Network:
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     @property
+    def plain(self) -> nn.Module:
+        """The module, or a copy without weights, as one that is not sharded."""
+        return self._built or self.bare
+
+    @property
     def has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
 

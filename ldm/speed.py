@@ -10,6 +10,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -52,11 +53,12 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     return int(counter.get_total_flops())
 
 
+@cache
 @torch.no_grad()
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest of some square matrix products: the device's peak as this process can reach it.
 
-    Measured with the threads and the TF32 setting that are on, for about so many `seconds`.
+    Measured once, with the threads and the TF32 setting that are on, for about so many `seconds`.
     """
     on_gpu = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are

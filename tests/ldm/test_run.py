@@ -15,7 +15,7 @@ from torch import nn
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint
-from ldm.run import Run, learning_rate
+from ldm.run import MEASURED, Run, learning_rate
 from ldm.schema import RunConfig, Training
 
 
@@ -75,7 +75,7 @@ def train(
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def weights(run: Run) -> list[torch.Tensor]:
