@@ -109,17 +109,30 @@ def cut_lines(path: Path, step: int) -> None:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups."""
-    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
+    tensors: Tensors = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                put(f"{name}.{key}", each)
+        else:
+            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+
+    for i, entry in state["state"].items():
+        put(str(i), entry)
     return tensors, state["param_groups"]
 
 
 def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The inverse of `flatten_optimizer`."""
-    state: dict[int, Tensors] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        index, *path, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
     return {"state": state, "param_groups": groups}
 
 

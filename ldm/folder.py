@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ldm.autoencoder import STATISTICS
-from ldm.config import differences, dump
+from ldm.config import differences, dump, parse
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import checkpoints, whole_file
@@ -69,7 +69,7 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
             still_free = (*still_free, "stage2.micro_batches")
             ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
         written = yaml.safe_load(file.read_text("utf-8"))
-        about, old = written["about"] if begun else {}, written["configuration"]
+        about, old = written["about"] if begun else {}, _completed(written["configuration"])
         changed = [
             change for change in differences(old, dump(config))
             if not change.startswith(still_free) and not change.partition(":")[0].endswith(ends)
@@ -89,6 +89,14 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
     if config.data.cache_dir:
         make("data.cache_dir", config.data.cache_dir)
     return folder
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of an older version, with the keys that there were not yet as they are by default."""
+    try:
+        return dump(parse(old, "config.yaml"))
+    except UserError:  # it has a key that there no longer is
+        return old
 
 
 def make(key: str, folder: Path) -> None:
@@ -149,7 +157,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         f"| conditions | {', '.join(two.conditions) or 'none'} |",
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if two.text else []),
         f"| autoencoder | {one.pretrained or trained} |",
-        f"| U-Net | channels {list(two.channels)}, {two.steps} steps of {two.batch} |",
+        f"| U-Net | {two.init_from or f'channels {list(two.channels)}'}, {two.steps} steps of {two.batch} |",
         f"| process | target {two.target}{'' if two.target == 'flow' else f', schedule {two.schedule}'} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),

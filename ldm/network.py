@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.files import Tensors, flatten_optimizer, unflatten_optimizer
 from ldm.schema import Training
 from ldm.sharding import gathered, sharded, whole, without_weights
@@ -28,7 +29,7 @@ class Network:
         decayed = [p for p in self._together if p.ndim]
         free = [p for p in self._together if not p.ndim] + self._apart
         groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
-        adamw = torch.optim.AdamW(groups, lr, betas=training.betas, weight_decay=training.weight_decay, fused=True)
+        adamw = optimizer(training, groups, lr, accelerator)
         self._built: nn.Module | None = None  # what `release` fills, where the module can't become whole again
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
@@ -52,6 +53,11 @@ class Network:
     def _reduce(self, parameter: torch.Tensor) -> None:
         if self.accelerator.sync_gradients:
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module, or a copy without weights, as one that is not sharded."""
+        return self._built or self.bare
 
     @property
     def has_gradients(self) -> bool:
@@ -80,12 +86,12 @@ class Network:
         state = unflatten_optimizer(tensors, groups)
         for i, entry in state["state"].items():
             for name, value in entry.items():
-                if value.shape == parameters[i].shape:
+                if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
                     entry[name] = sharded(value, parameters[i])
         self.optimizer.load_state_dict(state)
         for parameter, entry in self.optimizer.optimizer.state.items():
             for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
-                if value.shape == parameter.shape:
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     @torch.no_grad()
@@ -99,3 +105,17 @@ class Network:
         weights = self.bare.state_dict() | averages
         self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
         return self._built.eval()
+
+
+def optimizer(
+    training: Training, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """AdamW; UserError where the 8-bit one does not work with what accelerate is configured for."""
+    options: dict[str, Any] = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    if accelerator.is_fsdp2:
+        raise UserError("stage2.optimizer: adamw8bit can't be sharded by FSDP, which divides its memory too; use adamw")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]

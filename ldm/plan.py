@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from functools import cache
@@ -12,9 +13,10 @@ from torch import nn
 
 from ldm import autoencoder, text, unet
 from ldm.data import sources
+from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.metrics import weights
-from ldm.processes import local_batch
+from ldm.processes import local_batch, on_main
 from ldm.schema import Config, TextConfig
 
 
@@ -47,11 +49,13 @@ def describe(config: Config) -> str:
 
 
 def networks(config: Config) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and U-Net on the meta device: shapes without memory."""
+    """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
     one, two, size = config.stage1, config.stage2, config.data.size
     width = _text_shape(config.text)[0] if two.text else 0
     with torch.device("meta"):
-        return autoencoder.build(one, size), unet.build(two, one.latent_channels, size // one.factor, width)
+        vae = autoencoder.build(one, size)
+    here = two.init_from and Path(two.init_from).exists()
+    return vae, (unet.load if here else unet.build_empty)(two, one.latent_channels, size // one.factor, width)
 
 
 def check(config: Config, processes: int) -> text.TextEncoder | None:
@@ -68,6 +72,9 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)
+    for key, stage in (("stage1", one), ("stage2", two)):
+        if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+            raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)
@@ -75,9 +82,35 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
     shape = one.latent_channels, config.data.size // one.factor, encoder.width if encoder else 0
     if two.init_from:
         unet.load(two, *shape)
+        if not (one.needs_none or one.init_from or (config.run.dir / "autoencoder").exists()):
+            raise UserError(
+                f"stage2.init_from: {two.init_from} was trained in the latents of its own autoencoder, and stage one "
+                "would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
+            )
+        on_main(lambda: _check_noise(config))
     else:
         unet.build_empty(two, *shape)
     return encoder
+
+
+def _check_noise(config: Config) -> None:
+    """Warns where noise levels are others than those that the U-Net to start from was trained with."""
+    two, process = config.stage2, Process.of(config.stage2)
+    theirs = unet.scheduler_of(str(two.init_from))
+    if theirs is None or process.target == "flow":
+        return
+    ours = process.chain().alpha_bar.float()
+    if len(ours) != len(theirs.alphas_cumprod):
+        differ = f"{len(ours)} steps, not {len(theirs.alphas_cumprod)}"
+    elif (off := float((ours.sqrt() - theirs.alphas_cumprod.sqrt()).abs().max())) > 0.01:
+        differ = f"√ᾱ up to {off:.2f} apart"
+    else:
+        return
+    print(
+        f"stage2.schedule: noise levels other than those that {two.init_from} was trained with ({differ}); "
+        "is that meant? stage2.schedule, .timesteps, .zero_snr and .shift decide them",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def check_autoencoder(config: Config, key: str, name: str) -> None:

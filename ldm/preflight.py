@@ -6,6 +6,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import resource
 import shutil
 import sys
@@ -73,6 +74,10 @@ class Rehearsal(Run):
         yield from self._loaded(dataset, workers)
         self.ends.append(time.perf_counter())
         raise Rehearsed(self)
+
+    @property
+    def begins(self) -> bool:
+        return False
 
     def log(self, values: dict[str, float]) -> None:
         pass
@@ -146,13 +151,17 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     preparing, *steps, validated = run.ends
     written = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
     share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
+    t = getattr(config, stage)
     weights = sum(p.numel() * p.element_size() for p in run.parameters)
+    kept = (3 + len(run.ema.models)) * (config.run.keep + 1) + 1  # weights, two moments, averages; what is exported
+    if t.ema_widths:
+        kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     found = Needs(
         step=steps[1] - steps[0],
         validation=validated - steps[-1],
         encoding=(preparing - run.began) * share if written else 0.0,
         memory=max(gather_object([_peak(cuda)])),
-        disk=int(written * share + weights * (4 * (config.run.keep + 1) + 1)),  # each: weights, two moments, average
+        disk=int(written * share + weights * kept),
         device=_machine(run.accelerator.num_processes, cuda),
     )
     run.accelerator.free_memory()

@@ -32,8 +32,9 @@ from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
 from ldm.network import Network
 from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
+from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
 
-MEASURED = ("time",)  # in a line of metrics: what no two runs have alike
+MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
 NAMED = 8  # samples of a step that is not finite
 PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
 
@@ -100,6 +101,7 @@ class Run:
         self._counts: dict[str, int] = {}
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
+        self._clock = Clock()
         self._stop = 0  # the signal that asks for the end
         self._asked = 0.0
         self._stopped = 0  # the one that was heeded
@@ -122,6 +124,7 @@ class Run:
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
         )  # fmt: skip
+        self._start_clock()
         self.model.train()
         try:
             for batch in self._loaded(dataset, workers):
@@ -148,10 +151,28 @@ class Run:
             loader = torch.utils.data.DataLoader(
                 dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
             )
-        for batch in loader:
+        for batch in self._clock.waiting(loader):
             position = batch.pop("position")
             self._places.update(batch.pop("places", {}))
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
+
+    def _start_clock(self) -> None:
+        """For the progress line: the device's peak is measured now, the model's FLOPs are counted at its first call."""
+        a = self.accelerator
+        peak = a.num_processes * matmul_peak(self.device, DTYPES[a.mixed_precision])
+        self._clock = Clock(0.0, peak)
+
+        def count(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            hook.remove()
+            images = local_batch(self.stage, self.training, a.num_processes)
+            self._clock.flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / images
+
+        hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was learned yet: for a look at what the training starts from."""
+        return self.step == 0
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
@@ -308,6 +329,7 @@ class Run:
         t, bar = self.training, self._bar
         assert bar is not None  # steps are taken within `batches`
         bar.update(t.batch)
+        self._clock.count(t.batch)
         if self.step % self.config.log_every == 0 or self.step == t.steps:
             self._log(bar)
         if self.ema.due(self.step):  # before the checkpoint, which is where a killed run goes on
@@ -331,15 +353,18 @@ class Run:
         return dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
 
     def _log(self, bar: tqdm) -> None:
+        t = self.training
         values = {name: total / self._counts[name] for name, total in self._totals().items()}
         self._sums, self._counts = {}, {}
         rate = learning_rate(self.step - 1, self.training)
         values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
         if self.skipped:
             values["skipped"] = self.skipped
-        self.log(values)
+        speed = self._clock.read()
+        self.log(values | speed)
         shown = {name: f"{value:.3g}" for name, value in values.items() if not name.endswith("gradient_norm")}
-        bar.set_postfix({"step": f"{self.step}/{self.training.steps}"} | shown, refresh=False)
+        shown |= {name: f"{speed[name]:.0%}" for name in ("waiting", "mfu") if name in speed}
+        bar.set_postfix({"step": f"{self.step}/{t.steps}", "batch": t.batch} | shown, refresh=False)
 
     def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop:
@@ -417,7 +442,7 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            cut_lines(self.folder / "metrics.jsonl", self.step)
+            cut_lines(self.folder / "metrics.jsonl", self.step or -1)  # those of step 0 will be written again too
         self.accelerator.wait_for_everyone()
 
     def _say(self, text: str) -> None:

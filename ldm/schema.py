@@ -138,7 +138,8 @@ class DataConfig(Section):
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers; or `open_clip:ARCH:WEIGHTS`."""
+    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers, or a whole diffusers pipeline, whose
+    encoder is taken; or `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or cut to; default: the tokenizer's own."""
     width: PositiveInt | None = None
@@ -184,6 +185,8 @@ class Training(Section):
     """Global batch: the pictures of one optimiser step, over all processes."""
     micro_batches: PositiveInt = 1
     """Parts that the batch is computed in, one after the other (gradient accumulation)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate, as it stands: not scaled by batch or processes."""
     warmup: int = Field(default=100, ge=0)
@@ -367,7 +370,8 @@ class Stage1Config(Training):
 
 class Stage2Config(Training):
     init_from: str | None = None
-    """A diffusers pipeline folder or Hub id whose U-Net the training starts from; inputs that it lacks are added."""
+    """A diffusers folder or Hub id, or a `.safetensors` in diffusers' or the original layout, whose U-Net the training
+    starts from. It keeps its architecture; inputs that it lacks are added."""
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
     """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
     small picture. `[]` is unconditional."""

@@ -62,6 +62,9 @@ def train(
     )  # fmt: skip
     validation = Validation(config, data, model, conditions, objective.process)
 
+    if stage.init_from and run.begins:  # before and after
+        write_sheet(config, run, model, data)
+        validation(run)
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
             n = batch["position"]

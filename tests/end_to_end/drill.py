@@ -1,9 +1,10 @@
-"""`drill.py FOLDER WORLDS SIGNALS KILLS [KEY=VALUE …]`: configs/tiny.yaml is trained undisturbed, into FOLDER/whole, and
-again, into FOLDER/drilled, by processes that are killed at random moments and started anew until they finish.
+"""`drill.py FOLDER WORLDS SIGNALS KILLS [KEY=VALUE …]` kills the training of configs/tiny.yaml at random moments.
 
-WORLDS, `2,1`, is the number of processes of each start in turn, SIGNALS, `KILL,TERM`, what all of them get. Processes are
-forked from this one, so that a start costs no imports. At least KILLS starts are killed: further folders are trained,
-`drilled-1` and so on, if one is finished before. The last line printed is `world signal seconds status …` of each start.
+It is trained undisturbed, into FOLDER/whole, and again, into FOLDER/drilled, by processes that are killed and started
+anew until they finish. WORLDS, `2,1`, is the number of processes of each start in turn, SIGNALS, `KILL,TERM`, what all
+of them get. At least KILLS starts are killed: where a run is finished before, another one is trained, `drilled-7`. The
+last line printed is `world signal seconds status …` of each start. Processes are forked, so that a start costs no
+imports.
 """
 
 from __future__ import annotations

@@ -15,13 +15,16 @@ from torch import nn
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint
-from ldm.run import Run, learning_rate
+from ldm.run import MEASURED, Run, learning_rate
 from ldm.schema import RunConfig, Training
 
 
 class Positions(torch.utils.data.Dataset):
+    def __init__(self, side: int):
+        self.side = side
+
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (4,))[0]}
+        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (self.side,))[0]}
 
 
 def train(
@@ -32,6 +35,7 @@ def train(
     max_skipped: int = 10,
     number: int = signal.SIGTERM,
     log_every: int = 3,
+    side: int = 4,
     **changes: object,
 ) -> Run:
     """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
@@ -52,10 +56,10 @@ def train(
         ),
         Training(**options),
         "stage1",
-        nn.Linear(4, 4),
+        nn.Linear(side, side),
         {"shape": [4]},
     )
-    for batch in run.batches(Positions()):
+    for batch in run.batches(Positions(side)):
         with run.accumulate():
             output = run.model(batch["x"])
             if run.step in bad:
@@ -71,7 +75,7 @@ def train(
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def weights(run: Run) -> list[torch.Tensor]:
@@ -90,6 +94,20 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(map(torch.equal, weights(whole), weights(resumed)))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
+
+
+def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """Of a layer that is large enough for them: bitsandbytes keeps small tensors' in 32 bits."""
+    options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
+    whole = train(tmp_path / "whole", **options)
+    moments = whole._network.optimizer.optimizer.state[whole.parameters[0]]
+    assert moments["state1"].dtype == torch.uint8
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **options)
+    assert all(map(torch.equal, weights(whole), weights(train(tmp_path / "parts", **options))))
+    plain = train(tmp_path / "plain", side=80, lr=0.01)
+    assert abs(metrics(tmp_path / "whole")[-1]["loss"] / metrics(tmp_path / "plain")[-1]["loss"] - 1) < 0.1
+    assert not torch.equal(plain.parameters[0], whole.parameters[0])
 
 
 def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
