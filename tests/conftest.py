@@ -9,7 +9,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
 
 import io
-import signal
 import subprocess
 import sys
 import tarfile

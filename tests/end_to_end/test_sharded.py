@@ -7,8 +7,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
+
+from ldm.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.slow
 
@@ -18,10 +21,9 @@ LAUNCH = (
 )  # fmt: skip
 PLAIN = """
 import sys, torch; from diffusers import DiffusionPipeline
-for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
-    torch.save(torch.from_numpy(pipe("red heart", output_type="np", **given).images), name)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
+pipe("red heart", **given).images[0].save(sys.argv[2])
 """
 
 
@@ -42,17 +44,11 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     assert "stage2: continuing from step" in train(folder, cache)
     for name in ("stage1/samples/step-000040.png", "stage2/samples/step-000020.png", "samples.png", "README.md"):
         assert (folder / name).exists(), name
-    losses = [
-        [
-            line["loss"]
-            for line in map(json.loads, (run / "stage2/metrics.jsonl").read_text().splitlines())
-            if "loss" in line
-        ]
-        for run in (tiny_run, folder)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)  # bf16, and two halves of a batch
-    pictures = [tmp_path / name for name in ("whole.pt", "sharded.pt")]
-    finish(launch("-c", PLAIN, tiny_run / "pipeline", pictures[0], folder / "pipeline", pictures[1]))
-    one, two = (torch.load(path, weights_only=True) for path in pictures)
-    print("difference", (one - two).abs().mean(), (one - two).abs().max())
-    assert (one - two).abs().mean() < 0.02
+    first = [json.loads((run / "stage1/metrics.jsonl").read_text().splitlines()[0]) for run in (tiny_run, folder)]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-3)
+    losses = [json.loads(line).get("loss") for line in (folder / "stage2/metrics.jsonl").read_text().splitlines()]
+    assert [loss for loss in losses if loss][-1] < losses[0]
+    finish(launch("-c", PLAIN, folder / "pipeline", tmp_path / "theirs.png"))
+    theirs = Image.open(tmp_path / "theirs.png")
+    ours = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, steps=3, guidance=3.0)[0]
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
