@@ -162,12 +162,13 @@ def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
         for prefix, section in KEYS[page].items()
         for name, field in section.model_fields.items()
     }
-    rows = dict(re.findall(r"^\| `((?:data|stage1|stage2|text|run|sample)\.[\w.]+)` \|([^|]*)\|", page, flags=re.MULTILINE))
+    keys = rf"(?:{'|'.join(Config.model_fields)})\.[\w.]+"
+    rows = dict(re.findall(rf"^\| `({keys})` \|([^|]*)\|", page, flags=re.MULTILINE))
     assert rows.keys() == fields.keys()
     for key, shown in rows.items():
         default = fields[key].default
         if match := re.fullmatch(r" `([^`]+)` ", shown):
-            assert match[1] == (default if isinstance(default, str) else json.dumps(default, default=str).strip("\"")), key
+            assert match[1] == (str(default) if isinstance(default, (str, Path)) else json.dumps(default)), key
         else:
             assert fields[key].is_required() or default is None, key
 
