@@ -162,15 +162,18 @@ class Run:
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
     def _start_clock(self) -> None:
-        """For the progress line: the device's peak is measured now, the model's FLOPs are counted at its first call."""
+        """For the progress line: the peak is measured now, FLOPs are counted after the first line of metrics."""
         a = self.accelerator
-        peak = a.num_processes * matmul_peak(self.device, DTYPES[a.mixed_precision])
-        self._clock = Clock(0.0, peak)
+        begun, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[a.mixed_precision])
+        self._clock.restart()
 
         def count(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if self.step < begun + self.config.log_every:  # trials end before
+                return
             hook.remove()
             images = local_batch(self.stage, self.training, a.num_processes)
-            self._clock.flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / images
+            flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / images
+            self._clock.restart(flops, peak)
 
         hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
 

@@ -92,8 +92,13 @@ class Clock:
     """
 
     def __init__(self, flops: float = 0.0, peak: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.flops, self.peak, self.now = flops, peak, now
-        self._restart()
+        self.now = now
+        self.restart(flops, peak)
+
+    def restart(self, flops: float = 0.0, peak: float = 0.0) -> None:
+        """Begins anew, with what is known now."""
+        self.flops, self.peak = flops, peak
+        self._began, self._waited, self._images = self.now(), 0.0, 0
 
     def waiting(self, loader: Iterable[Item]) -> Iterator[Item]:
         """The items of a loader; the time that it takes for each is time spent waiting."""
@@ -118,8 +123,5 @@ class Clock:
         values = {"images_per_second": rate, "waiting": self._waited / elapsed}
         if self.flops and self.peak:
             values["mfu"] = rate * self.flops / self.peak
-        self._restart()
+        self.restart(self.flops, self.peak)
         return values
-
-    def _restart(self) -> None:
-        self._began, self._waited, self._images = self.now(), 0.0, 0
