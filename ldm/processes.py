@@ -70,7 +70,7 @@ def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
     if AcceleratorState._shared_state:  # of a run before this one, which may have been sharded
         AcceleratorState().distributed_type = state.distributed_type
-    with unsharded():
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(micro_batches)):  # it comes first
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision,

@@ -100,6 +100,7 @@ def shard(accelerator: Accelerator, training: Training) -> None:
     }  # fmt: skip
     plugin.select(_from_accelerator_state=True)
     state.deepspeed_plugins, state.distributed_type = plugin, DistributedType.DEEPSPEED
+    accelerator.deepspeed_engine_wrapped = None
 
 
 def without_weights(module: nn.Module) -> nn.Module:
