@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, patch_environment
 
 from ldm.errors import UserError
@@ -28,6 +27,8 @@ def join(config: RunConfig) -> PartialState:
     """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
     with unsharded():
         state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    if not hasattr(state, "unsharded"):
+        state.unsharded = state.distributed_type
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != told:  # each would train alone, and write over the others
         raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
@@ -68,8 +69,7 @@ def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
     cpu = _on_cpu(config)
     native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
-    if AcceleratorState._shared_state:  # of a run before this one, which may have been sharded
-        AcceleratorState().distributed_type = state.distributed_type
+    state.distributed_type = state.unsharded  # a run before this one may have been sharded
     with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(micro_batches)):  # it comes first
         return Accelerator(
             cpu=cpu,

@@ -84,23 +84,24 @@ def shard(accelerator: Accelerator, training: Training) -> None:
     precision, and the forward pass is under autocast, as it is with DDP: accelerate's defaults would round the noise
     levels, which are among the inputs, to bf16.
     """
-    state = accelerator.state
     if not accelerator.use_distributed or not asked():
         return
+    state = accelerator.state
     if asked() == "fsdp":
+        kind = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             cpu_ram_efficient_loading=False, mixed_precision_policy=MixedPrecisionPolicy()
         )
-        state.distributed_type = DistributedType.FSDP
-        return
-    plugin = DeepSpeedPlugin()
-    plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": training.batch // training.micro_batches // accelerator.num_processes,
-        "gradient_accumulation_steps": training.micro_batches, "gradient_clipping": training.clip,
-    }  # fmt: skip
-    plugin.select(_from_accelerator_state=True)
-    state.deepspeed_plugins, state.distributed_type = plugin, DistributedType.DEEPSPEED
-    accelerator.deepspeed_engine_wrapped = None
+    else:
+        kind = DistributedType.DEEPSPEED
+        state.deepspeed_plugins = DeepSpeedPlugin()
+        state.deepspeed_plugins.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": training.batch // training.micro_batches // accelerator.num_processes,
+            "gradient_accumulation_steps": training.micro_batches, "gradient_clipping": training.clip,
+        }  # fmt: skip
+        state.deepspeed_plugins.select(_from_accelerator_state=True)
+        accelerator.deepspeed_engine_wrapped = None
+    state.distributed_type = PartialState().distributed_type = kind  # as accelerate leaves it
 
 
 def without_weights(module: nn.Module) -> nn.Module:
