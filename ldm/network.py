@@ -11,7 +11,7 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.files import Tensors, flatten_optimizer, unflatten_optimizer
 from ldm.schema import Training
-from ldm.sharding import gathered, sharded, whole, without_weights
+from ldm.sharding import SHARDED, gathered, sharded, whole, without_weights
 
 
 class Network:
@@ -31,6 +31,8 @@ class Network:
         groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
         adamw = optimizer(training, groups, lr, accelerator)
         self._built: nn.Module | None = None  # what `release` fills, where the module can't become whole again
+        if accelerator.distributed_type in SHARDED:
+            accelerator.prepare_model(module, evaluation_mode=True)  # nothing but autocast
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
         self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
@@ -45,7 +47,6 @@ class Network:
 
     def _prepare_to_shard(self) -> None:
         self._built = without_weights(self.bare)
-        self.accelerator.prepare_model(self.bare, evaluation_mode=True)  # autocast
         self.accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(self._apart)]
         for parameter in self._apart:
             parameter.register_post_accumulate_grad_hook(self._reduce)
@@ -63,11 +64,20 @@ class Network:
     def has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Of this network's loss, or of another's."""
+        self.accelerator.backward(loss)
+
     def clip_gradients(self) -> torch.Tensor:
         """Norm of the gradients, which are shortened where it is larger than `clip`."""
         if self._apart:
             nn.utils.clip_grad_norm_(self._apart, self.clip)
         return whole(nn.utils.clip_grad_norm_(self._together, self.clip))
+
+    def step(self, finite: bool) -> None:
+        """Takes the optimiser's step; none where gradients are not finite."""
+        if finite:
+            self.optimizer.step()
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -114,8 +124,8 @@ def optimizer(
     options: dict[str, Any] = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
-    if accelerator.is_fsdp2:
-        raise UserError("stage2.optimizer: adamw8bit can't be sharded by FSDP, which divides its memory too; use adamw")
+    if accelerator.distributed_type in SHARDED:
+        raise UserError("stage2.optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]

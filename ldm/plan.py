@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm import autoencoder, text, unet
+from ldm import autoencoder, sharding, text, unet
 from ldm.data import sources
 from ldm.diffusion import Process
 from ldm.errors import UserError
@@ -61,6 +61,7 @@ def networks(config: Config) -> tuple[nn.Module, nn.Module]:
 def check(config: Config, processes: int) -> text.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
+    sharding.check(config)
     sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if not one.needs_none:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, patch_environment
 
 from ldm.errors import UserError
 from ldm.schema import RunConfig, Training
-from ldm.sharding import check as check_sharding
-from ldm.sharding import shard
+from ldm.sharding import KINDS
 
 Result = TypeVar("Result")
 
@@ -25,8 +26,8 @@ PATIENCE = timedelta(hours=12)  # that the other processes wait while one encode
 
 def join(config: RunConfig) -> PartialState:
     """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
-    check_sharding()
-    state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    with unsharded():
+        state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != told:  # each would train alone, and write over the others
         raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
@@ -61,22 +62,27 @@ def on_main(action: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def accelerator(config: RunConfig, micro_batches: int = 1, sharded: bool = False) -> Accelerator:
-    """accelerate, set up for this run's device and precision; `sharded` where its configuration asks for that."""
-    join(config)
+def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
+    """accelerate, set up for this run's device and precision; what it prepares is not sharded, `ldm.sharding` does."""
+    state = join(config)
     cpu = _on_cpu(config)
     native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `shard` does it, or nobody
-        found = Accelerator(
+    if AcceleratorState._shared_state:  # of a run before this one, which may have been sharded
+        AcceleratorState().distributed_type = state.distributed_type
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(micro_batches)):  # it comes first
+        return Accelerator(
             cpu=cpu,
             mixed_precision=precision,
             gradient_accumulation_steps=micro_batches,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(config.dir),
         )
-    shard(found, sharded)
-    return found
+
+
+def unsharded() -> AbstractContextManager[None]:
+    """Within it, accelerate takes no notice of a configuration for FSDP or DeepSpeed."""
+    return patch_environment(**dict.fromkeys(KINDS, "false"))  # type: ignore[no-any-return]
 
 
 def local_batch(stage: str, training: Training, processes: int) -> int:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -32,7 +32,9 @@ from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
 from ldm.network import Network
 from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
+from ldm.sharding import shard
 from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
+from ldm.zero import ZeroNetwork
 
 MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
 NAMED = 8  # samples of a step that is not finite
@@ -82,12 +84,15 @@ class Run:
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
-        self.accelerator = accelerator(config, training.micro_batches, sharded)
+        self.accelerator = accelerator(config, training.micro_batches)
         self.device = self.accelerator.device
         local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
-        self._network = Network(model, training, training.lr, self.accelerator)
+        if sharded:
+            shard(self.accelerator, training)
+        zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self._network = (ZeroNetwork if zero else Network)(model, training, training.lr, self.accelerator)
         self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
@@ -201,7 +206,7 @@ class Run:
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             for network in self._networks:
                 network.set_rate(network.lr * learning_rate(self.step, self.training))
-        self.accelerator.backward(loss)
+        self._network.backward(loss)
 
     def update(self, **metrics: torch.Tensor) -> None:
         """After each micro-batch, whose metrics are scalars; means are logged.
@@ -249,8 +254,8 @@ class Run:
         """False where nothing was learned: it was not finite, or fp16's scale was too high and has been lowered."""
         scaler = self.accelerator.scaler
         if not scaler:
-            for network in networks if finite else ():
-                network.optimizer.step()
+            for network in networks:
+                network.step(finite)
             return finite
         for network in networks:  # not accelerate's step, which lets the scale change between two optimisers
             scaler.step(network.optimizer.optimizer)

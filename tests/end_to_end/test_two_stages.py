@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 Start = Callable[..., subprocess.Popen[str]]
 Finish = Callable[[subprocess.Popen[str]], str]
 Wait = Callable[[Path, subprocess.Popen[str]], None]
+Kill = Callable[[subprocess.Popen[str]], None]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = ("train_ldm.py", "--config", "configs/tiny.yaml")
 
@@ -213,7 +214,7 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 
 
 def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_samples(
-    train: Callable[..., str], launch: Start, finish: Finish, wait_for: Wait, tars: Path
+    train: Callable[..., str], launch: Start, finish: Finish, wait_for: Wait, kill: Kill, tars: Path
 ) -> None:
     stream = [
         f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
@@ -222,12 +223,10 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     command = [*TINY, f"run.dir={tars / 'killed'}", *stream]
     process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
-    process.kill()
-    process.communicate()
+    kill(process)
     two = launch(*TWO, *command, "data.workers=1")
     wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
-    os.killpg(two.pid, signal.SIGKILL)  # and once more, for both processes
-    two.communicate()
+    kill(two)
     again = launch(*TWO, *command, "data.workers=1")
     train(tars / "whole", *stream)
     finish(again)

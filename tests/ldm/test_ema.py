@@ -32,7 +32,7 @@ def follow(history: torch.Tensor, folder: Path, widths: tuple[float, ...], every
     averages = Averages([("layer.weight", parameter)], training)
     for step, weights in enumerate(history, start=1):
         parameter.data.copy_(weights)
-        averages.step([parameter])
+        averages.step()
         if averages.due(step):
             averages.snapshot(folder, step)
     return averages

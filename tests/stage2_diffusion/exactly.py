@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldm import config, text
@@ -28,12 +28,12 @@ def wide(value: Any) -> Any:
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-forward = UNet2DConditionModel.forward
+def in_float64(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def widened(network: torch.nn.Module, *given: Any, **named: Any) -> Any:
+        return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
 
-
-@functools.wraps(forward)
-def in_float64(network: UNet2DConditionModel, *given: Any, **named: Any) -> Any:
-    return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
+    return widened
 
 
 def watch(module: torch.nn.Module, _: Any) -> None:
@@ -46,13 +46,14 @@ world, folder, runs, overrides = sys.argv[1:]
 shares: dict[str, float] = {}
 torch.nn.modules.module.register_module_forward_pre_hook(watch)
 torch.set_default_dtype(torch.float64)
-UNet2DConditionModel.forward = in_float64  # embeddings and noise come in float32
+for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
+    kind.forward = in_float64(kind.forward)
 for name, more in json.loads(runs).items():
     settings = config.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)
     vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text.of(settings.text)
     encoder.model.double()
-    train(settings, index.build(settings), vae, encoder)
+    train(settings, index.build(settings), vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)
 (Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))
