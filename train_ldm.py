@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     given = parser.parse_intermixed_args(arguments)
 
+    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     settings = config.load(given.config, given.overrides)
     state = join(settings.run)
     if given.dry_run:

@@ -66,9 +66,7 @@ def _writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if not (reason := cant_write(error)):
             raise
-        raise UserError(
-            f"can't write {path}: {reason}; what stood before is kept, and the same command continues"
-        ) from None
+        raise UserError(f"can't write {path}: {reason}; what stood before is kept") from None
 
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
