@@ -32,7 +32,7 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     launch: Callable[..., subprocess.Popen[str]],
     finish: Callable[[subprocess.Popen[str]], str],
     wait_for: Callable[[Path, subprocess.Popen[str]], None],
-    kill: Callable[[subprocess.Popen[str]], None],
+    kill_one: Callable[[subprocess.Popen[str], int], str],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
@@ -40,7 +40,9 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     cache = f"data.cache_dir={tiny_run / 'cache'}"
     process = launch(*LAUNCH, f"run.dir={folder}", cache)
     wait_for(folder / "stage2/checkpoints/step-000030", process)
-    kill(process)
+    output = kill_one(process, 0)
+    assert "another process of this run has ended" in output
+    assert "[rank1]: Traceback" not in output
     assert "stage2: continuing from step" in train(folder, cache)
     for name in ("stage1/samples/step-000040.png", "stage2/samples/step-000020.png", "samples.png", "README.md"):
         assert (folder / name).exists(), name
