@@ -98,6 +98,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     """Of a layer that is large enough for them: bitsandbytes keeps small tensors' in 32 bits."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'ldm[8bit]'")
     options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
     whole = train(tmp_path / "whole", **options)
     moments = whole._network.optimizer.optimizer.state[whole.parameters[0]]
