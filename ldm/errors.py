@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import diffusers.utils.logging
+import torch
 import transformers.utils.logging
 from safetensors import SafetensorError
 
@@ -32,6 +33,15 @@ def cant_write(error: BaseException) -> str:
     return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
 
 
+def left_alone(error: BaseException | None) -> bool:
+    """Whether it, or one that came before it, says that another process no longer answers."""
+    while error:
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, except that a wrong argument is one line, like every other error."""
 
@@ -50,6 +60,15 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         except UserError as error:
             text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if not left_alone(error):
+                raise
+            print(
+                "error: another process of this run has ended, and may have said why; the last checkpoint stands, and "
+                "the same command continues.",
+                file=sys.stderr,
+            )
             return 2
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # or while reading

@@ -125,6 +125,20 @@ def kill() -> Callable[[subprocess.Popen[str]], None]:
     return kill_all
 
 
+@pytest.fixture(scope="session")
+def kill_one() -> Callable[[subprocess.Popen[str], int], str]:
+    """SIGKILL for one rank of a torchrun; returns what the others printed until they ended."""
+
+    def kill(process: subprocess.Popen[str], rank: int) -> str:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        next(each for each in workers if each.environ().get("RANK") == str(rank)).kill()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode
+        return output
+
+    return kill
+
+
 @pytest.fixture
 def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts `python ARGUMENTS`, which ends with the test; `finish` waits for it."""

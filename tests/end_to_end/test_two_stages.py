@@ -214,7 +214,13 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 
 
 def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_samples(
-    train: Callable[..., str], launch: Start, finish: Finish, wait_for: Wait, kill: Kill, tars: Path
+    train: Callable[..., str],
+    launch: Start,
+    finish: Finish,
+    wait_for: Wait,
+    kill: Kill,
+    kill_one: Callable[..., str],
+    tars: Path,
 ) -> None:
     stream = [
         f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
@@ -226,7 +232,9 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     kill(process)
     two = launch(*TWO, *command, "data.workers=1")
     wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
-    kill(two)
+    output = kill_one(two, 1)
+    assert "another process of this run has ended" in output, output[-5000:]
+    assert "[rank0]: Traceback" not in output
     again = launch(*TWO, *command, "data.workers=1")
     train(tars / "whole", *stream)
     finish(again)
