@@ -7,16 +7,26 @@ One process or many, and plain `python train_ldm.py …`. The same command again
 
 from __future__ import annotations
 
+import copy
+import shutil
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import autoencoder, config, plan
+from accelerate import PartialState
+
+from ldm import autoencoder, config, plan, preflight
 from ldm.data import check, index, samples
+from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
 from ldm.folder import check_finished, claim, write_card
 from ldm.processes import join, on_main
+from ldm.run import Run
+from ldm.schema import Config
+from ldm.text import TextEncoder
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 
@@ -26,40 +36,104 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="train_ldm.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--stage", choices=("1", "2"), help="only this stage; default: both")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, and what it would take, and train nothing"
+    )
     parser.add_argument("--fresh", action="store_true", help="leave a used run folder alone and start beside it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     given = parser.parse_intermixed_args(arguments)
 
+    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     settings = config.load(given.config, given.overrides)
-    if given.dry_run:
-        print(plan.describe(settings))
-        return
     state = join(settings.run)
+    if given.dry_run:
+        return dry_run(settings, given.stage)
     encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
-    trained, pipeline = folder / "autoencoder", folder / "pipeline"
-    untrained = not settings.stage1.needs_none and not trained.exists()
-    made = settings.stage1.pretrained or ("identity" if settings.stage1.needs_none else trained)
-    if untrained and given.stage == "2":
-        raise UserError(f"--stage 2: no autoencoder in {trained}; run --stage 1 first, or set stage1.pretrained")
-    pictures = Stream(settings) if settings.data.streaming else index.build(settings)
-    check.before_training(pictures, settings, encoder)
+    pipeline, stages = folder / "pipeline", left(settings, given.stage)
+    if "stage1" in stages and given.stage == "2":
+        raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
+    pictures = seen(settings, encoder)
     if not pipeline.exists():
         on_main(lambda: plan.check_on_pictures(settings, next(samples.whole(pictures, 2)), state.device))
+    if stages and state.is_main_process:
+        print(plan.describe(settings), flush=True)
+    for stage in stages if settings.run.preflight else ():
+        measure(settings, stage, pictures, encoder)
 
-    if untrained:
+    if "stage1" in stages:
         train_autoencoder(settings, pictures)
     if given.stage != "1":
-        if pipeline.exists():
-            check_finished(folder / "stage2", {"data": pictures.select("train").fingerprint()})
+        if "stage2" in stages:
+            train_unet(settings, pictures, autoencoder.load(made(settings)), encoder)
         else:
-            train_unet(settings, pictures, autoencoder.load(made), encoder)
+            check_finished(folder / "stage2", {"data": pictures.select("train").fingerprint()})
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {pipeline if given.stage != '1' else made}")
+        print(f"finished: {pipeline if given.stage != '1' else made(settings)}")
+    return None
+
+
+def left(settings: Config, stage: str | None) -> list[str]:
+    """The stages that are still to be trained, of the one that was asked for or of both."""
+    one = not settings.stage1.needs_none and not (settings.run.dir / "autoencoder").exists()
+    two = stage != "1" and not (settings.run.dir / "pipeline").exists()
+    return ["stage1"] * one + ["stage2"] * two
+
+
+def made(settings: Config) -> str | Path:
+    """The autoencoder whose latents stage two is trained in."""
+    one = settings.stage1
+    return one.pretrained or ("identity" if one.needs_none else settings.run.dir / "autoencoder")
+
+
+def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
+    """The pictures, which have been looked at."""
+    pictures = Stream(settings) if settings.data.streaming else index.build(settings)
+    check.before_training(pictures, settings, encoder)
+    return pictures
+
+
+def dry_run(settings: Config, only: str | None) -> None:
+    """Says what would be trained, and measures it where all that it takes is here; leaves nothing."""
+    print(plan.describe(settings), flush=True)
+    try:
+        encoder = plan.check(settings, join(settings.run).num_processes)
+    except UserError as error:
+        print(f"not measured: {error}")
+        return
+    stages = left(settings, only)
+    beside = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
+    try:
+        if not settings.run.dir.exists():
+            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": beside})})
+        pictures = seen(settings, encoder)
+        for stage in stages:
+            measure(settings, stage, pictures, encoder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
+    """Says what a stage takes: two of its steps are tried, with a random autoencoder where none is trained yet."""
+
+    def train(settings: Config, pictures: Index | Stream, books: type[Run]) -> None:
+        if stage == "stage1":
+            return train_autoencoder(settings, pictures, books)
+        if given == "identity" or settings.stage1.pretrained or Path(given).exists():
+            vae = autoencoder.load(given)
+        else:
+            vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
+        text = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
+        return train_unet(settings, pictures, vae, text, books)
+
+    given = made(settings)
+    found = preflight.measured(settings, stage, pictures, train)
+    if PartialState().is_main_process:
+        print(found, flush=True)
 
 
 if __name__ == "__main__":

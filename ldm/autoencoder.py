@@ -208,7 +208,7 @@ def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
 
 
 def _diffusers(name: str, folder: Path, key: str) -> Model:
-    subfolder = "vae" if (folder / "vae").is_dir() else None
+    subfolder = next((part for part in ("vae", "vqvae") if (folder / part).is_dir()), None)
     if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
         raise UserError(f"{key}: {folder} has no config.json; give the folder that an autoencoder was saved to")
     try:

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import diffusers.utils.logging
+import torch
 import transformers.utils.logging
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
     """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+
+
+def cant_write(error: BaseException) -> str:
+    """Why nothing could be written, and the remedy; empty where the error is another one."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # its library tells the number in its text alone
+    if number in FULL:
+        return f"{os.strerror(number)}; make room, and the same command continues"
+    return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
+
+
+def left_alone(error: BaseException | None) -> bool:
+    """Whether it, or one that came before it, says that another process no longer answers."""
+    while error:
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +60,20 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
         except UserError as error:
             text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if not left_alone(error):
+                raise
+            print(
+                "error: another process of this run has ended, and may have said why; the last checkpoint stands, and "
+                "the same command continues.",
+                file=sys.stderr,
+            )
+            return 2
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # or while reading
+                raise
+            print(f"error: can't write {getattr(error, 'filename', None) or 'a file'}: {reason}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command continues.", file=sys.stderr)

@@ -13,19 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ldm.errors import UserError, cant_write
 
 Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written becomes `path` at the end, and nothing does after an error."""
+    """A path to write to; what was written becomes `path` at the end, and nothing does after an error.
+
+    UserError where there is no room, or may not be written.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield beside
-        sync(beside)
-        beside.replace(path)
+        with _writing(path):
+            yield beside
+            sync(beside)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -34,17 +41,32 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which exists when it is given; an older one goes only when the new one is written."""
     beside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    for path in (*beside.rglob("*"), beside):
-        sync(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    beside.replace(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        with _writing(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for path in (*beside.rglob("*"), beside):
+                sync(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.replace(old)
+            beside.replace(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in a line where and why writing failed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not (reason := cant_write(error)):
+            raise
+        raise UserError(f"can't write {path}: {reason}; what stood before is kept") from None
 
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
@@ -73,29 +95,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file after `step`, which will be written again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        with whole_file(path) as beside:
-            beside.write_text("".join(kept))
-
-
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups."""
-    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
+    tensors: Tensors = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                put(f"{name}.{key}", each)
+        else:
+            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+
+    for i, entry in state["state"].items():
+        put(str(i), entry)
     return tensors, state["param_groups"]
 
 
 def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The inverse of `flatten_optimizer`."""
-    state: dict[int, Tensors] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        index, *path, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
     return {"state": state, "param_groups": groups}
 
 

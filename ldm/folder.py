@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ldm.autoencoder import STATISTICS
-from ldm.config import differences, dump
+from ldm.config import differences, dump, parse
 from ldm.data import openmoji
 from ldm.errors import UserError
 from ldm.files import checkpoints, whole_file
@@ -27,8 +27,10 @@ from ldm.schema import Config
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.
 FREE = (
     "run.dir",
+    "run.preflight",
     "run.keep",
     "run.log_every",
+    "run.max_skipped",
     "run.tracker",
     "run.device",
     "data.workers",
@@ -37,7 +39,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
+FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
 
 
 def claim(config: Config, fresh: bool = False) -> Config:
@@ -67,7 +69,7 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
             still_free = (*still_free, "stage2.micro_batches")
             ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
         written = yaml.safe_load(file.read_text("utf-8"))
-        about, old = written["about"] if begun else {}, written["configuration"]
+        about, old = written["about"] if begun else {}, _completed(written["configuration"])
         changed = [
             change for change in differences(old, dump(config))
             if not change.startswith(still_free) and not change.partition(":")[0].endswith(ends)
@@ -77,21 +79,32 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
-    key, made = "run.dir", folder
+    make("run.dir", folder)
+    about = about or {
+        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }  # fmt: skip
+    with whole_file(file) as beside:
+        beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
+    if config.data.cache_dir:
+        make("data.cache_dir", config.data.cache_dir)
+    return folder
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of an older version, with the keys that there were not yet as they are by default."""
+    try:
+        return dump(parse(old, "config.yaml"))
+    except UserError:  # it has a key that there no longer is
+        return old
+
+
+def make(key: str, folder: Path) -> None:
+    """Makes the folder of a key, or takes the one that is there; UserError where that can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        about = about or {
-            "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-        }  # fmt: skip
-        with whole_file(file) as beside:
-            beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
-        if config.data.cache_dir:
-            key, made = "data.cache_dir", config.data.cache_dir
-            made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}: can't write {made}: {error.strerror}; give a folder that you may write to") from None
-    return folder
+        raise UserError(f"{key}: can't write {folder}: {error.strerror}; give a folder that you may write to") from None
 
 
 def check_finished(folder: Path, contract: dict[str, Any]) -> None:
@@ -144,7 +157,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         f"| conditions | {', '.join(two.conditions) or 'none'} |",
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if two.text else []),
         f"| autoencoder | {one.pretrained or trained} |",
-        f"| U-Net | channels {list(two.channels)}, {two.steps} steps of {two.batch} |",
+        f"| U-Net | {two.init_from or f'channels {list(two.channels)}'}, {two.steps} steps of {two.batch} |",
         f"| process | target {two.target}{'' if two.target == 'flow' else f', schedule {two.schedule}'} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),

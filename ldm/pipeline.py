@@ -243,7 +243,7 @@ class LatentDiffusion:
     def __call__(
         self,
         prompts: str | Sequence[str] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch: int = 32,
         *,
         labels: str | int | Sequence[str | int] | None = None,
@@ -252,7 +252,8 @@ class LatentDiffusion:
         mask: Pictures | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Pictures for one prompt or several; picture i starts from the noise of `seed + i`, in any batch.
+        """Pictures for one prompt or several; picture i starts from the noise of `seed + i`, in any batch, or of the
+        i-th of several seeds.
 
         `labels`, names or numbers of classes, for a class-conditional model; `count` for one that is told neither.
         `image`, one or one a prompt, is what an inpainting model completes where `mask` is white, and what an upscaler
@@ -274,7 +275,7 @@ class LatentDiffusion:
         pictures: list[Image.Image] = []
         for start in range(0, number, batch):
             part = slice(start, min(start + batch, number))
-            seeds = range(seed + part.start, seed + part.stop)
+            seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
             of_part = {
                 name: None if whole is None else whole[part]
                 for name, whole in (("labels", labels), ("image", given), ("mask", holes))

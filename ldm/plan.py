@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldm import autoencoder, text, unet
+from ldm import autoencoder, sharding, text, unet
 from ldm.data import sources
+from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.metrics import weights
-from ldm.processes import local_batch
-from ldm.schema import Config
+from ldm.processes import local_batch, on_main
+from ldm.schema import Config, TextConfig
 
 
 def describe(config: Config) -> str:
     """The plan of a run: data, both stages with parameter counts, and what is not here yet."""
     one, two, size = config.stage1, config.stage2, config.data.size
     side = size // one.factor
-    with torch.device("meta"):  # shapes without memory
-        vae = autoencoder.build(one, size)
-        width, length = _text_shape(config) if two.text else (0, 0)
-        network = unet.build(two, one.latent_channels, side, width)
+    vae, network = networks(config)
+    width, length = _text_shape(config.text) if two.text else (0, 0)
     for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
         if given and Path(given).exists():
             check_autoencoder(config, key, given)
@@ -47,9 +48,20 @@ def describe(config: Config) -> str:
     )
 
 
+def networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
+    one, two, size = config.stage1, config.stage2, config.data.size
+    width = _text_shape(config.text)[0] if two.text else 0
+    with torch.device("meta"):
+        vae = autoencoder.build(one, size)
+    here = two.init_from and Path(two.init_from).exists()
+    return vae, (unet.load if here else unet.build_empty)(two, one.latent_channels, size // one.factor, width)
+
+
 def check(config: Config, processes: int) -> text.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
+    sharding.check(config)
     sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if not one.needs_none:
@@ -61,6 +73,9 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     local_batch("stage2", two, processes)
+    for key, stage in (("stage1", one), ("stage2", two)):
+        if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+            raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)
@@ -68,9 +83,35 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
     shape = one.latent_channels, config.data.size // one.factor, encoder.width if encoder else 0
     if two.init_from:
         unet.load(two, *shape)
+        if not (one.needs_none or one.init_from or (config.run.dir / "autoencoder").exists()):
+            raise UserError(
+                f"stage2.init_from: {two.init_from} was trained in the latents of its own autoencoder, and stage one "
+                "would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
+            )
+        on_main(lambda: _check_noise(config))
     else:
         unet.build_empty(two, *shape)
     return encoder
+
+
+def _check_noise(config: Config) -> None:
+    """Warns where noise levels are others than those that the U-Net to start from was trained with."""
+    two, process = config.stage2, Process.of(config.stage2)
+    theirs = unet.scheduler_of(str(two.init_from))
+    if theirs is None or process.target == "flow":
+        return
+    ours = process.chain().alpha_bar.float()
+    if len(ours) != len(theirs.alphas_cumprod):
+        differ = f"{len(ours)} steps, not {len(theirs.alphas_cumprod)}"
+    elif (off := float((ours.sqrt() - theirs.alphas_cumprod.sqrt()).abs().max())) > 0.01:
+        differ = f"√ᾱ up to {off:.2f} apart"
+    else:
+        return
+    print(
+        f"stage2.schedule: noise levels other than those that {two.init_from} was trained with ({differ}); "
+        "is that meant? stage2.schedule, .timesteps, .zero_snr and .shift decide them",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def check_autoencoder(config: Config, key: str, name: str) -> None:
@@ -111,12 +152,12 @@ def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device
         print(f"{said}, and one colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True)
 
 
-def _text_shape(config: Config) -> tuple[int, int | str]:
-    if config.text.width and not Path(config.text.model).is_dir():
-        tokens = config.text.max_tokens
-        return config.text.width, tokens * config.text.chunks if tokens else "all its"
+@cache
+def _text_shape(wanted: TextConfig) -> tuple[int, int | str]:
+    if wanted.width and not Path(wanted.model).is_dir():
+        return wanted.width, wanted.max_tokens * wanted.chunks if wanted.max_tokens else "all its"
     with torch.device("cpu"):
-        encoder = text.of(config.text)
+        encoder = text.of(wanted)
     return encoder.width, encoder.length
 
 

@@ -36,7 +36,7 @@ UNETS: Presets = {  # by parameters, with captions' states of 384 channels (the 
     "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "head_size": 32},
     "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
     "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "head_size": 32},
-    "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1
+    "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, but for heads
 }  # fmt: skip
 
 PROCESSES: Presets = {

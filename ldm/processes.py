@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 
 from ldm.errors import UserError
 from ldm.schema import RunConfig, Training
+from ldm.sharding import KINDS
 
 Result = TypeVar("Result")
 
@@ -23,7 +25,10 @@ PATIENCE = timedelta(hours=12)  # that the other processes wait while one encode
 
 def join(config: RunConfig) -> PartialState:
     """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
-    state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    with unsharded():
+        state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    if not hasattr(state, "unsharded"):
+        state.unsharded = state.distributed_type
     told = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != told:  # each would train alone, and write over the others
         raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
@@ -59,18 +64,25 @@ def on_main(action: Callable[[], Result]) -> Result:
 
 
 def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
-    """accelerate, set up for this run's device and precision."""
-    join(config)
+    """accelerate, set up for this run's device and precision; what it prepares is not sharded, `ldm.sharding` does."""
+    state = join(config)
     cpu = _on_cpu(config)
     native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=micro_batches,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(config.dir),
-    )
+    state.distributed_type = state.unsharded  # a run before this one may have been sharded
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(micro_batches)):  # it comes first
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            gradient_accumulation_steps=micro_batches,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(config.dir),
+        )
+
+
+def unsharded() -> AbstractContextManager[None]:
+    """Within it, accelerate takes no notice of a configuration for FSDP or DeepSpeed."""
+    return patch_environment(**dict.fromkeys(KINDS, "false"))  # type: ignore[no-any-return]
 
 
 def local_batch(stage: str, training: Training, processes: int) -> int:

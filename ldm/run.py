@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
+from ldm.ema import Averages
 from ldm.errors import UserError
-from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
+from ldm.files import checkpoints, read_checkpoint, sync, write_checkpoint
 from ldm.network import Network
-from ldm.processes import accelerator, local_batch, say_idle_cores
+from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
+from ldm.sharding import shard
+from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
+from ldm.zero import ZeroNetwork
 
-NONE = torch.iinfo(torch.int64).max  # no position
+MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
+NAMED = 8  # samples of a step that is not finite
 PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
 
 
@@ -62,7 +68,7 @@ class Run:
 
     `contract` is stored in each checkpoint; resuming under another is refused. An `adversary`, given with its learning
     rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` tells people what
-    sample a position is.
+    sample a position is. A `sharded` model is spread over the processes where accelerate's configuration says so.
     """
 
     def __init__(
@@ -74,58 +80,62 @@ class Run:
         contract: dict[str, Any] | None = None,
         adversary: tuple[nn.Module, float] | None = None,
         name: Callable[[int], str] = "sample {}".format,
+        sharded: bool = False,
     ):
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
+        self._lines = self.folder / "metrics.jsonl"
         self.accelerator = accelerator(config, training.micro_batches)
         self.device = self.accelerator.device
         local_batch(stage, training, self.accelerator.num_processes)
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
-        self._network = Network(model, training, training.lr, self.accelerator)
+        if sharded:
+            shard(self.accelerator, training)
+        zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self._network = (ZeroNetwork if zero else Network)(model, training, training.lr, self.accelerator)
         self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
-        self.ema = EMAModel(self.parameters, decay=training.ema, foreach=True)
+        self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
         self._name = name
-        self._suspect = torch.tensor(NONE, device=self.device)  # the first position whose output was not finite
         self.step = 0  # optimiser steps done
+        self.skipped = self._in_a_row = 0  # those of them that learned nothing, as something was not finite
+        self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a micro-batch each
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step: positions, and whose output is bad
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
-        self._stop: int | None = None  # the signal that asks for the end
+        self._clock = Clock()
+        self._stop = 0  # the signal that asks for the end
         self._asked = 0.0
         self._stopped = 0  # the one that was heeded
+        self._wanted = False  # a checkpoint, by SIGUSR1
+        self._released = False
         self._resume()
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers(self.stage)
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
         """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
-        loader: Iterable[Any]
-        if isinstance(dataset, Stream):
-            loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
-        else:
-            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
-            loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
-            )
-        before = {number: signal.signal(number, self._asked_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        if a.log_with:
-            a.init_trackers(self.stage)
+        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._asked_to_stop)
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = self._asked_to_save
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         self._bar = tqdm(
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
         )  # fmt: skip
+        self._start_clock()
         self.model.train()
         try:
-            for batch in loader:
-                position = batch.pop("position")
-                self._places.update(batch.pop("places", {}))
-                yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
+            for batch in self._loaded(dataset, workers):
+                yield batch
                 if self._stopped:
                     raise Interrupted(128 + self._stopped)
             if self._stop and a.num_processes == 1:  # it came after the last step was saved
@@ -136,6 +146,38 @@ class Run:
                 signal.signal(number, handler)
             for tracker in a.trackers:
                 tracker.finish()
+
+    def _loaded(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
+        """This process's micro-batches."""
+        t, a = self.training, self.accelerator
+        loader: Iterable[Any]
+        if isinstance(dataset, Stream):
+            loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
+        else:
+            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
+            loader = torch.utils.data.DataLoader(
+                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
+            )
+        for batch in self._clock.waiting(loader):
+            position = batch.pop("position")
+            self._places.update(batch.pop("places", {}))
+            yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
+
+    def _start_clock(self) -> None:
+        """For the progress line: the peak is measured now, FLOPs are counted after the first line of metrics."""
+        a = self.accelerator
+        begun, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[a.mixed_precision])
+        self._clock.restart()
+
+        def count(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if self.step < begun + self.config.log_every:  # trials end before
+                return
+            hook.remove()
+            images = local_batch(self.stage, self.training, a.num_processes)
+            flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / images
+            self._clock.restart(flops, peak)
+
+        hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
@@ -154,61 +196,108 @@ class Run:
         return torch.func.functional_call(bare, frozen, (x,))  # type: ignore[no-any-return]
 
     def watch(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Remembers the first sample whose output `(N, …)` is not finite, to name it should the run have to stop."""
-        bad = ~outputs.detach().flatten(1).isfinite().all(1)
-        self._suspect = torch.minimum(self._suspect, torch.where(bad, positions.to(self.device), NONE).min())
+        """Keeps in mind whose output `(N, …)` is not finite, to name these samples should the step be skipped."""
+        self._watched.append((positions, ~outputs.detach().flatten(1).isfinite().all(1)))
 
     def backward(self, loss: torch.Tensor) -> None:
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             for network in self._networks:
                 network.set_rate(network.lr * learning_rate(self.step, self.training))
-        self.accelerator.backward(loss)
+        self._network.backward(loss)
 
     def update(self, **metrics: torch.Tensor) -> None:
-        """After a step's last micro-batch: clips, steps, averages, logs, saves. Metrics are scalars; logs means."""
-        if self.accelerator.sync_gradients:
-            learning = [network for network in self._networks if network.has_gradients]
-            for network in learning if self.accelerator.scaler else ():
-                self.accelerator.unscale_gradients(network.optimizer)
-            norms = [network.clip_gradients() for network in learning]
-            if self._take_step(learning):
-                metrics |= zip(("gradient_norm", "adversary_gradient_norm"), norms, strict=False)
-                self.ema.step(self.parameters)
-            for network in self._networks:
-                network.optimizer.zero_grad(set_to_none=True)
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
-        if self.accelerator.sync_gradients:
-            self.step += 1
-            self._after_step()
+        """After each micro-batch, whose metrics are scalars; means are logged.
 
-    def _take_step(self, networks: list[Network]) -> bool:
-        """False where fp16's loss scale was too high: nothing was learned, and it has been lowered."""
+        After a step's last one: clips, steps, averages, logs, saves. A step with a loss or gradient that is not finite
+        is skipped; UserError after `run.max_skipped` in a row.
+        """
+        self._metrics.append({name: value.detach().float() for name, value in metrics.items()})
+        if not self.accelerator.sync_gradients:
+            return
+        learning = [network for network in self._networks if network.has_gradients]
+        for network in learning if self.accelerator.scaler else ():
+            self.accelerator.unscale_gradients(network.optimizer)
+        norms = [network.clip_gradients() for network in learning]
+        finite, stop, save = self._agreed(norms)
+        if self._take_step(learning, finite):
+            self._metrics[-1] |= zip(("gradient_norm", "adversary_gradient_norm"), norms, strict=False)
+            self.ema.step()
+        for network in self._networks:
+            network.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if finite:
+            self._in_a_row = 0
+            for name, value in (pair for each in self._metrics for pair in each.items()):
+                self._sums[name] = self._sums.get(name, 0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+        else:
+            self._skip()
+        self._metrics, self._watched = [], []
+        self._after_step(stop, save)
+
+    def _agreed(self, norms: list[torch.Tensor]) -> tuple[bool, int, bool]:
+        """Of all processes: is the step finite, which signal asks for the end, is a checkpoint wanted?"""
+        values = [value for each in self._metrics for value in each.values()]
+        if not self.accelerator.scaler:  # with it, a gradient that is not tells that fp16's scale is too high
+            values += norms
+        finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
+        if self.accelerator.num_processes == 1:
+            return bool(finite), self._stop, self._wanted
+        flags = torch.stack([~finite, *torch.tensor([self._stop, self._wanted], device=self.device)])
+        bad, stop, save = self.accelerator.gather(flags[None]).amax(0).tolist()
+        return not bad, stop, bool(save)
+
+    def _take_step(self, networks: list[Network], finite: bool) -> bool:
+        """False where nothing was learned: it was not finite, or fp16's scale was too high and has been lowered."""
         scaler = self.accelerator.scaler
-        for network in networks:
-            if scaler:  # not accelerate's step, which lets the scale change between two optimisers
-                scaler.step(network.optimizer.optimizer)
-            else:
-                network.optimizer.step()
         if not scaler:
-            return True
+            for network in networks:
+                network.step(finite)
+            return finite
+        for network in networks:  # not accelerate's step, which lets the scale change between two optimisers
+            scaler.step(network.optimizer.optimizer)
         before = scaler.get_scale()
         scaler.update()
         return bool(scaler.get_scale() >= before)
 
+    def _skip(self) -> None:
+        """Says which samples' step was skipped; UserError where that has become too many in a row."""
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        mine = [
+            (int(n), bool(bad))
+            for positions, outputs in self._watched
+            for n, bad in zip(positions, outputs, strict=True)
+        ]
+        seen = sorted(gather_object(mine))
+        bad = [n for n, is_bad in seen if is_bad] or [n for n, _ in seen]
+        names = ", ".join(map(self._name, bad[:NAMED])) + (f" and {len(bad) - NAMED} more" if bad[NAMED:] else "")
+        said = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {names or 'no known sample'}"
+        if self._in_a_row >= self.config.max_skipped:
+            last = checkpoints(self.folder)[-1:]
+            kept = f"{last[0]} stands" if last else "there is no checkpoint yet"
+            raise UserError(
+                f"{said}; {self._in_a_row} steps in a row were so, and nothing was learned from them; {kept}. Raise "
+                f"run.max_skipped to go on, or mend these samples or lower {self.stage}.lr and start with --fresh"
+            )
+        if self._bar is not None and self.is_main:
+            self._bar.write(f"{said}; the step is skipped, {self._in_a_row} in a row, {self.skipped} in all")
+
     def due(self, every: int, last: bool = False) -> bool:
-        """After each step whose number is a multiple of `every`, the last one only where asked for."""
+        """After each step whose number is a multiple of `every`, the last one only where asked for.
+
+        Before the first batch of a run that goes on, the same for what its last step may have left undone.
+        """
         at_end = self.step == self.training.steps
         return self.accelerator.sync_gradients and not self._stopped and (last if at_end else self.step % every == 0)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the model has its EMA weights."""
-        return _Averaged(self)
+        return nullcontext() if self._released else _Averaged(self)
 
-    def release(self) -> None:
-        """Ends mixed precision: from here on the model computes as it was built, as whoever loads it will."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+    def release(self) -> Any:
+        """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
+        self._released = True
+        return self._network.release(self.ema.tensors(self.ema.main))
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""
@@ -216,7 +305,7 @@ class Run:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             line = {"step": self.step, **values, "time": round(time.time(), 3)}
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with self._lines.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     @property
@@ -233,9 +322,10 @@ class Run:
         """Sum over processes, where the tensor was."""
         return self.accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)  # type: ignore[no-any-return]
 
-    def shadow(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The average of a parameter."""
-        return next(s for s, p in zip(self.ema.shadow_params, self.parameters, strict=True) if p is parameter)
+    def averages(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """Those of a parameter: one, or one of each of `ema_widths`."""
+        i = next(i for i, p in enumerate(self.parameters) if p is parameter)
+        return [model.shadow_params[i] for model in self.ema.models]
 
     @property
     def is_main(self) -> bool:
@@ -243,44 +333,46 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ the books
 
-    def _after_step(self) -> None:
+    def _after_step(self, stop: int, save: bool) -> None:
         t, bar = self.training, self._bar
         assert bar is not None  # steps are taken within `batches`
         bar.update(t.batch)
+        self._clock.count(t.batch)
         if self.step % self.config.log_every == 0 or self.step == t.steps:
             self._log(bar)
-        stop = self._agreed_stop()
-        if stop or self.step % t.checkpoint_every == 0 or self.step == t.steps:
+        if self.ema.due(self.step):  # before the checkpoint, which is where a killed run goes on
+            self.ema.snapshot(self.folder / "ema", self.step)
+        if stop or save or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
-        if stop:
+        if save:
+            self._wanted = False
+        if stop or save:
+            rest = "stopped and saved at step {}; the same command continues." if stop else "saved at step {}."
             if self.is_main:
-                bar.write(f"{self.stage}: stopped and saved at step {self.step}; the same command continues.")
-            self._stopped = stop
+                bar.write(f"{self.stage}: {rest.format(self.step)}")
+        self._stopped = stop
 
     def _totals(self) -> dict[str, float]:
-        """The sums of the metrics, mean over processes; UserError where one is not finite."""
-        if not self._sums:
-            return {}
+        """The sums of the metrics, mean over processes."""
         names = sorted(self._sums)
+        if not names:
+            return {}
         totals = torch.stack([self._sums[name].to(self.device) for name in names])
-        values = dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            first = int(self.accelerator.gather(self._suspect[None]).min())
-            which = "" if first == NONE else f", first of {self._name(first)}"
-            raise UserError(
-                f"{self.stage}: a loss or gradient is not finite at step {self.step}{which} ({values}); checkpoints "
-                f"from before it stay in {self.folder / 'checkpoints'}. Start with --fresh and a lower {self.stage}.lr"
-            )
-        return values
+        return dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
 
     def _log(self, bar: tqdm) -> None:
+        t = self.training
         values = {name: total / self._counts[name] for name, total in self._totals().items()}
         self._sums, self._counts = {}, {}
         rate = learning_rate(self.step - 1, self.training)
         values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
-        self.log(values)
+        if self.skipped:
+            values["skipped"] = self.skipped
+        speed = self._clock.read()
+        self.log(values | speed)
         shown = {name: f"{value:.3g}" for name, value in values.items() if not name.endswith("gradient_norm")}
-        bar.set_postfix({"step": f"{self.step}/{self.training.steps}"} | shown, refresh=False)
+        shown |= {name: f"{speed[name]:.0%}" for name in ("waiting", "mfu") if name in speed}
+        bar.set_postfix({"step": f"{self.step}/{t.steps}", "batch": t.batch} | shown, refresh=False)
 
     def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
         if not self._stop:
@@ -288,45 +380,49 @@ class Run:
         elif time.monotonic() - self._asked > 3:  # asked again: now; sooner, it is a launcher's echo of the same wish
             raise Interrupted(128 + number)
 
-    def _agreed_stop(self) -> int:
-        """The signal that any process got, known to all, so that they stop at the same step: one that is logged."""
-        if self.accelerator.num_processes == 1:
-            return self._stop or 0
-        if self.step % self.config.log_every and self.step < self.training.steps:
-            return 0
-        flag = torch.tensor(self._stop or 0, device=self.device)
-        return int(self.accelerator.gather(flag[None]).max())
+    def _asked_to_save(self, _number: int, _frame: FrameType | None) -> None:
+        self._wanted = True
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands."""
-        totals = self._totals()  # nothing is saved after a step that was not finite
+        """Writes `checkpoints/step-000500` whole or not at all; older ones go only after it stands.
+
+        UserError, on all processes, where it can't be written.
+        """
+        totals = self._totals()
         places: dict[str, Any] = {}
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
             places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
-        if self.is_main:
-            parts, groups = {"ema": {str(i): p for i, p in enumerate(self.ema.shadow_params)}}, {}
-            for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
-                parts[model], parts[optimizer], groups[optimizer] = network.state()
-            state = {
-                "step": self.step,
-                "ema_step": self.ema.optimization_step,
-                "groups": groups,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "totals": totals,
-                "counts": self._counts,
-                "places": places,
-                "contract": self.contract,
-            }
+        parts, groups = self.ema.state(), {}
+        for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
+            parts[model], parts[optimizer], groups[optimizer] = network.state()
+        state: dict[str, Any] = {
+            "step": self.step,
+            "ema_step": self.ema.updates,
+            "groups": groups,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "totals": totals,
+            "counts": self._counts,
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "places": places,
+            "contract": self.contract,
+        }
+
+        def write() -> None:
+            if self._lines.exists():
+                sync(self._lines)
+                state["metrics_bytes"] = self._lines.stat().st_size
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
             for old in checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+
+        on_main(write)
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
-        damaged = []
+        damaged, kept = [], 0
         for folder in reversed(checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
@@ -342,15 +438,13 @@ class Run:
                 )
             for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
                 network.load(parts[model], parts[optimizer], state["groups"][optimizer])
-            with torch.no_grad():
-                for i, shadow in enumerate(self.ema.shadow_params):
-                    shadow.copy_(parts["ema"][str(i)])
-            self.ema.optimization_step = state["ema_step"]
+            self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step = state["step"]
+            self.step, kept = state["step"], state.get("metrics_bytes", 0)
             self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
             self._counts = state["counts"]
+            self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
             self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
@@ -359,7 +453,8 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            cut_lines(self.folder / "metrics.jsonl", self.step)
+            if self._lines.exists() and self._lines.stat().st_size > kept:  # what comes after will be written again
+                os.truncate(self._lines, kept)
         self.accelerator.wait_for_everyone()
 
     def _say(self, text: str) -> None:
@@ -372,10 +467,14 @@ class _Averaged(AbstractContextManager[None]):
         self.run = run
 
     def __enter__(self) -> None:
-        self.run.ema.store(self.run.parameters)
-        self.run.ema.copy_to(self.run.parameters)
+        self.run.ema.store()
+        self.run.ema.copy_to()
+        if isinstance(self.run.bare, FSDPModule):  # parts of it are called by themselves
+            self.run.bare.unshard()
         self.run.bare.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.run.ema.restore(self.run.parameters)
+        if isinstance(self.run.bare, FSDPModule):
+            self.run.bare.reshard()
+        self.run.ema.restore()
         self.run.bare.train()

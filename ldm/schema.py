@@ -33,10 +33,14 @@ class RunConfig(Section):
     """Mixed precision of training; `auto` is bf16 where the processor computes it natively, else none."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes the GPU where there is one."""
+    preflight: bool = True
+    """Measures two steps and a validation first, to tell the memory, time and disk that a run will take."""
     keep: PositiveInt = 2
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
+    max_skipped: PositiveInt = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; then the run stops."""
     tracker: str = "tensorboard"
     """Any tracker that accelerate knows by name, or `none`."""
 
@@ -134,7 +138,8 @@ class DataConfig(Section):
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers; or `open_clip:ARCH:WEIGHTS`."""
+    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers, or a whole diffusers pipeline, whose
+    encoder is taken; or `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or cut to; default: the tokenizer's own."""
     width: PositiveInt | None = None
@@ -156,6 +161,17 @@ def _in_order(given: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(given, key=CONDITIONS.index))
 
 
+WIDEST = 12**-0.5  # the relative width of the plain mean of all weights so far
+
+
+def _widths(given: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < width < WIDEST for width in given):
+        raise ValueError(f"each must be more than 0 and less than {WIDEST:.4f}; 0.05 and 0.1 are usual")
+    if len(set(given)) < len(given):
+        raise ValueError("one stands here twice; name each once")
+    return given
+
+
 TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -169,6 +185,8 @@ class Training(Section):
     """Global batch: the pictures of one optimiser step, over all processes."""
     micro_batches: PositiveInt = 1
     """Parts that the batch is computed in, one after the other (gradient accumulation)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate, as it stands: not scaled by batch or processes."""
     warmup: int = Field(default=100, ge=0)
@@ -183,6 +201,11 @@ class Training(Section):
     """Largest norm of the gradient."""
     ema: Decay = 0.999
     """Decay of the averaged weights, which are what is saved and sampled."""
+    ema_widths: Annotated[tuple[float, ...], AfterValidator(_widths)] = ()
+    """Power-function averages instead, by σ_rel: `[0.05, 0.1]`; the first is saved and sampled, snapshots are kept of
+    all."""
+    ema_snapshot_every: PositiveInt = 500
+    """Steps between their snapshots, of which averages of other widths are made afterwards."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
     gradient_checkpointing: bool = False
@@ -347,7 +370,8 @@ class Stage1Config(Training):
 
 class Stage2Config(Training):
     init_from: str | None = None
-    """A diffusers pipeline folder or Hub id whose U-Net the training starts from; inputs that it lacks are added."""
+    """A diffusers folder or Hub id, or a `.safetensors` in diffusers' or the original layout, whose U-Net the training
+    starts from. It keeps its architecture; inputs that it lacks are added."""
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
     """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
     small picture. `[]` is unconditional."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from ldm.files import whole_file
 
 Shapes = dict[str, tuple[int, ...]]
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a whole checkpoint; alone it has none
 TRAINING = ("loss.", "model_ema.")  # what CompVis' own training leaves beside the autoencoder: no part of it
 
@@ -78,11 +81,23 @@ def read(path: Path) -> AutoencoderKL | VQModel:
 
     Raises UserError if the file is missing, damaged, or no autoencoder, or a tensor is missing, left over or misshapen.
     """
+    with opened(path) as file:
+        return _read(path, file)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A `.safetensors` to read tensors from; UserError where it is missing, damaged, or a pickle."""
+    if path.suffix in PICKLES and path.exists():
+        raise UserError(
+            f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of "
+            "it: torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/stage2.md has the command)"
+        )
     try:
         with safe_open(path, "pt") as file:
-            return _read(path, file)
+            yield file
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give an autoencoder's or a whole checkpoint's .safetensors") from None
+        raise UserError(f"{path}: no such file; give a model's or a whole checkpoint's .safetensors") from None
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -163,7 +178,7 @@ def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
         model = (VQModel if "num_vq_embeddings" in config else AutoencoderKL)(**config)
     expected = model.state_dict()
     places = {original_name(name, len(config["block_out_channels"])): name for name in expected}
-    _same_names(path, set(places), set(shapes), type(model).__name__)
+    same_names(path, set(places), set(shapes), type(model).__name__)
     tensors = {}
     for original, name in places.items():
         shape = tuple(expected[name].shape)
@@ -188,9 +203,9 @@ def _prefix(path: Path, names: set[str]) -> str:
     )
 
 
-def _same_names(path: Path, needed: set[str], given: set[str], kind: str) -> None:
+def same_names(path: Path, needed: set[str], given: set[str], kind: str) -> None:
     """Raises UserError for tensors that are missing or left over."""
-    for names, complaint in ((needed - given, "lacks"), (given - needed, "has, and no such autoencoder has,")):
+    for names, complaint in ((needed - given, "lacks"), (given - needed, "has, and no such model has,")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(

@@ -10,6 +10,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -52,11 +53,12 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     return int(counter.get_total_flops())
 
 
+@cache
 @torch.no_grad()
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest of some square matrix products: the device's peak as this process can reach it.
 
-    Measured with the threads and the TF32 setting that are on, for about so many `seconds`.
+    Measured once, with the threads and the TF32 setting that are on, for about so many `seconds`.
     """
     on_gpu = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
@@ -90,8 +92,13 @@ class Clock:
     """
 
     def __init__(self, flops: float = 0.0, peak: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.flops, self.peak, self.now = flops, peak, now
-        self._restart()
+        self.now = now
+        self.restart(flops, peak)
+
+    def restart(self, flops: float = 0.0, peak: float = 0.0) -> None:
+        """Begins anew, with what is known now."""
+        self.flops, self.peak = flops, peak
+        self._began, self._waited, self._images = self.now(), 0.0, 0
 
     def waiting(self, loader: Iterable[Item]) -> Iterator[Item]:
         """The items of a loader; the time that it takes for each is time spent waiting."""
@@ -116,8 +123,5 @@ class Clock:
         values = {"images_per_second": rate, "waiting": self._waited / elapsed}
         if self.flops and self.peak:
             values["mfu"] = rate * self.flops / self.peak
-        self._restart()
+        self.restart(self.flops, self.peak)
         return values
-
-    def _restart(self) -> None:
-        self._began, self._waited, self._images = self.now(), 0.0, 0

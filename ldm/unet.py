@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -11,10 +12,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from ldm import single_file_unet
 from ldm.condition import LEVELS
 from ldm.errors import UserError
 from ldm.sampling import PREDICTION
 from ldm.schema import Stage2Config
+from ldm.single_file import PICKLES
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel where no text is read
 SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 256 channels, as in SDXL
@@ -79,47 +82,111 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
 
 
 def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
-    """The U-Net of `stage2.init_from`, a diffusers pipeline folder or Hub id, with the inputs that it lacks added.
+    """The U-Net of `stage2.init_from`, of the architecture that it has there, with the inputs that it lacks added.
 
     UserError where it does not fit latents, text, classes (0: not known yet) or target.
     """
     name, target = str(stage.init_from), stage.target
     kind = UNet2DConditionModel if stage.text else UNet2DModel
-    try:
-        unet = kind.from_pretrained(name, subfolder="unet", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"stage2.init_from: can't load a U-Net from {name!r}: {str(error).splitlines()[0]}") from None
-    if unet.config.get("_class_name", kind.__name__) != kind.__name__:
-        raise UserError(
-            f"stage2.init_from: {name} has a {unet.config['_class_name']}; stage2.conditions need {kind.__name__}"
-        )
-    try:
-        predicts = DDIMScheduler.load_config(name, subfolder="scheduler").get("prediction_type", "epsilon")
-    except (OSError, ValueError):  # a folder of a U-Net alone does not say
-        predicts = PREDICTION[target]
-    if predicts != PREDICTION[target]:
+    path = Path(name)
+    if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()):
+        try:
+            unet, predicts = single_file_unet.read(path, stage.head_size, stage.groups)
+        except UserError as error:
+            raise UserError(f"stage2.init_from: {error}") from None
+    else:
+        unet, predicts = _from_diffusers(name, kind), None
+    if type(unet) is not kind:
+        raise UserError(f"stage2.init_from: {name} has a {type(unet).__name__}; stage2.conditions need {kind.__name__}")
+    if not predicts and (scheduler := scheduler_of(name)):
+        predicts = scheduler.config.prediction_type
+    if predicts not in (None, PREDICTION[target]):
         own = next((ours for ours, theirs in PREDICTION.items() if theirs == predicts), "another")
         raise UserError(
             f"stage2.target: {target!r}, but {name} was trained to predict {own!r}; set stage2.target={own}"
         )
+    halvings = len(unet.config.block_out_channels) - 1
+    if side % 2**halvings:
+        raise UserError(
+            f"stage2.init_from: {name} halves the latents {halvings} times, but their side is {side}; use a data.size "
+            f"that gives a multiple of {2**halvings}"
+        )
     unet.register_to_config(sample_size=side)  # convolutions take any; this is what sampling starts from
-    wanted = dict(build_empty(stage, channels, side, text_width, classes).config)
+    labels = classes + 1 if stage.classes else LEVELS if "upscale" in stage.conditions else None
     if stage.classes and not classes:
-        wanted["num_class_embeds"] = unet.config.num_class_embeds
+        labels = unet.config.num_class_embeds
+    wanted = {
+        "in_channels": inputs(stage, channels), "out_channels": outputs(stage, channels), "num_class_embeds": labels,
+    }  # fmt: skip
     if unet.config.in_channels == channels:  # other inputs are another task's
         widen(unet, wanted)
     for key, what in (
         ("in_channels", "the latents' and the conditions'"),
         ("out_channels", "the autoencoder's latent channels"),
-        ("cross_attention_dim", "the text encoder's width"),
         ("num_class_embeds", "the classes of data.source, one more,"),
     ):
-        has, needed = unet.config.get(key), wanted.get(key)
+        has, needed = unet.config.get(key), wanted[key]
         if has != needed:
             raise UserError(f"stage2.init_from: {name} has {key} {has}, but {what} are {needed}; use its own")
-    if (unet.config.get("addition_embed_type") == "text_time") != (stage.sizes):
-        raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
+    if stage.text:
+        _check_text(unet, stage, name, text_width)
     return unet
+
+
+def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
+    """The U-Net of a pipeline's folder, of a folder of a U-Net alone, or of either on the Hub."""
+    key, folder = "stage2.init_from", Path(name)
+    subfolder = None if folder.is_dir() and not (folder / "unet").is_dir() else "unet"
+    try:
+        try:
+            config = kind.load_config(name, subfolder=subfolder)
+        except OSError:
+            if folder.is_dir():
+                raise
+            config, subfolder = kind.load_config(name), None  # the id of a U-Net alone on the Hub
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise UserError(f"{key}: {name} has a {config['_class_name']}; stage2.conditions need {kind.__name__}")
+        unet, found = kind.from_pretrained(
+            name, subfolder=subfolder, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(said if said.startswith(key) else f"{key}: can't load a U-Net from {name!r}: {said}") from None
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+        raise UserError(
+            f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"
+        )
+    return unet
+
+
+def scheduler_of(name: str) -> DDIMScheduler | None:
+    """The noise levels and the prediction type of the pipeline that a U-Net is from; None where it is alone."""
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    if folder.is_dir():
+        name = str(folder.parent if folder.name == "unet" else folder)
+    try:
+        return DDIMScheduler.from_config(DDIMScheduler.load_config(name, subfolder="scheduler"))
+    except (OSError, ValueError, NotImplementedError):  # the last of a schedule that DDIM doesn't have
+        return None
+
+
+def _check_text(unet: UNet, stage: Stage2Config, name: str, width: int) -> None:
+    """UserError where a U-Net is to be told other things in words, sizes or embeddings than it was trained with."""
+    config, has = unet.config, unet.config.cross_attention_dim
+    kind, sizes = config.addition_embed_type, config.addition_embed_type == "text_time"
+    pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim if sizes else 0
+    if kind not in (None, "text", "text_time") or config.class_embed_type or pooled not in (0, has):
+        raise UserError(
+            f"stage2.init_from: {name} reads more than one text encoder's token states and sizes (SDXL has two "
+            "encoders, and their pooled states); such a U-Net is not trained here"
+        )
+    if has != width:
+        raise UserError(
+            f"text.model: has {width} channels, but {name} was trained with cross_attention_dim {has}; set text.model "
+            "to the encoder that it was trained with"
+        )
+    if sizes != stage.sizes:
+        raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
 
 
 def build_empty(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:

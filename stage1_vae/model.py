@@ -108,18 +108,22 @@ def quantise(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def revive(
-    model: Reconstruction, mean: torch.Tensor, seed: int, step: int, shadow: Callable[[nn.Parameter], torch.Tensor]
+    model: Reconstruction,
+    mean: torch.Tensor,
+    seed: int,
+    step: int,
+    averages: Callable[[nn.Parameter], list[torch.Tensor]],
 ) -> int:
     """Places codes that nothing chose since the last time on latents of this batch; returns how many.
 
-    mean `(N, C, h, w)` is that of the global batch, the same in all processes. `shadow` gives a parameter's average,
-    which follows. Dhariwal et al., arXiv 2005.00341, section 3.1.
+    mean `(N, C, h, w)` is that of the global batch, the same in all processes. `averages` gives those of a parameter,
+    which follow. Dhariwal et al., arXiv 2005.00341, section 3.1.
     """
     codebook = model.vae.quantize.embedding.weight
     dead = (model.used == 0).nonzero().flatten()
     places = mean.permute(0, 2, 3, 1).reshape(-1, mean.shape[1])
     drawn = torch.from_numpy(generator(seed, "revive", step).integers(len(places), size=len(dead)))
-    for target in (codebook, shadow(codebook)):
+    for target in (codebook, *averages(codebook)):
         target[dead] = places[drawn.to(places.device)].to(target.dtype)
     model.used.zero_()
     return len(dead)

@@ -13,7 +13,7 @@ from ldm import autoencoder as autoencoders
 from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
 from ldm.data.order import normal
-from ldm.data.samples import Pictures, pictures
+from ldm.data.samples import named, pictures
 from ldm.data.stream import Stream
 from ldm.files import tensors_sha256
 from ldm.metrics import weights
@@ -28,7 +28,7 @@ from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
 
 
-def train(config: Config, data: Index | Stream) -> None:
+def train(config: Config, data: Index | Stream, books: type[Run] = Run) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
@@ -38,10 +38,17 @@ def train(config: Config, data: Index | Stream) -> None:
     frozen = encoder_sha256(vae)
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
-    run = Run(config.run, stage, "stage1", model, {"data": train_set.fingerprint()}, adversary(stage), name_of(samples))
+    contract = {"data": train_set.fingerprint()}
+    run = books(config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch))
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 
+    def look() -> None:
+        if run.due(stage.evaluate_every, last=True):
+            watch.while_training(data, run, vae)
+
+    if run.step:  # what a killed run still owes
+        look()
     for batch in run.batches(samples, config.data.workers):
         with run.accumulate():
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], run.step
@@ -70,8 +77,7 @@ def train(config: Config, data: Index | Stream) -> None:
             if rebuilt.chosen is not None:
                 use_codes(config, run, model, rebuilt.chosen, rebuilt.mean, said)
             run.update(loss=loss, **said)
-        if run.due(stage.evaluate_every, last=True):
-            watch.while_training(data, run, vae)
+        look()
 
     assert stage.train == "all" or encoder_sha256(vae) == frozen, "a frozen encoder has changed"
     finish(config, data, run, vae)
@@ -92,13 +98,6 @@ def adversary(stage: Stage1Config) -> tuple[PatchDiscriminator, float] | None:
     """The discriminator and its learning rate, where there is one."""
     gan = stage.gan
     return (PatchDiscriminator(gan.channels, gan.layers, gan.norm), gan.lr) if gan else None
-
-
-def name_of(samples: Pictures | Stream) -> Any:
-    """What to call the sample at a position, for people."""
-    if isinstance(samples, Pictures):
-        return lambda n: f"sample {n}, {samples.draws[n].entry.key}"
-    return "sample {}".format
 
 
 class Errors:
@@ -155,7 +154,7 @@ def use_codes(
         model.used.zero_()
     elif at_end:
         everywhere = run.accelerator.gather(mean.detach())
-        revived = revive(model, everywhere, config.run.seed, run.step, run.shadow)
+        revived = revive(model, everywhere, config.run.seed, run.step, run.averages)
         said["codes_revived"] = mean.new_tensor(float(revived))
 
 

@@ -44,6 +44,12 @@ class Denoiser(nn.Module):
         self.times = LossSecondMoment(stage.timesteps) if stage.times == "loss" else None
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The name by which FSDP looks for what it gathers at a time: the blocks of the U-Net and of the encoder."""
+        known = {"BasicTransformerBlock", "ResnetBlock2D", *(getattr(self.encoder, "_no_split_modules", None) or ())}
+        return sorted(known & {type(module).__name__ for module in self.modules()})
+
+    @property
     def apart(self) -> list[nn.Parameter]:
         """What is trained beside the networks: it has no weight decay, and gradients of another size."""
         beside = [module for module in (self.schedule, self.uncertainty) if module is not None]

@@ -91,5 +91,6 @@ class Objective:
             parts = [torch.cat(several) for several in zip(*self._seen, strict=True)]
             n, t, losses = (accelerator.gather(part) for part in parts)
             order = n.argsort()
+            order = order[losses[order].isfinite()]
             self.model.times.update(t[order], losses[order])
             self._seen = []

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from accelerate.utils import gather_object
+from PIL import Image
 
 from ldm.condition import small
 from ldm.data.images import cut, grid, to_pil, to_tensor
 from ldm.data.index import Index
 from ldm.data.order import generator
 from ldm.data.stream import Stream
+from ldm.files import whole_file
 from ldm.pipeline import LatentDiffusion
+from ldm.processes import on_main
 from ldm.run import Run
 from ldm.schema import Config
 from stage2_diffusion.holes import holes
@@ -18,43 +24,64 @@ COUNT = 16  # pictures of a model that takes no prompts
 
 
 def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
-    """`stage2/samples/step-….png`, with the EMA weights.
+    """`stage2/samples/step-….png`, with the EMA weights; every process draws its share.
 
     Text: the configured prompts, those that no training saw in a frame. Classes: one picture of each. Inpainting and
     super-resolution: what was given above what was made of it.
     """
     path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    stage, prompts, seed = config.stage2, list(config.sample.prompts), config.run.seed
-    if not run.is_main or path.exists() or (stage.text and not stage.image and not prompts):
+    stage, prompts = config.stage2, list(config.sample.prompts)
+    if on_main(path.exists) or (stage.text and not stage.image and not prompts):
         return
+    shown: list[Image.Image] = []
     marked: list[int] = []
-    with run.averaged():
-        if stage.image:
-            assert isinstance(data, Index), "the configuration allows no stream here"
-            pixels, captions, of = _given(data, config.data.size)
-            labels = [each if each in model.classes else 0 for each in of] if stage.classes else None
-            if "inpaint" in stage.conditions:
-                masks = [holes(generator(seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
-                mask = torch.stack(masks)
-                pictures = model(captions, seed, labels=labels, image=pixels, mask=mask)
-                shown = to_pil(pixels * (1 - mask))
-            else:
-                low = small(pixels, model.autoencoder.factor)
-                pictures = model(captions, seed, image=low)
-                shown = [each.resize(pictures[0].size, 0) for each in to_pil(low)]
-            pictures, prompts = shown + pictures, ["given"] * len(shown) + captions
-        elif stage.text:
-            labels = [model.classes[i % len(model.classes)] for i in range(len(prompts))] if stage.classes else None
-            pictures = model(prompts, seed, labels=labels, batch=8)
-            unseen = {caption for captions in data.select("combination").captions() for caption in captions}
-            marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
-        elif stage.classes:
-            prompts = list(model.classes[:64])
-            pictures = model(labels=prompts, seed=seed, batch=8)
+    given: dict[str, Any] = {}  # a model's arguments, of each of the pictures
+    if stage.image:
+        assert isinstance(data, Index), "the configuration allows no stream here"
+        pixels, prompts, of = _given(data, config.data.size)
+        if stage.classes:
+            given["labels"] = [each if each in model.classes else 0 for each in of]
+        if "inpaint" in stage.conditions:
+            masks = [holes(generator(config.run.seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
+            given |= {"image": pixels, "mask": torch.stack(masks)}
+            shown = to_pil(pixels * (1 - given["mask"]))
         else:
-            pictures, prompts = model(count=COUNT, seed=seed, batch=8), [""] * COUNT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(pictures, prompts, columns=8, marked=marked).save(path)
+            given["image"] = small(pixels, model.autoencoder.factor)
+            side = config.data.size
+            shown = [each.resize((side, side), Image.Resampling.NEAREST) for each in to_pil(given["image"])]
+        given["prompts"] = prompts
+    elif stage.text:
+        given["prompts"] = prompts
+        if stage.classes:
+            given["labels"] = [model.classes[i % len(model.classes)] for i in range(len(prompts))]
+        unseen = {caption for captions in data.select("combination").captions() for caption in captions}
+        marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
+    elif stage.classes:
+        prompts = given["labels"] = list(model.classes[:64])
+    else:
+        prompts = [""] * COUNT
+    with run.averaged():
+        pictures = _drawn(model, run, config.run.seed, len(prompts), given)
+    if run.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as beside:
+            grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked).save(beside, "PNG")
+
+
+def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:
+    """Picture i of all from the noise of `seed + i`; processes make equally many, some of them twice.
+
+    Where weights are shared out too, a process that made none would keep the others waiting.
+    """
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    share = -(-count // processes)
+    mine = [i % count for i in range(rank * share, (rank + 1) * share)]
+    of_mine: dict[str, Any] = {
+        name: values[mine] if isinstance(values, torch.Tensor) else [values[i] for i in mine]
+        for name, values in given.items()
+    }
+    pictures = model(seed=[seed + i for i in mine], count=share, batch=8, **of_mine)
+    return list(gather_object(pictures))[:count]
 
 
 def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
-from ldm.data.samples import feed
+from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
+from ldm.processes import join
 from ldm.run import Run
 from ldm.sampling import scheduler
 from ldm.schema import Config
@@ -21,7 +24,9 @@ from stage2_diffusion.sheet import write_sheet
 from stage2_diffusion.validation import Validation
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
+def train(
+    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, books: type[Run] = Run
+) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
@@ -35,18 +40,20 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
-    trained = text if config.text.train else None
-    null = text.encode([NULL_PROMPT])[0] if text and not trained else None
-    denoiser = Denoiser(unet, stage, null, trained)
-    run = Run(config.run, stage, "stage2", denoiser, contract)
-    use_attention(unet, stage.attention_backend, run.device)
+    encoder = text if config.text.train else None
+    null = text.encode([NULL_PROMPT])[0] if text and not encoder else None
+    denoiser = Denoiser(unet, stage, null, encoder)
+    device = join(config.run).device
+    use_attention(unet.to(device), stage.attention_backend, device)
+    name = named(train_set, config, stage.batch)
+    run = books(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         unet.compile()
     autoencoder.to(run.device)
     if text:
         text.to(run.device)
-    samples = feed(train_set, config, autoencoder, None if trained else text, run.device)
-    conditions = Conditions(config, autoencoder, trained, len(classes))
+    samples = feed(train_set, config, autoencoder, None if encoder else text, run.device)
+    conditions = Conditions(config, autoencoder, encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = LatentDiffusion(
         text, unet, autoencoder,
@@ -55,6 +62,14 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     )  # fmt: skip
     validation = Validation(config, data, model, conditions, objective.process)
 
+    def look() -> None:
+        if run.due(config.sample.every):
+            write_sheet(config, run, model, data)
+        if run.due(stage.evaluate_every, last=True):
+            validation(run)
+
+    if run.step or stage.init_from:  # what a killed run still owes; what a fine-tune starts from
+        look()
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
             n = batch["position"]
@@ -71,14 +86,11 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             run.backward(loss)
             objective.saw(n, t, losses, run.accelerator)
             run.update(loss=loss, **rates)
-        if run.due(config.sample.every):
-            write_sheet(config, run, model, data)
-        if run.due(stage.evaluate_every, last=True):
-            validation(run)
+        look()
 
-    run.release()
+    trained = run.release()
+    model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, run, model, data)
-    with run.averaged():
-        if run.is_main:
-            model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
+    if run.is_main:
+        model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
     run.accelerator.wait_for_everyone()

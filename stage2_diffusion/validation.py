@@ -62,8 +62,13 @@ class Validation:
         with run.averaged(), torch.no_grad():
             for name, index in self.sets.items():
                 sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
-                for start in range(0, len(index), BATCH)[state.process_index :: state.num_processes]:
-                    sums += self._measured(index, range(start, min(start + BATCH, len(index))))
+                starts = range(0, len(index), BATCH)
+                for first in range(0, len(starts), state.num_processes):
+                    mine = first + state.process_index
+                    start = starts[min(mine, len(starts) - 1)]  # a sharded U-Net is called by all, or by none
+                    measured = self._measured(index, range(start, min(start + BATCH, len(index))))
+                    if mine < len(starts):
+                        sums += measured
                 sums = run.total(sums)
                 errors = (sums[:-1] / sums[-1]).tolist()
                 found[f"{name}_loss"] = sum(errors) / len(errors)

@@ -9,7 +9,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
 
 import io
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -113,9 +113,35 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}  # what one said that is killed is not lost
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a process and those that it started, also in sessions of their own, as torchrun's are."""
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def kill() -> Callable[[subprocess.Popen[str]], None]:
+    return kill_all
+
+
+@pytest.fixture(scope="session")
+def kill_one() -> Callable[[subprocess.Popen[str], int], str]:
+    """SIGKILL for one rank of a torchrun; returns what the others printed until they ended."""
+
+    def kill(process: subprocess.Popen[str], rank: int) -> str:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        next(each for each in workers if each.environ().get("RANK") == str(rank)).kill()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode
+        return output
+
+    return kill
+
+
 @pytest.fixture
 def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `python ARGUMENTS` in a group of its own, which ends with the test; `finish` waits for it."""
+    """Starts `python ARGUMENTS`, which ends with the test; `finish` waits for it."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -129,8 +155,7 @@ def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., su
     yield start
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_all(process)
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +217,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
     """
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}"]
+    command = [
+        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", "run.preflight=true",
+    ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

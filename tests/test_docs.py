@@ -1,4 +1,4 @@
-"""docs/your-own-data.md is executed; its keys, and those of docs/stage1.md, are those of the configuration."""
+"""docs/your-own-data.md is executed; the keys on each page are those of the configuration."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from ldm.schema import (
     Config,
     DataConfig,
     GanConfig,
+    RunConfig,
+    SampleConfig,
     SourceConfig,
     Stage1Config,
     Stage2Config,
@@ -34,13 +36,15 @@ from ldm.schema import (
 )
 from scripts import check_data
 
-PAGE, STAGE1, STAGE2 = (
-    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8") for name in ("your-own-data", "stage1", "stage2")
+PAGE, STAGE1, STAGE2, TRAINING = (
+    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8")
+    for name in ("your-own-data", "stage1", "stage2", "training")
 )
 KEYS = {  # of each page
     PAGE: {"data": DataConfig, "data.source": SourceConfig, "data.buckets": BucketConfig},
     STAGE1: {"stage1": Stage1Config, "stage1.gan": GanConfig, "stage1.align": AlignConfig},
     STAGE2: {"stage2": Stage2Config, "text": TextConfig},
+    TRAINING: {"run": RunConfig, "sample": SampleConfig},
 }
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
 Block = tuple[str, str]  # tag and content
@@ -151,19 +155,20 @@ def test_the_page_shows_how_every_kind_is_found() -> None:
     assert shown == set(SAYS.values())
 
 
-@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1", "stage2"])
+@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1", "stage2", "training"])
 def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
     fields = {
         f"{prefix}.{name}": field
         for prefix, section in KEYS[page].items()
         for name, field in section.model_fields.items()
     }
-    rows = dict(re.findall(r"^\| `((?:data|stage1|stage2|text)\.[\w.]+)` \|([^|]*)\|", page, flags=re.MULTILINE))
+    keys = rf"(?:{'|'.join(Config.model_fields)})\.[\w.]+"
+    rows = dict(re.findall(rf"^\| `({keys})` \|([^|]*)\|", page, flags=re.MULTILINE))
     assert rows.keys() == fields.keys()
     for key, shown in rows.items():
         default = fields[key].default
         if match := re.fullmatch(r" `([^`]+)` ", shown):
-            assert match[1] == (default if isinstance(default, str) else json.dumps(default)), key
+            assert match[1] == (str(default) if isinstance(default, (str, Path)) else json.dumps(default)), key
         else:
             assert fields[key].is_required() or default is None, key
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,14 @@ class Pictures(torch.utils.data.Dataset[Item]):
         draw = self.draws[n]
         pixels, at = self.draws.pixels(n, draw)
         return {**self.draws.facts(n, draw), "pixels": pixels, "caption": draw.caption, "crop": torch.tensor(at)}
+
+
+def named(data: Index | Stream, config: Config, batch: int) -> Callable[[int], str]:
+    """What to call the sample at a position, for people."""
+    if isinstance(data, Stream):
+        return "sample {}".format
+    draws = cache(lambda: Draws(data, config, batch))  # made when it is asked for
+    return lambda n: f"sample {n}, {draws()[n].entry.key}"
 
 
 def pictures(data: Index | Stream, config: Config, batch: int) -> Pictures | Stream:

@@ -51,12 +51,16 @@ def test_training_names_the_mistake(
     assert not list((tmp_path / "run").glob("*/checkpoints"))  # nothing was trained before it was found
 
 
-def test_options_and_overrides_come_in_any_order(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["stage1.steps=7", "--config", str(root / "configs/tiny.yaml"), "--dry-run", "stage2.steps=9"]
+def test_options_and_overrides_come_in_any_order(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["stage1.steps=7", "--config", str(root / "configs/tiny.yaml"), "--dry-run", "stage2.steps=9",
+             f"run.dir={tmp_path}", f"data.source={tmp_path / 'none'}"]  # fmt: skip
     assert train_ldm.main(given) == 0
     plan = capsys.readouterr().out
     assert "7 steps of 16" in plan
     assert "9 steps of 16" in plan
+    assert "not measured: data.source" in plan
 
 
 def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) -> None:

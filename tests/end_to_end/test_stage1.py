@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ldm import autoencoder, single_file
 from ldm.files import read_checkpoint
+from ldm.run import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ Finish = Callable[[subprocess.Popen[str]], str]
 
 def lines(folder: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in found]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
 
 
 def checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

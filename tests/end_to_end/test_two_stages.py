@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 Start = Callable[..., subprocess.Popen[str]]
 Finish = Callable[[subprocess.Popen[str]], str]
 Wait = Callable[[Path, subprocess.Popen[str]], None]
+Kill = Callable[[subprocess.Popen[str]], None]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = ("train_ldm.py", "--config", "configs/tiny.yaml")
 
@@ -152,6 +153,28 @@ def test_two_processes_train_together(launch: Start, finish: Finish, tiny_run: P
     np.testing.assert_allclose(losses[2], losses[3], rtol=1e-3)
 
 
+def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
+    train: Callable[..., str], launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path
+) -> None:
+    shared = (f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage2.batch=8",
+              "stage2.steps=12", "stage2.decay=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
+    two = launch(*TWO, "tests/end_to_end/watched.py", 2, tmp_path / "two", *shared)
+    train(tmp_path / "whole", *shared)
+    train(tmp_path / "halves", *shared, "stage2.micro_batches=2")
+    finish(two)  # which says the world's size too
+    curves = {}
+    for name in ("whole", "halves", "two"):
+        lines = [json.loads(line) for line in (tmp_path / name / "stage2/metrics.jsonl").read_text().splitlines()]
+        curves[name] = {key: [line[key] for line in lines if key in line] for key in ("loss", "gradient_norm", "lr")}
+        assert len(curves[name]["loss"]) == 12
+    for name in ("halves", "two"):
+        assert curves[name]["lr"] == curves["whole"]["lr"]
+        np.testing.assert_allclose(curves[name]["loss"], curves["whole"]["loss"], rtol=1e-4)
+        np.testing.assert_allclose(curves[name]["gradient_norm"], curves["whole"]["gradient_norm"], rtol=1e-2)
+    first, second = (load_file(tmp_path / f"two/rank-{rank}.safetensors")["x_t"] for rank in (0, 1))
+    assert torch.unique(torch.cat([first, second]).flatten(0, 1), dim=0).shape[0] == 12 * 8  # no noise came twice
+
+
 def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, call: Callable[..., str]) -> None:
     output = call(evaluate.main, tiny_run, "--count", 8, "--steps", 2)
     assert "held-out combinations" in output
@@ -191,7 +214,13 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 
 
 def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_samples(
-    train: Callable[..., str], launch: Start, finish: Finish, wait_for: Wait, tars: Path
+    train: Callable[..., str],
+    launch: Start,
+    finish: Finish,
+    wait_for: Wait,
+    kill: Kill,
+    kill_one: Callable[..., str],
+    tars: Path,
 ) -> None:
     stream = [
         f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
@@ -200,12 +229,12 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     command = [*TINY, f"run.dir={tars / 'killed'}", *stream]
     process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
-    process.kill()
-    process.communicate()
+    kill(process)
     two = launch(*TWO, *command, "data.workers=1")
     wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
-    os.killpg(two.pid, signal.SIGKILL)  # and once more, for both processes
-    two.communicate()
+    output = kill_one(two, 1)
+    assert "another process of this run has ended" in output, output[-5000:]
+    assert "[rank0]: Traceback" not in output
     again = launch(*TWO, *command, "data.workers=1")
     train(tars / "whole", *stream)
     finish(again)

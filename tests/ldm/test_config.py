@@ -81,6 +81,11 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage2.timesteps=100", "stage2.timesteps: 100; flow tells the U-Net its time in thousandths"),
         (f"{CHAIN} stage2.weight=learned stage2.times=loss", "stage2.times: by the loss means little"),
         (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: pure noise says nothing about eps"),
+        (
+            "stage2.ema_widths=[0.05,0.5]",
+            "stage2.ema_widths: [0.05, 0.5]: each must be more than 0 and less than 0.2887",
+        ),
+        ("stage1.ema_widths=[0.1,0.1]", "stage1.ema_widths: [0.1, 0.1]: one stands here twice; name each once"),
         ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: one stands here twice; name"),
         ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text beside it"),
         ("stage2.conditions=[text,inpaint,upscale]", "stage2.conditions: a model has one task"),

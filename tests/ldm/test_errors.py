@@ -36,3 +36,20 @@ def test_success_is_zero_and_a_defect_of_ours_is_not_hidden(capsys: pytest.Captu
     assert said(lambda: None, capsys) == (0, "")
     with pytest.raises(ZeroDivisionError):
         said(lambda: 1 / 0, capsys)
+
+
+def test_a_process_that_is_left_alone_says_so_even_where_its_loader_falls_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def action() -> None:
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+        except RuntimeError:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal") from None
+
+    status, line = said(action, capsys)
+    assert status == 2
+    assert line.startswith("error: another process of this run has ended")
+    assert line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="DataLoader"):
+        said(lambda: (_ for _ in ()).throw(RuntimeError("DataLoader worker")), capsys)

@@ -28,6 +28,15 @@ def test_a_folder_is_taken_up_again_by_the_same_configuration_only(root: Path, s
         claim(other)
 
 
+def test_a_folder_from_before_a_key_existed_is_taken_up_again(settings: config.Config) -> None:
+    claim(settings)
+    file = settings.run.dir / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["configuration"]["stage1"]["ema_widths"]
+    file.write_text(yaml.safe_dump(written))
+    assert claim(settings) == settings
+
+
 def test_stage_two_may_be_changed_until_it_has_begun(root: Path, settings: config.Config) -> None:
     claim(settings)
     changed = config.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "stage2.lr=1e-3"])

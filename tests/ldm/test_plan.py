@@ -1,5 +1,6 @@
 """What is found before training."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_what_would_stop_a_later_stage_is_found_first(
 ) -> None:
     with pytest.raises(UserError, match=says):
         plan.check(tiny(root, *overrides), processes)
+
+
+def test_eight_bit_moments_need_bitsandbytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, find=importlib.util.find_spec: None if name == "bitsandbytes" else find(name),
+    )
+    with pytest.raises(UserError, match=r"stage1\.optimizer: adamw8bit needs pip install 'ldm\[8bit\]'"):
+        plan.check(tiny(root, "stage1.optimizer=adamw8bit"), processes=1)
 
 
 def test_a_stage_that_is_not_trained_limits_no_processes(root: Path, tmp_path: Path) -> None:

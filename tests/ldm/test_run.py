@@ -1,7 +1,10 @@
 """The bookkeeping of a run."""
 
 import json
+import math
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,43 +15,74 @@ from torch import nn
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint
-from ldm.run import Run, learning_rate
+from ldm.run import MEASURED, Run, learning_rate
 from ldm.schema import RunConfig, Training
 
 
 class Positions(torch.utils.data.Dataset):
+    def __init__(self, side: int):
+        self.side = side
+
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (4,))[0]}
+        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (self.side,))[0]}
 
 
-def train(folder: Path, stop: int | None = None, keep: int = 2, **changes: object) -> Run:
-    """Teaches a linear layer to give back its input; `stop` asks for the end after that many steps."""
+def train(
+    folder: Path,
+    stop: int | None = None,
+    keep: int = 2,
+    bad: tuple[int, ...] = (),
+    max_skipped: int = 10,
+    number: int = signal.SIGTERM,
+    log_every: int = 3,
+    side: int = 4,
+    **changes: object,
+) -> Run:
+    """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
+
+    In the steps `bad` the third sample's output is not finite.
+    """
     torch.manual_seed(0)
     options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
     run = Run(
-        RunConfig(dir=folder, precision="no", device="cpu", log_every=3, tracker="none", keep=keep),
+        RunConfig(
+            dir=folder,
+            precision="no",
+            device="cpu",
+            log_every=log_every,
+            tracker="none",
+            keep=keep,
+            max_skipped=max_skipped,
+        ),
         Training(**options),
         "stage1",
-        nn.Linear(4, 4),
+        nn.Linear(side, side),
         {"shape": [4]},
     )
-    for batch in run.batches(Positions()):
+    for batch in run.batches(Positions(side)):
         with run.accumulate():
-            loss = (run.model(batch["x"]) - batch["x"]).square().mean()
+            output = run.model(batch["x"])
+            if run.step in bad:
+                output = torch.where(batch["position"][:, None] % 4 == 2, torch.inf, output)
+            run.watch(batch["position"], output)
+            loss = (output - batch["x"]).square().mean()
             run.backward(loss)
             run.update(loss=loss)
         if run.step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
     return run
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def weights(run: Run) -> list[torch.Tensor]:
-    return [*(p.detach().clone() for p in run.parameters), *run.ema.shadow_params]
+    return [
+        *(p.detach().clone() for p in run.parameters),
+        *(s for model in run.ema.models for s in model.shadow_params),
+    ]
 
 
 def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -60,6 +94,21 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(map(torch.equal, weights(whole), weights(resumed)))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
+
+
+def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """Of a layer that is large enough for them: bitsandbytes keeps small tensors' in 32 bits."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'ldm[8bit]'")
+    options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
+    whole = train(tmp_path / "whole", **options)
+    moments = whole._network.optimizer.optimizer.state[whole.parameters[0]]
+    assert moments["state1"].dtype == torch.uint8
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **options)
+    assert all(map(torch.equal, weights(whole), weights(train(tmp_path / "parts", **options))))
+    plain = train(tmp_path / "plain", side=80, lr=0.01)
+    assert abs(metrics(tmp_path / "whole")[-1]["loss"] / metrics(tmp_path / "plain")[-1]["loss"] - 1) < 0.1
+    assert not torch.equal(plain.parameters[0], whole.parameters[0])
 
 
 def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
@@ -125,7 +174,34 @@ def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> Non
     for n, run in enumerate(runs[1:], start=1):
         decay = min(0.5, (1 + n) / (10 + n))
         averaged = [decay * a + (1 - decay) * p.detach() for a, p in zip(averaged, run.parameters, strict=True)]
-    torch.testing.assert_close(runs[-1].ema.shadow_params, averaged)
+    torch.testing.assert_close(runs[-1].ema.main.shadow_params, averaged)
+
+
+def test_a_killed_run_ends_with_the_averages_and_snapshots_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    widths = {"ema_widths": (0.05, 0.2), "ema_snapshot_every": 3}
+    whole = train(tmp_path / "whole", **widths)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **widths)
+    shutil.rmtree(tmp_path / "parts/stage1/checkpoints/step-000007")  # killed: it goes on from step 4
+    resumed = train(tmp_path / "parts", **widths)
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        parts, _ = read_checkpoint(checkpoints(folder / "stage1")[-1])
+        assert parts["ema"].keys() == parts["ema-0.2"].keys() == {"weight", "bias"}
+    names = [f"step-{step:06d}-{width}.safetensors" for step in (3, 6, 9, 12) for width in (0.05, 0.2)]
+    assert sorted(path.name for path in (tmp_path / "parts/stage1/ema").iterdir()) == names
+    for name in names:
+        first, second = (tmp_path / folder / "stage1/ema" / name for folder in ("whole", "parts"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> None:
+    run = train(tmp_path, ema_widths=(0.2, 0.05))
+    before = weights(run)
+    with run.averaged():
+        assert torch.equal(run.bare.weight, run.ema.models[0].shadow_params[0])
+        assert not torch.equal(run.bare.weight, before[0])
+    assert all(map(torch.equal, weights(run), before))
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
@@ -137,12 +213,61 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
     assert learning_rate(1000, Training()) == 1.0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not finite"):
-        train(tmp_path, lr=1e30, checkpoint_every=1)
+def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left equals a run in which the gradient of that step was never taken."""
+    with_it = train(tmp_path / "with", bad=(5,))
+    assert "a loss or gradient is not finite at step 6, of sample 22; the step is skipped" in capsys.readouterr().out
+    optimizer = with_it._network.optimizer.state_dict()["state"][0]
+    assert (with_it.step, with_it.skipped, int(optimizer["step"])) == (12, 1, 11)
+    assert all(tensor.isfinite().all() for tensor in weights(with_it))
+    lines = metrics(tmp_path / "with")
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert [line.get("skipped") for line in lines] == [None, 1, 1, 1]
+
+
+def test_a_skipped_step_is_skipped_again_after_a_resume(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", bad=(5, 6))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=5, bad=(5, 6))  # the checkpoint is of step 6, which was skipped
+    resumed = train(tmp_path / "parts", bad=(5, 6))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 10, of sample 38; 3 steps in a row .*step-000008 stands"):
+        train(tmp_path, bad=(2, 3, 7, 8, 9), max_skipped=3)
     for folder in checkpoints(tmp_path / "stage1"):
         parts, _ = read_checkpoint(folder)
         assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train(tmp_path / "whole")
+    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, keep=9)
+    assert "stage1: saved at step 6." in capsys.readouterr().out
+    assert [folder.name[-2:] for folder in checkpoints(tmp_path / "asked/stage1")] == ["04", "06", "08", "12"]
+    assert all(map(torch.equal, weights(whole), weights(asked)))
+
+
+@pytest.mark.usefixtures("capsys")  # which keeps what is printed out of files
+def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the weights no longer fit, as they would not there."""
+    whole = train(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "full", stop=6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't write .*step-000008: File too large; make room"):
+            train(tmp_path / "full", log_every=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
+    resumed = train(tmp_path / "full")
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
 def test_a_batch_that_can_not_be_shared_is_refused(tmp_path: Path) -> None:

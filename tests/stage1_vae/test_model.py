@@ -47,7 +47,7 @@ def test_dead_codes_are_placed_on_latents_and_living_ones_stay() -> None:
     codebook, shadow = model.vae.quantize.embedding.weight, torch.zeros(8, 4)
     before, mean = codebook.detach().clone(), torch.randn(2, 4, 8, 8)
     model.used[:5] = 1
-    assert revive(model, mean, 0, 200, lambda _: shadow) == 3
+    assert revive(model, mean, 0, 200, lambda _: [shadow]) == 3
     assert torch.equal(codebook[:5], before[:5])
     places = mean.permute(0, 2, 3, 1).reshape(-1, 4)
     assert all((places == code).all(1).any() for code in codebook[5:])

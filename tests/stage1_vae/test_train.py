@@ -67,8 +67,10 @@ def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
     torch.testing.assert_close(loss, 0.5 * reference)
 
 
-def test_the_sample_that_is_not_finite_is_named(drawings: Callable[..., tuple[Config, Index]]) -> None:
-    settings, index = drawings("stage1.steps=3", "stage1.batch=4", "run.log_every=1")
+def test_the_sample_that_is_not_finite_is_named(
+    drawings: Callable[..., tuple[Config, Index]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, index = drawings("stage1.steps=3", "stage1.batch=4", "run.log_every=1", "run.max_skipped=2")
     calls: list[int] = []
 
     def overflow(module: nn.Module, _: object, pixels: torch.Tensor) -> torch.Tensor | None:
@@ -84,11 +86,12 @@ def test_the_sample_that_is_not_finite_is_named(drawings: Callable[..., tuple[Co
     hook = nn.modules.module.register_module_forward_hook(overflow)
     try:
         with pytest.raises(
-            UserError, match=f"not finite at step 2, first of sample 6, {re.escape(draws[6].entry.key)} "
+            UserError, match=f"at step 3, of sample 10, {re.escape(draws[10].entry.key)}; 2 steps in a row"
         ):
             train(settings, index)
     finally:
         hook.remove()
+    assert f"not finite at step 2, of sample 6, {draws[6].entry.key}; the step is skipped" in capsys.readouterr().out
 
 
 def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watched(

@@ -50,7 +50,7 @@ def vae() -> Autoencoder:
     return Autoencoder(build(stage, 16))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(drawn: Path, words: Path) -> list[str]:
     """Overrides of configs/tiny.yaml."""
     return [*SMALL, f"data.cache_dir={drawn}", f"text.model={words}"]

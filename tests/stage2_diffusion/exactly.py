@@ -1,6 +1,7 @@
 """`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums shows little.
 
-RUNS, overrides by name, and OVERRIDES, those of all, are JSON.
+RUNS, overrides by name, and OVERRIDES, those of all, are JSON. Each process writes to `FOLDER/shares-RANK.json` what
+share of each run's trained numbers it held.
 """
 
 import functools
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldm import config, text
 from ldm.autoencoder import Autoencoder, build
 from ldm.data import index
 from ldm.processes import join
+from ldm.sharding import local
+from stage2_diffusion.model import Denoiser
 from stage2_diffusion.train import train
 
 
@@ -25,22 +28,32 @@ def wide(value: Any) -> Any:
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-forward = UNet2DConditionModel.forward
+def in_float64(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def widened(network: torch.nn.Module, *given: Any, **named: Any) -> Any:
+        return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
+
+    return widened
 
 
-@functools.wraps(forward)
-def in_float64(network: UNet2DConditionModel, *given: Any, **named: Any) -> Any:
-    return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
+def watch(module: torch.nn.Module, _: Any) -> None:
+    if isinstance(module, Denoiser) and module.training:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        shares[name] = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
 
 
 world, folder, runs, overrides = sys.argv[1:]
+shares: dict[str, float] = {}
+torch.nn.modules.module.register_module_forward_pre_hook(watch)
 torch.set_default_dtype(torch.float64)
-UNet2DConditionModel.forward = in_float64  # embeddings and noise come in float32
+for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
+    kind.forward = in_float64(kind.forward)
 for name, more in json.loads(runs).items():
     settings = config.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)
     vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text.of(settings.text)
     encoder.model.double()
-    train(settings, index.build(settings), vae, encoder)
+    train(settings, index.build(settings), vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)
+(Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))

@@ -26,6 +26,7 @@ EULER, EULER_FLOW = "sample.solver=euler stage2.target=eps", "sample.solver=eule
 DPM, DPM_FLOW = "sample.solver=dpm++ stage2.target=v", "sample.solver=dpm++ stage2.target=flow"
 UNIPC, UNIPC_FLOW = "sample.solver=unipc stage2.target=eps", "sample.solver=unipc stage2.target=flow"
 LEARNED = "sample.solver=ddpm stage2.target=eps stage2.variance=learned"
+ZERO_SNR = "stage2.process=zero-snr"
 STAGES = {
     "kl": "{channels: [16, 16], layers: 1, groups: 8, mid_attention: false}",
     "vq": "{model: vq-f4-small, channels: [16, 16], latent_channels: 4, groups: 8, codes: 16}",
@@ -39,6 +40,8 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text,upscale", "kl", EULER_FLOW), ("text,class,inpaint", "identity", DPM),
 
     ("text", "kl", DDIM), ("text", "kl", EULER_FLOW), ("text", "kl", LEARNED), ("text", "kl", UNIPC),
+    ("text", "kl", DPM), ("text", "kl", f"{DPM} {ZERO_SNR}"), ("text", "kl", f"sample.solver=ddim {ZERO_SNR}"),
+    ("text", "kl", DPM_FLOW),
     ("text", "kl", f"{DPM} stage2.null=learned"), ("text", "identity", DPM_FLOW),
     ("class", "kl", UNIPC_FLOW), ("class", "identity", DPM), ("class", "identity", LEARNED),
     ("", "kl", DDIM), ("", "kl", EULER), ("", "kl", UNIPC_FLOW), ("", "kl", DPM),

@@ -1,0 +1,238 @@
+"""What a run will take, measured before it begins: two real steps on the largest pictures, and one validation."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import math
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import gather_object, wait_for_everyone
+
+from ldm import plan
+from ldm.config import dump
+from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
+from ldm.data.stream import Stream
+from ldm.errors import UserError
+from ldm.files import whole_file
+from ldm.processes import join, on_main
+from ldm.run import Run
+from ldm.schema import Config
+
+STEPS = 2  # the first, which also warms up, isn't timed
+HELD = 32  # held-out pictures of the validation, at most
+FILE = "preflight.json"
+Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, what keeps the books
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage takes: seconds and bytes; memory is that of one process, on its GPU where it has one."""
+
+    step: float
+    validation: float
+    encoding: float
+    memory: int
+    disk: int
+    device: str
+
+    def describe(self, config: Config, stage: str) -> str:
+        """In a line, with the whole stage's time and disk."""
+        t = getattr(config, stage)
+        looks = t.steps // t.evaluate_every + 1
+        total = self.encoding + t.steps * self.step + looks * self.validation
+        encoding = f"encoding takes {_time(self.encoding)}, " if self.encoding else ""
+        return (
+            f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
+            f"{_bytes(self.memory)} of memory on {self.device}; {encoding}{t.steps} steps take "
+            f"{_time(t.steps * self.step)}, {looks} × validation {_time(looks * self.validation)}: "
+            f"{_time(total)} in all, and {_bytes(self.disk)} of disk"
+        )
+
+
+class Rehearsal(Run):
+    """A run that ends by raising `Rehearsed` after its steps, and leaves nothing."""
+
+    def batches(self, dataset: Any, workers: int = 0) -> Iterator[Any]:
+        self.ends = [time.perf_counter()]  # of preparing, of each step, of the validation
+        self.model.train()
+        yield from self._loaded(dataset, workers)
+        self.ends.append(time.perf_counter())
+        raise Rehearsed(self)
+
+    def due(self, every: int, last: bool = False) -> bool:
+        return self.step > 0 and super().due(every, last)
+
+    def log(self, values: dict[str, float]) -> None:
+        pass
+
+    def _after_step(self, stop: int, save: bool) -> None:
+        self.ends.append(time.perf_counter())
+
+    def _resume(self) -> None:
+        self.began = time.perf_counter()
+
+
+class Rehearsed(Exception):  # noqa: N818 it is no error
+    """Carries the run whose steps were taken."""
+
+    def __init__(self, run: Rehearsal):
+        self.run = run
+
+
+def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
+    """What `stage` takes, from the run's folder where it was measured on the same machine; or why it can't be told.
+
+    UserError where a step doesn't fit in the GPU's memory.
+    """
+    state = join(config.run)
+    about = _about(config, stage)
+    file = config.run.dir / FILE
+    known = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
+    if known.get(stage, {}).get("about") == about:
+        return Needs(**known[stage]["needs"]).describe(config, stage)
+    if lacking := on_main(lambda: _lacks_memory(config, stage)):
+        return lacking
+    folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-preflight-")))
+    try:
+        found = _measure(config, stage, data, train, folder)
+    finally:
+        wait_for_everyone()
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+    if state.is_main_process and config.run.dir.exists():
+        with whole_file(file) as beside:
+            beside.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
+    return found.describe(config, stage)
+
+
+def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> Needs:
+    never = 10**9
+    changes: dict[str, dict[str, Any]] = {
+        "run": {"dir": folder, "tracker": "none"}, "data": {"cache_dir": None}, "sample": {"every": never},
+        stage: {"steps": STEPS, "evaluate_every": never},
+    }  # fmt: skip
+    if stage == "stage2":
+        changes[stage]["evaluate_pictures"] = HELD
+    elif config.stage1.gan:  # as it is when the discriminator plays
+        changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
+    sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    few = data if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    _forget_peak(cuda)
+    try:
+        with redirect_stdout(io.StringIO()):  # what it says is said again when it counts
+            train(config.model_copy(update=sections), few, Rehearsal)
+    except Rehearsed as done:
+        run = done.run
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{stage}: a step does not fit in the memory of {torch.cuda.get_device_name()} "
+            f"({str(error).split('. ')[0]}); raise {stage}.micro_batches, or set {stage}.gradient_checkpointing=true"
+        ) from None
+    else:
+        raise AssertionError("a rehearsal ends in its batches")
+    preparing, *steps, validated = run.ends
+    written = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+    share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
+    t = getattr(config, stage)
+    weights = sum(p.numel() * p.element_size() for p in run.parameters)
+    kept = (3 + len(run.ema.models)) * (config.run.keep + 1) + 1  # weights, two moments, averages; what is exported
+    if t.ema_widths:
+        kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
+    found = Needs(
+        step=steps[1] - steps[0],
+        validation=validated - steps[-1],
+        encoding=(preparing - run.began) * share if written else 0.0,
+        memory=max(gather_object([_peak(cuda)])),
+        disk=int(written * share + weights * kept),
+        device=_machine(run.accelerator.num_processes, cuda),
+    )
+    run.accelerator.free_memory()
+    del run
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return found
+
+
+def _lacks_memory(config: Config, stage: str) -> str:
+    """On a CPU, where a step that does not fit ends the process without a word: why it isn't tried."""
+    if torch.cuda.is_available() and config.run.device != "cpu":
+        return ""
+    networks = dict(zip(("stage1", "stage2"), plan.networks(config), strict=True))
+    least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
+    there = psutil.virtual_memory().available
+    if least < there:
+        return ""
+    return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(there)} are free here"
+
+
+def _few(data: Index, batch: int) -> Index:
+    """Pictures of one batch that are brought to the largest size, and some held-out ones."""
+    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD)
+    size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
+    return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
+
+
+def _about(config: Config, stage: str) -> dict[str, Any]:
+    """What the measured depends on."""
+    keys = dump(config)
+    parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")} | {"precision": config.run.precision}
+    parts["data"] = {**parts["data"], "cache_dir": None}
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    return {
+        "configuration": hashlib.sha256(json.dumps([stage, parts], sort_keys=True).encode()).hexdigest(),
+        "machine": _machine(join(config.run).num_processes, cuda), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _machine(processes: int, cuda: bool) -> str:
+    name = torch.cuda.get_device_name() if cuda else f"the CPU ({torch.get_num_threads()} threads)"
+    return name if processes == 1 else f"each of {processes} processes, on {name}"
+
+
+def _forget_peak(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        with suppress(OSError):  # where it may not, the peak is that of the whole process
+            clear.write_text("5")
+
+
+def _peak(cuda: bool) -> int:
+    """Bytes, of this process since `_forget_peak`."""
+    if cuda:
+        return torch.cuda.max_memory_reserved()
+    if (status := Path("/proc/self/status")).exists():
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    scale = 1 if sys.platform == "darwin" else 1024
+    return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _time(seconds: float) -> str:
+    if seconds < 99:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes / 1440:.0f} days"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
