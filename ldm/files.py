@@ -95,17 +95,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file after `step`, which will be written again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        with whole_file(path) as beside:
-            beside.write_text("".join(kept))
-
-
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
     """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
     tensors: Tensors = {}

@@ -75,9 +75,8 @@ class Rehearsal(Run):
         self.ends.append(time.perf_counter())
         raise Rehearsed(self)
 
-    @property
-    def begins(self) -> bool:
-        return False
+    def due(self, every: int, last: bool = False) -> bool:
+        return self.step > 0 and super().due(every, last)
 
     def log(self, values: dict[str, float]) -> None:
         pass

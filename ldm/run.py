@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ from ldm.data.order import Positions
 from ldm.data.stream import Stream
 from ldm.ema import Averages
 from ldm.errors import UserError
-from ldm.files import checkpoints, cut_lines, read_checkpoint, write_checkpoint
+from ldm.files import checkpoints, read_checkpoint, sync, write_checkpoint
 from ldm.network import Network
 from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
@@ -84,6 +85,7 @@ class Run:
         self.config, self.training, self.stage = config, training, stage
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
+        self._lines = self.folder / "metrics.jsonl"
         self.accelerator = accelerator(config, training.micro_batches)
         self.device = self.accelerator.device
         local_batch(stage, training, self.accelerator.num_processes)
@@ -113,6 +115,8 @@ class Run:
         self._wanted = False  # a checkpoint, by SIGUSR1
         self._released = False
         self._resume()
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers(self.stage)
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
@@ -123,8 +127,6 @@ class Run:
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._asked_to_save
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        if a.log_with:
-            a.init_trackers(self.stage)
         self._bar = tqdm(
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
@@ -176,11 +178,6 @@ class Run:
             self._clock.restart(flops, peak)
 
         hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
-
-    @property
-    def begins(self) -> bool:
-        """Whether nothing was learned yet: for a look at what the training starts from."""
-        return self.step == 0
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
@@ -286,7 +283,10 @@ class Run:
             self._bar.write(f"{said}; the step is skipped, {self._in_a_row} in a row, {self.skipped} in all")
 
     def due(self, every: int, last: bool = False) -> bool:
-        """After each step whose number is a multiple of `every`, the last one only where asked for."""
+        """After each step whose number is a multiple of `every`, the last one only where asked for.
+
+        Before the first batch of a run that goes on, the same for what its last step may have left undone.
+        """
         at_end = self.step == self.training.steps
         return self.accelerator.sync_gradients and not self._stopped and (last if at_end else self.step % every == 0)
 
@@ -305,7 +305,7 @@ class Run:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             line = {"step": self.step, **values, "time": round(time.time(), 3)}
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with self._lines.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     @property
@@ -397,7 +397,7 @@ class Run:
         parts, groups = self.ema.state(), {}
         for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
             parts[model], parts[optimizer], groups[optimizer] = network.state()
-        state = {
+        state: dict[str, Any] = {
             "step": self.step,
             "ema_step": self.ema.updates,
             "groups": groups,
@@ -411,6 +411,9 @@ class Run:
         }
 
         def write() -> None:
+            if self._lines.exists():
+                sync(self._lines)
+                state["metrics_bytes"] = self._lines.stat().st_size
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
             for old in checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
@@ -419,7 +422,7 @@ class Run:
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
-        damaged = []
+        damaged, kept = [], 0
         for folder in reversed(checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
@@ -438,7 +441,7 @@ class Run:
             self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step = state["step"]
+            self.step, kept = state["step"], state.get("metrics_bytes", 0)
             self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
             self._counts = state["counts"]
             self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
@@ -450,7 +453,8 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            cut_lines(self.folder / "metrics.jsonl", self.step or -1)  # those of step 0 will be written again too
+            if self._lines.exists() and self._lines.stat().st_size > kept:  # what comes after will be written again
+                os.truncate(self._lines, kept)
         self.accelerator.wait_for_everyone()
 
     def _say(self, text: str) -> None:

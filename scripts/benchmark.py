@@ -3,12 +3,16 @@
     python scripts/benchmark.py data --config configs/openmoji.yaml data.size=256 stage2.batch=16
     python scripts/benchmark.py stage1 --config configs/openmoji.yaml
     python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
+    python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24
 
 `data`: how many samples a second come from the cache, cold (dropped from the system's memory first) and warm, and how
 many when pictures are decoded and encoded on the fly; and how fast stage two trains from the one and from the other.
 `stage1`: pictures a second and peak memory of stage one's loop, plain, recomputing activations, with a discriminator.
-`tiles`: a picture of 2,048 pixels decoded whole and in tiles: memory, time, difference. Each of these in a process of
-its own. Weights are random unless given: they don't change the speed. Nothing is kept.
+`tiles`: a picture of 2,048 pixels decoded whole and in tiles: memory, time, difference.
+`train`: stage two beside what the common example trainer does (`reference_loop.py`), on the same U-Net, pictures and
+batch: images and model FLOPs a second, their share of the device's fastest matrix product, memory, waiting for data.
+Each of the last three in a process of its own. Weights are random unless given: they don't change the speed. Nothing
+is kept.
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import reference_loop
 import torch
 
-from ldm import autoencoder, config, text
+from ldm import autoencoder, config, text, unet
 from ldm.data import images, index
 from ldm.data.index import Index
 from ldm.data.order import Positions
@@ -35,16 +41,18 @@ from ldm.data.samples import Feed, feed
 from ldm.errors import Parser, UserError, command
 from ldm.processes import accelerator
 from ldm.schema import Config
+from ldm.speed import DTYPES, TRAINING, forward_flops, matmul_peak
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train
 
 WORKERS = (0, 1, 2, 4)
+Lines = list[dict[str, float]]  # of metrics
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("data", "stage1", "tiles"), help="what is measured")
+    parser.add_argument("what", choices=("data", "stage1", "tiles", "train"), help="what is measured")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of reading")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
@@ -55,23 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"run.dir={folder}", "run.tracker=none", "run.log_every=1", f"stage2.steps={given.steps}",
-            f"stage1.steps={given.steps}",
-            "sample.prompts=[]", "data.latents=sample",
+            f"stage1.steps={given.steps}", "sample.prompts=[]",
         ]  # fmt: skip
         overrides = [*given.overrides, *own]
         if given.what == "data":
-            data(config.load(given.config, overrides), given.seconds)
+            data(config.load(given.config, [*overrides, "data.latents=sample"]), given.seconds)
         elif given.what == "stage1":
             stage1(given.config, overrides)
-        else:
+        elif given.what == "tiles":
             tiles(given.config, overrides)
+        else:  # a line of metrics waits for the device, so not at each step
+            lines = [f"run.log_every={max(1, given.steps // 6)}", "stage2.evaluate_pictures=1"]
+            compare(given.config, [f"data.cache_dir={folder}/cache", *overrides, *lines])
 
 
 def data(settings: Config, seconds: float) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
     device = accelerator(settings.run).device
-    torch.manual_seed(0)
-    vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size)).to(device)
+    vae = _vae(settings).to(device)
     encoder = text.of(settings.text).to(device)
     pictures = index.build(settings).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
@@ -93,6 +102,14 @@ def data(settings: Config, seconds: float) -> None:
     print(f"training {'encoding on the fly':34} {slow:10,.2f} /s    1.0 ×", flush=True)
     fast = training(settings, pictures, vae, encoder)
     print(f"training {'from the cache':34} {fast:10,.2f} /s {fast / slow:6.1f} ×", flush=True)
+
+
+def _vae(settings: Config) -> autoencoder.Autoencoder:
+    torch.manual_seed(0)
+    one = settings.stage1
+    if one.pretrained:
+        return autoencoder.load(one.pretrained)
+    return autoencoder.Autoencoder(autoencoder.build(one, settings.data.size))
 
 
 def without_cache(settings: Config) -> Config:
@@ -132,16 +149,22 @@ def forget(folder: Path) -> None:
 
 def training(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> float:
     """Pictures a second of stage two's own loop."""
+    return settings.stage2.batch / _step_time(our_loop(settings, pictures, vae, encoder))
+
+
+def our_loop(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> Lines:
     train(settings, pictures, vae, encoder)
-    return settings.stage2.batch / _step_time(settings.run.dir / "stage2")
+    return _lines(settings.run.dir / "stage2")
 
 
-def _step_time(folder: Path) -> float:
-    """Seconds of a step, the median after the first two."""
+def _lines(folder: Path) -> Lines:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if "loss" in line]
-    steps = sorted(b - a for a, b in itertools.pairwise(times[1:]))
-    return steps[len(steps) // 2]
+    return [line for line in lines if "loss" in line]
+
+
+def _step_time(lines: Lines) -> float:
+    """Seconds of a step, the median between two lines, from the second on."""
+    return median((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines[1:]))
 
 
 def apart(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -183,7 +206,7 @@ def _folder(overrides: list[str]) -> str:
 def _train_stage1(file: Path, overrides: list[str]) -> tuple[int, float]:
     settings = config.load(file, overrides)
     train_autoencoder(settings, index.build(settings))
-    return settings.stage1.batch, _step_time(settings.run.dir / "stage1")
+    return settings.stage1.batch, _step_time(_lines(settings.run.dir / "stage1"))
 
 
 def tiles(file: Path, overrides: list[str], side: int = 2048) -> None:
@@ -200,9 +223,7 @@ def tiles(file: Path, overrides: list[str], side: int = 2048) -> None:
 def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[float, torch.Tensor]:
     settings = config.load(file, overrides)
     device = accelerator(settings.run).device
-    torch.manual_seed(0)
-    one = settings.stage1
-    vae = autoencoder.load(one.pretrained) if one.pretrained else autoencoder.Autoencoder(autoencoder.build(one, side))
+    vae = _vae(settings)
     picture = images.to_tensor(images.cut(index.build(settings).picture(0), (side, side))[0])[None]
     latents = vae.to(device).encode(picture)
     autoencoder.WHOLE = whole
@@ -211,6 +232,55 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
     began = time.perf_counter()
     pixels = vae.decode(latents).cpu()
     return time.perf_counter() - began, pixels
+
+
+def compare(file: Path, overrides: list[str]) -> None:
+    """Prints a line each of the reference as it comes, of the reference in our precision, and of our own loop."""
+    settings = config.load(file, overrides)
+    stage, here = settings.stage2, accelerator(settings.run)
+    fixed = stage.variance == "fixed" and not settings.text.train
+    if not fixed or stage.conditions != ("text",) or settings.stage1.family != "kl":
+        raise UserError(
+            "train: the reference knows text from a frozen encoder, latents of an AutoencoderKL and a fixed variance; "
+            "set stage2.conditions=[text] text.train=false stage2.variance=fixed stage1.model=kl"
+        )
+    flops, precision = TRAINING * unet_flops(settings), here.mixed_precision
+    print(
+        f"machine  {os.cpu_count()} cores, {here.device}, {torch.get_num_threads()} threads; {settings.data.size} px, "
+        f"batch {stage.batch}, {flops / 1e9:,.2f} GFLOP to train the U-Net on an image",
+        flush=True,
+    )
+    rows = {f"reference, {each}": (reference_loop.train, [f"run.precision={each}"]) for each in ("no", precision)}
+    rates: list[float] = []
+    for name, (loop, more) in {**rows, f"ours, {precision}": (our_loop, [])}.items():
+        (rate, peak, waiting), memory = apart(_measured, loop, file, [*overrides, *more])
+        rates.append(rate)
+        print(
+            f"training {name:16} {rate:9,.1f} img/s {rate / rates[0]:6.2f} × {rate * flops / 1e9:10,.1f} GFLOP/s, "
+            f"{rate * flops / peak:4.0%} of {peak / 1e9:,.0f} {memory:9,.0f} MB {waiting}",
+            flush=True,
+        )
+    print(f"training in the same precision, ours is {rates[-1] / rates[-2]:.2f} × the reference")
+
+
+def _measured(loop: Callable[..., Lines], file: Path, overrides: list[str]) -> tuple[float, float, str]:
+    """Images a second, the device's peak in FLOP/s, the share of waiting."""
+    settings = config.load(file, overrides)
+    here = accelerator(settings.run)
+    peak = matmul_peak(here.device, DTYPES[here.mixed_precision])
+    pictures = index.build(settings).select("train")
+    lines = loop(settings, pictures, _vae(settings), text.of(settings.text))
+    waited = [line["waiting"] for line in lines[2:] if "waiting" in line]
+    return settings.stage2.batch / _step_time(lines), peak, f"{median(waited):4.1%} waiting" if waited else ""
+
+
+def unet_flops(settings: Config) -> float:
+    """Of one image's forward."""
+    encoder = text.of(settings.text)
+    shape = settings.stage1.latent_channels, settings.data.size // settings.stage1.factor
+    with torch.device("meta"):
+        x, t, states = torch.empty(1, *shape, shape[1]), torch.empty(1), torch.empty(1, encoder.length, encoder.width)
+    return forward_flops(unet.build_empty(settings.stage2, *shape, encoder.width), x, t, states)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ def train(config: Config, data: Index | Stream, books: type[Run] = Run) -> None:
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 
+    def look() -> None:
+        if run.due(stage.evaluate_every, last=True):
+            watch.while_training(data, run, vae)
+
+    if run.step:  # what a killed run still owes
+        look()
     for batch in run.batches(samples, config.data.workers):
         with run.accumulate():
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], run.step
@@ -71,8 +77,7 @@ def train(config: Config, data: Index | Stream, books: type[Run] = Run) -> None:
             if rebuilt.chosen is not None:
                 use_codes(config, run, model, rebuilt.chosen, rebuilt.mean, said)
             run.update(loss=loss, **said)
-        if run.due(stage.evaluate_every, last=True):
-            watch.while_training(data, run, vae)
+        look()
 
     assert stage.train == "all" or encoder_sha256(vae) == frozen, "a frozen encoder has changed"
     finish(config, data, run, vae)

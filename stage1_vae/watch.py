@@ -15,6 +15,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.samples import whole
 from ldm.data.stream import Stream
+from ldm.files import whole_file
 from ldm.latents import Report
 from ldm.metrics.reconstruction import Figures, scales_of
 from ldm.run import Run
@@ -107,7 +108,8 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
     pictures = [picture for row in rows.values() for picture in to_pil(row)]
     sheet = grid(pictures, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole_file(path) as beside:
+        sheet.save(beside, "PNG")
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({"reconstructions": np.array(sheet)[None]}, step=run.step, dataformats="NHWC")

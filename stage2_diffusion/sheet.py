@@ -13,6 +13,7 @@ from ldm.data.images import cut, grid, to_pil, to_tensor
 from ldm.data.index import Index
 from ldm.data.order import generator
 from ldm.data.stream import Stream
+from ldm.files import whole_file
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import on_main
 from ldm.run import Run
@@ -63,7 +64,8 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         pictures = _drawn(model, run, config.run.seed, len(prompts), given)
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked).save(path)
+        with whole_file(path) as beside:
+            grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked).save(beside, "PNG")
 
 
 def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:

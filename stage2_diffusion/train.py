@@ -62,9 +62,14 @@ def train(
     )  # fmt: skip
     validation = Validation(config, data, model, conditions, objective.process)
 
-    if stage.init_from and run.begins:  # before and after
-        write_sheet(config, run, model, data)
-        validation(run)
+    def look() -> None:
+        if run.due(config.sample.every):
+            write_sheet(config, run, model, data)
+        if run.due(stage.evaluate_every, last=True):
+            validation(run)
+
+    if run.step or stage.init_from:  # what a killed run still owes; what a fine-tune starts from
+        look()
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
             n = batch["position"]
@@ -81,10 +86,7 @@ def train(
             run.backward(loss)
             objective.saw(n, t, losses, run.accelerator)
             run.update(loss=loss, **rates)
-        if run.due(config.sample.every):
-            write_sheet(config, run, model, data)
-        if run.due(stage.evaluate_every, last=True):
-            validation(run)
+        look()
 
     trained = run.release()
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)

@@ -10,21 +10,24 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from ldm.files import checkpoints
 from ldm.run import MEASURED
 
 pytestmark = pytest.mark.slow
-FAST = ("stage1.steps=16", "stage2.steps=16", "stage1.checkpoint_every=3", "stage2.checkpoint_every=3",
-        "sample.every=8", "stage2.evaluate_every=8", "stage1.evaluate_every=8", "run.log_every=2")  # fmt: skip
+FAST = ("stage1.steps=12", "stage2.steps=12", "stage1.checkpoint_every=2", "stage2.checkpoint_every=2",
+        "sample.every=6", "stage2.evaluate_every=6", "stage1.evaluate_every=6", "run.log_every=2",
+        "data.held_out=0.2")  # fmt: skip
 
 
 @pytest.fixture
 def drill(
-    launch: Callable[..., Any], finish: Callable[..., str], tmp_path: Path
+    launch: Callable[..., Any], finish: Callable[..., str], three_shapes: Callable[[list[str]], Path], tmp_path: Path
 ) -> Callable[..., tuple[list[Path], list[str]]]:
     """The finished runs' folders, the undisturbed one first, and how each start that was killed ended."""
 
     def given(worlds: str, signals: str, kills: int, *more: str) -> tuple[list[Path], list[str]]:
-        said = finish(launch("tests/end_to_end/drill.py", tmp_path, worlds, signals, kills, *FAST, *more))
+        source = f"data.source={three_shapes([f'drawing number {i}' for i in range(40)])}"
+        said = finish(launch("tests/end_to_end/drill.py", tmp_path, worlds, signals, kills, *FAST, source, *more))
         words = said.splitlines()[-1].split()
         runs = sorted(path.parent for path in tmp_path.glob("*/pipeline"))
         return sorted(runs, key=lambda run: run.name != "whole"), [
@@ -74,8 +77,9 @@ def test_another_number_of_processes_at_every_start_gives_the_same_weights_withi
 
 def same(whole: Path, run: Path) -> None:
     """Every tensor of the last checkpoints and of what was exported, and every metric."""
-    files = [path for path in whole.rglob("*.safetensors") if "cache" not in path.parts]
-    assert any("checkpoints" in path.parts for path in files)
+    folders = [checkpoints(whole / "stage1")[-1], checkpoints(whole / "stage2")[-1], whole / "autoencoder"]
+    files = [path for folder in (*folders, whole / "pipeline") for path in folder.rglob("*.safetensors")]
+    assert len(files) == 3 + 3 + 1 + 3  # model, averages, optimiser, twice; autoencoder; U-Net, autoencoder, text
     for path in files:
         ours, theirs = load_file(run / path.relative_to(whole)), load_file(path)
         assert ours.keys() == theirs.keys()

@@ -1,0 +1,101 @@
+"""What the common example trainer does in each step, to measure ours against: `scripts/benchmark.py train`.
+
+The loop of diffusers' examples/text_to_image/train_text_to_image.py with its defaults and `--use_ema`: pictures are
+decoded and resized for every batch, and encoded, as are the captions; attention, AdamW and EMA are as they come; each
+step's loss is asked for, twice. Left out are its checkpoints, trackers and the learning rate's schedule, which is
+constant there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torchvision import transforms
+
+from ldm import unet
+from ldm.autoencoder import Autoencoder
+from ldm.data.index import Index
+from ldm.processes import accelerator
+from ldm.schema import Config
+from ldm.speed import DTYPES, Clock
+from ldm.text import TextEncoder
+
+
+class Decoded(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
+    """Pictures `(3, size, size)` in [-1, 1], each with one of its captions."""
+
+    def __init__(self, pictures: Index, size: int):
+        self.pictures = pictures
+        self.transform = transforms.Compose([
+            transforms.Resize(size, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(size),
+            transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
+        picture: Image.Image = self.pictures.picture(i)
+        return self.transform(picture.convert("RGB")), random.choice(self.pictures[i].captions)
+
+
+def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder) -> list[dict[str, float]]:
+    """Trains a U-Net and forgets it; returns a line each `run.log_every` steps: step, time and a `Clock`'s figures.
+
+    Of the configuration it takes the U-Net, pictures, batch and micro-batches, precision and loader processes.
+    """
+    stage, size = settings.stage2, settings.data.size
+    run = accelerator(settings.run, stage.micro_batches)
+    count = stage.batch // stage.micro_batches
+    model: Any = unet.build(stage, vae.channels, size // vae.factor, text.width).train()
+    if stage.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    ema = EMAModel(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr)
+
+    def collate(samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
+        pixels, captions = zip(*samples, strict=True)
+        cut = {"padding": "max_length", "max_length": text.piece, "truncation": True}
+        ids = text.tokenizer(captions, **cut, return_tensors="pt")
+        return {"pixels": torch.stack(pixels), "ids": ids.input_ids}
+
+    sampler = torch.utils.data.RandomSampler(pictures, replacement=True, num_samples=stage.steps * stage.batch)
+    loader: Any = torch.utils.data.DataLoader(
+        Decoded(pictures, size), count, sampler=sampler, collate_fn=collate, num_workers=settings.data.workers
+    )
+    model, optimizer, loader = run.prepare(model, optimizer, loader)
+    ema.to(run.device)
+    dtype = DTYPES[run.mixed_precision]  # of what is frozen
+    vae.vae.to(run.device, dtype)
+    text.model.to(run.device, dtype)
+    noise_scheduler, clock, lines, step = DDPMScheduler(), Clock(), [], 0
+
+    for batch in clock.waiting(loader):
+        with run.accumulate(model):
+            latents = vae.vae.encode(batch["pixels"].to(dtype)).latent_dist.sample() * vae.scale
+            noise = torch.randn_like(latents)
+            t = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),), device=run.device)
+            noisy = noise_scheduler.add_noise(latents, noise, t)
+            states = text.model(batch["ids"])[0]
+            loss = F.mse_loss(model(noisy, t, states).sample.float(), noise.float())
+            run.gather(loss.repeat(count)).mean().item()
+            run.backward(loss)
+            if run.sync_gradients:
+                run.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.count(count)
+        if run.sync_gradients:
+            ema.step(model.parameters())
+            step += 1
+            if step % settings.run.log_every == 0:
+                lines.append({"step": step, "time": time.time(), **clock.read()})
+        loss.detach().item()
+    return lines
