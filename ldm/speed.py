@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.unet import use_attention
@@ -40,7 +40,16 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     tensors, also within tuples, lists and dictionaries, and whatever else the module takes.
     """
     # Tensors with a shape, a type and a device, and no values. Entered as a mode, it would take tokens' values as well.
-    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    device = next(each.device for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor))
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return mode.from_tensor(tensor)
+        with mode:
+            return torch.empty_like(tensor, device=device)
+
     tensors = itertools.chain(module.parameters(), module.buffers())
     hollow = copy.deepcopy(module, {id(tensor): fake(tensor) for tensor in tensors}).eval()
     use_attention(hollow, "eager", torch.device("cpu"))  # the same products; xformers' own operators can't be counted

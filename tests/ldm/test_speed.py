@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm import autoencoder, text, unet
 from ldm.condition import Condition
 from ldm.schema import Stage1Config, Stage2Config
+from ldm.sharding import without_weights
 from ldm.speed import Clock, forward_flops, matmul_peak
 from stage1_vae.model import Change, Reconstruction
 from stage2_diffusion.model import Denoiser
@@ -54,6 +55,11 @@ def test_a_product_is_a_multiplication_and_an_addition_each() -> None:
     assert forward_flops(nn.Linear(3, 5), torch.randn(7, 3)) == 2 * 7 * 3 * 5
     convolution = nn.Conv2d(3, 5, 3, stride=2, padding=1)  # of 8 × 6 to 4 × 3 places
     assert forward_flops(convolution, torch.randn(2, 3, 8, 6)) == 2 * (2 * 4 * 3) * (3 * 3 * 3) * 5
+
+
+def test_a_copy_without_weights_has_the_same() -> None:
+    network, given = denoiser(("text", "class")), inputs(("text", "class"))
+    assert forward_flops(without_weights(network), *given) == forward_flops(network, *given) > 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
