@@ -236,6 +236,7 @@ def use_attention(unet: UNet, backend: str, device: torch.device) -> None:
     for layer in unet.modules():
         if isinstance(layer, Attention):
             layer.set_processor(AttnProcessor() if eager else AttnProcessor2_0())
+            layer.upcast_softmax = eager  # float32, as in sdpa; on a CPU bf16's takes six times as long
 
 
 def check_kernels(unet: UNet, device: torch.device) -> None:
