@@ -31,7 +31,7 @@ from ldm.ema import Averages
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint, sync, write_checkpoint
 from ldm.network import Network
-from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
+from ldm.processes import accelerator, leave_signals_to_parent, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
 from ldm.sharding import shard
 from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
@@ -156,8 +156,9 @@ class Run:
         else:
             positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
             loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
-            )
+                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda",
+                worker_init_fn=leave_signals_to_parent,
+            )  # fmt: skip
         for batch in self._clock.waiting(loader):
             position = batch.pop("position")
             self._places.update(batch.pop("places", {}))

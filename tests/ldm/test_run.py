@@ -6,8 +6,11 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -36,9 +39,12 @@ def train(
     number: int = signal.SIGTERM,
     log_every: int = 3,
     side: int = 4,
+    workers: int = 0,
     **changes: object,
 ) -> Run:
     """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
+
+    It is sent to all processes, as a cluster or a launcher does.
 
     In the steps `bad` the third sample's output is not finite.
     """
@@ -59,7 +65,7 @@ def train(
         nn.Linear(side, side),
         {"shape": [4]},
     )
-    for batch in run.batches(Positions(side)):
+    for batch in run.batches(Positions(side), workers):
         with run.accumulate():
             output = run.model(batch["x"])
             if run.step in bad:
@@ -69,7 +75,9 @@ def train(
             run.backward(loss)
             run.update(loss=loss)
         if run.step == stop:
-            os.kill(os.getpid(), number)
+            loaders = [str(child.pid) for child in psutil.Process().children() if workers]
+            subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
+            time.sleep(0.2 * bool(loaders))
     return run
 
 
@@ -109,6 +117,13 @@ def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Pat
     plain = train(tmp_path / "plain", side=80, lr=0.01)
     assert abs(metrics(tmp_path / "whole")[-1]["loss"] / metrics(tmp_path / "plain")[-1]["loss"] - 1) < 0.1
     assert not torch.equal(plain.parameters[0], whole.parameters[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_loaders_processes_too_is_heeded_by_the_run_alone(tmp_path: Path, number: int) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6, workers=1, number=number)
+    assert [folder.name for folder in checkpoints(tmp_path / "stage1")] == ["step-000004", "step-000007"]
 
 
 def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
