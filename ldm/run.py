@@ -229,7 +229,7 @@ class Run:
         if finite:
             self._in_a_row = 0
             for name, value in (pair for each in self._metrics for pair in each.items()):
-                self._sums[name] = self._sums.get(name, 0) + value
+                self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
                 self._counts[name] = self._counts.get(name, 0) + 1
         else:
             self._skip()
@@ -443,7 +443,10 @@ class Run:
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, kept = state["step"], state.get("metrics_bytes", 0)
-            self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
+            self._sums = {
+                name: torch.tensor(total, dtype=torch.float64, device=self.device)
+                for name, total in state["totals"].items()
+            }
             self._counts = state["counts"]
             self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
             self._places = state["places"]
