@@ -239,7 +239,7 @@ class Run:
     def _agreed(self, norms: list[torch.Tensor]) -> tuple[bool, int, bool]:
         """Of all processes: is the step finite, which signal asks for the end, is a checkpoint wanted?"""
         values = [value for each in self._metrics for value in each.values()]
-        if not self.accelerator.scaler:  # with it, a gradient that is not tells that fp16's scale is too high
+        if self.loss_scale <= 1:  # above, a gradient that is not tells that fp16's scale is too high
             values += norms
         finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
         if self.accelerator.num_processes == 1:
@@ -255,11 +255,11 @@ class Run:
             for network in networks:
                 network.step(finite)
             return finite
-        for network in networks:  # not accelerate's step, which lets the scale change between two optimisers
+        for network in networks if finite else ():  # accelerate's step lets the scale change between two optimisers
             scaler.step(network.optimizer.optimizer)
         before = scaler.get_scale()
         scaler.update()
-        return bool(scaler.get_scale() >= before)
+        return finite and bool(scaler.get_scale() >= before)
 
     def _skip(self) -> None:
         """Says which samples' step was skipped; UserError where that has become too many in a row."""

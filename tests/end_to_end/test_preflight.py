@@ -75,7 +75,7 @@ state = join(settings.run)
 def train(*_):
     if state.process_index == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-    state.wait_for_everyone()
+    torch.distributed.all_reduce(torch.ones(1))
 
 torch.cuda.get_device_name = lambda: "a GPU"
 try:
