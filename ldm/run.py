@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -405,6 +406,7 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "totals": totals,
             "counts": self._counts,
+            "metrics_bytes": 0,
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
             "places": places,
@@ -423,7 +425,8 @@ class Run:
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
-        damaged, kept = [], 0
+        damaged: list[Path] = []
+        kept: int | None = 0
         for folder in reversed(checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
@@ -442,13 +445,13 @@ class Run:
             self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, kept = state["step"], state.get("metrics_bytes", 0)
+            self.step, kept = state["step"], state.get("metrics_bytes")  # none of an older version's
             self._sums = {
                 name: torch.tensor(total, dtype=torch.float64, device=self.device)
                 for name, total in state["totals"].items()
             }
             self._counts = state["counts"]
-            self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+            self.skipped, self._in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
             self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
@@ -457,7 +460,9 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            if self._lines.exists() and self._lines.stat().st_size > kept:  # what comes after will be written again
+            if (
+                kept is not None and self._lines.exists() and self._lines.stat().st_size > kept
+            ):  # what comes after will be written again
                 os.truncate(self._lines, kept)
         self.accelerator.wait_for_everyone()
 

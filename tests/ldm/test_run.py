@@ -161,6 +161,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert kept["damaged"].name.startswith("damaged-step-000012")
 
 
+def test_a_run_of_an_older_version_goes_on_and_keeps_its_metrics(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6)
+    before = metrics(tmp_path)
+    file = checkpoints(tmp_path / "stage1")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("metrics_bytes", "skipped", "in_a_row"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    assert train(tmp_path).step == 12
+    assert metrics(tmp_path)[: len(before)] == before
+
+
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for step in (999_500, 1_000_000):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
