@@ -69,7 +69,7 @@ class Network:
         self.accelerator.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor:
-        """Norm of the gradients, shortened where it is larger than `clip`; NaN where one of those apart is not finite."""
+        """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
         apart = nn.utils.clip_grad_norm_(self._apart, self.clip)
         norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
         return torch.where(apart.isfinite().to(norm.device), norm, torch.nan)
