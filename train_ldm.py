@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from ldm import autoencoder, config, plan, preflight
@@ -99,11 +100,14 @@ def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
 
 def dry_run(settings: Config, only: str | None) -> None:
     """Says what would be trained, and measures it where all that it takes is here; leaves nothing."""
-    print(plan.describe(settings), flush=True)
+    state = join(settings.run)
+    if state.is_main_process:
+        print(plan.describe(settings), flush=True)
     try:
-        encoder = plan.check(settings, join(settings.run).num_processes)
+        encoder = plan.check(settings, state.num_processes)
     except UserError as error:
-        print(f"not measured: {error}")
+        if state.is_main_process:
+            print(f"not measured: {error}")
         return
     stages = left(settings, only)
     beside = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
@@ -113,8 +117,10 @@ def dry_run(settings: Config, only: str | None) -> None:
         pictures = seen(settings, encoder)
         for stage in stages:
             measure(settings, stage, pictures, encoder)
+        state.wait_for_everyone()
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if state.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
@@ -132,6 +138,8 @@ def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: Tex
 
     given = made(settings)
     found = preflight.measured(settings, stage, pictures, train)
+    if encoder:
+        encoder.to(torch.device("cpu"))  # stage one, which may come first, needs the room
     if PartialState().is_main_process:
         print(found, flush=True)
 

@@ -69,10 +69,10 @@ class Network:
         self.accelerator.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor:
-        """Norm of the gradients, which are shortened where it is larger than `clip`."""
-        if self._apart:
-            nn.utils.clip_grad_norm_(self._apart, self.clip)
-        return whole(nn.utils.clip_grad_norm_(self._together, self.clip))
+        """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
+        apart = nn.utils.clip_grad_norm_(self._apart, self.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
+        return torch.where(apart.isfinite().to(norm.device), norm, torch.nan)
 
     def step(self, finite: bool) -> None:
         """Takes the optimiser's step; none where gradients are not finite."""

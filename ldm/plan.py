@@ -64,6 +64,8 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
     sharding.check(config)
     sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
+    if config.run.precision == "fp16" and not on_gpu:
+        raise UserError("run.precision: fp16 needs a GPU; take bf16, or no")
     if not one.needs_none:
         local_batch("stage1", one, processes)
         if one.init_from:

@@ -54,7 +54,7 @@ class Needs:
     def describe(self, config: Config, stage: str) -> str:
         """In a line, with the whole stage's time and disk."""
         t = getattr(config, stage)
-        looks = t.steps // t.evaluate_every + 1
+        looks = (t.steps - 1) // t.evaluate_every + 1
         total = self.encoding + t.steps * self.step + looks * self.validation
         encoding = f"encoding takes {_time(self.encoding)}, " if self.encoding else ""
         return (
@@ -111,13 +111,16 @@ def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> 
     folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-preflight-")))
     try:
         found = _measure(config, stage, data, train, folder)
+        wait_for_everyone()  # not after an error, which the others may not have: they would never come
     finally:
-        wait_for_everyone()
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-    if state.is_main_process and config.run.dir.exists():
+
+    def keep() -> None:
         with whole_file(file) as beside:
             beside.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
+
+    on_main(keep)
     return found.describe(config, stage)
 
 
@@ -132,12 +135,13 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     elif config.stage1.gan:  # as it is when the discriminator plays
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    small = config.model_copy(update=sections)
     few = data if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     _forget_peak(cuda)
     try:
         with redirect_stdout(io.StringIO()):  # what it says is said again when it counts
-            train(config.model_copy(update=sections), few, Rehearsal)
+            train(small, few, Rehearsal)
     except Rehearsed as done:
         run = done.run
     except torch.OutOfMemoryError as error:
@@ -157,7 +161,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
         kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     found = Needs(
         step=steps[1] - steps[0],
-        validation=validated - steps[-1],
+        validation=(validated - steps[-1]) * _measured(config, stage, data) / _measured(small, stage, few),
         encoding=(preparing - run.began) * share if written else 0.0,
         memory=max(gather_object([_peak(cuda)])),
         disk=int(written * share + weights * kept),
@@ -188,6 +192,14 @@ def _few(data: Index, batch: int) -> Index:
     train, held = data.select("train"), data.select(*HELD_OUT).some(HELD)
     size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
     return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
+
+
+def _measured(config: Config, stage: str, data: Index | Stream) -> int:
+    """Pictures of a validation, whose time goes with them; 1 where they are not known."""
+    if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
+        return 1
+    most = config.stage2.evaluate_pictures
+    return held if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
 
 
 def _about(config: Config, stage: str) -> dict[str, Any]:

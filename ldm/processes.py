@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -78,6 +80,24 @@ def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(config.dir),
         )
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """In a data loader's process: a signal to all of a run's processes is for the run, which needs data until it saved.
+
+    torch ends the process at a SIGTERM, and the run with it before it could save. One of the parent's own still does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def unsharded() -> AbstractContextManager[None]:

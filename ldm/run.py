@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,7 +32,7 @@ from ldm.ema import Averages
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint, sync, write_checkpoint
 from ldm.network import Network
-from ldm.processes import accelerator, local_batch, on_main, say_idle_cores
+from ldm.processes import accelerator, leave_signals_to_parent, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
 from ldm.sharding import shard
 from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
@@ -156,8 +157,9 @@ class Run:
         else:
             positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
             loader = torch.utils.data.DataLoader(
-                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda"
-            )
+                dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda",
+                worker_init_fn=leave_signals_to_parent,
+            )  # fmt: skip
         for batch in self._clock.waiting(loader):
             position = batch.pop("position")
             self._places.update(batch.pop("places", {}))
@@ -228,7 +230,7 @@ class Run:
         if finite:
             self._in_a_row = 0
             for name, value in (pair for each in self._metrics for pair in each.items()):
-                self._sums[name] = self._sums.get(name, 0) + value
+                self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
                 self._counts[name] = self._counts.get(name, 0) + 1
         else:
             self._skip()
@@ -238,7 +240,7 @@ class Run:
     def _agreed(self, norms: list[torch.Tensor]) -> tuple[bool, int, bool]:
         """Of all processes: is the step finite, which signal asks for the end, is a checkpoint wanted?"""
         values = [value for each in self._metrics for value in each.values()]
-        if not self.accelerator.scaler:  # with it, a gradient that is not tells that fp16's scale is too high
+        if self.loss_scale <= 1:  # above, a gradient that is not tells that fp16's scale is too high
             values += norms
         finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
         if self.accelerator.num_processes == 1:
@@ -254,11 +256,11 @@ class Run:
             for network in networks:
                 network.step(finite)
             return finite
-        for network in networks:  # not accelerate's step, which lets the scale change between two optimisers
+        for network in networks if finite else ():  # accelerate's step lets the scale change between two optimisers
             scaler.step(network.optimizer.optimizer)
         before = scaler.get_scale()
         scaler.update()
-        return bool(scaler.get_scale() >= before)
+        return finite and bool(scaler.get_scale() >= before)
 
     def _skip(self) -> None:
         """Says which samples' step was skipped; UserError where that has become too many in a row."""
@@ -404,6 +406,7 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "totals": totals,
             "counts": self._counts,
+            "metrics_bytes": 0,
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
             "places": places,
@@ -422,7 +425,8 @@ class Run:
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
-        damaged, kept = [], 0
+        damaged: list[Path] = []
+        kept: int | None = 0
         for folder in reversed(checkpoints(self.folder)):
             try:
                 parts, state = read_checkpoint(folder)
@@ -441,10 +445,13 @@ class Run:
             self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, kept = state["step"], state.get("metrics_bytes", 0)
-            self._sums = {name: torch.tensor(total, device=self.device) for name, total in state["totals"].items()}
+            self.step, kept = state["step"], state.get("metrics_bytes")  # none of an older version's
+            self._sums = {
+                name: torch.tensor(total, dtype=torch.float64, device=self.device)
+                for name, total in state["totals"].items()
+            }
             self._counts = state["counts"]
-            self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+            self.skipped, self._in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
             self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
@@ -453,7 +460,9 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            if self._lines.exists() and self._lines.stat().st_size > kept:  # what comes after will be written again
+            if (
+                kept is not None and self._lines.exists() and self._lines.stat().st_size > kept
+            ):  # what comes after will be written again
                 os.truncate(self._lines, kept)
         self.accelerator.wait_for_everyone()
 

@@ -26,6 +26,7 @@ from ldm.data.order import generator
 from ldm.data.records import Bad, BadSampleError, Record
 from ldm.data.sources import Sources
 from ldm.errors import UserError
+from ldm.processes import leave_signals_to_parent
 from ldm.schema import Config, Training
 
 Item = dict[str, Any]
@@ -96,7 +97,7 @@ class Stream:
         mine = range(rank * lanes // processes, (rank + 1) * lanes // processes)
         workers = min(workers, len(mine))
         reader = _Reader(self, training.batch, lanes, mine, first_step, training.steps, dict(places))
-        chunks = iter(DataLoader(reader, batch_size=None, num_workers=workers))
+        chunks = iter(DataLoader(reader, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent))
         seen = bad = 0
         for _ in range(first_step, training.steps):
             parts = [next(chunks) for _ in range(max(1, workers))]  # one of each worker, in their order

@@ -31,6 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
         (["stage1.pretrained=/nowhere"], "stage1.pretrained"),
         (["run.dir=/dev/null/run"], "can't write"),
         (["--stage", "2"], "run --stage 1 first"),
+        (["run.precision=fp16", "run.device=cpu"], "run.precision: fp16 needs a GPU"),
         (["run.tracker=tensorbord"], "did you mean 'tensorboard'"),
         (["stage1.betas=[0.9, 1.5]"], "stage1.betas.1: 1.5"),
         (["stage2.batch=24", "stage2.micro_batches=5"], "24 is not a multiple of 5"),

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +11,14 @@ import psutil
 import pytest
 
 import train_ldm
-from ldm.config import load
+from ldm import preflight
+from ldm.config import Config, load
+from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
 from ldm.preflight import Needs
 
 pytestmark = pytest.mark.slow
+Launch = Callable[..., subprocess.Popen[str]]
 
 
 def test_a_dry_run_measures_both_stages_and_trains_nothing(
@@ -52,6 +58,67 @@ def test_where_memory_lacks_nothing_is_tried(
              f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=1"]  # fmt: skip
     assert train_ldm.main(given) == 0
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ALONE = """
+import sys, torch
+sys.path.insert(0, ".")
+from ldm import config, preflight
+from ldm.data import index
+from ldm.errors import UserError
+from ldm.processes import join
+
+settings = config.load("configs/tiny.yaml", [f"run.dir={sys.argv[1]}", f"data.cache_dir={sys.argv[1]}"])
+state = join(settings.run)
+
+def train(*_):
+    if state.process_index == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+    torch.distributed.all_reduce(torch.ones(1))
+
+torch.cuda.get_device_name = lambda: "a GPU"
+try:
+    preflight.measured(settings, "stage1", index.build(settings), train)
+except UserError as error:
+    print("said:", error, flush=True)
+    sys.exit(2)
+"""
+
+
+def test_a_process_whose_memory_lacks_does_not_wait_for_the_others(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE)
+    process = launch(*TWO, tmp_path / "alone.py", tmp_path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode
+    assert "said: stage1: a step does not fit in the memory of a GPU (CUDA out of memory); raise" in said
+
+
+def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
+    launch: Launch,
+    finish: Callable[..., str],
+    environment: dict[str, str],
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(environment, "TMPDIR", str(tmp_path))
+    said = finish(
+        launch(*TWO, "train_ldm.py", "--config", "configs/tiny.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}",
+               f"data.cache_dir={tiny_run / 'cache'}", "--stage", "1")
+    )  # fmt: skip
+    assert said.count("stage 1  kl") == said.count("measured stage1: ") == 1
+    assert not [*tmp_path.glob("ldm-*"), *tmp_path.glob("run")]
+
+
+def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[Config, Index]]) -> None:
+    settings, index = drawings("data.held_out=0.4", "stage2.evaluate_pictures=40")
+    held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
+    assert held > 40
+    assert len(few.select(*HELD_OUT)) == 32
+    assert preflight._measured(settings, "stage1", index) == held
+    assert preflight._measured(settings, "stage2", index) == 80
+    assert preflight._measured(settings, "stage2", few) == 32 + 16
 
 
 def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> None:

@@ -6,15 +6,22 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+import ldm.run
 from ldm.data.order import normal
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint
+from ldm.network import Network
+from ldm.processes import accelerator
 from ldm.run import MEASURED, Run, learning_rate
 from ldm.schema import RunConfig, Training
 
@@ -32,15 +39,19 @@ def train(
     stop: int | None = None,
     keep: int = 2,
     bad: tuple[int, ...] = (),
+    steep: tuple[int, ...] = (),
     max_skipped: int = 10,
     number: int = signal.SIGTERM,
     log_every: int = 3,
     side: int = 4,
+    workers: int = 0,
     **changes: object,
 ) -> Run:
     """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
 
-    In the steps `bad` the third sample's output is not finite.
+    It is sent to all processes, as a cluster or a launcher does.
+
+    In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is.
     """
     torch.manual_seed(0)
     options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
@@ -59,17 +70,21 @@ def train(
         nn.Linear(side, side),
         {"shape": [4]},
     )
-    for batch in run.batches(Positions(side)):
+    for batch in run.batches(Positions(side), workers):
         with run.accumulate():
             output = run.model(batch["x"])
             if run.step in bad:
                 output = torch.where(batch["position"][:, None] % 4 == 2, torch.inf, output)
+            if run.step in steep:
+                output.register_hook(lambda gradient: gradient * torch.nan)
             run.watch(batch["position"], output)
             loss = (output - batch["x"]).square().mean()
             run.backward(loss)
             run.update(loss=loss)
         if run.step == stop:
-            os.kill(os.getpid(), number)
+            loaders = [str(child.pid) for child in psutil.Process().children() if workers]
+            subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
+            time.sleep(0.2 * bool(loaders))
     return run
 
 
@@ -111,6 +126,13 @@ def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Pat
     assert not torch.equal(plain.parameters[0], whole.parameters[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_loaders_processes_too_is_heeded_by_the_run_alone(tmp_path: Path, number: int) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6, workers=1, number=number)
+    assert [folder.name for folder in checkpoints(tmp_path / "stage1")] == ["step-000004", "step-000007"]
+
+
 def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
     for stop in (11, 12):  # heeded at the end of step 12; after its checkpoint
         with pytest.raises(SystemExit):
@@ -137,6 +159,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert kept["step"].name == "step-000012"
     read_checkpoint(kept["step"])  # the sound one, written anew
     assert kept["damaged"].name.startswith("damaged-step-000012")
+
+
+def test_a_run_of_an_older_version_goes_on_and_keeps_its_metrics(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6)
+    before = metrics(tmp_path)
+    file = checkpoints(tmp_path / "stage1")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("metrics_bytes", "skipped", "in_a_row"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    assert train(tmp_path).step == 12
+    assert metrics(tmp_path)[: len(before)] == before
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
@@ -242,6 +277,54 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_last_checkpoint_st
     for folder in checkpoints(tmp_path / "stage1"):
         parts, _ = read_checkpoint(folder)
         assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Losses of `train` are multiplied by 4 at first, as fp16's are by more: accelerate does so on a GPU only."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def with_scaler(*given: object) -> Accelerator:
+        made = accelerator(*given)
+        made.scaler = scaler
+        made.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
+        return made
+
+    monkeypatch.setattr(ldm.run, "accelerator", with_scaler)
+    return scaler
+
+
+def test_a_scale_that_is_too_high_is_lowered_and_not_counted(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+    run = train(tmp_path, steep=(2, 3))
+    assert (run.skipped, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
+
+
+def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+    with pytest.raises(UserError, match=r"step 7, of sample 24, .* 3 steps in a row"):
+        train(tmp_path, steep=tuple(range(2, 12)), max_skipped=3)
+
+
+def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
+    tmp_path: Path, scaled: torch.amp.GradScaler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Run.update
+    monkeypatch.setattr(Run, "update", lambda run, loss: update(run, loss=loss / (run.step != 5)))
+    run = train(tmp_path)
+    steps = run._network.optimizer.state_dict()["state"][0]["step"]
+    assert (run.skipped, int(steps), run.ema.updates) == (1, 11, 11)
+
+
+def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
+    class Two(nn.Linear):
+        @property
+        def apart(self) -> list[nn.Parameter]:
+            return [self.bias]
+
+    network = Network(Two(2, 2), Training(), 0.1, Accelerator(cpu=True))
+    network.bare(torch.ones(1, 2)).sum().backward()
+    assert network.clip_gradients().isfinite()
+    network.bare.bias.grad.fill_(torch.nan)
+    assert not network.clip_gradients().isfinite()
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
