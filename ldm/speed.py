@@ -41,7 +41,6 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """
     # Tensors with a shape, a type and a device, and no values. Entered as a mode, it would take tokens' values as well.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
     device = next(each.device for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor))
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +52,7 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     tensors = itertools.chain(module.parameters(), module.buffers())
     hollow = copy.deepcopy(module, {id(tensor): fake(tensor) for tensor in tensors}).eval()
     use_attention(hollow, "eager", torch.device("cpu"))  # the same products; xformers' own operators can't be counted
-    args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+    args, kwargs = tree_map_only(torch.Tensor, lambda given: fake(given.detach()), (args, kwargs))
     with FlopCounterMode(display=False) as counter:
         try:
             hollow(*args, **kwargs)

@@ -57,6 +57,12 @@ def test_a_product_is_a_multiplication_and_an_addition_each() -> None:
     assert forward_flops(convolution, torch.randn(2, 3, 8, 6)) == 2 * (2 * 4 * 3) * (3 * 3 * 3) * 5
 
 
+def test_inputs_that_carry_gradients_count_alike() -> None:  # a learned schedule's times do
+    network, (x, t, condition, dropped) = denoiser(("text",)), inputs(("text",))
+    learned = t.float().requires_grad_() * 1
+    assert forward_flops(network, x, learned, condition, dropped) == forward_flops(network, x, t, condition, dropped)
+
+
 def test_a_copy_without_weights_has_the_same() -> None:
     network, given = denoiser(("text", "class")), inputs(("text", "class"))
     assert forward_flops(without_weights(network), *given) == forward_flops(network, *given) > 0

@@ -221,7 +221,7 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
         settings, index = few(*keys, f"run.dir={folder}", f"stage2.steps={steps}", "stage2.checkpoint_every=3")
         train(settings, index, vae, encoder_of(settings) if settings.stage2.text else None)
     (whole, state), (resumed, other) = map(last_checkpoint, folders)
-    assert state == other
+    assert {**state, "metrics_bytes": None} == {**other, "metrics_bytes": None}  # of times, written out
     for part, values in whole.items():
         assert values.keys() == resumed[part].keys()
         assert all(torch.equal(value, resumed[part][name]) for name, value in values.items()), part
