@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ldm import autoencoder, config, plan, preflight
-from ldm.data import check, index, samples
+from ldm import autoencoder, config, plan, preflight, text
+from ldm.data import check, index, samples, sources
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.errors import Parser, UserError, command
@@ -99,16 +99,19 @@ def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
 
 
 def dry_run(settings: Config, only: str | None) -> None:
-    """Says what would be trained, and measures it where all that it takes is here; leaves nothing."""
+    """Says what would be trained, and measures it where data and text encoder are here; makes no run's folder."""
     state = join(settings.run)
     if state.is_main_process:
         print(plan.describe(settings), flush=True)
-    try:
-        encoder = plan.check(settings, state.num_processes)
+    try:  # what may not be here yet
+        sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
+        if settings.stage2.text:
+            text.of(settings.text)
     except UserError as error:
         if state.is_main_process:
             print(f"not measured: {error}")
         return
+    encoder = plan.check(settings, state.num_processes)
     stages = left(settings, only)
     beside = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
     try:
@@ -133,8 +136,8 @@ def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: Tex
             vae = autoencoder.load(given)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
-        text = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
-        return train_unet(settings, pictures, vae, text, books)
+        trained = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
+        return train_unet(settings, pictures, vae, trained, books)
 
     given = made(settings)
     found = preflight.measured(settings, stage, pictures, train)

@@ -125,7 +125,7 @@ def optimizer(
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     if accelerator.distributed_type in SHARDED:
-        raise UserError("stage2.optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
+        raise UserError("optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]

@@ -7,14 +7,15 @@ import hashlib
 import io
 import json
 import math
+import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ import psutil
 import torch
 from accelerate.utils import gather_object, wait_for_everyone
 
-from ldm import plan
+from ldm import plan, sharding
 from ldm.config import dump
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.errors import UserError
-from ldm.files import whole_file
+from ldm.files import checkpoints, whole_file
 from ldm.processes import join, on_main
 from ldm.run import Run
 from ldm.schema import Config
@@ -51,16 +52,17 @@ class Needs:
     disk: int
     device: str
 
-    def describe(self, config: Config, stage: str) -> str:
-        """In a line, with the whole stage's time and disk."""
+    def describe(self, config: Config, stage: str, done: int = 0) -> str:
+        """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
         t = getattr(config, stage)
-        looks = (t.steps - 1) // t.evaluate_every + 1
-        total = self.encoding + t.steps * self.step + looks * self.validation
-        encoding = f"encoding takes {_time(self.encoding)}, " if self.encoding else ""
+        left, looks = t.steps - done, (t.steps - 1) // t.evaluate_every - done // t.evaluate_every + 1
+        encoding = 0.0 if done else self.encoding
+        total = encoding + left * self.step + looks * self.validation
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
-            f"{_bytes(self.memory)} of memory on {self.device}; {encoding}{t.steps} steps take "
-            f"{_time(t.steps * self.step)}, {looks} × validation {_time(looks * self.validation)}: "
+            f"{_bytes(self.memory)} of memory on {self.device}; "
+            + (f"encoding takes {_time(encoding)}, " if encoding else "")
+            + f"{left} steps take {_time(left * self.step)}, {looks} × validation {_time(looks * self.validation)}: "
             f"{_time(total)} in all, and {_bytes(self.disk)} of disk"
         )
 
@@ -101,14 +103,15 @@ def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> 
     UserError where a step doesn't fit in the GPU's memory.
     """
     state = join(config.run)
-    about = _about(config, stage)
+    about, done = _about(config, stage), _done(config, stage)
     file = config.run.dir / FILE
     known = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
     if known.get(stage, {}).get("about") == about:
-        return Needs(**known[stage]["needs"]).describe(config, stage)
+        return Needs(**known[stage]["needs"]).describe(config, stage, done)
     if lacking := on_main(lambda: _lacks_memory(config, stage)):
         return lacking
-    folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-preflight-")))
+    folder = config.run.dir / ".preflight"  # where all machines of a run can see it
+    on_main(partial(shutil.rmtree, folder, ignore_errors=True))  # of one that was killed
     try:
         found = _measure(config, stage, data, train, folder)
         wait_for_everyone()  # not after an error, which the others may not have: they would never come
@@ -121,7 +124,13 @@ def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> 
             beside.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
 
     on_main(keep)
-    return found.describe(config, stage)
+    return found.describe(config, stage, done)
+
+
+def _done(config: Config, stage: str) -> int:
+    """Steps that the stage's last checkpoint has behind it."""
+    last = checkpoints(config.run.dir / stage)[-1:]
+    return int(last[0].name.removeprefix("step-")) if last else 0
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> Needs:
@@ -136,7 +145,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     small = config.model_copy(update=sections)
-    few = data if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     _forget_peak(cuda)
     try:
@@ -181,6 +190,8 @@ def _lacks_memory(config: Config, stage: str) -> str:
         return ""
     networks = dict(zip(("stage1", "stage2"), plan.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
+    if sharding.asked() != "fsdp":  # which divides them
+        least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there = psutil.virtual_memory().available
     if least < there:
         return ""
@@ -205,7 +216,8 @@ def _measured(config: Config, stage: str, data: Index | Stream) -> int:
 def _about(config: Config, stage: str) -> dict[str, Any]:
     """What the measured depends on."""
     keys = dump(config)
-    parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")} | {"precision": config.run.precision}
+    parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
+    parts["run"] = {name: keys["run"][name] for name in ("precision", "keep")}
     parts["data"] = {**parts["data"], "cache_dir": None}
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     return {

@@ -104,6 +104,7 @@ class Run:
         self.step = 0  # optimiser steps done
         self.skipped = self._in_a_row = 0  # those of them that learned nothing, as something was not finite
         self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a micro-batch each
+        self._keys: dict[int, str] = {}  # of this step's samples, where they come with their names
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step: positions, and whose output is bad
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
@@ -162,6 +163,7 @@ class Run:
             )  # fmt: skip
         for batch in self._clock.waiting(loader):
             position = batch.pop("position")
+            self._keys.update(zip(position.tolist(), batch.pop("key", ()), strict=False))
             self._places.update(batch.pop("places", {}))
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
@@ -234,7 +236,7 @@ class Run:
                 self._counts[name] = self._counts.get(name, 0) + 1
         else:
             self._skip()
-        self._metrics, self._watched = [], []
+        self._metrics, self._watched, self._keys = [], [], {}
         self._after_step(stop, save)
 
     def _agreed(self, norms: list[torch.Tensor]) -> tuple[bool, int, bool]:
@@ -265,14 +267,13 @@ class Run:
     def _skip(self) -> None:
         """Says which samples' step was skipped; UserError where that has become too many in a row."""
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        mine = [
-            (int(n), bool(bad))
-            for positions, outputs in self._watched
-            for n, bad in zip(positions, outputs, strict=True)
-        ]
-        seen = sorted(gather_object(mine))
-        bad = [n for n, is_bad in seen if is_bad] or [n for n, _ in seen]
-        names = ", ".join(map(self._name, bad[:NAMED])) + (f" and {len(bad) - NAMED} more" if bad[NAMED:] else "")
+        seen: list[tuple[int, bool, str]] = []
+        for positions, outputs in self._watched:
+            for n, is_bad in zip(positions.tolist(), outputs.tolist(), strict=True):
+                seen.append((n, is_bad, f"sample {n}, {self._keys[n]}" if n in self._keys else self._name(n)))
+        seen = sorted(gather_object(seen))
+        bad = [name for _, is_bad, name in seen if is_bad] or [name for *_, name in seen]
+        names = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if bad[NAMED:] else "")
         said = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {names or 'no known sample'}"
         if self._in_a_row >= self.config.max_skipped:
             last = checkpoints(self.folder)[-1:]
@@ -395,7 +396,7 @@ class Run:
         totals = self._totals()
         places: dict[str, Any] = {}
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
-            places.update({lane: max(place, places.get(lane, place)) for lane, place in each.items()})
+            places.update({lane: max(tuple(place), tuple(places.get(lane, place))) for lane, place in each.items()})
         parts, groups = self.ema.state(), {}
         for network, (model, optimizer) in zip(self._networks, PARTS, strict=False):
             parts[model], parts[optimizer], groups[optimizer] = network.state()
@@ -464,7 +465,15 @@ class Run:
                 kept is not None and self._lines.exists() and self._lines.stat().st_size > kept
             ):  # what comes after will be written again
                 os.truncate(self._lines, kept)
+            self._drop_later()
         self.accelerator.wait_for_everyone()
+
+    def _drop_later(self) -> None:
+        """Removes sheets and snapshots from after the step that the run goes on from; they will be made again."""
+        for path in (*self.folder.glob("samples/step-*"), *self.folder.glob("ema/step-*")):
+            number = path.name.split("-")[1].partition(".")[0]
+            if number.isdigit() and (int(number) > self.step or not self.step):
+                path.unlink()
 
     def _say(self, text: str) -> None:
         if self.is_main:

@@ -111,6 +111,11 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
             f"stage2.init_from: {name} halves the latents {halvings} times, but their side is {side}; use a data.size "
             f"that gives a multiple of {2**halvings}"
         )
+    if dropout := unet.config.get("dropout"):
+        print(f"stage2.init_from: {name} has dropout {dropout}, which is left out: no run could repeat it", flush=True)
+        for layer in unet.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
     unet.register_to_config(sample_size=side)  # convolutions take any; this is what sampling starts from
     labels = classes + 1 if stage.classes else LEVELS if "upscale" in stage.conditions else None
     if stage.classes and not classes:
