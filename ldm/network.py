@@ -36,6 +36,8 @@ class Network:
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
         self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
+        if accelerator.is_fsdp2:  # its first forward does that, but a part's, in a validation, may come before
+            module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
         self._sort()
 
     def _sort(self) -> None:
