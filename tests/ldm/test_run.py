@@ -27,11 +27,12 @@ from ldm.schema import RunConfig, Training
 
 
 class Positions(torch.utils.data.Dataset):
-    def __init__(self, side: int):
-        self.side = side
+    def __init__(self, side: int, keys: bool = False):
+        self.side, self.keys = side, keys
 
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (self.side,))[0]}
+        x = normal(0, "x", torch.tensor([n]), (self.side,))[0]
+        return {"position": torch.tensor(n), "x": x, **({"key": f"{n}.png"} if self.keys else {})}
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     log_every: int = 3,
     side: int = 4,
     workers: int = 0,
+    keys: bool = False,
     **changes: object,
 ) -> Run:
     """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
@@ -70,7 +72,7 @@ def train(
         nn.Linear(side, side),
         {"shape": [4]},
     )
-    for batch in run.batches(Positions(side), workers):
+    for batch in run.batches(Positions(side, keys), workers):
         with run.accumulate():
             output = run.model(batch["x"])
             if run.step in bad:
@@ -260,6 +262,34 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
     lines = metrics(tmp_path / "with")
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line.get("skipped") for line in lines] == [None, 1, 1, 1]
+
+
+def test_samples_that_bring_their_names_are_called_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, bad=(5,), keys=True, steps=6)
+    assert "not finite at step 6, of sample 22, 22.png; the step is skipped" in capsys.readouterr().out
+
+
+def test_a_line_of_metrics_tells_the_speed_and_later_ones_the_utilisation(tmp_path: Path) -> None:
+    train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "stage1/metrics.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1 for line in lines)
+    assert [line.get("mfu", 0) > 0 for line in lines] == [False, True, True, True]
+
+
+def test_sheets_and_snapshots_from_after_the_step_that_a_run_goes_on_from_are_made_again(tmp_path: Path) -> None:
+    later = [tmp_path / "stage1/samples/step-000009.png", tmp_path / "stage1/ema/step-000009-0.1.safetensors"]
+    sooner = tmp_path / "stage1/samples/step-000003.png"
+    for path in (*later, sooner):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(SystemExit):  # begins anew, as there is no checkpoint: all of them go
+        train(tmp_path, stop=6)
+    assert not any(path.exists() for path in (*later, sooner))
+    for path in (*later, sooner):
+        path.touch()
+    train(tmp_path, steps=8)
+    assert not any(path.exists() for path in later)
+    assert sooner.exists()
 
 
 def test_a_skipped_step_is_skipped_again_after_a_resume(tmp_path: Path) -> None:

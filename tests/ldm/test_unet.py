@@ -153,3 +153,15 @@ def test_presets_have_the_size_that_they_are_named_after(name: str, millions: in
     stage, width = config.parse(tree, "a test").stage2, 384 if name == "unet-5m" else 768
     count = sum(p.numel() for p in unet.build_empty(stage, 4, 64, width).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.04)
+
+
+def test_dropout_of_a_loaded_unet_is_left_out_and_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = config.load(root / "configs/tiny.yaml", [f"stage2.init_from={tmp_path}"]).stage2
+    its = unet.build(stage, 4, 16, 32)
+    its.register_to_config(dropout=0.1)
+    its.save_pretrained(tmp_path / "unet")
+    loaded = unet.load(stage, 4, 16, 32)
+    assert "dropout 0.1, which is left out" in capsys.readouterr().out
+    assert {layer.p for layer in loaded.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
