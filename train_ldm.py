@@ -129,15 +129,15 @@ def dry_run(settings: Config, only: str | None) -> None:
 def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
     """Says what a stage takes: two of its steps are tried, with a random autoencoder where none is trained yet."""
 
-    def train(settings: Config, pictures: Index | Stream, books: type[Run]) -> None:
+    def train(settings: Config, pictures: Index | Stream, run_class: type[Run]) -> None:
         if stage == "stage1":
-            return train_autoencoder(settings, pictures, books)
+            return train_autoencoder(settings, pictures, run_class)
         if given == "identity" or settings.stage1.pretrained or Path(given).exists():
             vae = autoencoder.load(given)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
         trained = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
-        return train_unet(settings, pictures, vae, trained, books)
+        return train_unet(settings, pictures, vae, trained, run_class)
 
     given = made(settings)
     found = preflight.measured(settings, stage, pictures, train)

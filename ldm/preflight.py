@@ -38,7 +38,7 @@ from ldm.schema import Config
 STEPS = 2  # the first, which also warms up, isn't timed
 HELD = 32  # held-out pictures of the validation, at most
 FILE = "preflight.json"
-Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, what keeps the books
+Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, the class of the run
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ldm.data.samples import named, pictures
 from ldm.data.stream import Stream
 from ldm.files import tensors_sha256
 from ldm.metrics import weights
+from ldm.processes import on_main
 from ldm.run import Run
 from ldm.schema import Config, Stage1Config
 from stage1_vae import losses, watch
@@ -28,7 +29,7 @@ from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
 
 
-def train(config: Config, data: Index | Stream, books: type[Run] = Run) -> None:
+def train(config: Config, data: Index | Stream, run_class: type[Run] = Run) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
@@ -39,7 +40,9 @@ def train(config: Config, data: Index | Stream, books: type[Run] = Run) -> None:
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     contract = {"data": train_set.fingerprint()}
-    run = books(config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch))
+    run = run_class(
+        config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch)
+    )
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 
@@ -172,14 +175,14 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
         autoencoder = autoencoders.normalised(trained, mean, std)
     latents = watch.latent_report(some, autoencoder, run)
     facts = watch.when_done(data, autoencoder, run)
-    if run.is_main:
-        autoencoder.save(
+    on_main(
+        lambda: autoencoder.save(
             config.run.dir / "autoencoder",
             steps=run.step, **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
             raw_mean=None if mean is None else mean.tolist(), raw_std=None if std is None else std.tolist(),
             latents=latents,
-        )  # fmt: skip
-    run.accelerator.wait_for_everyone()
+        )
+    )  # fmt: skip
 
 
 def encoder_sha256(vae: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from ldm.data.index import Index
 from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
-from ldm.processes import join
+from ldm.processes import join, on_main
 from ldm.run import Run
 from ldm.sampling import scheduler
 from ldm.schema import Config
@@ -25,7 +26,7 @@ from stage2_diffusion.validation import Validation
 
 
 def train(
-    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, books: type[Run] = Run
+    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, run_class: type[Run] = Run
 ) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
@@ -46,7 +47,7 @@ def train(
     device = join(config.run).device
     use_attention(unet.to(device), stage.attention_backend, device)
     name = named(train_set, config, stage.batch)
-    run = books(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
+    run = run_class(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         unet.compile()
     autoencoder.to(run.device)
@@ -91,6 +92,4 @@ def train(
     trained = run.release()
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, run, model, data)
-    if run.is_main:
-        model.save(config.run.dir / "pipeline")  # last: where it stands, the stage is finished
-    run.accelerator.wait_for_everyone()
+    on_main(partial(model.save, config.run.dir / "pipeline"))  # last: where it stands, the stage is finished
