@@ -94,7 +94,7 @@ def test_both_networks_survive_kill_9(
     assert whole.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
     for part, tensors in whole.items():
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in tensors.items()), part
-    assert resumed == state
+    assert {**resumed, "metrics_bytes": 0} == {**state, "metrics_bytes": 0}  # speeds have more digits or fewer
     assert lines(folder) == lines(tmp_path / "whole")
     weights = [
         load_file(name / "autoencoder/diffusion_pytorch_model.safetensors") for name in (tmp_path / "whole", folder)
