@@ -17,7 +17,8 @@ from ldm.run import MEASURED
 pytestmark = pytest.mark.slow
 FAST = ("stage1.steps=12", "stage2.steps=12", "stage1.checkpoint_every=2", "stage2.checkpoint_every=2",
         "sample.every=6", "stage2.evaluate_every=6", "stage1.evaluate_every=6", "run.log_every=3",
-        "data.held_out=0.2")  # fmt: skip
+        "data.held_out=0.2", "stage2.micro_batches=2", "stage2.ema_widths=[0.05, 0.1]",
+        "stage2.ema_snapshot_every=4")  # fmt: skip
 
 
 @pytest.fixture
@@ -84,8 +85,10 @@ def test_another_number_of_processes_at_every_start_gives_the_same_weights_withi
 def same(whole: Path, run: Path) -> None:
     """Every tensor of the last checkpoints and of what was exported, and every metric."""
     folders = [checkpoints(whole / "stage1")[-1], checkpoints(whole / "stage2")[-1], whole / "autoencoder"]
-    files = [path for folder in (*folders, whole / "pipeline") for path in folder.rglob("*.safetensors")]
-    assert len(files) == 3 + 3 + 1 + 3  # model, averages, optimiser, twice; autoencoder; U-Net, autoencoder, text
+    folders += [whole / "pipeline", whole / "stage2/ema"]
+    files = [path for folder in folders for path in folder.rglob("*.safetensors")]
+    # model, average, optimiser, twice; a second average; autoencoder; U-Net, autoencoder, text; snapshots
+    assert len(files) == 3 + 4 + 1 + 3 + 2 * 3
     for path in files:
         ours, theirs = load_file(run / path.relative_to(whole)), load_file(path)
         assert ours.keys() == theirs.keys()
