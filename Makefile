@@ -25,7 +25,7 @@ demo: setup
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .
