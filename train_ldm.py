@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_card(settings)
     if state.is_main_process:
         print(f"finished: {pipeline if given.stage != '1' else made(settings)}")
+    state.wait_for_everyone()
+    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
     return None
 
 

@@ -57,3 +57,5 @@ for name, more in json.loads(runs).items():
     train(settings, index.build(settings), vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)
 (Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
