@@ -65,9 +65,8 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
         still_free = FREE if begun else (*FREE, "stage2.", "text.")
         one = config.stage1
         ends: tuple[str, ...] = FREE_ENDS
-        if (
-            one.gan and (one.gan.adaptive or one.gan.norm == "batch")
-        ) or one.family == "vq":  # weighed, or revived, by what is computed together
+        together = one.gan and (one.gan.adaptive or one.gan.norm == "batch")
+        if together or one.family == "vq":  # weighed, normalised or revived by what is computed together
             still_free = (*still_free, "stage2.micro_batches")
             ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
         written = yaml.safe_load(file.read_text("utf-8"))

@@ -10,13 +10,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,16 +33,13 @@ from ldm.network import Network
 from ldm.processes import accelerator, leave_signals_to_parent, local_batch, on_main, say_idle_cores
 from ldm.schema import RunConfig, Training
 from ldm.sharding import shard
+from ldm.signals import Interrupted, Wishes
+from ldm.skips import Skips
 from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
 from ldm.zero import ZeroNetwork
 
 MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
-NAMED = 8  # samples of a step that is not finite
 PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the files of each network in a checkpoint
-
-
-class Interrupted(SystemExit):
-    """Raised after the checkpoint of a run that was asked to stop; its code is the shell's 128 + signal."""
 
 
 def learning_rate(step: int, training: Training) -> float:
@@ -100,21 +95,16 @@ class Run:
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
         self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
-        self._name = name
         self.step = 0  # optimiser steps done
-        self.skipped = self._in_a_row = 0  # those of them that learned nothing, as something was not finite
+        self.skips = Skips(name)
         self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a micro-batch each
-        self._keys: dict[int, str] = {}  # of this step's samples, where they come with their names
-        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step: positions, and whose output is bad
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
         self._clock = Clock()
-        self._stop = 0  # the signal that asks for the end
-        self._asked = 0.0
+        self._wishes = Wishes()
         self._stopped = 0  # the one that was heeded
-        self._wanted = False  # a checkpoint, by SIGUSR1
         self._released = False
         self._resume()
         if self.accelerator.log_with:
@@ -125,10 +115,6 @@ class Run:
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
         """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
-        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._asked_to_stop)
-        if hasattr(signal, "SIGUSR1"):
-            handlers[signal.SIGUSR1] = self._asked_to_save
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         self._bar = tqdm(
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
@@ -136,16 +122,15 @@ class Run:
         self._start_clock()
         self.model.train()
         try:
-            for batch in self._loaded(dataset, workers):
-                yield batch
-                if self._stopped:
-                    raise Interrupted(128 + self._stopped)
-            if self._stop and a.num_processes == 1:  # it came after the last step was saved
-                raise Interrupted(128 + self._stop)
+            with self._wishes.heard():
+                for batch in self._loaded(dataset, workers):
+                    yield batch
+                    if self._stopped:
+                        raise Interrupted(128 + self._stopped)
+                if self._wishes.end and a.num_processes == 1:  # it came after the last step was saved
+                    raise Interrupted(128 + self._wishes.end)
         finally:
             self._bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
             for tracker in a.trackers:
                 tracker.finish()
 
@@ -163,7 +148,7 @@ class Run:
             )  # fmt: skip
         for batch in self._clock.waiting(loader):
             position = batch.pop("position")
-            self._keys.update(zip(position.tolist(), batch.pop("key", ()), strict=False))
+            self.skips.bring(position, batch.pop("key", ()))
             self._places.update(batch.pop("places", {}))
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
@@ -201,7 +186,7 @@ class Run:
 
     def watch(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
         """Keeps in mind whose output `(N, …)` is not finite, to name these samples should the step be skipped."""
-        self._watched.append((positions, ~outputs.detach().flatten(1).isfinite().all(1)))
+        self.skips.watch(positions, outputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
@@ -229,14 +214,14 @@ class Run:
         for network in self._networks:
             network.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        names = self.skips.end_step(finite)
         if finite:
-            self._in_a_row = 0
             for name, value in (pair for each in self._metrics for pair in each.items()):
                 self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
                 self._counts[name] = self._counts.get(name, 0) + 1
         else:
-            self._skip()
-        self._metrics, self._watched, self._keys = [], [], {}
+            self._say_skipped(names)
+        self._metrics = []
         self._after_step(stop, save)
 
     def _agreed(self, norms: list[torch.Tensor]) -> tuple[bool, int, bool]:
@@ -246,8 +231,8 @@ class Run:
             values += norms
         finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
         if self.accelerator.num_processes == 1:
-            return bool(finite), self._stop, self._wanted
-        flags = torch.stack([~finite, *torch.tensor([self._stop, self._wanted], device=self.device)])
+            return bool(finite), self._wishes.end, self._wishes.save
+        flags = torch.stack([~finite, *torch.tensor([self._wishes.end, self._wishes.save], device=self.device)])
         bad, stop, save = self.accelerator.gather(flags[None]).amax(0).tolist()
         return not bad, stop, bool(save)
 
@@ -264,26 +249,18 @@ class Run:
         scaler.update()
         return finite and bool(scaler.get_scale() >= before)
 
-    def _skip(self) -> None:
-        """Says which samples' step was skipped; UserError where that has become too many in a row."""
-        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        seen: list[tuple[int, bool, str]] = []
-        for positions, outputs in self._watched:
-            for n, is_bad in zip(positions.tolist(), outputs.tolist(), strict=True):
-                seen.append((n, is_bad, f"sample {n}, {self._keys[n]}" if n in self._keys else self._name(n)))
-        seen = sorted(gather_object(seen))
-        bad = [name for _, is_bad, name in seen if is_bad] or [name for *_, name in seen]
-        names = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if bad[NAMED:] else "")
-        said = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {names or 'no known sample'}"
-        if self._in_a_row >= self.config.max_skipped:
+    def _say_skipped(self, names: str) -> None:
+        """Says whose step was skipped; UserError where it has become too many in a row."""
+        said, skips = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {names}", self.skips
+        if skips.in_a_row >= self.config.max_skipped:
             last = checkpoints(self.folder)[-1:]
             kept = f"{last[0]} stands" if last else "there is no checkpoint yet"
             raise UserError(
-                f"{said}; {self._in_a_row} steps in a row were so, and nothing was learned from them; {kept}. Raise "
+                f"{said}; {skips.in_a_row} steps in a row were so, and nothing was learned from them; {kept}. Raise "
                 f"run.max_skipped to go on, or mend these samples or lower {self.stage}.lr and start with --fresh"
             )
         if self._bar is not None and self.is_main:
-            self._bar.write(f"{said}; the step is skipped, {self._in_a_row} in a row, {self.skipped} in all")
+            self._bar.write(f"{said}; the step is skipped, {skips.in_a_row} in a row, {skips.total} in all")
 
     def due(self, every: int, last: bool = False) -> bool:
         """After each step whose number is a multiple of `every`, the last one only where asked for.
@@ -348,7 +325,7 @@ class Run:
         if stop or save or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
         if save:
-            self._wanted = False
+            self._wishes.save = False
         if stop or save:
             rest = "stopped and saved at step {}; the same command continues." if stop else "saved at step {}."
             if self.is_main:
@@ -369,22 +346,13 @@ class Run:
         self._sums, self._counts = {}, {}
         rate = learning_rate(self.step - 1, self.training)
         values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
-        if self.skipped:
-            values["skipped"] = self.skipped
+        if self.skips.total:
+            values["skipped"] = self.skips.total
         speed = self._clock.read()
         self.log(values | speed)
         shown = {name: f"{value:.3g}" for name, value in values.items() if not name.endswith("gradient_norm")}
         shown |= {name: f"{speed[name]:.0%}" for name in ("waiting", "mfu") if name in speed}
         bar.set_postfix({"step": f"{self.step}/{t.steps}", "batch": t.batch} | shown, refresh=False)
-
-    def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
-        if not self._stop:
-            self._stop, self._asked = number, time.monotonic()
-        elif time.monotonic() - self._asked > 3:  # asked again: now; sooner, it is a launcher's echo of the same wish
-            raise Interrupted(128 + number)
-
-    def _asked_to_save(self, _number: int, _frame: FrameType | None) -> None:
-        self._wanted = True
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -408,8 +376,8 @@ class Run:
             "totals": totals,
             "counts": self._counts,
             "metrics_bytes": 0,
-            "skipped": self.skipped,
-            "in_a_row": self._in_a_row,
+            "skipped": self.skips.total,
+            "in_a_row": self.skips.in_a_row,
             "places": places,
             "contract": self.contract,
         }
@@ -452,7 +420,7 @@ class Run:
                 for name, total in state["totals"].items()
             }
             self._counts = state["counts"]
-            self.skipped, self._in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
+            self.skips.total, self.skips.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
             self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
@@ -461,15 +429,16 @@ class Run:
         if self.is_main:
             for folder in damaged:
                 folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            if (
-                kept is not None and self._lines.exists() and self._lines.stat().st_size > kept
-            ):  # what comes after will be written again
-                os.truncate(self._lines, kept)
-            self._drop_later()
+            self._drop_later(kept)
         self.accelerator.wait_for_everyone()
 
-    def _drop_later(self) -> None:
-        """Removes sheets and snapshots from after the step that the run goes on from; they will be made again."""
+    def _drop_later(self, metrics: int | None) -> None:
+        """Removes what was written after the step that the run goes on from; it will be made again.
+
+        Sheets, snapshots, and the metrics beyond so many bytes; None keeps them all.
+        """
+        if metrics is not None and self._lines.exists() and self._lines.stat().st_size > metrics:
+            os.truncate(self._lines, metrics)
         for path in (*self.folder.glob("samples/step-*"), *self.folder.glob("ema/step-*")):
             number = path.name.split("-")[1].partition(".")[0]
             if number.isdigit() and (int(number) > self.step or not self.step):

@@ -257,7 +257,7 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
     with_it = train(tmp_path / "with", bad=(5,))
     assert "a loss or gradient is not finite at step 6, of sample 22; the step is skipped" in capsys.readouterr().out
     optimizer = with_it._network.optimizer.state_dict()["state"][0]
-    assert (with_it.step, with_it.skipped, int(optimizer["step"])) == (12, 1, 11)
+    assert (with_it.step, with_it.skips.total, int(optimizer["step"])) == (12, 1, 11)
     assert all(tensor.isfinite().all() for tensor in weights(with_it))
     lines = metrics(tmp_path / "with")
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -326,7 +326,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
 
 def test_a_scale_that_is_too_high_is_lowered_and_not_counted(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
     run = train(tmp_path, steep=(2, 3))
-    assert (run.skipped, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
+    assert (run.skips.total, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
 
 
 def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
     monkeypatch.setattr(Run, "update", lambda run, loss: update(run, loss=loss / (run.step != 5)))
     run = train(tmp_path)
     steps = run._network.optimizer.state_dict()["state"][0]["step"]
-    assert (run.skipped, int(steps), run.ema.updates) == (1, 11, 11)
+    assert (run.skips.total, int(steps), run.ema.updates) == (1, 11, 11)
 
 
 def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
