@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class Condition(NamedTuple):
     """`(N, 6)`: original height and width, the crop's top and left, height and width, in pixels; SDXL's order."""
     image: torch.Tensor | None = None
     """`(N, C, h, w)`: stands beside x_t in the U-Net's input."""
+    guidance: torch.Tensor | None = None
+    """`(N,)`: the scale of guidance that a distilled U-Net answers with by itself."""
 
     def of(self, *others: Condition) -> Condition:
         """The batch of this condition and others, one after the other."""
@@ -38,6 +41,9 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
         given["encoder_hidden_states"] = condition.text
     if condition.label is not None:
         given["class_labels"] = condition.label
+    if condition.guidance is not None:
+        width = unet.config.time_cond_proj_dim
+        given["timestep_cond"] = guidance_embedding(condition.guidance, width).to(x.dtype)
     if condition.sizes is not None:
         assert condition.text is not None, "the configuration allows sizes beside text alone"
         wanted = unet.config.projection_class_embeddings_input_dim
@@ -47,6 +53,17 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
     if condition.image is not None:
         x = torch.cat([x, condition.image], dim=1)
     return unet(x, t, **given, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
+    """Scales of guidance `(N,)` as a distilled U-Net is told them, `(N, width)`; arXiv 2210.03142, section 3.1.
+
+    Sinusoids of scale − 1, as diffusers' pipelines compute them.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=scale.device) * (-math.log(10_000) / (half - 1)))
+    angles = (scale.float() - 1)[:, None] * 1000 * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def with_hole(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
