@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ from ldm.data import kohya
 from ldm.errors import UserError
 from ldm.presets import PRESETS
 from ldm.schema import Config, Section, as_sources
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,14 +50,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """A validated configuration from plain data; `origin` is named in errors."""
-    for section, name, presets, _ in PRESETS:
-        values = tree.get(section)
+    for key, name, presets, _ in PRESETS:
+        values = tree.get(key)
         if isinstance(values, dict) and str(values.get(name)) in presets:
-            tree = {**tree, section: {**presets[values[name]], **values}}
+            tree = {**tree, key: {**presets[values[name]], **values}}
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
+    """A section by itself from overrides such as `lr=1e-4`; `origin` is named in errors."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error, kind)}") from None
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -111,12 +124,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: expected section.key=value, for example stage2.lr=1e-4")
     *sections, leaf = key.split(".")
-    for section in sections:
-        if section == "source" and isinstance(tree.get(section), str):
-            tree[section] = {"path": tree[section]}
-        tree = tree.setdefault(section, {})
+    for name in sections:
+        if name == "source" and isinstance(tree.get(name), str):
+            tree[name] = {"path": tree[name]}
+        tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+            raise UserError(f"override {override!r}: {name!r} is a value, not a section")
     try:
         new = yaml.load(value, _Loader)
     except yaml.YAMLError:
@@ -126,18 +139,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = new
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[Section] = Config) -> str:
     """The first problem, in one line: key, value and remedy."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section: Any = Config
+        kind: Any = root
         for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation if isinstance(part, str) else section
-            section = next((arg for arg in (section, *get_args(section)) if isinstance(arg, type(Section))), section)
+            kind = kind.model_fields[part].annotation if isinstance(part, str) else kind
+            kind = next((arg for arg in (kind, *get_args(kind)) if isinstance(arg, type(Section))), kind)
         name = str(first["loc"][-1])
-        close = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(section.model_fields)}"
+        close = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(kind.model_fields)}"
         return f"unknown key {key!r}; {hint}"
     if first["type"] == "missing":
         return f"{key} is missing; set it in the file or give {key}=… on the command line"

@@ -7,6 +7,7 @@ import pytest
 
 from ldm import config
 from ldm.errors import UserError
+from ldm.schema import SampleConfig
 
 CHAIN = "stage2.target=eps"
 STREAM = "data.streaming=true data.cache=none"
@@ -127,3 +128,10 @@ def test_what_is_written_down_is_read_again(root: Path, conditions: str) -> None
 
 def test_conditions_stand_in_one_order(tiny: Path) -> None:
     assert config.load(tiny, ["stage2.conditions=[inpaint, text]"]).stage2.conditions == ("text", "inpaint")
+
+
+def test_a_section_by_itself_reads_overrides_as_the_whole_configuration_does() -> None:
+    assert config.section(SampleConfig, ["guidance=2e0", "steps=3"], "sample").guidance == 2.0
+    for override, said in (("guidence=2", "did you mean 'guidance'"), ("steps=many", "steps: 'many'"), ("x", "=value")):
+        with pytest.raises(UserError, match=said):
+            config.section(SampleConfig, [override], "sample")
