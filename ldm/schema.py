@@ -634,4 +634,47 @@ class Config(Section):
             raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 
 
+class ClassifierConfig(Training):
+    """The classifier of classifier guidance, trained by `python -m stage2_diffusion.classifier`; its defaults are those
+    of ADM for 64 × 64 (arXiv 2105.05233, appendix C), but for batch and steps."""
+
+    batch: PositiveInt = 64
+    """Global batch: the pictures of one optimiser step, over all processes."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate, as it stands: not scaled by batch or processes."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of AdamW."""
+    seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
+    half: Literal[0, 1] | None = None
+    """Trains on this half of the training pictures, so that a classifier of the other half can judge; default: all."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 256, 384, 512)
+    """Width of each level; each level after the first halves the resolution."""
+    layers: PositiveInt = 2
+    """Residual blocks a level."""
+    attention: tuple[bool, ...] = (False, True, True, True)
+    """Which levels have self-attention; the middle block and the pooling have."""
+    head_size: PositiveInt = 64
+    """Channels of an attention head."""
+    groups: PositiveInt = 32
+    """Groups of the group normalisation; divides every width."""
+    evaluate_every: PositiveInt = 500
+    """Steps between two measurements of the accuracy by noise level, on held-out pictures."""
+    evaluate_pictures: PositiveInt = 256
+    """Pictures that are measured, always the same."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        _divides("batch", self.batch, self.micro_batches, "micro_batches")
+        if len(self.attention) != len(self.channels):
+            raise ValueError(
+                f"attention: {len(self.attention)} values for {len(self.channels)} levels of channels; give one a level"
+            )
+        for i, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
+            _divides("channels", width, self.groups, "groups")
+            if attends or i == len(self.channels) - 1:
+                _divides("channels", width, self.head_size, "head_size")
+        return self
+
+
 SOLVERS: tuple[str, ...] = get_args(SampleConfig.model_fields["solver"].annotation)

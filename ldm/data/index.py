@@ -98,6 +98,11 @@ class Index:
         chosen = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
         return Index(self.table, self.sources, self.data, self.rows[chosen])
 
+    def half(self, number: int) -> Index:
+        """One of two halves, 0 or 1; which one an entry is in follows from its file's content."""
+        last = np.array([sha256[-1] for sha256 in self.column("sha256")], int)
+        return Index(self.table, self.sources, self.data, self.rows[last % 2 == number])
+
     def column(self, name: str) -> np.ndarray:
         """One fact of all entries as an array, `(N,)`."""
         return self.table[name].take(pa.array(self.rows)).to_numpy()
