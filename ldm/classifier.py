@@ -100,7 +100,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         """UserError where a pipeline with these has other latents, or other noise, than it was trained on."""
         if self.config.autoencoder != autoencoder.encoder_fingerprint():
             raise UserError("classifier: it was trained on latents of another autoencoder; train one on this model's")
-        flow, own = bool(scheduler.config.get("use_flow_sigmas")), self.config.betas
+        own, config = self.config.betas, scheduler.config
+        flow = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
         same = flow == (own is None)
         if own is not None and same:
             theirs, alpha_bar = scheduler.alphas_cumprod, (1 - torch.tensor(own, dtype=torch.float64)).cumprod(0)
