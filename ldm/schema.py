@@ -635,8 +635,10 @@ class Config(Section):
 
 
 class ClassifierConfig(Training):
-    """The classifier of classifier guidance, trained by `python -m stage2_diffusion.classifier`; its defaults are those
-    of ADM for 64 × 64 (arXiv 2105.05233, appendix C), but for batch and steps."""
+    """The classifier of classifier guidance, which `python -m stage2_diffusion.classifier` trains.
+
+    Network, learning rate and weight decay are by default those of ADM's code for 64 × 64 (arXiv 2105.05233).
+    """
 
     batch: PositiveInt = 64
     """Global batch: the pictures of one optimiser step, over all processes."""
