@@ -33,7 +33,7 @@ from ldm.data.records import HELD_OUT
 from ldm.data.samples import feed, named
 from ldm.diffusion import Process
 from ldm.errors import Parser, UserError, command
-from ldm.files import whole_file, whole_folder
+from ldm.files import checkpoints, whole_file, whole_folder
 from ldm.folder import FREE_ENDS, make
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join, on_main
@@ -52,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=3000")
     given = parser.parse_intermixed_args(arguments)
     own = config.section(ClassifierConfig, given.overrides, "stage2_diffusion.classifier")
-    train(read(given.run, own, given.out), own, given.run, given.out)
+    settings = read(given.run, own, given.out)
+    state = join(settings.run)
+    train(settings, own, given.run, given.out)
+    state.wait_for_everyone()
+    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
 
 
 def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
@@ -76,7 +80,6 @@ def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
 
 def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) -> None:
     """Trains a classifier of the pictures of split `train`, or of half of them, and writes `OUT/model`."""
-    join(settings.run)
     pictures = index.build(settings)
     classes = usable(pictures, out)
     train_set = pictures.select("train")
@@ -153,9 +156,10 @@ def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any])
         before = yaml.safe_load(file.read_text("utf-8"))
         if now.keys() != before.keys():
             raise UserError(f"--out: {out} is not a classifier's folder; give another one")
+        begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
             change for change in differences({**before, "run": str(run)}, now)
-            if not change.partition(":")[0].endswith(FREE_ENDS)
+            if begun and not change.partition(":")[0].endswith(FREE_ENDS)
         ]  # fmt: skip
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
@@ -179,9 +183,10 @@ class Validation:
     ):
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
         view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
-        parts = [numbers[start : start + BATCH] for start in numbers[::BATCH]]
-        cuts = [torch.stack([view.cut(held.picture(i), b"") for i in part]) for part in parts]
-        self.x0 = torch.cat([autoencoder.encode(part).cpu() for part in cuts]) if cuts else torch.empty(0)
+        cuts = (
+            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + BATCH]]) for at in numbers[::BATCH]
+        )
+        self.x0 = torch.cat([autoencoder.encode(pixels).cpu() for pixels in cuts]) if numbers else torch.empty(0)
         self.classes = pictures.labels()
         self.y = torch.tensor([self.classes.index(held[i].label) for i in numbers], dtype=torch.int64)
 

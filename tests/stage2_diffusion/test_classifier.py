@@ -96,6 +96,15 @@ def test_a_finished_one_is_not_trained_again_and_takes_no_other_settings(
 
 
 @pytest.mark.slow
+def test_one_that_had_not_begun_takes_other_settings(
+    trained: Path, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    shutil.copy(trained / "config.yaml", tmp_path / "out")
+    assert "finished" in call(classifier.main, tiny_run, "--out", tmp_path / "out", *KEYS, "steps=1")
+
+
+@pytest.mark.slow
 def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callable[..., str], tmp_path: Path) -> None:
     more = ["steps=1", "half=1", "seed=3", "evaluate_pictures=1000"]
     said = call(classifier.main, tiny_run, "--out", tmp_path / "out", *KEYS, *more)
