@@ -514,7 +514,7 @@ class SampleConfig(Section):
     """Steps of the solver."""
     guidance: float = Field(default=7.5, ge=1)
     """Scale of classifier-free guidance; 1 is none."""
-    solver: Literal["ddim", "ddpm", "euler", "dpm++", "unipc"] = "dpm++"
+    solver: Literal["ddpm", "ddim", "euler", "euler_a", "heun", "dpm++", "dpm++sde", "unipc", "lcm"] = "dpm++"
     """Solver of the exported pipeline."""
     prompts: tuple[str, ...] = ()
     """Prompts of the sample grids."""
@@ -595,10 +595,13 @@ class Config(Section):
             raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
         if self.text.train and not two.text:
             raise ValueError("text.train: there is no text in stage2.conditions; leave it out")
-        if two.target == "flow" and self.sample.solver in ("ddim", "ddpm"):
+        if two.target == "flow" and self.sample.solver not in STRAIGHT:
             raise ValueError(
-                f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc"
+                f"sample.solver: {self.sample.solver!r} can't be saved with stage2.target 'flow'; use "
+                f"{', '.join(STRAIGHT)}, and another one when you sample"
             )
+        if two.target == "x0" and self.sample.solver == "euler_a":
+            raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.target 'x0'; use another")
         for prompt in self.sample.prompts if two.text else ():
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
@@ -634,4 +637,6 @@ class Config(Section):
             raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 
 
+STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 SOLVERS: tuple[str, ...] = get_args(SampleConfig.model_fields["solver"].annotation)
