@@ -28,6 +28,10 @@ class Condition(NamedTuple):
     guidance: torch.Tensor | None = None
     """`(N,)`: the scale of guidance that a distilled U-Net answers with by itself."""
 
+    def to(self, dtype: torch.dtype) -> Condition:
+        """The same, in the precision of a network; labels stay whole numbers."""
+        return Condition(*(each.to(dtype) if each is not None and each.is_floating_point() else each for each in self))
+
     def of(self, *others: Condition) -> Condition:
         """The batch of this condition and others, one after the other."""
         parts = zip(self, *others, strict=True)

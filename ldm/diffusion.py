@@ -174,45 +174,63 @@ class Process:
         self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
     ) -> torch.Tensor:
         """What the network should answer to (x_t, t), or what one with another `target` should."""
-        target = target or self.target
-        if target == "eps":  # DDPM, eq. 14
-            return eps
-        if target == "x0":
-            return x0
-        if target == "v":  # progressive distillation, arXiv 2202.00512, appendix D
-            alpha, sigma = self.alpha_sigma(t, _precision(x0))
-            return alpha * eps - sigma * x0
-        if target != "flow":
-            raise ValueError(f"target: {target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-        return eps - x0  # dx_t/dt of the straight path
+        return answer(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
 
     def x0_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The picture that a prediction stands for: the inverse of `target_of`, given x_t."""
-        alpha, sigma = self.alpha_sigma(t, _precision(x_t))
-        if self.target == "eps":
-            return (x_t - sigma * prediction) / alpha
-        if self.target == "x0":
-            return prediction
-        if self.target == "v":
-            return alpha * x_t - sigma * prediction
-        return x_t - sigma * prediction
+        return picture(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
     def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
-        alpha, sigma = self.alpha_sigma(t, _precision(x_t))
-        if self.target == "eps":
-            return prediction
-        if self.target == "x0":
-            return (x_t - alpha * prediction) / sigma
-        if self.target == "v":
-            return alpha * prediction + sigma * x_t
-        return x_t + alpha * prediction
+        return noise(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
     def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
         """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
         if target == self.target:
             return prediction
         return self.target_of(self.x0_of(prediction, x_t, t), self.eps_of(prediction, x_t, t), t, target)
+
+
+Coefficient = torch.Tensor | float
+
+
+def answer(target: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+    """What a network with a target answers to x_t = α·x_0 + σ·ε, where it knows the picture and the noise."""
+    if target == "eps":  # DDPM, eq. 14
+        return eps
+    if target == "x0":
+        return x0
+    if target == "v":  # progressive distillation, arXiv 2202.00512, appendix D
+        return alpha * eps - sigma * x0
+    if target != "flow":
+        raise ValueError(f"target: {target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    return eps - x0  # dx_t/dt of the straight path
+
+
+def picture(
+    target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+) -> torch.Tensor:
+    """x_0 by a prediction; α² + σ² = 1, but for `flow`, where α + σ = 1."""
+    if target == "eps":
+        return (x_t - sigma * prediction) / alpha
+    if target == "x0":
+        return prediction
+    if target == "v":
+        return alpha * x_t - sigma * prediction
+    return x_t - sigma * prediction
+
+
+def noise(
+    target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+) -> torch.Tensor:
+    """ε by a prediction, as `picture` gives x_0."""
+    if target == "eps":
+        return prediction
+    if target == "x0":
+        return (x_t - alpha * prediction) / sigma
+    if target == "v":
+        return alpha * prediction + sigma * x_t
+    return x_t + alpha * prediction
 
 
 def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:

@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    LDMPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionUpscalePipeline,
-)
-from diffusers.utils import logging
+import torch.nn.functional as F
+from diffusers import UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from ldm.autoencoder import Autoencoder, Identity, fold
-from ldm.condition import LEVELS, NOISIEST, Condition, augmented, predict, with_hole
+from ldm import pipeline_folder
+from ldm.autoencoder import Autoencoder
+from ldm.condition import LEVELS, Condition, augmented, predict, with_hole
 from ldm.data.images import to_pil, to_tensor
 from ldm.errors import UserError
-from ldm.files import whole_folder
-from ldm.sampling import guided, initial_noise, sample, with_solver
-from ldm.schedules import betas
+from ldm.guidance import by_classifier, classifier_free, thresholded
+from ldm.options import Sampling
+from ldm.sampling import Kept, Step, between, in_tiles, initial_noise, sample
+from ldm.solvers import TARGET, Solver, is_flow, with_solver
 from ldm.text import NULL_PROMPT, TextEncoder
-from ldm.unet import UNet
+from ldm.unet import UNet, use_attention
 
-FACTS, NULL = "ldm.json", "null.safetensors"  # what a pipeline's folder has beside what plain diffusers reads
-KNOWN = (
-    StableDiffusionPipeline, StableDiffusionInpaintPipeline, StableDiffusionUpscalePipeline, DDPMPipeline, LDMPipeline,
-)  # fmt: skip
-UPSCALER = 0.08333  # the only latent scale that diffusers' StableDiffusionUpscalePipeline leaves alone
 Pictures = torch.Tensor | Image.Image | Sequence[Image.Image]
+Size = tuple[int, int]  # width, height
+AS_SAVED = Sampling()
+MANY = 1000  # embeddings of prompts that are kept
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Toward:
+    """What pictures lie a share of the way to: other prompts, from the noise of other seeds."""
+
+    prompts: Sequence[str] | None
+    seeds: Sequence[int]
+    shares: Sequence[float]
 
 
 @dataclass
 class LatentDiffusion:
-    """A model that makes pictures: from text, classes, nothing, a picture with a hole, or a small picture.
+    """A model that makes pictures: from text, classes, nothing, a picture, one with a hole, or a small one.
 
         model = LatentDiffusion.load("runs/openmoji/pipeline")
         picture = model("a red heart", seed=0)[0]
@@ -62,6 +61,7 @@ class LatentDiffusion:
     guidance: float = 7.5
     null: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
+    _known: dict[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)  # prompts' embeddings
 
     @property
     def task(self) -> str:
@@ -71,37 +71,34 @@ class LatentDiffusion:
             return "upscale"
         return "inpaint" if beside == self.autoencoder.channels + 1 else "generate"
 
+    @property
+    def side(self) -> int:
+        """Of the square pictures that it was trained on, in pixels."""
+        side = self.unet.config.sample_size
+        return (side if isinstance(side, int) else max(side)) * self.autoencoder.factor
+
+    @property
+    def multiple(self) -> int:
+        """What sides of pictures are multiples of, in pixels."""
+        halvings = len(self.unet.config.block_out_channels) - 1 if isinstance(self.unet, UNet2DModel) else 0
+        return self.autoencoder.factor * 2**halvings
+
+    @property
+    def target(self) -> str:
+        """What its network predicts: `eps`, `x0`, `v` or `flow`."""
+        return "flow" if is_flow(self.scheduler.config) else TARGET[self.scheduler.config.prediction_type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device  # type: ignore[no-any-return]
+
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
         """Loads a diffusers folder or Hub id: of the Stable Diffusion kind, an unconditional one, or one of ours.
 
         Weights are read from safetensors only.
         """
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            parts = DiffusionPipeline.load_config(str(name))
-            none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
-            given = {"safety_checker": None} if "safety_checker" in parts else {}
-            pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}"
-            ) from None
-        finally:
-            logging.set_verbosity(before)
-        if not isinstance(pipeline, KNOWN):
-            known = ", ".join(kind.__name__ for kind in KNOWN)
-            raise UserError(f"--model: {name} is a {type(pipeline).__name__}; known are {known}")
-        facts, null = _facts(Path(name))
-        encoder = getattr(pipeline, "text_encoder", None)
-        text = TextEncoder(encoder, pipeline.tokenizer) if encoder else None
-        vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
-        used = {key: facts[key] for key in ("steps", "guidance") if key in facts}
-        model = cls(
-            text, pipeline.unet.eval(), Autoencoder(vae), pipeline.scheduler, null=null,
-            classes=tuple(facts.get("classes", ())), **used,
-        )  # fmt: skip
+        model = cls(**pipeline_folder.read(name))
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> LatentDiffusion:
@@ -111,6 +108,7 @@ class LatentDiffusion:
         self.autoencoder.to(device)
         self.unet.to(device)
         self.null = self.null if self.null is None else self.null.to(device)
+        self._known = None if self._known is None else {}
         return self
 
     def save(self, folder: Path) -> None:
@@ -121,124 +119,202 @@ class LatentDiffusion:
         `output_type="latent"`, which a VQModel or AutoencoderDC decodes; in pixel space these are the pictures, and the
         folder opens with `vae=None`.
         """
-        with whole_folder(folder) as beside:
-            self._pipeline().save_pretrained(beside)
-            facts = {"steps": self.steps, "guidance": self.guidance, "classes": list(self.classes)}
-            (beside / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-            if self.null is not None:
-                save_file({"null": self.null.detach().float().cpu().contiguous()}, beside / NULL)
+        pipeline_folder.write(self, folder)
 
-    def _pipeline(self) -> DiffusionPipeline:
-        vae = None if isinstance(self.autoencoder.vae, Identity) else self.autoencoder.vae
-        if not self.text:
-            if vae is None:
-                return DDPMPipeline(unet=self.unet, scheduler=self.scheduler)
-            return LDMPipeline(vqvae=vae, unet=self.unet, scheduler=self.scheduler)
-        if isinstance(vae, AutoencoderDC):  # the pipeline counts levels by it
-            vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
-        parts: dict[str, Any] = {
-            "text_encoder": self.text.model, "tokenizer": self.text.tokenizer, "unet": self.unet,
-            "scheduler": self.scheduler, "safety_checker": None, "feature_extractor": None,
-        }  # fmt: skip
-        if self.task == "inpaint":
-            return StableDiffusionInpaintPipeline(vae=vae, **parts, requires_safety_checker=False)
-        if self.task == "upscale":
-            if isinstance(vae, AutoencoderKL):
-                ours, none = self.autoencoder.scale, torch.zeros(self.autoencoder.channels)
-                vae = fold(vae, none, torch.full_like(none, UPSCALER / ours))
-                vae.register_to_config(scaling_factor=UPSCALER)
-            low = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
-            return StableDiffusionUpscalePipeline(
-                vae=vae, **parts, low_res_scheduler=low, watermarker=None, max_noise_level=NOISIEST
-            )
-        return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
+    def faster(self, precision: str = "auto", compile: str = "no") -> LatentDiffusion:
+        """Speeds up drawing, at the price of bits: returns itself.
+
+        `precision` of the U-Net is `bf16`, `fp16` or `no`; `auto` is bf16 where the device computes it natively. Its
+        solver, and the autoencoder on fp16, go on in float32. `compile` is `no`, `yes`, or `graphs`, which replays CUDA
+        graphs: for many pictures of one size.
+        """
+        gpu = self.device.type == "cuda"
+        if precision == "auto":
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _fast_bf16()
+            precision = "bf16" if native else "no"
+        if precision not in PRECISIONS:
+            raise UserError(f"precision: {precision!r}; give auto, {', '.join(PRECISIONS)}")
+        if precision == "fp16" and not gpu:
+            raise UserError("precision: fp16 is for GPUs; use bf16 or no")
+        if compile not in ("no", "yes", "graphs") or (compile == "graphs" and not gpu):
+            raise UserError(f"compile: {compile!r}; give no, yes or, on a GPU, graphs")
+        self._known = {}
+        use_attention(self.unet, "auto", self.device)
+        self.unet.to(PRECISIONS[precision])
+        if gpu:
+            self.unet.to(memory_format=torch.channels_last)
+            if precision == "bf16":
+                self.autoencoder.vae.to(torch.bfloat16)
+        if compile != "no":
+            self.unet.compile(mode="reduce-overhead" if compile == "graphs" else None)
+        return self
+
+    # -------------------------------------------------------------------------------------------------------- drawing
 
     @torch.no_grad()
     def latents(
         self,
         prompts: Sequence[str] | None,
         seeds: Sequence[int],
-        steps: int | None = None,
-        guidance: float | None = None,
-        solver: str | None = None,
-        negative: str = NULL_PROMPT,
+        how: Sampling = AS_SAVED,
+        *,
         labels: Sequence[str | int] | None = None,
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-        noise_level: int = 20,
+        size: Size | None = None,
+        toward: Toward | None = None,
+        told: Callable[[Step], None] | None = None,
     ) -> torch.Tensor:
         """Normalised latents `(N, C, h, w)`, picture i from the noise of `seeds[i]`; prompts and labels are N too.
 
-        `image` `(N, 3, H, W)` in [-1, 1] with `mask` `(N, 1, H, W)`, 1 where it is to be made, for inpainting, or
-        the small pictures to be enlarged, which get noise of `noise_level` in [0, 350).
+        `image` `(N, 3, H, W)` in [-1, 1] is what is changed, with `mask` `(N, 1, H, W)`, 1 where it is to be made,
+        what is completed, and for an upscaler what is enlarged. `size` is the pictures' where there is no image.
+        `told` hears of every step.
         """
-        device, side = self.unet.device, self.unet.config.sample_size
-        h, w = image.shape[2:] if image is not None and self.task == "upscale" else (side, side)
-        shape = (self.autoencoder.channels, int(h), int(w))
+        shape = self._shape(image, size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        noise = initial_noise(shape, seeds).to(device)
+        noise = initial_noise(shape, seeds)
         for generator in generators:  # their first draw made the noise above
             torch.randn(shape, generator=generator)
-        label = (
-            torch.tensor([self.class_number(each) for each in labels], device=device) if labels is not None else None
+        if toward:
+            pairs = zip(noise, initial_noise(shape, toward.seeds), toward.shares, strict=True)
+            noise = torch.stack([between(*pair) for pair in pairs])
+        noise = noise.to(self.device)
+
+        solver = self._solver(how)
+        x0 = kept = beside = None
+        first, label = 0, self._numbers(labels, how)
+        if image is not None:
+            image = image.to(self.device)
+            mask = None if mask is None else mask.to(self.device)
+            if self.task == "upscale":
+                level = torch.full((len(seeds),), how.noise_level, device=self.device)
+                with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
+                beside, label = augmented(image, torch.stack(with_noise).to(self.device), level), level
+            elif self.task == "inpaint" and mask is not None:
+                beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
+            else:
+                x0 = self.autoencoder.encode(image)
+                first = solver.steps - round(solver.steps * how.strength)
+                if mask is not None:
+                    kept = Kept(x0, F.max_pool2d(mask, self.autoencoder.factor), noise)
+            if first == solver.steps and x0 is not None:
+                return x0
+        condition, null = self._conditions(prompts, how, label, beside, shape, toward)
+        denoise, pull = self._denoiser(how, solver, condition, null, label)
+        return sample(denoise, solver, noise, generators, x0=x0, first=first, kept=kept, pull=pull, told=told)
+
+    def _shape(self, image: torch.Tensor | None, size: Size | None) -> tuple[int, int, int]:
+        """Of the latents of a picture."""
+        factor = self.autoencoder.factor
+        if image is not None:
+            height, width = (n * (factor if self.task == "upscale" else 1) for n in image.shape[2:])
+        else:
+            width, height = size or (self.side, self.side)
+        return self.autoencoder.channels, height // factor, width // factor
+
+    def _solver(self, how: Sampling) -> Solver:
+        steps, rule = how.steps or self.steps, self.scheduler
+        if how.solver or how.spacing:
+            solver = how.solver or _name(rule)
+            rule = with_solver(rule, solver, how.spacing)
+            if how.solver == "ddpm" and not how.steps:
+                steps = rule.config.num_train_timesteps
+        most = rule.config.num_train_timesteps
+        if steps > most and self.target != "flow":
+            raise UserError(f"steps: {steps}; the model's chain has {most}")
+        return Solver(rule, steps, self.device, self.target, how.eta)
+
+    def _denoiser(
+        self, how: Sampling, solver: Solver, condition: Condition, null: Condition | None, label: torch.Tensor | None
+    ) -> tuple[Any, Any]:
+        """The guided network, and the classifier's pull on ddpm's means."""
+        network = self._network(self.unet)
+        weaker = self._network(how.weaker) if how.weaker is not None else None
+        denoise = classifier_free(
+            network, condition, null, self._scale(how), rescale=how.rescale, interval=how.interval, weaker=weaker
         )
-        beside = None
-        if self.task == "inpaint" and image is not None and mask is not None:
-            image, mask = image.to(device), mask.to(device)
-            beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
-        elif self.task == "upscale" and image is not None:
-            if not 0 <= noise_level < NOISIEST:
-                raise UserError(f"noise_level: {noise_level}; give 0 to {NOISIEST - 1}")
-            label = torch.full((len(seeds),), noise_level, device=device)
-            with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
-            beside = augmented(image.to(device), torch.stack(with_noise).to(device), label)
-        condition, null = self._conditions(prompts, negative, label, beside, shape)
-        scale = self.guidance if guidance is None else guidance
+        if how.threshold is not None:
+            if self.autoencoder.factor != 1:
+                raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
+            denoise = thresholded(denoise, self.target, how.threshold)
+        if how.classifier is None or not how.classifier_scale:
+            return denoise, None
+
+        def gradient(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return how.classifier.gradient(x, t.expand(len(x)), label)  # type: ignore[no-any-return]
+
+        if solver.ancestral:
+            return denoise, (gradient, how.classifier_scale)
+        return by_classifier(denoise, self.target, gradient, how.classifier_scale), None
+
+    def _scale(self, how: Sampling) -> float | torch.Tensor:
+        """Of guidance: one, or one a picture, `(N,)`."""
+        scale = self.guidance if how.guidance is None else how.guidance
+        if isinstance(scale, (int, float)):
+            return scale
+        return torch.tensor(scale, dtype=torch.float32, device=self.device)
+
+    def _network(self, unet: UNet) -> Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]:
+        dtype = unet.dtype
 
         def network(x: torch.Tensor, t: torch.Tensor, told: Condition) -> torch.Tensor:
-            return predict(self.unet, x, t, told)
+            if dtype != torch.float32:
+                x, told = x.to(dtype), told.to(dtype)
+            return predict(unet, x, t, told).float()
 
-        rule = with_solver(self.scheduler, solver) if solver else self.scheduler
-        return sample(guided(network, condition, null, scale), rule, noise, steps or self.steps, generators)
+        return in_tiles(network, self.unet.config.sample_size) if self.task == "upscale" else network
 
     def _conditions(
         self,
         prompts: Sequence[str] | None,
-        negative: str,
+        how: Sampling,
         label: torch.Tensor | None,
         image: torch.Tensor | None,
         shape: tuple[int, int, int],
+        toward: Toward | None,
     ) -> tuple[Condition, Condition | None]:
         """What is asked for, and the same without it; None where nothing is asked for."""
-        text = sizes = None
+        text = sizes = guidance = None
         if self.text and prompts is not None:
-            text = self.text.encode(prompts)
+            text = self.embedded(prompts)
+            if toward and toward.prompts is not None:
+                shares = torch.tensor(toward.shares, device=text.device)[:, None, None]
+                text = text + shares * (self.embedded(toward.prompts) - text)
             if self.unet.config.get("addition_embed_type") == "text_time":  # a picture that was not cut
                 height, width = (n * self.autoencoder.factor for n in shape[1:])
                 sizes = torch.tensor([[height, width, 0, 0, height, width]], device=text.device).float()
                 sizes = sizes.expand(len(text), 6)
-        condition = Condition(text, label, sizes, image)
-        if text is None and label is None:
+        if how.classifier is not None:
+            label = None
+        if self.unet.config.get("time_cond_proj_dim"):  # distilled: it answers as guided, in one forward
+            guidance = torch.as_tensor(self._scale(how), dtype=torch.float32, device=self.device)
+            guidance = guidance.expand(len(prompts or ()))
+        condition = Condition(text, label, sizes, image, guidance)
+        if (text is None and label is None) or guidance is not None:
             return condition, None
         nothing = label
         if label is not None and self.task != "upscale":
             nothing = torch.full_like(label, len(self.classes))
-        if text is None or self.text is None:
+        if text is None:
             return condition, condition._replace(label=nothing)
-        null = self.text.encode([negative]) if negative or self.null is None else self.null[None]
+        negative = [how.negative] if isinstance(how.negative, str) else how.negative
+        null = self.null[None] if self.null is not None and negative == [NULL_PROMPT] else self.embedded(negative)
         return condition, condition._replace(text=null.to(text).expand_as(text), label=nothing)
 
-    def class_number(self, label: str | int) -> int:
-        """Of a class's name, or of its number; UserError where there is no such class."""
-        if isinstance(label, int) and 0 <= label < len(self.classes):
-            return label
-        if label in self.classes:
-            return self.classes.index(str(label))
-        close = difflib.get_close_matches(str(label), self.classes, n=1)
-        hint = (
-            f"did you mean {close[0]!r}?" if close else f"there are {len(self.classes)}: {', '.join(self.classes[:8])}"
-        )
-        raise UserError(f"labels: no class {label!r}; {hint}")
+    def embedded(self, prompts: Sequence[str]) -> torch.Tensor:
+        """`(N, T, D)`; each prompt is encoded once, by a `faster` model once and for all."""
+        assert self.text, "this model reads no text"
+        known = {} if self._known is None or len(self._known) > MANY else self._known
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+            known.update(zip(new, self.text.encode(new), strict=True))
+        return torch.stack([known[prompt] for prompt in prompts])
+
+    def _numbers(self, labels: Sequence[str | int] | None, how: Sampling) -> torch.Tensor | None:
+        names = self.classes if how.classifier is None else tuple(how.classifier.classes)
+        if labels is None:
+            return None
+        return torch.tensor([class_number(each, names) for each in labels], device=self.device)
 
     def __call__(
         self,
@@ -250,70 +326,158 @@ class LatentDiffusion:
         count: int = 1,
         image: Pictures | None = None,
         mask: Pictures | None = None,
+        size: Size | None = None,
+        toward: Toward | None = None,
+        told: Callable[[Step], None] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """Pictures for one prompt or several; picture i starts from the noise of `seed + i`, in any batch, or of the
         i-th of several seeds.
 
-        `labels`, names or numbers of classes, for a class-conditional model; `count` for one that is told neither.
-        `image`, one or one a prompt, is what an inpainting model completes where `mask` is white, and what an upscaler
-        enlarges. `options`: `steps`, `guidance`, `solver`, `negative`, `noise_level`, as `latents` takes them.
+        `labels`, names or numbers of classes, for a class-conditional model, or for a classifier that guides; `count`
+        for one that is told neither. `size` (width, height) in pixels; by default that of training.
+
+        `image`, one or one a picture, is changed as far as `strength` says; with a `mask`, white where the picture is
+        to be made, it is completed, and stays what it is elsewhere; an upscaler enlarges it. `toward` leads part of the
+        way to other prompts and seeds. `told` is called after each step of a batch with a `Step`. `options` are the
+        fields of `ldm.options.Sampling`: `steps`, `guidance`, `solver`, `negative`, and more. UserError says in one
+        line what can't be.
         """
+        how = Sampling(**options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         labels = [labels] if isinstance(labels, (str, int)) else labels
-        number = self._check(prompts, labels, count, image, mask)
+        number = self._check(prompts, labels, count, image, mask, size, how)
         given = None if image is None else _pixels("image", image, number)
-        holes = None if mask is None else _pixels("mask", mask, number)
-        if given is not None and holes is not None:
-            if not isinstance(mask, torch.Tensor):
-                holes = holes / 2 + 0.5
-            holes = (holes[:, :1] >= 0.5).float()
-            side = self.unet.config.sample_size * self.autoencoder.factor
-            for name, (h, w) in (("image", given.shape[2:]), ("mask", holes.shape[2:])):
-                if (h, w) != (side, side):
-                    raise UserError(f"{name}: {w} × {h} pixels; this model completes {side} × {side}, resize it")
+        holes = None if mask is None else _holes(mask, number)
+        if given is not None and holes is not None and holes.shape[2:] != given.shape[2:]:
+            (h, w), (height, width) = holes.shape[2:], given.shape[2:]
+            raise UserError(f"mask: {w} × {h} pixels, but the picture has {width} × {height}; give one of its size")
         pictures: list[Image.Image] = []
         for start in range(0, number, batch):
             part = slice(start, min(start + batch, number))
             seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
-            of_part = {
+            of_part: dict[str, Any] = {
                 name: None if whole is None else whole[part]
                 for name, whole in (("labels", labels), ("image", given), ("mask", holes))
             }
-            latents = self.latents(None if prompts is None else prompts[part], seeds, **of_part, **options)  # type: ignore[arg-type]
-            pictures += to_pil(self.autoencoder.decode(latents))
+            each = how.of(part)
+            way = toward and Toward(toward.prompts and toward.prompts[part], toward.seeds[part], toward.shares[part])
+            asked = None if prompts is None else prompts[part]
+            pictures += self._drawn(asked, seeds, each, size=size, toward=way, told=told, **of_part)
         return pictures
 
+    def _drawn(
+        self,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        how: Sampling,
+        *,
+        image: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        **given: Any,
+    ) -> list[Image.Image]:
+        """A batch of pictures; images of any size, whose edges are repeated to the next multiple and cut off again."""
+        if image is None:
+            return to_pil(self.autoencoder.decode(self.latents(prompts, seeds, how, **given)))
+        height, width = image.shape[2:]
+        scale = self.autoencoder.factor if self.task == "upscale" else 1
+        multiple = self.multiple // scale
+        edges = (0, -width % multiple, 0, -height % multiple)
+        wider = F.pad(image, edges, mode="replicate")
+        hole = None if mask is None else F.pad(mask, edges, mode="replicate")
+        latents = self.latents(prompts, seeds, how, image=wider, mask=hole, **given)
+        made = to_pil(self.autoencoder.decode(latents)[..., : height * scale, : width * scale])
+        if mask is None:
+            return made
+        return [
+            Image.fromarray(np.where(where[0].permute(1, 2, 0).numpy() > 0, np.array(new), np.array(old)))
+            for new, old, where in zip(made, to_pil(image), mask.split(1), strict=True)
+        ]
+
     def _check(
-        self, prompts: Sequence[str] | None, labels: Sequence[str | int] | None, count: int, image: Any, mask: Any
+        self,
+        prompts: Sequence[str] | None,
+        labels: Sequence[str | int] | None,
+        count: int,
+        image: Any,
+        mask: Any,
+        size: Size | None,
+        how: Sampling,
     ) -> int:
         """The number of pictures asked for; UserError where what is given is not what the model is told."""
         if self.text and (not prompts or not all(prompt.strip() for prompt in prompts)):
             raise UserError("prompt: an empty prompt; write what the picture shall show")
         if prompts and not self.text:
             raise UserError("prompt: this model was trained without text; give labels, or count")
-        if bool(labels) != bool(self.classes):
+        known = self.classes if how.classifier is None else tuple(how.classifier.classes)
+        if bool(labels) != bool(known):
             raise UserError(
                 "labels: this model knows no classes; leave them out"
                 if labels
-                else f"labels: none given; there are {', '.join(self.classes[:8])}"
+                else f"labels: none given; there are {', '.join(known[:8])}"
             )
         if prompts and labels and len(prompts) != len(labels):
             raise UserError(f"labels: {len(labels)} for {len(prompts)} prompts; give one each")
-        needed = {"inpaint": (True, True), "upscale": (True, False)}.get(self.task, (False, False))
-        for name, value, wanted in (("image", image, needed[0]), ("mask", mask, needed[1])):
-            if (value is not None) != wanted:
-                doing = {"inpaint": "completes a picture", "upscale": "enlarges a picture"}.get(
-                    self.task, "starts from noise"
-                )
-                raise UserError(f"{name}: {'needed' if wanted else 'leave it out'}; this model {doing}")
+        if self.task == "generate":
+            if mask is not None and image is None:
+                raise UserError("mask: of no picture; give the image too")
+        else:
+            for name, value, wanted in (("image", image, True), ("mask", mask, self.task == "inpaint")):
+                if (value is not None) != wanted:
+                    does = {"inpaint": "completes a picture", "upscale": "enlarges a picture"}[self.task]
+                    raise UserError(f"{name}: {'needed' if wanted else 'leave it out'}; this model {does}")
+        if size:
+            if image is not None:
+                raise UserError("size: is that of the image; resize it, or leave it out")
+            self.check_size(size)
         return len(prompts or labels or range(count))
 
+    def check_size(self, size: Size) -> None:
+        """UserError where pictures of `size` (width, height) can't be made."""
+        multiple = self.multiple
+        if any(side < 1 or side % multiple for side in size):
+            nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+            raise UserError(
+                f"size: {size[0]}x{size[1]}; this model makes sides that are multiples of {multiple}, {nearest} for one"
+            )
 
-def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """What `save` wrote for `load`; nothing in a folder that others made, or of the Hub."""
-    facts = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else {}
-    return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None
+
+def class_number(label: str | int, classes: Sequence[str]) -> int:
+    """Of a class's name, or of its number; UserError where there is no such class."""
+    if isinstance(label, int) and 0 <= label < len(classes):
+        return label
+    if label in classes:
+        return classes.index(str(label))
+    close = difflib.get_close_matches(str(label), classes, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {len(classes)}: {', '.join(classes[:8])}"
+    raise UserError(f"labels: no class {label!r}; {hint}")
+
+
+def _name(rule: Any) -> str:
+    """The solver of a scheduler."""
+    name = type(rule).__name__
+    if name == "DPMSolverMultistepScheduler":
+        if "sde" in rule.config.algorithm_type:
+            return "dpm++sde"
+        return "euler" if is_flow(rule.config) and rule.config.solver_order == 1 else "dpm++"
+    known = {
+        "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
+        "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun",
+        "UniPCMultistepScheduler": "unipc", "LCMScheduler": "lcm",
+    }  # fmt: skip
+    if name not in known:
+        raise UserError(f"spacing: the model comes with {name}; name a solver too")
+    return known[name]
+
+
+def _fast_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _holes(mask: Pictures, number: int) -> torch.Tensor:
+    """`(number, 1, H, W)`: 1 where the picture is to be made. A tensor's values are in [0, 1]."""
+    found = _pixels("mask", mask, number)
+    return ((found if isinstance(mask, torch.Tensor) else found / 2 + 0.5)[:, :1] >= 0.5).float()
 
 
 def _pixels(name: str, pictures: Pictures, number: int) -> torch.Tensor:

@@ -1,78 +1,36 @@
-"""From noise to latents: solvers, guidance and the loop. The steps themselves are diffusers' schedulers."""
+"""From noise to latents: the loop, and what is done within it to fill holes and to go beyond the network's size."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from ldm.condition import Condition
-from ldm.diffusion import Process
-from ldm.errors import UserError
-
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → prediction
-Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]  # (x_t, t, condition) → prediction
-PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+from ldm.diffusion import picture
+from ldm.guidance import Denoiser, Gradient, Network
+from ldm.solvers import Solver
 
 
-def scheduler(process: Process, solver: str, learned: bool = False, clip: bool = False) -> Any:
-    """diffusers' scheduler of a solver for a process, configured so that it can be saved with a pipeline.
+class Step(NamedTuple):
+    """What is told after each evaluation of the network."""
 
-    `learned`: the network tells the reverse step's variance (ddpm alone makes use of it). `clip` keeps every predicted
-    picture within [-1, 1], for pixels (ddim, ddpm).
-
-    A flow runs on the solvers that know its straight path: `dpm++`, `unipc`, and `euler` as dpm++ of first order,
-    which on a straight path is the same step.
-    """
-    common: dict[str, Any] = {
-        "num_train_timesteps": process.timesteps,
-        "prediction_type": PREDICTION[process.target],
-        "steps_offset": 1,
-    }
-    if process.target == "flow":
-        common |= {"use_flow_sigmas": True, "flow_shift": process.shift}
-        order = 1 if solver == "euler" else 2
-        if solver == "unipc":
-            return UniPCMultistepScheduler(**common)
-        return DPMSolverMultistepScheduler(**common, solver_order=order)
-    common["trained_betas"] = replace(process, zero_snr=False).chain().beta.tolist()
-    common["rescale_betas_zero_snr"] = process.zero_snr
-    common["timestep_spacing"] = "trailing"
-    if solver == "ddim":
-        return DDIMScheduler(**common, clip_sample=clip, set_alpha_to_one=True)
-    if solver == "ddpm":
-        return DDPMScheduler(**common, clip_sample=clip, variance_type="learned_range" if learned else "fixed_small")
-    if solver == "euler":
-        return EulerDiscreteScheduler(**common)
-    return (UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler)(**common)
+    number: int
+    """1 for the first, `total` for the last; solvers of second order take two of them a step."""
+    total: int
+    x0: torch.Tensor
+    """The latents as the network sees them through the noise, `(N, C, h, w)`."""
 
 
-def with_solver(current: Any, solver: str) -> Any:
-    """Another solver for the process that a loaded scheduler describes; UserError where it can't sample a flow."""
-    config = current.config
-    if solver == "unipc":
-        return UniPCMultistepScheduler.from_config(config, solver_order=2)
-    if solver == "dpm++":  # of a learned variance it would take three channels for the picture
-        return DPMSolverMultistepScheduler.from_config(config, solver_order=2, variance_type=None)
-    if config.get("use_flow_sigmas"):
-        if solver != "euler":
-            raise UserError(f"solver: {solver!r} can't sample a flow; use euler, dpm++ or unipc")
-        return DPMSolverMultistepScheduler.from_config(config, solver_order=1)
-    if solver == "euler":
-        return EulerDiscreteScheduler.from_config(config)
-    if solver == "ddpm":
-        return DDPMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    last = config.get("set_alpha_to_one", True)
-    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False), set_alpha_to_one=last)
+class Kept(NamedTuple):
+    """What inpainting with any model keeps: latents `(N, C, h, w)` where the mask `(N, 1, h, w)` is 0, with noise."""
+
+    x0: torch.Tensor
+    mask: torch.Tensor
+    eps: torch.Tensor
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
@@ -80,37 +38,89 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
-def guided(network: Network, condition: Condition, null: Condition | None, scale: float) -> Denoiser:
-    """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_c − ε_∅). Scale 1 is one forward.
-
-    `network(x, t, condition)`; `null` is the condition without what guidance pulls towards, None where nothing does.
-    """
-    if scale == 1 or null is None:
-        return lambda x, t: network(x, t, condition)
-    both = null.of(condition)
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        without, with_it = network(torch.cat([x, x]), t, both).chunk(2)
-        return without + scale * (with_it - without)
-
-    return denoise
-
-
 @torch.no_grad()
 def sample(
-    denoise: Denoiser, solver: Any, noise: torch.Tensor, steps: int, generators: list[torch.Generator] | None = None
+    denoise: Denoiser,
+    solver: Solver,
+    noise: torch.Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
+    x0: torch.Tensor | None = None,
+    first: int = 0,
+    kept: Kept | None = None,
+    pull: tuple[Gradient, float] | None = None,
+    told: Callable[[Step], None] | None = None,
 ) -> torch.Tensor:
-    """Solves the reverse process from standard normal `noise` `(N, C, h, w)` in `steps` steps; returns x_0.
+    """Solves the reverse process from standard normal `noise` `(N, C, h, w)`; returns x_0.
 
-    `generators`, one a picture, feed solvers that add noise (ddpm).
+    From the step `first` on it starts from `x0` with noise. `generators`, one a picture, feed solvers that add noise.
+    `kept` is put back after every step (RePaint without its returns, arXiv 2201.09865, eq. 8). `pull`, a classifier's
+    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `told` hears of every evaluation.
     """
-    solver.set_timesteps(steps, device=noise.device)
-    x = noise * solver.init_noise_sigma
-    ancestral = isinstance(solver, DDPMScheduler)
-    stochastic = {"generator": generators} if ancestral else {}
-    for t in solver.timesteps:
-        output = denoise(solver.scale_model_input(x, t), t)
-        if not ancestral and output.shape[1] == 2 * x.shape[1]:  # the variance has no meaning to the others
-            output = output.chunk(2, dim=1)[0]
-        x = solver.step(output, t, x, **stochastic, return_dict=False)[0]
+    x = solver.begin(noise, x0, first)
+    for i in range(first * solver.per_step, len(solver.levels)):
+        level, given = solver.levels[i], solver.input(x, i)
+        prediction = denoise(given, level)
+        if not solver.ancestral:  # a learned variance has no meaning to the others
+            prediction = prediction[:, : x.shape[1]]
+        output = solver.output(prediction, given, i)
+        x = solver.step(output, i, x, generators)
+        if pull:
+            gradient, scale = pull
+            x = x + scale * solver.variance(output, i) * solver.slope(i) * gradient(given, level.t)
+        if kept:
+            x = torch.where(kept.mask > 0, x, solver.noised(kept.x0, kept.eps, i + 1))
+        if told:
+            known = prediction[:, : x.shape[1]], given, level.alpha, level.sigma
+            told(Step(i + 1, len(solver.levels), picture(solver.target, *known)))
     return x
+
+
+def in_tiles(network: Network, side: int, overlap: float = 0.25) -> Network:
+    """A network on latents of any size, from one that knows squares of `side`: overlapping tiles, blended each time.
+
+    Tiles overlap by at least that share of `side`, and count the less the nearer their edge is; what stands beside x_t
+    is cut alike (MultiDiffusion, arXiv 2302.08113, eq. 5).
+    """
+
+    def tiled(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        h, w = x.shape[2:]
+        tall, wide = min(side, h), min(side, w)
+        if (tall, wide) == (h, w):
+            return network(x, t, condition)
+        window = torch.outer(_ramp(tall, side * overlap), _ramp(wide, side * overlap)).to(x.device)
+        total: torch.Tensor | None = None
+        weight = torch.zeros(h, w, device=x.device)
+        for top, left in itertools.product(_starts(h, tall, overlap), _starts(w, wide, overlap)):
+            part = (..., slice(top, top + tall), slice(left, left + wide))
+            beside = None if condition.image is None else condition.image[part]
+            found = network(x[part], t, condition._replace(image=beside))
+            if total is None:
+                total = found.new_zeros(*found.shape[:2], h, w)
+            total[part] += window * found
+            weight[part] += window
+        assert total is not None, "there is at least one tile"
+        return total / weight
+
+    return tiled
+
+
+def _starts(length: int, tile: int, overlap: float) -> list[int]:
+    """Where tiles begin that cover a length evenly and overlap by at least that share."""
+    count = 1 if tile >= length else math.ceil((length - tile) / (tile * (1 - overlap))) + 1
+    return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, rise: float) -> torch.Tensor:
+    """Weights that rise from the ends of a tile."""
+    distance = torch.arange(length) + 0.5
+    return (torch.minimum(distance, length - distance) / max(rise, 1.0)).clamp(max=1.0)
+
+
+def between(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """Noise a share of the way from one to another, `(C, h, w)`: spherical, so that it stays noise."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    angle = cosine.double().acos()
+    if angle < 1e-4:
+        return a + share * (b - a)
+    return ((torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)).to(a)

@@ -514,12 +514,57 @@ class SampleConfig(Section):
     """Steps of the solver."""
     guidance: float = Field(default=7.5, ge=1)
     """Scale of classifier-free guidance; 1 is none."""
-    solver: Literal["ddim", "ddpm", "euler", "dpm++", "unipc"] = "dpm++"
+    solver: Literal["ddpm", "ddim", "euler", "euler_a", "heun", "dpm++", "dpm++sde", "unipc", "lcm"] = "dpm++"
     """Solver of the exported pipeline."""
     prompts: tuple[str, ...] = ()
     """Prompts of the sample grids."""
     every: PositiveInt = 1000
     """Steps of stage two between two sample grids."""
+
+
+class ClassifierConfig(Training):
+    """The classifier of classifier guidance, which `python -m stage2_diffusion.classifier` trains.
+
+    Network, learning rate and weight decay are by default those of ADM's code for 64 × 64 (arXiv 2105.05233).
+    """
+
+    batch: PositiveInt = 64
+    """Global batch: the pictures of one optimiser step, over all processes."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate, as it stands: not scaled by batch or processes."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of AdamW."""
+    seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
+    half: Literal[0, 1] | None = None
+    """Trains on this half of the training pictures, so that a classifier of the other half can judge; default: all."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 256, 384, 512)
+    """Width of each level; each level after the first halves the resolution."""
+    layers: PositiveInt = 2
+    """Residual blocks a level."""
+    attention: tuple[bool, ...] = (False, True, True, True)
+    """Which levels have self-attention; the middle block and the pooling have."""
+    head_size: PositiveInt = 64
+    """Channels of an attention head."""
+    groups: PositiveInt = 32
+    """Groups of the group normalisation; divides every width."""
+    evaluate_every: PositiveInt = 500
+    """Steps between two measurements of the accuracy by noise level, on held-out pictures."""
+    evaluate_pictures: PositiveInt = 256
+    """Pictures that are measured, always the same."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        _divides("batch", self.batch, self.micro_batches, "micro_batches")
+        if len(self.attention) != len(self.channels):
+            raise ValueError(
+                f"attention: {len(self.attention)} values for {len(self.channels)} levels of channels; give one a level"
+            )
+        for i, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
+            _divides("channels", width, self.groups, "groups")
+            if attends or i == len(self.channels) - 1:
+                _divides("channels", width, self.head_size, "head_size")
+        return self
 
 
 class Config(Section):
@@ -595,10 +640,13 @@ class Config(Section):
             raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
         if self.text.train and not two.text:
             raise ValueError("text.train: there is no text in stage2.conditions; leave it out")
-        if two.target == "flow" and self.sample.solver in ("ddim", "ddpm"):
+        if two.target == "flow" and self.sample.solver not in STRAIGHT:
             raise ValueError(
-                f"sample.solver: {self.sample.solver!r} can't sample stage2.target 'flow'; use euler, dpm++ or unipc"
+                f"sample.solver: {self.sample.solver!r} can't be saved with stage2.target 'flow'; use "
+                f"{', '.join(STRAIGHT)}, and another one when you sample"
             )
+        if two.target == "x0" and self.sample.solver == "euler_a":
+            raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.target 'x0'; use another")
         for prompt in self.sample.prompts if two.text else ():
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
@@ -634,49 +682,6 @@ class Config(Section):
             raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 
 
-class ClassifierConfig(Training):
-    """The classifier of classifier guidance, which `python -m stage2_diffusion.classifier` trains.
-
-    Network, learning rate and weight decay are by default those of ADM's code for 64 × 64 (arXiv 2105.05233).
-    """
-
-    batch: PositiveInt = 64
-    """Global batch: the pictures of one optimiser step, over all processes."""
-    lr: float = Field(default=3e-4, gt=0)
-    """Learning rate, as it stands: not scaled by batch or processes."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Of AdamW."""
-    seed: int = Field(default=0, ge=0)
-    """Everything random follows from it."""
-    half: Literal[0, 1] | None = None
-    """Trains on this half of the training pictures, so that a classifier of the other half can judge; default: all."""
-    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 256, 384, 512)
-    """Width of each level; each level after the first halves the resolution."""
-    layers: PositiveInt = 2
-    """Residual blocks a level."""
-    attention: tuple[bool, ...] = (False, True, True, True)
-    """Which levels have self-attention; the middle block and the pooling have."""
-    head_size: PositiveInt = 64
-    """Channels of an attention head."""
-    groups: PositiveInt = 32
-    """Groups of the group normalisation; divides every width."""
-    evaluate_every: PositiveInt = 500
-    """Steps between two measurements of the accuracy by noise level, on held-out pictures."""
-    evaluate_pictures: PositiveInt = 256
-    """Pictures that are measured, always the same."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        _divides("batch", self.batch, self.micro_batches, "micro_batches")
-        if len(self.attention) != len(self.channels):
-            raise ValueError(
-                f"attention: {len(self.attention)} values for {len(self.channels)} levels of channels; give one a level"
-            )
-        for i, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
-            _divides("channels", width, self.groups, "groups")
-            if attends or i == len(self.channels) - 1:
-                _divides("channels", width, self.head_size, "head_size")
-        return self
-
-
+STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 SOLVERS: tuple[str, ...] = get_args(SampleConfig.model_fields["solver"].annotation)

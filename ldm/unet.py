@@ -15,9 +15,9 @@ from torch import nn
 from ldm import single_file_unet
 from ldm.condition import LEVELS
 from ldm.errors import UserError
-from ldm.sampling import PREDICTION
 from ldm.schema import Stage2Config
 from ldm.single_file import PICKLES
+from ldm.solvers import PREDICTION
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel where no text is read
 SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 256 channels, as in SDXL

@@ -24,6 +24,7 @@ from ldm.data import images, index
 from ldm.errors import Parser, UserError, command
 from ldm.folder import write_card
 from ldm.metrics.following import by_pixels, following, nearest
+from ldm.options import Sampling
 from ldm.pipeline import LatentDiffusion
 
 
@@ -96,7 +97,7 @@ def _generate(model: LatentDiffusion, prompts: list[str], seed: int, steps: int,
     for start in tqdm(range(0, len(prompts), 32), desc="sampling", unit=" batch", leave=False):
         part = prompts[start : start + 32]
         seeds = range(seed + start, seed + start + len(part))
-        parts.append(model.autoencoder.decode(model.latents(part, seeds, steps, guidance)).cpu())
+        parts.append(model.autoencoder.decode(model.latents(part, seeds, Sampling(steps, guidance))).cpu())
     return torch.cat(parts)
 
 

@@ -14,8 +14,8 @@ from ldm.data.stream import Stream
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join, on_main
 from ldm.run import Run
-from ldm.sampling import scheduler
 from ldm.schema import Config
+from ldm.solvers import scheduler
 from ldm.text import NULL_PROMPT, TextEncoder
 from ldm.unet import build, load, use_attention
 from stage2_diffusion.conditions import Conditions

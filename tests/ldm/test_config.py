@@ -51,7 +51,7 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("data.size=33", "33 is not a multiple of 2"),
         ("stage2.channels=[30, 64]", "stage2.channels: 30 is not a multiple of 8"),
         ("stage2.attention=[true]", "1 values for 2 levels"),
-        ("sample.solver=ddim", "can't sample stage2.target 'flow'"),
+        ("sample.solver=ddim", "can't be saved with stage2.target 'flow'"),
         ("sample.prompts=['']", "empty prompt"),
         ("stage2.dropout=1.5", "less than 1"),
         ("stage2.lr", "expected section.key=value"),

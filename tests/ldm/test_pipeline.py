@@ -9,9 +9,10 @@ import torch
 from ldm import autoencoder, config, text, unet
 from ldm.diffusion import Process
 from ldm.errors import UserError
+from ldm.options import Sampling
 from ldm.pipeline import LatentDiffusion
-from ldm.sampling import scheduler
 from ldm.schema import Stage1Config
+from ldm.solvers import scheduler
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Pa
     model.save(tmp_path / "pipeline")
     loaded = LatentDiffusion.load(tmp_path / "pipeline")
     for solver in ("dpm++", "euler", "unipc"):
-        one, other = (m.latents(["red heart"], [3], steps=3, guidance=2.0, solver=solver) for m in (model, loaded))
+        one, other = (m.latents(["red heart"], [3], Sampling(3, 2.0, solver)) for m in (model, loaded))
         torch.testing.assert_close(one, other)
 
 
@@ -53,7 +54,7 @@ def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tm
 
 def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: LatentDiffusion) -> None:
     def latents(guidance: float, negative: str) -> torch.Tensor:
-        return model.latents(["red heart"], [0], guidance=guidance, negative=negative)
+        return model.latents(["red heart"], [0], Sampling(guidance=guidance, negative=negative))
 
     assert torch.equal(latents(1.0, ""), latents(1.0, "blue"))
     assert not torch.equal(latents(2.0, ""), latents(2.0, "blue"))

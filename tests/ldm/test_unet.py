@@ -11,7 +11,7 @@ from ldm import config, unet
 from ldm.condition import Condition, predict
 from ldm.diffusion import Process
 from ldm.errors import UserError
-from ldm.sampling import scheduler
+from ldm.solvers import scheduler
 
 
 def test_attention_backends_agree(root: Path) -> None:

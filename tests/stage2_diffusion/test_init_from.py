@@ -18,7 +18,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusion
-from ldm.sampling import scheduler
+from ldm.solvers import scheduler
 
 LITTLE = [
     "run.tracker=none", "run.precision=no", "data.size=16", "stage1.channels=[16, 16]", "stage2.batch=4",

@@ -20,6 +20,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
 from ldm.data.order import uniform
 from ldm.files import checkpoints, read_checkpoint
+from ldm.options import Sampling
 from ldm.pipeline import LatentDiffusion
 from ldm.run import MEASURED
 from ldm.schema import Config
@@ -161,7 +162,7 @@ def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
     assert not torch.allclose(model.null, empty, atol=1e-3)
 
     def latents(model: LatentDiffusion, guidance: float) -> torch.Tensor:
-        return model.latents(["red heart"], [0], guidance=guidance)
+        return model.latents(["red heart"], [0], Sampling(guidance=guidance))
 
     of_empty = replace(model, null=None)
     assert torch.equal(latents(model, 1.0), latents(of_empty, 1.0))

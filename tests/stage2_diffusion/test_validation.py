@@ -17,8 +17,8 @@ from ldm.data.order import normal
 from ldm.diffusion import Process
 from ldm.pipeline import LatentDiffusion
 from ldm.run import Run
-from ldm.sampling import scheduler
 from ldm.schema import Config
+from ldm.solvers import scheduler
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.model import Denoiser
 from stage2_diffusion.validation import LEVELS, Validation, velocity_error

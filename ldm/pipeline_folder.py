@@ -1,0 +1,112 @@
+"""A model ↔ a folder of diffusers' pipelines, which plain diffusers opens too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LDMPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+)
+from diffusers.utils import logging
+from safetensors.torch import load_file, save_file
+
+from ldm.autoencoder import Autoencoder, Identity, fold
+from ldm.condition import NOISIEST
+from ldm.errors import UserError
+from ldm.files import whole_folder
+from ldm.schedules import betas
+from ldm.text import TextEncoder
+
+FACTS, NULL = "ldm.json", "null.safetensors"  # what a pipeline's folder has beside what plain diffusers reads
+KNOWN = (
+    StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, LDMPipeline,
+)  # fmt: skip
+Model: TypeAlias = Any  # ldm.pipeline.LatentDiffusion
+UPSCALER = 0.08333  # the only latent scale that diffusers' StableDiffusionUpscalePipeline leaves alone
+
+
+def read(name: str | Path) -> dict[str, Any]:
+    """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError where it is of no known kind.
+
+    Weights are read from safetensors only.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        parts = DiffusionPipeline.load_config(str(name))
+        none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
+        given = {"safety_checker": None} if "safety_checker" in parts else {}
+        pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}") from None
+    finally:
+        logging.set_verbosity(before)
+    if not isinstance(pipeline, KNOWN):
+        known = ", ".join(kind.__name__ for kind in KNOWN)
+        raise UserError(f"--model: {name} is a {type(pipeline).__name__}; known are {known}")
+    facts, null = _facts(Path(name))
+    encoder = getattr(pipeline, "text_encoder", None)
+    vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
+    return {
+        "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None, "unet": pipeline.unet.eval(),
+        "autoencoder": Autoencoder(vae), "scheduler": pipeline.scheduler, "null": null,
+        "classes": tuple(facts.get("classes", ())),
+        **{key: facts[key] for key in ("steps", "guidance") if key in facts},
+    }  # fmt: skip
+
+
+def write(model: Model, folder: Path) -> None:
+    """Writes a folder that plain diffusers opens, as the pipeline of the model's task, and what `read` needs beside."""
+    with whole_folder(folder) as beside:
+        _pipeline(model).save_pretrained(beside)
+        facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
+        (beside / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        if model.null is not None:
+            save_file({"null": model.null.detach().float().cpu().contiguous()}, beside / NULL)
+
+
+def _pipeline(model: Model) -> DiffusionPipeline:
+    vae = None if isinstance(model.autoencoder.vae, Identity) else model.autoencoder.vae
+    if not model.text:
+        if vae is None:
+            return DDPMPipeline(unet=model.unet, scheduler=model.scheduler)
+        return LDMPipeline(vqvae=vae, unet=model.unet, scheduler=model.scheduler)
+    if isinstance(vae, AutoencoderDC):  # the pipeline counts levels by it
+        vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
+    parts: dict[str, Any] = {
+        "text_encoder": model.text.model, "tokenizer": model.text.tokenizer, "unet": model.unet,
+        "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+    if model.task == "inpaint":
+        return StableDiffusionInpaintPipeline(vae=vae, **parts, requires_safety_checker=False)
+    if model.task == "upscale":
+        if isinstance(vae, AutoencoderKL):
+            ours, none = model.autoencoder.scale, torch.zeros(model.autoencoder.channels)
+            vae = fold(vae, none, torch.full_like(none, UPSCALER / ours))
+            vae.register_to_config(scaling_factor=UPSCALER)
+        low = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
+        return StableDiffusionUpscalePipeline(
+            vae=vae, **parts, low_res_scheduler=low, watermarker=None, max_noise_level=NOISIEST
+        )
+    return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
+
+
+def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """What `write` wrote for `read`; nothing in a folder that others made, or of the Hub."""
+    facts = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else {}
+    return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None
