@@ -539,9 +539,7 @@ class DistillConfig(Training):
     huber: float = Field(default=0.001, gt=0)
     """Consistency: c of the pseudo-Huber loss."""
     evaluate_every: PositiveInt = 500
-    """Steps between two measurements of the loss on held-out pictures."""
-    evaluate_pictures: PositiveInt = 64
-    """Pictures that are measured, always the same, with the same noise."""
+    """Steps between two measurements of the loss on a batch of held-out pictures, always with the same noise."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

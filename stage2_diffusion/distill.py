@@ -10,15 +10,17 @@ continues where it stopped.
 from __future__ import annotations
 
 import copy
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from torch.utils.data import default_collate
 
 from ldm import config
@@ -26,7 +28,7 @@ from ldm.config import differences
 from ldm.data import index
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.data.samples import Feed, Item, feed, named
+from ldm.data.samples import Item, feed, named
 from ldm.data.stream import Stream
 from ldm.diffusion import Process
 from ldm.distillation import consistent, first_order
@@ -36,11 +38,12 @@ from ldm.folder import FREE_ENDS, about, make
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join, on_main
 from ldm.run import Run
+from ldm.sampling import scheduler
 from ldm.schema import Config, DistillConfig, Stage2Config
 from ldm.text import NULL_PROMPT
 from ldm.unet import UNet, hear_guidance, use_attention, without_variance
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.lessons import Consistency, Guidance, Halving, Lesson, Question
+from stage2_diffusion.lessons import Consistency, Guidance, Halving, Lesson
 from stage2_diffusion.model import Denoiser
 
 METHODS = ("progressive", "consistency")
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     given = parser.parse_intermixed_args(arguments)
+    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for name in ("pipeline", "config.yaml"):
         if not (given.run / name).exists():
             raise UserError(f"{given.run}: no finished run (it has no {name}); run train_ldm.py first")
@@ -101,13 +106,15 @@ def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
         except ValueError as error:
             raise UserError(f"distill: {error}") from None
         if stage.target != "flow" and 2 * steps[0] > stage.timesteps:
-            raise UserError(f"distill: steps_from: {2 * steps[0]}, but stage2.timesteps are {stage.timesteps}; lower it")
+            raise UserError(
+                f"distill: steps_from: {2 * steps[0]}, but stage2.timesteps are {stage.timesteps}; lower it"
+            )
     elif stage.target == "flow":
         raise UserError("--method consistency: diffusers' LCMScheduler can't sample a flow; use --method progressive")
     elif not settings.steps_to <= settings.original_steps <= stage.timesteps // 2:
         raise UserError(
-            f"distill: original_steps: {settings.original_steps}; give steps_to, {settings.steps_to}, at least and half "
-            f"of stage2.timesteps, {stage.timesteps // 2}, at most"
+            f"distill: original_steps: {settings.original_steps}; give steps_to, {settings.steps_to}, at least, and "
+            f"half of stage2.timesteps, {stage.timesteps // 2}, at most"
         )
 
 
@@ -122,7 +129,8 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
             change for change in differences(old["distill"], new["distill"])
             if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)
         ]  # fmt: skip
-        changed += differences(*({key: each[key] for key in ("method", "teacher")} for each in (old, new)))
+        before, now = ({key: each[key] for key in ("method", "teacher")} for each in (old, new))
+        changed += differences(before, now)
         if changed:
             raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
         return
@@ -131,68 +139,48 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
         beside.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
 
 
-class Material(NamedTuple):
-    """What all stages of a distillation are taught with."""
-
-    config: Config
-    settings: DistillConfig
-    model: LatentDiffusion
-    data: Index | Stream
-    samples: Feed
-    held_out: Callable[[], tuple[Item, torch.Tensor, torch.Tensor | None] | None]
-    conditions: Conditions
-
-
 def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion) -> None:
-    """Teaches one student after the other, of which the last one is exported as `pipeline`."""
-    stage = of_run.stage2.model_copy(
-        update={
-            "batch": settings.batch, "micro_batches": settings.micro_batches,
-            "dropout": 0.0 if of_run.stage2.text else of_run.stage2.dropout,  # of captions, the student is told w
-        }
-    )  # fmt: skip
-    of_run = of_run.model_copy(update={"stage2": stage})
-    folder, seed, process, text = of_run.run.dir, of_run.run.seed, Process.of(stage), stage.text
+    """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
+    batches = {"batch": settings.batch, "micro_batches": settings.micro_batches}  # what samples are ordered by
+    of_run = of_run.model_copy(update={"stage2": of_run.stage2.model_copy(update=batches)})
+    stage, folder, process = of_run.stage2, of_run.run.dir, Process.of(of_run.stage2)
     device = join(of_run.run).device
     model.to(device)
-    everything = Stream(of_run) if of_run.data.streaming else index.build(of_run)
-    data = everything.select("train")
-    material = Material(
-        of_run, settings, model, data, feed(data, of_run, model.autoencoder, model.text, device),
-        lambda: held_out(of_run, settings, model, everything),
-        Conditions(of_run, model.autoencoder, None, len(model.classes)),
-    )  # fmt: skip
+    data = Stream(of_run) if of_run.data.streaming else index.build(of_run)
+    assert settings.guidance_to, "the command sets it"
     null = None
-    if text:
-        assert model.text, "the pipeline of a text model has an encoder"
+    if model.text:
         null = model.text.encode([NULL_PROMPT])[0] if model.null is None else model.null
-    given = (process, settings, seed, null, len(model.classes) if stage.classes else None)
+        within = min(max(model.guidance, settings.guidance_from), settings.guidance_to)
+        model = replace(model, guidance=within)
+    given = (process, settings, of_run.run.seed, null, len(model.classes) if stage.classes else None)
 
-    lessons: list[tuple[str, Callable[[UNet], Lesson], Any, int]] = []  # name, lesson, solver, its steps
-    if method == "consistency":
-        solver = consistent(process, settings.original_steps)
-        lessons.append(("consistency", lambda unet: Consistency(unet, *given), solver, settings.steps_to))
-    else:
-        if text:
-            lessons.append(("guidance", lambda unet: Guidance(unet, *given), model.scheduler, model.steps))
-        for steps in settings.halvings():
-            lesson = partial(Halving, steps=steps)
-            lessons.append((f"steps-{steps}", lambda unet, of=lesson: of(unet, *given), first_order(process), steps))
-    for name, lesson, solver, steps in lessons:
+    def teach(name: str, lesson: Lesson, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not exported.exists():
-            unet = learn(material, name, lesson(model.unet))
-            few = replace(model, unet=unet, scheduler=solver, steps=steps)
-            on_main(partial(few.save, exported))
-        model = replace(model, unet=LatentDiffusion.load(exported, device).unet)
-    on_main(partial(replace(model, scheduler=solver, steps=steps).save, folder / "pipeline"))
+            unet = learn(of_run, settings, model, data, name, lesson)
+            on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
+        return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
+
+    if method == "consistency":
+        solver = consistent(process, settings.original_steps)
+        model = teach("consistency", Consistency(model.unet, *given), solver, settings.steps_to)
+    else:
+        if model.text:
+            solver = scheduler(process, of_run.sample.solver, clip=model.autoencoder.factor == 1)
+            model = teach("guidance", Guidance(model.unet, *given), solver, model.steps)
+        for steps in settings.halvings():
+            model = teach(f"steps-{steps}", Halving(model.unet, *given, steps), first_order(process), steps)
+    on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
-def learn(material: Material, name: str, lesson: Lesson) -> UNet:
+def learn(
+    of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
+    lesson: Lesson,
+) -> UNet:  # fmt: skip
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
-    of_run, settings, model, data, samples, _, conditions = material
-    stage, device = of_run.stage2, model.unet.device
-    unet = copy.deepcopy(lesson.teacher).train()
+    stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
+    unet = copy.deepcopy(lesson.teacher).requires_grad_(True)
     if lesson.hears_guidance:
         hear_guidance(unet)
     if settings.gradient_checkpointing:
@@ -200,7 +188,7 @@ def learn(material: Material, name: str, lesson: Lesson) -> UNet:
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     for each in (unet, lesson.teacher):
-        use_attention(each.requires_grad_(each is unet), stage.attention_backend, device)
+        use_attention(each, stage.attention_backend, device)
     training = settings.model_copy(update={"steps": settings.guidance_steps} if name == "guidance" else {})
     contract = {
         **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
@@ -212,7 +200,9 @@ def learn(material: Material, name: str, lesson: Lesson) -> UNet:
     )  # fmt: skip
     if stage.compile:
         unet.compile()
-    held = material.held_out()
+    samples = feed(data, of_run, model.autoencoder, model.text, run.device)
+    conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
+    held = held_out(of_run, model, everything)
 
     def look() -> None:
         if held and run.due(settings.evaluate_every, last=True):
@@ -224,7 +214,8 @@ def learn(material: Material, name: str, lesson: Lesson) -> UNet:
         with run.accumulate():
             n = batch["position"]
             x0, states = samples.encoded(batch)
-            asked: Question = lesson.question(n, x0, conditions(batch, x0, states)[0])  # z_t at a level of its own
+            condition, _, _ = conditions(lesson.undropped(batch), x0, states)
+            asked = lesson.question(n, x0, condition)  # z_t, at a noise level and a scale of guidance
             with torch.no_grad(), run.accelerator.autocast():
                 target = lesson.target(asked, run)
 
@@ -239,18 +230,18 @@ def learn(material: Material, name: str, lesson: Lesson) -> UNet:
 
 
 def held_out(
-    of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream
+    of_run: Config, model: LatentDiffusion, everything: Index | Stream
 ) -> tuple[Item, torch.Tensor, torch.Tensor | None] | None:
-    """A batch of held-out pictures, their latents and embeddings; None where nothing is held out."""
+    """The first batch of the held-out pictures, its latents and embeddings; None where nothing is held out."""
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index) or not len(held):
         return None
-    held, device = held.some(settings.evaluate_pictures), model.unet.device
+    device = model.unet.device
     afresh = of_run.model_copy(update={"data": of_run.data.model_copy(update={"cache": "none"})})
     samples = feed(held, afresh, model.autoencoder, model.text, device)
     assert not isinstance(samples.dataset, Stream), "an index's samples"
-    batch = default_collate([samples.dataset[n] for n in range(len(held))])
-    batch = {key: value.to(device) if key != "position" and torch.is_tensor(value) else value for key, value in batch.items()}
+    batch = default_collate([samples.dataset[n] for n in range(of_run.stage2.batch)])
+    batch = {"position": batch.pop("position"), **send_to_device(batch, device)}
     return batch, *samples.encoded(batch)
 
 
@@ -259,7 +250,8 @@ def validate(
     run: Run, lesson: Lesson, conditions: Conditions, batch: Item, x0: torch.Tensor, states: torch.Tensor | None
 ) -> None:
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
-    asked = lesson.question(batch["position"], x0, conditions(batch, x0, states)[0])
+    condition, _, _ = conditions(lesson.undropped(batch), x0, states)
+    asked = lesson.question(batch["position"], x0, condition)
     with run.averaged(), run.accelerator.autocast():
         target = lesson.target(asked, run)
         prediction = run.bare(asked.z, asked.told, asked.condition)
@@ -267,4 +259,4 @@ def validate(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from ldm.condition import Condition, predict
 from ldm.data.order import normal, uniform
+from ldm.data.samples import Item
 from ldm.diffusion import Process
 from ldm.distillation import consistent, ddim_step, grid, pseudo_huber, target_of_two, x0_weight
 from ldm.run import Run
@@ -21,14 +22,15 @@ class Question(NamedTuple):
 
     z: torch.Tensor
     """`(N, C, h, w)`: the noisy latents z_t."""
-    t: torch.Tensor
-    """`(N,)`: times, or a halving's places in its grid."""
+    at: torch.Tensor
+    """`(N,)`: times, or, of a halving, places in its grid."""
     told: torch.Tensor
     """`(N,)`: the times as the network is told them."""
     condition: Condition
     """With the scale of guidance, where the student hears one."""
 
 
+@dataclass
 class Lesson:
     """Of a teacher that is a U-Net of `process`; all that is drawn follows from positions.
 
@@ -36,18 +38,25 @@ class Lesson:
     has no such input.
     """
 
-    can_be_sharded = True
+    teacher: UNet
+    process: Process
+    settings: DistillConfig
+    seed: int
+    null: torch.Tensor | None
+    classes: int | None
 
-    def __init__(
-        self, teacher: UNet, process: Process, settings: DistillConfig, seed: int, null: torch.Tensor | None,
-        classes: int | None,
-    ):  # fmt: skip
-        self.teacher, self.process, self.settings, self.seed = teacher.eval(), process, settings, seed
-        self.null, self.classes = null, classes
+    can_be_sharded: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.teacher.eval().requires_grad_(False)
 
     @property
     def hears_guidance(self) -> bool:
         return self.null is not None
+
+    def undropped(self, batch: Item) -> Item:
+        """A batch whose captions and classes all stay, where the student hears the scale of guidance instead."""
+        return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.hears_guidance else batch
 
     def question(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> Question:
         """What is asked of latents x0 `(N, C, h, w)` at positions n."""
@@ -78,13 +87,16 @@ class Lesson:
         w, condition = condition.guidance, condition._replace(guidance=None)
         if w is None or condition.text is None or self.null is None:
             return predict(self.teacher, z, told, condition).float()
-        label = condition.label if self.classes is None else torch.full_like(condition.label, self.classes)
+        label = condition.label
+        if label is not None and self.classes is not None:
+            label = torch.full_like(label, self.classes)
         null = condition._replace(text=self.null.to(condition.text).expand_as(condition.text), label=label)
         both = predict(self.teacher, torch.cat([z, z]), torch.cat([told, told]), null.of(condition)).float()
         without, with_it = both.chunk(2)
         return without + w[:, None, None, None] * (with_it - without)
 
 
+@dataclass
 class Guidance(Lesson):
     """One forward for two: the guided teacher's output, whatever the scale; arXiv 2210.03142, section 3.1."""
 
@@ -95,15 +107,15 @@ class Guidance(Lesson):
         return (prediction - target).square().flatten(1).mean(1)
 
 
+@dataclass
 class Halving(Lesson):
     """One step for two of a teacher that hears what the student hears; arXiv 2202.00512, Algorithm 2."""
 
-    def __init__(
-        self, teacher: UNet, process: Process, settings: DistillConfig, seed: int, null: torch.Tensor | None,
-        classes: int | None, steps: int,
-    ):  # fmt: skip
-        super().__init__(teacher, process, settings, seed, null, classes)
-        self.grid, self.half = (grid(process, n, teacher.device) for n in (steps, 2 * steps))
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.grid, self.half = (grid(self.process, n, self.teacher.device) for n in (self.steps, 2 * self.steps))
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         i = (u * len(self.grid.t)).long().clamp(max=len(self.grid.t) - 1)
@@ -111,7 +123,7 @@ class Halving(Lesson):
         return Question(z, i, self.grid.told[i], condition)
 
     def target(self, asked: Question, run: Run) -> torch.Tensor:
-        (_, told, alpha, sigma), half, i, middle = self.grid, self.half, asked.t, 2 * asked.t + 1
+        (_, told, alpha, sigma), half, i, middle = self.grid, self.half, asked.at, 2 * asked.at + 1
         x0 = self.process.x0_of(self._answer(asked.z, told[i], asked.condition), asked.z, self.grid.t[i])
         z = ddim_step(x0, asked.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
         x0 = self.process.x0_of(self._answer(z, half.told[middle], asked.condition), z, half.t[middle])
@@ -122,34 +134,32 @@ class Halving(Lesson):
         return predict(self.teacher, z, told, condition).float()
 
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
-        i = asked.t
+        i = asked.at
         x0 = self.process.x0_of(prediction, asked.z, self.grid.t[i])
         weight = x0_weight(self.settings.loss, self.grid.alpha[i], self.grid.sigma[i])
         return (weight * (x0 - target).square()).flatten(1).mean(1)
 
 
+@dataclass
 class Consistency(Lesson):
     """The same picture from both ends of a teacher's step; arXiv 2310.04378, Algorithm 1."""
 
-    can_be_sharded = False  # its averaged weights answer in each step
+    can_be_sharded: ClassVar[bool] = False  # its averaged weights answer in each step
 
-    def __init__(
-        self, teacher: UNet, process: Process, settings: DistillConfig, seed: int, null: torch.Tensor | None,
-        classes: int | None,
-    ):  # fmt: skip
-        super().__init__(teacher, process, settings, seed, null, classes)
-        self.solver = consistent(process, settings.original_steps)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.solver = consistent(self.process, self.settings.original_steps)
+        self.skip = self.process.timesteps // self.settings.original_steps  # k, as LCMScheduler counts it
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         steps = self.settings.original_steps
-        k = self.process.timesteps // steps  # as LCMScheduler counts them
-        t = ((u * steps).long().clamp(max=steps - 1) + 1) * k - 1
+        t = ((u * steps).long().clamp(max=steps - 1) + 1) * self.skip - 1
         return Question(self.process.add_noise(x0, eps, t), t, self.process.network_time(t), condition)
 
     def target(self, asked: Question, run: Run) -> torch.Tensor:
         """Of the averaged student, after the guided teacher's step."""
         process, (z, t, told, condition) = self.process, asked
-        before = (t - process.timesteps // self.settings.original_steps).clamp(min=0)
+        before = (t - self.skip).clamp(min=0)
         x0 = process.x0_of(self.guided(z, told, condition), z, t)
         z = ddim_step(x0, z, *process.alpha_sigma(t), *process.alpha_sigma(before))
         averages = run.ema.tensors(run.ema.main)
@@ -157,7 +167,7 @@ class Consistency(Lesson):
         return self._consistent(answer.float(), z, before)
 
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
-        return pseudo_huber(self._consistent(prediction, asked.z, asked.t), target, self.settings.huber)
+        return pseudo_huber(self._consistent(prediction, asked.z, asked.at), target, self.settings.huber)
 
     def _consistent(self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """f(z, t), the picture at the end of the path through z: z itself at t = 0."""
