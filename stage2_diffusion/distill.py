@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "data": of_run.data.model_copy(update={"cache_dir": of_run.data.cache_dir or given.run / "cache"}),
         }
     )
-    if not (given.out / "pipeline").exists():
+    if not on_main((given.out / "pipeline").exists):
         distill(of_run, settings, given.method, teacher)
     if state.is_main_process:
         print(f"finished: {given.out / 'pipeline'}")
@@ -102,12 +102,12 @@ def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
                 "learn it; use --method consistency, or a run with target v, x0 or flow"
             )
         try:
-            steps = settings.halvings()
+            settings.halvings()
         except ValueError as error:
             raise UserError(f"distill: {error}") from None
-        if stage.target != "flow" and 2 * steps[0] > stage.timesteps:
+        if stage.target != "flow" and settings.steps_from > stage.timesteps:
             raise UserError(
-                f"distill: steps_from: {2 * steps[0]}, but stage2.timesteps are {stage.timesteps}; lower it"
+                f"distill: steps_from: {settings.steps_from}, but stage2.timesteps are {stage.timesteps}; lower it"
             )
     elif stage.target == "flow":
         raise UserError("--method consistency: diffusers' LCMScheduler can't sample a flow; use --method progressive")
@@ -157,7 +157,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
 
     def teach(name: str, lesson: Lesson, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
-        if not exported.exists():
+        if not on_main(exported.exists):
             unet = learn(of_run, settings, model, data, name, lesson)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
