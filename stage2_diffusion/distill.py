@@ -194,8 +194,9 @@ def learn(
         **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
         "teacher": tensors_sha256(lesson.teacher.state_dict()),
     }  # fmt: skip
+    student = Denoiser(unet, Stage2Config(), lesson.null)  # by default, nothing beside the U-Net is trained
     run = Run(
-        of_run.run, training, name, Denoiser(unet, Stage2Config(), lesson.null), contract,
+        of_run.run, training, name, student, contract,
         name=named(data, of_run, settings.batch), sharded=lesson.can_be_sharded,
     )  # fmt: skip
     if stage.compile:
