@@ -72,7 +72,7 @@ def target_of_two(
 def x0_weight(kind: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Of the squared error of x_0, by noise level: `snr_truncated` or `v` (the error of the velocity)."""
     snr = (alpha / sigma).square()
-    return snr.clamp(min=1) if kind == "snr_truncated" else 1 + snr  # arXiv 2202.00512, eqs. 9, 10
+    return snr.clamp(min=1) if kind == "snr_truncated" else 1 + snr  # arXiv 2202.00512, section 4
 
 
 def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float) -> torch.Tensor:

@@ -171,5 +171,5 @@ class Consistency(Lesson):
 
     def _consistent(self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """f(z, t), the picture at the end of the path through z: z itself at t = 0."""
-        c_skip, c_out = self.solver.get_scalings_for_boundary_condition_discrete(t[:, None, None, None])  # eq. 9
+        c_skip, c_out = self.solver.get_scalings_for_boundary_condition_discrete(t[:, None, None, None])  # section 4
         return c_skip * z + c_out * self.process.x0_of(prediction, z, t)
