@@ -38,8 +38,8 @@ from ldm.folder import FREE_ENDS, about, make
 from ldm.pipeline import LatentDiffusion
 from ldm.processes import join, on_main
 from ldm.run import Run
-from ldm.sampling import scheduler
 from ldm.schema import Config, DistillConfig, Stage2Config
+from ldm.solvers import scheduler
 from ldm.text import NULL_PROMPT
 from ldm.unet import UNet, hear_guidance, use_attention, without_variance
 from stage2_diffusion.conditions import Conditions
@@ -47,6 +47,7 @@ from stage2_diffusion.lessons import Consistency, Guidance, Halving, Lesson
 from stage2_diffusion.model import Denoiser
 
 METHODS = ("progressive", "consistency")
+CAPTIONS = 1000  # that others are blended with
 
 
 @command
@@ -204,6 +205,9 @@ def learn(
     samples = feed(data, of_run, model.autoencoder, model.text, run.device)
     conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
     held = held_out(of_run, model, everything)
+    if settings.blended and model.text and isinstance(data, Index):
+        captions = data.some(CAPTIONS)
+        lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def look() -> None:
         if held and run.due(settings.evaluate_every, last=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -45,6 +45,9 @@ class Lesson:
     null: torch.Tensor | None
     classes: int | None
 
+    others: torch.Tensor | None = field(default=None, kw_only=True)
+    """`(K, T, D)`: embeddings of captions that those of a batch are blended with."""
+
     can_be_sharded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -66,8 +69,21 @@ class Lesson:
             low, high = self.settings.guidance_from, self.settings.guidance_to
             assert high is not None, "the command sets it"
             w = low + (high - low) * uniform(self.seed, "distill guidance", n)
-            condition = condition._replace(guidance=w.to(x0.device))
+            condition = condition._replace(guidance=w.to(x0.device), text=self.blended(n, condition.text))
         return self.noisy(u, x0, eps, condition)
+
+    def blended(self, n: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
+        """Embeddings `(N, T, D)` of which a share lies between a picture's own caption and another one.
+
+        A teacher has an answer to any text; asked for training captions alone, a student of few steps forgets how it
+        combined them.
+        """
+        if text is None or self.others is None:
+            return text
+        draw = [uniform(self.seed, f"distill {name}", n).to(text.device) for name in ("other", "way", "blended")]
+        other = self.others[(draw[0] * len(self.others)).long().clamp(max=len(self.others) - 1)].to(text)
+        way = torch.where(draw[2] < self.settings.blended, draw[1], 0.0)[:, None, None].to(text)
+        return text + way * (other - text)
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""
