@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from PIL import Image
+from torch import nn
 
 from ldm import pipeline_folder
 from ldm.autoencoder import Autoencoder
+from ldm.beside import Beside
 from ldm.condition import LEVELS, Condition, augmented, predict, with_hole
 from ldm.data.images import to_pil, to_tensor
 from ldm.errors import UserError
@@ -40,6 +43,10 @@ class Toward:
     prompts: Sequence[str] | None
     seeds: Sequence[int]
     shares: Sequence[float]
+
+    def of(self, part: slice) -> Toward:
+        """The same for a part of the pictures."""
+        return Toward(self.prompts and self.prompts[part], self.seeds[part], self.shares[part])
 
 
 @dataclass
@@ -140,7 +147,7 @@ class LatentDiffusion:
             raise UserError(f"compile: {compile!r}; give no, yes or, on a GPU, graphs")
         self._known = {}
         use_attention(self.unet, "auto", self.device)
-        self.unet.to(PRECISIONS[precision])
+        nn.Module.to(self.unet, PRECISIONS[precision])  # diffusers' warns of layers to be kept
         if gpu:
             self.unet.to(memory_format=torch.channels_last)
             if precision == "bf16":
@@ -311,7 +318,7 @@ class LatentDiffusion:
         return torch.stack([known[prompt] for prompt in prompts])
 
     def _numbers(self, labels: Sequence[str | int] | None, how: Sampling) -> torch.Tensor | None:
-        names = self.classes if how.classifier is None else tuple(how.classifier.classes)
+        names = self.classes if how.classifier is None else how.classifier.classes
         if labels is None:
             return None
         return torch.tensor([class_number(each, names) for each in labels], device=self.device)
@@ -329,6 +336,7 @@ class LatentDiffusion:
         size: Size | None = None,
         toward: Toward | None = None,
         told: Callable[[Step], None] | None = None,
+        ready: Callable[[int, list[Image.Image]], None] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """Pictures for one prompt or several; picture i starts from the noise of `seed + i`, in any batch, or of the
@@ -339,9 +347,11 @@ class LatentDiffusion:
 
         `image`, one or one a picture, is changed as far as `strength` says; with a `mask`, white where the picture is
         to be made, it is completed, and stays what it is elsewhere; an upscaler enlarges it. `toward` leads part of the
-        way to other prompts and seeds. `told` is called after each step of a batch with a `Step`. `options` are the
-        fields of `ldm.options.Sampling`: `steps`, `guidance`, `solver`, `negative`, and more. UserError says in one
-        line what can't be.
+        way to other prompts and seeds. `told` is called after each step of a batch with a `Step`. `ready` is called
+        with the number of a finished batch's first picture and its pictures, which are not returned then, so that any
+        number of them may be made; on a GPU they are decoded beside the next batch's steps. `options` are the fields of
+        `ldm.options.Sampling`: `steps`, `guidance`, `solver`, `negative`, and more. UserError says in one line what
+        can't be.
         """
         how = Sampling(**options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -352,41 +362,45 @@ class LatentDiffusion:
         if given is not None and holes is not None and holes.shape[2:] != given.shape[2:]:
             (h, w), (height, width) = holes.shape[2:], given.shape[2:]
             raise UserError(f"mask: {w} × {h} pixels, but the picture has {width} × {height}; give one of its size")
-        pictures: list[Image.Image] = []
-        for start in range(0, number, batch):
-            part = slice(start, min(start + batch, number))
-            seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
-            of_part: dict[str, Any] = {
-                name: None if whole is None else whole[part]
-                for name, whole in (("labels", labels), ("image", given), ("mask", holes))
-            }
-            each = how.of(part)
-            way = toward and Toward(toward.prompts and toward.prompts[part], toward.seeds[part], toward.shares[part])
-            asked = None if prompts is None else prompts[part]
-            pictures += self._drawn(asked, seeds, each, size=size, toward=way, told=told, **of_part)
-        return pictures
 
-    def _drawn(
-        self,
-        prompts: Sequence[str] | None,
-        seeds: Sequence[int],
-        how: Sampling,
-        *,
-        image: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        **given: Any,
-    ) -> list[Image.Image]:
-        """A batch of pictures; images of any size, whose edges are repeated to the next multiple and cut off again."""
+        def finish(start: int, *drawn: torch.Tensor | None) -> list[Image.Image]:
+            pictures = self._shown(*drawn)  # type: ignore[arg-type]
+            if not ready:
+                return pictures
+            ready(start, pictures)
+            return []
+
+        made: list[Future[list[Image.Image]]] = []
+        with Beside(self.device) as beside:
+            for start in range(0, number, batch):
+                part = slice(start, min(start + batch, number))
+                seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
+                picture, hole = (None if whole is None else whole[part] for whole in (given, holes))
+                latents = self.latents(
+                    None if prompts is None else prompts[part], seeds, how.of(part),
+                    labels=None if labels is None else labels[part], image=self._wider(picture),
+                    mask=self._wider(hole), size=size, toward=toward and toward.of(part), told=told,
+                )  # fmt: skip
+                made.append(beside.do(finish, start, latents, picture, hole))
+        return [picture for each in made for picture in each.result()]
+
+    def _wider(self, image: torch.Tensor | None) -> torch.Tensor | None:
+        """Images with their edges repeated to the next multiple of what the model makes."""
         if image is None:
-            return to_pil(self.autoencoder.decode(self.latents(prompts, seeds, how, **given)))
-        height, width = image.shape[2:]
+            return None
+        multiple = self.multiple // (self.autoencoder.factor if self.task == "upscale" else 1)
+        return F.pad(image, (0, -image.shape[3] % multiple, 0, -image.shape[2] % multiple), mode="replicate")
+
+    def _shown(
+        self, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> list[Image.Image]:
+        """Decoded pictures, of the size of the image; with a mask, they are the image where it is 0."""
+        pixels = self.autoencoder.decode(latents)
+        if image is None:
+            return to_pil(pixels)
         scale = self.autoencoder.factor if self.task == "upscale" else 1
-        multiple = self.multiple // scale
-        edges = (0, -width % multiple, 0, -height % multiple)
-        wider = F.pad(image, edges, mode="replicate")
-        hole = None if mask is None else F.pad(mask, edges, mode="replicate")
-        latents = self.latents(prompts, seeds, how, image=wider, mask=hole, **given)
-        made = to_pil(self.autoencoder.decode(latents)[..., : height * scale, : width * scale])
+        height, width = (side * scale for side in image.shape[2:])
+        made = to_pil(pixels[..., :height, :width])
         if mask is None:
             return made
         return [
@@ -409,7 +423,12 @@ class LatentDiffusion:
             raise UserError("prompt: an empty prompt; write what the picture shall show")
         if prompts and not self.text:
             raise UserError("prompt: this model was trained without text; give labels, or count")
-        known = self.classes if how.classifier is None else tuple(how.classifier.classes)
+        known = self.classes
+        if how.classifier is not None:
+            if self.classes:
+                raise UserError("classifier: the model is told classes itself; leave it out, and give labels")
+            how.classifier.check(self.scheduler, self.autoencoder)
+            known = how.classifier.classes
         if bool(labels) != bool(known):
             raise UserError(
                 "labels: this model knows no classes; leave them out"

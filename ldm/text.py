@@ -97,6 +97,12 @@ class TextEncoder:
         pieces = [min(self.chunks, max(1, math.ceil((count - added) / (self.piece - added)))) for count in counts]
         return [count + added * (several - 1) for count, several in zip(counts, pieces, strict=True)]
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `length` tokens; empty where all of it is read."""
+        room = self.chunks * (self.piece - self.tokenizer.num_special_tokens_to_add())
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return str(self.tokenizer.decode(ids[room:])).strip()
+
     def to(self, device: torch.device) -> TextEncoder:
         self.model.to(device)
         return self

@@ -27,7 +27,7 @@ from ldm.data import index
 from ldm.data.index import Index
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # train_ldm.py and scripts/ are files, not packages
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
 Main = Callable[[list[str]], int]
 
 

@@ -1,0 +1,51 @@
+"""Work that is done beside the steps of a GPU: on a thread and a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Beside(AbstractContextManager["Beside"]):
+    """`do` returns at once on a GPU; on a CPU, whose cores are busy with the steps, when it is done.
+
+    At the end of the block all of it is done.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._gpu = device.type == "cuda"
+
+    def __enter__(self) -> Beside:
+        if self._gpu:
+            self._thread = ThreadPoolExecutor(1)
+            self._stream = torch.cuda.Stream(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._gpu:
+            self._thread.shutdown()
+
+    def do(self, work: Callable[..., Result], *given: Any) -> Future[Result]:
+        """`work(*given)`, after all that the GPU has been asked for so far."""
+        if self._gpu:
+            asked = torch.cuda.Event()
+            asked.record(torch.cuda.current_stream(self._device))
+            return self._thread.submit(self._after, asked, work, *given)
+        done: Future[Result] = Future()
+        done.set_result(work(*given))
+        return done
+
+    def _after(self, asked: torch.cuda.Event, work: Callable[..., Result], *given: Any) -> Result:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(asked)
+            for each in given:
+                if isinstance(each, torch.Tensor) and each.is_cuda:
+                    each.record_stream(self._stream)  # its memory isn't used again before it has been read
+            return work(*given)

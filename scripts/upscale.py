@@ -1,0 +1,36 @@
+"""Enlarges a picture with a super-resolution model; large ones in tiles that fade into one another.
+
+python scripts/upscale.py --model runs/upscaler/pipeline --image small.png --prompt "a red heart"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pictures import draw, opened, parser
+
+from ldm.errors import UserError, command
+from ldm.pipeline import LatentDiffusion
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser("upscale.py", "Enlarges a picture with a super-resolution model.")
+    options.add_argument("--image", help="the small picture")
+    options.add_argument("--noise-level", type=int, default=20, help="noise on it, 0 to 349: more invents more")
+    draw(options.parse_args(arguments), "upscale.py", needs)
+
+
+def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
+    if model.task != "upscale":
+        raise UserError(f"--model: {given.model} does not enlarge; train one with stage2.conditions=[text,upscale]")
+    if not given.image:
+        raise UserError("--image: none given; name the small picture")
+    return {"image": opened("--image", given.image)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
