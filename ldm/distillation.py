@@ -11,7 +11,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
 from ldm.diffusion import Process
-from ldm.sampling import scheduler
+from ldm.solvers import scheduler
 
 
 def first_order(process: Process) -> DPMSolverMultistepScheduler:

@@ -529,7 +529,7 @@ class DistillConfig(Training):
     guidance_steps: PositiveInt = 1000
     """Progressive: optimiser steps in which guidance is learned, before the first halving."""
     blended: float = Field(default=0.5, ge=0, le=1)
-    """Share of captions that are blended with another one's, so that students don't forget how their teacher combines."""
+    """Share of captions that are blended with another, so that students do not forget how their teacher combines."""
     steps_from: PositiveInt = 64
     """Progressive: solver steps of the first teacher."""
     steps_to: PositiveInt = 4
