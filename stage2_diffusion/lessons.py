@@ -69,21 +69,22 @@ class Lesson:
             low, high = self.settings.guidance_from, self.settings.guidance_to
             assert high is not None, "the command sets it"
             w = low + (high - low) * uniform(self.seed, "distill guidance", n)
-            condition = condition._replace(guidance=w.to(x0.device), text=self.blended(n, condition.text))
+            condition = condition._replace(guidance=w.to(x0.device))
         return self.noisy(u, x0, eps, condition)
 
-    def blended(self, n: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
-        """Embeddings `(N, T, D)` of which a share lies between a picture's own caption and another one.
+    def blended(self, n: torch.Tensor, condition: Condition) -> Condition:
+        """Of captions in training, a share comes to lie between a picture's own and another one.
 
         A teacher has an answer to any text; asked for training captions alone, a student of few steps forgets how it
         combined them.
         """
+        text = condition.text
         if text is None or self.others is None:
-            return text
+            return condition
         draw = [uniform(self.seed, f"distill {name}", n).to(text.device) for name in ("other", "way", "blended")]
         other = self.others[(draw[0] * len(self.others)).long().clamp(max=len(self.others) - 1)].to(text)
         way = torch.where(draw[2] < self.settings.blended, draw[1], 0.0)[:, None, None].to(text)
-        return text + way * (other - text)
+        return condition._replace(text=text + way * (other - text))
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""

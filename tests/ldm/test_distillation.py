@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler
 
 from ldm.diffusion import Process
 from ldm.distillation import consistent, ddim_step, first_order, grid, pseudo_huber, target_of_two, x0_weight
-from ldm.sampling import sample, scheduler
+from ldm.sampling import sample
+from ldm.solvers import Level, Solver, scheduler
 
 PROCESSES = [
     Process("flow"), Process("flow", shift=3.0), Process("v"), Process("x0", "cosine"),
@@ -45,13 +46,13 @@ def test_one_step_to_the_target_ends_where_the_teachers_two_did(process: Process
 def test_the_grid_is_what_the_exported_scheduler_visits(process: Process) -> None:
     told, told_at = [], grid(process, 5)
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        told.append(t)
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        told.append(level.t)
         i = torch.full((len(x),), len(told) - 1)
         x0 = perfect(process, x, told_at.t[i])
         return process.target_of(x0, (x - told_at.alpha[i] * x0) / told_at.sigma[i], told_at.t[i])
 
-    found = sample(denoise, first_order(process), noise(3), 5)
+    found = sample(denoise, Solver(first_order(process), 5, noise(3).device), noise(3))
     assert torch.equal(torch.stack(told), told_at.told)
     z = noise(3)
     for i, t in enumerate(told_at.t):
@@ -71,16 +72,18 @@ def test_half_as_many_steps_visit_every_other_level(process: Process) -> None:
 def test_steps_of_a_chain_are_those_of_diffusers_ddim_where_they_divide_it() -> None:
     process = Process("v", "cosine")
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        at = t.expand(len(x))
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        at = level.t.expand(len(x))
         x0 = perfect(process, x, at)
         alpha, sigma = process.alpha_sigma(at)
         return process.target_of(x0, (x - alpha * x0) / sigma, at)
 
     theirs = scheduler(process, "ddim")
     assert isinstance(theirs, DDIMScheduler)
-    expected = sample(denoise, theirs, noise(2), 8)
-    torch.testing.assert_close(sample(denoise, first_order(process), noise(2), 8), expected, rtol=0, atol=1e-5)
+    found, expected = (
+        sample(denoise, Solver(rule, 8, noise(2).device), noise(2)) for rule in (first_order(process), theirs)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_weighted_errors_of_x0_are_those_of_v_or_of_the_larger_of_x0_and_eps() -> None:

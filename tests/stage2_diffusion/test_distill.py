@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from ldm.condition import Condition, predict
 from ldm.diffusion import Process
 from ldm.distillation import grid
+from ldm.pipeline import LatentDiffusion
 from ldm.schema import DistillConfig, Stage2Config
 from ldm.unet import build, hear_guidance, without_variance
 from stage2_diffusion import distill
@@ -93,6 +94,18 @@ def test_what_is_asked_follows_from_positions(unet: Any) -> None:
     assert torch.equal(together.condition.guidance[1:], alone.condition.guidance)
 
 
+def test_captions_are_blended_by_their_share_and_lie_between_two(unet: Any) -> None:
+    n, text = torch.arange(200), torch.zeros(200, 5, 16)
+    for share in (0.0, 0.5, 1.0):
+        lesson, _ = asked(Guidance, unet, blended=share)
+        assert torch.equal(lesson.blended(n, Condition(text)).text, text)  # there are no others
+        lesson.others = torch.ones(3, 5, 16)
+        found = lesson.blended(n, Condition(text)).text
+        assert ((found >= 0) & (found < 1)).all()
+        moved = (found > 0).all((1, 2)).float().mean()
+        assert abs(float(moved) - share) < 0.1
+
+
 def test_a_variance_that_was_learned_is_left_out(unet: Any) -> None:
     torch.manual_seed(0)
     twice = build(STAGE.model_copy(update={"variance": "learned"}), 4, 8, text_width=16)
@@ -148,6 +161,11 @@ def drawn(folder: Path, steps: int, **options: Any) -> np.ndarray:
     return np.asarray(pipe("red heart", **given, **options).images)
 
 
+def ours(folder: Path, **options: Any) -> np.ndarray:
+    """The same by our loop, whose steps are those that the folder remembers."""
+    return np.stack([np.asarray(each) / 255 for each in LatentDiffusion.load(folder, "cpu")("red heart", **options)])
+
+
 def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_the_uninterrupted(
     few: Callable[..., str], launch: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None],
     tiny_run: Path, tmp_path: Path,
@@ -166,6 +184,7 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
         pipe.scheduler.set_timesteps(steps)
         assert torch.equal(pipe.scheduler.timesteps, grid(Process("flow"), steps).told)
         guided, more = (drawn(folder, steps, guidance_scale=w) for w in (2.0, 4.0))
+        assert np.abs(guided - ours(folder, guidance=2.0)).max() <= 1 / 255
         assert guided.shape == (1, 32, 32, 3)
         assert not np.array_equal(guided, more)
         logged = [json.loads(line) for line in (whole / f"steps-{steps}/metrics.jsonl").read_text().splitlines()]
@@ -180,8 +199,8 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
     kept = (drilled / "pipeline-guidance/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     few(drilled)
     assert (drilled / "pipeline-guidance/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
-    ours, theirs = weights(drilled / "pipeline"), weights(whole / "pipeline")
-    assert {name for name in theirs if not torch.equal(ours[name], theirs[name])} == set()
+    resumed, straight = weights(drilled / "pipeline"), weights(whole / "pipeline")
+    assert {name for name in straight if not torch.equal(resumed[name], straight[name])} == set()
 
     assert "finished" in few(whole)
     assert "finished" in few(whole, "checkpoint_every=3")
@@ -204,7 +223,9 @@ def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuse
     pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
     assert isinstance(pipe.scheduler, LCMScheduler)
     assert (pipe.scheduler.config.original_inference_steps, pipe.scheduler.config.prediction_type) == (10, "epsilon")
-    assert drawn(out / "pipeline", 2, guidance_scale=3.0).shape == (1, 32, 32, 3)
+    theirs = drawn(out / "pipeline", 2, guidance_scale=3.0)
+    assert theirs.shape == (1, 32, 32, 3)
+    assert np.abs(theirs - ours(out / "pipeline", guidance=3.0)).max() <= 1 / 255  # noise after each step included
     assert "'eps' says nothing about the picture" in few(tmp_path / "no", run=run, status=2)
     assert not (tmp_path / "no").exists()
 
