@@ -220,9 +220,7 @@ def learn(
             n = batch["position"]
             x0, states = samples.encoded(batch)
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-            asked = lesson.question(
-                n, x0, lesson.blended(n, condition)
-            )  # z_t, at a noise level and a scale
+            asked = lesson.question(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
             with torch.no_grad(), run.accelerator.autocast():
                 target = lesson.target(asked, run)
 

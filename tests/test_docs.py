@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from pydantic.fields import FieldInfo
 
 import train_ldm
 from ldm import config
 from ldm.data import kohya
 from ldm.data.sources import SAYS
+from ldm.options import Sampling
 from ldm.presets import AUTOENCODERS
 from ldm.schema import (
+    SOLVERS,
+    SPACINGS,
     AlignConfig,
     BucketConfig,
+    ClassifierConfig,
     Config,
     DataConfig,
+    DistillConfig,
     GanConfig,
     RunConfig,
     SampleConfig,
+    Section,
     SourceConfig,
     Stage1Config,
     Stage2Config,
@@ -36,9 +44,9 @@ from ldm.schema import (
 )
 from scripts import check_data
 
-PAGE, STAGE1, STAGE2, TRAINING = (
+PAGE, STAGE1, STAGE2, TRAINING, SAMPLING = (
     (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8")
-    for name in ("your-own-data", "stage1", "stage2", "training")
+    for name in ("your-own-data", "stage1", "stage2", "training", "sampling")
 )
 KEYS = {  # of each page
     PAGE: {"data": DataConfig, "data.source": SourceConfig, "data.buckets": BucketConfig},
@@ -164,6 +172,32 @@ def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
     }
     keys = rf"(?:{'|'.join(Config.model_fields)})\.[\w.]+"
     rows = dict(re.findall(rf"^\| `({keys})` \|([^|]*)\|", page, flags=re.MULTILINE))
+    _check(rows, fields)
+
+
+@pytest.mark.parametrize(
+    ("title", "section"), [("a distillation", DistillConfig), ("the classifier", ClassifierConfig)]
+)
+def test_every_key_of_what_follows_training_is_on_the_page_of_sampling(title: str, section: type[Section]) -> None:
+    part = SAMPLING.partition(f"\n## Every key of {title}\n")[2].partition("\n#")[0]
+    _check(dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", part, flags=re.MULTILINE)), section.model_fields)
+
+
+def test_every_way_to_draw_is_on_the_page_of_sampling() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|([^|]*)\|", SAMPLING.partition("## In Python")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    expected = {f.name: f.default for f in dataclasses.fields(Sampling)}
+    assert [name for name, _ in rows] == list(expected)
+    for name, shown in rows:
+        default = expected[name]
+        assert shown.strip() == ("–" if default is None else '`""`' if default == "" else f"`{default}`"), name
+    for each in (*SOLVERS, *SPACINGS):
+        assert f"`{each}`" in SAMPLING
+
+
+def _check(rows: dict[str, str], fields: Mapping[str, FieldInfo]) -> None:
+    """That a table's rows, defaults by key, are those of the configuration."""
     assert rows.keys() == fields.keys()
     for key, shown in rows.items():
         default = fields[key].default
