@@ -153,7 +153,7 @@ class Job:
         words = ", ".join(filter(None, (self.label, self.prompt))) or f"seed {self.seed}"
         if self.toward and self.toward[2]:
             prompt, seed, share = self.toward
-            words += f" → {prompt if prompt and prompt != self.prompt else f'seed {seed}'}, {share:.0%}"
+            words += f" to {prompt if prompt and prompt != self.prompt else f'seed {seed}'}, {share:.0%}"
         return words
 
 
