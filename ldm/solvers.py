@@ -168,6 +168,8 @@ class Solver:
         """`target` is the network's, where the scheduler's differs; `eta` is ddim's share of ddpm's noise, 0 to 1."""
         self.scheduler = scheduler
         scheduler.set_timesteps(steps)  # on the CPU, where reading them waits for no device
+        if isinstance(scheduler, EulerAncestralDiscreteScheduler):
+            _keep_real(scheduler)
         config = scheduler.config
         straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
         self._expected = "flow" if straight else TARGET[config.prediction_type]
@@ -266,6 +268,14 @@ def _alphas_sigmas(scheduler: Any, flow: bool) -> list[tuple[float, float]]:
         alpha_bar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long()]
         pairs = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1)
     return [(float(alpha), float(sigma)) for alpha, sigma in pairs]
+
+
+def _keep_real(scheduler: EulerAncestralDiscreteScheduler) -> None:
+    """Gives it σ in float64 where its √(σ_to² − σ_up²) would, by rounding, be of a negative number."""
+    before, after = scheduler.sigmas[:-1], scheduler.sigmas[1:]
+    up = (after**2 * (before**2 - after**2) / before**2) ** 0.5
+    if bool((after**2 < up**2).any()):
+        scheduler.sigmas = scheduler.sigmas.double()
 
 
 def _straight(alpha: float, sigma: float) -> tuple[float, float]:
