@@ -301,12 +301,12 @@ def opened(option: str, path: str | Path) -> Image.Image:
     try:
         return images.decode(existing(option, path).read_bytes())
     except BadSampleError as error:
-        raise UserError(f"{option}: {path}: {error}") from None
+        raise UserError(f"{option}: {path}: {'; '.join(error.args)}") from None
 
 
 def size_of(text: str) -> tuple[int, int]:
     """`512` or `640x512`, width first, for argparse."""
-    if not (found := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+    if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
         raise argparse.ArgumentTypeError(f"{text!r}; give 512, or 640x512 (width, height)")
     return int(found[1]), int(found[2] or found[1])
 
@@ -318,7 +318,7 @@ def weaker(model: LatentDiffusion, name: str) -> Any:
         unet = read_pipeline(name, "--weaker")["unet"]
         for key in TOLD:
             if (theirs := unet.config.get(key)) != (own := model.unet.config.get(key)):
-                raise UserError(f"--weaker: {name} has {key} {theirs}, and the model {own}; give a worse one of its kind")
+                raise UserError(f"--weaker: {name} has {key} {theirs}, and the model {own}; give one of its kind")
         return unet.to(model.device)
     try:
         parts, _ = read_checkpoint(folder)
