@@ -33,7 +33,7 @@ def made(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-# ---------------------------------------------------------------------------------------------- what is kept of a picture
+# -------------------------------------------------------------------------------------------- what is kept of a picture
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_film_lasts_as_long(call: Call, saved: Saved, tmp_path: Path) -> None:
     assert seconds == pytest.approx(frames * 0.08, abs=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------ what is asked for
+# ---------------------------------------------------------------------------------------------------- what is asked for
 
 
 def test_a_seed_means_the_same_picture_in_any_batch_and_order(
@@ -273,7 +273,7 @@ def test_told_hears_every_step(solver: str, saved: Saved) -> None:
         assert np.abs(np.asarray(last).astype(int) - np.asarray(pictures[2])).max() <= 1
 
 
-# --------------------------------------------------------------------------------------------------------------- guidance
+# ------------------------------------------------------------------------------------------------------------- guidance
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_a_classifier_fits_a_model_whose_autoencoder_computes_in_bfloat16(classi
     assert pixels(steps=1)[0].size == (16, 16)
 
 
-# --------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------- mistakes
 
 
 def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
@@ -348,8 +348,10 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
     [
         (("text",), ("--prompt", "a", "--solver", "magic"), "invalid choice: 'magic'"),
         (("text",), ("--prompt", "a", "--size", "17"), "17x17; this model makes sides that are multiples of 2, 16x16"),
-        (("text",), ("--prompt", "a", "--size", "0"), "0x0; this model makes"),
+        (("text",), ("--prompt", "a", "--size", "0"), "argument --size: '0'; give 512, or 640x512"),
         (("text",), ("--prompt", "a", "--size", "16x"), "give 512, or 640x512"),
+        ((), ("--model", "none"), "--model: can't load a pipeline from 'none'"),
+        ((), ("--model", ""), "--model: none given"),
         (("text",), (), "prompt: an empty prompt"),
         (("text",), ("--prompt",), "--prompt: expected at least one argument"),
         (("text",), ("--prompt", "a", " "), "--prompt: empty"),
@@ -375,6 +377,7 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
         ((), ("--between", -1), "--between: -1; give 0 or more"),
         ((), ("--between", 1), "--between: leads from a picture to the next"),
         ((), ("--count", 2, "--out", "x.png"), "x.png is one picture of 2; give a folder"),
+        (("text",), ("--prompt", "a", "b", "--out", "x.png"), "x.png is one picture of 2; give a folder"),
         ((), ("--out", "x.jpg"), "x.jpg is no .png"),
         ((), ("--out", "none/x.png"), "--out: no folder"),
         ((), ("--out", "empty.txt"), "--out:"),
