@@ -17,6 +17,7 @@ from ldm.autoencoder import Autoencoder
 from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.schema import ClassifierConfig
+from ldm.solvers import is_flow
 
 EPS = 1e-5  # of the group normalisations, as in diffusers' U-Nets
 
@@ -100,8 +101,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         """UserError where a pipeline with these has other latents, or other noise, than it was trained on."""
         if self.config.autoencoder != autoencoder.encoder_fingerprint():
             raise UserError("classifier: it was trained on latents of another autoencoder; train one on this model's")
-        own, config = self.config.betas, scheduler.config
-        flow = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+        own, flow = self.config.betas, is_flow(scheduler.config)
         same = flow == (own is None)
         if own is not None and same:
             theirs, alpha_bar = scheduler.alphas_cumprod, (1 - torch.tensor(own, dtype=torch.float64)).cumprod(0)

@@ -59,7 +59,7 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
         folder = _free(folder)
         file = folder / "config.yaml"
         print(f"This run is in {folder}; to continue it, give run.dir={folder} without --fresh.", file=sys.stderr)
-    about: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     if file.exists():
         begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
         still_free = FREE if begun else (*FREE, "stage2.", "text.")
@@ -70,7 +70,7 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
             still_free = (*still_free, "stage2.micro_batches")
             ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
         written = yaml.safe_load(file.read_text("utf-8"))
-        about, old = written["about"] if begun else {}, _completed(written["configuration"])
+        known, old = written["about"] if begun else {}, _completed(written["configuration"])
         changed = [
             change for change in differences(old, dump(config))
             if not change.startswith(still_free) and not change.partition(":")[0].endswith(ends)
@@ -81,15 +81,20 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
                 "give another run.dir, or --fresh to start beside it"
             )
     make("run.dir", folder)
-    about = about or {
-        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }  # fmt: skip
+    known = known or about()
     with whole_file(file) as beside:
-        beside.write_text(yaml.safe_dump({"about": about, "configuration": dump(config)}, sort_keys=False), "utf-8")
+        beside.write_text(yaml.safe_dump({"about": known, "configuration": dump(config)}, sort_keys=False), "utf-8")
     if config.data.cache_dir:
         make("data.cache_dir", config.data.cache_dir)
     return folder
+
+
+def about() -> dict[str, Any]:
+    """By what a run is made: command, commit and versions."""
+    return {
+        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }  # fmt: skip
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:

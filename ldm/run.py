@@ -43,12 +43,12 @@ PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the fi
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Share of the full learning rate at optimiser step `step`, from 0: linear warm-up, constant or half a cosine."""
+    """Share of the full learning rate at optimiser step `step`, from 0: linear warm-up, then as `decay` says."""
     rise = min(1.0, (step + 1) / max(1, training.warmup))
     if training.decay == "constant":
         return rise
     progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
-    return rise * 0.5 * (1 + math.cos(math.pi * progress))
+    return rise * (1 - progress if training.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Run:

@@ -20,6 +20,7 @@ from ldm.single_file import PICKLES
 from ldm.solvers import PREDICTION
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel where no text is read
+GUIDANCE = 256  # sinusoids by which a distilled U-Net is told its scale of guidance, as in arXiv 2310.04378
 SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 256 channels, as in SDXL
 
 
@@ -222,6 +223,27 @@ def widen(unet: UNet, wanted: Mapping[str, Any]) -> None:
         unet.class_embedding = nn.Embedding(wanted["num_class_embeds"], unet.time_embedding.linear_2.out_features)
         unet.class_embedding.to(first.weight).weight.zero_()
         unet.register_to_config(num_class_embeds=wanted["num_class_embeds"])
+
+
+@torch.no_grad()
+def hear_guidance(unet: UNet) -> None:
+    """Gives a UNet2DConditionModel the input for a scale of guidance, with weights that are 0: it answers as before."""
+    if unet.config.time_cond_proj_dim is None:
+        first = unet.time_embedding.linear_1
+        unet.time_embedding.cond_proj = nn.Linear(GUIDANCE, first.in_features, bias=False).to(first.weight)
+        unet.time_embedding.cond_proj.weight.zero_()
+        unet.register_to_config(time_cond_proj_dim=GUIDANCE)
+
+
+@torch.no_grad()
+def without_variance(unet: UNet, channels: int) -> None:
+    """Leaves out what a U-Net tells of the reverse step's variance, beyond the first `channels` of its output."""
+    last = unet.conv_out
+    if last.out_channels > channels:
+        unet.conv_out = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding).to(last.weight)
+        for new, old in zip(unet.conv_out.parameters(), last.parameters(), strict=True):
+            new.copy_(old[:channels])
+        unet.register_to_config(out_channels=channels)
 
 
 def check_backend(backend: str, gpu: bool) -> None:

@@ -4,6 +4,7 @@
     python scripts/benchmark.py stage1 --config configs/openmoji.yaml
     python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
     python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24
+    python scripts/benchmark.py sample --model runs/openmoji/pipeline
 
 `data`: how many samples a second come from the cache, cold (dropped from the system's memory first) and warm, and how
 many when pictures are decoded and encoded on the fly; and how fast stage two trains from the one and from the other.
@@ -11,14 +12,17 @@ many when pictures are decoded and encoded on the fly; and how fast stage two tr
 `tiles`: a picture of 2,048 pixels decoded whole and in tiles: memory, time, difference.
 `train`: stage two beside what the common example trainer does (`reference_loop.py`), on the same U-Net, pictures and
 batch: images and model FLOPs a second, their share of the device's fastest matrix product, memory, waiting for data.
-Each of the last three in a process of its own. Weights are random unless given: they don't change the speed. Nothing
-is kept.
+`sample`: a text-to-image pipeline beside diffusers' own of the same folder, solver, steps and guidance: seconds for one
+picture, pictures a second in batches; both in float32 and in the precision that our scripts take.
+Each of `stage1`, `tiles` and `train` in a process of its own. Weights are random unless given: they don't change the
+speed. Nothing is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -32,6 +36,7 @@ from typing import Any
 
 import reference_loop
 import torch
+from diffusers import DiffusionPipeline
 
 from ldm import autoencoder, config, text, unet
 from ldm.data import images, index
@@ -39,6 +44,7 @@ from ldm.data.index import Index
 from ldm.data.order import Positions
 from ldm.data.samples import Feed, feed
 from ldm.errors import Parser, UserError, command
+from ldm.pipeline import PRECISIONS, LatentDiffusion
 from ldm.processes import accelerator
 from ldm.schema import Config
 from ldm.speed import DTYPES, TRAINING, forward_flops, matmul_peak
@@ -52,12 +58,22 @@ Lines = list[dict[str, float]]  # of metrics
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("data", "stage1", "tiles", "train"), help="what is measured")
-    parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
+    parser.add_argument("what", choices=("data", "stage1", "tiles", "train", "sample"), help="what is measured")
+    parser.add_argument("--config", type=Path, help="a YAML file, for example configs/openmoji.yaml")
+    parser.add_argument("--model", help="of sample: a text-to-image pipeline's folder or Hub id")
+    parser.add_argument("--batch", type=int, default=16, help="of sample: pictures drawn together")
+    parser.add_argument("--compile", choices=("no", "yes", "graphs"), default="no", help="of sample: our U-Net")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of reading")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     given = parser.parse_intermixed_args(arguments)
+    if given.what == "sample":
+        if not given.model:
+            raise UserError("--model: none given; name a text-to-image pipeline's folder")
+        beside_diffusers(given.model, given.batch, given.compile)
+        return
+    if not given.config:
+        raise UserError("--config: none given; configs/openmoji.yaml for one")
     if given.steps < 4:
         raise UserError(f"--steps: {given.steps}; give 4 or more, of which the first two aren't measured")
     with tempfile.TemporaryDirectory() as folder:
@@ -272,6 +288,58 @@ def _measured(loop: Callable[..., Lines], file: Path, overrides: list[str]) -> t
     lines = loop(settings, pictures, _vae(settings), text.of(settings.text))
     waited = [line["waiting"] for line in lines[2:] if "waiting" in line]
     return settings.stage2.batch / _step_time(lines), peak, f"{median(waited):4.1%} waiting" if waited else ""
+
+
+def beside_diffusers(name: str, batch: int, compiled: str, rounds: int = 3) -> None:
+    """Prints a line each of diffusers' pipeline and of ours, in float32 and in our scripts' precision.
+
+    The best of some rounds in which all take turns, so that what else the machine does is in none alone.
+    """
+    ours = LatentDiffusion.load(name)
+    device, steps, guidance = ours.device, ours.steps, ours.guidance
+    if not ours.text or ours.task != "generate":
+        raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
+    precision = next(key for key, dtype in PRECISIONS.items() if dtype == ours.faster("auto").unet.dtype)
+    drawers: dict[str, Callable[[int], Any]] = {}
+    both = dict.fromkeys(("no", precision))
+    for each in both:
+        theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[each], use_safetensors=True).to(device)
+        theirs.set_progress_bar_config(disable=True)
+        given = {"num_inference_steps": steps, "guidance_scale": guidance}
+        drawers[f"diffusers, {each}"] = lambda n, pipe=theirs, given=given: pipe(_prompts(n), **given).images
+        model = LatentDiffusion.load(name).faster(each, compiled)
+        drawers[f"ours, {each}"] = lambda n, model=model: model(_prompts(n), batch=n)
+    print(
+        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {ours.side} px, {steps} steps "
+        f"of {type(ours.scheduler).__name__}, guidance {guidance}",
+        flush=True,
+    )
+    best: dict[tuple[str, int], float] = {}
+    for _ in range(rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
+        for (title, drawn), number in itertools.product(drawers.items(), (1, batch)):
+            best[title, number] = min(_seconds(drawn, number), best.get((title, number), math.inf))
+    for number, what in ((1, "one picture"), (batch, f"batches of {batch}")):
+        first = best["diffusers, no", number]
+        for title in drawers:
+            took = best[title, number]
+            row = f"{what:13} {title:16} {took:8.3f} s {number / took:8.2f} img/s {first / took:6.2f} ×"
+            print(f"sampling {row}", flush=True)
+        pairs = [(each, best[f"diffusers, {each}", number] / best[f"ours, {each}", number]) for each in both]
+        print(f"sampling {what:13} in the same precision: " + ", ".join(f"{each} {r:.2f} ×" for each, r in pairs))
+
+
+def _prompts(number: int) -> list[str]:
+    return [f"a picture of number {i}" for i in range(number)]
+
+
+def _seconds(drawn: Callable[[int], Any], number: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    drawn(number)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def unet_flops(settings: Config) -> float:

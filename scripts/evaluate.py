@@ -2,8 +2,13 @@
 
     python scripts/evaluate.py runs/openmoji
 
+    python scripts/evaluate.py runs/openmoji --solver ddim --steps 10
+    python scripts/evaluate.py runs/openmoji --model runs/openmoji-few/pipeline-8
+
 For each prompt one picture is generated and the nearest real picture of the whole set is found, by 16 × 16 pixels
-and by latents. The figures go to `evaluation.json` and into the run's card.
+and by latents; and the Fréchet distance between the pictures and the real ones of these prompts is measured, in
+the autoencoder's latents. The run's own figures go to `evaluation.json` and into its card; those of another model,
+or of other ways to draw, are only printed.
 """
 
 from __future__ import annotations
@@ -21,11 +26,14 @@ from tqdm import tqdm
 
 from ldm import config
 from ldm.data import images, index
+from ldm.data.index import Index
 from ldm.errors import Parser, UserError, command
 from ldm.folder import write_card
 from ldm.metrics.following import by_pixels, following, nearest
+from ldm.metrics.frechet import frechet_distance
 from ldm.options import Sampling
 from ldm.pipeline import LatentDiffusion
+from ldm.schema import SOLVERS, SPACINGS, Config
 
 
 @command
@@ -34,70 +42,96 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--count", type=int, default=100, help="training captions to try")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--model", help="another pipeline than the run's, one with fewer steps for example")
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
+    parser.add_argument("--solver", choices=SOLVERS, help="default: the model's own")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps")
+    parser.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
+    parser.add_argument("--sheet", type=Path, help="some of the pictures in a row, .png")
     given = parser.parse_args(arguments)
-    for name, value, least in (
-        ("--count", given.count, 2), ("--steps", given.steps, 1), ("--guidance", given.guidance, 1),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"{name}: {value}; give {least} or more")
-    if not (given.run / "pipeline").is_dir():
-        raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
-    tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
-    settings = config.parse(tree, str(given.run / "config.yaml"))
-    if settings.stage2.conditions != ("text",):
-        told = ", ".join(settings.stage2.conditions) or "nothing"
-        raise UserError(
-            f"{given.run}: its model is told {told}, and this measures how prompts are followed; "
-            f"python -m stage2_diffusion.evaluate {given.run} measures any"
-        )
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": given.run})})
+    if given.count < 2:
+        raise UserError(f"--count: {given.count}; give 2 or more")
+    how = Sampling(given.steps, given.guidance, given.solver, given.spacing)
+    settings = _settings(given.run)
     records = index.build(settings)
     if not len(records):
         raise UserError(f"{settings.data.name}: no picture is left to compare with")
-    model = LatentDiffusion.load(given.run / "pipeline")
-    steps = settings.sample.steps if given.steps is None else given.steps
-    guidance = settings.sample.guidance if given.guidance is None else given.guidance
+    model = LatentDiffusion.load(given.model or given.run / "pipeline").faster(given.precision)
+    own = not given.model and how == Sampling()
+    steps, guidance = how.steps or model.steps, model.guidance if how.guidance is None else how.guidance
+    figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
 
     square = (settings.data.size, settings.data.size)
     real = torch.stack([images.to_tensor(images.cut(records.picture(i), square)[0]) for i in range(len(records))])
-    splits = records.column("split").tolist()
-    train = [i for i, split in enumerate(splits) if split == "train"]
-    groups = {
-        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[: given.count]],
-        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
-    }
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
     known = {by: of(real) for by, of in features.items()}
-    figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
+    pictures: dict[int, torch.Tensor] = {}  # by the number of the real one that its prompt describes
+    groups = {name: wanted for name, wanted in _groups(records, given.count).items() if wanted}
     for name, wanted in groups.items():
-        if wanted:
-            prompts = [records[i].captions[0] for i in wanted]
-            made = _generate(model, prompts, given.seed, steps, guidance)
-            figures[name] = {}
-            for by, of in features.items():
-                found = nearest(of(made), known[by])
-                another = np.roll(wanted, len(wanted) // 2).tolist()  # chance: held against another one's prompt
-                figures[name] |= {
-                    by: following(found, wanted, records),
-                    f"{by}, prompts shuffled": following(found, another, records),
-                }
-            for by, scores in figures[name].items():
-                shown = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
-                print(f"{name:22} {by:25} {shown}", flush=True)
-            sheet = images.grid(images.to_pil(made), prompts, columns=10)
-            sheet.save(given.run / f"{name.replace(' ', '-')}.png")
-    (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    write_card(settings, figures)
+        prompts = [records[i].captions[0] for i in wanted]
+        made = _generate(model, prompts, given.seed, how)
+        pictures |= zip(wanted, made, strict=True)
+        figures[name] = {}
+        for by, of in features.items():
+            found = nearest(of(made), known[by])
+            another = np.roll(wanted, len(wanted) // 2).tolist()  # chance: held against another one's prompt
+            figures[name] |= {
+                by: following(found, wanted, records),
+                f"{by}, prompts shuffled": following(found, another, records),
+            }
+        for by, scores in figures[name].items():
+            shown = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+            print(f"{name:22} {by:25} {shown}", flush=True)
+        if own:
+            _sheet(given.run / f"{name.replace(' ', '-')}.png", pictures, wanted, records, 10)
+    distance = frechet_distance(model.autoencoder, real[list(pictures)], torch.stack(list(pictures.values())))
+    figures["Fréchet distance of latents"] = distance
+    print(f"{len(pictures)} pictures and the real ones of their prompts: Fréchet distance of latents {distance:.2f}")
+    if given.sheet:
+        some = [i for wanted in groups.values() for i in wanted[:: -(-len(wanted) // 6)]]
+        _sheet(given.sheet, pictures, some, records, len(some))
+    if own:
+        (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+        write_card(settings, figures)
 
 
-def _generate(model: LatentDiffusion, prompts: list[str], seed: int, steps: int, guidance: float) -> torch.Tensor:
+def _settings(run: Path) -> Config:
+    """The configuration of a finished run that is told prompts."""
+    if not (run / "pipeline").is_dir():
+        raise UserError(f"{run}: no finished run (it has no pipeline); run train_ldm.py first")
+    tree = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["configuration"]
+    settings = config.parse(tree, str(run / "config.yaml"))
+    if settings.stage2.conditions != ("text",):
+        told = ", ".join(settings.stage2.conditions) or "nothing"
+        raise UserError(
+            f"{run}: its model is told {told}, and this measures how prompts are followed; "
+            f"python -m stage2_diffusion.evaluate {run} measures any"
+        )
+    return settings.model_copy(update={"run": settings.run.model_copy(update={"dir": run})})
+
+
+def _groups(records: Index, count: int) -> dict[str, list[int]]:
+    """Numbers of the pictures whose captions are tried."""
+    splits = records.column("split").tolist()
+    train = [i for i, split in enumerate(splits) if split == "train"]
+    return {
+        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[:count]],
+        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
+    }
+
+
+def _sheet(path: Path, pictures: dict[int, torch.Tensor], shown: list[int], records: Index, columns: int) -> None:
+    captions = [records[i].captions[0] for i in shown]
+    images.grid(images.to_pil(torch.stack([pictures[i] for i in shown])), captions, columns=columns).save(path)
+
+
+def _generate(model: LatentDiffusion, prompts: list[str], seed: int, how: Sampling) -> torch.Tensor:
     parts = []
     for start in tqdm(range(0, len(prompts), 32), desc="sampling", unit=" batch", leave=False):
         part = prompts[start : start + 32]
         seeds = range(seed + start, seed + start + len(part))
-        parts.append(model.autoencoder.decode(model.latents(part, seeds, Sampling(steps, guidance))).cpu())
+        parts.append(model.autoencoder.decode(model.latents(part, seeds, how)).cpu())
     return torch.cat(parts)
 
 

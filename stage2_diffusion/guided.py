@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @torch.no_grad()
 def recognised(classifier: NoisyClassifier, x0: torch.Tensor, y: torch.Tensor) -> float:
     """Share of latents without noise, `(N, C, h, w)`, that are taken for their class `(N,)`."""
-    time = torch.zeros((), device=classifier.device)
-    logits = torch.cat([classifier(part.to(classifier.device), time) for part in x0.split(BATCH)])
+    t = torch.zeros((), device=classifier.device)
+    logits = torch.cat([classifier(part.to(classifier.device), t) for part in x0.split(BATCH)])
     return float((logits.argmax(1).cpu() == y).double().mean())
 
 

@@ -176,12 +176,25 @@ def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
 
 
 def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, call: Callable[..., str]) -> None:
-    output = call(evaluate.main, tiny_run, "--count", 8, "--steps", 2)
+    output = call(evaluate.main, tiny_run, "--count", 8)
     assert "held-out combinations" in output
+    assert "Fréchet distance of latents" in output
     figures = json.loads((tiny_run / "evaluation.json").read_text())
     assert figures["held-out combinations"]["pixels"].keys() == {"top1", "top5", "role", "role+tone", "role+tone near"}
     assert figures["held-out combinations"]["pixels, prompts shuffled"]["top1"] < 0.2
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
+
+
+def test_other_ways_to_draw_are_measured_and_change_nothing_in_the_run(
+    tiny_run: Path, call: Callable[..., str], tmp_path: Path
+) -> None:
+    before = {path: path.read_bytes() for path in tiny_run.glob("*.*")}
+    sheet = tmp_path / "sheet.png"
+    said = call(evaluate.main, tiny_run, "--count", 4, "--solver", "ddim", "--steps", 2, "--sheet", sheet)
+    assert "pictures and the real ones of their prompts: Fréchet" in said
+    call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline")
+    assert {path: path.read_bytes() for path in tiny_run.glob("*.*")} == before
+    assert Image.open(sheet).width > 8 * 128
 
 
 def test_a_pretrained_autoencoder_is_loaded_instead_of_trained(

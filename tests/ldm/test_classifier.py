@@ -12,8 +12,8 @@ from ldm.autoencoder import Autoencoder, Identity, build
 from ldm.classifier import NoisyClassifier
 from ldm.diffusion import Process
 from ldm.errors import UserError
-from ldm.sampling import scheduler
-from ldm.schema import ClassifierConfig, Stage1Config
+from ldm.schema import SOLVERS, STRAIGHT, ClassifierConfig, Stage1Config
+from ldm.solvers import scheduler
 
 SMALL = {"channels": (16, 32), "layers": 1, "attention": (False, True), "head_size": 8, "groups": 4}
 CHAIN, FLOW = Process("v"), Process("flow")
@@ -104,10 +104,10 @@ def test_what_is_no_classifier_is_one_clear_line(tmp_path: Path) -> None:
             NoisyClassifier.load(tmp_path)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpm++", "unipc"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "process",
-    [CHAIN, Process("eps", "cosine", timesteps=20), Process("v", zero_snr=True), Process("x0", shift=2.0)],
+    [CHAIN, Process("eps", "cosine", timesteps=20), Process("v", zero_snr=True), Process("eps", shift=2.0)],
     ids=["v", "eps", "zero snr", "shifted"],
 )
 def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: Process, solver: str) -> None:
@@ -119,7 +119,7 @@ def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: 
             classifier.check(scheduler(other, "dpm++" if other is FLOW else solver), autoencoder)
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpm++", "unipc"])
+@pytest.mark.parametrize("solver", STRAIGHT)
 def test_a_flow_is_taken_whatever_its_shift(solver: str) -> None:
     autoencoder, classifier = Autoencoder(Identity()), small(FLOW)
     for shift in (1.0, 3.0):

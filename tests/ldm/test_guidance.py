@@ -1,21 +1,16 @@
 """Guidance by itself, and on data whose perfect denoisers and classifiers are known."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from gaussian import M, S, perfect, solver_of
 
 from ldm.condition import Condition
 from ldm.diffusion import Process, answer, noise, picture
 from ldm.guidance import by_classifier, classifier_free, rescaled, thresholded
 from ldm.sampling import sample
 from ldm.solvers import Level
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gaussian import M, S, perfect, solver_of
 
 TOLD, NULL = Condition(torch.ones(2, 3, 4)), Condition(torch.zeros(1, 3, 4).expand(2, 3, 4))
 LEVEL = Level(torch.tensor(400), 0.6, 0.8, 0.4)

@@ -248,6 +248,8 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
     assert rates[10 + 50] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-9)
     assert learning_rate(1000, Training()) == 1.0
+    straight = Training(steps=110, warmup=10, decay="linear")
+    assert [learning_rate(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
 
 
 def test_a_step_that_is_not_finite_is_skipped_named_and_counted(

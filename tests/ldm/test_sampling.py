@@ -1,18 +1,13 @@
 """The sampling loop: where it starts, what it keeps, and beyond the network's size."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from gaussian import M, perfect, solver_of
 
 from ldm.condition import Condition
 from ldm.diffusion import Process
 from ldm.sampling import Kept, Step, between, in_tiles, initial_noise, sample
 from ldm.schema import SOLVERS
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gaussian import M, perfect, solver_of
 
 
 def test_a_picture_s_noise_follows_from_its_own_seed() -> None:

@@ -2,12 +2,11 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from gaussian import M, S, drawn, perfect, solver_of
 
 from ldm.diffusion import Process
 from ldm.errors import UserError
@@ -15,9 +14,6 @@ from ldm.guidance import Denoiser
 from ldm.sampling import sample
 from ldm.schema import SOLVERS, SPACINGS, STRAIGHT
 from ldm.solvers import Level, Solver, scheduler, with_solver
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gaussian import M, S, drawn, perfect, solver_of
 
 NOISY = ("ddpm", "euler_a", "dpm++sde", "lcm")
 ODE = tuple(solver for solver in SOLVERS if solver not in NOISY)

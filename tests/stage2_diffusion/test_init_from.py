@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, LDMPipeline, PNDMScheduler, UNet2DModel
+from diffusers import EulerDiscreteScheduler, LDMPipeline, PNDMScheduler, UNet2DConditionModel, UNet2DModel
 from huggingface_hub.utils import filter_repo_objects
+from original_layout import in_original_layout
 from safetensors.torch import load_file, save_file
 
 from ldm import autoencoder, config, plan, single_file, text, unet
@@ -28,30 +29,9 @@ STILL = ["stage2.lr=1e-30", "stage2.weight_decay=0"]
 ONE_LEVEL = ["stage2.channels=[16]", "stage2.attention=[true]", "stage2.pooled_text=false"]
 
 
-def checkpoint(path: Path, model: torch.nn.Module, vae: Autoencoder) -> Path:
-    """A U-Net of one level with one layer, and its autoencoder, in one file of the original layout."""
-    names = {
-        "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
-        "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
-        "down_blocks.0.resnets.0.": "input_blocks.1.0.", "down_blocks.0.attentions.0.": "input_blocks.1.1.",
-        "mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1.",
-        "mid_block.resnets.1.": "middle_block.2.", "up_blocks.0.resnets.0.": "output_blocks.0.0.",
-        "up_blocks.0.attentions.0.": "output_blocks.0.1.", "up_blocks.0.resnets.1.": "output_blocks.1.0.",
-        "up_blocks.0.attentions.1.": "output_blocks.1.1.",
-    }  # fmt: skip
-    of_resnets = {
-        "0.norm1.": "0.in_layers.0.", "0.conv1.": "0.in_layers.2.", "0.time_emb_proj.": "0.emb_layers.1.",
-        "0.norm2.": "0.out_layers.0.", "0.conv2.": "0.out_layers.3.", "0.conv_shortcut.": "0.skip_connection.",
-        "2.norm1.": "2.in_layers.0.", "2.conv1.": "2.in_layers.2.", "2.time_emb_proj.": "2.emb_layers.1.",
-        "2.norm2.": "2.out_layers.0.", "2.conv2.": "2.out_layers.3.",
-    }  # fmt: skip
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        ours = next(part for part in names if name.startswith(part))
-        place = names[ours] + name.removeprefix(ours)
-        for part, theirs in of_resnets.items() if "transformer_blocks" not in place else ():
-            place = place.replace(part, theirs)
-        tensors[f"model.diffusion_model.{place}"] = tensor
+def checkpoint(path: Path, model: UNet2DConditionModel, vae: Autoencoder) -> Path:
+    """A U-Net and its autoencoder in one file of the original layout."""
+    tensors = in_original_layout(model)
     single_file.write(vae.vae, path)
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in load_file(path).items()}
     save_file(tensors | {"cond_stage_model.transformer.x": torch.ones(1)}, path)

@@ -1,0 +1,44 @@
+"""diffusers' U-Nets as CompVis' code keeps them, for tests of reading such files."""
+
+import re
+
+import torch
+from diffusers import UNet2DConditionModel
+
+PREFIX = "model.diffusion_model."
+
+
+def original(name: str, levels: tuple[str, ...], layers: int) -> str:
+    """What CompVis' module tree calls a tensor of a diffusers U-Net with `levels` of down blocks."""
+    fixed = {
+        "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
+        "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.", "add_embedding.linear_2.": "label_emb.0.2.",
+        "class_embedding.": "label_emb.", "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.", "mid_block.resnets.1.": "middle_block.2.",
+    }  # fmt: skip
+    for ours, theirs in fixed.items():
+        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
+        way, block, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        first = block * (layers + 1)
+        if way == "down":
+            number = 1 + first + (layers if kind == "downsamplers" else i)
+            part = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]
+            name = f"input_blocks.{number}.{part}{rest.removeprefix('conv.') if kind == 'downsamplers' else rest}"
+        else:
+            last = "2." if "Cross" in levels[-1 - block] else "1."
+            number = first + (layers if kind == "upsamplers" else i)
+            name = f"output_blocks.{number}.{ {'resnets': '0.', 'attentions': '1.', 'upsamplers': last}[kind] }{rest}"
+    if "transformer_blocks" not in name:
+        for ours, theirs in (
+            (".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), (".time_emb_proj.", ".emb_layers.1."),
+            (".norm2.", ".out_layers.0."), (".conv2.", ".out_layers.3."), (".conv_shortcut.", ".skip_connection."),
+        ):  # fmt: skip
+            name = name.replace(ours, theirs)
+    return name
+
+
+def in_original_layout(model: UNet2DConditionModel, prefix: str = PREFIX) -> dict[str, torch.Tensor]:
+    levels, layers = model.config.down_block_types, model.config.layers_per_block
+    return {prefix + original(name, levels, layers): tensor.clone() for name, tensor in model.state_dict().items()}
