@@ -93,11 +93,11 @@ def with_solver(current: Any, solver: str, spacing: str | None = None) -> Any:
     UserError where a solver has no such spacing. A flow comes back as the chain of its noise levels where the solver
     knows no straight paths: see `Solver`.
     """
-    if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a", "lcm"):
-        others = ", ".join(each for each in SPACINGS if each not in BY_SIGMA)
-        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     if spacing and solver == "lcm":
         raise UserError(f"spacing: lcm has its own; leave out {spacing!r}, or use another solver")
+    if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a"):
+        others = ", ".join(each for each in SPACINGS if each not in BY_SIGMA)
+        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     config = dict(current.config)
     if is_flow(config):
         if not spacing and solver == "heun":

@@ -210,8 +210,8 @@ def check(given: argparse.Namespace, pictures: int) -> None:
     for name in ("count", "batch"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name}: {getattr(given, name)}; give 1 or more")
-    if given.seed < 0:
-        raise UserError(f"--seed: {given.seed}; give 0 or more")
+    if not 0 <= given.seed < 2**63:
+        raise UserError(f"--seed: {given.seed}; give 0 or more, below 2^63")
     if given.out.suffix and given.out.suffix.lower() != ".png":
         raise UserError(f"--out: {given.out} is no .png, which alone keeps how it was made; give one, or a folder")
     if given.out.suffix and pictures > 1:
