@@ -62,6 +62,7 @@ class Autoencoder:
             vae = fold(vae, *map(torch.tensor, (known, vae.config.latents_std))) if known else vae
             vae = fold(vae, one * vae.config.shift_factor, one) if vae.config.shift_factor else vae
         self.vae = vae.eval().requires_grad_(False)
+        self._encoder = ""  # its fingerprint, where its weights are no longer what was loaded
         self.channels: int = vae.config.latent_channels
         self.factor: int = factor(vae)
         self.scale: float = vae.config.scaling_factor
@@ -105,13 +106,21 @@ class Autoencoder:
         self.vae.to(device)
         return self
 
+    def bfloat16(self) -> None:
+        """Computes in it from here on; what caches and classifiers are bound to stays what was loaded."""
+        self._encoder = self.encoder_fingerprint()
+        if not isinstance(self.vae, Identity):
+            self.vae.to(torch.bfloat16)
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights and the scale."""
         return tensors_sha256(self.vae.state_dict(), self.scale, *([self.shift] if self.shift else []))
 
     def encoder_fingerprint(self) -> str:
         """SHA-256 of all that makes latents: what caches and checkpoints are bound to. Decoders may change."""
-        return tensors_sha256(encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else []))
+        return self._encoder or tensors_sha256(
+            encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else [])
+        )
 
     def contract(self, size: int) -> dict[str, Any]:
         """What latents of pictures of `size` pixels are: shape, and the encoder that made them."""

@@ -35,8 +35,9 @@ class Sampling:
     """The part of the process that is guided: from and to which share of noise."""
     threshold: float | None = None
     """Share of a picture's values that dynamic thresholding leaves as they are, 0.995 for one; in pixel space."""
-    strength: float = 0.6
-    """How far an image is changed: 0 gives it back as the autoencoder rebuilds it, 1 takes no notice of it."""
+    strength: float | None = None
+    """How far an image is changed: 0 gives it back as the autoencoder rebuilds it, 1 takes no notice of it. By default
+    0.6, and for an inpainting model, in the hole, 1."""
     noise_level: int = 20
     """Noise on the small picture that is enlarged, 0 to 349: more invents more."""
     weaker: Any = None
@@ -57,7 +58,7 @@ class Sampling:
         if any(not (math.isfinite(scale) and scale >= 0) for scale in scales):
             raise UserError(f"guidance: {self.guidance}; give 0 or more, 1 for none")
         for name in ("eta", "rescale", "strength"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}: {value}; give 0 to 1")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             low, high = self.interval

@@ -151,7 +151,7 @@ class LatentDiffusion:
         if gpu:
             self.unet.to(memory_format=torch.channels_last)
             if precision == "bf16":
-                self.autoencoder.vae.to(torch.bfloat16)
+                self.autoencoder.bfloat16()
         if compile != "no":
             self.unet.compile(mode="reduce-overhead" if compile == "graphs" else None)
         return self
@@ -198,15 +198,16 @@ class LatentDiffusion:
                 level = torch.full((len(seeds),), how.noise_level, device=self.device)
                 with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
                 beside, label = augmented(image, torch.stack(with_noise).to(self.device), level), level
-            elif self.task == "inpaint" and mask is not None:
-                beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
             else:
+                strength = how.strength if how.strength is not None else 1.0 if self.task == "inpaint" else 0.6
+                first = solver.steps - round(solver.steps * strength)
                 x0 = self.autoencoder.encode(image)
-                first = solver.steps - round(solver.steps * how.strength)
-                if mask is not None:
+                if first == solver.steps:
+                    return x0
+                if mask is not None and self.task == "inpaint":
+                    beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
+                elif mask is not None:
                     kept = Kept(x0, F.max_pool2d(mask, self.autoencoder.factor), noise)
-            if first == solver.steps and x0 is not None:
-                return x0
         condition, null = self._conditions(prompts, how, label, beside, shape, toward)
         denoise, pull = self._denoiser(how, solver, condition, null, label)
         return sample(denoise, solver, noise, generators, x0=x0, first=first, kept=kept, pull=pull, told=told)
@@ -242,8 +243,6 @@ class LatentDiffusion:
             network, condition, null, self._scale(how), rescale=how.rescale, interval=how.interval, weaker=weaker
         )
         if how.threshold is not None:
-            if self.autoencoder.factor != 1:
-                raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
             denoise = thresholded(denoise, self.target, how.threshold)
         if how.classifier is None or not how.classifier_scale:
             return denoise, None
@@ -314,7 +313,7 @@ class LatentDiffusion:
         assert self.text, "this model reads no text"
         known = {} if self._known is None or len(self._known) > MANY else self._known
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
-            known.update(zip(new, self.text.encode(new), strict=True))
+            known.update(zip(new, self.text.encode(new, batch=1), strict=True))  # the same bits in any company
         return torch.stack([known[prompt] for prompt in prompts])
 
     def _numbers(self, labels: Sequence[str | int] | None, how: Sampling) -> torch.Tensor | None:
@@ -356,7 +355,7 @@ class LatentDiffusion:
         how = Sampling(**options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         labels = [labels] if isinstance(labels, (str, int)) else labels
-        number = self._check(prompts, labels, count, image, mask, size, how)
+        number = self.check(prompts, labels, count, image, mask, size, how)
         given = None if image is None else _pixels("image", image, number)
         holes = None if mask is None else _holes(mask, number)
         if given is not None and holes is not None and holes.shape[2:] != given.shape[2:]:
@@ -408,7 +407,7 @@ class LatentDiffusion:
             for new, old, where in zip(made, to_pil(image), mask.split(1), strict=True)
         ]
 
-    def _check(
+    def check(
         self,
         prompts: Sequence[str] | None,
         labels: Sequence[str | int] | None,
@@ -418,7 +417,7 @@ class LatentDiffusion:
         size: Size | None,
         how: Sampling,
     ) -> int:
-        """The number of pictures asked for; UserError where what is given is not what the model is told."""
+        """The number of pictures that a call with these makes; UserError where it asks for what the model can't do."""
         if self.text and (not prompts or not all(prompt.strip() for prompt in prompts)):
             raise UserError("prompt: an empty prompt; write what the picture shall show")
         if prompts and not self.text:
@@ -449,6 +448,10 @@ class LatentDiffusion:
             if image is not None:
                 raise UserError("size: is that of the image; resize it, or leave it out")
             self.check_size(size)
+        if how.threshold is not None and self.autoencoder.factor != 1:
+            raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
+        self._numbers(labels, how)
+        self._solver(how)
         return len(prompts or labels or range(count))
 
     def check_size(self, size: Size) -> None:

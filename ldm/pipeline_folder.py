@@ -40,25 +40,25 @@ Model: TypeAlias = Any  # ldm.pipeline.LatentDiffusion
 UPSCALER = 0.08333  # the only latent scale that diffusers' StableDiffusionUpscalePipeline leaves alone
 
 
-def read(name: str | Path) -> dict[str, Any]:
+def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError where it is of no known kind.
 
-    Weights are read from safetensors only.
+    Weights are read from safetensors only. `option` named it, as errors say.
     """
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # what it says of errors stands in ours
     try:
         parts = DiffusionPipeline.load_config(str(name))
         none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
         given = {"safety_checker": None} if "safety_checker" in parts else {}
         pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}") from None
     finally:
         logging.set_verbosity(before)
     if not isinstance(pipeline, KNOWN):
         known = ", ".join(kind.__name__ for kind in KNOWN)
-        raise UserError(f"--model: {name} is a {type(pipeline).__name__}; known are {known}")
+        raise UserError(f"{option}: {name} is a {type(pipeline).__name__}; known are {known}")
     facts, null = _facts(Path(name))
     encoder = getattr(pipeline, "text_encoder", None)
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()

@@ -34,7 +34,10 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"--again: can't read {path}: {error}") from None
     if not text:
         raise UserError(f"--again: {path} does not say how it was made; give a PNG as these scripts write it")
-    recipe = dict(json.loads(text))
+    try:
+        recipe = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError(f"--again: what {path} says of how it was made is damaged; give another PNG") from None
     if recipe.pop("version", None) != VERSION:
         raise UserError(f"--again: {path} was written by a later version; update ldm")
     return recipe

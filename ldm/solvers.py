@@ -93,11 +93,11 @@ def with_solver(current: Any, solver: str, spacing: str | None = None) -> Any:
     UserError where a solver has no such spacing. A flow comes back as the chain of its noise levels where the solver
     knows no straight paths: see `Solver`.
     """
-    if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a", "lcm"):
-        others = ", ".join(each for each in SPACINGS if each not in BY_SIGMA)
-        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     if spacing and solver == "lcm":
         raise UserError(f"spacing: lcm has its own; leave out {spacing!r}, or use another solver")
+    if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a"):
+        others = ", ".join(each for each in SPACINGS if each not in BY_SIGMA)
+        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     config = dict(current.config)
     if is_flow(config):
         if not spacing and solver == "heun":
@@ -168,6 +168,8 @@ class Solver:
         """`target` is the network's, where the scheduler's differs; `eta` is ddim's share of ddpm's noise, 0 to 1."""
         self.scheduler = scheduler
         scheduler.set_timesteps(steps)  # on the CPU, where reading them waits for no device
+        if isinstance(scheduler, EulerAncestralDiscreteScheduler):
+            _keep_real(scheduler)
         config = scheduler.config
         straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
         self._expected = "flow" if straight else TARGET[config.prediction_type]
@@ -266,6 +268,14 @@ def _alphas_sigmas(scheduler: Any, flow: bool) -> list[tuple[float, float]]:
         alpha_bar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long()]
         pairs = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1)
     return [(float(alpha), float(sigma)) for alpha, sigma in pairs]
+
+
+def _keep_real(scheduler: EulerAncestralDiscreteScheduler) -> None:
+    """Gives it σ in float64 where its √(σ_to² − σ_up²) would, by rounding, be of a negative number."""
+    before, after = scheduler.sigmas[:-1], scheduler.sigmas[1:]
+    up = (after**2 * (before**2 - after**2) / before**2) ** 0.5
+    if bool((after**2 < up**2).any()):
+        scheduler.sigmas = scheduler.sigmas.double()
 
 
 def _straight(alpha: float, sigma: float) -> tuple[float, float]:

@@ -37,6 +37,9 @@ HOW = ("steps", "guidance", "solver", "spacing", "eta", "negative", "rescale", "
        "classifier_scale", "strength", "noise_level")  # fmt: skip
 KEPT = (*HOW, "size", "model", "weaker", "classifier", "image", "mask", "invert", "precision", "compile")
 FILES = ("image", "mask")
+# What U-Nets are told and answer: keys of their configurations.
+TOLD = ("in_channels", "out_channels", "cross_attention_dim", "num_class_embeds", "addition_embed_type",
+        "time_cond_proj_dim")  # fmt: skip
 Needs = Callable[[LatentDiffusion, argparse.Namespace], dict[str, Any]]
 
 
@@ -88,24 +91,32 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
     old = remembered(given, script) if given.again else {}
     if not given.model:
         raise UserError("--model: none given; a folder that training wrote, or a Hub id")
-    jobs = [Job.of(old)] if old else asked(given)
+    state = join(RunConfig(device="cpu" if given.device == "cpu" else "auto"))
+    jobs = [Job.of(old)] if old else on_main(lambda: asked(given))  # standard input is the main process's alone
     check(given, len(jobs))
     how = {name: getattr(given, name) for name in HOW if hasattr(given, name)}
     Sampling(**how)  # says what is wrong before a model is loaded
-    state = join(RunConfig(device="cpu" if given.device == "cpu" else "auto"))
     model = LatentDiffusion.load(given.model, given.device or state.device)
-    weights = tensors_sha256(model.unet.state_dict())
-    if old and old["weights"] != weights:
-        raise UserError(
-            f"--again: {given.model} has other weights than those that made it; --model says where they are"
-        )
-    if not given.cut_prompts:
-        check_prompts(model, jobs)
-    needed = needs(model, given)
     beside = {
         "weaker": given.weaker and weaker(model, given.weaker),
         "classifier": given.classifier and NoisyClassifier.load(given.classifier, model.device),
     }
+    weights = fingerprint(model, *filter(None, beside.values()))
+    if old and old["weights"] != weights:
+        named = ", ".join(getattr(given, name) for name in ("model", *beside) if getattr(given, name))
+        raise UserError(f"--again: {named}: other weights than those that made it; --model says where they are")
+    if not (given.cut_prompts or old):
+        check_prompts(model, jobs, given.negative)
+    needed = needs(model, given)
+    prompts, labels = words(jobs)
+    if given.guidance is None:  # so that the recipe tells of them
+        how["guidance"] = given.guidance = model.guidance
+    if given.steps is None and given.solver != "ddpm":
+        how["steps"] = given.steps = model.steps
+    model.check(
+        prompts, labels, len(jobs), needed.get("image"), needed.get("mask"), needed.get("size"),
+        Sampling(**how, **beside),
+    )  # fmt: skip
     model.faster(given.precision, given.compile)
     given.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
     if old and model.device.type == "cpu":
@@ -113,14 +124,13 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
 
     mine = list(range(state.process_index, len(jobs), state.num_processes))
     row, of = old["row"] if old else (0, 1)
-    drawn = [jobs[0]] * of if old else [jobs[i] for i in mine]  # what is remade stands in as large a batch again
-    prompts, labels = [job.prompt for job in drawn], [job.label for job in drawn]
+    drawn = [jobs[i] for i in mine] * of  # what is remade stands in as large a batch again
+    prompts, labels = words(drawn)
     with Made(given, script, jobs, mine, row, weights, model) as made:
         if drawn:
             model(
-                None if prompts[0] is None else prompts, [job.seed for job in drawn], of if old else given.batch,
-                labels=None if labels[0] is None else labels, count=len(drawn), toward=way(drawn), told=made.told,
-                ready=made.ready, **needed, **how, **beside,
+                prompts, [job.seed for job in drawn], of if old else given.batch, labels=labels, count=len(drawn),
+                toward=way(drawn), told=made.told, ready=made.ready, **needed, **how, **beside,
             )  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
@@ -187,7 +197,7 @@ def asked(given: argparse.Namespace) -> list[Job]:
 def lines(name: str) -> list[str]:
     """The prompts of a file, or of standard input."""
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts: can't read {name}: {getattr(error, 'strerror', None) or error}") from None
     if not (found := [line.strip() for line in text.splitlines() if line.strip()]):
@@ -200,8 +210,8 @@ def check(given: argparse.Namespace, pictures: int) -> None:
     for name in ("count", "batch"):
         if getattr(given, name) < 1:
             raise UserError(f"--{name}: {getattr(given, name)}; give 1 or more")
-    if given.seed < 0:
-        raise UserError(f"--seed: {given.seed}; give 0 or more")
+    if not 0 <= given.seed < 2**63:
+        raise UserError(f"--seed: {given.seed}; give 0 or more, below 2^63")
     if given.out.suffix and given.out.suffix.lower() != ".png":
         raise UserError(f"--out: {given.out} is no .png, which alone keeps how it was made; give one, or a folder")
     if given.out.suffix and pictures > 1:
@@ -214,17 +224,23 @@ def check(given: argparse.Namespace, pictures: int) -> None:
         raise UserError(f"--grid: {given.grid} is no .png, .jpg or .webp")
     if given.animate:
         Animation.check(given.animate)
+    if given.device:
+        try:
+            torch.empty(0, device=given.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device: {given.device}: {str(error).splitlines()[0]}") from None
     if given.classifier and not given.label and not given.again:
         raise UserError("--classifier: pulls to a class; name it with --label")
 
 
-def check_prompts(model: LatentDiffusion, jobs: Sequence[Job]) -> None:
+def check_prompts(model: LatentDiffusion, jobs: Sequence[Job], negative: str) -> None:
     """UserError where the end of a prompt would not be read."""
-    for prompt in dict.fromkeys(job.prompt for job in jobs):
+    options = {negative: "--negative"} | {job.prompt: "--prompt" for job in jobs}
+    for prompt, option in options.items():
         if model.text and prompt and (unread := model.text.unread(prompt)):
             start = prompt if len(prompt) < 40 else f"{prompt[:39]}…"
             raise UserError(
-                f"--prompt: {start!r} is longer than the {model.text.length} tokens that are read; not read would be "
+                f"{option}: {start!r} is longer than the {model.text.length} tokens that are read; not read would be "
                 f"{unread!r}; shorten it, or give --cut-prompts"
             )
 
@@ -244,6 +260,13 @@ def remembered(given: argparse.Namespace, script: str) -> dict[str, Any]:
     return old
 
 
+def words(jobs: Sequence[Job]) -> tuple[list[str] | None, list[str] | None]:
+    """Their prompts and their labels; None where they have none."""
+    prompts, labels = ([name for name in names if name is not None] for names in
+                       ([job.prompt for job in jobs], [job.label for job in jobs]))  # fmt: skip
+    return prompts or None, labels or None
+
+
 def way(jobs: Sequence[Job]) -> Toward | None:
     """Where pictures lie between two."""
     towards = [job.toward for job in jobs if job.toward]
@@ -254,6 +277,16 @@ def way(jobs: Sequence[Job]) -> Toward | None:
 
 
 # -------------------------------------------------------------------------------------------------- what it is made of
+
+
+def fingerprint(model: LatentDiffusion, *beside: torch.nn.Module) -> str:
+    """SHA-256 of all weights that draw a picture, and of the scheduler's settings."""
+    parts = [model.unet, model.autoencoder.vae, *([model.text.model] if model.text else []), *beside]
+    tensors = {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.state_dict().items()}
+    if model.null is not None:
+        tensors["null"] = model.null
+    settings = {name: value for name, value in model.scheduler.config.items() if not name.startswith("_")}
+    return tensors_sha256(tensors, type(model.scheduler).__name__, sorted(settings.items()))
 
 
 def existing(option: str, path: str | Path) -> Path:
@@ -268,12 +301,12 @@ def opened(option: str, path: str | Path) -> Image.Image:
     try:
         return images.decode(existing(option, path).read_bytes())
     except BadSampleError as error:
-        raise UserError(f"{option}: {path}: {error}") from None
+        raise UserError(f"{option}: {path}: {'; '.join(error.args)}") from None
 
 
 def size_of(text: str) -> tuple[int, int]:
     """`512` or `640x512`, width first, for argparse."""
-    if not (found := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+    if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
         raise argparse.ArgumentTypeError(f"{text!r}; give 512, or 640x512 (width, height)")
     return int(found[1]), int(found[2] or found[1])
 
@@ -282,7 +315,11 @@ def weaker(model: LatentDiffusion, name: str) -> Any:
     """The U-Net to be guided away from: of a pipeline, or of a checkpoint, with its averaged weights."""
     folder = Path(name)
     if not (folder / "state.json").exists():
-        return read_pipeline(name)["unet"].to(model.device)
+        unet = read_pipeline(name, "--weaker")["unet"]
+        for key in TOLD:
+            if (theirs := unet.config.get(key)) != (own := model.unet.config.get(key)):
+                raise UserError(f"--weaker: {name} has {key} {theirs}, and the model {own}; give one of its kind")
+        return unet.to(model.device)
     try:
         parts, _ = read_checkpoint(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -316,6 +353,7 @@ class Made:
             **of_files,
         }  # fmt: skip
         self._film: Animation | None = None
+        self._filmed = False
         if given.animate and PartialState().is_main_process:
             first = [jobs[i].caption for i in mine[: given.batch]]
             self._film = Animation(given.animate, model.autoencoder, first)
@@ -336,8 +374,9 @@ class Made:
 
     def told(self, step: Step) -> None:
         self._bar.set_postfix_str(f"step {step.number} of {step.total}")
-        if self._film:
-            self._film.step(step)
+        if self._film and not self._filmed:
+            self._film.step(step._replace(x0=step.x0[self.row : self.row + 1]) if self.given.again else step)
+            self._filmed = step.number == step.total  # on a GPU the next batch begins before this one is ready
 
     def ready(self, start: int, pictures: Sequence[Image.Image]) -> None:
         """Writes a batch, whose first picture is the `start`-th of this process."""
@@ -360,7 +399,7 @@ class Made:
         """Says where the pictures are, and lays the sheet."""
         given = self.given
         if given.grid:
-            pictures = [Image.open(path) for path in self.paths]
+            pictures = [Image.open(path).convert("RGB") for path in self.paths]  # which closes the files
             sheet = images.grid(pictures, [job.caption for job in self.jobs], columns=min(8, len(pictures)))
             with whole_file(given.grid) as beside:
                 sheet.save(beside, {".jpg": "JPEG"}.get(given.grid.suffix.lower(), given.grid.suffix[1:].upper()))
@@ -374,7 +413,7 @@ class Made:
             return [out]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            used = [int(found[1]) for path in out.iterdir() if (found := re.match(r"(\d{5})-.*\.png$", path.name))]
+            used = [int(found[1]) for path in out.iterdir() if (found := re.match(r"(\d{5,})-.*\.png$", path.name))]
         except OSError as error:
             raise UserError(f"--out: can't write {out}: {error.strerror}; give another folder") from None
         first = max(used, default=-1) + 1
@@ -382,4 +421,5 @@ class Made:
 
 
 def _slug(caption: str) -> str:
-    return re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:60]
+    slug = re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:60]
+    return slug.encode()[:180].decode(errors="ignore")  # names of files have up to 255 bytes

@@ -1,4 +1,4 @@
-"""What tests share: the repository's root, a finished tiny run, a way to call commands as a person does."""
+"""What tests share: the repository's root, small models, a finished tiny run, calling commands as a person does."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from ldm import config
+from ldm import autoencoder, config, text, unet
+from ldm.autoencoder import Autoencoder, Identity
 from ldm.data import index
 from ldm.data.index import Index
+from ldm.diffusion import Process
+from ldm.pipeline import LatentDiffusion
+from ldm.schema import Stage1Config, Stage2Config
+from ldm.solvers import scheduler
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
@@ -77,6 +84,54 @@ def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
         return folder
 
     return lay
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small text encoder, with a dropout of its own and a pooler that no state depends on."""
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = AutoTokenizer.from_pretrained(text._folder(text.MINILM))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_dropout_prob=0.5, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vae() -> Autoencoder:
+    """An autoencoder of 16 px with random weights: four channels, half the side."""
+    return random_vae()
+
+
+def random_vae() -> Autoencoder:
+    torch.manual_seed(0)
+    stage = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False)
+    return Autoencoder(autoencoder.build(stage, 16))
+
+
+@pytest.fixture(scope="session")
+def random_model(words: Path) -> Callable[..., LatentDiffusion]:
+    """A model of 16 px with random weights that is told `conditions`, the classes cat, dog and heart among them."""
+
+    def make(*conditions: str, pixels: bool = False) -> LatentDiffusion:
+        vae = random_vae()
+        with torch.no_grad():  # a posterior that is a point: diffusers draws from it
+            vae.vae.quant_conv.weight[4:] = 0
+            vae.vae.quant_conv.bias[4:] = -30
+        stage = Stage2Config(
+            conditions=conditions, channels=(8, 8), attention=(False, True), layers=1, head_size=8, groups=4
+        )
+        encoder = text.load(str(words), 8) if stage.text else None
+        side, count = (16, 3) if pixels else (8, 4)
+        torch.manual_seed(0)
+        network = unet.build(stage, count, side, encoder.width if encoder else 0, 3).eval()
+        return LatentDiffusion(
+            encoder, network, Autoencoder(Identity()) if pixels else vae, scheduler(Process("v", "cosine"), "dpm++"),
+            steps=3, guidance=2.0, classes=("cat", "dog", "heart") if stage.classes else (),
+        )  # fmt: skip
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import train_ldm
-from scripts import txt2img
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
@@ -90,24 +89,6 @@ def test_a_loaded_autoencoder_of_other_channels_is_refused(
     given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}",
              f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage1.latent_channels=8"]  # fmt: skip
     assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(given))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--prompt", ""], "--prompt: empty"),
-        (["--prompt", "x", "--guidance", "-1"], "--guidance: -1"),
-        (["--prompt", "x", "--solver", "magic"], "invalid choice: 'magic'"),
-        (["--prompt", "x", "--out", "/nowhere/a.png"], "no folder /nowhere"),
-        (["--prompt", "x", "--out", "a.xyz"], "a.xyz has no suffix of a picture"),
-        (["--prompt", "x"], "--model: can't load"),
-        ([], "--prompt"),
-    ],
-)
-def test_sampling_names_the_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    assert says in refused(capsys, txt2img.main(["--model", str(tmp_path), *arguments]))
 
 
 @pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])

@@ -1,4 +1,4 @@
-"""What tests of stage two share: small parts, and settings that train them within a second or two."""
+"""What tests of stage two share: settings that train them within a second or two."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
 
-from ldm import config, text
-from ldm.autoencoder import Autoencoder, build
+from ldm import config
 from ldm.data import index
 from ldm.data.index import Index
-from ldm.schema import Config, Stage1Config
+from ldm.schema import Config
 
 SMALL = [
     "run.tracker=none", "run.precision=no", "run.log_every=1", "data.size=16", "stage1.channels=[16, 16]",
@@ -25,29 +22,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small text encoder, with a dropout of its own and a pooler that no state depends on."""
-    folder = tmp_path_factory.mktemp("words")
-    tokenizer = AutoTokenizer.from_pretrained(text._folder(text.MINILM))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_dropout_prob=0.5, **shape)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where drawings and their index are kept for all tests."""
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def vae() -> Autoencoder:
-    """An autoencoder of 16 px with random weights: four channels, half the side."""
-    torch.manual_seed(0)
-    stage = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False)
-    return Autoencoder(build(stage, 16))
 
 
 @pytest.fixture(scope="session")

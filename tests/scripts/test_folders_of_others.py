@@ -1,0 +1,164 @@
+"""Pipelines that diffusers itself builds and saves, through txt2img.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    LDMPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.sampling import initial_noise
+from scripts import txt2img
+
+EXACT = ("--precision", "no")
+SHAPE: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+
+
+def unet(**more: Any) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=16, attention_head_dim=4, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **SHAPE, **more,
+    ).eval()  # fmt: skip
+
+
+def plain_unet(side: int, channels: int) -> UNet2DModel:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
+    shape = {"sample_size": side, "in_channels": channels, "out_channels": channels, "attention_head_dim": 4}
+    return UNet2DModel(**shape, **blocks, **SHAPE).eval()
+
+
+def vae(kind: Any) -> Any:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return kind(latent_channels=4, sample_size=16, **blocks, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """CLIP's text encoder and tokenizer, whose tokens are letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(names), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+    return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+@pytest.fixture(scope="module")
+def like_sd1(words: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline as Stable Diffusion 1 comes, with its scheduler."""
+    folder = tmp_path_factory.mktemp("others") / "sd1"
+    rule = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    StableDiffusionPipeline(**words, vae=vae(AutoencoderKL), unet=unet(), scheduler=rule, **NONE).save_pretrained(
+        folder
+    )
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": False}))  # it has that key too
+    return folder
+
+
+def ours(call: Callable[..., str], folder: Path, out: Path, *more: object) -> np.ndarray:
+    call(txt2img.main, "--model", folder, "--seed", 5, *EXACT, *more, "--out", out)
+    found = np.asarray(Image.open(out)).astype(int)
+    assert found.std() > 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("solver", "kind"),
+    [
+        (None, PNDMScheduler), ("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler),
+        ("dpm++", DPMSolverMultistepScheduler),
+    ],
+)  # fmt: skip
+def test_a_stable_diffusion_makes_what_plain_diffusers_makes(
+    solver: str | None, kind: Any, like_sd1: Path, call: Callable[..., str], tmp_path: Path
+) -> None:
+    asked = ("--solver", solver) if solver else ()
+    found = ours(call, like_sd1, tmp_path / "a.png", "--prompt", "red heart", "--negative", "blue", "--steps", 6,
+                 "--guidance", 3, *asked)  # fmt: skip
+    pipe = DiffusionPipeline.from_pretrained(like_sd1)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    theirs = pipe(
+        "red heart", negative_prompt="blue", num_inference_steps=6, guidance_scale=3.0,
+        latents=initial_noise((4, 8, 8), [5]),
+    ).images[0]  # fmt: skip
+    assert np.abs(found - np.asarray(theirs)).max() <= 1
+
+
+def test_a_consistency_model_is_told_its_guidance_as_plain_diffusers_tells_it(
+    words: dict[str, Any], call: Callable[..., str], tmp_path: Path
+) -> None:
+    network, rule = unet(time_cond_proj_dim=32), LCMScheduler(beta_start=0.00085, beta_end=0.012)
+    pipe = LatentConsistencyModelPipeline(**words, vae=vae(AutoencoderKL), unet=network, scheduler=rule, **NONE)
+    pipe.save_pretrained(tmp_path / "lcm")
+    for scale in (4.0, 8.0):
+        found = ours(call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 1, "--guidance", scale)
+        theirs = pipe("owl", num_inference_steps=1, guidance_scale=scale, latents=initial_noise((4, 8, 8), [5]))
+        assert np.abs(found - np.asarray(theirs.images[0])).max() <= 1
+    ours(call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 4)
+
+
+def test_models_of_no_text_make_what_plain_diffusers_makes(call: Callable[..., str], tmp_path: Path) -> None:
+    chain = DDIMScheduler(clip_sample=True)
+    pipes = {
+        "ldm": LDMPipeline(vqvae=vae(VQModel), unet=plain_unet(8, 4), scheduler=DDIMScheduler(clip_sample=False)),
+        "ddim": DDIMPipeline(unet=plain_unet(16, 3), scheduler=chain),
+        "ddpm": DDPMPipeline(unet=plain_unet(16, 3), scheduler=DDPMScheduler()),
+    }
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+        found = ours(call, tmp_path / name, tmp_path / "a.png", "--steps", 4)
+        theirs = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+        assert np.abs(found - np.asarray(theirs)).max() <= 1, name
+    whole = ours(call, tmp_path / "ddpm", tmp_path / "a.png", "--solver", "ddim", "--steps", 4)
+    theirs = DDIMPipeline(unet=pipes["ddpm"].unet, scheduler=DDIMScheduler.from_config(pipes["ddpm"].scheduler.config))
+    expected = theirs(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+    assert np.abs(whole - np.asarray(expected)).max() <= 1
+
+
+def test_pickled_weights_are_refused(like_sd1: Path, call: Callable[..., str], tmp_path: Path) -> None:
+    DiffusionPipeline.from_pretrained(like_sd1).save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert list((tmp_path / "bin").rglob("*.bin"))
+    said = call(txt2img.main, "--model", tmp_path / "bin", "--prompt", "a", "--out", tmp_path / "out", status=2)
+    assert said.startswith("error: --model: can't load a pipeline")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
