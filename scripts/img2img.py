@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pictures import draw, opened, parser, size_of
+from asked import opened, size_of
+from pictures import draw, parser
 
 from ldm.data.images import cut
 from ldm.errors import UserError, command

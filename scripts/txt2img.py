@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pictures import draw, parser, size_of
+from asked import size_of
+from pictures import draw, parser
 
 from ldm.errors import UserError, command
 from ldm.pipeline import LatentDiffusion

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pictures import draw, opened, parser
+from asked import opened
+from pictures import draw, parser
 
 from ldm.errors import UserError, command
 from ldm.pipeline import LatentDiffusion
