@@ -45,3 +45,17 @@ def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: 
     said = call(main, "train", "--config", tiny, "stage2.conditions=[class]", "stage2.pooled_text=false", status=2)
     assert "set stage2.conditions=[text]" in said
     assert "Traceback" not in said
+
+
+def test_sampling_is_measured_beside_diffusers_pipeline(main: Any, call: Callable[..., str], tiny_run: Path) -> None:
+    printed = call(main, "sample", "--model", tiny_run / "pipeline", "--batch", 2)
+    for what in ("one picture", "batches of 2"):
+        for who in ("diffusers, no", "ours, no"):
+            assert re.search(rf"^sampling {what} +{who} +[\d.]+ s +[\d.]+ img/s +[\d.]+ ×$", printed, re.MULTILINE)
+        assert re.search(rf"^sampling {what} +in the same precision: no [\d.]+ ×", printed, re.MULTILINE)
+
+
+def test_what_can_not_be_measured_is_one_line(main: Any, call: Callable[..., str], tmp_path: Path) -> None:
+    assert "--model: none given" in call(main, "sample", status=2)
+    assert "--config: none given" in call(main, "train", status=2)
+    assert "--model: can't load" in call(main, "sample", "--model", tmp_path, status=2)
