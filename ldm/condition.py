@@ -29,8 +29,9 @@ class Condition(NamedTuple):
     """`(N,)`: the scale of guidance that a distilled U-Net answers with by itself."""
 
     def to(self, dtype: torch.dtype) -> Condition:
-        """The same, in the precision of a network; labels stay whole numbers."""
-        return Condition(*(each.to(dtype) if each is not None and each.is_floating_point() else each for each in self))
+        """The same with text and image in the precision of a network; numbers that become sinusoids keep theirs."""
+        text, image = (None if each is None else each.to(dtype) for each in (self.text, self.image))
+        return self._replace(text=text, image=image)
 
     def of(self, *others: Condition) -> Condition:
         """The batch of this condition and others, one after the other."""

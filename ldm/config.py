@@ -60,6 +60,18 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
         raise UserError(f"{origin}: {_explain(error)}") from None
 
 
+def of_run(folder: Path) -> Config:
+    """The configuration of a finished run, in whatever folder it lies now; UserError where it is none."""
+    for name in ("pipeline", "config.yaml"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: no finished run (it has no {name}); run train_ldm.py first")
+    tree = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    if not isinstance(tree, dict) or "configuration" not in tree:
+        raise UserError(f"{folder}: not a run of train_ldm.py, but made from one; give the run itself")
+    found = parse(tree["configuration"], str(folder / "config.yaml"))
+    return found.model_copy(update={"run": found.run.model_copy(update={"dir": folder})})
+
+
 def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
     """A section by itself from overrides such as `lr=1e-4`; `origin` is named in errors."""
     tree: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from ldm.solvers import Level
 
 Denoiser = Callable[[torch.Tensor, Level], torch.Tensor]  # (x_t, level) → prediction
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]  # (x_t, t, condition) → prediction
+NOTHING = 1e-3  # α below which a picture can't be seen through its noise
 Gradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → ∇ log p(y | x_t), as x_t
 
 
@@ -87,13 +88,14 @@ def by_classifier(denoise: Denoiser, target: str, gradient: Gradient, scale: flo
     """Classifier guidance of deterministic solvers: ε − √(1 − ᾱ)·s·∇ log p(y | x_t); arXiv 2105.05233, Algorithm 2.
 
     In the terms of other targets: as x_0 = (x_t − σ·ε) / α moves with it, v and the straight path's velocity move by
-    1 / α as much as ε.
+    1 / α as much as ε. In pure noise, which shows no class, nothing is pulled.
     """
 
     def pulled(x: torch.Tensor, level: Level) -> torch.Tensor:
+        prediction = denoise(x, level)[:, : x.shape[1]]
+        if level.alpha < NOTHING:
+            return prediction
         change = -level.sigma * scale * gradient(x, level.t)
-        alpha = max(level.alpha, 1e-3)  # in pure noise there is nothing to be classified, and ∇ is 0
-        factor = {"eps": 1.0, "x0": -level.sigma / alpha}.get(target, 1 / alpha)
-        return denoise(x, level)[:, : x.shape[1]] + factor * change
+        return prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(target, 1 / level.alpha) * change
 
     return pulled

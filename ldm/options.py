@@ -57,6 +57,8 @@ class Sampling:
         scales = [self.guidance] if isinstance(self.guidance, (int, float)) else self.guidance or []
         if any(not (math.isfinite(scale) and scale >= 0) for scale in scales):
             raise UserError(f"guidance: {self.guidance}; give 0 or more, 1 for none")
+        if not math.isfinite(self.classifier_scale):
+            raise UserError(f"classifier_scale: {self.classifier_scale}; give a number")
         for name in ("eta", "rescale", "strength"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}: {value}; give 0 to 1")

@@ -129,7 +129,7 @@ class LatentDiffusion:
         pipeline_folder.write(self, folder)
 
     def faster(self, precision: str = "auto", compile: str = "no") -> LatentDiffusion:
-        """Speeds up drawing, at the price of bits: returns itself.
+        """Speeds up drawing, at the price of bits: returns itself. Not for a model that is to be saved.
 
         `precision` of the U-Net is `bf16`, `fp16` or `no`; `auto` is bf16 where the device computes it natively. Its
         solver, and the autoencoder on fp16, go on in float32. `compile` is `no`, `yes`, or `graphs`, which replays CUDA
@@ -225,11 +225,12 @@ class LatentDiffusion:
         steps, rule = how.steps or self.steps, self.scheduler
         if how.solver or how.spacing:
             solver = how.solver or _name(rule)
-            rule = with_solver(rule, solver, how.spacing)
+            learned = self.unet.config.out_channels == 2 * self.autoencoder.channels
+            rule = with_solver(rule, solver, how.spacing, learned)
             if how.solver == "ddpm" and not how.steps:
                 steps = rule.config.num_train_timesteps
         most = rule.config.num_train_timesteps
-        if steps > most and self.target != "flow":
+        if steps > most and not is_flow(rule.config):
             raise UserError(f"steps: {steps}; the model's chain has {most}")
         return Solver(rule, steps, self.device, self.target, how.eta)
 
@@ -267,9 +268,9 @@ class LatentDiffusion:
         def network(x: torch.Tensor, t: torch.Tensor, told: Condition) -> torch.Tensor:
             if dtype != torch.float32:
                 x, told = x.to(dtype), told.to(dtype)
-            return predict(unet, x, t, told).float()
+            return predict(unet, x, t, told).to(torch.float32, copy=True)  # CUDA graphs answer in the same place again
 
-        return in_tiles(network, self.unet.config.sample_size) if self.task == "upscale" else network
+        return in_tiles(network, self.side // self.autoencoder.factor) if self.task == "upscale" else network
 
     def _conditions(
         self,
@@ -297,7 +298,8 @@ class LatentDiffusion:
             guidance = torch.as_tensor(self._scale(how), dtype=torch.float32, device=self.device)
             guidance = guidance.expand(len(prompts or ()))
         condition = Condition(text, label, sizes, image, guidance)
-        if (text is None and label is None) or guidance is not None:
+        nothing_asked = text is None and (label is None or self.task == "upscale")  # there it is the noise level
+        if nothing_asked or guidance is not None:
             return condition, None
         nothing = label
         if label is not None and self.task != "upscale":
@@ -305,7 +307,11 @@ class LatentDiffusion:
         if text is None:
             return condition, condition._replace(label=nothing)
         negative = [how.negative] if isinstance(how.negative, str) else how.negative
-        null = self.null[None] if self.null is not None and negative == [NULL_PROMPT] else self.embedded(negative)
+        null = self.embedded(negative)
+        if self.null is not None:
+            null = torch.stack(
+                [self.null if each == NULL_PROMPT else e for each, e in zip(negative, null, strict=True)]
+            )
         return condition, condition._replace(text=null.to(text).expand_as(text), label=nothing)
 
     def embedded(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -342,7 +348,7 @@ class LatentDiffusion:
         i-th of several seeds.
 
         `labels`, names or numbers of classes, for a class-conditional model, or for a classifier that guides; `count`
-        for one that is told neither. `size` (width, height) in pixels; by default that of training.
+        pictures of each, or of one that is told neither. `size` (width, height) in pixels; by default that of training.
 
         `image`, one or one a picture, is changed as far as `strength` says; with a `mask`, white where the picture is
         to be made, it is completed, and stays what it is elsewhere; an upscaler enlarges it. `toward` leads part of the
@@ -355,7 +361,13 @@ class LatentDiffusion:
         how = Sampling(**options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         labels = [labels] if isinstance(labels, (str, int)) else labels
+        if prompts and count > 1:
+            prompts = [prompt for prompt in prompts for _ in range(count)]
+        if labels and count > 1:
+            labels = [label for label in labels for _ in range(count)]
         number = self.check(prompts, labels, count, image, mask, size, how)
+        if batch < 1 or not (isinstance(seed, int) or len(seed) == number):
+            raise UserError(f"seed, batch: {seed}, {batch}; give one seed or {number}, and batches of 1 or more")
         given = None if image is None else _pixels("image", image, number)
         holes = None if mask is None else _holes(mask, number)
         if given is not None and holes is not None and holes.shape[2:] != given.shape[2:]:
@@ -381,6 +393,9 @@ class LatentDiffusion:
                     mask=self._wider(hole), size=size, toward=toward and toward.of(part), told=told,
                 )  # fmt: skip
                 made.append(beside.do(finish, start, latents, picture, hole))
+                for each in made:
+                    if each.done():
+                        each.result()  # what went wrong is said before more is drawn
         return [picture for each in made for picture in each.result()]
 
     def _wider(self, image: torch.Tensor | None) -> torch.Tensor | None:
@@ -452,7 +467,15 @@ class LatentDiffusion:
             raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
         self._numbers(labels, how)
         self._solver(how)
-        return len(prompts or labels or range(count))
+        if self.unet.config.get("time_cond_proj_dim") and (
+            how.weaker is not None or how.negative or how.rescale or tuple(how.interval) != (0.0, 1.0)
+        ):
+            raise UserError("guidance: the model was distilled, and hears its scale alone; leave out what else guides")
+        number = len(prompts or labels or range(count))
+        for name, value in (("guidance", how.guidance), ("negative", how.negative)):
+            if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != number:
+                raise UserError(f"{name}: {len(value)} for {number} pictures; give one, or one each")
+        return number
 
     def check_size(self, size: Size) -> None:
         """UserError where pictures of `size` (width, height) can't be made."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -23,6 +24,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as text_logging
 
 from ldm.autoencoder import Autoencoder, Identity, fold
 from ldm.condition import NOISIEST
@@ -51,23 +53,58 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
         parts = DiffusionPipeline.load_config(str(name))
         none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
         given = {"safety_checker": None} if "safety_checker" in parts else {}
+        if "text_encoder" in parts:  # by itself, since a pipeline draws weights that are missing at random
+            given["text_encoder"] = _encoder(str(name), parts["text_encoder"][1])
         pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {str(error).splitlines()[0]}") from None
+        facts, null = _facts(Path(name))
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {said}") from None
     finally:
         logging.set_verbosity(before)
     if not isinstance(pipeline, KNOWN):
         known = ", ".join(kind.__name__ for kind in KNOWN)
         raise UserError(f"{option}: {name} is a {type(pipeline).__name__}; known are {known}")
-    facts, null = _facts(Path(name))
+    if "prediction_type" not in pipeline.scheduler.config:
+        rule = type(pipeline.scheduler).__name__
+        raise UserError(
+            f"{option}: {name} comes with {rule}, which these pipelines of diffusers can't run; save another"
+        )
     encoder = getattr(pipeline, "text_encoder", None)
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
+    for part in (pipeline.unet, vae):
+        if lacking := [key for key, tensor in part.state_dict().items() if tensor.is_meta]:
+            raise UserError(f"{option}: {name} lacks {lacking[0]} and {len(lacking) - 1} more weights; fetch it anew")
     return {
         "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None, "unet": pipeline.unet.eval(),
         "autoencoder": Autoencoder(vae), "scheduler": pipeline.scheduler, "null": null,
         "classes": tuple(facts.get("classes", ())),
-        **{key: facts[key] for key in ("steps", "guidance") if key in facts},
+        **_usual(pipeline), **{key: facts[key] for key in ("steps", "guidance") if key in facts},
     }  # fmt: skip
+
+
+def _encoder(name: str, kind: str) -> Any:
+    """The text encoder of a pipeline; ValueError where its files lack weights."""
+    before = text_logging.get_verbosity()
+    text_logging.set_verbosity(text_logging.CRITICAL)
+    try:
+        found, about = getattr(transformers, kind).from_pretrained(
+            name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        text_logging.set_verbosity(before)
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"its text encoder lacks {missing[0]} and {len(missing) - 1} more")
+    return found
+
+
+def _usual(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Steps and guidance of a kind of model, where its folder does not say."""
+    if isinstance(pipeline, LatentConsistencyModelPipeline):
+        return {"steps": 4, "guidance": 8.5}
+    if isinstance(pipeline, DDPMPipeline):
+        return {"steps": pipeline.scheduler.config.num_train_timesteps}
+    return {}
 
 
 def write(model: Model, folder: Path) -> None:
@@ -108,5 +145,5 @@ def _pipeline(model: Model) -> DiffusionPipeline:
 
 def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
     """What `write` wrote for `read`; nothing in a folder that others made, or of the Hub."""
-    facts = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else {}
+    facts = dict(json.loads((folder / FACTS).read_text("utf-8"))) if (folder / FACTS).exists() else {}
     return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None

@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.files import whole_file
 
 KEY, VERSION = "ldm", 1
+NEEDED = {"script", "model", "weights", "prompt", "label", "seed", "toward", "row", "threads", "device", "torch"}
 
 
 def save(picture: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
@@ -36,6 +37,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"--again: {path} does not say how it was made; give a PNG as these scripts write it")
     try:
         recipe = dict(json.loads(text))
+        if recipe.get("version") == VERSION and (missing := NEEDED - recipe.keys()):
+            raise ValueError(missing)
     except (ValueError, TypeError):
         raise UserError(f"--again: what {path} says of how it was made is damaged; give another PNG") from None
     if recipe.pop("version", None) != VERSION:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,16 @@ def in_tiles(network: Network, side: int, overlap: float = 0.25) -> Network:
     is cut alike (MultiDiffusion, arXiv 2302.08113, eq. 5).
     """
 
+    @cache
+    def window_of(tall: int, wide: int, device: torch.device) -> torch.Tensor:
+        return torch.outer(_ramp(tall, side * overlap), _ramp(wide, side * overlap)).to(device)
+
     def tiled(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         h, w = x.shape[2:]
         tall, wide = min(side, h), min(side, w)
         if (tall, wide) == (h, w):
             return network(x, t, condition)
-        window = torch.outer(_ramp(tall, side * overlap), _ramp(wide, side * overlap)).to(x.device)
+        window = window_of(tall, wide, x.device)
         total: torch.Tensor | None = None
         weight = torch.zeros(h, w, device=x.device)
         for top, left in itertools.product(_starts(h, tall, overlap), _starts(w, wide, overlap)):

@@ -36,6 +36,7 @@ KINDS: dict[str, Any] = {
     "dpm++sde": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "lcm": LCMScheduler,
 }  # fmt: skip
 BY_SIGMA = ("karras", "exponential")  # spacings that not every scheduler has
+LEARNED = ("learned", "learned_range")  # kinds of variance of which a network tells
 SMALLEST = 2.0**-24  # ᾱ at the end of a zero-SNR chain, where a scheduler divides by it
 
 
@@ -73,6 +74,8 @@ def scheduler(process: Process, solver: str, learned: bool = False, clip: bool =
         kind = DPMSolverMultistepScheduler if solver == "euler" else KINDS[solver]
         return kind(**common, **own)
     common["timestep_spacing"] = "trailing"
+    if solver == "heun":
+        own["use_karras_sigmas"] = True
     if solver == "heun" and process.zero_snr:  # it has no key for that
         common["trained_betas"] = betas_of(process.chain().alpha_bar.clamp(min=SMALLEST)).tolist()
     else:
@@ -87,11 +90,11 @@ def is_flow(config: Any) -> bool:
     return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == PREDICTION["flow"]
 
 
-def with_solver(current: Any, solver: str, spacing: str | None = None) -> Any:
+def with_solver(current: Any, solver: str, spacing: str | None = None, learned: bool = False) -> Any:
     """Another solver for the process that a loaded scheduler describes, `spacing` its steps in another way.
 
-    UserError where a solver has no such spacing. A flow comes back as the chain of its noise levels where the solver
-    knows no straight paths: see `Solver`.
+    `learned` is as in `scheduler`. UserError where a solver has no such spacing. A flow comes back as the chain of its
+    noise levels where the solver knows no straight paths: see `Solver`.
     """
     if spacing and solver == "lcm":
         raise UserError(f"spacing: lcm has its own; leave out {spacing!r}, or use another solver")
@@ -115,6 +118,10 @@ def with_solver(current: Any, solver: str, spacing: str | None = None) -> Any:
     if solver == "heun" and config.get("rescale_betas_zero_snr"):  # which it does not know
         alpha_bar = DDIMScheduler.from_config(config).alphas_cumprod
         config["trained_betas"] = betas_of(alpha_bar.double().clamp(min=SMALLEST)).tolist()
+    if solver == "ddpm" and learned and config.get("variance_type") not in LEARNED:
+        config["variance_type"] = "learned_range"
+    if not spacing and (solver == "heun" or isinstance(current, HeunDiscreteScheduler)):
+        config["use_karras_sigmas"] = solver == "heun"  # evenly spaced times are too large steps for it at most noise
     return _from(KINDS[solver], config, solver)
 
 
@@ -167,7 +174,10 @@ class Solver:
     def __init__(self, scheduler: Any, steps: int, device: torch.device, target: str | None = None, eta: float = 0.0):
         """`target` is the network's, where the scheduler's differs; `eta` is ddim's share of ddpm's noise, 0 to 1."""
         self.scheduler = scheduler
-        scheduler.set_timesteps(steps)  # on the CPU, where reading them waits for no device
+        try:
+            scheduler.set_timesteps(steps)  # on the CPU, where reading them waits for no device
+        except ValueError as error:
+            raise UserError(f"steps: {steps}; {str(error).splitlines()[0]}") from None
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
             _keep_real(scheduler)
         config = scheduler.config
@@ -177,11 +187,14 @@ class Solver:
         self.translated = self.target == "flow" and not (straight or is_flow(config))
         self.per_step = scheduler.order
         self._times = list(scheduler.timesteps)
+        left = self._expected != "flow" and float(max(self._times)) >= config.num_train_timesteps
+        together = hasattr(scheduler, "sigmas") and self.per_step == 1 and bool((scheduler.sigmas.diff() == 0).any())
+        if left or together:
+            raise UserError(f"steps: {steps}; the chain has no place for so many, so spaced; fewer, or other spacing")
         self._alphas_sigmas = _alphas_sigmas(scheduler, straight or is_flow(config))
         self._by_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0  # such keep x_t / α
         total = config.num_train_timesteps
         times = [float(t) for t in self._times]
-        shown = times
         if self.translated:
             times = [total * sigma / (alpha + sigma) for alpha, sigma in self._alphas_sigmas]
         told = torch.tensor(times, device=device)
@@ -189,7 +202,7 @@ class Solver:
             told = told.long()
         self.levels = [
             Level(t, *(_straight(alpha, sigma) if self.translated else (alpha, sigma)), min(1.0, at / total))
-            for t, (alpha, sigma), at in zip(told.unbind(), self._alphas_sigmas, shown, strict=True)
+            for t, (alpha, sigma), at in zip(told.unbind(), self._alphas_sigmas, times, strict=True)
         ]
         known = inspect.signature(scheduler.step).parameters
         self._eta = {"eta": eta} if "eta" in known else {}
@@ -206,7 +219,7 @@ class Solver:
 
     def begin(self, eps: torch.Tensor, x0: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
         """x at the step `first`: from pure noise, or of a picture with noise."""
-        if first and hasattr(self.scheduler, "set_begin_index"):
+        if hasattr(self.scheduler, "set_begin_index"):  # or it looks for the time, which may stand there twice
             self.scheduler.set_begin_index(first * self.per_step)
         if x0 is None or first == 0:
             return eps * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
@@ -248,7 +261,7 @@ class Solver:
     def variance(self, output: torch.Tensor, i: int) -> torch.Tensor | float:
         """Of ddpm's step at the i-th level."""
         t, kind = self._times[i], self.scheduler.config.variance_type
-        if kind not in ("learned", "learned_range"):
+        if kind not in LEARNED:
             found = float(self.scheduler._get_variance(t))
             return found**2 if kind == "fixed_small_log" else found  # which is the deviation there
         log_variance = self.scheduler._get_variance(t, output.chunk(2, dim=1)[1])

@@ -29,6 +29,7 @@ HOW = ("steps", "guidance", "solver", "spacing", "eta", "negative", "rescale", "
        "classifier_scale", "strength", "noise_level")  # fmt: skip
 KEPT = (*HOW, "size", "model", "weaker", "classifier", "image", "mask", "invert", "precision", "compile")
 FILES = ("image", "mask")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 # What U-Nets are told and answer: keys of their configurations.
 TOLD = ("in_channels", "out_channels", "cross_attention_dim", "num_class_embeds", "addition_embed_type",
         "time_cond_proj_dim")  # fmt: skip
@@ -76,6 +77,8 @@ def asked(given: argparse.Namespace) -> list[Job]:
     between = getattr(given, "between", 0)
     if not between:
         return jobs
+    if len({job.label for job in jobs}) > 1:
+        raise UserError("--between: there is nothing between two classes; give one --label")
     if len(jobs) < 2:
         raise UserError("--between: leads from a picture to the next; give two prompts, or --count 2")
     ways = [
@@ -104,14 +107,21 @@ def check(given: argparse.Namespace, pictures: int) -> None:
             raise UserError(f"--{name}: {getattr(given, name)}; give 1 or more")
     if not 0 <= given.seed < 2**63:
         raise UserError(f"--seed: {given.seed}; give 0 or more, below 2^63")
-    if given.out.suffix and given.out.suffix.lower() != ".png":
+    if given.out.suffix.lower() in PICTURES and given.out.suffix.lower() != ".png":
         raise UserError(f"--out: {given.out} is no .png, which alone keeps how it was made; give one, or a folder")
-    if given.out.suffix and pictures > 1:
+    single = given.out.suffix.lower() == ".png"
+    if single and pictures > 1:
         raise UserError(f"--out: {given.out} is one picture of {pictures}; give a folder, and --grid for a sheet")
-    for option, path in (("--out", given.out if given.out.suffix else None), ("--grid", given.grid),
+    for option, path in (("--out", given.out if single else None), ("--grid", given.grid),
                          ("--animate", given.animate)):  # fmt: skip
         if path and not path.parent.is_dir():
             raise UserError(f"{option}: no folder {path.parent}; make it first")
+        if path and path.is_dir():
+            raise UserError(f"{option}: {path} is a folder; give a file")
+        for name in FILES:
+            source = getattr(given, name, None)
+            if path and source and path.resolve() == Path(source).resolve():
+                raise UserError(f"{option}: {path} is the picture that is read; give another name")
     if given.grid and given.grid.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise UserError(f"--grid: {given.grid} is no .png, .jpg or .webp")
     if given.animate:

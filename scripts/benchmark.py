@@ -300,24 +300,24 @@ def beside_diffusers(name: str, batch: int, compiled: str, rounds: int = 3) -> N
     if not ours.text or ours.task != "generate":
         raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
     precision = next(key for key, dtype in PRECISIONS.items() if dtype == ours.faster("auto").unet.dtype)
-    drawers: dict[str, Callable[[int], Any]] = {}
+    drawers: dict[str, Callable[[list[str]], Any]] = {}
     both = dict.fromkeys(("no", precision))
     for each in both:
         theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[each], use_safetensors=True).to(device)
         theirs.set_progress_bar_config(disable=True)
         given = {"num_inference_steps": steps, "guidance_scale": guidance}
-        drawers[f"diffusers, {each}"] = lambda n, pipe=theirs, given=given: pipe(_prompts(n), **given).images
+        drawers[f"diffusers, {each}"] = lambda prompts, pipe=theirs, given=given: pipe(prompts, **given).images
         model = LatentDiffusion.load(name).faster(each, compiled)
-        drawers[f"ours, {each}"] = lambda n, model=model: model(_prompts(n), batch=n)
+        drawers[f"ours, {each}"] = lambda prompts, model=model: model(prompts, batch=len(prompts))
     print(
         f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {ours.side} px, {steps} steps "
         f"of {type(ours.scheduler).__name__}, guidance {guidance}",
         flush=True,
     )
     best: dict[tuple[str, int], float] = {}
-    for _ in range(rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
+    for turn in range(rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
         for (title, drawn), number in itertools.product(drawers.items(), (1, batch)):
-            best[title, number] = min(_seconds(drawn, number), best.get((title, number), math.inf))
+            best[title, number] = min(_seconds(drawn, number, turn), best.get((title, number), math.inf))
     for number, what in ((1, "one picture"), (batch, f"batches of {batch}")):
         first = best["diffusers, no", number]
         for title in drawers:
@@ -328,15 +328,12 @@ def beside_diffusers(name: str, batch: int, compiled: str, rounds: int = 3) -> N
         print(f"sampling {what:13} in the same precision: " + ", ".join(f"{each} {r:.2f} ×" for each, r in pairs))
 
 
-def _prompts(number: int) -> list[str]:
-    return [f"a picture of number {i}" for i in range(number)]
-
-
-def _seconds(drawn: Callable[[int], Any], number: int) -> float:
+def _seconds(drawn: Callable[[list[str]], Any], number: int, turn: int) -> float:
+    prompts = [f"picture {i} of turn {turn}" for i in range(number)]  # no turn finds embeddings of the one before
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
-    drawn(number)
+    drawn(prompts)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began

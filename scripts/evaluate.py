@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from ldm import config
@@ -98,17 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _settings(run: Path) -> Config:
     """The configuration of a finished run that is told prompts."""
-    if not (run / "pipeline").is_dir():
-        raise UserError(f"{run}: no finished run (it has no pipeline); run train_ldm.py first")
-    tree = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["configuration"]
-    settings = config.parse(tree, str(run / "config.yaml"))
+    settings = config.of_run(run)
     if settings.stage2.conditions != ("text",):
         told = ", ".join(settings.stage2.conditions) or "nothing"
         raise UserError(
             f"{run}: its model is told {told}, and this measures how prompts are followed; "
             f"python -m stage2_diffusion.evaluate {run} measures any"
         )
-    return settings.model_copy(update={"run": settings.run.model_copy(update={"dir": run})})
+    return settings
 
 
 def _groups(records: Index, count: int) -> dict[str, list[int]]:

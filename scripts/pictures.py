@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,7 +56,11 @@ def parser(name: str, about: str) -> Parser:
     what.add_argument("--count", type=int, default=1, help="pictures of each prompt or class; default: 1")
     what.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of seed + i; default: 0")
     what.add_argument("--cut-prompts", action="store_true", help="go on where a prompt is longer than what is read")
-    what.add_argument("--again", type=Path, help="remakes a picture that these scripts wrote, bit for bit")
+    what.add_argument(
+        "--again",
+        type=Path,
+        help="remakes a picture that these scripts wrote, bit for bit, as it says, whatever else is given",
+    )
     how = found.add_argument_group("how; by default as the model was saved")
     how.add_argument("--steps", type=int, help="of the solver; all of the chain's for ddpm")
     how.add_argument("--solver", choices=SOLVERS)
@@ -96,7 +101,11 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
     check(given, len(jobs))
     how = {name: getattr(given, name) for name in HOW if hasattr(given, name)}
     Sampling(**how)  # says what is wrong before a model is loaded
-    model = LatentDiffusion.load(given.model, given.device or state.device)
+    alone = state.num_processes == 1 or ":" in (given.device or "")
+    model = LatentDiffusion.load(given.model, given.device if given.device and alone else state.device)
+    here = {"device": model.device.type, "torch": torch.__version__}
+    if old and any(old[name] != found for name, found in here.items()):
+        print(f"made on {old['device']} with torch {old['torch']}; here the last bits may differ", file=sys.stderr)
     beside = {
         "weaker": given.weaker and weaker(model, given.weaker),
         "classifier": given.classifier and NoisyClassifier.load(given.classifier, model.device),
@@ -129,7 +138,8 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
     with Made(given, script, jobs, mine, row, weights, model) as made:
         if drawn:
             model(
-                prompts, [job.seed for job in drawn], of if old else given.batch, labels=labels, count=len(drawn),
+                prompts, [job.seed for job in drawn], of if old else given.batch, labels=labels,
+                count=1 if prompts or labels else len(drawn),
                 toward=way(drawn), told=made.told, ready=made.ready, **needed, **how, **beside,
             )  # fmt: skip
     state.wait_for_everyone()
@@ -193,6 +203,9 @@ class Made:
                 self._writer.submit(recipe.save, pictures[row], self.paths[number], {**self.recipe, **own})
             )
         self._bar.update(len(rows))
+        for each in self._writing:
+            if each.done():
+                each.result()  # a disk that is full is said before more is drawn
         if self._film:
             self._film.show([pictures[row] for row in rows])
             self._film.write()
@@ -212,7 +225,7 @@ class Made:
     def _names(self) -> list[Path]:
         """The file of each job; in a folder numbers go on from those that are there."""
         out: Path = self.given.out
-        if out.suffix:
+        if out.suffix.lower() == ".png":
             return [out]
         try:
             out.mkdir(parents=True, exist_ok=True)

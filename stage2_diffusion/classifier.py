@@ -61,11 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
     """A finished run's settings, as its pictures are read for a classifier; UserError where that can't be."""
-    for name in ("pipeline", "config.yaml"):
-        if not (run / name).exists():
-            raise UserError(f"{run}: no finished run (it has no {name}); run train_ldm.py first")
-    tree = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["configuration"]
-    found = config.parse(tree, str(run / "config.yaml"))
+    found = config.of_run(run)
     if found.stage2.image:
         raise UserError(
             f"{run}: made for {', '.join(found.stage2.conditions)}; classifiers guide models that make whole pictures"

@@ -60,11 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    for name in ("pipeline", "config.yaml"):
-        if not (given.run / name).exists():
-            raise UserError(f"{given.run}: no finished run (it has no {name}); run train_ldm.py first")
-    tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
-    of_run = config.parse(tree, str(given.run / "config.yaml"))
+    of_run = config.of_run(given.run)
     settings = config.section(DistillConfig, given.overrides, "distill")
     if settings.guidance_to is None:
         twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from ldm import config, likelihood
 from ldm.condition import Condition, predict
@@ -45,14 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
     given = parser.parse_args(arguments)
-    for name in ("pipeline", "config.yaml"):
-        if not (given.run / name).exists():
-            raise UserError(f"{given.run}: no finished run (it has no {name}); run train_ldm.py first")
     for option, number, least in (("--count", given.count, 1), ("--ode-steps", given.ode_steps, 0)):
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
-    tree = yaml.safe_load((given.run / "config.yaml").read_text("utf-8"))["configuration"]
-    settings = config.parse(tree, str(given.run / "config.yaml"))
+    settings = config.of_run(given.run)
     stage, process = settings.stage2, Process.of(settings.stage2)
     if stage.image:
         raise UserError(
@@ -63,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if process.target != "flow" and not 1 <= steps <= process.timesteps:
             raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
     model = LatentDiffusion.load(given.run / "pipeline")
-    found = Subject.of(settings, model, given.run, given.count)
+    found = Subject.of(settings, model, given.count)
     what = "held-out" if found.held_out else "training"
     print(f"{len(found.x0)} {what} pictures, {found.x0[0].numel():,} dimensions, {found.unit}")
     if process.target != "flow":
@@ -98,8 +93,8 @@ class Subject:
         return "bits/dim" if self.of_pixels else "nats/dim"
 
     @classmethod
-    def of(cls, settings: Config, model: LatentDiffusion, run: Path, count: int) -> Subject:
-        pixels, condition, held = pictures(settings, model, run, count)
+    def of(cls, settings: Config, model: LatentDiffusion, count: int) -> Subject:
+        pixels, condition, held = pictures(settings, model, count)
         mean, log_variance = model.autoencoder.moments(pixels)
         x0, rebuilt = mean, None
         if float(log_variance.max()) > CERTAIN:
@@ -156,9 +151,8 @@ def print_variances(found: Subject, schedule: Levels | None) -> None:
             )
 
 
-def pictures(settings: Config, model: LatentDiffusion, run: Path, count: int) -> tuple[torch.Tensor, Condition, bool]:
+def pictures(settings: Config, model: LatentDiffusion, count: int) -> tuple[torch.Tensor, Condition, bool]:
     """`(N, 3, H, W)` pictures, what the model is told of them, and whether they were held out."""
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": run})})
     records, size = index.build(settings), settings.data.size
     held = records.select(*HELD_OUT)
     chosen = (held if len(held) else records).some(count)

@@ -262,3 +262,31 @@ def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
     noise = torch.linspace(-2, 2, 5).reshape(-1, 1, 1, 1)
     for steps in range(1, 8):
         assert drawn(Process("v", "cosine"), solver, steps, noise).isfinite().all(), steps
+
+
+@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "process",
+    [
+        Process("v", "cosine"), Process("v", "linear", zero_snr=True), Process("flow", shift=3.0, timesteps=60),
+        Process("eps", "scaled_linear"),
+    ],
+)  # fmt: skip
+def test_every_number_of_steps_gives_a_picture_or_a_line(process: Process, solver: str, spacing: str | None) -> None:
+    """Also where neighbouring steps round to one time of the chain, or leave it."""
+    noise = torch.randn(8, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    all_steps = [process.timesteps] if solver in ("ddim", "dpm++", "unipc") else []
+    for steps in (1, 3, 20, 50, *all_steps):
+        try:
+            x = drawn(process, solver, steps, noise, spacing=spacing)
+        except UserError:
+            continue
+        assert x.isfinite().all(), steps
+
+
+def test_ddpm_hears_a_learned_variance_whatever_the_model_was_saved_with() -> None:
+    process = Process("eps", "cosine")
+    for saved in ("ddim", "dpm++", "ddpm"):
+        rule = with_solver(scheduler(process, saved), "ddpm", learned=True)
+        assert rule.config.variance_type == "learned_range"
