@@ -117,7 +117,10 @@ def test_an_inpainting_model(trained, tmp_path: Path) -> None:
         "red heart", image=picture, mask_image=mask, height=32, width=32, latents=noise, masked_image_latents=seen,
         num_inference_steps=4, guidance_scale=2.0, strength=1.0,
     ).images[0]  # fmt: skip
-    assert np.abs(np.asarray(found, int) - np.asarray(made, int)).max() <= 1
+    hole = (slice(8, 24), slice(8, 24))  # around it theirs has what the autoencoder rebuilds, ours the picture itself
+    assert np.abs(np.asarray(found, int)[hole] - np.asarray(made, int)[hole]).max() <= 1
+    around = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(made)[around], np.asarray(picture)[around])
 
 
 def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
