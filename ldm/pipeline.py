@@ -25,7 +25,7 @@ from ldm.errors import UserError
 from ldm.guidance import by_classifier, classifier_free, thresholded
 from ldm.options import Sampling
 from ldm.sampling import Kept, Step, between, in_tiles, initial_noise, sample
-from ldm.solvers import TARGET, Solver, is_flow, with_solver
+from ldm.solvers import TARGET, Solver, is_flow, name_of, with_solver
 from ldm.text import NULL_PROMPT, TextEncoder
 from ldm.unet import UNet, use_attention
 
@@ -224,7 +224,7 @@ class LatentDiffusion:
     def _solver(self, how: Sampling) -> Solver:
         steps, rule = how.steps or self.steps, self.scheduler
         if how.solver or how.spacing:
-            solver = how.solver or _name(rule)
+            solver = how.solver or name_of(rule)
             learned = self.unet.config.out_channels == 2 * self.autoencoder.channels
             rule = with_solver(rule, solver, how.spacing, learned)
             if how.solver == "ddpm" and not how.steps:
@@ -496,23 +496,6 @@ def class_number(label: str | int, classes: Sequence[str]) -> int:
     close = difflib.get_close_matches(str(label), classes, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {len(classes)}: {', '.join(classes[:8])}"
     raise UserError(f"labels: no class {label!r}; {hint}")
-
-
-def _name(rule: Any) -> str:
-    """The solver of a scheduler."""
-    name = type(rule).__name__
-    if name == "DPMSolverMultistepScheduler":
-        if "sde" in rule.config.algorithm_type:
-            return "dpm++sde"
-        return "euler" if is_flow(rule.config) and rule.config.solver_order == 1 else "dpm++"
-    known = {
-        "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
-        "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun",
-        "UniPCMultistepScheduler": "unipc", "LCMScheduler": "lcm",
-    }  # fmt: skip
-    if name not in known:
-        raise UserError(f"spacing: the model comes with {name}; name a solver too")
-    return known[name]
 
 
 def _fast_bf16() -> bool:

@@ -90,6 +90,19 @@ def is_flow(config: Any) -> bool:
     return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == PREDICTION["flow"]
 
 
+def name_of(rule: Any) -> str:
+    """The solver of a loaded scheduler; UserError where it is none of `KINDS`."""
+    config = rule.config
+    if isinstance(rule, DPMSolverMultistepScheduler):
+        if "sde" in config.algorithm_type:
+            return "dpm++sde"
+        return "euler" if is_flow(config) and config.solver_order == 1 else "dpm++"
+    found = next((name for name, kind in KINDS.items() if type(rule) is kind), None)
+    if not found:
+        raise UserError(f"spacing: the model comes with {type(rule).__name__}; name a solver too")
+    return found
+
+
 def with_solver(current: Any, solver: str, spacing: str | None = None, learned: bool = False) -> Any:
     """Another solver for the process that a loaded scheduler describes, `spacing` its steps in another way.
 

@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.guidance import Denoiser
 from ldm.sampling import sample
 from ldm.schema import SOLVERS, SPACINGS, STRAIGHT
-from ldm.solvers import Level, Solver, scheduler, with_solver
+from ldm.solvers import Level, Solver, name_of, scheduler, with_solver
 
 NOISY = ("ddpm", "euler_a", "dpm++sde", "lcm")
 ODE = tuple(solver for solver in SOLVERS if solver not in NOISY)
@@ -162,6 +162,13 @@ def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> 
             for rule in (with_solver(scheduler(process, old), new), scheduler(process, new))
         )
         torch.testing.assert_close(one, other, msg=f"{old} to {new}")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_scheduler_is_known_by_the_name_of_its_solver(solver: str) -> None:
+    assert name_of(scheduler(Process("eps"), solver)) == solver
+    if solver in STRAIGHT:
+        assert name_of(scheduler(Process("flow"), solver)) == solver
 
 
 def test_a_model_of_others_may_come_with_any_scheduler() -> None:
