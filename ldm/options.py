@@ -54,7 +54,9 @@ class Sampling:
                 raise UserError(f"{name}: {value!r}; give {', '.join(known[:-1])} or {known[-1]}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: {self.steps}; give 1 or more")
-        scales = [self.guidance] if isinstance(self.guidance, (int, float)) else self.guidance or []
+        scales = (
+            self.guidance if isinstance(self.guidance, Sequence) else [] if self.guidance is None else [self.guidance]
+        )
         if any(not (math.isfinite(scale) and scale >= 0) for scale in scales):
             raise UserError(f"guidance: {self.guidance}; give 0 or more, 1 for none")
         if not math.isfinite(self.classifier_scale):
@@ -62,9 +64,9 @@ class Sampling:
         for name in ("eta", "rescale", "strength"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}: {value}; give 0 to 1")
-        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            low, high = self.interval
-            raise UserError(f"interval: {low} to {high}; give two shares of noise, 0 to 1, the lower one first")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            shown = " to ".join(map(str, self.interval))
+            raise UserError(f"interval: {shown}; give two shares of noise, 0 to 1, the lower one first")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise UserError(f"threshold: {self.threshold}; give more than 0, to 1")
         if not 0 <= self.noise_level < NOISIEST:
@@ -73,7 +75,7 @@ class Sampling:
     def of(self, part: slice) -> Sampling:
         """The same for a part of the pictures."""
         some: dict[str, Any] = {}
-        if not isinstance(self.guidance, (int, float, type(None))):
+        if isinstance(self.guidance, Sequence):
             some["guidance"] = self.guidance[part]
         if not isinstance(self.negative, str):
             some["negative"] = self.negative[part]

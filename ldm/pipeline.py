@@ -258,8 +258,8 @@ class LatentDiffusion:
     def _scale(self, how: Sampling) -> float | torch.Tensor:
         """Of guidance: one, or one a picture, `(N,)`."""
         scale = self.guidance if how.guidance is None else how.guidance
-        if isinstance(scale, (int, float)):
-            return scale
+        if not isinstance(scale, Sequence):
+            return float(scale)
         return torch.tensor(scale, dtype=torch.float32, device=self.device)
 
     def _network(self, unet: UNet) -> Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]:
