@@ -54,10 +54,8 @@ class Sampling:
                 raise UserError(f"{name}: {value!r}; give {', '.join(known[:-1])} or {known[-1]}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: {self.steps}; give 1 or more")
-        scales = (
-            self.guidance if isinstance(self.guidance, Sequence) else [] if self.guidance is None else [self.guidance]
-        )
-        if any(not (math.isfinite(scale) and scale >= 0) for scale in scales):
+        scales = self.guidance if isinstance(self.guidance, Sequence) else [self.guidance]
+        if any(scale is not None and not (math.isfinite(scale) and scale >= 0) for scale in scales):
             raise UserError(f"guidance: {self.guidance}; give 0 or more, 1 for none")
         if not math.isfinite(self.classifier_scale):
             raise UserError(f"classifier_scale: {self.classifier_scale}; give a number")
