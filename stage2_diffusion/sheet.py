@@ -80,8 +80,8 @@ def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[
         name: values[mine] if isinstance(values, torch.Tensor) else [values[i] for i in mine]
         for name, values in given.items()
     }
-    count = 1 if "prompts" in given or "labels" in given else share  # of each, or in all
-    pictures = model(seed=[seed + i for i in mine], count=count, batch=8, **of_mine)
+    of_each = 1 if "prompts" in given or "labels" in given else share  # or in all, where nothing is asked for
+    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=8, **of_mine)
     return list(gather_object(pictures))[:count]
 
 

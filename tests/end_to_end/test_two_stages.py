@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm import config
 from scripts import evaluate, txt2img
 
 pytestmark = pytest.mark.slow
@@ -183,6 +184,15 @@ def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, 
     assert figures["held-out combinations"]["pixels"].keys() == {"top1", "top5", "role", "role+tone", "role+tone near"}
     assert figures["held-out combinations"]["pixels, prompts shuffled"]["top1"] < 0.2
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
+
+
+def test_the_sheet_of_samples_shows_every_prompt(tiny_run: Path, root: Path) -> None:
+    """In rows of eight, each picture at 128 px."""
+    prompts = config.load(root / "configs/tiny.yaml").sample.prompts
+    sheet = np.asarray(Image.open(tiny_run / "samples.png").convert("L"))
+    columns = min(8, len(prompts))
+    shown = [sheet[12:140, 12 + i * 140 : 140 + i * 140].std() for i in range(columns)]
+    assert min(shown) > 1
 
 
 def test_other_ways_to_draw_are_measured_and_change_nothing_in_the_run(
