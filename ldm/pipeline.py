@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
@@ -19,8 +18,9 @@ from torch import nn
 from ldm import pipeline_folder
 from ldm.autoencoder import Autoencoder
 from ldm.beside import Beside
+from ldm.canvas import Pictures, holes, pasted, pixels, widened
 from ldm.condition import LEVELS, Condition, augmented, predict, with_hole
-from ldm.data.images import to_pil, to_tensor
+from ldm.data.images import to_pil
 from ldm.errors import UserError
 from ldm.guidance import by_classifier, classifier_free, thresholded
 from ldm.options import Sampling
@@ -29,7 +29,6 @@ from ldm.solvers import TARGET, Solver, is_flow, name_of, with_solver
 from ldm.text import NULL_PROMPT, TextEncoder
 from ldm.unet import UNet, use_attention
 
-Pictures = torch.Tensor | Image.Image | Sequence[Image.Image]
 Size = tuple[int, int]  # width, height
 AS_SAVED = Sampling()
 MANY = 1000  # embeddings of prompts that are kept
@@ -83,6 +82,11 @@ class LatentDiffusion:
         """Of the square pictures that it was trained on, in pixels."""
         side = self.unet.config.sample_size
         return (side if isinstance(side, int) else max(side)) * self.autoencoder.factor
+
+    @property
+    def enlarges(self) -> int:
+        """How many times the side of the picture that it is given a picture has: 1, but for an upscaler."""
+        return self.autoencoder.factor if self.task == "upscale" else 1
 
     @property
     def multiple(self) -> int:
@@ -216,7 +220,7 @@ class LatentDiffusion:
         """Of the latents of a picture."""
         factor = self.autoencoder.factor
         if image is not None:
-            height, width = (n * (factor if self.task == "upscale" else 1) for n in image.shape[2:])
+            height, width = (n * self.enlarges for n in image.shape[2:])
         else:
             width, height = size or (self.side, self.side)
         return self.autoencoder.channels, height // factor, width // factor
@@ -368,10 +372,11 @@ class LatentDiffusion:
         number = self.check(prompts, labels, count, image, mask, size, how)
         if batch < 1 or not (isinstance(seed, int) or len(seed) == number):
             raise UserError(f"seed, batch: {seed}, {batch}; give one seed or {number}, and batches of 1 or more")
-        given = None if image is None else _pixels("image", image, number)
-        holes = None if mask is None else _holes(mask, number)
-        if given is not None and holes is not None and holes.shape[2:] != given.shape[2:]:
-            (h, w), (height, width) = holes.shape[2:], given.shape[2:]
+        given = None if image is None else pixels("image", image, number)
+        masks = None if mask is None else holes(mask, number)
+        multiple = self.multiple // self.enlarges
+        if given is not None and masks is not None and masks.shape[2:] != given.shape[2:]:
+            (h, w), (height, width) = masks.shape[2:], given.shape[2:]
             raise UserError(f"mask: {w} × {h} pixels, but the picture has {width} × {height}; give one of its size")
 
         def finish(start: int, *drawn: torch.Tensor | None) -> list[Image.Image]:
@@ -386,11 +391,12 @@ class LatentDiffusion:
             for start in range(0, number, batch):
                 part = slice(start, min(start + batch, number))
                 seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
-                picture, hole = (None if whole is None else whole[part] for whole in (given, holes))
+                picture, hole = (None if whole is None else whole[part] for whole in (given, masks))
+                wide, wide_hole = (None if each is None else widened(each, multiple) for each in (picture, hole))
                 latents = self.latents(
                     None if prompts is None else prompts[part], seeds, how.of(part),
-                    labels=None if labels is None else labels[part], image=self._wider(picture),
-                    mask=self._wider(hole), size=size, toward=toward and toward.of(part), told=told,
+                    labels=None if labels is None else labels[part], image=wide, mask=wide_hole, size=size,
+                    toward=toward and toward.of(part), told=told,
                 )  # fmt: skip
                 made.append(beside.do(finish, start, latents, picture, hole))
                 for each in made:
@@ -398,29 +404,15 @@ class LatentDiffusion:
                         each.result()  # what went wrong is said before more is drawn
         return [picture for each in made for picture in each.result()]
 
-    def _wider(self, image: torch.Tensor | None) -> torch.Tensor | None:
-        """Images with their edges repeated to the next multiple of what the model makes."""
-        if image is None:
-            return None
-        multiple = self.multiple // (self.autoencoder.factor if self.task == "upscale" else 1)
-        return F.pad(image, (0, -image.shape[3] % multiple, 0, -image.shape[2] % multiple), mode="replicate")
-
     def _shown(
         self, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> list[Image.Image]:
         """Decoded pictures, of the size of the image; with a mask, they are the image where it is 0."""
-        pixels = self.autoencoder.decode(latents)
-        if image is None:
-            return to_pil(pixels)
-        scale = self.autoencoder.factor if self.task == "upscale" else 1
-        height, width = (side * scale for side in image.shape[2:])
-        made = to_pil(pixels[..., :height, :width])
-        if mask is None:
-            return made
-        return [
-            Image.fromarray(np.where(where[0].permute(1, 2, 0).numpy() > 0, np.array(new), np.array(old)))
-            for new, old, where in zip(made, to_pil(image), mask.split(1), strict=True)
-        ]
+        made = self.autoencoder.decode(latents)
+        if image is not None:
+            height, width = (side * self.enlarges for side in image.shape[2:])
+            made = made[..., :height, :width]
+        return to_pil(made) if image is None or mask is None else pasted(made, image, mask)
 
     def check(
         self,
@@ -500,22 +492,3 @@ def class_number(label: str | int, classes: Sequence[str]) -> int:
 
 def _fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _holes(mask: Pictures, number: int) -> torch.Tensor:
-    """`(number, 1, H, W)`: 1 where the picture is to be made. A tensor's values are in [0, 1]."""
-    found = _pixels("mask", mask, number)
-    return ((found if isinstance(mask, torch.Tensor) else found / 2 + 0.5)[:, :1] >= 0.5).float()
-
-
-def _pixels(name: str, pictures: Pictures, number: int) -> torch.Tensor:
-    """`(number, C, H, W)`: pictures in [-1, 1]; tensors as they are."""
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if len(pictures) not in (1, number):
-        raise UserError(f"{name}: {len(pictures)} for {number} pictures; give one, or one each")
-    if not isinstance(pictures, torch.Tensor):
-        if len(sizes := {picture.size for picture in pictures}) > 1:
-            raise UserError(f"{name}: of {len(sizes)} sizes; bring all to one")
-        pictures = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures])
-    return pictures.expand(number, *pictures.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +32,7 @@ class Question(NamedTuple):
 
 
 @dataclass
-class Lesson:
+class Lesson(ABC):
     """Of a teacher that is a U-Net of `process`; all that is drawn follows from positions.
 
     `null` `(T, D)` is the embedding of no caption, `classes` the number of the class that is none; None where the model
@@ -91,13 +92,13 @@ class Lesson:
         t = replace(self.process, times="uniform").time(u)
         return Question(self.process.add_noise(x0, eps, t), t, self.process.network_time(t), condition)
 
+    @abstractmethod
     def target(self, asked: Question, run: Run) -> torch.Tensor:
         """What the student should find."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
         """`(N,)`, of the student's output."""
-        raise NotImplementedError
 
     def guided(self, z: torch.Tensor, told: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The output of a teacher that hears no guidance, guided by `condition.guidance`: ∅ + w·(c − ∅)."""
