@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -54,6 +56,8 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
         values = tree.get(key)
         if isinstance(values, dict) and str(values.get(name)) in presets:
             tree = {**tree, key: {**presets[values[name]], **values}}
+    tree = {key: _current(Config.model_fields[key].annotation, value, key) if key in ("stage1", "stage2") else value
+            for key, value in tree.items()}  # fmt: skip
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
@@ -77,6 +81,7 @@ def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
     tree: dict[str, Any] = {}
     for override in overrides:
         _apply(tree, override)
+    tree = _current(kind, tree, "")
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -114,6 +119,24 @@ def _add_kohya(tree: dict[str, Any]) -> None:
                         f"data.{key}: {data[key]}, but {path} says {value}; data.{key}=null takes it from there"
                     )
                 data[key] = value
+
+
+def _current(kind: Any, values: Any, section: str) -> Any:
+    """A section's values with `micro_batches`, the parts of a batch, written as today's `device_batch`."""
+    if not isinstance(values, dict) or "micro_batches" not in values:
+        return values
+    values, prefix = dict(values), f"{section}." if section else ""
+    old, new, parts = f"{prefix}micro_batches", f"{prefix}device_batch", values.pop("micro_batches")
+    batch = values.get("batch", kind.model_fields["batch"].default)
+    if values.get("device_batch") is not None:
+        raise UserError(
+            f"{old}: {parts} beside {new}: {values['device_batch']}, which replaces it; leave the first out"
+        )
+    if not (isinstance(parts, int) and isinstance(batch, int) and parts > 0) or batch % parts:
+        raise UserError(f"{old}: {parts} equal parts of {prefix}batch, {batch}, can't be; set {new} instead")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{old} is now {new}, the images that a device computes at once: {batch // parts} here", file=sys.stderr)
+    return {**values, "device_batch": batch // parts}
 
 
 class _Loader(yaml.SafeLoader):

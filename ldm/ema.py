@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -34,11 +33,41 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-class PowerEMA(EMAModel):
+class EMA:
+    """A moving average of tensors, updated in place: no memory but its own.
+
+    The decay after update n is that of diffusers' `EMAModel`, min(decay, (1 + n) / (10 + n)), and 0 for the first.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], decay: float):
+        self.decay = decay
+        self.shadow_params = [p.detach().clone() for p in parameters]
+        self.optimization_step = 0
+
+    def get_decay(self, optimization_step: int) -> float:
+        n = optimization_step - 1
+        return min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+
+    @torch.no_grad()
+    def step(self, parameters: list[torch.Tensor]) -> None:
+        self.optimization_step += 1
+        torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.get_decay(self.optimization_step))
+
+    @torch.no_grad()
+    def swap(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Exchanges average and parameters, one tensor after the other: called twice, all is as it was."""
+        for average, parameter in zip(self.shadow_params, parameters, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+            del held  # before the next one is taken
+
+
+class PowerEMA(EMA):
     """An average in which the weights after update τ count as τ^γ: always the same share of the training."""
 
     def __init__(self, parameters: Iterable[torch.Tensor], width: float):
-        super().__init__(parameters, foreach=True)
+        super().__init__(parameters, decay=1.0)
         self.gamma = exponent(width)
 
     def get_decay(self, optimization_step: int) -> float:
@@ -50,8 +79,8 @@ class Averages:
 
     Each process averages what it has of a sharded parameter.
 
-    Where `ema_widths` are set, a power-function average of each; else diffusers' EMA, with its warm-up: the decay after
-    update n is min(ema, (1 + n) / (10 + n)). The first of `models`, `main`, is what is sampled, measured and exported.
+    Where `ema_widths` are set, a power-function average of each; else an exponential one of decay `ema`. The first of
+    `models`, `main`, is what is sampled, measured and exported.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training):
@@ -60,11 +89,11 @@ class Averages:
         self.parameters: tuple[nn.Parameter, ...] = parameters
         mine = self._local()
         self.training, self.widths = training, training.ema_widths
-        self.models: list[EMAModel] = [PowerEMA(mine, width) for width in self.widths]
-        self.models = self.models or [EMAModel(mine, decay=training.ema, foreach=True)]
+        self.models: list[EMA] = [PowerEMA(mine, width) for width in self.widths]
+        self.models = self.models or [EMA(mine, training.ema)]
         self.main = self.models[0]
         self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
-        self._stored: list[torch.Tensor] = []
+        self._swapped = False
 
     @property
     def updates(self) -> int:
@@ -78,24 +107,14 @@ class Averages:
         for model in self.models:
             model.step(self._local())
 
-    @torch.no_grad()
-    def store(self) -> None:
-        """Keeps the weights themselves, in main memory, for `restore`."""
-        self._stored = [p.to("cpu", copy=True) for p in self._local()]
+    def swap(self) -> None:
+        """Gives the parameters the main average, or, the second time, their own values back."""
+        self.main.swap(self._local())
+        self._swapped = not self._swapped
 
-    @torch.no_grad()
-    def copy_to(self) -> None:
-        """Gives the parameters the main average."""
-        torch._foreach_copy_(self._local(), self.main.shadow_params)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Gives them back what was stored."""
-        torch._foreach_copy_(self._local(), self._stored)
-        self._stored = []
-
-    def tensors(self, model: EMAModel) -> Tensors:
+    def tensors(self, model: EMA) -> Tensors:
         """Averages by parameter name, sharded as the parameters are."""
+        assert not self._swapped, "the averages are in the parameters"
         found = zip(self.names, model.shadow_params, self.parameters, strict=True)
         return {name: joined(average, like) for name, average, like in found}
 

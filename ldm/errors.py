@@ -61,6 +61,13 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
             text = str(error).rpartition("ldm.errors.UserError: ")[2]  # from a loader's process it comes as a traceback
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
             return 2
+        except torch.OutOfMemoryError as error:
+            print(
+                f"error: the GPU's memory is full ({str(error).split('. ')[0]}); compute fewer images at once "
+                "(device_batch, --batch), or set gradient_checkpointing=true; the same command continues",
+                file=sys.stderr,
+            )
+            return 2
         except RuntimeError as error:
             if not left_alone(error):
                 raise

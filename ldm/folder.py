@@ -39,7 +39,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".micro_batches")
+FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".device_batch")
 
 
 def claim(config: Config, fresh: bool = False) -> Config:
@@ -67,8 +67,8 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
         ends: tuple[str, ...] = FREE_ENDS
         together = one.gan and (one.gan.adaptive or one.gan.norm == "batch")
         if together or one.family == "vq":  # weighed, normalised or revived by what is computed together
-            still_free = (*still_free, "stage2.micro_batches")
-            ends = tuple(end for end in FREE_ENDS if end != ".micro_batches")
+            still_free = (*still_free, "stage2.device_batch")
+            ends = tuple(end for end in FREE_ENDS if end != ".device_batch")
         written = yaml.safe_load(file.read_text("utf-8"))
         known, old = written["about"] if begun else {}, _completed(written["configuration"])
         changed = [

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ldm.errors import UserError
 from ldm.files import Tensors, flatten_optimizer, unflatten_optimizer
 from ldm.schema import Training
 from ldm.sharding import SHARDED, gathered, sharded, whole, without_weights
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What each precision multiplies in."""
 
 
 class Network:
@@ -21,9 +28,9 @@ class Network:
     clipped by themselves, so that large ones don't shorten the network's. It is not sharded either.
     """
 
-    def __init__(self, module: nn.Module, training: Training, lr: float, accelerator: Accelerator):
+    def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
         self.bare, self.lr, self.clip = module.to(accelerator.device), lr, training.clip
-        self.accelerator = accelerator
+        self.accelerator, self.precision = accelerator, precision
         self._sort()
         # Scalars, a learned variance for one, have no natural value to decay to either.
         decayed = [p for p in self._together if p.ndim]
@@ -31,14 +38,32 @@ class Network:
         groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
         adamw = optimizer(training, groups, lr, accelerator)
         self._built: nn.Module | None = None  # what `release` fills, where the module can't become whole again
-        if accelerator.distributed_type in SHARDED:
-            accelerator.prepare_model(module, evaluation_mode=True)  # nothing but autocast
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
-        self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
+        self._use_autocast()
+        with _without_autocast(accelerator):  # of its own, which under DeepSpeed would be fp16, without a scaler
+            self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
         if accelerator.is_fsdp2:  # its first forward does that, but a part's, in a validation, may come before
             module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
         self._sort()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, the same whatever spreads the network over the processes; nothing for `no`."""
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.precision != "no")
+
+    def _use_autocast(self) -> None:
+        """The module's forward is under autocast from here on, and gives float32."""
+        if self.precision == "no":
+            return
+        inner, autocast = type(self.bare).forward, self.autocast
+
+        def forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+            with autocast():
+                output = inner(module, *arguments, **options)
+            return convert_to_fp32(output)
+
+        self.bare.forward = MethodType(forward, self.bare)  # a method, so that a copied module calls itself
 
     def _sort(self) -> None:
         """Finds the parameters that are trained; sharding replaces them."""
@@ -110,13 +135,23 @@ class Network:
     def release(self, averages: Tensors) -> nn.Module:
         """The module as it was built, whole and computing in full precision, with averages of its parameters."""
         if self._built is None:
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.bare.__dict__.pop("forward", None)
             for name, average in averages.items():
                 self.bare.get_parameter(name).copy_(average)
             return self.bare.eval()
         weights = self.bare.state_dict() | averages
         self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
         return self._built.eval()
+
+
+@contextmanager
+def _without_autocast(accelerator: Accelerator) -> Iterator[None]:
+    """Within it, accelerate prepares models without autocast."""
+    before, accelerator.native_amp = accelerator.native_amp, False
+    try:
+        yield
+    finally:
+        accelerator.native_amp = before
 
 
 def optimizer(

@@ -16,7 +16,7 @@ from ldm.data import sources
 from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.metrics import weights
-from ldm.processes import local_batch, on_main
+from ldm.processes import accumulated, on_main
 from ldm.schema import Config, TextConfig
 
 
@@ -61,20 +61,20 @@ def networks(config: Config) -> tuple[nn.Module, nn.Module]:
 def check(config: Config, processes: int) -> text.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
-    sharding.check(config)
+    accumulated("stage2", two, processes)
+    sharding.check(config, processes)
     sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:
         raise UserError("run.precision: fp16 needs a GPU; take bf16, or no")
     if not one.needs_none:
-        local_batch("stage1", one, processes)
+        accumulated("stage1", one, processes)
         if one.init_from:
             check_autoencoder(config, "stage1.init_from", one.init_from)
         if one.lpips:
             weights.lpips(one.lpips_net, config.data.shortest // (4 if one.equivariance else 1))
         if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
-    local_batch("stage2", two, processes)
     for key, stage in (("stage1", one), ("stage2", two)):
         if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")

@@ -1,4 +1,4 @@
-"""What a run will take, measured before it begins: two real steps on the largest pictures, and one validation."""
+"""What a run will take, measured before it begins: two real steps on the largest pictures, a validation, a sheet."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -26,6 +26,7 @@ from accelerate.utils import gather_object, wait_for_everyone
 
 from ldm import plan, sharding
 from ldm.config import dump
+from ldm.data import cache
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
@@ -33,10 +34,11 @@ from ldm.errors import UserError
 from ldm.files import checkpoints, whole_file
 from ldm.processes import join, on_main
 from ldm.run import Run
-from ldm.schema import Config
+from ldm.schema import Config, Training
 
 STEPS = 2  # the first, which also warms up, isn't timed
 HELD = 32  # held-out pictures of the validation, at most
+SHEET = 8  # pictures of the sheet in each process, at most: as many as are drawn together
 FILE = "preflight.json"
 Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, the class of the run
 
@@ -47,6 +49,7 @@ class Needs:
 
     step: float
     validation: float
+    sheet: float
     encoding: float
     memory: int
     disk: int
@@ -55,30 +58,47 @@ class Needs:
     def describe(self, config: Config, stage: str, done: int = 0) -> str:
         """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
         t = getattr(config, stage)
-        left, looks = t.steps - done, (t.steps - 1) // t.evaluate_every - done // t.evaluate_every + 1
+        left, looks, sheets = t.steps - done, _times(t.evaluate_every, t, done), _times(config.sample.every, t, done)
         encoding = 0.0 if done else self.encoding
-        total = encoding + left * self.step + looks * self.validation
+        total = encoding + left * self.step + looks * self.validation + sheets * self.sheet
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
             f"{_bytes(self.memory)} of memory on {self.device}; "
             + (f"encoding takes {_time(encoding)}, " if encoding else "")
-            + f"{left} steps take {_time(left * self.step)}, {looks} × validation {_time(looks * self.validation)}: "
-            f"{_time(total)} in all, and {_bytes(self.disk)} of disk"
+            + f"{left} steps take {_time(left * self.step)}, {looks} × validation {_time(looks * self.validation)}"
+            + (f", {sheets} × samples {_time(sheets * self.sheet)}" if self.sheet else "")
+            + f": {_time(total)} in all, and {_bytes(self.disk)} of disk"
         )
 
 
 class Rehearsal(Run):
-    """A run that ends by raising `Rehearsed` after its steps, and leaves nothing."""
+    """A run that ends by raising `Rehearsed` after its steps, a validation and a sheet, and leaves nothing."""
+
+    latest: ClassVar[Rehearsal | None] = None  # the one that is, or was, tried
+
+    def __init__(self, *arguments: Any, **options: Any):
+        Rehearsal.latest = self
+        self.took: dict[str, float] = {}  # seconds of what is done with the averaged weights
+        super().__init__(*arguments, **options)
 
     def batches(self, dataset: Any, workers: int = 0) -> Iterator[Any]:
-        self.ends = [time.perf_counter()]  # of preparing, of each step, of the validation
+        self.activity = "a training step"
+        self.ends = [time.perf_counter()]  # of preparing, of each step
         self.model.train()
         yield from self._loaded(dataset, workers)
-        self.ends.append(time.perf_counter())
         raise Rehearsed(self)
 
     def due(self, every: int, last: bool = False) -> bool:
-        return self.step > 0 and super().due(every, last)
+        return self.step == self.training.steps and self.accelerator.sync_gradients
+
+    @contextmanager
+    def averaged(self, activity: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with super().averaged(activity):
+            yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.took[activity] = time.perf_counter() - began
 
     def log(self, values: dict[str, float]) -> None:
         pass
@@ -134,10 +154,12 @@ def _done(config: Config, stage: str) -> int:
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> Needs:
-    never = 10**9
+    processes = join(config.run).num_processes
+    sample, prompts = config.sample, config.sample.prompts[: SHEET * processes]
     changes: dict[str, dict[str, Any]] = {
-        "run": {"dir": folder, "tracker": "none"}, "data": {"cache_dir": None}, "sample": {"every": never},
-        stage: {"steps": STEPS, "evaluate_every": never},
+        "run": {"dir": folder, "tracker": "none"}, "data": {"cache_dir": None},
+        "sample": {"steps": min(STEPS, sample.steps), "prompts": prompts},
+        stage: {"steps": STEPS},
     }  # fmt: skip
     if stage == "stage2":
         changes[stage]["evaluate_pictures"] = HELD
@@ -154,13 +176,10 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     except Rehearsed as done:
         run = done.run
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{stage}: a step does not fit in the memory of {torch.cuda.get_device_name()} "
-            f"({str(error).split('. ')[0]}); raise {stage}.micro_batches, or set {stage}.gradient_checkpointing=true"
-        ) from None
+        raise UserError(_too_large(stage, str(error))) from None
     else:
         raise AssertionError("a rehearsal ends in its batches")
-    preparing, *steps, validated = run.ends
+    preparing, *steps = run.ends
     written = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
     share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
     t = getattr(config, stage)
@@ -170,8 +189,15 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
         kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     found = Needs(
         step=steps[1] - steps[0],
-        validation=(validated - steps[-1]) * _measured(config, stage, data) / _measured(small, stage, few),
-        encoding=(preparing - run.began) * share if written else 0.0,
+        validation=run.took["a validation"] * _measured(config, stage, data) / _measured(small, stage, few),
+        sheet=run.took.get("a sample sheet", 0.0)
+        * sample.steps
+        / min(STEPS, sample.steps)
+        * -(-len(sample.prompts) // processes)
+        / max(1, -(-len(prompts) // processes))
+        if sample.prompts
+        else 0.0,
+        encoding=(preparing - run.began) * share / _encoders(config, data, processes) if written else 0.0,
         memory=max(gather_object([_peak(cuda)])),
         disk=int(written * share + weights * kept),
         device=_machine(run.accelerator.num_processes, cuda),
@@ -182,6 +208,31 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     if cuda:
         torch.cuda.empty_cache()
     return found
+
+
+def _times(every: int, training: Training, done: int) -> int:
+    """How often what comes every so many steps, and after the last one, is still to come."""
+    return (training.steps - 1) // every - done // every + 1
+
+
+def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
+    """Processes that encode the data side by side; each takes whole files of the cache."""
+    files = -(-len(data) * len(cache.variants_of(config, data)) // cache.PER_FILE) if isinstance(data, Index) else 1
+    return max(1, min(processes, files))
+
+
+def _too_large(stage: str, error: str) -> str:
+    """What does not fit into a GPU's memory, and what to do."""
+    activity = Rehearsal.latest.activity if Rehearsal.latest else "the model"
+    lower = f"lower {stage}.device_batch"
+    remedies = {
+        "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or share it by FSDP",
+        "a training step": f"{lower}, or set {stage}.gradient_checkpointing=true",
+        "encoding the data": "free the GPU of other programs, or take a smaller data.size",
+    }
+    remedy = remedies.get(activity, f"{lower}, which it follows")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "the device"
+    return f"{stage}: {activity} does not fit in the memory of {gpu} ({error.split('. ')[0]}); {remedy}"
 
 
 def _lacks_memory(config: Config, stage: str) -> str:

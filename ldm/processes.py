@@ -13,9 +13,10 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, patch_environment
 
+from ldm.data.order import Accumulation, accumulation
 from ldm.errors import UserError
 from ldm.schema import RunConfig, Training
 from ldm.sharding import KINDS
@@ -65,18 +66,31 @@ def on_main(action: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def accelerator(config: RunConfig, micro_batches: int = 1) -> Accelerator:
+def precision(config: RunConfig) -> str:
+    """`no`, `bf16` or `fp16`: what `run.precision` comes to on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    cpu = _on_cpu(config)
+    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "no"
+
+
+def accelerator(config: RunConfig, passes: int = 1) -> Accelerator:
     """accelerate, set up for this run's device and precision; what it prepares is not sharded, `ldm.sharding` does."""
     state = join(config)
     cpu = _on_cpu(config)
-    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = ("bf16" if native else "no") if config.precision == "auto" else config.precision
+    if not cpu:  # float32 that is left: TF32 in matrix products, as it is in convolutions; the fastest convolutions
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    # Buffers are the same in all processes already; gradients in the buckets themselves save a copy of them.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     state.distributed_type = state.unsharded  # a run before this one may have been sharded
-    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(micro_batches)):  # it comes first
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(passes)):  # it comes first
         return Accelerator(
             cpu=cpu,
-            mixed_precision=precision,
-            gradient_accumulation_steps=micro_batches,
+            mixed_precision=precision(config),
+            gradient_accumulation_steps=passes,
+            kwargs_handlers=[ddp],
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(config.dir),
         )
@@ -105,15 +119,12 @@ def unsharded() -> AbstractContextManager[None]:
     return patch_environment(**dict.fromkeys(KINDS, "false"))  # type: ignore[no-any-return]
 
 
-def local_batch(stage: str, training: Training, processes: int) -> int:
-    """Pictures of a micro-batch in each process; UserError where the batch can't be shared evenly."""
-    shares = processes * training.micro_batches
-    if training.batch % shares:
-        raise UserError(
-            f"{stage}.batch: {training.batch} can't be shared by {processes} processes × {training.micro_batches} "
-            f"micro-batches; make it a multiple of {shares}"
-        )
-    return training.batch // shares
+def accumulated(stage: str, training: Training, processes: int) -> Accumulation:
+    """How a stage's batch is computed by so many processes; UserError where they can't share it evenly."""
+    try:
+        return accumulation(training.batch, processes, training.device_batch)
+    except ValueError as error:
+        raise UserError(f"{stage}.batch: {error}") from None
 
 
 def _on_cpu(config: RunConfig) -> bool:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,21 @@ from ldm.data.stream import Stream
 from ldm.ema import Averages
 from ldm.errors import UserError
 from ldm.files import checkpoints, read_checkpoint, sync, write_checkpoint
-from ldm.network import Network
-from ldm.processes import accelerator, leave_signals_to_parent, local_batch, on_main, say_idle_cores
+from ldm.network import DTYPES, Network
+from ldm.processes import (
+    accelerator,
+    accumulated,
+    join,
+    leave_signals_to_parent,
+    on_main,
+    precision,
+    say_idle_cores,
+)
 from ldm.schema import RunConfig, Training
 from ldm.sharding import shard
 from ldm.signals import Interrupted, Wishes
 from ldm.skips import Skips
-from ldm.speed import DTYPES, TRAINING, Clock, forward_flops, matmul_peak
+from ldm.speed import TRAINING, Clock, forward_flops, matmul_peak
 from ldm.zero import ZeroNetwork
 
 MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
@@ -79,19 +87,21 @@ class Run:
         sharded: bool = False,
     ):
         self.config, self.training, self.stage = config, training, stage
+        self.activity = "the model"  # what memory is needed for at present
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
         self._lines = self.folder / "metrics.jsonl"
-        self.accelerator = accelerator(config, training.micro_batches)
-        self.device = self.accelerator.device
-        local_batch(stage, training, self.accelerator.num_processes)
+        self.passes = accumulated(stage, training, join(config).num_processes)
+        self.accelerator = accelerator(config, self.passes.steps)
+        self.device, self.precision = self.accelerator.device, precision(config)
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
         if sharded:
-            shard(self.accelerator, training)
+            shard(self.accelerator, training, self.passes)
         zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self._network = (ZeroNetwork if zero else Network)(model, training, training.lr, self.accelerator)
-        self._adversary = Network(adversary[0], training, adversary[1], self.accelerator) if adversary else None
+        kind = ZeroNetwork if zero else Network
+        self._network = kind(model, training.lr, training, self.accelerator, self.precision)
+        self._adversary = adversary and Network(*adversary, training, self.accelerator, self.precision)
         self._networks = [network for network in (self._network, self._adversary) if network]
         self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
         self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
@@ -109,6 +119,7 @@ class Run:
         self._resume()
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.stage)
+        self.activity = "encoding the data"
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
@@ -120,6 +131,7 @@ class Run:
             disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
         )  # fmt: skip
         self._start_clock()
+        self.activity = "a training step"
         self.model.train()
         try:
             with self._wishes.heard():
@@ -141,7 +153,7 @@ class Run:
         if isinstance(dataset, Stream):
             loader = dataset.batches(t, self.step, a.process_index, a.num_processes, workers, self._places)
         else:
-            positions = Positions(self.step, t.steps, t.batch, t.micro_batches, a.process_index, a.num_processes)
+            positions = Positions(self.step, t.steps, t.batch, self.passes.steps, a.process_index, a.num_processes)
             loader = torch.utils.data.DataLoader(
                 dataset, batch_sampler=positions, num_workers=workers, pin_memory=a.device.type == "cuda",
                 worker_init_fn=leave_signals_to_parent,
@@ -155,22 +167,25 @@ class Run:
     def _start_clock(self) -> None:
         """For the progress line: the peak is measured now, FLOPs are counted after the first line of metrics."""
         a = self.accelerator
-        begun, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[a.mixed_precision])
+        begun, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[self.precision])
         self._clock.restart()
 
         def count(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             if self.step < begun + self.config.log_every:  # trials end before
                 return
             hook.remove()
-            images = local_batch(self.stage, self.training, a.num_processes)
-            flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / images
+            flops = TRAINING * forward_flops(self._network.plain, *arguments, **options) / self.passes.images
             self._clock.restart(flops, peak)
 
         hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """Gradients are added up, and synchronised over processes, over the micro-batches of one step."""
+        """Gradients are added up, and synchronised over processes, over the passes of one step."""
         return self.accelerator.accumulate(*(network.wrapped for network in self._networks))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's mixed precision, as in the forward pass of `model`."""
+        return self._network.autocast()
 
     @property
     def adversary(self) -> nn.Module:
@@ -270,9 +285,35 @@ class Run:
         at_end = self.step == self.training.steps
         return self.accelerator.sync_gradients and not self._stopped and (last if at_end else self.step % every == 0)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it, the model has its EMA weights."""
-        return nullcontext() if self._released else _Averaged(self)
+    @contextmanager
+    def averaged(self, activity: str) -> Iterator[None]:
+        """Within it, the model has its EMA weights, is in evaluation mode, and runs eagerly where it was compiled.
+
+        `activity` says what for, should memory run out.
+        """
+        before, self.activity = self.activity, activity
+        compiled = any(module._compiled_call_impl for module in self.bare.modules())
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            if self._released:
+                yield
+            else:
+                with self._evaluating():
+                    yield
+        self.activity = before  # not after an error, which tells of it
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.ema.swap()
+        if isinstance(self.bare, FSDPModule):  # parts of it are called by themselves
+            self.bare.unshard()
+        self.bare.eval()
+        try:
+            yield
+        finally:
+            if isinstance(self.bare, FSDPModule):
+                self.bare.reshard()
+            self.ema.swap()
+            self.bare.train()
 
     def release(self) -> Any:
         """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
@@ -447,21 +488,3 @@ class Run:
     def _say(self, text: str) -> None:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
-
-
-class _Averaged(AbstractContextManager[None]):
-    def __init__(self, run: Run):
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.run.ema.store()
-        self.run.ema.copy_to()
-        if isinstance(self.run.bare, FSDPModule):  # parts of it are called by themselves
-            self.run.bare.unshard()
-        self.run.bare.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self.run.bare, FSDPModule):
-            self.run.bare.reshard()
-        self.run.ema.restore()
-        self.run.bare.train()

@@ -183,8 +183,9 @@ class Training(Section):
     """Optimiser steps."""
     batch: PositiveInt = 16
     """Global batch: the pictures of one optimiser step, over all processes."""
-    micro_batches: PositiveInt = 1
-    """Parts that the batch is computed in, one after the other (gradient accumulation)."""
+    device_batch: PositiveInt | None = None
+    """Images that one device computes at once, at most; gradients accumulate until the batch is complete. Default: the
+    device's whole share of the batch."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
@@ -307,6 +308,8 @@ class Stage1Config(Training):
     """A discriminator, for crisp textures."""
     evaluate_every: PositiveInt = 1000
     """Steps between two measurements on held-out pictures, with a sheet of reconstructions."""
+    evaluate_pictures: PositiveInt = 1024
+    """Pictures that are measured, always the same."""
 
     @property
     def family(self) -> str:
@@ -545,7 +548,6 @@ class DistillConfig(Training):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        _divides("batch", self.batch, self.micro_batches, "micro_batches")
         if self.guidance_to is not None and self.guidance_to <= self.guidance_from:
             raise ValueError(f"guidance_to: {self.guidance_to} is not more than guidance_from, {self.guidance_from}")
         return self
@@ -607,7 +609,6 @@ class ClassifierConfig(Training):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        _divides("batch", self.batch, self.micro_batches, "micro_batches")
         if len(self.attention) != len(self.channels):
             raise ValueError(
                 f"attention: {len(self.attention)} values for {len(self.channels)} levels of channels; give one a level"
@@ -643,8 +644,6 @@ class Config(Section):
             hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(TRACKERS)}, none"
             raise ValueError(f"run.tracker: {self.run.tracker!r} is not known to accelerate; {hint}")
         self._possible_data()
-        for name, stage in (("stage1", one), ("stage2", two)):
-            _divides(f"{name}.batch", stage.batch, stage.micro_batches, f"{name}.micro_batches")
         for width in two.channels:
             _divides("stage2.channels", width, two.groups, "stage2.groups")
         if len(two.attention) != len(two.channels):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ldm.data.order import Accumulation, accumulation
 from ldm.errors import UserError
 from ldm.files import Tensors
 from ldm.schema import Config, Stage2Config, Training
@@ -30,12 +31,12 @@ def asked() -> str:
     return next((kind for key, kind in KINDS.items() if os.environ.get(key, "false").lower() == "true"), "")
 
 
-def check(config: Config) -> None:
+def check(config: Config, processes: int = 1) -> None:
     """UserError where accelerate's configuration asks for what does not work here."""
     if asked() == "fsdp":
         _check_fsdp(config.stage2)
     elif asked() == "deepspeed":
-        _check_deepspeed(config)
+        _check_deepspeed(config, processes)
 
 
 def _check_fsdp(stage: Stage2Config) -> None:
@@ -51,10 +52,11 @@ def _check_fsdp(stage: Stage2Config) -> None:
         raise UserError("stage2.channels_last: FSDP cuts weights along their first side alone; set it to false")
 
 
-def _check_deepspeed(config: Config) -> None:
+def _check_deepspeed(config: Config, processes: int) -> None:
     if not is_deepspeed_available():
         raise UserError("accelerate's configuration asks for DeepSpeed, which is not here; pip install deepspeed")
     ours, theirs = config.stage2, DeepSpeedPlugin().deepspeed_config
+    passes = accumulation(ours.batch, processes, ours.device_batch).steps
     zero = theirs["zero_optimization"]
     for key, found, needed in (
         ("zero_stage", zero["stage"], 2),
@@ -66,7 +68,7 @@ def _check_deepspeed(config: Config) -> None:
             raise UserError(f"{key}: {found} in DeepSpeed's configuration; only {needed} is supported")
     for key, configured, found in (
         ("gradient_clipping", "stage2.clip", ours.clip),
-        ("gradient_accumulation_steps", "stage2.micro_batches", ours.micro_batches),
+        ("gradient_accumulation_steps", "the passes of stage2.device_batch", passes),
     ):
         if theirs.get(key, "auto") not in ("auto", found):
             raise UserError(f"{key}: {theirs[key]} in DeepSpeed's configuration, {found} in {configured}; make it auto")
@@ -77,7 +79,7 @@ def _check_deepspeed(config: Config) -> None:
             raise UserError(f"stage2.{key}: learned is clipped by itself, which DeepSpeed can't do; take FSDP or DDP")
 
 
-def shard(accelerator: Accelerator, training: Training) -> None:
+def shard(accelerator: Accelerator, training: Training, passes: Accumulation) -> None:
     """Has an accelerator spread what it prepares over the processes, where accelerate's configuration says so.
 
     accelerate itself does that on accelerators only; its own preparation works on CPUs as well. Parameters stay in full
@@ -96,8 +98,8 @@ def shard(accelerator: Accelerator, training: Training) -> None:
         kind = DistributedType.DEEPSPEED
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.deepspeed_plugins.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": training.batch // training.micro_batches // accelerator.num_processes,
-            "gradient_accumulation_steps": training.micro_batches, "gradient_clipping": training.clip,
+            "train_micro_batch_size_per_gpu": passes.images, "gradient_accumulation_steps": passes.steps,
+            "gradient_clipping": training.clip,
         }  # fmt: skip
         state.deepspeed_plugins.select(_from_accelerator_state=True)
         accelerator.deepspeed_engine_wrapped = None

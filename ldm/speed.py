@@ -27,9 +27,6 @@ TRAINING = 3
 """FLOPs of a training step over those of a forward: the backward has two products for each, as both the inputs' and the
 weights' gradients are needed (arXiv 2001.08361, section 2.1)."""
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What each precision multiplies in."""
-
 
 @torch.no_grad()
 def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:

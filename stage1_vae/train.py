@@ -48,7 +48,7 @@ def train(config: Config, data: Index | Stream, run_class: type[Run] = Run) -> N
 
     def look() -> None:
         if run.due(stage.evaluate_every, last=True):
-            watch.while_training(data, run, vae)
+            watch.while_training(data, config, run, vae)
 
     if run.step:  # what a killed run still owes
         look()
@@ -165,16 +165,16 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
     """Normalises the averaged autoencoder's latents, measures it, and saves it."""
     train_set = data.select("train")
     some = train_set.some(STATISTICS)
-    with run.averaged():
+    with run.averaged("the export"):
         trained = copy.deepcopy(vae)
     if config.stage1.train == "decoder":  # latents stay what they were
         mean = std = None
         autoencoder = Autoencoder(trained)
     else:
-        mean, std = autoencoders.statistics(trained, watch.share(some, run), run.total)
+        mean, std = autoencoders.statistics(trained, watch.share(some, run, config.data.workers), run.total)
         autoencoder = autoencoders.normalised(trained, mean, std)
-    latents = watch.latent_report(some, autoencoder, run)
-    facts = watch.when_done(data, autoencoder, run)
+    latents = watch.latent_report(some, autoencoder, run, config.data.workers)
+    facts = watch.when_done(data, config, autoencoder, run)
     on_main(
         lambda: autoencoder.save(
             config.run.dir / "autoencoder",

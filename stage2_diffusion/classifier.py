@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 import yaml
 from torch import nn
@@ -190,7 +192,7 @@ class Validation:
         """Logs `held_out_accuracy`, mean over the noise levels, and that of each level."""
         if not len(self.y):
             return
-        with run.averaged():
+        with run.averaged("a validation"):
             right = self.right(run.bare, run.accelerator.process_index, run.accelerator.num_processes)
         shares = (run.total(right).sum(0) / len(self.y)).tolist()
         levels = {f"held_out_accuracy_at_{level:+.0f}": share for level, share in zip(LEVELS, shares, strict=True)}

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 import yaml
 from accelerate.utils import send_to_device
@@ -138,7 +140,7 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
 
 def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion) -> None:
     """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
-    batches = {"batch": settings.batch, "micro_batches": settings.micro_batches}  # what samples are ordered by
+    batches = {"batch": settings.batch, "device_batch": settings.device_batch}  # what samples are ordered by
     of_run = of_run.model_copy(update={"stage2": of_run.stage2.model_copy(update=batches)})
     stage, folder, process = of_run.stage2, of_run.run.dir, Process.of(of_run.stage2)
     device = join(of_run.run).device
@@ -217,7 +219,7 @@ def learn(
             x0, states = samples.encoded(batch)
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
             asked = lesson.question(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), run.autocast():
                 target = lesson.target(asked, run)
 
             prediction = run.model(asked.z, asked.told, asked.condition)
@@ -253,7 +255,7 @@ def validate(
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
     condition, _, _ = conditions(lesson.undropped(batch), x0, states)
     asked = lesson.question(batch["position"], x0, condition)
-    with run.averaged(), run.accelerator.autocast():
+    with run.averaged("a validation"), run.autocast():
         target = lesson.target(asked, run)
         prediction = run.bare(asked.z, asked.told, asked.condition)
     run.log({"held_out_loss": float(lesson.losses(prediction.float(), asked, target).mean())})

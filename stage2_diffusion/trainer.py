@@ -23,10 +23,10 @@ class Trainer:
         model = trainer.train()
         model(count=16)[0].save("picture.png")
 
-    `size` is the pictures' side in pixels, `batch` the global batch, computed in `micro_batches` parts; `lr` the
-    learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`, `no`,
-    `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is the
-    run's folder: the same call again continues there. `keys` are any others of the configuration, written
+    `size` is the pictures' side in pixels, `batch` the global batch, of which a device computes `device_batch` at once;
+    `lr` the learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`,
+    `no`, `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is
+    the run's folder: the same call again continues there. `keys` are any others of the configuration, written
     `stage2__model="unet-34m"`. ldm.errors.UserError says in one line what can't be.
     """
 
@@ -39,7 +39,7 @@ class Trainer:
         batch: int = 32,
         lr: float = 1e-4,
         steps: int = 20_000,
-        micro_batches: int = 1,
+        device_batch: int | None = None,
         ema: float = 0.995,
         precision: str = "auto",
         autoencoder: str | Path = "identity",
@@ -59,7 +59,7 @@ class Trainer:
                 "target": process.target, "timesteps": process.timesteps,
                 "zero_snr": process.zero_snr, "shift": process.shift, "times": process.times or "auto",
                 "time_mean": process.time_mean, "time_std": process.time_std, "steps": steps, "batch": batch,
-                "micro_batches": micro_batches, "lr": lr, "ema": ema,
+                "device_batch": device_batch, "lr": lr, "ema": ema,
                 **({} if flow else {"schedule": process.schedule}),
             },
             "sample": {

@@ -21,7 +21,7 @@ from ldm.schema import Config
 from stage2_diffusion.conditions import Conditions
 
 LEVELS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
-BATCH = 32
+BATCH = 32  # pictures measured together, where a device computes as many at once
 
 
 def velocity_error(
@@ -59,14 +59,17 @@ class Validation:
     def __call__(self, run: Run) -> dict[str, float]:
         """Logs `held_out_loss` and `trained_on_loss`, means over the noise levels, and each level of the former."""
         found, state = dict[str, float](), run.accelerator
-        with run.averaged(), torch.no_grad():
+        if not self.sets:
+            return found
+        with run.averaged("a validation"), torch.no_grad():
             for name, index in self.sets.items():
                 sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
-                starts = range(0, len(index), BATCH)
+                batch = min(BATCH, run.passes.images)
+                starts = range(0, len(index), batch)
                 for first in range(0, len(starts), state.num_processes):
                     mine = first + state.process_index
                     start = starts[min(mine, len(starts) - 1)]  # a sharded U-Net is called by all, or by none
-                    measured = self._measured(index, range(start, min(start + BATCH, len(index))))
+                    measured = self._measured(index, range(start, min(start + batch, len(index))))
                     if mine < len(starts):
                         sums += measured
                 sums = run.total(sums)
@@ -74,8 +77,7 @@ class Validation:
                 found[f"{name}_loss"] = sum(errors) / len(errors)
                 if name == "held_out":
                     found |= {f"held_out_loss_at_{level:+.0f}": e for level, e in zip(LEVELS, errors, strict=True)}
-        if found:
-            run.log(found)
+        run.log(found)
         return found
 
     def _measured(self, index: Index, numbers: range) -> torch.Tensor:

@@ -5,7 +5,9 @@ Nothing here remembers anything, so one process or eight, killed and resumed or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,19 +100,41 @@ class _Round:
         return int(self._drawn[1][place])
 
 
-class Positions(torch.utils.data.Sampler[list[int]]):
-    """A batch sampler: the positions of one process's share of each micro-batch, from `first_step` to `steps`.
+class Accumulation(NamedTuple):
+    """How an optimiser step's batch is computed: `steps` passes one after the other, of `images` on each device."""
 
-    Step s, micro-batch a, process r takes samples `s·batch + (a·processes + r)·share …`, `share` of them: the global
-    batch is the same set for any number of processes and micro-batches.
+    steps: int
+    images: int
+
+
+def accumulation(batch: int, processes: int, device_batch: int | None = None) -> Accumulation:
+    """The fewest equal passes that complete a global batch with at most `device_batch` images on a device at once.
+
+    ValueError, naming the nearest batch that would do, where the processes can't share the batch evenly.
+    """
+    if batch % processes:
+        nearest = max(1, round(batch / processes)) * processes
+        raise ValueError(f"{batch} can't be shared evenly by {processes} processes; {nearest} can")
+    share = batch // processes
+    steps = math.ceil(share / min(device_batch or share, share))
+    while share % steps:
+        steps += 1
+    return Accumulation(steps, share // steps)
+
+
+class Positions(torch.utils.data.Sampler[list[int]]):
+    """A batch sampler: the positions of one process's share of each pass, from `first_step` to `steps`.
+
+    Step s, pass a, process r takes samples `s·batch + (a·processes + r)·share …`, `share` of them: the global batch is
+    the same set for any number of processes and passes.
     """
 
-    def __init__(self, first_step: int, steps: int, batch: int, micro_batches: int, rank: int, processes: int):
-        share = batch // (micro_batches * processes)
+    def __init__(self, first_step: int, steps: int, batch: int, passes: int, rank: int, processes: int):
+        share = batch // (passes * processes)
         self._starts = [
             step * batch + (micro * processes + rank) * share
             for step in range(first_step, steps)
-            for micro in range(micro_batches)
+            for micro in range(passes)
         ]
         self._share = share
 

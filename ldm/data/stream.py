@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ldm.data.archives import Sample
 from ldm.data.images import cut, decode, to_tensor
-from ldm.data.order import generator
+from ldm.data.order import accumulation, generator
 from ldm.data.records import Bad, BadSampleError, Record
 from ldm.data.sources import Sources
 from ldm.errors import UserError
@@ -104,7 +104,7 @@ class Stream:
             step = _joined(parts)
             seen, bad = seen + len(step["position"]), bad + len(step["bad"])
             self._report(step.pop("bad"), seen, bad)
-            share = len(step["position"]) // training.micro_batches
+            share = accumulation(training.batch, processes, training.device_batch).images
             places_now = step.pop("places")
             for start in range(0, len(step["position"]), share):
                 yield {**{key: value[start : start + share] for key, value in step.items()}, "places": places_now}

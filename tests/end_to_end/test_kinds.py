@@ -66,7 +66,7 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
     trainer = Trainer(
-        Process("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, micro_batches=2, ema=0.9,
+        Process("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, device_batch=8, ema=0.9,
         precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
         stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
         (["run.precision=fp16", "run.device=cpu"], "run.precision: fp16 needs a GPU"),
         (["run.tracker=tensorbord"], "did you mean 'tensorboard'"),
         (["stage1.betas=[0.9, 1.5]"], "stage1.betas.1: 1.5"),
-        (["stage2.batch=24", "stage2.micro_batches=5"], "24 is not a multiple of 5"),
+        (["stage2.batch=24", "stage2.micro_batches=5"], "5 equal parts of stage2.batch, 24"),
         (["text.model=/nowhere"], "text.model: '/nowhere'"),
         (["text.max_tokens=1000"], "text.max_tokens: 1000"),
         (["stage2.init_from=/nowhere"], "stage2.init_from"),

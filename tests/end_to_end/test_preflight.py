@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 import train_ldm
 from ldm import preflight
@@ -77,7 +78,6 @@ def train(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
     torch.distributed.all_reduce(torch.ones(1))
 
-torch.cuda.get_device_name = lambda: "a GPU"
 try:
     preflight.measured(settings, "stage1", index.build(settings), train)
 except UserError as error:
@@ -91,7 +91,7 @@ def test_a_process_whose_memory_lacks_does_not_wait_for_the_others(launch: Launc
     process = launch(*TWO, tmp_path / "alone.py", tmp_path)
     said, _ = process.communicate(timeout=60)
     assert process.returncode
-    assert "said: stage1: a step does not fit in the memory of a GPU (CUDA out of memory); raise" in said
+    assert "said: stage1: the model does not fit in the memory of the device (CUDA out of memory); set" in said
 
 
 def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
@@ -122,10 +122,48 @@ def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[
 
 
 def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> None:
-    settings = load(root / "configs/openmoji.yaml", ["stage2.steps=1000", "stage2.evaluate_every=300"])
-    needs = Needs(step=0.5, validation=10, encoding=60, memory=1_500_000_000, disk=120_000_000, device="a GPU")
+    settings = load(
+        root / "configs/openmoji.yaml", ["stage2.steps=1000", "stage2.evaluate_every=300", "sample.every=500"]
+    )
+    needs = Needs(
+        step=0.5, validation=10, sheet=15, encoding=60, memory=1_500_000_000, disk=120_000_000, device="a GPU"
+    )
     assert needs.describe(settings, "stage2") == (
         f"measured stage2: {2 * settings.stage2.batch} images/s in global batches of {settings.stage2.batch}, "
-        "1.5 GB of memory on a GPU; encoding takes 60 s, 1000 steps take 8 min, 4 × validation 40 s: 10 min in all, "
-        "and 120 MB of disk"
+        "1.5 GB of memory on a GPU; encoding takes 60 s, 1000 steps take 8 min, 4 × validation 40 s, 2 × samples 30 s: "
+        "10 min in all, and 120 MB of disk"
     )
+
+
+@pytest.mark.parametrize(
+    ("where", "activity", "remedy"),
+    [
+        ("stage2_diffusion.train.Objective.losses", "a training step", "lower stage2.device_batch, or set"),
+        ("stage2_diffusion.validation.Validation._measured", "a validation", "lower stage2.device_batch, which"),
+        ("stage2_diffusion.sheet._drawn", "a sample sheet", "lower stage2.device_batch, which it follows"),
+        ("ldm.autoencoder.Autoencoder.moments", "encoding the data", "free the GPU of other programs"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    root: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], where: str, activity: str, remedy: str,
+) -> None:  # fmt: skip
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
+
+    monkeypatch.setattr(where, full)
+    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", "--stage", "2", f"run.dir={tmp_path / 'run'}",
+             f"stage1.pretrained={tiny_run / 'autoencoder'}"]  # fmt: skip
+    assert train_ldm.main(given) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: stage2: {activity} does not fit in the memory of the device (CUDA out of memory); {remedy}" in error
+
+
+def test_encoding_is_shared_by_as_many_processes_as_there_are_files(
+    drawings: Callable[..., tuple[Config, Index]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, index = drawings()
+    assert preflight._encoders(settings, index, 8) == 1
+    monkeypatch.setattr("ldm.data.cache.PER_FILE", 100)
+    assert preflight._encoders(settings, index, 8) == min(8, -(-len(index) // 100))
+    assert preflight._encoders(settings, index, 2) == 2

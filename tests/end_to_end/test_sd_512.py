@@ -39,7 +39,7 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
         sys.executable, "train_ldm.py", "--config", "configs/sd-512.yaml", f"run.dir={tmp_path / 'run'}",
         f"data.source={tmp_path / 'pictures'}", f"stage1.pretrained={tmp_path / 'vae'}",
         f"text.model={tmp_path / 'text'}", "data.workers=0", "run.tracker=none", "run.precision=no",
-        "sample.prompts=[]", "stage2.steps=1", "stage2.batch=1", "stage2.micro_batches=1",
+        "sample.prompts=[]", "stage2.steps=1", "stage2.batch=1", "stage2.device_batch=1",
         "stage2.gradient_checkpointing=true",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -79,7 +79,7 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
     pytest.importorskip("deepspeed")
     more = [
         f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "run.precision=no",
-        "stage2.steps=20", "stage2.micro_batches=2",
+        "stage2.steps=20", "stage2.device_batch=4",
     ]  # fmt: skip
     one, zero = tmp_path / "one", tmp_path / "zero"
     train(one, *more)

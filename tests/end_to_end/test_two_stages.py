@@ -161,7 +161,7 @@ def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
               "stage2.steps=12", "stage2.decay=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
     two = launch(*TWO, "tests/end_to_end/watched.py", 2, tmp_path / "two", *shared)
     train(tmp_path / "whole", *shared)
-    train(tmp_path / "halves", *shared, "stage2.micro_batches=2")
+    train(tmp_path / "halves", *shared, "stage2.device_batch=4")
     finish(two)  # which says the world's size too
     curves = {}
     for name in ("whole", "halves", "two"):

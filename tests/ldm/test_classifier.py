@@ -141,7 +141,6 @@ def test_latents_of_another_autoencoder_are_refused() -> None:
 def test_settings_that_fit_no_network_are_named() -> None:
     for key, change in (
         ("attention", {"attention": (True,)}), ("groups", {"groups": 5}), ("head_size", {"head_size": 12}),
-        ("micro_batches", {"micro_batches": 3}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=key):
             ClassifierConfig(**{**SMALL, **change})

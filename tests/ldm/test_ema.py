@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.training_utils import EMAModel
 from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 
-from ldm.ema import Averages, PowerEMA, coefficients, exponent, fit, snapshots, weighted_sum
+from ldm.ema import EMA, Averages, PowerEMA, coefficients, exponent, fit, snapshots, weighted_sum
 from ldm.errors import UserError
 from ldm.schema import WIDEST, Training
 
@@ -71,6 +73,50 @@ def test_without_widths_it_is_diffusers_average_with_its_warm_up(tmp_path: Path)
         expected = decay * expected + (1 - decay) * weights
     torch.testing.assert_close(averages.main.shadow_params, [expected])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_it_equals_diffusers_average_of_the_same_weights(decay: float) -> None:
+    parameter = nn.Parameter(torch.zeros(8))
+    ours, theirs = EMA([parameter], decay), EMAModel([parameter], decay=decay)
+    for weights in walk(60):
+        parameter.data.copy_(weights)
+        ours.step([parameter])
+        theirs.step([parameter])
+        torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_takes_no_memory_and_a_swap_that_of_one_tensor() -> None:
+    parameters: list[torch.Tensor] = [nn.Parameter(torch.randn(256, 256)) for _ in range(16)]
+    average = EMA(parameters, 0.9)
+
+    def peak(action: Callable[[list[torch.Tensor]], None]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            action(parameters)
+        held = most = 0
+        for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+        return most
+
+    average.step(parameters)
+    assert peak(average.step) < 4096
+    assert peak(average.swap) <= 256 * 256 * 4 + 4096
+
+
+def test_swapped_twice_all_is_as_it_was() -> None:
+    parameters = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
+    average = EMA(parameters, 0.9)
+    for p in parameters:
+        p.data.add_(1)
+    average.step(parameters)
+    before = [p.detach().clone() for p in parameters], [s.clone() for s in average.shadow_params]
+    average.swap(parameters)
+    assert all(map(torch.equal, parameters, before[1]))
+    average.swap(parameters)
+    assert all(map(torch.equal, parameters, before[0]))
+    assert all(map(torch.equal, average.shadow_params, before[1]))
 
 
 def test_snapshots_say_what_they_are_and_hold_the_averages_by_name(tmp_path: Path) -> None:
@@ -146,12 +192,11 @@ def test_sharded_weights_are_averaged_and_kept_as_whole_ones_are(one_process: No
             averages.step()
     for averages, folder in zip(both, (tmp_path / "whole", tmp_path / "sharded"), strict=True):
         averages.snapshot(folder, 20)
-        averages.store()
-        averages.copy_to()
+        averages.swap()
     assert isinstance(sharded.data, DTensor)
     assert torch.equal(sharded.full_tensor(), whole)
     for averages in both:
-        averages.restore()
+        averages.swap()
     assert torch.equal(sharded.full_tensor(), history[-1])
     for a, b in zip(snapshots(tmp_path / "whole"), snapshots(tmp_path / "sharded"), strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()

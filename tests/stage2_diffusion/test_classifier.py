@@ -187,7 +187,7 @@ def test_runs_that_no_classifier_can_be_trained_on_are_one_clear_line(
         (["step=3"], "unknown key 'step'; did you mean 'steps'?"),
         (["half=2"], "half: 2"),
         (["attention=[true]"], "attention: 1 values for 2 levels"),
-        (["batch=9", "micro_batches=2"], "batch: 9 is not a multiple of 2"),
+        (["batch=9", "micro_batches=2"], "micro_batches: 2 equal parts of batch, 9, can't be"),
         (["steps"], "expected section.key=value"),
     ],
     ids=["unknown", "half", "levels", "batch", "no value"],

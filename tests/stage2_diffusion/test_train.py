@@ -176,7 +176,7 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
 ) -> None:
     settings, index = few(
         "stage2.conditions=[text, class]", "stage2.dropout=0.4", f"stage2.dropout_each={each}".lower(),
-        "stage2.micro_batches=2", "run.log_every=2", "stage2.steps=4",
+        "stage2.device_batch=4", "run.log_every=2", "stage2.steps=4",
     )  # fmt: skip
     train(settings, index, vae, encoder_of(settings))
     names = {"dropped": "dropout", "dropped_class": "class dropout"} if each else {"dropped": "dropout"}
@@ -194,10 +194,10 @@ RUNS = {
     ),
     "a learned schedule": ("stage2.process=variational",),
     "times by their loss": (
-        "stage2.times=loss", "stage2.timesteps=2", "stage2.micro_batches=2", "stage2.target=v", "stage2.batch=16",
+        "stage2.times=loss", "stage2.timesteps=2", "stage2.device_batch=8", "stage2.target=v", "stage2.batch=16",
     ),
     "activations of pixels computed again": (
-        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.micro_batches=2", "stage2.head_size=4",
+        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.device_batch=4", "stage2.head_size=4",
         "stage2.attention=[true, false]",
     ),
 }  # fmt: skip
@@ -209,7 +209,7 @@ LAYOUTS = {
     ),
     "activations computed again": (
         "stage2.channels_last=true", "stage2.gradient_checkpointing=true", "stage2.attention=[true, true]",
-        "stage2.micro_batches=2",
+        "stage2.device_batch=4",
     ),
 }  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     chosen = {"held_out": index.select("combination").some(3), "trained_on": index.select("train").some(3)}
     assert [len(part) for part in chosen.values()] == [3, 3]
     errors = {}
-    with run.averaged(), torch.no_grad():
+    with run.averaged("a test"), torch.no_grad():
         for name, part in chosen.items():
             table = torch.zeros(3, len(LEVELS))
             for k, entry in enumerate(part):

@@ -1,11 +1,13 @@
 """Randomness by position."""
 
+import itertools
 import pickle
 from collections import Counter
 
+import pytest
 import torch
 
-from ldm.data.order import Order, Positions, normal, uniform
+from ldm.data.order import Order, Positions, accumulation, normal, uniform
 
 
 def test_an_epoch_of_equal_weights_shows_every_sample_once() -> None:
@@ -37,12 +39,33 @@ def test_samples_come_as_often_as_their_weights_say() -> None:
     assert abs(full - 1500) < 60
 
 
-def test_the_global_batch_is_the_same_for_any_number_of_processes_and_micro_batches() -> None:
-    def step_sets(processes: int, micro: int) -> list[list[int]]:
-        shares = [list(Positions(2, 5, 24, micro, rank, processes)) for rank in range(processes)]
-        return [sorted(n for s in shares for part in s[i * micro : (i + 1) * micro] for n in part) for i in range(3)]
+def test_the_global_batch_is_the_same_for_any_number_of_processes_and_passes() -> None:
+    def step_sets(processes: int, passes: int) -> list[list[int]]:
+        shares = [list(Positions(2, 5, 24, passes, rank, processes)) for rank in range(processes)]
+        return [sorted(n for s in shares for part in s[i * passes : (i + 1) * passes] for n in part) for i in range(3)]
 
     assert step_sets(1, 1) == step_sets(2, 1) == step_sets(2, 3) == step_sets(4, 2)
+
+
+def test_a_device_computes_as_many_images_at_once_as_it_may() -> None:
+    assert accumulation(256, 1, 32) == (8, 32)
+    assert accumulation(256, 8, 32) == (1, 32)
+    assert accumulation(256, 64, 32) == (1, 4)
+    assert accumulation(24, 2) == (1, 12)
+    for batch, processes, device_batch in itertools.product(range(1, 41), (1, 2, 3), range(1, 14)):
+        if batch % processes == 0:
+            steps, images = accumulation(batch, processes, device_batch)
+            assert steps * images * processes == batch
+            assert images <= device_batch
+            larger = range(images + 1, device_batch + 1)
+            assert not any(batch // processes % more == 0 for more in larger)
+
+
+def test_a_batch_that_can_not_be_shared_names_the_nearest_that_can() -> None:
+    with pytest.raises(ValueError, match="256 can't be shared evenly by 48 processes; 240 can"):
+        accumulation(256, 48, 32)
+    with pytest.raises(ValueError, match="2 can't be shared evenly by 8 processes; 8 can"):
+        accumulation(2, 8)
 
 
 def test_noise_belongs_to_the_position_not_to_the_batch() -> None:
