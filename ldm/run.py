@@ -107,7 +107,7 @@ class Run:
         self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
         self.step = 0  # optimiser steps done
         self.skips = Skips(name)
-        self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a micro-batch each
+        self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a pass each
         self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
         self._counts: dict[str, int] = {}
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
@@ -147,7 +147,7 @@ class Run:
                 tracker.finish()
 
     def _loaded(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
-        """This process's micro-batches."""
+        """This process's passes."""
         t, a = self.training, self.accelerator
         loader: Iterable[Any]
         if isinstance(dataset, Stream):
@@ -204,13 +204,13 @@ class Run:
         self.skips.watch(positions, outputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+        if self.accelerator.sync_gradients:  # the last pass of a step
             for network in self._networks:
                 network.set_rate(network.lr * learning_rate(self.step, self.training))
         self._network.backward(loss)
 
     def update(self, **metrics: torch.Tensor) -> None:
-        """After each micro-batch, whose metrics are scalars; means are logged.
+        """After each pass, whose metrics are scalars; means are logged.
 
         After a step's last one: clips, steps, averages, logs, saves. A step with a loss or gradient that is not finite
         is skipped; UserError after `run.max_skipped` in a row.

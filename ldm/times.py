@@ -14,7 +14,7 @@ from ldm.data.order import generator, uniform
 def stratified(seed: int, stream: str, positions: Iterable[int], batch: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), `(len(positions),)` float32, one in each of the `batch` equal parts at every step.
 
-    A step is `batch` consecutive positions of the run, over all processes and micro-batches: the numbers are a function
+    A step is `batch` consecutive positions of the run, over all processes and passes: the numbers are a function
     of (seed, position, batch), the same however the batch is divided. Each alone is uniform; together they cover the
     noise levels evenly, which lowers the variance of the loss (low-discrepancy times, arXiv 2107.00630, appendix I.1).
     """

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 
 from ldm import config, text

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 from asked import opened, size_of
 from pictures import draw, parser
 from PIL import ImageOps

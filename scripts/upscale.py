@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 from asked import opened
 from pictures import draw, parser
 

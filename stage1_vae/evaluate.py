@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 
 from ldm import config, likelihood

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 
 from ldm.classifier import NoisyClassifier

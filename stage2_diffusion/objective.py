@@ -83,7 +83,7 @@ class Objective:
         return training_loss(self.process, output, x0, eps, t, stage.loss, stage.weight, **options)
 
     def saw(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
-        """Takes in what the times cost, for drawing by it; after a step's last micro-batch, from all processes."""
+        """Takes in what the times cost, for drawing by it; after a step's last pass, from all processes."""
         if not self.model.times:
             return
         self._seen.append((n.to(t.device), t, losses.detach()))

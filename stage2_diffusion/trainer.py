@@ -67,6 +67,8 @@ class Trainer:
                 "solver": "euler" if flow else "ddim",
             },
         }  # fmt: skip
+        if "micro_batches" in keys:  # what device_batch once was
+            tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         for key, value in keys.items():
             section, _, name = key.partition("__")
             tree.setdefault(section, {})[name] = value

@@ -135,3 +135,23 @@ def test_a_section_by_itself_reads_overrides_as_the_whole_configuration_does() -
     for override, said in (("guidence=2", "did you mean 'guidance'"), ("steps=many", "steps: 'many'"), ("x", "=value")):
         with pytest.raises(UserError, match=said):
             config.section(SampleConfig, [override], "sample")
+
+
+@pytest.mark.parametrize(("stage", "batch", "parts"), [("stage1", 16, 4), ("stage2", 256, 8)])
+def test_micro_batches_load_as_the_images_that_a_device_computes_at_once(
+    root: Path, stage: str, batch: int, parts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [f"{stage}.batch={batch}", f"{stage}.micro_batches={parts}"]
+    settings = config.load(root / "configs/tiny.yaml", old)
+    assert getattr(settings, stage).device_batch == batch // parts
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        f"{stage}.micro_batches is now {stage}.device_batch, the images that a device computes at once: "
+        f"{batch // parts} here"
+    ]
+    assert config.load(root / "configs/tiny.yaml", [*old[:1], f"{stage}.device_batch={batch // parts}"]) == settings
+
+
+def test_micro_batches_beside_what_replaced_them_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"stage2\.micro_batches: 2 beside stage2\.device_batch: 4"):
+        config.load(root / "configs/tiny.yaml", ["stage2.micro_batches=2", "stage2.device_batch=4"])

@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
+from ldm import processes
 from ldm.network import Network
-from ldm.schema import Training
+from ldm.schema import RunConfig, Training
 
 
 @pytest.fixture
@@ -73,3 +74,10 @@ def test_a_copy_of_the_module_computes_with_its_own_weights(accelerator: Acceler
     assert network.wrapped(x).any()
     assert network.release({}) is module
     assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))  # in float32 again
+
+
+def test_ddp_keeps_gradients_in_its_buckets_and_leaves_buffers_alone() -> None:
+    ddp = processes.accelerator(RunConfig(device="cpu", tracker="none")).ddp_handler
+    assert ddp is not None
+    assert ddp.gradient_as_bucket_view
+    assert not ddp.broadcast_buffers
