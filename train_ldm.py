@@ -15,10 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import ldm.openmp  # noqa: F401  # before torch
+
 import torch
 from accelerate import PartialState
 
-from ldm import autoencoder, config, plan, preflight, text
+from ldm import autoencoder, config, memory, plan, preflight, text
 from ldm.data import check, index, samples, sources
 from ldm.data.index import Index
 from ldm.data.stream import Stream
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not pipeline.exists():
         on_main(lambda: plan.check_on_pictures(settings, next(samples.whole(pictures, 2)), state.device))
     if stages and state.is_main_process:
-        print(plan.describe(settings), flush=True)
+        print(plan.describe(settings, state.num_processes), flush=True)
     for stage in stages if settings.run.preflight else ():
         measure(settings, stage, pictures, encoder)
 
@@ -104,7 +106,9 @@ def dry_run(settings: Config, only: str | None) -> None:
     """Says what would be trained, and measures it where data and text encoder are here; makes no run's folder."""
     state = join(settings.run)
     if state.is_main_process:
-        print(plan.describe(settings), flush=True)
+        print(plan.describe(settings, state.num_processes), flush=True)
+        if settings.run.device != "cpu" and "stage2" in left(settings, only):
+            print(memory.bill(settings, state.num_processes), flush=True)
     try:  # what may not be here yet
         sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:

@@ -7,6 +7,7 @@ import math
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +18,18 @@ from ldm.diffusion import Process
 from ldm.errors import UserError
 from ldm.metrics import weights
 from ldm.processes import accumulated, on_main
-from ldm.schema import Config, TextConfig
+from ldm.schema import Config, TextConfig, Training
+
+CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
+"""Parameters of a text encoder that is not here: Stable Diffusion 1's."""
 
 
-def describe(config: Config) -> str:
-    """The plan of a run: data, both stages with parameter counts, and what is not here yet."""
+def describe(config: Config, processes: int = 1) -> str:
+    """The plan of a run: data, both stages with parameter counts and how batches are computed, what is not here yet."""
     one, two, size = config.stage1, config.stage2, config.data.size
     side = size // one.factor
     vae, network = networks(config)
-    width, length = _text_shape(config.text) if two.text else (0, 0)
+    words = text_facts(config.text) if two.text else NO_TEXT
     for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
         if given and Path(given).exists():
             check_autoencoder(config, key, given)
@@ -38,20 +42,38 @@ def describe(config: Config) -> str:
         [
             f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
             f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
-            f"text     {config.text.model}: {length} tokens × {width}" if two.text else "text     none",
+            f"text     {config.text.model}: {words.length} tokens × {words.width}" if two.text else "text     none",
             f"stage 1  {one.model} autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
             f"latents {one.latent_channels} × {side} × {side}; {made}",
+            *([] if one.needs_none else _batch("stage1", one, processes)),
             f"stage 2  U-Net, {_millions(network)} parameters, given {', '.join(two.conditions) or 'nothing'}, "
             f"target {two.target}; {two.steps} steps of {two.batch}, lr {two.lr}{start}",
+            *_batch("stage2", two, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
     )
 
 
+def _batch(stage: str, training: Training, processes: int) -> list[str]:
+    """How a step's batch is computed, in a line; a batch that would be in larger parts, in another."""
+    passes, most = accumulated(stage, training, processes), training.device_batch
+    workers = f"{processes} process{'es' if processes > 1 else ''}"
+    parts = f"{passes.steps} pass{'es' if passes.steps > 1 else ''} of {passes.images}"
+    lines = [f"batch    {training.batch} images a step: {workers} × {parts}"]
+    share = training.batch // processes
+    if most and passes.steps > (fewest := math.ceil(share / most)) and 2 * passes.images < most:
+        images = min(most, round(share / fewest))
+        lines.append(
+            f"         {stage}.batch: {processes * fewest * images} would be {fewest} passes of {images}, "
+            f"nearer to {stage}.device_batch, {most}"
+        )
+    return lines
+
+
 def networks(config: Config) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
     one, two, size = config.stage1, config.stage2, config.data.size
-    width = _text_shape(config.text)[0] if two.text else 0
+    width = text_facts(config.text).width if two.text else 0
     with torch.device("meta"):
         vae = autoencoder.build(one, size)
     here = two.init_from and Path(two.init_from).exists()
@@ -154,13 +176,31 @@ def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device
         print(f"{said}, and one colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True)
 
 
+class TextFacts(NamedTuple):
+    """What is known of a text encoder before training; no parameters of one that is not here."""
+
+    width: int
+    length: int | str
+    frozen: int
+    """Its parameters that are not trained."""
+    trained: tuple[int, ...]
+    """The elements of each that is."""
+
+
+NO_TEXT = TextFacts(0, 0, 0, ())
+
+
 @cache
-def _text_shape(wanted: TextConfig) -> tuple[int, int | str]:
+def text_facts(wanted: TextConfig) -> TextFacts:
+    """What a configuration asks for; it is loaded where it is here, or where its width is not told."""
     if wanted.width and not Path(wanted.model).is_dir():
-        return wanted.width, wanted.max_tokens * wanted.chunks if wanted.max_tokens else "all its"
+        length = wanted.max_tokens * wanted.chunks if wanted.max_tokens else "all its"
+        return TextFacts(wanted.width, length, 0 if wanted.train else CLIP.get(wanted.model, 0), ())
     with torch.device("cpu"):
-        encoder = text.of(wanted)
-    return encoder.width, encoder.length
+        found = text.of(wanted)
+    trained = tuple(p.numel() for p in found.trainable()) if wanted.train else ()
+    every = sum(p.numel() for p in found.model.parameters())
+    return TextFacts(found.width, found.length, every - sum(trained), trained)
 
 
 def _presence(config: Config) -> str:

@@ -189,7 +189,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
         kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     found = Needs(
         step=steps[1] - steps[0],
-        validation=run.took["a validation"] * _measured(config, stage, data) / _measured(small, stage, few),
+        validation=run.took.get("a validation", 0.0) * _measured(config, stage, data) / _measured(small, stage, few),
         sheet=run.took.get("a sample sheet", 0.0)
         * sample.steps
         / min(STEPS, sample.steps)

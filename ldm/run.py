@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from ldm.agreement import gathered
 from ldm.config import differences
 from ldm.data.order import Positions
 from ldm.data.stream import Stream
@@ -94,6 +95,7 @@ class Run:
         self.passes = accumulated(stage, training, join(config).num_processes)
         self.accelerator = accelerator(config, self.passes.steps)
         self.device, self.precision = self.accelerator.device, precision(config)
+        self._check_contract()
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
         if sharded:
@@ -120,6 +122,15 @@ class Run:
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.stage)
         self.activity = "encoding the data"
+
+    def _check_contract(self) -> None:
+        """UserError, on all processes, where one has other pictures or latents than the main one."""
+        for rank, theirs in enumerate(every := gathered(self.contract)):
+            if changed := "; ".join(differences(every[0], theirs)):
+                raise UserError(
+                    f"{self.stage}: process {rank} has other pictures, captions or latents than process 0 ({changed}); "
+                    "give data and autoencoder on a file system that all machines share"
+                )
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 

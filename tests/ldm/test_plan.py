@@ -8,6 +8,7 @@ import torch
 
 from ldm import autoencoder, config, plan
 from ldm.errors import UserError
+from ldm.processes import accumulated
 from ldm.schema import Stage1Config
 
 
@@ -29,8 +30,8 @@ def test_the_plan_counts_the_tokens_of_all_pieces(root: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "processes", "says"),
     [
-        (["stage2.batch=16"], 3, r"stage1\.batch: 16 can't be shared by 3 processes"),
-        (["stage1.micro_batches=8"], 4, "make it a multiple of 32"),
+        (["stage2.batch=16"], 3, r"stage2\.batch: 16 can't be shared evenly by 3 processes; 15 can"),
+        (["stage1.batch=30"], 4, r"stage1\.batch: 30 can't be shared evenly by 4 processes; 32 can"),
         (["text.width=768"], 1, r"text\.width: 768, but .* has 384"),
         (["stage2.channels=[32, 32, 32, 32, 32, 32]", "stage2.attention=[false, false, false, false, false, false]"],
          1, r"stage2\.channels: 6 levels"),
@@ -41,6 +42,29 @@ def test_what_would_stop_a_later_stage_is_found_first(
 ) -> None:
     with pytest.raises(UserError, match=says):
         plan.check(tiny(root, *overrides), processes)
+
+
+@pytest.mark.parametrize(("processes", "passes", "images"), [(1, 8, 32), (8, 1, 32), (64, 1, 4)])
+def test_one_file_is_for_one_gpu_and_for_64(root: Path, processes: int, passes: int, images: int) -> None:
+    large = config.load(root / "configs/sd-512.yaml")
+    assert accumulated("stage2", large.stage2, processes) == (passes, images)
+    line = next(line for line in plan.describe(large, processes).splitlines() if line.startswith("batch"))
+    assert line.startswith(f"batch    256 images a step: {processes} process")
+    assert line.endswith(f" × {passes} pass{'es' if passes > 1 else ''} of {images}")
+
+
+def test_processes_that_cannot_share_the_batch_hear_of_the_nearest(root: Path) -> None:
+    with pytest.raises(UserError, match=r"stage2\.batch: 256 can't be shared evenly by 48 processes; 240 can"):
+        plan.describe(config.load(root / "configs/sd-512.yaml"), 48)
+
+
+def test_a_batch_without_divisors_is_told_a_better_one(root: Path) -> None:
+    said = plan.describe(tiny(root, "stage2.batch=134", "stage2.device_batch=32"), processes=2)  # 67 each, a prime
+    assert "batch    16 images a step: 2 processes × 1 pass of 8\n" in said
+    assert "batch    134 images a step: 2 processes × 67 passes of 1\n         stage2.batch: 132 would be" in said
+    assert accumulated("stage2", tiny(root, "stage2.batch=132", "stage2.device_batch=32").stage2, 2) == (3, 22)
+    assert "would be" not in plan.describe(tiny(root, "stage2.batch=128", "stage2.device_batch=32"))
+    assert "would be" not in plan.describe(tiny(root, "stage2.batch=16", "stage2.device_batch=64"))
 
 
 def test_eight_bit_moments_need_bitsandbytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

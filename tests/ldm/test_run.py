@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -383,3 +384,27 @@ def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: 
     assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
     resumed = train(tmp_path / "full")
     assert all(map(torch.equal, weights(whole), weights(resumed)))
+
+
+@pytest.mark.slow
+def test_processes_that_train_on_other_pictures_are_told_apart(
+    tmp_path: Path, launch: Callable[..., subprocess.Popen[str]]
+) -> None:
+    (tmp_path / "other.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "from ldm.errors import UserError\n"
+        "from ldm.run import Run\n"
+        "from ldm.schema import RunConfig, Training\n"
+        "run = RunConfig(dir=Path(sys.argv[1]), device='cpu', precision='no', tracker='none')\n"
+        "rank = os.environ['RANK']\n"
+        "try:\n"
+        "    Run(run, Training(batch=4), 'stage2', nn.Linear(2, 2), {'data': rank})\n"
+        "except UserError as error:\n"
+        "    print(rank, 'said:', error, flush=True)\n"
+    )
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said, _ = launch(*two, tmp_path / "other.py", tmp_path).communicate(timeout=240)
+    told = "stage2: process 1 has other pictures, captions or latents than process 0 (data: 0 → 1)"
+    assert all(f"{rank} said: {told}" in said for rank in (0, 1)), said
