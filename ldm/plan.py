@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from ldm import autoencoder, sharding, text, unet
@@ -100,6 +101,9 @@ def check(config: Config, processes: int) -> text.TextEncoder | None:
     for key, stage in (("stage1", one), ("stage2", two)):
         if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
+    tracker = config.run.tracker
+    if tracker != "none" and tracker not in map(str, get_available_trackers()):
+        raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
     unet.check_backend(two.attention_backend, on_gpu)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)

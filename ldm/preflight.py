@@ -260,8 +260,8 @@ def _measured(config: Config, stage: str, data: Index | Stream) -> int:
     """Pictures of a validation, whose time goes with them; 1 where they are not known."""
     if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
         return 1
-    most = config.stage2.evaluate_pictures
-    return held if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
+    most = getattr(config, stage).evaluate_pictures
+    return min(held, most) if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
 
 
 def _about(config: Config, stage: str) -> dict[str, Any]:

@@ -152,10 +152,11 @@ class Run:
                         raise Interrupted(128 + self._stopped)
                 if self._wishes.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._wishes.end)
+        except BaseException:
+            self.close()
+            raise
         finally:
             self._bar.close()
-            for tracker in a.trackers:
-                tracker.finish()
 
     def _loaded(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
         """This process's passes."""
@@ -330,6 +331,12 @@ class Run:
         """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
         self._released = True
         return self._network.release(self.ema.tensors(self.ema.main))
+
+    def close(self) -> None:
+        """Ends the trackers' runs: last, after the last sheet."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""

@@ -175,6 +175,7 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
         autoencoder = autoencoders.normalised(trained, mean, std)
     latents = watch.latent_report(some, autoencoder, run, config.data.workers)
     facts = watch.when_done(data, config, autoencoder, run)
+    run.close()
     on_main(
         lambda: autoencoder.save(
             config.run.dir / "autoencoder",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 
@@ -19,6 +18,8 @@ from ldm.files import whole_file
 from ldm.latents import Report
 from ldm.metrics.reconstruction import Figures, scales_of
 from ldm.run import Run
+from ldm.schema import Config
+from ldm.trackers import log_image
 
 SHOWN = 8  # pictures of a sheet
 AMPLIFIED = 4  # how much larger than it is a difference is drawn
@@ -33,19 +34,19 @@ def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
 
 
 @torch.no_grad()
-def figures(data: Index | Stream, rebuild: Rebuild, run: Run) -> dict[str, float]:
+def figures(data: Index | Stream, rebuild: Rebuild, run: Run, workers: int) -> dict[str, float]:
     """PSNR, SSIM, MS-SSIM where there is room, and colour bias in 1/255, each the mean; every process has its share."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.config.data.size]
     found = Figures(scales_of(min(sides)))
-    for x in share(data, run):
+    for x in share(data, run, workers):
         found.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([found.each]) if part]
     return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
 
 
-def share(data: Index | Stream, run: Run) -> Iterator[torch.Tensor]:
-    """This process's pictures of all, in batches."""
-    return whole(data, rank=run.accelerator.process_index, processes=run.accelerator.num_processes)
+def share(data: Index | Stream, run: Run, workers: int) -> Iterator[torch.Tensor]:
+    """This process's pictures of all, in batches, read by its `workers`."""
+    return whole(data, rank=run.accelerator.process_index, processes=run.accelerator.num_processes, workers=workers)
 
 
 def plain(vae: Any, device: torch.device) -> Rebuild:
@@ -58,33 +59,38 @@ def plain(vae: Any, device: torch.device) -> Rebuild:
     return rebuild
 
 
-def while_training(data: Index | Stream, run: Run, vae: Any) -> None:
+def while_training(data: Index | Stream, config: Config, run: Run, vae: Any) -> None:
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
-    with run.averaged():
+    with run.averaged("a validation"):
         rebuild = plain(vae, run.device)
         if (held := held_out(data).get("held_out")) is not None:
-            run.log({f"held_out_{name}": value for name, value in figures(held, rebuild, run).items()})
+            held = held.some(config.stage1.evaluate_pictures)
+            found = figures(held, rebuild, run, config.data.workers)
+            run.log({f"held_out_{name}": value for name, value in found.items()})
         write_sheet(data, rebuild, run)
 
 
-def when_done(data: Index | Stream, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
+def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
     """Figures of each held-out split, and a sheet of reconstructions where none of the last step stands."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
 
     write_sheet(data, rebuild, run)
-    found: dict[str, Any] = {name: figures(part, rebuild, run) for name, part in held_out(data).items()}
+    found: dict[str, Any] = {
+        name: figures(part.some(config.stage1.evaluate_pictures), rebuild, run, config.data.workers)
+        for name, part in held_out(data).items()
+    }
     if run.is_main:
         for name, values in found.items():
             print(f"stage1: {name} rebuilt, psnr {values['psnr']:.2f} dB, ssim {values['ssim']:.4f}", flush=True)
     return found
 
 
-def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
+def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Run, workers: int) -> dict[str, Any]:
     """Are the latents ready for diffusion? `stage1/latents.png`, and the facts; every process measures its share."""
     report = Report(autoencoder.channels)
-    for x in share(data, run):
+    for x in share(data, run, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():
         tensor.copy_(run.total(tensor))
@@ -110,6 +116,4 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
         sheet.save(beside, "PNG")
-    for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({"reconstructions": np.array(sheet)[None]}, step=run.step, dataformats="NHWC")
+    log_image(run.accelerator.trackers, "reconstructions", sheet, run.step)

@@ -126,6 +126,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
             run.update(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         look()
 
+    run.close()
     trained = run.release()
     on_main(partial(save, trained, out / "model", validation))  # last: where it stands, the training is finished
 

@@ -229,6 +229,7 @@ def learn(
             run.backward(loss)
             run.update(loss=loss)
         look()
+    run.close()
     return run.release().unet
 
 

@@ -18,9 +18,11 @@ from ldm.pipeline import LatentDiffusion
 from ldm.processes import on_main
 from ldm.run import Run
 from ldm.schema import Config
+from ldm.trackers import log_image
 from stage2_diffusion.holes import holes
 
 COUNT = 16  # pictures of a model that takes no prompts
+BATCH = 8  # images drawn together, where a device computes as many at once
 
 
 def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
@@ -60,12 +62,14 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         prompts = given["labels"] = list(model.classes[:64])
     else:
         prompts = [""] * COUNT
-    with run.averaged():
+    with run.averaged("a sample sheet"):
         pictures = _drawn(model, run, config.run.seed, len(prompts), given)
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sheet = grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked)
         with whole_file(path) as beside:
-            grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked).save(beside, "PNG")
+            sheet.save(beside, "PNG")
+        log_image(run.accelerator.trackers, "samples", sheet, run.step)
 
 
 def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:
@@ -81,7 +85,8 @@ def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[
         for name, values in given.items()
     }
     of_each = 1 if "prompts" in given or "labels" in given else share  # or in all, where nothing is asked for
-    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=8, **of_mine)
+    batch = min(BATCH, run.passes.images)
+    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, **of_mine)
     return list(gather_object(pictures))[:count]
 
 

@@ -92,4 +92,5 @@ def train(
     trained = run.release()
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, run, model, data)
+    run.close()
     on_main(partial(model.save, config.run.dir / "pipeline"))  # last: where it stands, the stage is finished

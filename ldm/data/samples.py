@@ -20,6 +20,7 @@ from ldm.data.images import Size, cut, to_tensor
 from ldm.data.index import Entry, Index
 from ldm.data.order import Order, generator, normal
 from ldm.data.stream import Stream
+from ldm.processes import leave_signals_to_parent
 from ldm.schema import Config
 from ldm.text import TextEncoder
 
@@ -104,19 +105,42 @@ def pictures(data: Index | Stream, config: Config, batch: int) -> Pictures | Str
     return data if isinstance(data, Stream) else Pictures(data, config, batch)
 
 
-def whole(data: Index | Stream, batch: int = 64, rank: int = 0, processes: int = 1) -> Iterator[torch.Tensor]:
+def whole(
+    data: Index | Stream, batch: int = 64, rank: int = 0, processes: int = 1, workers: int = 0
+) -> Iterator[torch.Tensor]:
     """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones.
 
-    Each of several processes gets its share of them.
+    Each of several processes gets its share of them, as many as any other, or one fewer. Pictures are read by as many
+    `workers`, a stream's here; batches are the same for any number.
     """
     if isinstance(data, Stream):
         yield from itertools.islice(data.whole(batch), rank, None, processes)
         return
-    for size, all_of_it in data.by_size().items():
-        mine = all_of_it[rank::processes]
-        for start in range(0, len(mine), batch):
-            part = mine[start : start + batch].tolist()
-            yield torch.stack([View(size).cut(data.picture(i), b"") for i in part])
+    parts: list[list[int]] = []
+    dealt = 0  # like cards, one size after the other, so that sizes of few pictures don't all go to the first process
+    for all_of_it in data.by_size().values():
+        mine = all_of_it[(rank - dealt) % processes :: processes].tolist()
+        parts += [mine[start : start + batch] for start in range(0, len(mine), batch)]
+        dealt += len(all_of_it)
+    order = [i for part in parts for i in part]
+    if not order:
+        return
+    read = iter(
+        torch.utils.data.DataLoader(
+            _Cropped(data), batch_size=None, sampler=order, num_workers=min(workers, len(order)),
+            worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),  # its own: it draws seeds of workers
+        )
+    )  # fmt: skip
+    for part in parts:
+        yield torch.stack(list(itertools.islice(read, len(part))))
+
+
+class _Cropped(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, index: Index):
+        self.index, self.sizes = index, index.sizes
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return View(self.sizes[i]).cut(self.index.picture(i), b"")
 
 
 # --------------------------------------------------------------------------------------------- the samples of stage two
