@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,3 +201,21 @@ def test_stage_twos_sheet_goes_to_the_tracker(
     assert logged.step == 7
     with Image.open(run.folder / "samples/step-000007.png") as saved:
         assert same(io.BytesIO(logged.encoded_image_string), saved.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "swanlab", "aim", "clearml"])
+def test_a_sheet_fits_the_signature_of_the_trackers_method(name: str) -> None:
+    """Where its package is not installed too; trackio, comet_ml, mlflow and dvclive take it by their own methods."""
+    takes = inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images)
+
+    class Recorder:
+        tracker = SimpleNamespace(flush=lambda: None)
+
+        def log_images(self, *given: object, **options: object) -> None:
+            bound = takes.bind(self, *given, **options).arguments
+            assert bound["step"] == 3
+            assert bool(bound.get("kwargs")) == (name == "tensorboard")
+            (value,) = bound["values"].values()
+            assert isinstance(value, Image.Image) == (name in ("aim", "clearml"))
+
+    INTERFACES[name](Recorder(), "samples", Image.new("RGB", (8, 8)), 3)
