@@ -4,6 +4,9 @@ A cache is a folder of safetensors files, each named by the SHA-256 of its conte
 name. An entry is found by the SHA-256 of the picture (or caption) and of everything else that it was made from, so that
 of another autoencoder is never read. Files are written whole; which entries share one follows from the data alone, so
 an encoding that was killed and taken up again leaves the same bytes as one that was not.
+
+Which files there are, the main process says, and each process what it wrote: machines that share a folder may go on
+for a minute with the listing of it that they have.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
+from ldm.agreement import gathered, seen_by_all
 from ldm.autoencoder import Autoencoder
 from ldm.data.images import Size, cut, place, to_tensor
 from ldm.data.index import Index
+from ldm.errors import UserError
 from ldm.files import whole_file
 from ldm.processes import on_main
 from ldm.schema import Config
@@ -71,18 +76,22 @@ class Shelf:
     def __init__(self, folder: Path, about: dict[str, Any]):
         self.about = json.dumps(about, sort_keys=True)
         self.folder = folder / hashlib.sha256(self.about.encode()).hexdigest()[:16]
-        self.read()
+        self.take([], {})
 
-    def read(self) -> None:
-        """Takes stock of the files that are there."""
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        parts = [_keys(file) for file in self.files]
+    def listed(self) -> list[Path]:
+        """The files that are there, as far as this machine knows."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def take(self, files: Iterable[Path], keys_of: Mapping[Path, np.ndarray]) -> None:
+        """Takes stock of files, and of no others."""
+        self.files = sorted(set(files))
+        parts = [keys_of[file] for file in self.files]
         keys = np.concatenate(parts) if parts else np.zeros(0, "S32")
         order = np.argsort(keys, kind="stable")
         self.keys = keys[order]
-        files = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]) if parts else files
-        self.places = np.stack([files, rows], axis=1)[order]
+        numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+        rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]) if parts else numbers
+        self.places = np.stack([numbers, rows], axis=1)[order]
         self._open: dict[int, dict[str, torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # a loader's process maps the files itself
@@ -105,18 +114,22 @@ class Shelf:
             self._open[file] = load_file(self.files[file])
         return {name: value[row].float() for name, value in self._open[file].items() if name != KEYS}
 
-    def drop_damaged(self) -> None:
-        """Removes files that aren't what was written; each process looks at a share of them."""
-        state = PartialState()
+    def drop_damaged(self) -> list[Path]:
+        """Removes files that aren't what was written, and names them; each process looks at a share of all."""
+        state, dropped = PartialState(), []
         for file in self.files[state.process_index :: state.num_processes]:
             if not _sound(file):
                 tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
                 file.unlink(missing_ok=True)
+                dropped.append(file)
+        return dropped
 
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, tensors: dict[str, torch.Tensor]) -> Path:
         content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.about})
-        with whole_file(self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors") as beside:
+        file = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+        with whole_file(file) as beside:
             beside.write_bytes(content)
+        return file
 
     def why(self, missing: Sequence[bytes]) -> Counter[str]:
         """What changed since these entries were encoded, where they ever were, with a count each."""
@@ -147,15 +160,12 @@ class Job:
 
 
 def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
-    """Encodes what is not on the shelves yet, and says how much and why. Each process writes a share of the files."""
-    state = PartialState()
-    for job in jobs:
-        job.shelf.drop_damaged()
-    state.wait_for_everyone()
-    for job in jobs:
-        job.shelf.read()
-    # One process looks what is missing: another run may write to the same cache meanwhile.
-    missing = on_main(lambda: [np.flatnonzero(~job.shelf.find(job.keys)[1]) for job in jobs])
+    """Encodes what is not on the shelves yet, and says how much and why. Each process writes a share of the files.
+
+    UserError, on all processes, where one can't see the files that another sees.
+    """
+    state, keys_of = PartialState(), dict[Path, np.ndarray]()
+    missing = _missing(jobs, what, keys_of)
     chunks = [
         (job, places[start : start + per_file])
         for job, places in zip(jobs, missing, strict=True)
@@ -170,7 +180,7 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
             reasons += job.shelf.why([job.keys[i] for i in places.tolist()]) if len(places) else Counter()
         why = "; ".join(f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
         tqdm.write(f"cache: {total:,} of {sum(len(job.keys) for job in jobs):,} {what} to encode: {why}.")
-    mine = chunks[state.process_index :: state.num_processes]
+    mine, written = chunks[state.process_index :: state.num_processes], []
     with tqdm(total=total, unit=f" {what}", desc="encoding", leave=False, disable=not state.is_main_process) as bar:
         for job, places in mine:
             job.shelf.folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +190,50 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
                 bar.update(len(next(iter(batch.values()))) * min(state.num_processes, len(chunks)))
             tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
             keys = np.frombuffer(b"".join(job.keys[i] for i in places.tolist()), np.uint8).reshape(-1, 32)
-            job.shelf.write({**tensors, KEYS: torch.from_numpy(keys.copy())})
-    state.wait_for_everyone()
-    for job in jobs:
-        job.shelf.read()
+            written.append(job.shelf.write({**tensors, KEYS: torch.from_numpy(keys.copy())}))
+    new = [file for each in gathered(written) for file in each]
+    shelves = [job.shelf for job in jobs]
+    _take(
+        shelves, [[*shelf.files, *(file for file in new if file.parent == shelf.folder)] for shelf in shelves], keys_of
+    )
+
+
+def _missing(jobs: Sequence[Job], what: str, keys_of: dict[Path, np.ndarray]) -> list[np.ndarray]:
+    """The places of each job's entries that are on no shelf, the same on all processes; drops damaged files."""
+    shelves = [job.shelf for job in jobs]
+    _take(shelves, on_main(lambda: [shelf.listed() for shelf in shelves]), keys_of)
+    dropped = {file for each in gathered([file for shelf in shelves for file in shelf.drop_damaged()]) for file in each}
+    for file in dropped:
+        del keys_of[file]
+    if dropped:
+        for shelf in shelves:
+            shelf.take(set(shelf.files) - dropped, keys_of)
+    missing = [np.flatnonzero(~job.shelf.find(job.keys)[1]) for job in jobs]
+    seen = [([file.name for file in shelf.files], len(shelf.keys)) for shelf in shelves]
+    asked = [(len(job.keys), len(places)) for job, places in zip(jobs, missing, strict=True)]
+    if len(set(gathered(hashlib.sha256(repr((seen, asked)).encode()).digest()))) > 1:
+        raise UserError(
+            f"data.cache_dir: the processes find different {what} in it; "
+            "give a folder on a file system that all machines share"
+        )
+    return missing
+
+
+def _take(shelves: Sequence[Shelf], files: Sequence[Sequence[Path]], keys_of: dict[Path, np.ndarray]) -> None:
+    """Takes stock of these files of each shelf, once all processes see them; those that were removed are left out."""
+
+    def sees(file: Path) -> bool:
+        if file not in keys_of:
+            try:
+                file.open("rb").close()
+            except OSError:
+                return False
+            keys_of[file] = _keys(file)
+        return True
+
+    there = set(seen_by_all([file for each in files for file in each], sees))
+    for shelf, each in zip(shelves, files, strict=True):
+        shelf.take(there.intersection(each), keys_of)
 
 
 @dataclass
@@ -313,4 +363,4 @@ def _sound(file: Path) -> bool:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.stem)
     except FileNotFoundError:  # another run found it damaged
-        return True
+        return False

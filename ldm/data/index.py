@@ -2,17 +2,22 @@
 
 A picture that has not changed since (its file's size and time) is not opened again. The bad ones are in the index too,
 so the report can be written from it, and a million pictures take a few bytes each in memory.
+
+All processes of a run list all pictures and open a share of them: chunks are dealt in turn. What a process found stands
+in a part beside the index until the main process has joined the parts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +29,11 @@ import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.agreement import gathered, on_all, seen_by_all
 from ldm.data.archives import stamp
 from ldm.data.images import Buckets, Size, decode
 from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
@@ -36,18 +43,20 @@ from ldm.files import sync, whole_file
 from ldm.processes import on_main
 from ldm.schema import Config, DataConfig
 
+TEXT = pa.large_string()  # the captions of 36 million pictures pass the 2 GiB that offsets of 32 bits reach
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()), ("file", pa.string()), ("start", pa.int64()), ("size", pa.int64()),
-        ("captions", pa.list_(pa.string())), ("label", pa.string()), ("split", pa.string()), ("weight", pa.float64()),
-        ("repeats", pa.int32()), ("flip", pa.bool_()), ("dropout", pa.float64()), ("attributes", pa.string()),
-        ("source", pa.int32()), ("reason", pa.string()), ("fix", pa.string()),
+        ("key", TEXT), ("file", TEXT), ("start", pa.int64()), ("size", pa.int64()),
+        ("captions", pa.large_list(TEXT)), ("label", TEXT), ("split", TEXT), ("weight", pa.float64()),
+        ("repeats", pa.int32()), ("flip", pa.bool_()), ("dropout", pa.float64()), ("attributes", TEXT),
+        ("source", pa.int32()), ("reason", TEXT), ("fix", TEXT),
         ("stamp", pa.binary(16)), ("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()),
         ("phash", pa.uint64()),
     ]
 )  # fmt: skip
 FACTS = ("sha256", "width", "height", "phash", "reason", "fix")
-CHUNK = 1024  # rows written at once
+CHUNK = 1024  # rows written at once, and opened by one process
+AHEAD = 1024  # pictures that are opened while others are listed
 NAMED = 10_000  # bad ones that the report lists
 
 
@@ -85,7 +94,7 @@ class Index:
 
     def select(self, *splits: str) -> Index:
         """The entries of some splits: `train`, `reconstruction`, `combination`."""
-        chosen = pc.is_in(self.table["split"], pa.array(splits)).to_numpy(zero_copy_only=False)
+        chosen = pc.is_in(self.table["split"], pa.array(splits, TEXT)).to_numpy(zero_copy_only=False)
         return Index(self.table, self.sources, self.data, self.rows[chosen[self.rows].astype(bool)])
 
     def first(self, count: int) -> Index:
@@ -105,13 +114,15 @@ class Index:
 
     def column(self, name: str) -> np.ndarray:
         """One fact of all entries as an array, `(N,)`."""
-        return self.table[name].take(pa.array(self.rows)).to_numpy()
+        return pa.chunked_array(_taken(self.table[name], self.rows), self.table[name].type).to_numpy()
 
     def captions(self) -> Iterator[list[str]]:
         """The captions of each entry, without the rest of it."""
-        column = self.table["captions"].combine_chunks()
-        for start in range(0, len(self.rows), CHUNK):
-            yield from column.take(pa.array(self.rows[start : start + CHUNK])).to_pylist()
+        return self._values("captions")
+
+    def _values(self, name: str) -> Iterator[Any]:
+        for part in _taken(self.table[name], self.rows):
+            yield from part.to_pylist()
 
     def picture(self, i: int) -> Image.Image:
         """The decoded picture; UserError, naming it, where it was changed or removed since it was indexed."""
@@ -160,7 +171,7 @@ class Index:
         if "class" in self.sources.conditions:  # one that only others have changes the numbers of these
             digest.update(repr(self.labels()).encode())
         names = ("sha256", "weight", "repeats", "flip", "dropout", "label")
-        facts = (self.table[name].take(pa.array(self.rows)).to_pylist() for name in names)
+        facts = (self._values(name) for name in names)
         for captions, *row in zip(self.captions(), *facts, strict=True):
             digest.update(repr((captions, *row)).encode())
         return digest.hexdigest()
@@ -201,12 +212,13 @@ class Index:
 
 
 def build(config: Config) -> Index:
-    """Indexes the pictures of a configuration, or takes up the index that is there; one process does it for all.
+    """Indexes the pictures of a configuration, or takes up the index that is there; all processes of a run share it.
 
-    Raises UserError where a source can't be read at all; single bad pictures are kept in the index as such.
+    Raises UserError, on all, where a source can't be read at all, or where they don't see the same; single bad pictures
+    are kept in the index as such.
     """
     data, cache = config.data, config.cache_dir
-    sources = Sources(data.source, data.size, cache, config.stage2.conditions)
+    sources = on_all(lambda: Sources(data.source, data.size, cache, config.stage2.conditions))
     two = config.stage2
     unread = {"weight", "repeats"} if two.classes else {"weight", "repeats", "label"}
     asked = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
@@ -214,89 +226,225 @@ def build(config: Config) -> Index:
     if (two.text, two.classes) != (True, False):  # others are good, so that such an index is no other run's
         facts.append({"captions": two.text, "classes": two.classes})
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    path = cache / f"index-{key}.arrow"
 
-    def written() -> None:
+    def begin() -> None:
         cache.mkdir(parents=True, exist_ok=True)
         for line in sources.says():
             tqdm.write(line)
-        _write(path, sources, data)
+        if PartialState().num_processes > 1:
+            sources.prepare()
 
-    on_main(written)
-    return Index(_hold_out(pa.Table.from_batches(_batches(path), SCHEMA), data.held_out), sources, data)
+    on_main(begin)
+    return Index(_hold_out(_written(cache / f"index-{key}.arrow", sources, data), data.held_out), sources, data)
 
 
 def _hold_out(table: pa.Table, share: float) -> pa.Table:
     """The same with a share of the training pictures as split `reconstruction`, chosen by what their files hold."""
     if not share:
         return table
-    starts = pc.binary_slice(table["sha256"].combine_chunks().cast(pa.binary()), 0, 4).fill_null(bytes(4))
-    drawn = np.frombuffer(b"".join(starts.to_pylist()), ">u4") / 2**32  # uniform: the first bytes of a SHA-256
-    held = pc.and_(pa.array(drawn < share), pc.equal(table["split"], "train").fill_null(False))
-    split = pc.if_else(held, "reconstruction", table["split"])
+    drawn = _leading(table["sha256"], 4).view(">u4").ravel()  # uniform: the first bytes of a SHA-256
+    held = pc.and_(pa.array(drawn < math.ceil(share * 2**32)), pc.equal(table["split"], "train").fill_null(False))
+    split = pc.if_else(held, pa.scalar("reconstruction", TEXT), table["split"])
     return table.set_column(SCHEMA.get_field_index("split"), "split", split)
 
 
-def _write(path: Path, sources: Sources, data: DataConfig) -> None:
-    """Writes the index beside, then puts it in its place; what an interrupted one had found is taken over."""
+# ---------------------------------------------------------------------------------------------- columns by their chunks
+
+
+def _taken(column: pa.ChunkedArray, rows: np.ndarray) -> Iterator[pa.Array]:
+    """What stands in some rows, in their order. Chunks are never joined, which would copy the whole column."""
+    ends = np.cumsum([len(chunk) for chunk in column.chunks])
+    which = np.searchsorted(ends, rows, side="right")
+    borders = np.flatnonzero(np.diff(which)) + 1
+    for start, end in itertools.pairwise((0, *borders.tolist(), len(rows))):
+        if start < end:
+            chunk = column.chunk(which[start])
+            within = rows[start:end] - (ends[which[start]] - len(chunk))
+            neighbours = np.array_equal(within, np.arange(within[0], within[0] + len(within)))
+            yield chunk.slice(within[0], len(within)) if neighbours else chunk.take(pa.array(within))
+
+
+def _leading(column: pa.ChunkedArray, count: int) -> np.ndarray:
+    """The first bytes of values that are all of one width, `(N, count)`; zeros where there is no value."""
+    width, parts = column.type.byte_width, [np.zeros((0, count), np.uint8)]
+    for chunk in filter(len, column.chunks):
+        values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
+        part = values.reshape(-1, width)[:, :count]
+        if chunk.null_count:
+            part = np.where(chunk.is_valid().to_numpy(zero_copy_only=False)[:, None], part, np.uint8(0))
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- indexing
+
+
+def _written(path: Path, sources: Sources, data: DataConfig) -> pa.Table:
+    """The index, written beside and then put in its place; what an interrupted one had found is taken over."""
+    state = PartialState()
     left = list(path.parent.glob(f".{path.name}.*"))
-    known = _Known([path, *left])
-    rows = _rows(sources, data, known)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        chunk: list[dict[str, Any]] = []
-        with tqdm(rows, desc="checking pictures", unit=" img", total=known.count or None, leave=False) as bar:
-            for row in bar:
-                chunk.append(row)
-                if len(chunk) == CHUNK:
-                    writer.write_batch(pa.RecordBatch.from_pylist(chunk, SCHEMA))
-                    chunk = []
-        writer.write_batch(pa.RecordBatch.from_pylist(chunk, SCHEMA))
-    sync(beside)
-    beside.replace(path)
-    for other in left:
-        if other.exists() and time.time() - other.stat().st_mtime > 3600:  # another run may be writing a younger one
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+    def share() -> _Listing:
+        path.parent.mkdir(parents=True, exist_ok=True)  # on a machine that doesn't share it, too, to be told so
+        known = _Known([path, *left])
+        with tqdm(
+            desc="checking pictures", unit=" img", total=known.count or None, leave=False,
+            disable=not state.is_main_process,
+        ) as bar:  # fmt: skip
+            listing = _Listing(sources, bar)
+            _write(part, _rows(listing, data, known))
+        return listing
+
+    listing = on_all(share)
+    if state.num_processes == 1:
+        whole, batches, parts = part, _mapped(part), list[Path]()
+    else:
+        whole, batches, parts = _joined(part, listing)
+
+    def place() -> None:
+        whole.replace(path)
+        for other in parts:
             other.unlink(missing_ok=True)
+        for other in left:
+            with suppress(FileNotFoundError):  # another run may be writing a younger one
+                if time.time() - other.stat().st_mtime > 3600:
+                    other.unlink()
+
+    on_main(place)
+    return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _batches(path: Path) -> list[pa.RecordBatch]:
-    """The memory-mapped batches of an index, as far as it was written."""
-    found: list[pa.RecordBatch] = []
-    try:
-        with pa.memory_map(str(path)) as file:
-            found.extend(batch for batch in _readable(pa.ipc.open_stream(file)) if batch.schema == SCHEMA)
-    except (OSError, pa.ArrowException):  # there is none, or it had just been begun
-        pass
-    return found
+class _Listing:
+    """The records of all sources, in their order, and which of them this process opens."""
+
+    def __init__(self, sources: Sources, bar: tqdm[Any]):
+        self.sources, self.bar = sources, bar
+        self.count, self.digest = 0, hashlib.sha256()  # of all that were listed
+
+    def __iter__(self) -> Iterator[tuple[int, Record | Bad]]:
+        """Those that are this process's own, each with the number of its source."""
+        rank, processes = PartialState().process_index, PartialState().num_processes
+        for number in range(len(self.sources.configs)):
+            for item in self.sources.records(number):
+                if processes > 1:  # of a bad one only the name: reasons may tell where an object stood
+                    self.digest.update(repr(item.key if isinstance(item, Bad) else item).encode())
+                if self.count // CHUNK % processes == rank:
+                    yield number, item
+                else:
+                    self.bar.update()
+                self.count += 1
 
 
-def _readable(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    with suppress(OSError, pa.ArrowException):  # one that was cut off
-        yield from reader
-
-
-def _rows(sources: Sources, data: DataConfig, known: _Known) -> Iterator[dict[str, Any]]:
-    """A row for each record, in the sources' order; threads decode some ahead."""
+def _rows(listing: _Listing, data: DataConfig, known: _Known) -> Iterator[dict[str, Any]]:
+    """A row for each record that is this process's own; threads decode some ahead."""
+    sources = listing.sources
     ahead: deque[tuple[dict[str, Any], Future[dict[str, Any]] | dict[str, Any]]] = deque()
     seen: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=max(2, data.workers, (os.cpu_count() or 2) // 2)) as pool:
-        for number in range(len(sources.configs)):
-            for item in sources.records(number):
-                if isinstance(item, Bad):
-                    row = {**item.__dict__, "source": number, "stamp": bytes(16)}
-                    ahead.append((row, {}))
-                else:
-                    row = _row(item, number, seen, sources.table_stamp(number))
-                    facts = known.facts(row["stamp"])
-                    ahead.append((row, facts or pool.submit(_facts, sources, item.where, data)))
-                if len(ahead) >= 256:
-                    yield _joined(*ahead.popleft())
+
+    def first() -> dict[str, Any]:
+        listing.bar.update()
+        row, facts = ahead.popleft()
+        return {**row, **(facts.result() if isinstance(facts, Future) else facts)}
+
+    share = (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max_workers=max(2, data.workers, share)) as pool:
+        for number, item in listing:
+            if isinstance(item, Bad):
+                ahead.append(({**item.__dict__, "source": number, "stamp": bytes(16)}, {}))
+            else:
+                row = _row(item, number, seen, sources.table_stamp(number))
+                ahead.append((row, known.facts(row["stamp"]) or pool.submit(_facts, sources, item.where, data)))
+            if len(ahead) >= AHEAD:
+                yield first()
         while ahead:
-            yield _joined(*ahead.popleft())
+            yield first()
 
 
-def _joined(row: dict[str, Any], facts: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
-    return {**row, **(facts.result() if isinstance(facts, Future) else facts)}
+def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    _write_batches(path, (pa.RecordBatch.from_pylist(chunk, SCHEMA) for chunk in chunks))
+
+
+def _write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    sync(path)
+
+
+def _joined(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path]]:
+    """The whole index, which the main process makes of all parts and every process sees, and those parts.
+
+    UserError, on all, where the processes didn't list the same pictures, or don't see the same index.
+    """
+    state = PartialState()
+    found = gathered((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
+    counts = [count for _, _, count, _ in found]
+    for rank, (_, _, count, digest) in enumerate(found):
+        if (count, digest) != found[0][2:]:
+            raise UserError(
+                f"data.source: process {rank} lists other pictures than process 0 ({count:,} and {counts[0]:,}); put "
+                "them on a file system that all machines share, let nothing change them, and start the command again"
+            )
+    parts, sizes = [each[0] for each in found], {each[0]: each[1] for each in found}
+    seen_by_all(parts, lambda file: not state.is_main_process or _has(file, sizes[file]))
+    whole = part.with_name(f"{parts[0].name}.whole")
+
+    def join() -> int:
+        if not state.is_main_process:
+            return 0
+        shares = [iter(_mapped(each)) for each in parts]
+        chunks = range(-(-listing.count // CHUNK))
+        _write_batches(whole, (next(shares[k % len(shares)]) for k in chunks))
+        return whole.stat().st_size
+
+    size = gathered(on_all(join))[0]
+    seen_by_all([whole], lambda file: _has(file, size))
+    batches = on_all(lambda: _mapped(whole))
+    told = gathered(_digest(batches))
+    if len(set(told)) > 1:
+        raise UserError(
+            f"data.cache_dir: the processes read different things in {whole}; "
+            "give a folder on a file system that all machines share"
+        )
+    return whole, batches, parts
+
+
+def _has(path: Path, size: int) -> bool:
+    """Whether a file is there, as large as it was written."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size
+    except OSError:
+        return False
+
+
+def _digest(batches: Sequence[pa.RecordBatch]) -> str:
+    """SHA-256 of how many rows there are, and of a few batches from beginning to end."""
+    digest = hashlib.sha256(repr([batch.num_rows for batch in batches]).encode())
+    for number in sorted({*range(0, len(batches), 1 + len(batches) // 16), len(batches) - 1} - {-1}):
+        digest.update(batches[number].serialize())
+    return digest.hexdigest()
+
+
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    """The memory-mapped batches of a file that was written whole."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return list(pa.ipc.open_stream(file))
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.cache_dir: can't read {path} ({reason}); start the same command again") from None
+
+
+def _left_in(path: Path) -> list[pa.RecordBatch]:
+    """The memory-mapped batches of an index as far as it was written; none where there is none, or just begun."""
+    found: list[pa.RecordBatch] = []
+    with suppress(OSError, pa.ArrowException), pa.memory_map(str(path)) as file:
+        for batch in pa.ipc.open_stream(file):
+            found.append(batch)
+    return found
 
 
 def _row(record: Record, number: int, seen: dict[str, str], table_stamp: str) -> dict[str, Any]:
@@ -331,11 +479,20 @@ class _Known:
     """The facts of earlier indices, found by stamp."""
 
     def __init__(self, paths: Sequence[Path]):
-        self.table = pa.Table.from_batches([batch for path in paths for batch in _batches(path)], SCHEMA)
-        stamps = self.table["stamp"].to_numpy(zero_copy_only=False).astype("S16")
+        wanted = pa.schema([SCHEMA.field(name) for name in ("stamp", *FACTS)])
+        tables = [wanted.empty_table()]
+        for path in paths:
+            batches = _left_in(path)
+            if batches and batches[0].schema.names == SCHEMA.names:
+                with suppress(pa.ArrowException):  # one of other types than it ever had
+                    tables.append(pa.Table.from_batches(batches).select(wanted.names).cast(wanted))
+        table = pa.concat_tables(tables)
+        stamps = _leading(table["stamp"], 16).view("S16").ravel()
         self.order = np.argsort(stamps, kind="stable")
         self.stamps = stamps[self.order]
         self.count = len(stamps)
+        self.batches = table.to_batches()
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def facts(self, mark: bytes) -> dict[str, Any] | None:
         if not self.count or mark == bytes(16):
@@ -345,4 +502,7 @@ class _Known:
         if place == self.count or self.stamps[place : place + 1] != wanted:
             return None
         row = int(self.order[place])
-        return {name: self.table[name][row].as_py() for name in FACTS}
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        batch = self.batches[number]
+        row += batch.num_rows - int(self.ends[number])
+        return {name: batch[name][row].as_py() for name in FACTS}

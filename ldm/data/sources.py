@@ -125,6 +125,13 @@ class Sources:
         """A line a source: what it was taken for."""
         return [f"data     {source.path}: {SAYS[kind]}" for source, kind in zip(self.configs, self.kinds, strict=True)]
 
+    def prepare(self) -> None:
+        """Makes what one process makes for all, where it isn't there yet: drawings, and what `datasets` converts."""
+        for number, (source, kind) in enumerate(zip(self.configs, self.kinds, strict=True)):
+            if kind == "openmoji":
+                self._drawn(source)
+            self.table_stamp(number)
+
     def records(self, number: int) -> Records:
         """What source `number` holds, good and bad; only names, captions and classes are read."""
         source, kind = self.configs[number], self.kinds[number]
@@ -185,13 +192,12 @@ class Sources:
     def _records(self, number: int, source: SourceConfig, kind: str) -> Records:
         folder, wanted = Path(source.path), self._wanted(source)
         if kind == "openmoji":
-            drawn = openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")
             return (
                 Record(
                     d.code, Where(str(path.resolve())), d.captions, d.label if wanted.label else "", d.split, d.weight,
                     attributes={"role": d.role, "tone": d.tone} if d.role else {},
                 )
-                for d, path in drawn
+                for d, path in self._drawn(source)
             )  # fmt: skip
         if kind == "metadata":
             return folders.metadata(folder, wanted)
@@ -204,3 +210,6 @@ class Sources:
         if kind == "tar":
             return archives.tars(archives.expand(source.path, archives.TARS), wanted)
         return (item if isinstance(item, Bad) else item[0] for item in self._tables[number].samples(str(number)))
+
+    def _drawn(self, source: SourceConfig) -> list[tuple[openmoji.Drawing, Path]]:
+        return openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")

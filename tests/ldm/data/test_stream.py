@@ -112,7 +112,7 @@ def test_reading_goes_on_from_a_recorded_place(first: int, streamed: Callable[..
 
 
 def test_passes_split_the_step(streamed: Callable[..., Stream]) -> None:
-    whole, stream = read(streamed()), streamed("stage2.device_batch=2")
+    whole, stream = read(streamed()), streamed("stage2.device_batch=4")
     parts = list(stream.batches(stream.config.stage2, 0, 0, 1, 0, {}))
     assert len(parts) == 45
     assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), whole[0]["pixels"])
