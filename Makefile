@@ -1,5 +1,5 @@
 # make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures (a quarter of an hour)
-# make test   all tests            make check   lint, types, fast tests
+# make test   all tests            make lint   ruff, mypy            make check   these and fast tests
 # Both set up a virtual environment in .venv first.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN := runs/openmoji
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test check
+.PHONY: setup demo test lint check
 
 setup: .venv/.ready
 
@@ -27,8 +27,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"

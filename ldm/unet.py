@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnProcessor,
+)
 from torch import nn
 
 from ldm import single_file_unet
@@ -252,37 +259,91 @@ def check_backend(backend: str, gpu: bool) -> None:
         raise UserError("stage2.attention_backend: xformers needs a GPU and pip install 'ldm[xformers]'; use auto")
 
 
-def use_attention(unet: UNet, backend: str, device: torch.device) -> None:
-    """Chooses how attention is computed, and checks on a small example that the result is the same within rounding."""
+class HalfPrecisionXFormers(XFormersAttnProcessor):
+    """xformers' attention under autocast and in half-precision networks, and torch's own in float32.
+
+    Most of xformers' kernels take half precision alone; those for float32 are of GPUs up to compute capability 9.0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_float32 = AttnProcessor2_0()
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        half = hidden_states.dtype != torch.float32 or torch.is_autocast_enabled(hidden_states.device.type)
+        compute = super().__call__ if half else self.in_float32
+        return compute(attn, hidden_states, *given, **options)  # type: ignore[no-any-return]
+
+
+def use_attention(unet: UNet, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Chooses how attention is computed; `dtype` is what training computes in.
+
+    xformers' kernels are used in half precision alone, and are first held against torch's own attention: UserError
+    where they give something else.
+    """
     check_backend(backend, device.type == "cuda")
-    if backend == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
-        check_kernels(unet, device)
-        return
     eager = backend == "eager" or (backend == "auto" and device.type == "cpu")
+    processor: type[Any] = AttnProcessor if eager else AttnProcessor2_0
+    if backend == "xformers":
+        if dtype == torch.float32:
+            _say_float32()
+        else:
+            processor = HalfPrecisionXFormers
     for layer in unet.modules():
         if isinstance(layer, Attention):
-            layer.set_processor(AttnProcessor() if eager else AttnProcessor2_0())
+            layer.set_processor(processor())
             layer.upcast_softmax = eager  # float32, as in sdpa; on a CPU bf16's takes six times as long
+    if processor is HalfPrecisionXFormers:
+        check_kernels(unet, device, dtype)
 
 
-def check_kernels(unet: UNet, device: torch.device) -> None:
-    """UserError where the U-Net's first attention layer gives something else than torch's own attention."""
+@cache
+def _say_float32() -> None:
+    """A line, once, where xformers is asked for and has nothing to do."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        print(
+            "stage2.attention_backend: xformers computes in half precision, and this run in float32, so that sdpa is "
+            "used; run.precision=bf16 or fp16 would use it",
+            flush=True,
+        )  # fmt: skip
+
+
+def check_kernels(unet: UNet, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError where the U-Net's first attention layer gives something else than torch's own attention.
+
+    Compared are output and gradient, under autocast to `dtype` as in training, on a small example.
+    """
     layer = next((m for m in unet.modules() if isinstance(m, Attention)), None)
     if layer is None:
         return
-    used, g = layer.processor, torch.Generator().manual_seed(0)
+    used, residual, g = layer.processor, layer.residual_connection, torch.Generator().manual_seed(0)
     states = torch.randn(2, 64, layer.to_q.in_features, generator=g).to(device, layer.to_q.weight.dtype)
     other = torch.randn(2, 64, layer.to_k.in_features, generator=g).to(states)
     given = {} if layer.to_k.in_features == layer.to_q.in_features else {"encoder_hidden_states": other}
-    with torch.no_grad():
-        found = layer(states, **given)
-        layer.set_processor(AttnProcessor2_0())
-        expected = layer(states, **given)
-        layer.set_processor(used)
-    off, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    if not off <= 0.01 * scale:
+
+    def computed() -> tuple[torch.Tensor, torch.Tensor]:
+        x = states.clone().requires_grad_()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = layer(x, **given).float()
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        return output.detach().cpu(), gradient.float().cpu()
+
+    layer.residual_connection = False  # beside the input, attention's own share would be small
+    try:
+        found = computed()
+    except RuntimeError as error:  # no kernel for this GPU, this precision or heads of this size
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise UserError(
-            f"stage2.attention_backend: xformers is off by {off:.2g} of {scale:.2g} here; its version may not fit "
-            "torch's; use sdpa"
-        )
+            f"stage2.attention_backend: xformers can't compute it in {str(dtype)[6:]} here: {said}; use sdpa"
+        ) from None
+    layer.set_processor(AttnProcessor2_0())
+    expected = computed()
+    layer.set_processor(used)
+    layer.residual_connection = residual
+    for name, ours, theirs in zip(("output", "gradient"), found, expected, strict=True):
+        off, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if not off <= max(0.01, 4 * torch.finfo(dtype).eps) * scale:  # two ways of rounding are up to 1.5 eps apart
+            raise UserError(
+                f"stage2.attention_backend: xformers is off by {off:.2g} of {scale:.2g} in its {name} here; its "
+                "version may not fit torch's; use sdpa"
+            )

@@ -3,8 +3,9 @@
     python scripts/benchmark.py data --config configs/openmoji.yaml data.size=256 stage2.batch=16
     python scripts/benchmark.py stage1 --config configs/openmoji.yaml
     python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
-    python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24
+    python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24 --rows reference-bf16,ours
     python scripts/benchmark.py sample --model runs/openmoji/pipeline
+    python scripts/benchmark.py attention --precision bf16
 
 `data`: how many samples a second come from the cache, cold (dropped from the system's memory first) and warm, and how
 many when pictures are decoded and encoded on the fly; and how fast stage two trains from the one and from the other.
@@ -14,29 +15,36 @@ many when pictures are decoded and encoded on the fly; and how fast stage two tr
 batch: images and model FLOPs a second, their share of the device's fastest matrix product, memory, waiting for data.
 `sample`: a text-to-image pipeline beside diffusers' own of the same folder, solver, steps and guidance: seconds for one
 picture, pictures a second in batches; both in float32 and in the precision that our scripts take.
-Each of `stage1`, `tiles` and `train` in a process of its own. Weights are random unless given: they don't change the
-speed. Nothing is kept.
+`attention`: kernels of attention, forward and backward, on the shapes of Stable Diffusion's U-Net at 512 pixels, and
+how far their results are from those of the first.
+
+`--rows` chooses what is compared, where there is a choice: `ours`, `reference` (train), `diffusers` (sample), `plain`,
+`recomputing`, `discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if not that of `--precision`,
+the precision (`ours-fp16`), and keys that the row has besides (`ours+stage2.compile=true`). Each row of `stage1`,
+`tiles` and `train` is in a process of its own. Weights are random unless given: they don't change the speed. Nothing is
+kept: no checkpoint is written, nothing exported.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
-import math
-import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+import ldm.openmp  # noqa: F401  # before torch
 
 import reference_loop
 import torch
-from diffusers import DiffusionPipeline
+from benchmark_attention import attention
+from benchmark_rows import Lines, Report, Row, apart, data_sheet, each_apart, forget_peak, lines_of, rows
+from benchmark_sampling import beside_diffusers
 
 from ldm import autoencoder, config, text, unet
 from ldm.data import images, index
@@ -44,80 +52,94 @@ from ldm.data.index import Index
 from ldm.data.order import Positions
 from ldm.data.samples import Feed, feed
 from ldm.errors import Parser, UserError, command
-from ldm.pipeline import PRECISIONS, LatentDiffusion
-from ldm.processes import accelerator
+from ldm.network import DTYPES
+from ldm.processes import accelerator, join, precision
 from ldm.schema import Config
-from ldm.speed import DTYPES, TRAINING, forward_flops, matmul_peak
+from ldm.speed import TRAINING, forward_flops, matmul_peak
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train
 
 WORKERS = (0, 1, 2, 4)
-Lines = list[dict[str, float]]  # of metrics
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("data", "stage1", "tiles", "train", "sample"), help="what is measured")
+    subjects = ("data", "stage1", "tiles", "train", "sample", "attention")
+    parser.add_argument("what", choices=subjects, help="what is measured")
     parser.add_argument("--config", type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--model", help="of sample: a text-to-image pipeline's folder or Hub id")
-    parser.add_argument("--batch", type=int, default=16, help="of sample: pictures drawn together")
+    parser.add_argument("--rows", help="what is compared, for example reference-bf16,ours,ours+stage2.compile=true")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="of rows that name none; default: the fastest here")
+    parser.add_argument("--batch", type=int, default=16, help="of sample and attention: pictures computed together")
+    parser.add_argument("--count", type=int, help="of sample: pictures asked for at once, beside one; default: a batch")
+    parser.add_argument("--rounds", type=int, default=3, help="of sample and attention; the best one counts")
+    parser.add_argument("--size", type=int, default=512, help="of attention: pixels along a side")
     parser.add_argument("--compile", choices=("no", "yes", "graphs"), default="no", help="of sample: our U-Net")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of reading")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
+    parser.add_argument("--label", default="", help="stands in these lines as their step")
+    parser.add_argument("--beside", default="", metavar="ROW", help="of an earlier call in the file: ratios are to it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     given = parser.parse_intermixed_args(arguments)
-    if given.what == "sample":
-        if not given.model:
-            raise UserError("--model: none given; name a text-to-image pipeline's folder")
-        beside_diffusers(given.model, given.batch, given.compile)
+    for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
+        if (value := getattr(given, key)) is not None and value < least:
+            why = ", of which the first two aren't measured" if key == "steps" else ""
+            raise UserError(f"--{key}: {value}; give {least} or more{why}")
+    if given.what == "attention":
+        attention(given)
         return
-    if not given.config:
-        raise UserError("--config: none given; configs/openmoji.yaml for one")
-    if given.steps < 4:
-        raise UserError(f"--steps: {given.steps}; give 4 or more, of which the first two aren't measured")
+    needed = "model" if given.what == "sample" else "config"
+    if not getattr(given, needed):
+        what = {"model": "a text-to-image pipeline's folder", "config": "a YAML file, configs/openmoji.yaml for one"}[
+            needed
+        ]
+        raise UserError(f"--{needed}: none given; name {what}")
+    if given.what == "sample":
+        beside_diffusers(given)
+        return
     with tempfile.TemporaryDirectory() as folder:
+        # A line of metrics waits for the device, so there are few. Snapshots of averages are files too.
         own = [
-            f"run.dir={folder}", "run.tracker=none", "run.log_every=1", f"stage2.steps={given.steps}",
-            f"stage1.steps={given.steps}", "sample.prompts=[]",
+            f"run.dir={folder}", "run.tracker=none", f"run.log_every={max(1, given.steps // 6)}", "sample.prompts=[]",
+            f"stage1.steps={given.steps}", "stage1.ema_widths=[]",
+            f"stage2.steps={given.steps}", "stage2.ema_widths=[]",
+            *([f"run.precision={given.precision}"] if given.precision else []),
         ]  # fmt: skip
         overrides = [*given.overrides, *own]
         if given.what == "data":
-            data(config.load(given.config, [*overrides, "data.latents=sample"]), given.seconds)
+            data(config.load(given.config, [*overrides, "data.latents=sample"]), given)
         elif given.what == "stage1":
-            stage1(given.config, overrides)
+            stage1(given, overrides)
         elif given.what == "tiles":
-            tiles(given.config, overrides)
-        else:  # a line of metrics waits for the device, so not at each step
-            lines = [f"run.log_every={max(1, given.steps // 6)}", "stage2.evaluate_pictures=1"]
-            compare(given.config, [f"data.cache_dir={folder}/cache", *overrides, *lines])
+            tiles(given, overrides)
+        else:
+            compare(given, overrides)
 
 
-def data(settings: Config, seconds: float) -> None:
+def data(settings: Config, given: argparse.Namespace) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
-    device = accelerator(settings.run).device
+    device, seconds = accelerator(settings.run).device, given.seconds
     vae = _vae(settings).to(device)
     encoder = text.of(settings.text).to(device)
     pictures = index.build(settings).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
 
-    live = without_cache(settings)
+    live, reading = without_cache(settings), Report.of("samples", "/s", given)
     on_the_fly = rate(feed(pictures, live, vae, encoder, device), live, 0, seconds)
-    print(f"samples  {'decoded and encoded on the fly':34} {on_the_fly:10,.1f} /s    1.0 ×", flush=True)
+    reading.row("decoded and encoded on the fly", on_the_fly)
     kept = feed(pictures, settings, vae, encoder, device)
     for workers, state in itertools.product(WORKERS, ("cold", "warm")):
         if state == "cold":
             forget(settings.cache_dir)
             kept = feed(pictures, settings, vae, encoder, device)
             forget(settings.cache_dir)  # its checksums were read
-        found = rate(kept, settings, workers, seconds)
-        name = f"from the cache, {state}, {workers} workers"
-        print(f"samples  {name:34} {found:10,.1f} /s {found / on_the_fly:6.1f} ×", flush=True)
+        reading.row(f"from the cache, {state}, {workers} workers", rate(kept, settings, workers, seconds))
 
-    slow = training(live, pictures, vae, encoder)
-    print(f"training {'encoding on the fly':34} {slow:10,.2f} /s    1.0 ×", flush=True)
-    fast = training(settings, pictures, vae, encoder)
-    print(f"training {'from the cache':34} {fast:10,.2f} /s {fast / slow:6.1f} ×", flush=True)
+    trained = Report.of("training", "img/s", given)
+    trained.row("encoding on the fly", training(live, pictures, vae, encoder))
+    trained.row("from the cache", training(settings, pictures, vae, encoder))
 
 
 def _vae(settings: Config) -> autoencoder.Autoencoder:
@@ -169,13 +191,7 @@ def training(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, en
 
 
 def our_loop(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> Lines:
-    train(settings, pictures, vae, encoder)
-    return _lines(settings.run.dir / "stage2")
-
-
-def _lines(folder: Path) -> Lines:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return lines_of(train, settings, pictures, vae, encoder)
 
 
 def _step_time(lines: Lines) -> float:
@@ -183,55 +199,36 @@ def _step_time(lines: Lines) -> float:
     return median((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(lines[1:]))
 
 
-def apart(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `action` gives in a process of its own, and its peak memory in MB: the GPU's where there is one."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(action, arguments)
-        memory = pool.apply(_peak)
-    return found, memory
+STAGE1 = {
+    "plain": [],
+    "recomputing": ["stage1.gradient_checkpointing=true"],
+    "discriminator": ["stage1.gan.start=0", "stage1.gan.warmup=0"],
+}
 
 
-def _peak() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def stage1(file: Path, overrides: list[str]) -> None:
+def stage1(given: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line a variant of training, each with its ratio to the first."""
-    variants = {
-        "as configured": [],
-        "recomputed activations": ["stage1.gradient_checkpointing=true"],
-        "with a discriminator": ["stage1.gan.start=0", "stage1.gan.warmup=0"],
-    }
-    first: float | None = None
-    for name, more in variants.items():
-        seconds, memory = apart(_train_stage1, file, [*overrides, f"run.dir={_folder(overrides)}/{name}", *more])
-        first = first or seconds[1]
-        print(
-            f"stage 1  {name:24} {seconds[0] / seconds[1]:8.2f} img/s {first / seconds[1]:6.2f} × {memory:9,.0f} MB",
-            flush=True,
-        )
+    chosen = precision(config.load(given.config, overrides).run)
+    table = Report.of("stage 1", "img/s", given)
+    action = partial(_train_stage1, given.config, overrides)
+    for row, rate, memory in each_apart(action, rows(given.rows or ",".join(STAGE1), tuple(STAGE1), chosen)):
+        table.row(row.name, rate, f"{memory.allocated:9,.0f} MB", memory)
 
 
-def _folder(overrides: list[str]) -> str:
-    """The run's folder among overrides."""
-    return next(each.partition("=")[2] for each in overrides if each.startswith("run.dir="))
+def _train_stage1(file: Path, overrides: list[str], row: Row) -> float:
+    """Images a second."""
+    own = [*STAGE1[row.who], *row.overrides, f"run.precision={row.precision}"]
+    settings = config.load(file, [*overrides, *own])
+    return settings.stage1.batch / _step_time(lines_of(train_autoencoder, settings, index.build(settings)))
 
 
-def _train_stage1(file: Path, overrides: list[str]) -> tuple[int, float]:
-    settings = config.load(file, overrides)
-    train_autoencoder(settings, index.build(settings))
-    return settings.stage1.batch, _step_time(_lines(settings.run.dir / "stage1"))
-
-
-def tiles(file: Path, overrides: list[str], side: int = 2048) -> None:
+def tiles(given: argparse.Namespace, overrides: list[str], side: int = 2048) -> None:
     """Prints memory and seconds of decoding whole and in tiles, and how much they differ."""
-    pictures = []
+    pictures, table = [], Report.of("decode", "pictures/s", given)
     for name, whole in (("whole", 10**9), ("in tiles", autoencoder.WHOLE)):
-        (seconds, picture), memory = apart(_decode, file, overrides, side, whole)
+        (seconds, picture), memory = apart(_decode, given.config, overrides, side, whole)
         pictures.append(picture)
-        print(f"decode   {side} px, {name:10} {seconds:8.1f} s {memory:9,.0f} MB", flush=True)
+        table.row(f"{side} px, {name}", 1 / seconds, f"{seconds:8.1f} s {memory.allocated:9,.0f} MB", memory)
     difference = (pictures[1] - pictures[0]).abs() * 127.5  # of 255
     print(f"decode   difference: mean {difference.mean():.2g}, largest {difference.max():.2g} of 255")
 
@@ -243,100 +240,63 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
     picture = images.to_tensor(images.cut(index.build(settings).picture(0), (side, side))[0])[None]
     latents = vae.to(device).encode(picture)
     autoencoder.WHOLE = whole
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     began = time.perf_counter()
     pixels = vae.decode(latents).cpu()
     return time.perf_counter() - began, pixels
 
 
-def compare(file: Path, overrides: list[str]) -> None:
+LOOPS: dict[str, Callable[..., Lines]] = {"reference": reference_loop.train, "ours": our_loop}
+
+
+def compare(given: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line each of the reference as it comes, of the reference in our precision, and of our own loop."""
-    settings = config.load(file, overrides)
-    stage, here = settings.stage2, accelerator(settings.run)
+    settings = config.load(given.config, overrides)
+    stage, chosen, device = settings.stage2, precision(settings.run), join(settings.run).device
     fixed = stage.variance == "fixed" and not settings.text.train
     if not fixed or stage.conditions != ("text",) or settings.stage1.family != "kl":
         raise UserError(
             "train: the reference knows text from a frozen encoder, latents of an AutoencoderKL and a fixed variance; "
             "set stage2.conditions=[text] text.train=false stage2.variance=fixed stage1.model=kl"
         )
-    flops, precision = TRAINING * unet_flops(settings), here.mixed_precision
+    asked = rows(given.rows or "reference-no,reference,ours", tuple(LOOPS), chosen)
+    if not settings.data.cache_dir:
+        overrides = [*overrides, f"data.cache_dir={settings.run.dir}/cache"]
+    flops = TRAINING * unet_flops(settings)
     print(
-        f"machine  {os.cpu_count()} cores, {here.device}, {torch.get_num_threads()} threads; {settings.data.size} px, "
+        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px, "
         f"batch {stage.batch}, {flops / 1e9:,.2f} GFLOP to train the U-Net on an image",
         flush=True,
     )
-    rows = {f"reference, {each}": (reference_loop.train, [f"run.precision={each}"]) for each in ("no", precision)}
-    rates: list[float] = []
-    for name, (loop, more) in {**rows, f"ours, {precision}": (our_loop, [])}.items():
-        (rate, peak, waiting), memory = apart(_measured, loop, file, [*overrides, *more])
-        rates.append(rate)
-        print(
-            f"training {name:16} {rate:9,.1f} img/s {rate / rates[0]:6.2f} × {rate * flops / 1e9:10,.1f} GFLOP/s, "
-            f"{rate * flops / peak:4.0%} of {peak / 1e9:,.0f} {memory:9,.0f} MB {waiting}",
-            flush=True,
-        )
-    print(f"training in the same precision, ours is {rates[-1] / rates[-2]:.2f} × the reference")
+    table = Report.of("training", "img/s", given)
+    for row, found, memory in each_apart(partial(_measured, given.config, overrides), asked):
+        rate, said, more = found.pop("rate"), "", {}
+        for key, top in (("mfu", found["peak"]), ("mfu_of_data_sheet", data_sheet(row.precision))):
+            if top:
+                more[key] = rate * flops / top
+                said += f", {more[key]:4.0%} of {'' if key == 'mfu' else 'the data sheet’s '}{top / 1e9:,.0f}"
+        said = f"{rate * flops / 1e9:10,.1f} GFLOP/s{said} {memory.allocated:9,.0f} MB"
+        if row.precision == "fp16":
+            said += f", {found['skipped']:.0f} steps skipped, loss scale {found['loss_scale']:,.0f}"
+        if "waiting" in found:
+            said += f", {found['waiting']:.1%} waiting"
+        table.row(row.name, rate, said, memory, flops=rate * flops, **{**found, **more})
+    pair = [table.values.get(f"{who}, {chosen}") for who in ("reference", "ours")]
+    if pair[0] and pair[1]:
+        print(f"training in the same precision, ours is {pair[1] / pair[0]:.2f} × the reference")
 
 
-def _measured(loop: Callable[..., Lines], file: Path, overrides: list[str]) -> tuple[float, float, str]:
-    """Images a second, the device's peak in FLOP/s, the share of waiting."""
-    settings = config.load(file, overrides)
-    here = accelerator(settings.run)
-    peak = matmul_peak(here.device, DTYPES[here.mixed_precision])
+def _measured(file: Path, overrides: list[str], row: Row) -> dict[str, float]:
+    """Images a second, the device's peak in FLOP/s, the share of waiting, fp16's skipped steps and loss scale."""
+    settings = config.load(file, [*overrides, *row.overrides, f"run.precision={row.precision}"])
+    peak = matmul_peak(accelerator(settings.run).device, DTYPES[row.precision])
     pictures = index.build(settings).select("train")
-    lines = loop(settings, pictures, _vae(settings), text.of(settings.text))
+    lines = LOOPS[row.who](settings, pictures, _vae(settings), text.of(settings.text))
     waited = [line["waiting"] for line in lines[2:] if "waiting" in line]
-    return settings.stage2.batch / _step_time(lines), peak, f"{median(waited):4.1%} waiting" if waited else ""
-
-
-def beside_diffusers(name: str, batch: int, compiled: str, rounds: int = 3) -> None:
-    """Prints a line each of diffusers' pipeline and of ours, in float32 and in our scripts' precision.
-
-    The best of some rounds in which all take turns, so that what else the machine does is in none alone.
-    """
-    ours = LatentDiffusion.load(name)
-    device, steps, guidance = ours.device, ours.steps, ours.guidance
-    if not ours.text or ours.task != "generate":
-        raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
-    precision = next(key for key, dtype in PRECISIONS.items() if dtype == ours.faster("auto").unet.dtype)
-    drawers: dict[str, Callable[[list[str]], Any]] = {}
-    both = dict.fromkeys(("no", precision))
-    for each in both:
-        theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[each], use_safetensors=True).to(device)
-        theirs.set_progress_bar_config(disable=True)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance}
-        drawers[f"diffusers, {each}"] = lambda prompts, pipe=theirs, given=given: pipe(prompts, **given).images
-        model = LatentDiffusion.load(name).faster(each, compiled)
-        drawers[f"ours, {each}"] = lambda prompts, model=model: model(prompts, batch=len(prompts))
-    print(
-        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {ours.side} px, {steps} steps "
-        f"of {type(ours.scheduler).__name__}, guidance {guidance}",
-        flush=True,
-    )
-    best: dict[tuple[str, int], float] = {}
-    for turn in range(rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
-        for (title, drawn), number in itertools.product(drawers.items(), (1, batch)):
-            best[title, number] = min(_seconds(drawn, number, turn), best.get((title, number), math.inf))
-    for number, what in ((1, "one picture"), (batch, f"batches of {batch}")):
-        first = best["diffusers, no", number]
-        for title in drawers:
-            took = best[title, number]
-            row = f"{what:13} {title:16} {took:8.3f} s {number / took:8.2f} img/s {first / took:6.2f} ×"
-            print(f"sampling {row}", flush=True)
-        pairs = [(each, best[f"diffusers, {each}", number] / best[f"ours, {each}", number]) for each in both]
-        print(f"sampling {what:13} in the same precision: " + ", ".join(f"{each} {r:.2f} ×" for each, r in pairs))
-
-
-def _seconds(drawn: Callable[[list[str]], Any], number: int, turn: int) -> float:
-    prompts = [f"picture {i} of turn {turn}" for i in range(number)]  # no turn finds embeddings of the one before
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    drawn(prompts)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    found = {"rate": settings.stage2.batch / _step_time(lines), "peak": peak}
+    if waited:
+        found["waiting"] = median(waited)
+    return found | {key: lines[-1][key] for key in ("skipped", "loss_scale")}
 
 
 def unet_flops(settings: Config) -> float:

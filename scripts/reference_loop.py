@@ -22,9 +22,10 @@ from torchvision import transforms
 from ldm import unet
 from ldm.autoencoder import Autoencoder
 from ldm.data.index import Index
-from ldm.processes import accelerator
+from ldm.network import DTYPES
+from ldm.processes import accelerator, accumulated, join
 from ldm.schema import Config
-from ldm.speed import DTYPES, Clock
+from ldm.speed import Clock
 from ldm.text import TextEncoder
 
 
@@ -47,13 +48,16 @@ class Decoded(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
 
 
 def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder) -> list[dict[str, float]]:
-    """Trains a U-Net and forgets it; returns a line each `run.log_every` steps: step, time and a `Clock`'s figures.
+    """Trains a U-Net and forgets it; returns a line each `run.log_every` steps: step, time and a `Clock`'s figures, and
+    fp16's skipped steps and loss scale.
 
-    Of the configuration it takes the U-Net, pictures, batch and micro-batches, precision and loader processes.
+    Of the configuration it takes the U-Net, pictures, batches, precision and loader processes.
     """
     stage, size = settings.stage2, settings.data.size
-    run = accelerator(settings.run, stage.micro_batches)
-    count = stage.batch // stage.micro_batches
+    passes = accumulated("stage2", stage, join(settings.run).num_processes)
+    run, count = accelerator(settings.run, passes.steps), passes.images
+    torch.set_float32_matmul_precision("highest")  # as torch comes
+    torch.backends.cudnn.benchmark = False
     model: Any = unet.build(stage, vae.channels, size // vae.factor, text.width).train()
     if stage.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -75,7 +79,7 @@ def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder
     dtype = DTYPES[run.mixed_precision]  # of what is frozen
     vae.vae.to(run.device, dtype)
     text.model.to(run.device, dtype)
-    noise_scheduler, clock, lines, step = DDPMScheduler(), Clock(), [], 0
+    noise_scheduler, clock, lines, step, skipped = DDPMScheduler(), Clock(), [], 0, 0
 
     for batch in clock.waiting(loader):
         with run.accumulate(model):
@@ -95,7 +99,10 @@ def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder
         if run.sync_gradients:
             ema.step(model.parameters())
             step += 1
+            skipped += run.optimizer_step_was_skipped
             if step % settings.run.log_every == 0:
-                lines.append({"step": step, "time": time.time(), **clock.read()})
+                scale = float(run.scaler.get_scale()) if run.scaler else 1.0
+                told = {"loss_scale": scale, "skipped": skipped}
+                lines.append({"step": step, "time": time.time(), **clock.read(), **told})
         loss.detach().item()
     return lines

@@ -26,6 +26,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import default_collate
 
 from ldm import config
+from ldm.compilation import compile_blocks
 from ldm.config import differences
 from ldm.data import index
 from ldm.data.index import Index
@@ -37,8 +38,9 @@ from ldm.distillation import consistent, first_order
 from ldm.errors import Parser, UserError, command
 from ldm.files import tensors_sha256, whole_file
 from ldm.folder import FREE_ENDS, about, make
+from ldm.network import DTYPES
 from ldm.pipeline import LatentDiffusion
-from ldm.processes import join, on_main
+from ldm.processes import join, on_main, precision
 from ldm.run import Run
 from ldm.schema import Config, DistillConfig, Stage2Config
 from ldm.solvers import scheduler
@@ -187,7 +189,7 @@ def learn(
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     for each in (unet, lesson.teacher):
-        use_attention(each, stage.attention_backend, device)
+        use_attention(each, stage.attention_backend, device, DTYPES[precision(of_run.run)])
     training = settings.model_copy(update={"steps": settings.guidance_steps} if name == "guidance" else {})
     contract = {
         **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
@@ -199,7 +201,7 @@ def learn(
         name=named(data, of_run, settings.batch), sharded=lesson.can_be_sharded,
     )  # fmt: skip
     if stage.compile:
-        unet.compile()
+        compile_blocks(unet, dynamic=bool(of_run.data.buckets))
     samples = feed(data, of_run, model.autoencoder, model.text, run.device)
     conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
     held = held_out(of_run, model, everything)

@@ -8,11 +8,13 @@ from functools import partial
 import torch
 
 from ldm.autoencoder import Autoencoder
+from ldm.compilation import compile_blocks
 from ldm.data.index import Index
 from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
+from ldm.network import DTYPES
 from ldm.pipeline import LatentDiffusion
-from ldm.processes import join, on_main
+from ldm.processes import join, on_main, precision
 from ldm.run import Run
 from ldm.schema import Config
 from ldm.solvers import scheduler
@@ -45,11 +47,11 @@ def train(
     null = text.encode([NULL_PROMPT])[0] if text and not encoder else None
     denoiser = Denoiser(unet, stage, null, encoder)
     device = join(config.run).device
-    use_attention(unet.to(device), stage.attention_backend, device)
+    use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
     name = named(train_set, config, stage.batch)
     run = run_class(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
-        unet.compile()
+        compile_blocks(unet, dynamic=bool(config.data.buckets))
     autoencoder.to(run.device)
     if text:
         text.to(run.device)

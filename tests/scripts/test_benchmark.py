@@ -1,14 +1,25 @@
-"""The benchmark of training runs and prints figures; how fast it is, no test says."""
+"""The benchmarks run and print figures; how fast anything is, no test says."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_fixtures
+import benchmark_results
+import benchmark_rows
 import pytest
+import torch
+
+from ldm import text
+from ldm.autoencoder import Autoencoder
+from ldm.config import Config
+from ldm.data.index import Index
+from ldm.errors import UserError
 
 ROW = re.compile(
     r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,]+) +([\d,]+) MB"
@@ -20,9 +31,14 @@ SMALLEST = [
 
 
 @pytest.fixture
-def main(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(root / "scripts")  # as for `python scripts/benchmark.py`
-    return importlib.import_module("benchmark").main
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def main(benchmark: Any) -> Any:
+    return benchmark.main
 
 
 @pytest.mark.slow
@@ -40,6 +56,92 @@ def test_training_is_measured_beside_the_reference_in_both_precisions(
     assert ratio == pytest.approx(rows["ours, bf16"][0] / rows["reference, bf16"][0], abs=0.02, rel=0.02)
 
 
+def test_the_chosen_row_alone_is_measured_and_appended_as_json(
+    main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path], tmp_path: Path
+) -> None:
+    file, pictures = tmp_path / "results.jsonl", three_shapes(["cat", "dog", "red heart"] * 3)
+    earlier = {"what": "training", "row": "reference, no", "value": 2.0, **benchmark_results.machine()}
+    benchmark_results.append(file, earlier)
+    said = call(
+        main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, "--rows", "ours-no+stage2.device_batch=4",
+        "--json", file, "--label", 6, "--beside", "reference, no", f"data.source={pictures}", *SMALLEST,
+    )  # fmt: skip
+    assert len(re.findall("^training ", said, re.MULTILINE)) == 1
+    kept, line = benchmark_results.read(file)
+    assert kept == earlier
+    assert line["step"] == 6 and line["row"] == "ours, no, device_batch=4" and line["unit"] == "img/s"
+    assert line["baseline"] == 2.0 and line["ratio"] == line["value"] / 2
+    assert line["allocated"] > 0 and line["loss_scale"] == 1 and line["skipped"] == 0 and 0 < line["mfu"] < 1
+    assert line["gpu"] is None and line["reserved"] is None and line["torch"] == torch.__version__
+
+
+def test_a_measured_run_writes_no_weights(
+    benchmark: Any, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
+) -> None:
+    settings, pictures = drawings(
+        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]",
+        "stage2.groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
+        "run.log_every=1",
+    )  # fmt: skip
+    lines = benchmark.our_loop(settings, pictures, vae, text.of(settings.text))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    left = [path for path in settings.run.dir.rglob("*") if path.is_file() and "cache" not in path.parts]
+    assert left == []
+
+
+def test_stage_ones_rows_can_be_chosen(
+    main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    said = call(
+        main, "stage1", "--config", root / "configs/tiny.yaml", "--steps", 4, "--rows",
+        "discriminator-no+stage1.gan.layers=1", f"data.source={three_shapes(['cat', 'dog'])}", *SMALLEST,
+    )  # fmt: skip
+    assert re.search(r"^stage 1 +discriminator, no, gan.layers=1 +[\d.]+ img/s +1.00 × +[\d,]+ MB$", said, re.M)
+    assert "plain" not in said
+
+
+def test_rows_name_whose_code_its_precision_and_keys_of_their_own() -> None:
+    rows = benchmark_rows.rows("reference-no,ours,ours-fp16+stage2.compile=true,ours", ("reference", "ours"), "bf16")
+    assert [row.name for row in rows] == ["reference, no", "ours, bf16", "ours, fp16, compile=true"]
+    for wrong in ("theirs", "ours-int8", "ours+compile"):
+        with pytest.raises(UserError, match=r"^--rows: .* a row is reference or ours"):
+            benchmark_rows.rows(wrong, ("reference", "ours"), "bf16")
+
+
+def test_kernels_of_attention_agree(main: Any, call: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    call(main, "attention", "--batch", 1, "--size", 64, "--rounds", 1, "--precision", "no", "--json", file)
+    lines = benchmark_results.read(file)
+    assert [line["row"] for line in lines] == ["eager, no", "sdpa, no"]
+    assert all(line["difference"] < 1e-5 for line in lines)
+    assert "xformers is not installed" in call(main, "attention", "--rows", "xformers", status=2)
+
+
+def test_an_earlier_figure_counts_on_the_same_machine_only(tmp_path: Path) -> None:
+    file, line = tmp_path / "results.jsonl", {"what": "training", "row": "ours", **benchmark_results.machine()}
+    for more in ({"value": 1.0}, {"value": 2.0}, {"value": 3.0, "gpu": "another"}, {"value": 4.0, "row": "theirs"}):
+        benchmark_results.append(file, {**line, **more})
+    assert benchmark_results.newest(file, "training", "ours") == 2.0
+    assert benchmark_results.newest(tmp_path / "none", "training", "ours") is None
+
+
+def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_path: Path) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        made = (
+            path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".jpg", ".txt")
+        )
+        return {str(path.relative_to(folder)): path.read_bytes() for path in made}
+
+    for name in ("a", "b"):
+        benchmark_fixtures.make(tmp_path / name, benchmark_fixtures.TINY)
+    a = files(tmp_path / "a")
+    assert a == files(tmp_path / "b")
+    assert {"pictures/000.jpg", "vae/diffusion_pytorch_model.safetensors", "text/model.safetensors"} <= a.keys()
+    (tmp_path / "a/pictures/000.jpg").unlink()
+    benchmark_fixtures.make(tmp_path / "a", benchmark_fixtures.TINY)
+    assert not (tmp_path / "a/pictures/000.jpg").exists()
+
+
 def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: Callable[..., str], root: Path) -> None:
     tiny = root / "configs/tiny.yaml"
     said = call(main, "train", "--config", tiny, "stage2.conditions=[class]", "stage2.pooled_text=false", status=2)
@@ -47,15 +149,22 @@ def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: 
     assert "Traceback" not in said
 
 
-def test_sampling_is_measured_beside_diffusers_pipeline(main: Any, call: Callable[..., str], tiny_run: Path) -> None:
-    printed = call(main, "sample", "--model", tiny_run / "pipeline", "--batch", 2)
-    for what in ("one picture", "batches of 2"):
+def test_sampling_is_measured_beside_diffusers_pipeline(
+    main: Any, call: Callable[..., str], tiny_run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.jsonl"
+    given = ("--model", tiny_run / "pipeline", "--batch", 2, "--count", 3, "--rounds", 1, "--precision", "no")
+    printed = call(main, "sample", *given, "--json", file)
+    for what in ("one picture", "3 in batches of 2"):
         for who in ("diffusers, no", "ours, no"):
-            assert re.search(rf"^sampling {what} +{who} +[\d.]+ s +[\d.]+ img/s +[\d.]+ ×$", printed, re.MULTILINE)
-        assert re.search(rf"^sampling {what} +in the same precision: no [\d.]+ ×", printed, re.MULTILINE)
+            assert re.search(rf"^sampling {what} {who} +[\d.]+ img/s +[\d.]+ × +[\d.]+ s$", printed, re.MULTILINE)
+        assert re.search(rf"^sampling {what} in the same precision, no: ours is [\d.]+ ×", printed, re.MULTILINE)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["value"] * line["seconds"] for line in lines] == pytest.approx([1, 1, 3, 3])
 
 
 def test_what_can_not_be_measured_is_one_line(main: Any, call: Callable[..., str], tmp_path: Path) -> None:
     assert "--model: none given" in call(main, "sample", status=2)
     assert "--config: none given" in call(main, "train", status=2)
     assert "--model: can't load" in call(main, "sample", "--model", tmp_path, status=2)
+    assert "--rounds: 0; give 1 or more" in call(main, "sample", "--rounds", 0, status=2)

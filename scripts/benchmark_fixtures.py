@@ -1,0 +1,128 @@
+"""Makes what a benchmark needs where there is no network, with random weights and pictures, from a seed.
+
+    python scripts/benchmark_fixtures.py FOLDER
+
+`text` a text encoder of CLIP-L's width, `vae` a KL autoencoder of factor 8, `pictures` 256 JPEGs of 512 pixels with
+captions, `pipeline` a text-to-image pipeline of Stable Diffusion's size and 10 steps; and configurations:
+`stage2.yaml`, which is configs/sd-512.yaml on these, `stage1.yaml`, a kl-f8 at 256 pixels, and `tiny.yaml`, which is
+configs/tiny.yaml on these pictures. 4 GB; with `--smoke` all of it is tiny. A folder that is complete is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ldm.openmp  # noqa: F401  # before torch
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm import autoencoder, config, text, unet
+from ldm.autoencoder import Autoencoder
+from ldm.diffusion import Process
+from ldm.errors import Parser, command
+from ldm.pipeline import LatentDiffusion
+from ldm.schema import Config
+from ldm.solvers import scheduler
+
+ROOT = Path(__file__).resolve().parents[1]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+LARGE: dict[str, Any] = {
+    "pictures": 256, "side": 512, "steps": 10,
+    "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "stage2": ["stage2.batch=32", "stage2.device_batch=32", "data.workers=8"],
+    "stage1": ["data.size=256", "stage1.batch=16", "data.workers=8"],
+    "tiny": [],
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "pictures": 16, "side": 32, "steps": 2,
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "stage2": [
+        "data.size=32", "text.width=32", "stage1.channels=[8, 8, 8, 8]", "stage1.groups=4", "stage1.layers=1",
+        "stage2.channels=[8, 8]", "stage2.attention=[true, false]", "stage2.head_size=8", "stage2.layers=1",
+        "stage2.groups=4", "stage2.batch=8", "stage2.device_batch=8", "data.workers=0",
+    ],
+    "stage1": ["data.size=32", "stage1.channels=[8, 8]", "stage1.groups=4", "stage1.batch=8", "data.workers=0"],
+    "tiny": ["data.size=16", "stage1.steps=10", "stage2.steps=20"],
+}  # fmt: skip
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="benchmark_fixtures.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="where they are made")
+    parser.add_argument("--smoke", action="store_true", help="tiny ones, to try the commands that take them")
+    given = parser.parse_args(arguments)
+    make(given.folder.resolve(), TINY if given.smoke else LARGE)
+
+
+def make(folder: Path, sizes: dict[str, Any]) -> None:
+    """What is missing of it; the configurations come last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "tiny.yaml").exists():
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where drawing 10^9 numbers takes no time
+    pictures(folder / "pictures", sizes["pictures"], sizes["side"])
+    text_encoder(folder / "text", sizes["text"], device)
+    given = [f"data.source={folder}/pictures", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
+    cached = [f"stage1.pretrained={folder}/vae", f"data.cache_dir={folder}/cache", "data.buckets=null"]
+    settings = config.load(ROOT / "configs/sd-512.yaml", [*given, *cached, *sizes["stage2"]])
+    torch.manual_seed(0)
+    with device:
+        vae = Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
+    vae.save(folder / "vae")
+    pipeline(settings, vae, device, sizes["steps"]).save(folder / "pipeline")
+    kl = ["stage1.model=kl-f8", "stage1.pretrained=null", "data.buckets=null"]
+    written = {
+        "stage1": config.load(ROOT / "configs/sd-512.yaml", [*given, *kl, *sizes["stage1"]]),
+        "stage2": settings,
+        "tiny": config.load(ROOT / "configs/tiny.yaml", [*given, *sizes["tiny"]]),
+    }
+    for name, each in written.items():
+        tree = each.model_dump(mode="json", exclude_none=True)  # a section that is null takes no keys
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), "utf-8")
+
+
+def pictures(folder: Path, count: int, side: int) -> None:
+    """JPEGs of coarse noise, which are as large as photographs, each with a caption in a file beside it."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        coarse = rng.integers(0, 256, (side // 4, side // 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=90)
+        words = ("".join(rng.choice(list(LETTERS), rng.integers(2, 9))) for _ in range(8))
+        (folder / f"{i:03}.txt").write_text(" ".join(words))
+
+
+def text_encoder(folder: Path, shape: dict[str, int], device: torch.device) -> None:
+    """A CLIP text encoder with random weights, which knows letters and digits."""
+    folder.mkdir(exist_ok=True)
+    names = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+    CLIPTokenizer(**files, model_max_length=77).save_pretrained(folder)
+    ends = {"bos_token_id": len(names) - 2, "eos_token_id": len(names) - 1}
+    torch.manual_seed(0)
+    with device:
+        CLIPTextModel(CLIPTextConfig(vocab_size=len(names), **shape, **ends)).save_pretrained(folder)
+
+
+def pipeline(settings: Config, vae: Autoencoder, device: torch.device, steps: int) -> LatentDiffusion:
+    """Random weights in stage two's shapes, as one of eps."""
+    encoder, side = text.of(settings.text), settings.data.size // vae.factor
+    torch.manual_seed(0)
+    with device:
+        network = unet.build(settings.stage2, vae.channels, side, encoder.width)
+    return LatentDiffusion(encoder, network.eval(), vae, scheduler(Process("eps"), "dpm++"), steps=steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

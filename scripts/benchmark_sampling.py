@@ -1,0 +1,86 @@
+"""How fast pictures are drawn, beside diffusers: `scripts/benchmark.py sample`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from benchmark_rows import Memory, Report, Row, forget_peak, peak, rows, timed
+from diffusers import DiffusionPipeline
+
+from ldm.errors import UserError
+from ldm.pipeline import PRECISIONS, LatentDiffusion
+from ldm.processes import precision
+from ldm.schema import RunConfig
+
+
+def beside_diffusers(given: argparse.Namespace) -> None:
+    """Prints a line each of diffusers' pipeline and of ours, in float32 and in our scripts' precision.
+
+    The best of some rounds in which all take turns, so that what else the machine does is in none alone.
+    """
+    name, batch, count = given.model, given.batch, given.count or given.batch
+    plain = LatentDiffusion.load(name, "cpu")
+    if not plain.text or plain.task != "generate":
+        raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = given.precision or precision(RunConfig())
+    asked = rows(given.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), chosen)
+    drawers = {row: _drawer(row, name, plain, device, batch, given.compile) for row in asked}
+    print(
+        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {plain.side} px, {plain.steps} "
+        f"steps of {type(plain.scheduler).__name__}, guidance {plain.guidance}",
+        flush=True,
+    )
+    best: dict[tuple[Row, int], float] = {}
+    peaks: dict[tuple[Row, int], Memory] = {}
+    for turn in range(given.rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
+        for (row, drawn), number in itertools.product(drawers.items(), dict.fromkeys((1, count))):
+            forget_peak()
+            best[row, number] = min(_seconds(drawn, number, turn), best.get((row, number), math.inf))
+            peaks[row, number] = peak()
+    for number in dict.fromkeys((1, count)):
+        what = "one picture" if number == 1 else ("" if number == batch else f"{number} in ") + f"batches of {batch}"
+        table = Report.of(f"sampling {what}", "img/s", given)
+        for row in asked:
+            took = best[row, number]
+            title = row.name + (f", {given.compile}" if row.who == "ours" and given.compile != "no" else "")
+            table.row(title, number / took, f"{took:8.3f} s", peaks[row, number], seconds=took)
+        both = {
+            row.precision for row in asked if {Row(who, row.precision) for who in ("diffusers", "ours")} <= {*asked}
+        }
+        for each in sorted(both):
+            ratio = best[Row("diffusers", each), number] / best[Row("ours", each), number]
+            print(f"sampling {what} in the same precision, {each}: ours is {ratio:.2f} × diffusers", flush=True)
+
+
+def _drawer(
+    row: Row, name: str, plain: LatentDiffusion, device: torch.device, batch: int, compiled: str
+) -> Callable[[list[str]], Any]:
+    """What draws pictures of prompts, so many at once."""
+    if row.overrides:
+        raise UserError(
+            f"--rows: {row.name!r} has keys of a configuration, which a finished pipeline has not; drop them"
+        )
+    if row.who == "ours":
+        model = copy.deepcopy(plain).to(device).faster(row.precision, compiled)
+        return lambda prompts: model(prompts, batch=batch)
+    theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[row.precision], use_safetensors=True).to(device)
+    theirs.set_progress_bar_config(disable=True)
+
+    def draw(prompts: list[str]) -> None:
+        for start in range(0, len(prompts), batch):
+            theirs(prompts[start : start + batch], num_inference_steps=plain.steps, guidance_scale=plain.guidance)
+
+    return draw
+
+
+def _seconds(drawn: Callable[[list[str]], Any], number: int, turn: int) -> float:
+    return timed(partial(drawn, [f"picture {i} of turn {turn}" for i in range(number)]))  # none is known from before

@@ -1,0 +1,101 @@
+"""Trains a small model three times, one of them killed and continued, and compares what was exported.
+
+    python scripts/resume_drill.py FOLDER --config configs/tiny.yaml
+
+Runs `a` and `a2` are alike; `b` is ended by SIGKILL once stage two has a checkpoint, and the same command continues
+it. On a CPU all three have the same weights. On a GPU, whose sums have no fixed order, two runs differ by chance: then
+b may differ from a by no more than twice what a2 does. All three run at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import benchmark_results as results
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+BY_CHANCE = 2.0
+"""How many times as far as two whole runs a continued one may be from one of these."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="resume_drill.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="where the runs are made; it must not exist")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, configs/tiny.yaml for one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="appends the result to it, as a line of JSON")
+    parser.add_argument("--label", default="", help="stands in this line as its step")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.steps=60")
+    given = parser.parse_intermixed_args()
+    if given.folder.exists():
+        print(f"error: {given.folder} exists; give a new folder", file=sys.stderr)
+        return 2
+    given.folder.mkdir(parents=True)
+    names = ("a", "a2", "b")
+    started = {name: start(given, name) for name in names}
+    try:
+        kill_at_checkpoint(started["b"], given.folder / "b")
+        started["b"] = start(given, "b")
+        if failed := [name for name in names if started[name].wait()]:
+            last = (given.folder / f"{failed[0]}.log").read_text("utf-8").strip().splitlines()[-1:]
+            print(f"error: run {failed[0]} has failed: {''.join(last)}", file=sys.stderr)
+            return 1
+    finally:
+        for process in started.values():
+            process.kill()
+    by_chance, continued = (apart(given.folder / "a", given.folder / name) for name in ("a2", "b"))
+    print(f"weights  {continued:.3g} between a run and one that was killed and continued, {by_chance:.3g} between two")
+    if given.json:
+        line = {
+            "step": results.parsed(given.label), "what": "resumed", "row": "killed and continued", "value": continued,
+            "unit": "largest difference of weights", "beside": "two whole runs", "baseline": by_chance,
+            "ratio": continued / by_chance if by_chance else None, "allocated": None, "reserved": None,
+            **results.machine(),
+        }  # fmt: skip
+        results.append(given.json, line)
+    if continued <= BY_CHANCE * by_chance:
+        return 0
+    print(
+        f"error: a run that was killed and continued is {continued:.3g} off, two whole runs {by_chance:.3g}; "
+        "something that it goes on from isn't kept",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def start(given: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, ROOT / "train_ldm.py", "--config", given.config, *given.overrides,
+        f"run.dir={given.folder / name}", "run.tracker=none", "run.preflight=false",
+    ]  # fmt: skip
+    with (given.folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+
+def kill_at_checkpoint(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """SIGKILL as soon as stage two has a checkpoint; a run that has ended before fails."""
+    while not any((folder / "stage2/checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    if (folder / "pipeline").exists():
+        raise SystemExit(f"error: {folder.name} ended before it was killed; give it more steps")
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest difference of the weights of two runs' pipelines."""
+    largest = 0.0
+    for file in sorted((one / "pipeline").rglob("*.safetensors")):
+        theirs = load_file(other / file.relative_to(one))
+        for name, tensor in load_file(file).items():
+            largest = max(largest, float(np.abs(tensor - theirs[name]).max()))
+    return largest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

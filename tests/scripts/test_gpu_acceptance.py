@@ -1,0 +1,97 @@
+"""`gpu_acceptance.sh`: what it does with its arguments and with a step that fails; `--smoke` tries the steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import resume_drill
+from safetensors.numpy import save_file
+
+# An interpreter that runs the bookkeeping, and of the rest says only what it was to run; sampling fails.
+STAND_IN = f"""#!/bin/sh
+case "$*" in
+  *benchmark_results.py*) exec {sys.executable} "$@" ;;
+  *benchmark_fixtures.py*) mkdir -p "$2" && touch "$2/tiny.yaml" ;;
+  *" sample "*) printf 'sample:   0%%\\rsampling: 1%%\\nerror: no room "here"\\n' >&2; exit 2 ;;
+esac
+echo "$*"
+"""
+
+
+@pytest.fixture
+def script(root: Path, tmp_path: Path) -> Any:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(root / "scripts/gpu_acceptance.sh"), *map(str, arguments)]
+        return subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+
+    return run
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_step_that_fails_is_a_line_and_the_next_one_runs(script: Any, tmp_path: Path) -> None:
+    done = script(tmp_path / "out", "--smoke")
+    assert done.returncode == 1, done.stderr
+    status = {(line["step"], line["status"]) for line in lines(tmp_path / "out")}  # the last ones two at a time
+    failed, skipped = (7, 8), {(3, "skipped")}
+    assert status == {(n, "failed" if n in failed else "passed") for n in range(11)} | skipped
+    assert [line["error"] for line in lines(tmp_path / "out") if "error" in line] == ['error: no room "here"'] * 2
+    assert (tmp_path / "out/errors.log").read_text().count('error: no room "here"') == 2
+    assert 'failed in 0 s: error: no room "here"' in done.stdout
+
+
+def test_a_part_makes_the_fixtures_where_they_lack(script: Any, tmp_path: Path) -> None:
+    done = script(tmp_path / "out", "--smoke", "--steps", "5-6")
+    assert done.returncode == 0, done.stderr
+    assert {line["step"] for line in lines(tmp_path / "out")} == {0, 5, 6}
+    assert script(tmp_path / "out", "--steps", "2", "--smoke").returncode == 0
+    assert [line["step"] for line in lines(tmp_path / "out")].count(0) == 1
+    assert lines(tmp_path / "out")[-1]["step"] == 2
+
+
+def test_every_measurement_lands_in_the_one_file(script: Any, tmp_path: Path) -> None:
+    said = script(tmp_path / "out", "--smoke").stdout
+    measured = [line for line in said.splitlines() if "/scripts/benchmark.py " in line or "/resume_drill.py " in line]
+    assert len(measured) == 8  # those that do not fail
+    assert all(f"--json {tmp_path / 'out/results.jsonl'} " in line for line in measured)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--steps", "1"), ("out", "--steps", "11"), ("out", "--steps", "5-2"), ("out", "--fast")]
+)
+def test_wrong_arguments_are_answered_with_the_usage(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = script(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_drill_takes_a_new_folder_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["resume_drill.py", str(tmp_path), "--config", "configs/tiny.yaml"])
+    assert resume_drill.main() == 2
+    assert "give a new folder" in capsys.readouterr().err
+
+
+def test_the_drill_finds_the_largest_difference_of_two_exports(tmp_path: Path) -> None:
+    for run, x in (("a", [0.0, 1.0]), ("b", [0.0, 3.0])):
+        for part, tensor in (("unet", x), ("vae", [5.0])):
+            (tmp_path / run / "pipeline" / part).mkdir(parents=True)
+            save_file({"x": np.array(tensor)}, tmp_path / run / "pipeline" / part / "weights.safetensors")
+    assert resume_drill.apart(tmp_path / "a", tmp_path / "b") == 2
