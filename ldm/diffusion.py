@@ -92,7 +92,9 @@ class Process:
         """Training times `(N,)` from uniform numbers u in [0, 1)."""
         flow = self.target == "flow"
         if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
-            u = torch.sigmoid(self.time_mean + self.time_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+            # In float64, as in float32 the last bit of a sigmoid may depend on the batch that the sample is in.
+            normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double())
+            u = torch.sigmoid(self.time_mean + self.time_std * normal).to(u.dtype)
         if flow:  # never 0 or 1, where log-SNR is infinite
             return shift_time(u, self.shift).clamp(1e-6, 1 - 1e-6)
         # A uniform number rounded to 1 in low precision must not leave the chain.

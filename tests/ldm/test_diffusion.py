@@ -74,6 +74,15 @@ def test_training_times_cover_their_range() -> None:
     assert float(logit.std()) == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "process", [Process("flow", time_mean=0.5), Process("flow", shift=3.0), Process("v", times="logit_normal")]
+)
+def test_a_time_is_the_same_in_any_batch(process: Process) -> None:
+    u = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    for size in (1, 3, 8, 16, 40):
+        assert torch.equal(torch.cat([process.time(part) for part in u.split(size)]), process.time(u)), size
+
+
 def exact(n: int = 32, timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x_0, ε in float64 and times on the chain, the first and the last among them."""
     g = torch.Generator().manual_seed(1)
