@@ -113,10 +113,10 @@ class Averages:
         self._swapped = not self._swapped
 
     def tensors(self, model: EMA) -> Tensors:
-        """Averages by parameter name, sharded as the parameters are."""
-        assert not self._swapped, "the averages are in the parameters"
-        found = zip(self.names, model.shadow_params, self.parameters, strict=True)
-        return {name: joined(average, like) for name, average, like in found}
+        """Averages by parameter name, sharded as the parameters are; swapped ones are in these."""
+        averages = self._local() if self._swapped and model is self.main else model.shadow_params
+        found = zip(self.names, averages, self.parameters, strict=True)
+        return {name: joined(average.detach(), like) for name, average, like in found}
 
     def state(self) -> dict[str, Tensors]:
         """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`.

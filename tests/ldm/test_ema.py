@@ -119,6 +119,19 @@ def test_swapped_twice_all_is_as_it_was() -> None:
     assert all(map(torch.equal, average.shadow_params, before[1]))
 
 
+def test_swapped_averages_go_by_the_same_names() -> None:
+    parameter = nn.Parameter(torch.zeros(8))
+    averages = Averages([("weight", parameter)], Training(ema=0.5))
+    for weights in walk(5):
+        parameter.data.copy_(weights)
+        averages.step()
+    before = averages.tensors(averages.main)["weight"].clone()
+    averages.swap()
+    assert torch.equal(averages.tensors(averages.main)["weight"], before)
+    averages.swap()
+    assert torch.equal(parameter, weights)
+
+
 def test_snapshots_say_what_they_are_and_hold_the_averages_by_name(tmp_path: Path) -> None:
     averages = follow(walk(250), tmp_path, (0.1, 0.05))
     found = snapshots(tmp_path)
