@@ -7,6 +7,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,9 +100,9 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def apart(action: Callable[..., Any], *arguments: Any) -> tuple[Any, Memory]:
-    """What `action` gives in a process of its own, and the peak of its memory."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(action, arguments), pool.apply(peak)
+    """What `action` gives in a process of its own, and the peak of its memory; an error where the process is killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(action, *arguments).result(), process.submit(peak).result()
 
 
 def each_apart(action: Callable[[Row], Any], chosen: Sequence[Row]) -> Iterator[tuple[Row, Any, Memory]]:

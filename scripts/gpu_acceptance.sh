@@ -27,11 +27,17 @@ mkdir -p "$out" || exit 2
 root=$(cd "$(dirname "$0")/.." && pwd) out=$(cd "$out" && pwd)
 python=${PYTHON:-python3} results=$out/results.jsonl scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+trap stop INT TERM
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 [[ -z $smoke ]] || export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1
 fixtures=${FIXTURES:-$out/fixtures${smoke:+-smoke}}
 
+stop() { # what runs is in groups of its own, which hear no Ctrl-C
+  local each
+  for each in "$scratch"/pid-*; do [[ ! -e $each ]] || kill "$(<"$each")"; done
+  exit 130
+}
 
 asked() { ((first <= $1 && $1 <= last)); }
 
@@ -54,8 +60,11 @@ try() {
   local number=$1 limit=$(($2 * patience)) name=$3 began=$SECONDS said=$scratch/said-$1 status error
   shift 3
   echo "== step $number: $name"
-  timeout -k 5 $limit "$python" "$root/scripts/$1" "${@:2}" 2>"$said"
+  timeout -k 5 $limit "$python" "$root/scripts/$1" "${@:2}" 2>"$said" &
+  echo $! >"$scratch/pid-$number"
+  wait $!
   status=$?
+  rm -f "$scratch/pid-$number"
   if ((status == 0)); then
     line "step=$number" "name=$name" status=passed "seconds=$((SECONDS - began))"
     return
@@ -63,7 +72,10 @@ try() {
   touch "$scratch/failed"
   { echo "== step $number: $name" && tr '\r' '\n' <"$said"; } | tee -a "$out/errors.log" | tail -n 20 >&2
   error=$(tr '\r' '\n' <"$said" | grep -vE '^ *$|resource_tracker|warnings.warn' | tail -n 1)
-  ((status != 124 && status != 137)) || error="stopped after $limit s; the last it said: $error"
+  case $status in
+    124) error="took more than $limit s; the last it said: $error" ;;
+    137) error="killed after $((SECONDS - began)) of $limit s; the last it said: $error" ;;
+  esac
   line "step=$number" "name=$name" status=failed "seconds=$((SECONDS - began))" "error=${error:0:500}"
 }
 

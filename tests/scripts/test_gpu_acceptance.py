@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import resume_drill
 from safetensors.numpy import save_file
@@ -19,6 +21,7 @@ STAND_IN = f"""#!/bin/sh
 case "$*" in
   *benchmark_results.py*) exec {sys.executable} "$@" ;;
   *benchmark_fixtures.py*) mkdir -p "$2" && touch "$2/tiny.yaml" ;;
+  *" attention "*) [ -z "$STARTED" ] || {{ echo $$ >"$STARTED"; exec sleep 60; }} ;;
   *" sample "*) printf 'sample:   0%%\\rsampling: 1%%\\nerror: no room "here"\\n' >&2; exit 2 ;;
 esac
 echo "$*"
@@ -26,14 +29,16 @@ echo "$*"
 
 
 @pytest.fixture
-def script(root: Path, tmp_path: Path) -> Any:
+def script(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     python = tmp_path / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
 
+    monkeypatch.setenv("PYTHON", str(python))
+
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(root / "scripts/gpu_acceptance.sh"), *map(str, arguments)]
-        return subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True)
 
     return run
 
@@ -67,6 +72,21 @@ def test_every_measurement_lands_in_the_one_file(script: Any, tmp_path: Path) ->
     measured = [line for line in said.splitlines() if "/scripts/benchmark.py " in line or "/resume_drill.py " in line]
     assert len(measured) == 8  # those that do not fail
     assert all(f"--json {tmp_path / 'out/results.jsonl'} " in line for line in measured)
+
+
+@pytest.mark.usefixtures("script")
+def test_stopping_it_stops_the_step_that_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    monkeypatch.setenv("STARTED", str(started))
+    process = subprocess.Popen([root / "scripts/gpu_acceptance.sh", tmp_path / "out", "--smoke", "--steps", "1"])
+    end = time.monotonic() + 30
+    while not (started.exists() and started.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 130
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(started.read_text())).wait(timeout=30)
 
 
 @pytest.mark.parametrize(
