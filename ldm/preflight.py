@@ -284,6 +284,7 @@ def _machine(processes: int, cuda: bool) -> str:
 
 def _forget_peak(cuda: bool) -> None:
     if cuda:
+        torch.cuda.init()  # or there is nothing to reset yet
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
         with suppress(OSError):  # where it may not, the peak is that of the whole process
