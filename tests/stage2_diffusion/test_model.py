@@ -120,7 +120,7 @@ def test_what_is_learned_beside_the_networks_is_clipped_apart_and_not_decayed(
     encoder: text.TextEncoder, key: str
 ) -> None:
     denoiser = model(settings := stage(**{key: "learned", "weight_decay": 0.5, "clip": 1.0}), encoder, trained=True)
-    network = Network(denoiser, settings, 0.1, Accelerator(cpu=True))
+    network = Network(denoiser, 0.1, settings, Accelerator(cpu=True), "no")
     beside = {name: p for name, p in denoiser.named_parameters() if not name.startswith(("unet.", "encoder."))}
     networks = [p for name, p in denoiser.named_parameters() if name not in beside and p.requires_grad]
     assert len(beside) == {"schedule": 4, "weight": 2, "null": 1}[key]
