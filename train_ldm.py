@@ -15,21 +15,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
 from accelerate import PartialState
 
-from ldm import autoencoder, config, memory, plan, preflight, text
-from ldm.data import check, index, samples, sources
+from ldm.config import loader
+from ldm.config.schema import Config
+from ldm.data import check, dataset, index, sources
 from ldm.data.index import Index
 from ldm.data.stream import Stream
-from ldm.errors import Parser, UserError, command
-from ldm.folder import check_finished, claim, write_card
-from ldm.processes import join, on_main
-from ldm.run import Run
-from ldm.schema import Config
-from ldm.text import TextEncoder
+from ldm.distributed.launch import join, on_main
+from ldm.models import autoencoder, text_encoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.training import checks, memory_estimate, preflight
+from ldm.training.run_dir import check_finished, claim, write_card
+from ldm.training.trainer import Run
+from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
 
@@ -48,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    settings = config.load(given.config, given.overrides)
+    settings = loader.load(given.config, given.overrides)
     state = join(settings.run)
     if given.dry_run:
         return dry_run(settings, given.stage)
-    encoder = plan.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
+    encoder = checks.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = claim(settings, given.fresh)
     folder = settings.run.dir
     pipeline, stages = folder / "pipeline", left(settings, given.stage)
@@ -60,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     pictures = seen(settings, encoder)
     if not pipeline.exists():
-        on_main(lambda: plan.check_on_pictures(settings, next(samples.whole(pictures, 2)), state.device))
+        on_main(lambda: checks.check_on_pictures(settings, next(dataset.whole(pictures, 2)), state.device))
     if stages and state.is_main_process:
-        print(plan.describe(settings, state.num_processes), flush=True)
+        print(checks.describe(settings, state.num_processes), flush=True)
     for stage in stages if settings.run.preflight else ():
         measure(settings, stage, pictures, encoder)
 
@@ -106,18 +108,18 @@ def dry_run(settings: Config, only: str | None) -> None:
     """Says what would be trained, and measures it where data and text encoder are here; makes no run's folder."""
     state = join(settings.run)
     if state.is_main_process:
-        print(plan.describe(settings, state.num_processes), flush=True)
+        print(checks.describe(settings, state.num_processes), flush=True)
         if settings.run.device != "cpu" and "stage2" in left(settings, only):
-            print(memory.bill(settings, state.num_processes), flush=True)
+            print(memory_estimate.bill(settings, state.num_processes), flush=True)
     try:  # what may not be here yet
         sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:
-            text.of(settings.text)
+            text_encoder.of(settings.text)
     except UserError as error:
         if state.is_main_process:
             print(f"not measured: {error}")
         return
-    encoder = plan.check(settings, state.num_processes)
+    encoder = checks.check(settings, state.num_processes)
     stages = left(settings, only)
     beside = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
     try:

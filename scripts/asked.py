@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm import recipe
-from ldm.animation import Animation
 from ldm.data import images
 from ldm.data.records import BadSampleError
-from ldm.errors import UserError
-from ldm.files import read_checkpoint, tensors_sha256
-from ldm.pipeline import LatentDiffusion, Toward
-from ldm.pipeline_folder import read as read_pipeline
+from ldm.sampling import png_metadata
+from ldm.sampling.animation import Animation
+from ldm.sampling.pipeline import LatentDiffusion, Toward
+from ldm.sampling.pipeline_io import read as read_pipeline
+from ldm.utils.atomic_files import read_checkpoint, tensors_sha256
+from ldm.utils.errors import UserError
 
 # Options that change a picture, as its recipe keeps them. Others say what is asked for, or where it goes.
 HOW = ("steps", "guidance", "solver", "spacing", "eta", "negative", "rescale", "interval", "threshold",
@@ -149,7 +149,7 @@ def check_prompts(model: LatentDiffusion, jobs: Sequence[Job], negative: str) ->
 
 def remembered(given: argparse.Namespace, script: str) -> dict[str, Any]:
     """A picture's recipe, whose options become those given; files may be named anew."""
-    old = recipe.read(given.again)
+    old = png_metadata.read(given.again)
     if old["script"] != script:
         raise UserError(f"--again: {given.again} was made by {old['script']}; give it to that")
     for name in KEPT:
@@ -157,7 +157,7 @@ def remembered(given: argparse.Namespace, script: str) -> dict[str, Any]:
             setattr(given, name, old[name])
     for name in FILES:
         path = getattr(given, name, None)
-        if path and recipe.fingerprint(existing(f"--{name}", path)) != old[f"{name}_sha256"]:
+        if path and png_metadata.fingerprint(existing(f"--{name}", path)) != old[f"{name}_sha256"]:
             raise UserError(f"--again: {path} is another picture than the one that it was made from; --{name} names it")
     return old
 

@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 import reference_loop
 import torch
@@ -46,16 +46,17 @@ from benchmark_attention import attention
 from benchmark_rows import Lines, Report, Row, apart, data_sheet, each_apart, forget_peak, lines_of, rows
 from benchmark_sampling import beside_diffusers
 
-from ldm import autoencoder, config, text, unet
+from ldm.config import loader
+from ldm.config.schema import Config
 from ldm.data import images, index
+from ldm.data.dataset import Feed, feed
 from ldm.data.index import Index
-from ldm.data.order import Positions
-from ldm.data.samples import Feed, feed
-from ldm.errors import Parser, UserError, command
-from ldm.network import DTYPES
-from ldm.processes import accelerator, join, precision
-from ldm.schema import Config
-from ldm.speed import TRAINING, forward_flops, matmul_peak
+from ldm.data.sampler import Positions
+from ldm.distributed.launch import accelerator, join, precision
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.training.optimizer import DTYPES
+from ldm.training.throughput import TRAINING, forward_flops, matmul_peak
+from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train
 
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]  # fmt: skip
         overrides = [*given.overrides, *own]
         if given.what == "data":
-            data(config.load(given.config, [*overrides, "data.latents=sample"]), given)
+            data(loader.load(given.config, [*overrides, "data.latents=sample"]), given)
         elif given.what == "stage1":
             stage1(given, overrides)
         elif given.what == "tiles":
@@ -122,7 +123,7 @@ def data(settings: Config, given: argparse.Namespace) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
     device, seconds = accelerator(settings.run).device, given.seconds
     vae = _vae(settings).to(device)
-    encoder = text.of(settings.text).to(device)
+    encoder = text_encoder.of(settings.text).to(device)
     pictures = index.build(settings).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
 
@@ -185,12 +186,16 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def training(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> float:
+def training(
+    settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text_encoder.TextEncoder
+) -> float:
     """Pictures a second of stage two's own loop."""
     return settings.stage2.batch / _step_time(our_loop(settings, pictures, vae, encoder))
 
 
-def our_loop(settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text.TextEncoder) -> Lines:
+def our_loop(
+    settings: Config, pictures: Index, vae: autoencoder.Autoencoder, encoder: text_encoder.TextEncoder
+) -> Lines:
     return lines_of(train, settings, pictures, vae, encoder)
 
 
@@ -208,7 +213,7 @@ STAGE1 = {
 
 def stage1(given: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line a variant of training, each with its ratio to the first."""
-    chosen = precision(config.load(given.config, overrides).run)
+    chosen = precision(loader.load(given.config, overrides).run)
     table = Report.of("stage 1", "img/s", given)
     action = partial(_train_stage1, given.config, overrides)
     for row, rate, memory in each_apart(action, rows(given.rows or ",".join(STAGE1), tuple(STAGE1), chosen)):
@@ -218,7 +223,7 @@ def stage1(given: argparse.Namespace, overrides: list[str]) -> None:
 def _train_stage1(file: Path, overrides: list[str], row: Row) -> float:
     """Images a second."""
     own = [*STAGE1[row.who], *row.overrides, f"run.precision={row.precision}"]
-    settings = config.load(file, [*overrides, *own])
+    settings = loader.load(file, [*overrides, *own])
     return settings.stage1.batch / _step_time(lines_of(train_autoencoder, settings, index.build(settings)))
 
 
@@ -234,7 +239,7 @@ def tiles(given: argparse.Namespace, overrides: list[str], side: int = 2048) -> 
 
 
 def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[float, torch.Tensor]:
-    settings = config.load(file, overrides)
+    settings = loader.load(file, overrides)
     device = accelerator(settings.run).device
     vae = _vae(settings)
     picture = images.to_tensor(images.cut(index.build(settings).picture(0), (side, side))[0])[None]
@@ -251,7 +256,7 @@ LOOPS: dict[str, Callable[..., Lines]] = {"reference": reference_loop.train, "ou
 
 def compare(given: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line each of the reference as it comes, of the reference in our precision, and of our own loop."""
-    settings = config.load(given.config, overrides)
+    settings = loader.load(given.config, overrides)
     stage, chosen, device = settings.stage2, precision(settings.run), join(settings.run).device
     fixed = stage.variance == "fixed" and not settings.text.train
     if not fixed or stage.conditions != ("text",) or settings.stage1.family != "kl":
@@ -288,10 +293,10 @@ def compare(given: argparse.Namespace, overrides: list[str]) -> None:
 
 def _measured(file: Path, overrides: list[str], row: Row) -> dict[str, float]:
     """Images a second, the device's peak in FLOP/s, the share of waiting, fp16's skipped steps and loss scale."""
-    settings = config.load(file, [*overrides, *row.overrides, f"run.precision={row.precision}"])
+    settings = loader.load(file, [*overrides, *row.overrides, f"run.precision={row.precision}"])
     peak = matmul_peak(accelerator(settings.run).device, DTYPES[row.precision])
     pictures = index.build(settings).select("train")
-    lines = LOOPS[row.who](settings, pictures, _vae(settings), text.of(settings.text))
+    lines = LOOPS[row.who](settings, pictures, _vae(settings), text_encoder.of(settings.text))
     waited = [line["waiting"] for line in lines[2:] if "waiting" in line]
     found = {"rate": settings.stage2.batch / _step_time(lines), "peak": peak}
     if waited:
@@ -301,7 +306,7 @@ def _measured(file: Path, overrides: list[str], row: Row) -> dict[str, float]:
 
 def unet_flops(settings: Config) -> float:
     """Of one image's forward."""
-    encoder = text.of(settings.text)
+    encoder = text_encoder.of(settings.text)
     shape = settings.stage1.latent_channels, settings.data.size // settings.stage1.factor
     with torch.device("meta"):
         x, t, states = torch.empty(1, *shape, shape[1]), torch.empty(1), torch.empty(1, encoder.length, encoder.width)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from benchmark_rows import Report, forget_peak, peak, rows, timed
 
-from ldm.errors import UserError
-from ldm.network import DTYPES
-from ldm.processes import precision
-from ldm.schema import RunConfig
+from ldm.config.schema import RunConfig
+from ldm.distributed.launch import precision
+from ldm.training.optimizer import DTYPES
+from ldm.utils.errors import UserError
 
 LEVELS = ((5, 1), (10, 2), (20, 4))
 """Heads of 64 channels, and pixels of the latents along a position's side, where `unet-860m` has attention."""

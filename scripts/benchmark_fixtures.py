@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ import yaml
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm import autoencoder, config, text, unet
-from ldm.autoencoder import Autoencoder
-from ldm.diffusion import Process
-from ldm.errors import Parser, command
-from ldm.pipeline import LatentDiffusion
-from ldm.schema import Config
-from ldm.solvers import scheduler
+from ldm.config import loader
+from ldm.config.schema import Config
+from ldm.diffusion.process import Process
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.utils.errors import Parser, command
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -70,10 +71,10 @@ def make(folder: Path, sizes: dict[str, Any]) -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where drawing 10^9 numbers takes no time
     pictures(folder / "pictures", sizes["pictures"], sizes["side"])
-    text_encoder(folder / "text", sizes["text"], device)
+    save_text_encoder(folder / "text", sizes["text"], device)
     given = [f"data.source={folder}/pictures", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
     cached = [f"stage1.pretrained={folder}/vae", f"data.cache_dir={folder}/cache", "data.buckets=null"]
-    settings = config.load(ROOT / "configs/sd-512.yaml", [*given, *cached, *sizes["stage2"]])
+    settings = loader.load(ROOT / "configs/sd-512.yaml", [*given, *cached, *sizes["stage2"]])
     torch.manual_seed(0)
     with device:
         vae = Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
@@ -81,9 +82,9 @@ def make(folder: Path, sizes: dict[str, Any]) -> None:
     pipeline(settings, vae, device, sizes["steps"]).save(folder / "pipeline")
     kl = ["stage1.model=kl-f8", "stage1.pretrained=null", "data.buckets=null"]
     written = {
-        "stage1": config.load(ROOT / "configs/sd-512.yaml", [*given, *kl, *sizes["stage1"]]),
+        "stage1": loader.load(ROOT / "configs/sd-512.yaml", [*given, *kl, *sizes["stage1"]]),
         "stage2": settings,
-        "tiny": config.load(ROOT / "configs/tiny.yaml", [*given, *sizes["tiny"]]),
+        "tiny": loader.load(ROOT / "configs/tiny.yaml", [*given, *sizes["tiny"]]),
     }
     for name, each in written.items():
         tree = each.model_dump(mode="json", exclude_none=True)  # a section that is null takes no keys
@@ -101,7 +102,7 @@ def pictures(folder: Path, count: int, side: int) -> None:
         (folder / f"{i:03}.txt").write_text(" ".join(words))
 
 
-def text_encoder(folder: Path, shape: dict[str, int], device: torch.device) -> None:
+def save_text_encoder(folder: Path, shape: dict[str, int], device: torch.device) -> None:
     """A CLIP text encoder with random weights, which knows letters and digits."""
     folder.mkdir(exist_ok=True)
     names = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
@@ -117,7 +118,7 @@ def text_encoder(folder: Path, shape: dict[str, int], device: torch.device) -> N
 
 def pipeline(settings: Config, vae: Autoencoder, device: torch.device, steps: int) -> LatentDiffusion:
     """Random weights in stage two's shapes, as one of eps."""
-    encoder, side = text.of(settings.text), settings.data.size // vae.factor
+    encoder, side = text_encoder.of(settings.text), settings.data.size // vae.factor
     torch.manual_seed(0)
     with device:
         network = unet.build(settings.stage2, vae.channels, side, encoder.width)

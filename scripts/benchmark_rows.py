@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import benchmark_results as results
 import torch
 
-from ldm.errors import UserError
-from ldm.network import DTYPES
-from ldm.run import Run
+from ldm.training.optimizer import DTYPES
+from ldm.training.trainer import Run
+from ldm.utils.errors import UserError
 
 Lines = list[dict[str, float]]  # of metrics
 

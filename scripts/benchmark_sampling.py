@@ -15,10 +15,10 @@ import torch
 from benchmark_rows import Memory, Report, Row, forget_peak, peak, rows, timed
 from diffusers import DiffusionPipeline
 
-from ldm.errors import UserError
-from ldm.pipeline import PRECISIONS, LatentDiffusion
-from ldm.processes import precision
-from ldm.schema import RunConfig
+from ldm.config.schema import RunConfig
+from ldm.distributed.launch import precision
+from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
+from ldm.utils.errors import UserError
 
 
 def beside_diffusers(given: argparse.Namespace) -> None:

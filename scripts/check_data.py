@@ -12,16 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
 
-from ldm import config, text
+from ldm.config import loader
 from ldm.data import check, images, index, sources
 from ldm.data.records import Bad
 from ldm.data.stream import Stream
-from ldm.errors import Parser, command
-from ldm.processes import join
+from ldm.distributed.launch import join
+from ldm.models import text_encoder
+from ldm.utils.errors import Parser, command
 
 BEGINNING = 1000  # samples of a stream
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     given = parser.parse_intermixed_args(arguments)
-    settings = config.load(given.config, given.overrides)
+    settings = loader.load(given.config, given.overrides)
     join(settings.run)
     sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     folder = settings.run.dir
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return check_stream(settings) if settings.data.streaming else check_index(settings)
 
 
-def check_index(settings: config.Config) -> int:
+def check_index(settings: loader.Config) -> int:
     folder, found = settings.run.dir, index.build(settings)
     found.report(folder / "data-report.json")
     for _, bad in zip(range(20), found.bad(), strict=False):
@@ -48,7 +49,7 @@ def check_index(settings: config.Config) -> int:
     if found.bad_count() > 20:
         print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
     if len(found):
-        encoder = text.of(settings.text) if settings.stage2.text else None
+        encoder = text_encoder.of(settings.text) if settings.stage2.text else None
         print(check.describe(check.facts(found, settings, encoder)))
         check.sheet(found.select("train"), settings).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
@@ -59,7 +60,7 @@ def check_index(settings: config.Config) -> int:
     return 0
 
 
-def check_stream(settings: config.Config) -> int:
+def check_stream(settings: loader.Config) -> int:
     """The beginning of a stream stands for all of it."""
     data, stream = settings.data, Stream(settings)
     print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ldm.ema import fit, snapshots, weighted_sum
-from ldm.errors import Parser, UserError, command
-from ldm.files import Tensors, whole_folder
-from ldm.schema import WIDEST
+from ldm.config.schema import WIDEST
+from ldm.training.ema import fit, snapshots, weighted_sum
+from ldm.utils.atomic_files import Tensors, whole_folder
+from ldm.utils.errors import Parser, UserError, command
 
 MOST = 0.1  # of a profile's norm, that the snapshots' sum may be off
 

@@ -19,22 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm import config
+from ldm.config import loader
+from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data import images, index
 from ldm.data.index import Index
-from ldm.errors import Parser, UserError, command
-from ldm.folder import write_card
-from ldm.metrics.following import by_pixels, following, nearest
-from ldm.metrics.frechet import frechet_distance
-from ldm.options import Sampling
-from ldm.pipeline import LatentDiffusion
-from ldm.schema import SOLVERS, SPACINGS, Config
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.prompt_following import by_pixels, following, nearest
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.run_dir import write_card
+from ldm.utils.errors import Parser, UserError, command
 
 
 @command
@@ -99,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _settings(run: Path) -> Config:
     """The configuration of a finished run that is told prompts."""
-    settings = config.of_run(run)
+    settings = loader.of_run(run)
     if settings.stage2.conditions != ("text",):
         told = ", ".join(settings.stage2.conditions) or "nothing"
         raise UserError(
             f"{run}: its model is told {told}, and this measures how prompts are followed; "
-            f"python -m stage2_diffusion.evaluate {run} measures any"
+            f"python -m stage2_diffusion.likelihood {run} measures any"
         )
     return settings
 

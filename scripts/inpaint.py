@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 from asked import opened, size_of
 from pictures import draw, parser
 from PIL import ImageOps
 
 from ldm.data.images import cut
-from ldm.errors import UserError, command
-from ldm.pipeline import LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.errors import UserError, command
 
 LARGEST = 4  # times the side of training, which a picture may have without being asked
 

@@ -29,17 +29,17 @@ from asked import (
 from PIL import Image
 from tqdm import tqdm
 
-from ldm import recipe
-from ldm.animation import Animation
-from ldm.classifier import NoisyClassifier
+from ldm.config.schema import SOLVERS, SPACINGS, RunConfig
 from ldm.data import images
-from ldm.errors import Parser, UserError
-from ldm.files import whole_file
-from ldm.options import Sampling
-from ldm.pipeline import PRECISIONS, LatentDiffusion
-from ldm.processes import join, on_main
-from ldm.sampling import Step
-from ldm.schema import SOLVERS, SPACINGS, RunConfig
+from ldm.distributed.launch import join, on_main
+from ldm.models.classifier import NoisyClassifier
+from ldm.sampling import png_metadata
+from ldm.sampling.animation import Animation
+from ldm.sampling.loop import Step
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import Parser, UserError
 
 Needs = Callable[[LatentDiffusion, argparse.Namespace], dict[str, Any]]
 
@@ -158,7 +158,7 @@ class Made:
     ):  # fmt: skip
         self.given, self.jobs, self.mine, self.row = given, jobs, mine, row
         self.paths = on_main(self._names)
-        of_files = {f"{name}_sha256": recipe.fingerprint(Path(getattr(given, name)))
+        of_files = {f"{name}_sha256": png_metadata.fingerprint(Path(getattr(given, name)))
                     for name in FILES if getattr(given, name, None)}  # fmt: skip
         self.recipe = {
             "script": script, "weights": weights, "device": model.device.type, "torch": torch.__version__,
@@ -200,7 +200,7 @@ class Made:
             own = {"prompt": job.prompt, "label": job.label, "seed": job.seed, "toward": job.toward,
                    "row": (row, len(pictures))}  # fmt: skip
             self._writing.append(
-                self._writer.submit(recipe.save, pictures[row], self.paths[number], {**self.recipe, **own})
+                self._writer.submit(png_metadata.save, pictures[row], self.paths[number], {**self.recipe, **own})
             )
         self._bar.update(len(rows))
         for each in self._writing:

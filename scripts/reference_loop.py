@@ -19,14 +19,14 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torchvision import transforms
 
-from ldm import unet
-from ldm.autoencoder import Autoencoder
+from ldm.config.schema import Config
 from ldm.data.index import Index
-from ldm.network import DTYPES
-from ldm.processes import accelerator, accumulated, join
-from ldm.schema import Config
-from ldm.speed import Clock
-from ldm.text import TextEncoder
+from ldm.distributed.launch import accelerator, accumulated, join
+from ldm.models import unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.training.optimizer import DTYPES
+from ldm.training.throughput import Clock
 
 
 class Decoded(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import ldm.openmp  # noqa: F401  # before torch
+import ldm.utils.openmp  # noqa: F401  # before torch
 
 from asked import opened
 from pictures import draw, parser
 
-from ldm.errors import UserError, command
-from ldm.pipeline import LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.errors import UserError, command
 
 
 @command

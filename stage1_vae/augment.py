@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ldm.data.order import uniform
+from ldm.utils.rng import uniform
 
 
 def augment(x: torch.Tensor, kinds: tuple[str, ...], seed: int, positions: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, VQModel
 from torch import nn
 
-from ldm.autoencoder import encoded
-from ldm.data.order import generator
-from ldm.schema import Stage1Config
+from ldm.config.schema import Stage1Config
+from ldm.models.autoencoder import encoded
+from ldm.utils.rng import generator
 
 
 class Change(NamedTuple):

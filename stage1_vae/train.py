@@ -9,21 +9,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ldm import autoencoder as autoencoders
-from ldm.autoencoder import Autoencoder
+from ldm.config.schema import Config, Stage1Config
+from ldm.data.dataset import named, pictures
 from ldm.data.index import Index
-from ldm.data.order import normal
-from ldm.data.samples import named, pictures
 from ldm.data.stream import Stream
-from ldm.files import tensors_sha256
-from ldm.metrics import weights
-from ldm.processes import on_main
-from ldm.run import Run
-from ldm.schema import Config, Stage1Config
-from stage1_vae import losses, watch
-from stage1_vae.align import Features
+from ldm.distributed.launch import on_main
+from ldm.models import autoencoder as autoencoders
+from ldm.models import feature_networks
+from ldm.models.autoencoder import Autoencoder
+from ldm.training.trainer import Run
+from ldm.utils.atomic_files import tensors_sha256
+from ldm.utils.rng import normal
+from stage1_vae import evaluation, losses
+from stage1_vae.adversarial import Game, Metrics
+from stage1_vae.alignment import Features
 from stage1_vae.discriminator import PatchDiscriminator
-from stage1_vae.game import Game, Metrics
 from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
 
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
@@ -48,7 +48,7 @@ def train(config: Config, data: Index | Stream, run_class: type[Run] = Run) -> N
 
     def look() -> None:
         if run.due(stage.evaluate_every, last=True):
-            watch.while_training(data, config, run, vae)
+            evaluation.while_training(data, config, run, vae)
 
     if run.step:  # what a killed run still owes
         look()
@@ -112,7 +112,7 @@ class Errors:
             for name in ("l1", "l2", "charbonnier", "gradient", "lpips")
             if getattr(stage, name)
         }
-        self.lpips: Any = weights.lpips(stage.lpips_net, side, device).net if stage.lpips else None
+        self.lpips: Any = feature_networks.lpips(stage.lpips_net, side, device).net if stage.lpips else None
 
     def __call__(self, rebuilt: torch.Tensor, real: torch.Tensor, said: Metrics) -> torch.Tensor:
         """`(N, 3, H, W)` each → scalar; its parts go into `said`."""
@@ -171,10 +171,10 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
         mean = std = None
         autoencoder = Autoencoder(trained)
     else:
-        mean, std = autoencoders.statistics(trained, watch.share(some, run, config.data.workers), run.total)
+        mean, std = autoencoders.statistics(trained, evaluation.share(some, run, config.data.workers), run.total)
         autoencoder = autoencoders.normalised(trained, mean, std)
-    latents = watch.latent_report(some, autoencoder, run, config.data.workers)
-    facts = watch.when_done(data, config, autoencoder, run)
+    latents = evaluation.latent_report(some, autoencoder, run, config.data.workers)
+    facts = evaluation.when_done(data, config, autoencoder, run)
     run.close()
     on_main(
         lambda: autoencoder.save(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ldm.autoencoder import Autoencoder
-from ldm.condition import NOISIEST, Condition, augmented, small, with_hole
-from ldm.data.order import generator, normal, uniform
-from ldm.data.samples import Item
-from ldm.schema import Config
-from ldm.text import TextEncoder
-from stage2_diffusion.holes import holes
+from ldm.config.schema import Config
+from ldm.data.dataset import Item
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.conditioning import NOISIEST, Condition, augmented, small, with_hole
+from ldm.models.text_encoder import TextEncoder
+from ldm.utils.rng import generator, normal, uniform
+from stage2_diffusion.masks import holes
 
 
 class Conditions:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from ldm import schedules
-from ldm.data.order import normal, uniform
-from ldm.diffusion import Process, offset_noise, perturbed
-from ldm.objective import hybrid_loss, training_loss
-from ldm.schedules import LearnedSchedule, bound_integrand, lower_variance
-from ldm.schema import Stage2Config
-from ldm.times import stratified
-from stage2_diffusion.model import Denoiser
+from ldm.config.schema import Stage2Config
+from ldm.diffusion import schedules
+from ldm.diffusion.losses import hybrid_loss, training_loss
+from ldm.diffusion.process import Process, offset_noise, perturbed
+from ldm.diffusion.schedules import LearnedSchedule, bound_integrand, lower_variance
+from ldm.diffusion.timestep_sampling import stratified
+from ldm.utils.rng import normal, uniform
+from stage2_diffusion.denoiser import Denoiser
 
 
 class LearnedProcess:

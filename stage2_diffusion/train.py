@@ -7,23 +7,23 @@ from functools import partial
 
 import torch
 
-from ldm.autoencoder import Autoencoder
-from ldm.compilation import compile_blocks
+from ldm.config.schema import Config
+from ldm.data.dataset import feed, named
 from ldm.data.index import Index
-from ldm.data.samples import feed, named
 from ldm.data.stream import Stream
-from ldm.network import DTYPES
-from ldm.pipeline import LatentDiffusion
-from ldm.processes import join, on_main, precision
-from ldm.run import Run
-from ldm.schema import Config
-from ldm.solvers import scheduler
-from ldm.text import NULL_PROMPT, TextEncoder
-from ldm.unet import build, load, use_attention
+from ldm.distributed.launch import join, on_main, precision
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.compilation import compile_blocks
+from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
+from ldm.models.unet import build, load, use_attention
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.training.optimizer import DTYPES
+from ldm.training.trainer import Run
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.model import Denoiser
+from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective
-from stage2_diffusion.sheet import write_sheet
+from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
 
 

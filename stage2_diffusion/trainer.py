@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldm import autoencoder, config, plan
+from ldm.config import loader
 from ldm.data import check, index
-from ldm.diffusion import Process
-from ldm.folder import check_finished, claim, write_card
-from ldm.pipeline import LatentDiffusion
-from ldm.processes import join
+from ldm.diffusion.process import Process
+from ldm.distributed.launch import join
+from ldm.models import autoencoder
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training import checks
+from ldm.training.run_dir import check_finished, claim, write_card
 from stage2_diffusion.train import train
 
 UNET = {"channels": [64, 128, 256, 256], "head_size": 32, "attention": [False, False, True, True]}
@@ -27,7 +29,7 @@ class Trainer:
     `lr` the learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`,
     `no`, `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is
     the run's folder: the same call again continues there. `keys` are any others of the configuration, written
-    `stage2__model="unet-34m"`. ldm.errors.UserError says in one line what can't be.
+    `stage2__model="unet-34m"`. ldm.utils.errors.UserError says in one line what can't be.
     """
 
     def __init__(
@@ -72,13 +74,13 @@ class Trainer:
         for key, value in keys.items():
             section, _, name = key.partition("__")
             tree.setdefault(section, {})[name] = value
-        self.config = config.parse(tree, "Trainer")
+        self.config = loader.parse(tree, "Trainer")
         self.autoencoder = str(autoencoder)
 
     def train(self) -> LatentDiffusion:
         """Trains to the end, from where it stood, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)
-        text = plan.check(self.config, state.num_processes)
+        text = checks.check(self.config, state.num_processes)
         settings = claim(self.config)
         pipeline, pictures = settings.run.dir / "pipeline", index.build(settings)
         if pipeline.exists():

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ldm.condition import predict
+from ldm.config.schema import Config
+from ldm.data.dataset import Item
 from ldm.data.images import cut, to_tensor
 from ldm.data.index import Index
-from ldm.data.order import normal
 from ldm.data.records import HELD_OUT
-from ldm.data.samples import Item
 from ldm.data.stream import Stream
-from ldm.diffusion import Process
-from ldm.pipeline import LatentDiffusion
-from ldm.run import Run
-from ldm.schema import Config
+from ldm.diffusion.process import Process
+from ldm.models.conditioning import predict
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.trainer import Run
+from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 
 LEVELS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs

@@ -24,14 +24,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from ldm import autoencoder, config, text, unet
-from ldm.autoencoder import Autoencoder, Identity
+from ldm.config import loader
+from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.data import index
 from ldm.data.index import Index
-from ldm.diffusion import Process
-from ldm.pipeline import LatentDiffusion
-from ldm.schema import Stage1Config, Stage2Config
-from ldm.solvers import scheduler
+from ldm.diffusion.process import Process
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.models.autoencoder import Autoencoder, Identity
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
@@ -57,11 +58,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[config.Config, Index]]:
+def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[loader.Config, Index]]:
     """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
 
-    def indexed(*overrides: str) -> tuple[config.Config, Index]:
-        settings = config.load(
+    def indexed(*overrides: str) -> tuple[loader.Config, Index]:
+        settings = loader.load(
             ROOT / "configs/tiny.yaml",
             [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
         )
@@ -90,7 +91,7 @@ def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small text encoder, with a dropout of its own and a pooler that no state depends on."""
     folder = tmp_path_factory.mktemp("words")
-    tokenizer = AutoTokenizer.from_pretrained(text._folder(text.MINILM))
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder._folder(text_encoder.MINILM))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -122,7 +123,7 @@ def random_model(words: Path) -> Callable[..., LatentDiffusion]:
         stage = Stage2Config(
             conditions=conditions, channels=(8, 8), attention=(False, True), layers=1, head_size=8, groups=4
         )
-        encoder = text.load(str(words), 8) if stage.text else None
+        encoder = text_encoder.load(str(words), 8) if stage.text else None
         side, count = (16, 3) if pixels else (8, 4)
         torch.manual_seed(0)
         network = unet.build(stage, count, side, encoder.width if encoder else 0, 3).eval()

@@ -2,10 +2,11 @@
 
 import torch
 
-from ldm.diffusion import Process, answer
-from ldm.guidance import Denoiser
-from ldm.sampling import sample
-from ldm.solvers import Level, Solver, scheduler, with_solver
+from ldm.diffusion.parameterization import answer
+from ldm.diffusion.process import Process
+from ldm.sampling.guidance import Denoiser
+from ldm.sampling.loop import sample
+from ldm.sampling.solvers import Level, Solver, scheduler, with_solver
 
 M, S = 0.7, 0.3
 

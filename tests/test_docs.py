@@ -19,12 +19,9 @@ from PIL import Image
 from pydantic.fields import FieldInfo
 
 import train_ldm
-from ldm import config
-from ldm.data import kohya
-from ldm.data.sources import SAYS
-from ldm.options import Sampling
-from ldm.presets import AUTOENCODERS
-from ldm.schema import (
+from ldm.config import kohya, loader
+from ldm.config.presets import AUTOENCODERS
+from ldm.config.schema import (
     SOLVERS,
     SPACINGS,
     AlignConfig,
@@ -42,6 +39,8 @@ from ldm.schema import (
     Stage2Config,
     TextConfig,
 )
+from ldm.data.sources import SAYS
+from ldm.sampling.options import Sampling
 from scripts import check_data
 
 PAGE, STAGE1, STAGE2, TRAINING, SAMPLING = (
@@ -231,6 +230,6 @@ def test_every_preset_is_on_the_page_with_its_factor_and_channels() -> None:
     expected = {}
     for name in AUTOENCODERS:
         tree = {"data": {"source": "x", "size": 64}, "stage1": {"model": name}}
-        one = config.parse(tree, "a test").stage1
+        one = loader.parse(tree, "a test").stage1
         expected[name] = f"{one.factor}, {one.latent_channels}"
     assert shown == expected

@@ -26,7 +26,7 @@ from ldm.data.records import (
     captions_of,
     label_of,
 )
-from ldm.errors import UserError
+from ldm.utils.errors import UserError
 
 Sample = tuple[Record, bytes] | Bad
 CAPTIONS = (".txt", ".json")

@@ -28,15 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from ldm.agreement import gathered, seen_by_all
-from ldm.autoencoder import Autoencoder
+from ldm.config.schema import Config
 from ldm.data.images import Size, cut, place, to_tensor
 from ldm.data.index import Index
-from ldm.errors import UserError
-from ldm.files import whole_file
-from ldm.processes import on_main
-from ldm.schema import Config
-from ldm.text import TextEncoder
+from ldm.distributed.consensus import gathered, seen_by_all
+from ldm.distributed.launch import on_main
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import UserError
 
 PER_FILE = 4096  # entries
 BATCH = 32

@@ -11,14 +11,14 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
+from ldm.config.schema import Config
+from ldm.data.dataset import Draws
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
-from ldm.data.samples import Draws
 from ldm.data.stream import Stream
-from ldm.errors import UserError
-from ldm.files import whole_file
-from ldm.schema import Config
-from ldm.text import TextEncoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import UserError
 
 QUANTILES = (0, 5, 50, 95, 100)
 NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of, label_of
-from ldm.errors import UserError
+from ldm.utils.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")

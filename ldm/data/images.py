@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from ldm.config.schema import BucketConfig
 from ldm.data.records import BadSampleError
-from ldm.schema import BucketConfig
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd EXIF, which are read all the same
 

@@ -33,15 +33,15 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.agreement import gathered, on_all, seen_by_all
+from ldm.config.schema import Config, DataConfig
 from ldm.data.archives import stamp
 from ldm.data.images import Buckets, Size, decode
 from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
 from ldm.data.sources import Sources
-from ldm.errors import UserError
-from ldm.files import sync, whole_file
-from ldm.processes import on_main
-from ldm.schema import Config, DataConfig
+from ldm.distributed.consensus import gathered, on_all, seen_by_all
+from ldm.distributed.launch import on_main
+from ldm.utils.atomic_files import sync, whole_file
+from ldm.utils.errors import UserError
 
 TEXT = pa.large_string()  # the captions of 36 million pictures pass the 2 GiB that offsets of 32 bits reach
 SCHEMA = pa.schema(

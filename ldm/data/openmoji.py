@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldm.errors import UserError
-from ldm.files import whole_file
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import UserError
 
 SUBSETS = ("openmoji-demo", "openmoji-all")
 ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."

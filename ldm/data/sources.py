@@ -15,10 +15,11 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from ldm.config.kohya import subsets
+from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Wanted, Where
-from ldm.errors import UserError
-from ldm.schema import SourceConfig
+from ldm.utils.errors import UserError
 
 SAYS = {
     "openmoji": "the built-in OpenMoji drawings",
@@ -104,7 +105,7 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: 
         if kind == "metadata" and not any((Path(source.path) / name).exists() for name in folders.METADATA):
             raise UserError(f"data.source: none of {', '.join(folders.METADATA)} in {source.path}; write one")
         if kind == "kohya":
-            kohya.subsets(Path(source.path))
+            subsets(Path(source.path))
 
 
 def _is_text(name: str) -> bool:

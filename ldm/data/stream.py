@@ -20,14 +20,15 @@ from PIL import ImageOps
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
+from ldm.config.schema import Config, Training
 from ldm.data.archives import Sample
 from ldm.data.images import cut, decode, to_tensor
-from ldm.data.order import accumulation, generator
 from ldm.data.records import Bad, BadSampleError, Record
 from ldm.data.sources import Sources
-from ldm.errors import UserError
-from ldm.processes import leave_signals_to_parent
-from ldm.schema import Config, Training
+from ldm.distributed.accumulation import accumulation
+from ldm.distributed.launch import leave_signals_to_parent
+from ldm.utils.errors import UserError
+from ldm.utils.rng import generator
 
 Item = dict[str, Any]
 Place = tuple[int, int]  # the number of the shard in the endless order of all, and of the sample in the shard

@@ -7,9 +7,9 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from ldm import config
+from ldm.config import loader
 from ldm.data import index
-from ldm.processes import join
+from ldm.distributed.launch import join
 from stage1_vae.train import train
 
 SHARED = [
@@ -32,7 +32,7 @@ MODELS = {
 world, folder, *more = sys.argv[1:]
 torch.set_default_dtype(torch.float64)
 for name, overrides in MODELS.items():
-    settings = config.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides, *more])
+    settings = loader.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides, *more])
     join(settings.run)
     train(settings, index.build(settings))
 assert PartialState().num_processes == int(world)

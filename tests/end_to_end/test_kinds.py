@@ -15,8 +15,8 @@ from PIL import Image
 import train_ldm
 from ldm.data import openmoji
 from ldm.data.images import to_tensor
-from ldm.diffusion import Process
-from ldm.pipeline import LatentDiffusion
+from ldm.diffusion.process import Process
+from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.trainer import Trainer
 
 pytestmark = pytest.mark.slow

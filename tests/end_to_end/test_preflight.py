@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import train_ldm
-from ldm import preflight
-from ldm.config import Config, load
+from ldm.config.loader import Config, load
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.preflight import Needs
+from ldm.training import preflight
+from ldm.training.preflight import Needs
 
 pytestmark = pytest.mark.slow
 Launch = Callable[..., subprocess.Popen[str]]
@@ -67,8 +67,8 @@ import sys, torch
 sys.path.insert(0, ".")
 from ldm import config, preflight
 from ldm.data import index
-from ldm.errors import UserError
-from ldm.processes import join
+from ldm.utils.errors import UserError
+from ldm.distributed.launch import join
 
 settings = config.load("configs/tiny.yaml", [f"run.dir={sys.argv[1]}", f"data.cache_dir={sys.argv[1]}"])
 state = join(settings.run)
@@ -140,7 +140,7 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     [
         ("stage2_diffusion.train.Objective.losses", "a training step", "lower stage2.device_batch, or set"),
         ("stage2_diffusion.validation.Validation._measured", "a validation", "lower stage2.device_batch, which"),
-        ("stage2_diffusion.sheet._drawn", "a sample sheet", "lower stage2.device_batch, which it follows"),
+        ("stage2_diffusion.samples._drawn", "a sample sheet", "lower stage2.device_batch, which it follows"),
         ("ldm.data.cache.Cuts.__getitem__", "encoding the data", "free the GPU of other programs"),
     ],
 )

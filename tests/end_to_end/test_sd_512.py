@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm import autoencoder, config
-from ldm.pipeline import LatentDiffusion
+from ldm.config import loader
+from ldm.models import autoencoder
+from ldm.sampling.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LDM_LARGE"), reason="20 GB and minutes; LDM_LARGE=1 runs it")
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(not os.environ.get("LDM_LARGE"), reason="20 GB a
 def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config.load(root / "configs/sd-512.yaml")
+    settings = loader.load(root / "configs/sd-512.yaml")
     autoencoder.Autoencoder(autoencoder.build(settings.stage1, 512)).save(tmp_path / "vae")
     clip_of_768_channels(tmp_path / "text")
     (tmp_path / "pictures").mkdir()

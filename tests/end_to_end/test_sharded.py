@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.pipeline import LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from ldm import autoencoder, single_file
-from ldm.files import read_checkpoint
-from ldm.run import MEASURED
+from ldm.models import autoencoder
+from ldm.models.convert import autoencoder as single_file
+from ldm.training.trainer import MEASURED
+from ldm.utils.atomic_files import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

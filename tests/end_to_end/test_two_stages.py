@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm import config
+from ldm.config import loader
 from scripts import evaluate, txt2img
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_plain_diffusers_makes_the_same_picture_as_the_script(
 
 
 def test_a_seed_means_the_same_picture_in_any_batch(tiny_run: Path) -> None:
-    from ldm.pipeline import LatentDiffusion
+    from ldm.sampling.pipeline import LatentDiffusion
 
     model = LatentDiffusion.load(tiny_run / "pipeline")
     together = model(["red heart", "cat", "cat"], seed=4, steps=4)
@@ -188,7 +188,7 @@ def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, 
 
 def test_the_sheet_of_samples_shows_every_prompt(tiny_run: Path, root: Path) -> None:
     """In rows of eight, each picture at 128 px."""
-    prompts = config.load(root / "configs/tiny.yaml").sample.prompts
+    prompts = loader.load(root / "configs/tiny.yaml").sample.prompts
     sheet = np.asarray(Image.open(tiny_run / "samples.png").convert("L"))
     columns = min(8, len(prompts))
     shown = [sheet[12:140, 12 + i * 140 : 140 + i * 140].std() for i in range(columns)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.pipeline import LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ import benchmark_rows
 import pytest
 import torch
 
-from ldm import text
-from ldm.autoencoder import Autoencoder
-from ldm.config import Config
+from ldm.config.loader import Config
 from ldm.data.index import Index
-from ldm.errors import UserError
+from ldm.models import text_encoder
+from ldm.models.autoencoder import Autoencoder
+from ldm.utils.errors import UserError
 
 ROW = re.compile(
     r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,]+) +([\d,]+) MB"
@@ -83,7 +83,7 @@ def test_a_measured_run_writes_no_weights(
         "stage2.groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
         "run.log_every=1",
     )  # fmt: skip
-    lines = benchmark.our_loop(settings, pictures, vae, text.of(settings.text))
+    lines = benchmark.our_loop(settings, pictures, vae, text_encoder.of(settings.text))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     left = [path for path in settings.run.dir.rglob("*") if path.is_file() and "cache" not in path.parts]
     assert left == []

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm import recipe
 from ldm.data.images import to_pil, to_tensor
-from ldm.pipeline import LatentDiffusion
+from ldm.sampling import png_metadata
+from ldm.sampling.pipeline import LatentDiffusion
 from scripts import img2img, inpaint, txt2img, upscale
 
 Call = Callable[..., str]
@@ -175,7 +175,7 @@ def test_a_changed_picture_is_made_again_bit_for_bit_from_the_same_files_alone(
     one, again = sorted((tmp_path / "all").glob("*.png"))[4], tmp_path / "again.png"
     call(MAINS[name], "--again", one, "--out", again)
     assert np.array_equal(pixels(again), pixels(one))
-    assert recipe.read(again) == recipe.read(one)
+    assert png_metadata.read(again) == png_metadata.read(one)
     again.unlink()
     for option, path in files.items():
         kept = path.read_bytes()

@@ -31,7 +31,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.sampling import initial_noise
+from ldm.sampling.loop import initial_noise
 from scripts import txt2img
 
 EXACT = ("--precision", "no")

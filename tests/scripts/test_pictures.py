@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ldm import recipe
-from ldm.classifier import NoisyClassifier
-from ldm.diffusion import Process
-from ldm.pipeline import LatentDiffusion
-from ldm.schema import ClassifierConfig
+from ldm.config.schema import ClassifierConfig
+from ldm.diffusion.process import Process
+from ldm.models.classifier import NoisyClassifier
+from ldm.sampling import png_metadata
+from ldm.sampling.pipeline import LatentDiffusion
 from scripts import img2img, txt2img
 
 Call = Callable[..., str]
@@ -54,8 +54,8 @@ def test_a_picture_out_of_a_batch_is_made_again_bit_for_bit(
         one, again = made(tmp_path / "all")[number], tmp_path / f"{number}.png"
         call(txt2img.main, "--again", one, "--out", again)
         assert np.array_equal(pixels(again), pixels(one))
-        assert recipe.read(again) == recipe.read(one)
-    assert recipe.read(one)["row"] == [1, 2]
+        assert png_metadata.read(again) == png_metadata.read(one)
+    assert png_metadata.read(one)["row"] == [1, 2]
     assert pixels(one).std() > 5
 
 
@@ -67,7 +67,7 @@ def test_a_picture_between_two_prompts_is_made_again_bit_for_bit(
     one = made(tmp_path / "all")[2]
     call(txt2img.main, "--again", one, "--out", tmp_path / "again.png")
     assert np.array_equal(pixels(tmp_path / "again.png"), pixels(one))
-    assert recipe.read(one)["toward"] == ["a cat", 1, 0.5]
+    assert png_metadata.read(one)["toward"] == ["a cat", 1, 0.5]
 
 
 def test_a_cut_prompt_is_made_again_and_can_be_watched(call: Call, saved: Saved, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_any_prompt_names_a_file(prompt: str, call: Call, saved: Saved, tmp_path
          "--out", tmp_path / "out")  # fmt: skip
     (found,) = made(tmp_path / "out")
     assert found.name.startswith("00000-")
-    assert recipe.read(found)["prompt"] == prompt
+    assert png_metadata.read(found)["prompt"] == prompt
 
 
 def test_a_sheet_shows_all_pictures(call: Call, saved: Saved, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_prompts_come_from_a_file_or_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     call(txt2img.main, "--model", saved("text"), "--prompt", "owl", "--steps", 1, "--out", tmp_path / "out",
          "--prompts", tmp_path / "prompts.txt" if named == "file" else "-")  # fmt: skip
-    found = [recipe.read(path) for path in made(tmp_path / "out")]
+    found = [png_metadata.read(path) for path in made(tmp_path / "out")]
     assert [(each["prompt"], each["seed"]) for each in found] == [("owl", 0), ("red heart", 1), ("a cat", 2)]
 
 

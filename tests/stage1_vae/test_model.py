@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from ldm.autoencoder import build
-from ldm.errors import UserError
-from ldm.schema import Stage1Config
-from stage1_vae.align import Features
+from ldm.config.schema import Stage1Config
+from ldm.models.autoencoder import build
+from ldm.utils.errors import UserError
+from stage1_vae.alignment import Features
 from stage1_vae.model import Change, Reconstruction, draw_change, quantise, revive
 
 SMALL = {"channels": (16, 16), "layers": 1, "groups": 8, "mid_attention": False}

@@ -15,13 +15,13 @@ from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import alexnet
 from transformers import ViTConfig, ViTModel
 
-from ldm.autoencoder import build
-from ldm.autoencoder import load as load_autoencoder
+from ldm.config.schema import Config, Stage1Config
+from ldm.data.dataset import Pictures, whole
 from ldm.data.index import Index
-from ldm.data.samples import Pictures, whole
-from ldm.errors import UserError
-from ldm.metrics import weights
-from ldm.schema import Config, Stage1Config
+from ldm.models import feature_networks
+from ldm.models.autoencoder import build
+from ldm.models.autoencoder import load as load_autoencoder
+from ldm.utils.errors import UserError
 from stage1_vae.model import Reconstruction
 from stage1_vae.train import Errors, train
 
@@ -50,7 +50,7 @@ def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub/checkpoints" / weights.BACKBONES["alex"].rpartition("/")[2]
+    file = tmp_path / "hub/checkpoints" / feature_networks.BACKBONES["alex"].rpartition("/")[2]
     file.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(alexnet(weights=None).state_dict(), file)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm import config
+from ldm.config import loader
+from ldm.config.schema import Config
 from ldm.data import index
 from ldm.data.index import Index
-from ldm.schema import Config
 
 SMALL = [
     "run.tracker=none", "run.precision=no", "run.log_every=1", "data.size=16", "stage1.channels=[16, 16]",
@@ -38,7 +38,7 @@ def few(root: Path, tmp_path: Path, small: list[str]) -> Callable[..., tuple[Con
     """Small settings with overrides, and twelve drawings with four that are held out."""
 
     def given(*overrides: str) -> tuple[Config, Index]:
-        settings = config.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
+        settings = loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
         everything = index.build(settings)
         splits = everything.column("split")
         rows = [np.flatnonzero(splits == "train")[::50][:12], np.flatnonzero(splits == "combination")[::9][:4]]

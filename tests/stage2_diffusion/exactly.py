@@ -15,12 +15,13 @@ from accelerate import PartialState
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from ldm import config, text
-from ldm.autoencoder import Autoencoder, build
+from ldm.config import loader
 from ldm.data import index
-from ldm.processes import join
-from ldm.sharding import local
-from stage2_diffusion.model import Denoiser
+from ldm.distributed.launch import join
+from ldm.distributed.sharding import local
+from ldm.models import text_encoder
+from ldm.models.autoencoder import Autoencoder, build
+from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.train import train
 
 
@@ -49,10 +50,10 @@ torch.set_default_dtype(torch.float64)
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)
 for name, more in json.loads(runs).items():
-    settings = config.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
+    settings = loader.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)
-    vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text.of(settings.text)
+    vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text_encoder.of(settings.text)
     encoder.model.double()
     train(settings, index.build(settings), vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)

@@ -12,12 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ldm import config, text
-from ldm.autoencoder import Autoencoder, build
+from ldm.config import loader
+from ldm.config.schema import Config
 from ldm.data.index import Index
-from ldm.folder import write_card
-from ldm.pipeline import LatentDiffusion
-from ldm.schema import Config
+from ldm.models import text_encoder
+from ldm.models.autoencoder import Autoencoder, build
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.run_dir import write_card
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]
@@ -74,11 +75,11 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
         "stage2.evaluate_pictures=2", "sample.prompts=['red \"heart\"']", "data.cache=none", "stage2.head_size=4",
         f"stage1={STAGES[autoencoder]}",
     )  # fmt: skip
-    assert config.parse(config.dump(settings), "again") == settings
+    assert loader.parse(loader.dump(settings), "again") == settings
 
     stage, folder = settings.stage2, settings.run.dir
     torch.manual_seed(0)
-    encoder = text.of(settings.text) if stage.text else None
+    encoder = text_encoder.of(settings.text) if stage.text else None
     train(settings, index, Autoencoder(build(settings.stage1, 16)), encoder)
     assert Image.open(folder / "stage2/samples/step-000001.png").size[0] > 0
     write_card(settings)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm import config
-from ldm.autoencoder import Autoencoder
-from ldm.condition import NOISIEST, Condition, small, with_hole
-from ldm.data.order import generator
+from ldm.config import loader
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.conditioning import NOISIEST, Condition, small, with_hole
+from ldm.utils.rng import generator
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.holes import holes
+from stage2_diffusion.masks import holes
 
 N, CLASSES = 20_000, 5
 Make = Callable[..., Conditions]
@@ -26,7 +26,7 @@ Make = Callable[..., Conditions]
 def conditions(root: Path, vae: Autoencoder) -> Make:
     def given(*overrides: str) -> Conditions:
         keys = [f"stage2.{override}" for override in overrides]
-        return Conditions(config.load(root / "configs/tiny.yaml", ["data.size=16", *keys]), vae, None, CLASSES)
+        return Conditions(loader.load(root / "configs/tiny.yaml", ["data.size=16", *keys]), vae, None, CLASSES)
 
     return given
 

@@ -12,11 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from ldm import text
-from ldm.autoencoder import Autoencoder
+from ldm.config.schema import Config
 from ldm.data.index import Index
-from ldm.ema import fit, snapshots, weighted_sum
-from ldm.schema import Config
+from ldm.models import text_encoder
+from ldm.models.autoencoder import Autoencoder
+from ldm.training.ema import fit, snapshots, weighted_sum
 from scripts import ema
 from stage2_diffusion.train import train
 
@@ -33,7 +33,7 @@ def test_a_run_s_model_comes_back_and_others_are_made(
     more: tuple[str, ...], few: Few, vae: Autoencoder, call: Callable[..., str], tmp_path: Path
 ) -> None:
     settings, index = few(*KEPT, *more)
-    train(settings, index, vae, text.of(settings.text))
+    train(settings, index, vae, text_encoder.of(settings.text))
     run, same, other = tmp_path / "run", tmp_path / "same", tmp_path / "other"
     said = call(ema.main, run, "--width", 0.1, "--out", same)
     assert "width 0.1 at step 8, of 8 snapshots; its profile is missed by 0.00%" in said
@@ -55,7 +55,7 @@ def test_a_run_s_model_comes_back_and_others_are_made(
 
 def test_plain_diffusers_opens_it(few: Few, vae: Autoencoder, call: Callable[..., str], tmp_path: Path) -> None:
     settings, index = few(*KEPT)
-    train(settings, index, vae, text.of(settings.text))
+    train(settings, index, vae, text_encoder.of(settings.text))
     call(ema.main, tmp_path / "run", "--width", 0.15, "--out", tmp_path / "other")
     picture = DiffusionPipeline.from_pretrained(tmp_path / "other")("red heart", num_inference_steps=2).images[0]
     assert np.asarray(picture).shape == (16, 16, 3)
@@ -63,7 +63,7 @@ def test_plain_diffusers_opens_it(few: Few, vae: Autoencoder, call: Callable[...
 
 def test_mistakes_are_one_line(few: Few, vae: Autoencoder, call: Callable[..., str], tmp_path: Path) -> None:
     settings, index = few(*KEPT)
-    train(settings, index, vae, text.of(settings.text))
+    train(settings, index, vae, text_encoder.of(settings.text))
     run, out = tmp_path / "run", tmp_path / "out"
     for width, more, says in (
         (0.5, (), "--width: 0.5; give more than 0 and less than 0.2887"),

@@ -14,12 +14,15 @@ from huggingface_hub.utils import filter_repo_objects
 from original_layout import in_original_layout
 from safetensors.torch import load_file, save_file
 
-from ldm import autoencoder, config, plan, single_file, text, unet
-from ldm.autoencoder import Autoencoder
-from ldm.diffusion import Process
-from ldm.errors import UserError
-from ldm.pipeline import LatentDiffusion
-from ldm.solvers import scheduler
+from ldm.config import loader
+from ldm.diffusion.process import Process
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.convert import autoencoder as single_file
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.training import checks
+from ldm.utils.errors import UserError
 
 LITTLE = [
     "run.tracker=none", "run.precision=no", "data.size=16", "stage1.channels=[16, 16]", "stage2.batch=4",
@@ -56,7 +59,7 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
 ) -> None:
     pictures = three_shapes(["a red heart", "a green square", "a fox", "a crown"])
     given = [*LITTLE, f"data.source={pictures}", f"data.cache_dir={tmp_path / 'cache'}"]
-    stage = config.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
+    stage = loader.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
     torch.manual_seed(1)
     start = unet.build(stage, 4, 8, 16)
     file = checkpoint(tmp_path / "model.safetensors", start, vae)
@@ -89,15 +92,15 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
 
 
 def pipeline(root: Path, folder: Path, words: Path, vae: Autoencoder) -> Path:
-    stage = config.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
-    encoder = text.load(str(words), 8)
+    stage = loader.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
+    encoder = text_encoder.load(str(words), 8)
     LatentDiffusion(encoder, unet.build(stage, 4, 8, 16), vae, scheduler(Process("eps"), "ddim")).save(folder)
     return folder
 
 
 def test_a_pipeline_gives_its_text_encoder(root: Path, tmp_path: Path, words: Path, vae: Autoencoder) -> None:
     whole = pipeline(root, tmp_path / "pipeline", words, vae)
-    expected, found = text.load(str(words), 8), text.load(str(whole))
+    expected, found = text_encoder.load(str(words), 8), text_encoder.load(str(whole))
     prompts = ["red heart", "woman astronaut, light skin tone"]
     assert (found.length, found.width) == (8, 16)
     assert torch.equal(found.encode(prompts), expected.encode(prompts))
@@ -106,9 +109,9 @@ def test_a_pipeline_gives_its_text_encoder(root: Path, tmp_path: Path, words: Pa
     for parts in ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, {"text_encoder": [None, None]}):
         (whole / "model_index.json").write_text(json.dumps(index | parts))
         with pytest.raises(UserError, match=r"text\.model: the pipeline .* has no text encoder, or several"):
-            text.load(str(whole))
+            text_encoder.load(str(whole))
     with pytest.raises(UserError, match=r"text\.model: .*model\.safetensors is a file; a text encoder is a folder"):
-        text.load(str(words / "model.safetensors"))
+        text_encoder.load(str(words / "model.safetensors"))
 
 
 def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
@@ -123,8 +126,8 @@ def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
             shutil.copy(hub / file, local / file)
         return str(local)
 
-    monkeypatch.setattr(text, "snapshot_download", fetch)
-    assert text.load("someone/pipeline").fingerprint() == text.load(str(hub)).fingerprint()
+    monkeypatch.setattr(text_encoder, "snapshot_download", fetch)
+    assert text_encoder.load("someone/pipeline").fingerprint() == text_encoder.load(str(hub)).fingerprint()
     assert {path.name for path in local.iterdir()} == {"model_index.json", "text_encoder", "tokenizer"}
 
 
@@ -140,10 +143,10 @@ def test_a_unet_whose_latents_would_be_trained_anew_is_refused(
     whole = pipeline(root, tmp_path / "pipeline", words, vae)
     given = [*LITTLE, f"stage2.init_from={whole}", f"text.model={whole}", f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"stage2\.init_from: .* latents of its own .* set stage1\.pretrained"):
-        plan.check(config.load(root / "configs/tiny.yaml", given), 1)
-    plan.check(config.load(root / "configs/tiny.yaml", [*given, f"stage1.pretrained={whole}"]), 1)
+        checks.check(loader.load(root / "configs/tiny.yaml", given), 1)
+    checks.check(loader.load(root / "configs/tiny.yaml", [*given, f"stage1.pretrained={whole}"]), 1)
     with pytest.raises(UserError, match=r"text\.model: has 384 channels, but .* cross_attention_dim 16"):
-        plan.check(config.load(root / "configs/tiny.yaml", [*given, "text.model=" + text.MINILM]), 1)
+        checks.check(loader.load(root / "configs/tiny.yaml", [*given, "text.model=" + text_encoder.MINILM]), 1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,6 @@ def test_other_noise_levels_than_those_of_the_start_are_warned_of(
         if written:
             written.save_pretrained(whole / "scheduler")
         given = [*LITTLE, *(f"{key}={whole}" for key in ("stage1.pretrained", "stage2.init_from", "text.model")), *keys]
-        plan.check(config.load(root / "configs/tiny.yaml", given), 1)
+        checks.check(loader.load(root / "configs/tiny.yaml", given), 1)
         said = capsys.readouterr().err
         assert says in said if says else not said

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ldm import unet
-from ldm.condition import Condition
-from ldm.schema import Stage2Config
-from stage2_diffusion.model import Denoiser
+from ldm.config.schema import Stage2Config
+from ldm.models import unet
+from ldm.models.conditioning import Condition
+from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective
 
 TINY = {"conditions": (), "channels": (8, 8), "attention": (False, True), "layers": 1, "mid_attention": False,

@@ -12,12 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ldm.diffusion import Process
-from ldm.errors import UserError
-from ldm.options import Sampling
-from ldm.pipeline import LatentDiffusion
-from ldm.sampling import initial_noise
-from ldm.solvers import scheduler
+from ldm.diffusion.process import Process
+from ldm.sampling.loop import initial_noise
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.utils.errors import UserError
 
 Make = Callable[[str], LatentDiffusion]
 TASKS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {

@@ -15,23 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm import text
-from ldm.autoencoder import Autoencoder
+from ldm.config.schema import Config
 from ldm.data.index import Index
-from ldm.data.order import uniform
-from ldm.files import checkpoints, read_checkpoint
-from ldm.options import Sampling
-from ldm.pipeline import LatentDiffusion
-from ldm.run import MEASURED
-from ldm.schema import Config
+from ldm.models import text_encoder
+from ldm.models.autoencoder import Autoencoder
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.trainer import MEASURED
+from ldm.utils.atomic_files import checkpoints, read_checkpoint
+from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 
 PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 Few = Callable[..., tuple[Config, Index]]
 
 
-def encoder_of(settings: Config) -> text.TextEncoder:
-    return text.of(settings.text)
+def encoder_of(settings: Config) -> text_encoder.TextEncoder:
+    return text_encoder.of(settings.text)
 
 
 def tensors(module: torch.nn.Module) -> dict[str, bytes]:
@@ -56,7 +56,7 @@ def test_every_target_is_learned_and_named_in_the_export(
         "sample.prompts=[]",
     )  # fmt: skip
     pictures = index.select("train").first(8)
-    train(settings, pictures, vae, text.load(settings.text.model, settings.text.max_tokens))
+    train(settings, pictures, vae, text_encoder.load(settings.text.model, settings.text.max_tokens))
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
@@ -153,7 +153,7 @@ def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
 ) -> None:
     settings, index = few("stage2.null=learned", "stage2.dropout=0.5", "stage2.ema=0")
     encoder = encoder_of(settings)
-    empty = encoder.encode([text.NULL_PROMPT])[0]
+    empty = encoder.encode([text_encoder.NULL_PROMPT])[0]
     train(settings, index, vae, encoder)
     parts, _ = last_checkpoint(tmp_path / "run")
     model = LatentDiffusion.load(tmp_path / "run/pipeline", "cpu")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.autoencoder import Autoencoder
-from ldm.diffusion import Process
-from ldm.errors import UserError
+from ldm.diffusion.process import Process
+from ldm.models.autoencoder import Autoencoder
+from ldm.utils.errors import UserError
 from stage2_diffusion.trainer import Trainer
 
 KEYS = {

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from ldm import text, unet
-from ldm.autoencoder import Autoencoder
-from ldm.condition import Condition
+from ldm.config.schema import Config
 from ldm.data.images import cut, to_tensor
 from ldm.data.index import Index
-from ldm.data.order import normal
-from ldm.diffusion import Process
-from ldm.pipeline import LatentDiffusion
-from ldm.run import Run
-from ldm.schema import Config
-from ldm.solvers import scheduler
+from ldm.diffusion.process import Process
+from ldm.models import text_encoder, unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.conditioning import Condition
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.training.trainer import Run
+from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.model import Denoiser
+from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.validation import LEVELS, Validation, velocity_error
 
 PROCESSES = [
@@ -96,7 +96,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
         "stage2.conditions=[text, class, size]", f"stage2.target={target}", "stage2.evaluate_pictures=3",
         "stage2.schedule=cosine",
     )  # fmt: skip
-    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text.of(settings.text)
+    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
     denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.encode([""])[0])
@@ -145,7 +145,7 @@ def test_without_held_out_pictures_nothing_is_measured(
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = few()
-    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text.of(settings.text)
+    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text_encoder.of(settings.text)
     network = unet.build(stage, 4, 8, encoder.width)
     model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
     validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)

@@ -30,14 +30,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_ldm
-from ldm import config
+from ldm.config import loader
 from ldm.data import index
+from ldm.data.dataset import Draws
 from ldm.data.images import decode
 from ldm.data.index import Index
 from ldm.data.records import Bad, BadSampleError
-from ldm.data.samples import Draws
 from ldm.data.stream import Stream
-from ldm.errors import UserError
+from ldm.utils.errors import UserError
 
 pytestmark = pytest.mark.timeout(30)  # nothing here may wait for a pipe, or go round in circles
 SECRET = "the secret lighthouse"
@@ -552,8 +552,8 @@ def arguments(tmp_path: Path, sets: Sequence[Set], *overrides: str) -> list[str]
     return [f"run.dir={tmp_path / 'run'}", "run.tracker=none", f"data.source=[{sources}]", "data.size=16", *overrides]
 
 
-def settings(root: Path, tmp_path: Path, sets: Sequence[Set], *overrides: str) -> config.Config:
-    return config.load(root / "configs/tiny.yaml", arguments(tmp_path, sets, *overrides))
+def settings(root: Path, tmp_path: Path, sets: Sequence[Set], *overrides: str) -> loader.Config:
+    return loader.load(root / "configs/tiny.yaml", arguments(tmp_path, sets, *overrides))
 
 
 def assert_named(bad: Sequence[Bad], sets: Sequence[Set]) -> None:
@@ -859,7 +859,7 @@ def test_training_on_the_hostile_set_sees_every_good_one_and_stops_when_told(
     assert report["pictures"] == len(good)
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    trained = config.load(root / "configs/tiny.yaml", given)
+    trained = loader.load(root / "configs/tiny.yaml", given)
     draws = Draws(index.build(trained).select("train"), trained, 8)
     assert {draws[n].entry.sha256 for n in range(8 * steps)} == good
     assert {kind: tree(tmp_path / kind) for kind in before} == before

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import autoencoder, config, text
+from ldm.config import loader
+from ldm.config.schema import Stage1Config
 from ldm.data import cache, index
 from ldm.data.cache import View
+from ldm.data.dataset import feed
 from ldm.data.images import cut, to_tensor
-from ldm.data.samples import feed
-from ldm.errors import UserError
-from ldm.schema import Stage1Config
+from ldm.models import autoencoder, text_encoder
+from ldm.utils.errors import UserError
 
 Start = Callable[..., subprocess.Popen[str]]
 Finish = Callable[[subprocess.Popen[str]], str]
@@ -34,8 +35,8 @@ def folder(three_shapes: Callable[[list[str]], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> text.TextEncoder:
-    return text.load(text.MINILM, 8)
+def encoder() -> text_encoder.TextEncoder:
+    return text_encoder.load(text_encoder.MINILM, 8)
 
 
 def model(seed: int = 0) -> autoencoder.Autoencoder:
@@ -47,8 +48,8 @@ def model(seed: int = 0) -> autoencoder.Autoencoder:
     )
 
 
-def settings(root: Path, folder: Path, *overrides: str) -> config.Config:
-    return config.load(
+def settings(root: Path, folder: Path, *overrides: str) -> loader.Config:
+    return loader.load(
         root / "configs/tiny.yaml",
         [
             f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
@@ -68,7 +69,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
-    root: Path, folder: Path, encoder: text.TextEncoder
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder
 ) -> None:
     given = settings(root, folder)
     pictures, vae = index.build(given), model()
@@ -87,7 +88,7 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
     assert len(kept.text.keys) == 12  # each distinct caption once
 
 
-def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: text_encoder.TextEncoder) -> None:
     given = settings(root, folder, "data.crop=random", "data.crops=3", "data.flip=false")
     pictures, vae = index.build(given), model()
     kept = cache.build(pictures, given, vae, encoder)
@@ -98,11 +99,11 @@ def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: t
 
 
 def test_a_second_build_encodes_only_what_changed_and_says_why(
-    root: Path, folder: Path, encoder: text.TextEncoder, capsys: pytest.CaptureFixture[str]
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, vae = settings(root, folder, "data.flip=false"), model()
 
-    def built(vae: autoencoder.Autoencoder, given: config.Config = given) -> tuple[str, set[str]]:
+    def built(vae: autoencoder.Autoencoder, given: loader.Config = given) -> tuple[str, set[str]]:
         before = set(files(given.cache_dir))
         capsys.readouterr()
         cache.build(index.build(given), given, vae, encoder, per_file=5)
@@ -126,7 +127,9 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
     assert built(vae) == ("", set())  # what was encoded before is still there
 
 
-def test_another_autoencoders_latents_are_never_read(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+def test_another_autoencoders_latents_are_never_read(
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder
+) -> None:
     given = settings(root, folder)
     pictures = index.build(given)
     first, second = (cache.build(pictures, given, model(seed), encoder) for seed in (0, 1))
@@ -135,7 +138,7 @@ def test_another_autoencoders_latents_are_never_read(root: Path, folder: Path, e
 
 
 def test_a_damaged_file_is_found_and_made_anew(
-    root: Path, folder: Path, encoder: text.TextEncoder, capsys: pytest.CaptureFixture[str]
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, vae = settings(root, folder), model()
     cache.build(index.build(given), given, vae, encoder, per_file=5)
@@ -153,7 +156,7 @@ BUILD = """
 import sys
 from ldm import autoencoder, config, text
 from ldm.data import cache, index
-from ldm.schema import Stage1Config
+from ldm.config.schema import Stage1Config
 import torch
 torch.manual_seed(0)
 shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False)
@@ -166,7 +169,7 @@ cache.build(index.build(given), given, vae, text.load(text.MINILM, 8), per_file=
 
 @pytest.mark.slow
 def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
-    root: Path, folder: Path, environment: dict[str, str], encoder: text.TextEncoder
+    root: Path, folder: Path, environment: dict[str, str], encoder: text_encoder.TextEncoder
 ) -> None:
     def start(cache_dir: Path) -> subprocess.Popen[str]:
         overrides = [
@@ -207,7 +210,7 @@ def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
 
 @pytest.mark.slow
 def test_two_processes_fill_the_same_cache_as_one(
-    root: Path, folder: Path, launch: Start, finish: Finish, encoder: text.TextEncoder, tmp_path: Path
+    root: Path, folder: Path, launch: Start, finish: Finish, encoder: text_encoder.TextEncoder, tmp_path: Path
 ) -> None:
     def arguments(name: str) -> list[str]:
         return [
@@ -222,7 +225,7 @@ def test_two_processes_fill_the_same_cache_as_one(
     )  # fmt: skip
     two = launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
                  root / "configs/tiny.yaml", *arguments("two"))  # fmt: skip
-    given = config.load(root / "configs/tiny.yaml", arguments("one"))
+    given = loader.load(root / "configs/tiny.yaml", arguments("one"))
     cache.build(index.build(given), given, model(), encoder, per_file=3)
     finish(two)
     assert len(files(tmp_path / "one")) > 8
@@ -231,7 +234,7 @@ def test_two_processes_fill_the_same_cache_as_one(
 
 @pytest.mark.parametrize("latents", ["mean", "sample"])
 def test_samples_from_the_cache_are_those_encoded_on_the_fly(
-    latents: str, root: Path, folder: Path, encoder: text.TextEncoder
+    latents: str, root: Path, folder: Path, encoder: text_encoder.TextEncoder
 ) -> None:
     vae, batches = model(), {}
     for kind in ("disk", "none"):
@@ -249,7 +252,9 @@ def test_samples_from_the_cache_are_those_encoded_on_the_fly(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_sampled_latents_differ_from_epoch_to_epoch(root: Path, folder: Path, encoder: text.TextEncoder) -> None:
+def test_sampled_latents_differ_from_epoch_to_epoch(
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder
+) -> None:
     given = settings(root, folder, "data.flip=false", "data.buckets=null", "data.latents=sample")
     dataset = feed(index.build(given), given, model(), encoder, torch.device("cpu")).dataset
     order = dataset.draws.order  # type: ignore[union-attr]

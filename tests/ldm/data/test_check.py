@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm import config, text
+from ldm.config import loader
+from ldm.config.schema import BucketConfig
 from ldm.data import check, index
 from ldm.data.check import near_duplicates
 from ldm.data.images import Buckets, cut
-from ldm.schema import BucketConfig
+from ldm.models import text_encoder
 from scripts import check_data
 
 
@@ -44,8 +45,8 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
 @pytest.fixture
 def checked(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
     def facts() -> dict[str, object]:
-        given = config.load(arguments(root, folder)[1], arguments(root, folder)[2:])
-        return check.facts(index.build(given), given, text.load(text.MINILM, 16))
+        given = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
+        return check.facts(index.build(given), given, text_encoder.load(text_encoder.MINILM, 16))
 
     return facts
 

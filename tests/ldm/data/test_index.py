@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ldm import config
+from ldm.config import loader
 from ldm.data import index
 from ldm.data.index import SCHEMA, Index
 
@@ -34,8 +34,8 @@ def overrides(folder: Path, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-def settings(root: Path, folder: Path, name: str = "one") -> config.Config:
-    return config.load(root / "configs/tiny.yaml", overrides(folder, name))
+def settings(root: Path, folder: Path, name: str = "one") -> loader.Config:
+    return loader.load(root / "configs/tiny.yaml", overrides(folder, name))
 
 
 def written(cache: Path) -> Path:
@@ -127,8 +127,8 @@ from ldm import agreement, autoencoder, config
 from ldm.data import cache, index, openmoji
 from ldm.data.cache import View
 from ldm.data.sources import Sources
-from ldm.errors import UserError
-from ldm.schema import Stage1Config
+from ldm.utils.errors import UserError
+from ldm.config.schema import Stage1Config
 import torch
 
 state = PartialState(cpu=True)

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm import config
+from ldm.config import loader
+from ldm.config.schema import BucketConfig, SourceConfig
 from ldm.data import index
+from ldm.data.dataset import Pictures
 from ldm.data.index import Index
 from ldm.data.records import Bad
-from ldm.data.samples import Pictures
 from ldm.data.sources import Sources, check, detect
-from ldm.errors import UserError
-from ldm.schema import BucketConfig, SourceConfig
+from ldm.utils.errors import UserError
 
 CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
 
@@ -120,8 +120,8 @@ DETECTED = {"jsonl": "metadata", "csv": "metadata", "metadata parquet": "metadat
 DETECTED |= {"plain parquet": "parquet"}
 
 
-def settings(root: Path, folder: Path, source: str, *overrides: str) -> config.Config:
-    return config.load(
+def settings(root: Path, folder: Path, source: str, *overrides: str) -> loader.Config:
+    return loader.load(
         root / "configs/tiny.yaml", [f"run.dir={folder}", f"data.source={source}", "data.size=16", *overrides]
     )
 

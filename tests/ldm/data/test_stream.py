@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import config
+from ldm.config import loader
 from ldm.data.stream import Stream, lane, lanes_of
-from ldm.errors import UserError
+from ldm.utils.errors import UserError
 
 SHARDS, EACH = 6, 10
 
@@ -31,7 +31,7 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 @pytest.fixture
 def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Stream]:
     def given(*overrides: str) -> Stream:
-        settings = config.load(
+        settings = loader.load(
             root / "configs/tiny.yaml",
             [
                 f"run.dir={tmp_path}", f"data.source={tars}", "data.size=16", "data.streaming=true",

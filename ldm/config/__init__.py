@@ -1,0 +1,1 @@
+"""What a configuration may ask for, and whether it fits together."""

@@ -1,0 +1,145 @@
+"""kohya's TOML data-set file, for those who already own one: read and checked.
+
+Its image sizes become `data.size` and `data.buckets`. An unsupported key is an error that names its replacement.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.utils.errors import UserError
+
+SIZES = {
+    "resolution": (int, list),
+    "enable_bucket": bool,
+    "bucket_reso_steps": int,
+    "min_bucket_reso": int,
+    "max_bucket_reso": int,
+    "bucket_no_upscale": bool,
+}
+
+
+CAPTIONS: dict[str, Any] = {
+    "caption_extension": str,
+    "shuffle_caption": bool,
+    "keep_tokens": int,
+    "caption_dropout_rate": (int, float),
+    "flip_aug": bool,
+    "num_repeats": int,
+    "class_tokens": str,
+}
+
+
+INSTEAD = {
+    "batch_size": "set stage2.batch",
+    "color_aug": "the latents are cached; leave it out",
+    "random_crop": "set data.crop=random",
+    "keep_tokens_separator": "use keep_tokens",
+    "metadata_file": "give the folder of a metadata.jsonl as data.source",
+    "is_reg": "give regularisation pictures as a subset of their own",
+    "enable_wildcard": "write one caption a picture",
+}
+
+
+@dataclass(frozen=True)
+class Subset:
+    folder: Path
+    num_repeats: int = 1
+    caption_extension: str = ""  # empty: the usual ones
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    caption_dropout_rate: float | None = None
+    flip_aug: bool | None = None
+    class_tokens: str = ""
+
+
+def settings(file: Path) -> dict[str, Any]:
+    """`size` and `buckets` as keys of the section `data`, where the file sets them."""
+    tree = _tree(file)
+    found = [dict(_chosen(SIZES, tree.get("general", {}), dataset)) for dataset in tree["datasets"]]
+    for other in found[1:]:
+        if other != found[0]:
+            raise UserError(f"{file}: data sets of several sizes ({found[0]}, {other}); make a file of each")
+    sizes = found[0]
+    data: dict[str, Any] = {}
+    if "resolution" in sizes:
+        sides = sizes["resolution"] if isinstance(sizes["resolution"], list) else [sizes["resolution"]]
+        if len(set(sides)) != 1 or not isinstance(sides[0], int):
+            raise UserError(f"{file}: resolution: {sizes['resolution']}; give one side, the square root of the area")
+        data["size"] = sides[0]
+    if sizes.get("enable_bucket"):
+        data["buckets"] = {
+            "step": sizes.get("bucket_reso_steps", 64),
+            "smallest": sizes.get("min_bucket_reso"),
+            "largest": sizes.get("max_bucket_reso"),
+            "upscale": not sizes.get("bucket_no_upscale", False),
+        }
+    return data
+
+
+def subsets(file: Path) -> list[Subset]:
+    """The subsets with their settings, inherited from their data set and from `[general]`."""
+    tree = _tree(file)
+    found = []
+    for dataset in tree["datasets"]:
+        for subset in dataset["subsets"]:
+            if not isinstance(subset.get("image_dir"), str):
+                raise UserError(f"{file}: a subset without image_dir; name its folder")
+            chosen = dict(_chosen(CAPTIONS, tree.get("general", {}), dataset, subset))
+            found.append(Subset(file.parent / Path(subset["image_dir"]).expanduser(), **chosen))
+    return found
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """The file, each key known and of its type, or a UserError that names the key and the nearest known one."""
+    try:
+        tree = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"data.source: no file {file}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: not valid TOML ({error})") from None
+    inherited = {**SIZES, **CAPTIONS}
+    _check(file, "", tree, {"general": dict, "datasets": list})
+    _check(file, "general: ", tree.get("general", {}), inherited)
+    if not tree.get("datasets"):
+        raise UserError(f"{file}: no [[datasets]]; give at least one, with [[datasets.subsets]]")
+    for dataset in tree["datasets"]:
+        _check(file, "datasets: ", dataset, {**inherited, "subsets": list})
+        if not dataset.get("subsets"):
+            raise UserError(f"{file}: a data set without [[datasets.subsets]]; give at least one, with image_dir")
+        for subset in dataset["subsets"]:
+            _check(file, "subsets: ", subset, {**CAPTIONS, "image_dir": str})
+    return tree
+
+
+def _check(file: Path, place: str, section: Any, known: Mapping[str, Any]) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: {place}{section!r}; write a table of keys")
+    for key, value in section.items():
+        if key in INSTEAD:
+            raise UserError(f"{file}: {place}{key} has no meaning here; {INSTEAD[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise UserError(f"{file}: {place}{key!r} is unknown or has no meaning here; the nearest is {close[0]!r}")
+        kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{file}: {place}{key}: {value!r}; give {names}")
+        least = 1 if key == "num_repeats" or key.endswith(("steps", "reso")) or key == "resolution" else 0
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
+            raise UserError(f"{file}: {place}{key}: {value!r}; give {least} or more")
+        if key == "caption_dropout_rate" and value >= 1:
+            raise UserError(f"{file}: {place}{key}: {value!r}; give less than 1")
+
+
+def _chosen(keys: Mapping[str, Any], *sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of each key that is set, its innermost value."""
+    for key in keys:
+        values = [section[key] for section in sections if key in section]
+        if values:
+            yield key, values[-1]

@@ -1,0 +1,218 @@
+"""The mathematics of diffusion: how pictures become noise, and what the network learns to predict. Pure functions.
+
+Everywhere x_t = α(t)·x_0 + σ(t)·ε with ε ~ N(0, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ldm.config.schema import Stage2Config
+from ldm.diffusion.parameterization import TARGETS, answer, noise, picture
+from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
+
+__all__ = ["TIMESTEPS", "Process", "betas", "offset_noise", "perturbed"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """A forward process and the network's target.
+
+    `target`: `eps`, `x0`, `v` (over the discrete chain `schedule`) or `flow` (the straight path; `schedule` is unused).
+    Times t are whole numbers in [0, `timesteps`) on the chain, and real numbers in (0, 1) for a flow, 1 being noise.
+    Where the pictures are float64, so is the arithmetic; otherwise it is float32.
+    """
+
+    target: str
+    schedule: str | tuple[float, ...] = "scaled_linear"
+    """A name, or the betas themselves, `timesteps` of them."""
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    timesteps: int = TIMESTEPS
+    """Steps T of the chain; a flow's network is told its time in as many."""
+    zero_snr: bool = False
+    """The chain ends in pure noise (arXiv 2305.08891); eps is refused then, for it says nothing about x_0 there."""
+    shift: float = 1.0
+    """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
+    times: str | None = None
+    """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
+    told: tuple[int, ...] | None = None
+    """What the network is told at each step, where that is not the step's own number."""
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target: {self.target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+        if self.times not in (None, "uniform", "logit_normal"):
+            raise ValueError(f"times: {self.times!r} is not uniform or logit_normal")
+        if self.shift <= 0:
+            raise ValueError(f"shift: {self.shift} is no ratio of two sides; give more than 0")
+        if self.target == "flow":
+            return
+        if isinstance(self.schedule, tuple):
+            if len(self.schedule) != self.timesteps:
+                raise ValueError(f"schedule: {len(self.schedule)} betas for {self.timesteps} timesteps; give one each")
+        elif self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: {self.schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
+        if self.zero_snr and self.target == "eps":
+            raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
+
+    @classmethod
+    def of(cls, stage: Stage2Config) -> Process:
+        """The process that a configuration describes; a learned schedule is log_linear but for training's times."""
+        return cls(
+            stage.target, "log_linear" if stage.schedule == "learned" else stage.schedule, stage.time_mean,
+            stage.time_std, stage.timesteps, stage.zero_snr, stage.shift,
+            stage.times if stage.times in ("uniform", "logit_normal") else None,
+        )  # fmt: skip
+
+    def respaced(self, steps: int) -> Process:
+        """The chain of `steps` of this one's noise levels, the noisiest among them, for the same network.
+
+        Improved DDPM, arXiv 2102.09672, section 4: the likelihood and the samples of few steps.
+        """
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps: {steps}; give 1 to {self.timesteps}")
+        kept = [round(self.timesteps * (i + 1) / steps) - 1 for i in range(steps)]
+        beta = betas_of(self.chain().alpha_bar[kept])
+        told = tuple(kept if self.told is None else [self.told[i] for i in kept])
+        return replace(
+            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0, told=told,
+        )  # fmt: skip
+
+    def chain(self, device: torch.device | None = None) -> Chain:
+        """The tables of the discrete chain, β and ᾱ among them; ValueError for a flow, which has none."""
+        if self.target == "flow":
+            raise ValueError("a flow has no chain of steps; use eps, x0 or v")
+        return chain(self.schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
+
+    def time(self, u: torch.Tensor) -> torch.Tensor:
+        """Training times `(N,)` from uniform numbers u in [0, 1)."""
+        flow = self.target == "flow"
+        if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
+            # In float64, as in float32 the last bit of a sigmoid may depend on the batch that the sample is in.
+            normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double())
+            u = torch.sigmoid(self.time_mean + self.time_std * normal).to(u.dtype)
+        if flow:  # never 0 or 1, where log-SNR is infinite
+            return shift_time(u, self.shift).clamp(1e-6, 1 - 1e-6)
+        # A uniform number rounded to 1 in low precision must not leave the chain.
+        return (u * self.timesteps).long().clamp(max=self.timesteps - 1)
+
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        """t as the network is told it: in [0, timesteps)."""
+        if self.target == "flow":
+            return t * self.timesteps
+        return t if self.told is None else torch.tensor(self.told, device=t.device)[t]
+
+    def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
+        if self.target == "flow":  # the straight path, arXiv 2209.03003, eq. 1
+            alpha, sigma = 1 - t, t
+        else:  # α² = ᾱ_t, σ² = 1 - ᾱ_t: DDPM, eq. 4
+            alpha_bar = self.chain(t.device).alpha_bar[t]
+            alpha, sigma = alpha_bar.sqrt().to(dtype), (1 - alpha_bar).sqrt().to(dtype)
+        return _wide(alpha), _wide(sigma)
+
+    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+        """log(α² / σ²) at t, `(N,)` float32, within ±20."""
+        if self.target == "flow":
+            return (-2 * torch.logit(t)).clamp(-20, 20).float()
+        return self.chain(t.device).log_snr[t].float()
+
+    def time_at(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """The time `(N,)` whose log-SNR is nearest to the one given."""
+        if self.target == "flow":
+            return torch.sigmoid(-log_snr / 2)
+        table = self.chain(log_snr.device).log_snr
+        return (table[None] - log_snr[:, None]).abs().argmin(1)
+
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t, a draw of q(x_t | x_0); DDPM, eq. 4. Shapes `(N, C, h, w)`, t `(N,)`."""
+        alpha, sigma = self.alpha_sigma(t, _precision(x0))
+        return alpha * x0 + sigma * eps
+
+    def add_step(self, x_before: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t, a draw of q(x_t | x_{t-1}), given x_{t-1} and a step's own noise; DDPM, eq. 2.
+
+        Shapes `(N, C, h, w)`, t `(N,)`; before step 0 stands the picture.
+        """
+        beta = _wide(self.chain(t.device).beta[t])
+        return (1 - beta).sqrt().to(_precision(x_before)) * x_before + beta.sqrt().to(_precision(x_before)) * eps
+
+    def posterior(
+        self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q(x_{t-1} | x_t, x_0): mean `(N, C, h, w)`, variance, clipped log-variance `(N, 1, 1, 1)`; DDPM, eqs. 6, 7.
+
+        At t = 0 the mean is x_0 and the variance 0. Its logarithm is taken from t = 1 there, as Improved DDPM does.
+        """
+        beta, alpha_bar, before, _, variance, log_variance = (table[t] for table in self.chain(t.device))
+        of_x0 = beta * before.sqrt() / (1 - alpha_bar)
+        of_x_t = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
+        dtype = _precision(x_t)
+        mean = _wide(of_x0).to(dtype) * x0 + _wide(of_x_t).to(dtype) * x_t
+        return mean, _wide(variance).to(dtype), _wide(log_variance).to(dtype)
+
+    def log_variances(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """log β̃_t, clipped, and log β_t: the reverse step's least and greatest log-variance, `(N, 1, 1, 1)` each.
+
+        They are the right ones for data that is a point and data that is standard normal; DDPM, section 3.2.
+        """
+        table = self.chain(t.device)
+        return _wide(table.log_variance[t]).to(dtype), _wide(table.beta[t].log()).to(dtype)
+
+    def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Log-variance of the reverse step from the network's second half of channels; Improved DDPM, eq. 15.
+
+        v `(N, C, h, w)`, −1 standing for log β̃ and 1 for log β, to the same shape.
+        """
+        small, large = self.log_variances(t, _precision(v))
+        share = (v + 1) / 2
+        return share * large + (1 - share) * small
+
+    def target_of(
+        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
+    ) -> torch.Tensor:
+        """What the network should answer to (x_t, t), or what one with another `target` should."""
+        return answer(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
+
+    def x0_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The picture that a prediction stands for: the inverse of `target_of`, given x_t."""
+        return picture(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+
+    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
+        return noise(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+
+    def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
+        """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
+        if target == self.target:
+            return prediction
+        return self.target_of(self.x0_of(prediction, x_t, t), self.eps_of(prediction, x_t, t), t, target)
+
+
+def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise whose mean varies too: ε + strength·offset, with offset `(N, C, 1, 1)` standard normal.
+
+    Teaches brightness where the schedule doesn't end in pure noise (Guttenberg, "Diffusion with offset noise", 2023,
+    who takes 0.1); zero terminal SNR does so without bias. It is both x_t's noise and the target's.
+    """
+    return eps + strength * offset
+
+
+def perturbed(eps: torch.Tensor, xi: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise for x_t only, ε + strength·ξ, while the target keeps ε: input perturbation, arXiv 2301.11706 (0.1 there).
+
+    The network meets in training the errors that it makes itself in sampling. ξ is standard normal, as ε.
+    """
+    return eps + strength * xi
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value[:, None, None, None]
+
+
+def _precision(x: torch.Tensor) -> torch.dtype:
+    """Of the coefficients that meet x: half precision would lose the small ones."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""How many processes there are, and who does what."""

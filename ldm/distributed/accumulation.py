@@ -1,0 +1,28 @@
+"""How a global batch is shared by processes and by passes one after the other."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Accumulation(NamedTuple):
+    """How an optimiser step's batch is computed: `steps` passes one after the other, of `images` on each device."""
+
+    steps: int
+    images: int
+
+
+def accumulation(batch: int, processes: int, device_batch: int | None = None) -> Accumulation:
+    """The fewest equal passes that complete a global batch with at most `device_batch` images on a device at once.
+
+    ValueError, naming the nearest batch that would do, where the processes can't share the batch evenly.
+    """
+    if batch % processes:
+        nearest = max(1, round(batch / processes)) * processes
+        raise ValueError(f"{batch} can't be shared evenly by {processes} processes; {nearest} can")
+    share = batch // processes
+    steps = math.ceil(share / min(device_batch or share, share))
+    while share % steps:
+        steps += 1
+    return Accumulation(steps, share // steps)

@@ -1,0 +1,131 @@
+"""The processes of a run and what each computes on, found by accelerate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list, patch_environment
+
+from ldm.config.schema import RunConfig, Training
+from ldm.distributed.accumulation import Accumulation, accumulation
+from ldm.distributed.sharding import KINDS
+from ldm.utils.errors import UserError
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
+
+
+def join(config: RunConfig) -> PartialState:
+    """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
+    with unsharded():
+        state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+    if not hasattr(state, "unsharded"):
+        state.unsharded = state.distributed_type
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != told:  # each would train alone, and write over the others
+        raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
+    return state
+
+
+@cache
+def say_idle_cores(processes: int) -> None:
+    """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // processes
+    if torch.get_num_threads() == 1 < share:
+        print(
+            f"One thread a process on {cores} cores; OMP_NUM_THREADS={share}, or accelerate launch "
+            f"--num_cpu_threads_per_process {share}, would be faster.",
+            file=sys.stderr,
+        )
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """What `action` gives on the main process, on all of them; also its UserError, or the others would wait on."""
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def precision(config: RunConfig) -> str:
+    """`no`, `bf16` or `fp16`: what `run.precision` comes to on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    cpu = _on_cpu(config)
+    native = torch.cpu._is_avx512_bf16_supported() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "no"
+
+
+def accelerator(config: RunConfig, passes: int = 1) -> Accelerator:
+    """accelerate, set up for this run's device and precision; `ldm.distributed.sharding` shards."""
+    state = join(config)
+    cpu = _on_cpu(config)
+    if not cpu:  # float32 that is left: TF32 in matrix products, as it is in convolutions; the fastest convolutions
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    # Buffers are the same in all processes already; gradients in the buckets themselves save a copy of them.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    state.distributed_type = state.unsharded  # a run before this one may have been sharded
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(passes)):  # it comes first
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision(config),
+            gradient_accumulation_steps=passes,
+            kwargs_handlers=[ddp],
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(config.dir),
+        )
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """In a data loader's process: a signal to all of a run's processes is for the run, which needs data until it saved.
+
+    torch ends the process at a SIGTERM, and the run with it before it could save. One of the parent's own still does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def unsharded() -> AbstractContextManager[None]:
+    """Within it, accelerate takes no notice of a configuration for FSDP or DeepSpeed."""
+    return patch_environment(**dict.fromkeys(KINDS, "false"))  # type: ignore[no-any-return]
+
+
+def accumulated(stage: str, training: Training, processes: int) -> Accumulation:
+    """How a stage's batch is computed by so many processes; UserError where they can't share it evenly."""
+    try:
+        return accumulation(training.batch, processes, training.device_batch)
+    except ValueError as error:
+        raise UserError(f"{stage}.batch: {error}") from None
+
+
+def _on_cpu(config: RunConfig) -> bool:
+    return config.device == "cpu" or not torch.cuda.is_available()

@@ -1,0 +1,1 @@
+"""Figures for what a model makes."""

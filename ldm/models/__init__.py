@@ -1,0 +1,1 @@
+"""Whose weights, and what shape: autoencoder, U-Net, text encoder, classifier."""

@@ -1,0 +1,319 @@
+"""Pictures ↔ normalised latents. The only place that knows how latents are scaled, and which architectures there are.
+
+Latents that leave here have mean 0 and standard deviation 1 as far as the autoencoder's own files can say it: an
+AutoencoderKL that we trained carries the statistics of each channel inside its 1×1 quant convolutions and has
+`scaling_factor` 1, so that every program that reads diffusers folders decodes it rightly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from torch import nn
+
+from ldm.config.schema import Stage1Config
+from ldm.models import vae_tiling
+from ldm.models.convert import autoencoder as single_file
+from ldm.utils.atomic_files import tensors_sha256, whole_folder
+from ldm.utils.errors import UserError
+
+STATISTICS = "latents.json"
+CERTAIN = -60.0  # log-variance of latents that are no distribution: a sample is the mean
+AT_ONCE = 2**21  # pixels that are computed together
+WHOLE, TILE = 1024, 512  # a picture of more than WHOLE² pixels is computed in tiles of TILE²
+
+
+class Identity(nn.Module):
+    """Latents that are the pixels: diffusion in pixel space."""
+
+    config = SimpleNamespace(scaling_factor=1.0, shift_factor=None, latent_channels=3)
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, device: Any) -> Identity:  # type: ignore[override]
+        self.device = torch.device(device)
+        return self
+
+
+KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC)}
+FAMILIES = {"kl": "AutoencoderKL", "vq": "VQModel", "tiny": "AutoencoderTiny", "dc": "AutoencoderDC"}
+FAMILIES["identity"] = "Identity"
+Model: TypeAlias = Any  # one of these, or Identity
+
+
+def at_once(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A batch `(N, C, H, W)` in parts that fit into memory together."""
+    return pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
+
+
+class Autoencoder:
+    """An autoencoder as two functions, `encode` and `decode`, and the facts that others need of it."""
+
+    def __init__(self, vae: Model):
+        if isinstance(vae, AutoencoderKL) and (vae.config.shift_factor or vae.config.latents_mean):
+            # diffusers' StableDiffusionPipeline ignores both, the convolutions don't
+            one = torch.ones(vae.config.latent_channels)
+            known = vae.config.latents_mean
+            vae = fold(vae, *map(torch.tensor, (known, vae.config.latents_std))) if known else vae
+            vae = fold(vae, one * vae.config.shift_factor, one) if vae.config.shift_factor else vae
+        self.vae = vae.eval().requires_grad_(False)
+        self._encoder = ""  # its fingerprint, where its weights are no longer what was loaded
+        self.channels: int = vae.config.latent_channels
+        self.factor: int = factor(vae)
+        self.scale: float = vae.config.scaling_factor
+        self.shift: float = vae.config.get("shift_factor") or 0.0 if isinstance(vae, AutoencoderTiny) else 0.0
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(N, 3, H, W)` in [-1, 1] → `(N, channels, H/factor, W/factor)` float32: the posterior's mean, normalised."""
+        return self.moments(pixels)[0]
+
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the normalised posterior, each as `encode` gives the mean."""
+        pixels = pixels.to(self.vae.device, self.vae.dtype)
+        parts = [self._moments(part) for part in at_once(pixels)]
+        mean, logvar = (torch.cat(each).float() for each in zip(*parts, strict=True))
+        return (mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)
+
+    def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.vae, Identity):
+            return pixels, torch.full_like(pixels, CERTAIN)
+        if pixels[0, 0].numel() > WHOLE**2:
+            h = vae_tiling.encode(self.vae, pixels, TILE)
+            return posterior(self.vae, h)
+        return encoded(self.vae, pixels)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, about [-1, 1]."""
+        z = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
+        area = z[0, 0].numel() * self.factor**2
+        return torch.cat([self._decode(part, area) for part in z.split(max(1, AT_ONCE // area))]).float()
+
+    def _decode(self, z: torch.Tensor, area: int) -> torch.Tensor:
+        if isinstance(self.vae, Identity):
+            return z
+        pixels: torch.Tensor = vae_tiling.decode(self.vae, z, TILE) if area > WHOLE**2 else self.vae.decode(z).sample
+        return pixels
+
+    def to(self, device: torch.device) -> Autoencoder:
+        self.vae.to(device)
+        return self
+
+    def bfloat16(self) -> None:
+        """Computes in it from here on; what caches and classifiers are bound to stays what was loaded."""
+        self._encoder = self.encoder_fingerprint()
+        if not isinstance(self.vae, Identity):
+            self.vae.to(torch.bfloat16)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and the scale."""
+        return tensors_sha256(self.vae.state_dict(), self.scale, *([self.shift] if self.shift else []))
+
+    def encoder_fingerprint(self) -> str:
+        """SHA-256 of all that makes latents: what caches and checkpoints are bound to. Decoders may change."""
+        return self._encoder or tensors_sha256(
+            encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else [])
+        )
+
+    def contract(self, size: int) -> dict[str, Any]:
+        """What latents of pictures of `size` pixels are: shape, and the encoder that made them."""
+        side = size // self.factor
+        return {"shape": [self.channels, side, side], "autoencoder": self.encoder_fingerprint()}
+
+    def save(self, folder: Path, **facts: Any) -> None:
+        """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
+        with whole_folder(folder) as beside:
+            self.vae.save_pretrained(beside)
+            (beside / STATISTICS).write_text(json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- what the architectures do
+
+
+def factor(vae: Model) -> int:
+    """Pixels along a side per latent."""
+    if isinstance(vae, Identity):
+        return 1
+    if isinstance(vae, AutoencoderDC):
+        return int(vae.spatial_compression_ratio)
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encoder_tensors(vae: Model) -> dict[str, torch.Tensor]:
+    """The weights of everything that makes latents."""
+    return {name: t for name, t in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+
+
+def posterior(vae: Model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents from what an encoder gives, before normalisation."""
+    if isinstance(vae, AutoencoderKL):
+        mean, logvar = h.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
+    return h, torch.full_like(h, CERTAIN)
+
+
+def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents of pictures, before normalisation."""
+    if isinstance(vae, AutoencoderKL):
+        distribution = vae.encode(pixels).latent_dist
+        return distribution.mean, distribution.logvar
+    return posterior(vae, vae.encode(pixels, return_dict=False)[0])
+
+
+def build(stage: Stage1Config, size: int) -> Model:
+    """A new autoencoder with random weights, as `stage1` describes it, for pictures of `size` pixels."""
+    widths, levels = stage.channels, len(stage.channels)
+    if stage.family == "identity":
+        return Identity()
+    if stage.family == "tiny":
+        blocks = (stage.layers,) * (levels - 1)
+        return AutoencoderTiny(
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=stage.latent_channels,
+            num_encoder_blocks=(1, *blocks), num_decoder_blocks=(*blocks, 1),
+        )  # fmt: skip
+    if stage.family == "dc":  # linear attention in the deeper half
+        deep = levels // 2
+        scales = ((),) * (levels - deep) + ((5,),) * deep
+        types = ("ResBlock",) * (levels - deep) + ("EfficientViTBlock",) * deep
+        return AutoencoderDC(
+            latent_channels=stage.latent_channels, encoder_block_types=types, decoder_block_types=types,
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+            encoder_layers_per_block=(stage.layers,) * levels, decoder_layers_per_block=(stage.layers,) * levels,
+            encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
+        )  # fmt: skip
+    shape: dict[str, Any] = {
+        "block_out_channels": widths, "layers_per_block": stage.layers, "latent_channels": stage.latent_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": stage.groups, "mid_block_add_attention": stage.mid_attention, "sample_size": size,
+        "scaling_factor": 1.0,
+    }  # fmt: skip
+    return VQModel(**shape, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
+    """Loads an autoencoder: a diffusers folder (of a whole pipeline too), one `.safetensors` in the original layout, a
+    Hub id, or `identity`. UserError, naming `key`, where there is none."""
+    path = Path(name)
+    if str(name) == "identity":
+        return Autoencoder(Identity())
+    try:
+        if path.is_file():
+            return Autoencoder(single_file.read(path))
+        return Autoencoder(_diffusers(str(name), path, key))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        said = reason if str(name) in reason else f"can't load an autoencoder from {str(name)!r}: {reason}"
+        raise UserError(said if said.startswith(key) else f"{key}: {said}") from None
+
+
+def _diffusers(name: str, folder: Path, key: str) -> Model:
+    subfolder = next((part for part in ("vae", "vqvae") if (folder / part).is_dir()), None)
+    if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
+        raise UserError(f"{key}: {folder} has no config.json; give the folder that an autoencoder was saved to")
+    try:
+        config = AutoencoderKL.load_config(name, subfolder=subfolder)
+    except OSError:
+        if folder.is_dir():
+            raise
+        subfolder = "vae"  # the id of a whole pipeline on the Hub
+        config = AutoencoderKL.load_config(name, subfolder=subfolder)
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: {folder}/config.json is no autoencoder's")
+    kind = KINDS.get(config.get("_class_name", ""))
+    if not kind:
+        raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
+    if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
+        raise UserError(f"{key}: {name} is for pictures of {config['in_channels']} channels; ours have 3")
+    if config.get("scaling_factor", 1.0) is None or config.get("vq_embed_dim") not in (None, config["latent_channels"]):
+        raise UserError(
+            f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
+        )
+    vae, found = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+        raise UserError(
+            f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"
+        )
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------------- normalisation
+
+
+def statistics(
+    vae: Model, batches: Iterable[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent channel, `(C,)` each, over all pictures and positions given.
+
+    `total` adds a tensor up over processes, each of which gives its own share of the pictures.
+    """
+    sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
+    with torch.no_grad():
+        for pixels in (part for batch in batches for part in at_once(batch)):
+            z = (
+                encoded(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
+            )  # (C, N·h·w)
+            sums += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
+    count, linear, squares = total(sums)
+    mean = linear / count
+    return mean.float(), (squares / count - mean.square()).clamp_min(1e-12).sqrt().float()
+
+
+def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder:
+    """The same autoencoder with latents of mean 0 and deviation 1, as far as its architecture can express it.
+
+    AutoencoderKL: each channel, by its convolutions. VQModel: the mean of each channel, but one scale, since scaling
+    channels apart would change which code is nearest. AutoencoderTiny and AutoencoderDC: one scale.
+    """
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(scaling_factor=1.0)
+        return Autoencoder(fold(vae, mean, std))
+    if isinstance(vae, VQModel):
+        mean = mean.to(vae.device, vae.dtype)
+        with torch.no_grad():
+            vae.quant_conv.bias -= mean
+            vae.quantize.embedding.weight -= mean
+            vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        mean = torch.zeros_like(std)
+    rms = (std.square() + (mean - mean.mean()).square()).mean().sqrt()  # the deviation of all channels together
+    vae.register_to_config(scaling_factor=float(1 / rms))
+    if isinstance(vae, AutoencoderTiny):
+        vae.register_to_config(shift_factor=0.0)  # it has one, but diffusers' StableDiffusionPipeline ignores it
+    return Autoencoder(vae)
+
+
+def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> AutoencoderKL:
+    """The same autoencoder with latents `(z - mean) / std`, by its quant convolutions, which it gets if it has none.
+
+    quant_conv ends in (mean, log-variance): m' = (m - mean) / std, and lv' = lv - 2 log std.
+    post_quant_conv begins on z: W'·z' + b' = W·(std·z' + mean) + b.
+    """
+    c = vae.config.latent_channels
+    config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True}
+    config |= {"shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+    folded = AutoencoderKL.from_config(config)
+    nn.Module.to(folded, vae.dtype)  # diffusers' own warns of layers that it keeps in float32, of which there are none
+    folded.load_state_dict(vae.state_dict(), strict=False)
+    mean, std = mean.to(vae.dtype), std.to(vae.dtype)
+    with torch.no_grad():
+        for conv, present in ((folded.quant_conv, vae.quant_conv), (folded.post_quant_conv, vae.post_quant_conv)):
+            if present is None:
+                nn.init.dirac_(conv.weight)
+                nn.init.zeros_(conv.bias)
+        quant, post = folded.quant_conv, folded.post_quant_conv
+        post.bias += post.weight[:, :, 0, 0] @ mean
+        post.weight *= std[None, :, None, None]
+        quant.bias[:c] = (quant.bias[:c] - mean) / std
+        quant.weight[:c] /= std[:, None, None, None]
+        quant.bias[c:] -= 2 * std.log()
+    return folded.to(vae.device)

@@ -1,0 +1,1 @@
+"""Single `.safetensors` files in the original Stable Diffusion layout, to diffusers and back."""

@@ -1,0 +1,256 @@
+"""An autoencoder as one `.safetensors` in the layout of CompVis and Stability AI ↔ a diffusers autoencoder.
+
+One table of names serves both ways: the model says which tensors it has, the table says what the original calls them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from pydantic import BaseModel, Field, FiniteFloat, Json, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a whole checkpoint; alone it has none
+TRAINING = ("loss.", "model_ema.")  # what CompVis' own training leaves beside the autoencoder: no part of it
+
+# Parts of names, diffusers' and the original's; in this order. Not `up_blocks`, which the original counts backwards.
+RENAMES = (
+    ("down_blocks.", "down."),
+    ("mid_block.resnets.0.", "mid.block_1."),
+    ("mid_block.resnets.1.", "mid.block_2."),
+    ("mid_block.attentions.0.", "mid.attn_1."),
+    (".resnets.", ".block."),
+    (".attentions.", ".attn."),
+    (".downsamplers.0.", ".downsample."),
+    (".upsamplers.0.", ".upsample."),
+    (".conv_shortcut.", ".nin_shortcut."),
+    (".conv_norm_out.", ".norm_out."),
+    (".group_norm.", ".norm."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".to_out.0.", ".proj_out."),
+)
+LINEAR = re.compile(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$")  # linear in diffusers, a 1×1 convolution in the original
+
+# A tensor that marks a published model, in a whole checkpoint → its scaling_factor and shift_factor.
+SCALES: dict[str, tuple[float, float | None]] = {
+    "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (0.13025, None),  # SDXL
+    "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (0.13025, None),  # SDXL's refiner
+    "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (1.5305, 0.0609),  # SD 3
+    "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (0.3611, 0.1159),  # FLUX.1
+}
+
+
+class Knowledge(BaseModel):
+    """What the tensors don't say, and the file's metadata (all of it text) may: None where it doesn't."""
+
+    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    shift_factor: FiniteFloat | None = None
+    norm_num_groups: PositiveInt | None = None
+    sample_size: PositiveInt | None = None
+    latents_mean: Json[list[float]] | None = None
+    latents_std: Json[list[float]] | None = None
+
+
+def read(path: Path) -> AutoencoderKL | VQModel:
+    """The autoencoder of a file, alone or inside a whole checkpoint: float32, on the CPU, in evaluation mode.
+
+    Its tensors' names and shapes tell the architecture; nothing else of the file is loaded. Where the metadata is
+    silent, these are guesses:
+      - `norm_num_groups`: 32; if that doesn't divide all widths, the largest that does and leaves 4 channels a group;
+      - `scaling_factor`, `shift_factor`: those of SDXL, SD 3 or FLUX.1 in such a model's whole checkpoint; the
+        `scale_factor` that CompVis keeps if it measured one; else 0.18215 (Stable Diffusion 1 and 2, which is wrong
+        for SDXL's autoencoder alone) for a KL of 4 channels, and 1 (unscaled) for all others; no shift;
+      - `sample_size` (it bounds tiles only): 512.
+
+    Raises UserError if the file is missing, damaged, or no autoencoder, or a tensor is missing, left over or misshapen.
+    """
+    with opened(path) as file:
+        return _read(path, file)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A `.safetensors` to read tensors from; UserError where it is missing, damaged, or a pickle."""
+    if path.suffix in PICKLES and path.exists():
+        raise UserError(
+            f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of "
+            "it: torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/stage2.md has the command)"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a model's or a whole checkpoint's .safetensors") from None
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: can't be read as safetensors ({reason}); copy or download it again, or convert a .ckpt first"
+        ) from None
+
+
+def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
+    """The inverse of `read`, whole or not at all: the tensors in the model's dtype, what they don't say as metadata.
+
+    Raises UserError for an autoencoder that the original layout has no names for.
+    """
+    _refuse_others(vae, path)
+    config, tensors = vae.config, {}
+    for name, tensor in vae.state_dict().items():
+        tensor = tensor[:, :, None, None] if LINEAR.search(name) else tensor
+        tensors[original_name(name, len(config.block_out_channels))] = tensor.detach().cpu().contiguous()
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    known = {key: config.get(key) for key in Knowledge.model_fields}
+    metadata = {
+        "format": "pt",
+        "class": type(vae).__name__,
+        "latents": f"{config.latent_channels} channels, 1/{factor} of the picture's height and width",
+        **{key: json.dumps(value) for key, value in known.items() if value is not None},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as beside:
+        save_file(tensors, beside, metadata)
+
+
+def original_name(name: str, levels: int) -> str:
+    """What the original layout calls a tensor of a diffusers autoencoder with so many levels of resolution."""
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    for ours, theirs in RENAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def architecture(path: Path, shapes: Shapes) -> dict[str, Any]:
+    """The configuration that names and shapes tell, for VQModel if it has `num_vq_embeddings`, else AutoencoderKL."""
+
+    def size(name: str, axis: int) -> int:
+        if len(shapes.get(name, ())) <= axis:
+            raise UserError(f"{path}: tensor {name} is missing or has too few axes; no autoencoder of this layout")
+        return shapes[name][axis]
+
+    levels = len({match[0] for name in shapes if (match := re.match(r"encoder\.down\.\d+\.", name))})
+    layers = len({match[0] for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.\d+\.", name))})
+    attention = [
+        [any(name.startswith(f"{side}.{i}.attn.") for name in shapes) for i in range(levels)]
+        for side in ("encoder.down", "decoder.up")
+    ]
+    config: dict[str, Any] = {
+        "in_channels": size("encoder.conv_in.weight", 1),
+        "out_channels": size("decoder.conv_out.weight", 0),
+        "latent_channels": size("decoder.conv_in.weight", 1),
+        "block_out_channels": tuple(size(f"encoder.down.{i}.block.0.conv2.weight", 0) for i in range(levels)),
+        "layers_per_block": layers,
+        "down_block_types": tuple(("DownEncoderBlock2D", "AttnDownEncoderBlock2D")[has] for has in attention[0]),
+        "up_block_types": tuple(("UpDecoderBlock2D", "AttnUpDecoderBlock2D")[has] for has in attention[1][::-1]),
+        "mid_block_add_attention": any(".mid.attn_1." in name for name in shapes),
+    }
+    if any(name.startswith("quantize.") for name in shapes):
+        codes, width = (size("quantize.embedding.weight", axis) for axis in (0, 1))
+        return {**config, "num_vq_embeddings": codes, "vq_embed_dim": width}
+    use = {f"use_{conv}": f"{conv}.weight" in shapes for conv in ("quant_conv", "post_quant_conv")}
+    return {**config, **use}
+
+
+def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
+    names = set(file.keys())
+    prefix = _prefix(path, names)
+    mine = [name for name in names if name.startswith(prefix) and not name.removeprefix(prefix).startswith(TRAINING)]
+    shapes = {name.removeprefix(prefix): tuple(file.get_slice(name).get_shape()) for name in mine}
+    config = architecture(path, shapes)
+    config |= _knowledge(path, file, names, config)
+    with torch.device("meta"):
+        model = (VQModel if "num_vq_embeddings" in config else AutoencoderKL)(**config)
+    expected = model.state_dict()
+    places = {original_name(name, len(config["block_out_channels"])): name for name in expected}
+    same_names(path, set(places), set(shapes), type(model).__name__)
+    tensors = {}
+    for original, name in places.items():
+        shape = tuple(expected[name].shape)
+        given = shapes[original][:2] if LINEAR.search(name) and set(shapes[original][2:]) <= {1} else shapes[original]
+        if given != shape:
+            raise UserError(f"{path}: tensor {original} has shape {given}; beside the others it would be {shape}")
+        tensor = file.get_tensor(prefix + original).reshape(shape)
+        tensors[name] = tensor.to(torch.float32, copy=True)  # a copy: else it is the file, which may be replaced
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _prefix(path: Path, names: set[str]) -> str:
+    """What stands before the autoencoder's names in this file."""
+    for prefix in PREFIXES:
+        if f"{prefix}encoder.down.0.block.0.conv1.weight" in names:
+            return prefix
+    if any("encoder.down_blocks." in name for name in names):
+        raise UserError(f"{path}: is in diffusers' layout, not the original; give the folder with its config.json")
+    raise UserError(
+        f"{path}: holds no autoencoder: no tensor encoder.down.0.…, alone or after {' or '.join(PREFIXES[:2])}"
+    )
+
+
+def same_names(path: Path, needed: set[str], given: set[str], kind: str) -> None:
+    """Raises UserError for tensors that are missing or left over."""
+    for names, complaint in ((needed - given, "lacks"), (given - needed, "has, and no such model has,")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{path}: as {kind} it {complaint} tensor {min(names)}{more}; is the file whole and unaltered?"
+            )
+
+
+def _knowledge(path: Path, file: Any, names: set[str], config: dict[str, Any]) -> dict[str, Any]:
+    """What `Knowledge` holds, from the metadata, then from marks in a whole checkpoint, then guessed."""
+    try:
+        said = Knowledge.model_validate(file.metadata() or {}).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: metadata {first['loc'][0]} is {first['input']!r}: {first['msg']}") from None
+    scale, shift = (0.18215 if "use_quant_conv" in config and config["latent_channels"] == 4 else 1.0), None
+    if "scale_factor" in names:
+        measured = file.get_tensor("scale_factor")
+        if measured.numel() != 1 or not 0 < float(measured) < math.inf:
+            raise UserError(f"{path}: tensor scale_factor is {measured.tolist()}; it should be one number above 0")
+        scale = float(measured)
+    scale, shift = next((SCALES[name] for name in SCALES if name in names), (scale, shift))
+    width = math.gcd(*config["block_out_channels"])
+    groups = 32 if width % 32 == 0 else max(n for n in range(1, 33) if width % n == 0 and (n == 1 or width // n >= 4))
+    if width % said.get("norm_num_groups", 1):
+        raise UserError(
+            f"{path}: metadata norm_num_groups is {said['norm_num_groups']}, "
+            f"which doesn't divide the channels {config['block_out_channels']}"
+        )
+    guessed = {"scaling_factor": scale, "shift_factor": shift, "norm_num_groups": groups, "sample_size": 512}
+    known = {**guessed, **said}
+    if "num_vq_embeddings" in config:  # VQModel has no place for the others
+        known = {key: known[key] for key in ("scaling_factor", "norm_num_groups", "sample_size")}
+    return known
+
+
+def _refuse_others(vae: Any, path: Path) -> None:
+    """Raises UserError for what the original layout can't say."""
+    if not isinstance(vae, AutoencoderKL | VQModel):
+        reason = f"it has no names for {type(vae).__name__}, only for AutoencoderKL and VQModel"
+    else:
+        plain = {"DownEncoderBlock2D", "UpDecoderBlock2D", "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"}
+        other = sorted({*vae.config.down_block_types, *vae.config.up_block_types} - plain)
+        fixed = {"act_fn": ("silu", "swish"), "norm_type": ("group", None), "lookup_from_codebook": (False, None)}
+        other += [f"{key} {vae.config[key]}" for key, values in fixed.items() if vae.config.get(key) not in values]
+        if not other:
+            return
+        reason = f"it has no place for {', '.join(other)}"
+    raise UserError(f"{path}: can't be written in the original layout: {reason}; save a diffusers folder instead")

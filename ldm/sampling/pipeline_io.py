@@ -1,0 +1,149 @@
+"""A model ↔ a folder of diffusers' pipelines, which plain diffusers opens too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LDMPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+)
+from diffusers.utils import logging
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as text_logging
+
+from ldm.diffusion.schedules import betas
+from ldm.models.autoencoder import Autoencoder, Identity, fold
+from ldm.models.conditioning import NOISIEST
+from ldm.models.text_encoder import TextEncoder
+from ldm.utils.atomic_files import whole_folder
+from ldm.utils.errors import UserError
+
+FACTS, NULL = "ldm.json", "null.safetensors"  # what a pipeline's folder has beside what plain diffusers reads
+KNOWN = (
+    StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, LDMPipeline,
+)  # fmt: skip
+Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
+UPSCALER = 0.08333  # the only latent scale that diffusers' StableDiffusionUpscalePipeline leaves alone
+
+
+def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
+    """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError where it is of no known kind.
+
+    Weights are read from safetensors only. `option` named it, as errors say.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it says of errors stands in ours
+    try:
+        parts = DiffusionPipeline.load_config(str(name))
+        none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
+        given = {"safety_checker": None} if "safety_checker" in parts else {}
+        if "text_encoder" in parts:  # by itself, since a pipeline draws weights that are missing at random
+            given["text_encoder"] = _encoder(str(name), parts["text_encoder"][1])
+        pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
+        facts, null = _facts(Path(name))
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {said}") from None
+    finally:
+        logging.set_verbosity(before)
+    if not isinstance(pipeline, KNOWN):
+        known = ", ".join(kind.__name__ for kind in KNOWN)
+        raise UserError(f"{option}: {name} is a {type(pipeline).__name__}; known are {known}")
+    if "prediction_type" not in pipeline.scheduler.config:
+        rule = type(pipeline.scheduler).__name__
+        raise UserError(
+            f"{option}: {name} comes with {rule}, which these pipelines of diffusers can't run; save another"
+        )
+    encoder = getattr(pipeline, "text_encoder", None)
+    vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
+    for part in (pipeline.unet, vae):
+        if lacking := [key for key, tensor in part.state_dict().items() if tensor.is_meta]:
+            raise UserError(f"{option}: {name} lacks {lacking[0]} and {len(lacking) - 1} more weights; fetch it anew")
+    return {
+        "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None, "unet": pipeline.unet.eval(),
+        "autoencoder": Autoencoder(vae), "scheduler": pipeline.scheduler, "null": null,
+        "classes": tuple(facts.get("classes", ())),
+        **_usual(pipeline), **{key: facts[key] for key in ("steps", "guidance") if key in facts},
+    }  # fmt: skip
+
+
+def _encoder(name: str, kind: str) -> Any:
+    """The text encoder of a pipeline; ValueError where its files lack weights."""
+    before = text_logging.get_verbosity()
+    text_logging.set_verbosity(text_logging.CRITICAL)
+    try:
+        found, about = getattr(transformers, kind).from_pretrained(
+            name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        text_logging.set_verbosity(before)
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"its text encoder lacks {missing[0]} and {len(missing) - 1} more")
+    return found
+
+
+def _usual(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Steps and guidance of a kind of model, where its folder does not say."""
+    if isinstance(pipeline, LatentConsistencyModelPipeline):
+        return {"steps": 4, "guidance": 8.5}
+    if isinstance(pipeline, DDPMPipeline):
+        return {"steps": pipeline.scheduler.config.num_train_timesteps}
+    return {}
+
+
+def write(model: Model, folder: Path) -> None:
+    """Writes a folder that plain diffusers opens, as the pipeline of the model's task, and what `read` needs beside."""
+    with whole_folder(folder) as beside:
+        _pipeline(model).save_pretrained(beside)
+        facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
+        (beside / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        if model.null is not None:
+            save_file({"null": model.null.detach().float().cpu().contiguous()}, beside / NULL)
+
+
+def _pipeline(model: Model) -> DiffusionPipeline:
+    vae = None if isinstance(model.autoencoder.vae, Identity) else model.autoencoder.vae
+    if not model.text:
+        if vae is None:
+            return DDPMPipeline(unet=model.unet, scheduler=model.scheduler)
+        return LDMPipeline(vqvae=vae, unet=model.unet, scheduler=model.scheduler)
+    if isinstance(vae, AutoencoderDC):  # the pipeline counts levels by it
+        vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
+    parts: dict[str, Any] = {
+        "text_encoder": model.text.model, "tokenizer": model.text.tokenizer, "unet": model.unet,
+        "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+    if model.task == "inpaint":
+        return StableDiffusionInpaintPipeline(vae=vae, **parts, requires_safety_checker=False)
+    if model.task == "upscale":
+        if isinstance(vae, AutoencoderKL):
+            ours, none = model.autoencoder.scale, torch.zeros(model.autoencoder.channels)
+            vae = fold(vae, none, torch.full_like(none, UPSCALER / ours))
+            vae.register_to_config(scaling_factor=UPSCALER)
+        low = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
+        return StableDiffusionUpscalePipeline(
+            vae=vae, **parts, low_res_scheduler=low, watermarker=None, max_noise_level=NOISIEST
+        )
+    return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
+
+
+def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """What `write` wrote for `read`; nothing in a folder that others made, or of the Hub."""
+    facts = dict(json.loads((folder / FACTS).read_text("utf-8"))) if (folder / FACTS).exists() else {}
+    return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None

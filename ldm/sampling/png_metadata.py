@@ -1,0 +1,52 @@
+"""What remakes a picture, kept in the picture: a text chunk of its PNG."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import UserError
+
+KEY, VERSION = "ldm", 1
+NEEDED = {"script", "model", "weights", "prompt", "label", "seed", "toward", "row", "threads", "device", "torch"}
+
+
+def save(picture: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
+    """Writes a PNG, whole or not at all, with the recipe in it."""
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_itxt(KEY, json.dumps({"version": VERSION, **recipe}, ensure_ascii=False))
+    with whole_file(path) as beside:
+        picture.save(beside, "PNG", pnginfo=chunk)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The recipe of a picture; UserError where it has none, or one of a later version."""
+    try:
+        with Image.open(path) as opened:
+            text = opened.info.get(KEY)
+    except FileNotFoundError:
+        raise UserError(f"--again: no file {path}") from None
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--again: can't read {path}: {error}") from None
+    if not text:
+        raise UserError(f"--again: {path} does not say how it was made; give a PNG as these scripts write it")
+    try:
+        recipe = dict(json.loads(text))
+        if recipe.get("version") == VERSION and (missing := NEEDED - recipe.keys()):
+            raise ValueError(missing)
+    except (ValueError, TypeError):
+        raise UserError(f"--again: what {path} says of how it was made is damaged; give another PNG") from None
+    if recipe.pop("version", None) != VERSION:
+        raise UserError(f"--again: {path} was written by a later version; update ldm")
+    return recipe
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file that a picture was made from."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The bookkeeping of a training run, so that its loop can stay visible."""

@@ -1,0 +1,220 @@
+"""Averages of the weights over a training run, and others that are put together from snapshots of these afterwards.
+
+Power-function averages and post-hoc EMA: Karras et al., arXiv 2312.02696, section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm.config.schema import Training
+from ldm.distributed.launch import on_main
+from ldm.distributed.sharding import gathered, joined, local, sharded
+from ldm.utils.atomic_files import Tensors, whole_file
+from ldm.utils.errors import UserError
+
+Numbers = np.ndarray | float
+
+
+def exponent(width: float) -> float:
+    """γ of the profile t^γ whose standard deviation is `width` of the training's length, 0 < width < 12^-½; γ > 0."""
+    # eq. 123, σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)), as a cubic in γ: eq. 126, Algorithm 2
+    t = width**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+class EMA:
+    """A moving average of tensors, updated in place: no memory but its own.
+
+    The decay after update n is that of diffusers' `EMAModel`, min(decay, (1 + n) / (10 + n)), and 0 for the first.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], decay: float):
+        self.decay = decay
+        self.shadow_params = [p.detach().clone() for p in parameters]
+        self.optimization_step = 0
+
+    def get_decay(self, optimization_step: int) -> float:
+        n = optimization_step - 1
+        return min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+
+    @torch.no_grad()
+    def step(self, parameters: list[torch.Tensor]) -> None:
+        self.optimization_step += 1
+        torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.get_decay(self.optimization_step))
+
+    @torch.no_grad()
+    def swap(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Exchanges average and parameters, one tensor after the other: called twice, all is as it was."""
+        for average, parameter in zip(self.shadow_params, parameters, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+            del held  # before the next one is taken
+
+
+class PowerEMA(EMA):
+    """An average in which the weights after update τ count as τ^γ: always the same share of the training."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], width: float):
+        super().__init__(parameters, decay=1.0)
+        self.gamma = exponent(width)
+
+    def get_decay(self, optimization_step: int) -> float:
+        return float((1 - 1 / optimization_step) ** (self.gamma + 1))  # eq. 127; 0 at the first update
+
+
+class Averages:
+    """The averages of a module's trained parameters, which are given in the order of `named`.
+
+    Each process averages what it has of a sharded parameter.
+
+    Where `ema_widths` are set, a power-function average of each; else an exponential one of decay `ema`. The first of
+    `models`, `main`, is what is sampled, measured and exported.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training):
+        names, parameters = zip(*named, strict=True)
+        self.names: tuple[str, ...] = names
+        self.parameters: tuple[nn.Parameter, ...] = parameters
+        mine = self._local()
+        self.training, self.widths = training, training.ema_widths
+        self.models: list[EMA] = [PowerEMA(mine, width) for width in self.widths]
+        self.models = self.models or [EMA(mine, training.ema)]
+        self.main = self.models[0]
+        self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
+        self._swapped = False
+
+    @property
+    def updates(self) -> int:
+        """Times that weights were taken in: steps, but for skipped ones."""
+        return int(self.main.optimization_step)
+
+    def _local(self) -> list[torch.Tensor]:
+        return [local(p) for p in self.parameters]
+
+    def step(self) -> None:
+        for model in self.models:
+            model.step(self._local())
+
+    def swap(self) -> None:
+        """Gives the parameters the main average, or, the second time, their own values back."""
+        self.main.swap(self._local())
+        self._swapped = not self._swapped
+
+    def tensors(self, model: EMA) -> Tensors:
+        """Averages by parameter name, sharded as the parameters are; swapped ones are in these."""
+        averages = self._local() if self._swapped and model is self.main else model.shadow_params
+        found = zip(self.names, averages, self.parameters, strict=True)
+        return {name: joined(average.detach(), like) for name, average, like in found}
+
+    def state(self) -> dict[str, Tensors]:
+        """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`.
+
+        All processes call it, the main one gets them.
+        """
+        return {part: gathered(self.tensors(model)) for part, model in zip(self._parts, self.models, strict=True)}
+
+    @torch.no_grad()
+    def load(self, parts: dict[str, Tensors], updates: int) -> None:
+        """Takes back what `state` gave."""
+        for part, model in zip(self._parts, self.models, strict=True):
+            for name, average, like in zip(self.names, model.shadow_params, self.parameters, strict=True):
+                average.copy_(local(sharded(parts[part][name], like)))
+            model.optimization_step = updates
+
+    def due(self, step: int) -> bool:
+        """Whether snapshots are to be written after this step: every `ema_snapshot_every`, and the last."""
+        t = self.training
+        return bool(self.widths) and self.updates > 0 and (step % t.ema_snapshot_every == 0 or step == t.steps)
+
+    def snapshot(self, folder: Path, step: int) -> None:
+        """The main process writes `step-000500-0.05.safetensors` of each width, whole or not at all; all call it.
+
+        Its metadata are what a `Snapshot` tells. UserError, on all processes, where it can't be written.
+        """
+        for width, model in zip(self.widths, self.models, strict=True):
+            tensors = gathered(self.tensors(model))
+            facts = json.dumps({"step": step, "updates": self.updates, "width": width})
+            on_main(partial(_write, folder / f"step-{step:06d}-{width}.safetensors", tensors, facts))
+
+
+def _write(path: Path, tensors: Tensors, facts: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as beside:
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, beside, {"average": facts})  # of several keys the order would change by chance
+
+
+class Snapshot(NamedTuple):
+    """A power-function average of σ_rel `width`, as it was after a step of the run."""
+
+    path: Path
+    step: int
+    updates: int
+    width: float
+
+
+def snapshots(folder: Path) -> list[Snapshot]:
+    """Those in a folder, by step and width; UserError where one can't be read."""
+    found = []
+    for path in folder.glob("step-*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["average"])
+            found.append(Snapshot(path, **facts))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a sound snapshot ({error}); move it away") from None
+    return sorted(found, key=lambda each: (each.step, each.width))
+
+
+def coefficients(t: np.ndarray, gamma: np.ndarray, t_r: float, gamma_r: float) -> np.ndarray:
+    """What to multiply averages `(n,)` of profiles (t, γ) by, so that their sum comes nearest to that of (t_r, γ_r).
+
+    Least squares over the profiles p(τ) = (γ + 1) τ^γ / t^(γ+1), 0 ≤ τ ≤ t (eq. 121): Algorithm 3.
+    """
+    return np.linalg.lstsq(_inner(t[:, None], gamma[:, None], t, gamma), _inner(t, gamma, t_r, gamma_r), rcond=None)[0]
+
+
+def _inner(t_a: Numbers, gamma_a: Numbers, t_b: Numbers, gamma_b: Numbers) -> Any:
+    """∫ p_a p_b dτ over 0 ≤ τ ≤ min(t_a, t_b), in closed form."""
+    t = np.minimum(t_a, t_b)
+    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return scale * (t / t_a) ** (gamma_a + 1) * (t / t_b) ** (gamma_b + 1) / t
+
+
+def fit(given: Sequence[Snapshot], width: float) -> tuple[np.ndarray, float]:
+    """Shares `(n,)`, which add up to 1, of snapshots in the average of another width that ends where the last one does.
+
+    And by how much of its norm the wanted profile is missed; 0 is exact.
+    """
+    t = np.array([float(each.updates) for each in given])
+    gamma = np.array([exponent(each.width) for each in given])
+    t_r, gamma_r = t.max(), exponent(width)
+    shares = coefficients(t, gamma, t_r, gamma_r)
+    shares /= shares.sum()  # the paper's networks ignore the length of their weights, others don't
+    gram, target = _inner(t[:, None], gamma[:, None], t, gamma), _inner(t, gamma, t_r, gamma_r)
+    norm = _inner(t_r, gamma_r, t_r, gamma_r)
+    missed = max(0.0, shares @ gram @ shares - 2 * shares @ target + norm)  # ‖Σ share·p − p_r‖²
+    return shares, float(np.sqrt(missed / norm))
+
+
+def weighted_sum(paths: Iterable[Path], shares: Iterable[float]) -> Tensors:
+    """Σ share · tensor over files of the same names, one after the other; summed in float64, returned in float32."""
+    total: Tensors = {}
+    for path, share in zip(paths, shares, strict=True):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (no dict)
+                part = share * file.get_tensor(name).double()
+                total[name] = total[name].add_(part) if name in total else part
+    return {name: tensor.float() for name, tensor in total.items()}

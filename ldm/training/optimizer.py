@@ -1,0 +1,168 @@
+"""A module in training: how it computes, its optimiser, and what a checkpoint keeps of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
+from torch import nn
+
+from ldm.config.schema import Training
+from ldm.distributed.sharding import SHARDED, gathered, sharded, whole, without_weights
+from ldm.utils.atomic_files import Tensors, flatten_optimizer, unflatten_optimizer
+from ldm.utils.errors import UserError
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What each precision multiplies in."""
+
+
+class Network:
+    """`bare` is the module itself; `wrapped` computes in the run's precision and adds gradients up over processes.
+
+    What a module names in `apart`, parameters of another kind than its network's, is not decayed, and its gradients are
+    clipped by themselves, so that large ones don't shorten the network's. It is not sharded either.
+    """
+
+    def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
+        self.bare, self.lr, self.clip = module.to(accelerator.device), lr, training.clip
+        self.accelerator, self.precision = accelerator, precision
+        self._sort()
+        # Scalars, a learned variance for one, have no natural value to decay to either.
+        decayed = [p for p in self._together if p.ndim]
+        free = [p for p in self._together if not p.ndim] + self._apart
+        groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
+        adamw = optimizer(training, groups, lr, accelerator)
+        self._built: nn.Module | None = None  # what `release` fills, where the module can't become whole again
+        if accelerator.is_fsdp2:
+            self._prepare_to_shard()
+        self._use_autocast()
+        with _without_autocast(accelerator):  # of its own, which under DeepSpeed would be fp16, without a scaler
+            self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
+        if accelerator.is_fsdp2:  # its first forward does that, but a part's, in a validation, may come before
+            module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+        self._sort()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, the same whatever spreads the network over the processes; nothing for `no`."""
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.precision != "no")
+
+    def _use_autocast(self) -> None:
+        """The module's forward is under autocast from here on, and gives float32."""
+        if self.precision == "no":
+            return
+        inner, autocast = type(self.bare).forward, self.autocast
+
+        def forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+            with autocast():
+                output = inner(module, *arguments, **options)
+            return convert_to_fp32(output)
+
+        self.bare.forward = MethodType(forward, self.bare)  # a method, so that a copied module calls itself
+
+    def _sort(self) -> None:
+        """Finds the parameters that are trained; sharding replaces them."""
+        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
+        apart = {id(p) for p in getattr(self.bare, "apart", ())}
+        self._apart = [p for p in self.parameters if id(p) in apart]
+        self._together = [p for p in self.parameters if id(p) not in apart]
+
+    def _prepare_to_shard(self) -> None:
+        self._built = without_weights(self.bare)
+        self.accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(self._apart)]
+        for parameter in self._apart:
+            parameter.register_post_accumulate_grad_hook(self._reduce)
+
+    def _reduce(self, parameter: torch.Tensor) -> None:
+        if self.accelerator.sync_gradients:
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module, or a copy without weights, as one that is not sharded."""
+        return self._built or self.bare
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Of this network's loss, or of another's."""
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
+        apart = nn.utils.clip_grad_norm_(self._apart, self.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
+        return torch.where(apart.isfinite().to(norm.device), norm, torch.nan)
+
+    def step(self, finite: bool) -> None:
+        """Takes the optimiser's step; none where gradients are not finite."""
+        if finite:
+            self.optimizer.step()
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
+        """Weights and buffers, the optimiser's tensors, its groups; all processes call it, the main one gets them."""
+        tensors, groups = flatten_optimizer(self.optimizer.state_dict())
+        return gathered(self.bare.state_dict()), gathered(tensors), groups
+
+    def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
+        """Takes back what `state` gave, in this or another number of processes, sharded or not."""
+        own = self.bare.state_dict()
+        self.bare.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = unflatten_optimizer(tensors, groups)
+        for i, entry in state["state"].items():
+            for name, value in entry.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
+                    entry[name] = sharded(value, parameters[i])
+        self.optimizer.load_state_dict(state)
+        for parameter, entry in self.optimizer.optimizer.state.items():
+            for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    @torch.no_grad()
+    def release(self, averages: Tensors) -> nn.Module:
+        """The module as it was built, whole and computing in full precision, with averages of its parameters."""
+        if self._built is None:
+            self.bare.__dict__.pop("forward", None)
+            for name, average in averages.items():
+                self.bare.get_parameter(name).copy_(average)
+            return self.bare.eval()
+        weights = self.bare.state_dict() | averages
+        self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
+        return self._built.eval()
+
+
+@contextmanager
+def _without_autocast(accelerator: Accelerator) -> Iterator[None]:
+    """Within it, accelerate prepares models without autocast."""
+    before, accelerator.native_amp = accelerator.native_amp, False
+    try:
+        yield
+    finally:
+        accelerator.native_amp = before
+
+
+def optimizer(
+    training: Training, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """AdamW; UserError where the 8-bit one does not work with what accelerate is configured for."""
+    options: dict[str, Any] = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    if accelerator.distributed_type in SHARDED:
+        raise UserError("optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]

@@ -1,0 +1,315 @@
+"""What a run will take, measured before it begins: two real steps on the largest pictures, a validation, a sheet."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import gather_object, wait_for_everyone
+
+from ldm.config.loader import dump
+from ldm.config.schema import Config, Training
+from ldm.data import cache
+from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
+from ldm.data.stream import Stream
+from ldm.distributed import sharding
+from ldm.distributed.launch import join, on_main
+from ldm.training import checks
+from ldm.training.trainer import Run
+from ldm.utils.atomic_files import checkpoints, whole_file
+from ldm.utils.errors import UserError
+
+STEPS = 2  # the first, which also warms up, isn't timed
+HELD = 32  # held-out pictures of the validation, at most
+SHEET = 8  # pictures of the sheet in each process, at most: as many as are drawn together
+FILE = "preflight.json"
+Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, the class of the run
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage takes: seconds and bytes; memory is that of one process, on its GPU where it has one."""
+
+    step: float
+    validation: float
+    sheet: float
+    encoding: float
+    memory: int
+    disk: int
+    device: str
+
+    def describe(self, config: Config, stage: str, done: int = 0) -> str:
+        """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
+        t = getattr(config, stage)
+        left, looks, sheets = t.steps - done, _times(t.evaluate_every, t, done), _times(config.sample.every, t, done)
+        encoding = 0.0 if done else self.encoding
+        total = encoding + left * self.step + looks * self.validation + sheets * self.sheet
+        return (
+            f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
+            f"{_bytes(self.memory)} of memory on {self.device}; "
+            + (f"encoding takes {_time(encoding)}, " if encoding else "")
+            + f"{left} steps take {_time(left * self.step)}, {looks} × validation {_time(looks * self.validation)}"
+            + (f", {sheets} × samples {_time(sheets * self.sheet)}" if self.sheet else "")
+            + f": {_time(total)} in all, and {_bytes(self.disk)} of disk"
+        )
+
+
+class Rehearsal(Run):
+    """A run that ends by raising `Rehearsed` after its steps, a validation and a sheet, and leaves nothing."""
+
+    latest: ClassVar[Rehearsal | None] = None  # the one that is, or was, tried
+
+    def __init__(self, *arguments: Any, **options: Any):
+        Rehearsal.latest = self
+        self.took: dict[str, float] = {}  # seconds of what is done with the averaged weights
+        super().__init__(*arguments, **options)
+
+    def batches(self, dataset: Any, workers: int = 0) -> Iterator[Any]:
+        self.activity = "a training step"
+        self.ends = [time.perf_counter()]  # of preparing, of each step
+        self.model.train()
+        yield from self._loaded(dataset, workers)
+        raise Rehearsed(self)
+
+    def due(self, every: int, last: bool = False) -> bool:
+        return self.step == self.training.steps and self.accelerator.sync_gradients
+
+    @contextmanager
+    def averaged(self, activity: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with super().averaged(activity):
+            yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.took[activity] = time.perf_counter() - began
+
+    def log(self, values: dict[str, float]) -> None:
+        pass
+
+    def _after_step(self, stop: int, save: bool) -> None:
+        self.ends.append(time.perf_counter())
+
+    def _resume(self) -> None:
+        self.began = time.perf_counter()
+
+
+class Rehearsed(Exception):  # noqa: N818 it is no error
+    """Carries the run whose steps were taken."""
+
+    def __init__(self, run: Rehearsal):
+        self.run = run
+
+
+def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
+    """What `stage` takes, from the run's folder where it was measured on the same machine; or why it can't be told.
+
+    UserError where a step doesn't fit in the GPU's memory.
+    """
+    state = join(config.run)
+    about, done = _about(config, stage), _done(config, stage)
+    file = config.run.dir / FILE
+    known = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
+    if known.get(stage, {}).get("about") == about:
+        return Needs(**known[stage]["needs"]).describe(config, stage, done)
+    if lacking := on_main(lambda: _lacks_memory(config, stage)):
+        return lacking
+    folder = config.run.dir / ".preflight"  # where all machines of a run can see it
+    on_main(partial(shutil.rmtree, folder, ignore_errors=True))  # of one that was killed
+    try:
+        found = _measure(config, stage, data, train, folder)
+        wait_for_everyone()  # not after an error, which the others may not have: they would never come
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep() -> None:
+        with whole_file(file) as beside:
+            beside.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
+
+    on_main(keep)
+    return found.describe(config, stage, done)
+
+
+def _done(config: Config, stage: str) -> int:
+    """Steps that the stage's last checkpoint has behind it."""
+    last = checkpoints(config.run.dir / stage)[-1:]
+    return int(last[0].name.removeprefix("step-")) if last else 0
+
+
+def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> Needs:
+    processes = join(config.run).num_processes
+    sample, prompts = config.sample, config.sample.prompts[: SHEET * processes]
+    changes: dict[str, dict[str, Any]] = {
+        "run": {"dir": folder, "tracker": "none"}, "data": {"cache_dir": None},
+        "sample": {"steps": min(STEPS, sample.steps), "prompts": prompts},
+        stage: {"steps": STEPS},
+    }  # fmt: skip
+    if stage == "stage2":
+        changes[stage]["evaluate_pictures"] = HELD
+    elif config.stage1.gan:  # as it is when the discriminator plays
+        changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
+    sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    small = config.model_copy(update=sections)
+    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    _forget_peak(cuda)
+    try:
+        with redirect_stdout(io.StringIO()):  # what it says is said again when it counts
+            train(small, few, Rehearsal)
+    except Rehearsed as done:
+        run = done.run
+    except torch.OutOfMemoryError as error:
+        raise UserError(_too_large(stage, str(error))) from None
+    else:
+        raise AssertionError("a rehearsal ends in its batches")
+    preparing, *steps = run.ends
+    written = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+    share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
+    t = getattr(config, stage)
+    weights = sum(p.numel() * p.element_size() for p in run.parameters)
+    kept = (3 + len(run.ema.models)) * (config.run.keep + 1) + 1  # weights, two moments, averages; what is exported
+    if t.ema_widths:
+        kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
+    found = Needs(
+        step=steps[1] - steps[0],
+        validation=run.took.get("a validation", 0.0) * _measured(config, stage, data) / _measured(small, stage, few),
+        sheet=run.took.get("a sample sheet", 0.0)
+        * sample.steps
+        / min(STEPS, sample.steps)
+        * -(-len(sample.prompts) // processes)
+        / max(1, -(-len(prompts) // processes))
+        if sample.prompts
+        else 0.0,
+        encoding=(preparing - run.began) * share / _encoders(config, data, processes) if written else 0.0,
+        memory=max(gather_object([_peak(cuda)])),
+        disk=int(written * share + weights * kept),
+        device=_machine(run.accelerator.num_processes, cuda),
+    )
+    run.accelerator.free_memory()
+    del run
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return found
+
+
+def _times(every: int, training: Training, done: int) -> int:
+    """How often what comes every so many steps, and after the last one, is still to come."""
+    return (training.steps - 1) // every - done // every + 1
+
+
+def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
+    """Processes that encode the data side by side; each takes whole files of the cache."""
+    files = -(-len(data) * len(cache.variants_of(config, data)) // cache.PER_FILE) if isinstance(data, Index) else 1
+    return max(1, min(processes, files))
+
+
+def _too_large(stage: str, error: str) -> str:
+    """What does not fit into a GPU's memory, and what to do."""
+    activity = Rehearsal.latest.activity if Rehearsal.latest else "the model"
+    lower = f"lower {stage}.device_batch"
+    remedies = {
+        "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or share it by FSDP",
+        "a training step": f"{lower}, or set {stage}.gradient_checkpointing=true",
+        "encoding the data": "free the GPU of other programs, or take a smaller data.size",
+    }
+    remedy = remedies.get(activity, f"{lower}, which it follows")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "the device"
+    return f"{stage}: {activity} does not fit in the memory of {gpu} ({error.split('. ')[0]}); {remedy}"
+
+
+def _lacks_memory(config: Config, stage: str) -> str:
+    """On a CPU, where a step that does not fit ends the process without a word: why it isn't tried."""
+    if torch.cuda.is_available() and config.run.device != "cpu":
+        return ""
+    networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
+    least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
+    if sharding.asked() != "fsdp":  # which divides them
+        least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    there = psutil.virtual_memory().available
+    if least < there:
+        return ""
+    return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(there)} are free here"
+
+
+def _few(data: Index, batch: int) -> Index:
+    """Pictures of one batch that are brought to the largest size, and some held-out ones."""
+    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD)
+    size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
+    return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
+
+
+def _measured(config: Config, stage: str, data: Index | Stream) -> int:
+    """Pictures of a validation, whose time goes with them; 1 where they are not known."""
+    if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
+        return 1
+    most = getattr(config, stage).evaluate_pictures
+    return min(held, most) if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
+
+
+def _about(config: Config, stage: str) -> dict[str, Any]:
+    """What the measured depends on."""
+    keys = dump(config)
+    parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
+    parts["run"] = {name: keys["run"][name] for name in ("precision", "keep")}
+    parts["data"] = {**parts["data"], "cache_dir": None}
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    return {
+        "configuration": hashlib.sha256(json.dumps([stage, parts], sort_keys=True).encode()).hexdigest(),
+        "machine": _machine(join(config.run).num_processes, cuda), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _machine(processes: int, cuda: bool) -> str:
+    name = torch.cuda.get_device_name() if cuda else f"the CPU ({torch.get_num_threads()} threads)"
+    return name if processes == 1 else f"each of {processes} processes, on {name}"
+
+
+def _forget_peak(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.init()  # or there is nothing to reset yet
+        torch.cuda.reset_peak_memory_stats()
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        with suppress(OSError):  # where it may not, the peak is that of the whole process
+            clear.write_text("5")
+
+
+def _peak(cuda: bool) -> int:
+    """Bytes, of this process since `_forget_peak`."""
+    if cuda:
+        return torch.cuda.max_memory_reserved()
+    if (status := Path("/proc/self/status")).exists():
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    scale = 1 if sys.platform == "darwin" else 1024
+    return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _time(seconds: float) -> str:
+    if seconds < 99:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes / 1440:.0f} days"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -1,0 +1,91 @@
+"""How a command speaks to the person who typed it."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class UserError(ValueError):
+    """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+
+
+def cant_write(error: BaseException) -> str:
+    """Why nothing could be written, and the remedy; empty where the error is another one."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])  # its library tells the number in its text alone
+    if number in FULL:
+        return f"{os.strerror(number)}; make room, and the same command continues"
+    return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
+
+
+def left_alone(error: BaseException | None) -> bool:
+    """Whether it, or one that came before it, says that another process no longer answers."""
+    while error:
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong argument is one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
+
+    def guarded(arguments: Sequence[str] | None = None) -> int:
+        diffusers.utils.logging.disable_progress_bar()  # theirs, over reading a file, would hide ours
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            return main(arguments) or 0
+        except UserError as error:
+            text = str(error).rpartition("ldm.utils.errors.UserError: ")[
+                2
+            ]  # from a loader's process it comes as a traceback
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            return 2
+        except torch.OutOfMemoryError as error:
+            print(
+                f"error: the GPU's memory is full ({str(error).split('. ')[0]}); compute fewer images at once "
+                "(device_batch, --batch), or set gradient_checkpointing=true; the same command continues",
+                file=sys.stderr,
+            )
+            return 2
+        except RuntimeError as error:
+            if not left_alone(error):
+                raise
+            print(
+                "error: another process of this run has ended, and may have said why; the last checkpoint stands, and "
+                "the same command continues.",
+                file=sys.stderr,
+            )
+            return 2
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # or while reading
+                raise
+            print(f"error: can't write {getattr(error, 'filename', None) or 'a file'}: {reason}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues.", file=sys.stderr)
+            return 130
+
+    return guarded

@@ -1,0 +1,1 @@
+"""The noise-aware classifier of classifier guidance: its training and its measurement."""

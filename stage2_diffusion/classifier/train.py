@@ -1,0 +1,230 @@
+"""Trains the classifier of classifier guidance on a finished run's latents with noise: `OUT/model` out.
+
+    python -m stage2_diffusion.classifier.train runs/openmoji --out runs/classifier [steps=3000 channels=[64,128,256] …]
+
+It learns the classes of the run's training pictures, which the run itself need not have been told. The keys are those
+of `ClassifierConfig`. The same command again continues, or finds it finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ldm.utils.openmp  # noqa: F401  # before torch
+
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.config import loader
+from ldm.config.loader import differences
+from ldm.config.schema import ClassifierConfig, Config
+from ldm.data import index
+from ldm.data.cache import View
+from ldm.data.dataset import feed, named
+from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
+from ldm.diffusion.process import Process
+from ldm.distributed.launch import join, on_main
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.classifier import NoisyClassifier
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.run_dir import FREE_ENDS, make
+from ldm.training.trainer import Run
+from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
+from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.rng import normal, uniform
+from stage2_diffusion.validation import BATCH, LEVELS
+
+STAGE = "classifier"
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="stage2_diffusion.classifier.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write; a used one is continued")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=3000")
+    given = parser.parse_intermixed_args(arguments)
+    own = loader.section(ClassifierConfig, given.overrides, "stage2_diffusion.classifier.train")
+    settings = read(given.run, own, given.out)
+    state = join(settings.run)
+    train(settings, own, given.run, given.out)
+    state.wait_for_everyone()
+    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
+
+
+def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
+    """A finished run's settings, as its pictures are read for a classifier; UserError where that can't be."""
+    found = loader.of_run(run)
+    if found.stage2.image:
+        raise UserError(
+            f"{run}: made for {', '.join(found.stage2.conditions)}; classifiers guide models that make whole pictures"
+        )
+    if found.data.streaming:
+        raise UserError(f"{run}: a stream's classes aren't known beforehand; train one with data.streaming=false")
+    asked = found.stage2.model_copy(update={"conditions": ("class",), "batch": own.batch})
+    data = found.data.model_copy(update={"cache_dir": found.data.cache_dir or run / "cache"})
+    of_run = found.run.model_copy(update={"dir": out, "seed": own.seed})
+    return found.model_copy(update={"stage2": asked, "data": data, "run": of_run})
+
+
+def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) -> None:
+    """Trains a classifier of the pictures of split `train`, or of half of them, and writes `OUT/model`."""
+    pictures = index.build(settings)
+    classes = usable(pictures, out)
+    train_set = pictures.select("train")
+    train_set = train_set if own.half is None else train_set.half(own.half)
+    if not len(train_set):
+        raise UserError(f"half: {own.half} holds no training picture of {settings.data.name}; leave it out")
+    pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
+    autoencoder = pipeline.autoencoder
+    process = replace(Process.of(settings.stage2), times="uniform")  # as ADM draws them
+    torch.manual_seed(own.seed)
+    model = NoisyClassifier.of(own, autoencoder, process, classes)
+    model.check(pipeline.scheduler, autoencoder)
+    contract = {
+        **autoencoder.contract(settings.data.size), "data": train_set.fingerprint(),
+        "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
+    }  # fmt: skip
+    on_main(partial(claim, out, run_folder, own, contract))
+    if (out / "model").exists():
+        on_main(lambda: print(f"finished: {out / 'model'}"))
+        return
+    if own.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    run = Run(settings.run, own, STAGE, model, contract, name=named(train_set, settings, own.batch))
+    autoencoder.to(run.device)
+    samples = feed(train_set, settings, autoencoder, None, run.device)
+    validation = Validation(own, settings, pictures, autoencoder, process)
+
+    def look() -> None:
+        if run.due(own.evaluate_every, last=True):
+            validation(run)
+
+    if run.step:  # what a killed run still owes
+        look()
+    for batch in run.batches(samples.dataset, settings.data.workers):
+        with run.accumulate():
+            n, y = batch["position"], batch["class"]
+            x0, _ = samples.encoded(batch)
+            eps = normal(own.seed, "noise", n, x0.shape[1:]).to(x0)
+            t = process.time(uniform(own.seed, "time", n).to(run.device))
+
+            logits = run.model(process.add_noise(x0, eps, t), process.network_time(t))
+            losses = F.cross_entropy(logits.float(), y, reduction="none")
+            loss = losses.mean()
+            run.watch(n, losses[:, None])
+            run.backward(loss)
+            run.update(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
+        look()
+
+    run.close()
+    trained = run.release()
+    on_main(partial(save, trained, out / "model", validation))  # last: where it stands, the training is finished
+
+
+def usable(pictures: Index, out: Path) -> list[str]:
+    """The classes of the pictures; UserError where they have none, or one, or too many pictures are bad."""
+    report = out / "data-report.json"
+    if problem := pictures.verdict(report):
+        on_main(partial(make, "--out", out))
+        on_main(partial(pictures.report, report))
+        raise UserError(problem)
+    classes = pictures.labels()
+    if len(classes) < 2:
+        raise UserError(
+            f"data.source: all pictures of {pictures.data.name} are of one class, {classes[0]!r}; a classifier needs "
+            "two at least"
+        )
+    return classes
+
+
+def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any]) -> None:
+    """Writes `OUT/config.yaml`, or takes the folder up again; UserError, with what differs, where it is another's."""
+    file = out / "config.yaml"
+    now = {"run": str(run), "pictures": contract, "classifier": own.model_dump(mode="json")}
+    if file.exists():
+        before = yaml.safe_load(file.read_text("utf-8"))
+        if now.keys() != before.keys():
+            raise UserError(f"--out: {out} is not a classifier's folder; give another one")
+        begun = (out / "model").exists() or checkpoints(out / STAGE)
+        changed = [
+            change for change in differences({**before, "run": str(run)}, now)
+            if begun and not change.partition(":")[0].endswith(FREE_ENDS)
+        ]  # fmt: skip
+        if changed:
+            raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
+    make("--out", out)
+    with whole_file(file) as beside:
+        beside.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
+
+
+def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
+    print(validation.table(model))
+    with whole_folder(folder) as beside:
+        model.save_pretrained(beside)
+    print(f"finished: {folder}")
+
+
+class Validation:
+    """Accuracy by noise level on held-out pictures, always the same, with the same noise; nothing where none are."""
+
+    def __init__(
+        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder, process: Process
+    ):
+        held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
+        view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
+        cuts = (
+            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + BATCH]]) for at in numbers[::BATCH]
+        )
+        self.x0 = torch.cat([autoencoder.encode(pixels).cpu() for pixels in cuts]) if numbers else torch.empty(0)
+        self.classes = pictures.labels()
+        self.y = torch.tensor([self.classes.index(held[i].label) for i in numbers], dtype=torch.int64)
+
+    def __call__(self, run: Run) -> None:
+        """Logs `held_out_accuracy`, mean over the noise levels, and that of each level."""
+        if not len(self.y):
+            return
+        with run.averaged("a validation"):
+            right = self.right(run.bare, run.accelerator.process_index, run.accelerator.num_processes)
+        shares = (run.total(right).sum(0) / len(self.y)).tolist()
+        levels = {f"held_out_accuracy_at_{level:+.0f}": share for level, share in zip(LEVELS, shares, strict=True)}
+        run.log({"held_out_accuracy": sum(shares) / len(shares)} | levels)
+
+    @torch.no_grad()
+    def right(self, model: nn.Module, rank: int = 0, processes: int = 1) -> torch.Tensor:
+        """How many pictures of each class are recognised at each level, `(K, levels)`, in one process's share."""
+        found = torch.zeros(len(self.classes), len(LEVELS), dtype=torch.float64)
+        device = next(model.parameters()).device
+        for numbers in torch.arange(len(self.y))[rank::processes].split(BATCH):
+            x0, y = self.x0[numbers].to(device), self.y[numbers]
+            eps = normal(self.seed, "validation", numbers, x0.shape[1:]).to(x0)
+            for i, level in enumerate(LEVELS):
+                t = self.process.time_at(torch.full((len(x0),), level, device=device))
+                logits = model(self.process.add_noise(x0, eps, t), self.process.network_time(t))
+                found[:, i].index_add_(0, y, (logits.argmax(1).cpu() == y).double())
+        return found
+
+    def table(self, model: NoisyClassifier) -> str:
+        """A row of accuracies for each class and one for all pictures, a column for each log-SNR."""
+        counts, right = torch.bincount(self.y, minlength=len(self.classes)), self.right(model)
+        rows = [(name, n, row) for name, n, row in zip(self.classes, counts.tolist(), right, strict=True) if n]
+        if not rows:
+            return "no pictures are held out, so that nothing is measured; data.held_out=0.05 holds some out"
+        width = max(12, *(len(name) for name, *_ in rows))
+        lines = [f"{'held out':{width}} {'pictures':>8}" + "".join(f"{level:>+7.0f}" for level in LEVELS) + "  log-SNR"]
+        for name, count, row in [("all", len(self.y), right.sum(0)), *rows]:
+            lines.append(f"{name:{width}} {count:>8}" + "".join(f"{share:>7.3f}" for share in row / count))
+        return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

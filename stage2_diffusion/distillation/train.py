@@ -1,0 +1,268 @@
+"""A finished run's model made into one of few steps: progressive distillation, or latent consistency.
+
+    python -m stage2_diffusion.distillation.train runs/openmoji --out runs/openmoji-few [key=value …]
+    python -m stage2_diffusion.distillation.train runs/openmoji --out runs/openmoji-lcm --method consistency
+
+Written is `OUT/pipeline`, which plain diffusers opens, and one for each halving on the way. The same command again
+continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ldm.utils.openmp  # noqa: F401  # before torch
+
+import torch
+import yaml
+from accelerate.utils import send_to_device
+from torch.utils.data import default_collate
+
+from ldm.config import loader
+from ldm.config.loader import differences
+from ldm.config.schema import Config, DistillConfig, Stage2Config
+from ldm.data import index
+from ldm.data.dataset import Item, feed, named
+from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
+from ldm.data.stream import Stream
+from ldm.diffusion.process import Process
+from ldm.distributed.launch import join, on_main, precision
+from ldm.models.compilation import compile_blocks
+from ldm.models.text_encoder import NULL_PROMPT
+from ldm.models.unet import UNet, hear_guidance, use_attention, without_variance
+from ldm.sampling.few_steps import consistent, first_order
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.training.optimizer import DTYPES
+from ldm.training.run_dir import FREE_ENDS, about, make
+from ldm.training.trainer import Run
+from ldm.utils.atomic_files import tensors_sha256, whole_file
+from ldm.utils.errors import Parser, UserError, command
+from stage2_diffusion.conditions import Conditions
+from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving, Lesson
+
+METHODS = ("progressive", "consistency")
+CAPTIONS = 1000  # that others are blended with
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="stage2_diffusion.distillation.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; a used one is continued")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
+    given = parser.parse_intermixed_args(arguments)
+    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    of_run = loader.of_run(given.run)
+    settings = loader.section(DistillConfig, given.overrides, "distill")
+    if settings.guidance_to is None:
+        twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)
+        settings = settings.model_copy(update={"guidance_to": twice})
+    check(of_run.stage2, settings, given.method)
+    state = join(of_run.run)
+    teacher = LatentDiffusion.load(given.run / "pipeline", "cpu")
+    without_variance(teacher.unet, teacher.autoencoder.channels)
+    about_it = {
+        "run": str(given.run), "method": given.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
+        "distill": settings.model_dump(mode="json"),
+    }  # fmt: skip
+    on_main(partial(claim, given.out, about_it))
+    of_run = of_run.model_copy(
+        update={
+            "run": of_run.run.model_copy(update={"dir": given.out}),
+            "data": of_run.data.model_copy(update={"cache_dir": of_run.data.cache_dir or given.run / "cache"}),
+        }
+    )
+    if not on_main((given.out / "pipeline").exists):
+        distill(of_run, settings, given.method, teacher)
+    if state.is_main_process:
+        print(f"finished: {given.out / 'pipeline'}")
+    state.wait_for_everyone()
+    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
+
+
+def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
+    """UserError where a model can't be distilled so."""
+    if "upscale" in stage.conditions:
+        raise UserError("stage2.conditions: diffusers' pipeline for upscale can't tell a student its scale of guidance")
+    if method == "progressive":
+        if stage.target == "eps":
+            raise UserError(
+                "stage2.target: at pure noise 'eps' says nothing about the picture, so progressive distillation can't "
+                "learn it; use --method consistency, or a run with target v, x0 or flow"
+            )
+        try:
+            settings.halvings()
+        except ValueError as error:
+            raise UserError(f"distill: {error}") from None
+        if stage.target != "flow" and settings.steps_from > stage.timesteps:
+            raise UserError(
+                f"distill: steps_from: {settings.steps_from}, but stage2.timesteps are {stage.timesteps}; lower it"
+            )
+    elif stage.target == "flow":
+        raise UserError("--method consistency: diffusers' LCMScheduler can't sample a flow; use --method progressive")
+    elif not settings.steps_to <= settings.original_steps <= stage.timesteps // 2:
+        raise UserError(
+            f"distill: original_steps: {settings.original_steps}; give steps_to, {settings.steps_to}, at least, and "
+            f"half of stage2.timesteps, {stage.timesteps // 2}, at most"
+        )
+
+
+def claim(folder: Path, new: dict[str, Any]) -> None:
+    """Makes the folder, or takes it up again; UserError where it was made from another model or otherwise."""
+    file = folder / "config.yaml"
+    if file.exists():
+        old = yaml.safe_load(file.read_text("utf-8"))
+        if "distill" not in old:
+            raise UserError(f"--out: {folder} is a run of another kind; give another folder")
+        changed = [
+            change for change in differences(old["distill"], new["distill"])
+            if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)
+        ]  # fmt: skip
+        before, now = ({key: each[key] for key in ("method", "teacher")} for each in (old, new))
+        changed += differences(before, now)
+        if changed:
+            raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
+        return
+    make("--out", folder)
+    with whole_file(file) as beside:
+        beside.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
+
+
+def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion) -> None:
+    """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
+    batches = {"batch": settings.batch, "device_batch": settings.device_batch}  # what samples are ordered by
+    of_run = of_run.model_copy(update={"stage2": of_run.stage2.model_copy(update=batches)})
+    stage, folder, process = of_run.stage2, of_run.run.dir, Process.of(of_run.stage2)
+    device = join(of_run.run).device
+    model.to(device)
+    data = Stream(of_run) if of_run.data.streaming else index.build(of_run)
+    assert settings.guidance_to, "the command sets it"
+    null = None
+    if model.text:
+        null = model.text.encode([NULL_PROMPT])[0] if model.null is None else model.null
+        within = min(max(model.guidance, settings.guidance_from), settings.guidance_to)
+        model = replace(model, guidance=within)
+    given = (process, settings, of_run.run.seed, null, len(model.classes) if stage.classes else None)
+
+    def teach(name: str, lesson: Lesson, solver: Any, steps: int) -> LatentDiffusion:
+        exported = folder / f"pipeline-{name.removeprefix('steps-')}"
+        if not on_main(exported.exists):
+            unet = learn(of_run, settings, model, data, name, lesson)
+            on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
+        return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
+
+    if method == "consistency":
+        solver = consistent(process, settings.original_steps)
+        model = teach("consistency", Consistency(model.unet, *given), solver, settings.steps_to)
+    else:
+        if model.text:
+            solver = scheduler(process, of_run.sample.solver, clip=model.autoencoder.factor == 1)
+            model = teach("guidance", Guidance(model.unet, *given), solver, model.steps)
+        for steps in settings.halvings():
+            model = teach(f"steps-{steps}", Halving(model.unet, *given, steps), first_order(process), steps)
+    on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
+
+
+def learn(
+    of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
+    lesson: Lesson,
+) -> UNet:  # fmt: skip
+    """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
+    stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
+    unet = copy.deepcopy(lesson.teacher).requires_grad_(True)
+    if lesson.hears_guidance:
+        hear_guidance(unet)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if stage.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    for each in (unet, lesson.teacher):
+        use_attention(each, stage.attention_backend, device, DTYPES[precision(of_run.run)])
+    training = settings.model_copy(update={"steps": settings.guidance_steps} if name == "guidance" else {})
+    contract = {
+        **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
+        "teacher": tensors_sha256(lesson.teacher.state_dict()),
+    }  # fmt: skip
+    student = Denoiser(unet, Stage2Config(), lesson.null)  # by default, nothing beside the U-Net is trained
+    run = Run(
+        of_run.run, training, name, student, contract,
+        name=named(data, of_run, settings.batch), sharded=lesson.can_be_sharded,
+    )  # fmt: skip
+    if stage.compile:
+        compile_blocks(unet, dynamic=bool(of_run.data.buckets))
+    samples = feed(data, of_run, model.autoencoder, model.text, run.device)
+    conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
+    held = held_out(of_run, model, everything)
+    if settings.blended and model.text and isinstance(data, Index):
+        captions = data.some(CAPTIONS)
+        lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
+
+    def look() -> None:
+        if held and run.due(settings.evaluate_every, last=True):
+            validate(run, lesson, conditions, *held)
+
+    if run.step:  # what a killed run still owes
+        look()
+    for batch in run.batches(samples.dataset, of_run.data.workers):
+        with run.accumulate():
+            n = batch["position"]
+            x0, states = samples.encoded(batch)
+            condition, _, _ = conditions(lesson.undropped(batch), x0, states)
+            asked = lesson.question(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
+            with torch.no_grad(), run.autocast():
+                target = lesson.target(asked, run)
+
+            prediction = run.model(asked.z, asked.told, asked.condition)
+            losses = lesson.losses(prediction.float(), asked, target)
+            loss = losses.mean()
+            run.watch(n, losses[:, None])
+            run.backward(loss)
+            run.update(loss=loss)
+        look()
+    run.close()
+    return run.release().unet
+
+
+def held_out(
+    of_run: Config, model: LatentDiffusion, everything: Index | Stream
+) -> tuple[Item, torch.Tensor, torch.Tensor | None] | None:
+    """The first batch of the held-out pictures, its latents and embeddings; None where nothing is held out."""
+    held = everything.select(*HELD_OUT)
+    if not isinstance(held, Index) or not len(held):
+        return None
+    device = model.unet.device
+    afresh = of_run.model_copy(update={"data": of_run.data.model_copy(update={"cache": "none"})})
+    samples = feed(held, afresh, model.autoencoder, model.text, device)
+    assert not isinstance(samples.dataset, Stream), "an index's samples"
+    batch = default_collate([samples.dataset[n] for n in range(of_run.stage2.batch)])
+    batch = {"position": batch.pop("position"), **send_to_device(batch, device)}
+    return batch, *samples.encoded(batch)
+
+
+@torch.no_grad()
+def validate(
+    run: Run, lesson: Lesson, conditions: Conditions, batch: Item, x0: torch.Tensor, states: torch.Tensor | None
+) -> None:
+    """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
+    condition, _, _ = conditions(lesson.undropped(batch), x0, states)
+    asked = lesson.question(batch["position"], x0, condition)
+    with run.averaged("a validation"), run.autocast():
+        target = lesson.target(asked, run)
+        prediction = run.bare(asked.z, asked.told, asked.condition)
+    run.log({"held_out_loss": float(lesson.losses(prediction.float(), asked, target).mean())})
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

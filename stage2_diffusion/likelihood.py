@@ -1,0 +1,239 @@
+"""How probable a model finds pictures: the variational bound, the exact density of its ODE, the bound's variance.
+
+    python -m stage2_diffusion.likelihood runs/openmoji
+
+Measured are held-out pictures, where the run has some, with their captions. Figures are nats per dimension of the
+latents, and bits per dimension of the pixels; lower is better. The bound of few steps is that of sampling in as many.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ldm.utils.openmp  # noqa: F401  # before torch
+
+import torch
+
+from ldm.config import loader
+from ldm.config.schema import Config
+from ldm.data import index
+from ldm.data.images import cut, to_tensor
+from ldm.data.records import HELD_OUT
+from ldm.diffusion import likelihood
+from ldm.diffusion.process import Process
+from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule, bound_integrand
+from ldm.models.conditioning import Condition, predict
+from ldm.models.unet import UNet
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.atomic_files import checkpoints, read_checkpoint
+from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.rng import normal, uniform
+
+LARGEST = 5.0  # standard deviations that a predicted latent is kept within, as pixels are within [-1, 1]
+CERTAIN = -50.0  # log-variance below which a posterior is a point
+Levels = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # uniform times → log-SNR, −d log-SNR / dt
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="stage2_diffusion.likelihood", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--count", type=int, default=32, help="pictures to measure")
+    parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
+    parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
+    given = parser.parse_args(arguments)
+    for option, number, least in (("--count", given.count, 1), ("--ode-steps", given.ode_steps, 0)):
+        if number < least:
+            raise UserError(f"{option}: {number}; give {least} or more")
+    settings = loader.of_run(given.run)
+    stage, process = settings.stage2, Process.of(settings.stage2)
+    if stage.image:
+        raise UserError(
+            f"{given.run}: made for {', '.join(stage.conditions)}; the bound is of models that make whole pictures"
+        )
+    several = given.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
+    for steps in several:
+        if process.target != "flow" and not 1 <= steps <= process.timesteps:
+            raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
+    model = LatentDiffusion.load(given.run / "pipeline")
+    found = Subject.of(settings, model, given.count)
+    what = "held-out" if found.held_out else "training"
+    print(f"{len(found.x0)} {what} pictures, {found.x0[0].numel():,} dimensions, {found.unit}")
+    if process.target != "flow":
+        print_bounds(found, stage.variance == "learned", several)
+    if given.ode_steps:
+        probes = torch.sign(normal(0, "probe", range(len(found.x0)), found.x0.shape[1:]))[None].to(found.x0)
+        log_p = likelihood.log_density(process, found.denoise(process), found.x0, given.ode_steps, probes)
+        print(f"{given.ode_steps:>6} ODE       {-(log_p / found.x0[0].numel()).mean():8.3f} nats/dim of the density")
+    if process.target != "flow":
+        print_variances(found, learned(given.run) if stage.schedule == "learned" else None)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The pictures that are measured, and the model that is asked about them."""
+
+    process: Process
+    unet: UNet
+    pixels: torch.Tensor  # (N, 3, H, W)
+    condition: Condition
+    x0: torch.Tensor  # (N, C, h, w), drawn from the autoencoder's posterior
+    log_variance: torch.Tensor  # of that posterior
+    rebuilt: torch.Tensor | None  # x0 decoded; None in pixel space, and where the posterior is a point
+    held_out: bool
+
+    @property
+    def of_pixels(self) -> bool:
+        return self.x0.shape == self.pixels.shape
+
+    @property
+    def unit(self) -> str:
+        return "bits/dim" if self.of_pixels else "nats/dim"
+
+    @classmethod
+    def of(cls, settings: Config, model: LatentDiffusion, count: int) -> Subject:
+        pixels, condition, held = pictures(settings, model, count)
+        mean, log_variance = model.autoencoder.moments(pixels)
+        x0, rebuilt = mean, None
+        if float(log_variance.max()) > CERTAIN:
+            x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)
+            rebuilt = model.autoencoder.decode(x0)
+        return cls(Process.of(settings.stage2), model.unet, pixels, condition, x0, log_variance, rebuilt, held)
+
+    def denoise(self, process: Process, variance: bool = False) -> likelihood.Denoiser:
+        """The network as a function of x_t and the process's t; the variance that it may tell too only where wanted."""
+
+        def predicted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            output = predict(self.unet, x, process.network_time(t).to(x), self.condition)
+            return output if variance else output[:, : x.shape[1]]
+
+        return predicted
+
+
+def print_bounds(found: Subject, learned_variance: bool, several: Sequence[int]) -> None:
+    x0 = found.x0
+    print(f"{'steps':>6} {'variance':9} {'bound':>9} {'prior':>8} {'decoder':>8} {'bits/dim of pixels':>19}")
+    for steps in several:
+        chain = found.process.respaced(steps)
+        for variance in ("small", "large", "learned")[: 3 if learned_variance else 2]:
+            bound = likelihood.bound(
+                chain, found.denoise(chain, variance == "learned"), x0,
+                lambda t: normal(0, f"bound {t}", range(len(x0)), x0.shape[1:]).to(x0), variance,
+                "discrete" if found.of_pixels else "gaussian", 1.0 if found.of_pixels else LARGEST,
+            )  # fmt: skip
+            of_pixels = ""
+            if found.rebuilt is not None:
+                error = float((found.rebuilt - found.pixels).square().mean())
+                bits = likelihood.through_autoencoder(
+                    bound.total, found.log_variance, found.pixels, found.rebuilt, error
+                )
+                of_pixels = f"{bits.mean():19.3f}"
+            terms = f"{bound.total.mean():9.3f} {bound.prior.mean():8.4f} {bound.steps[:, 0].mean():8.3f}"
+            print(f"{steps:>6} {variance:9} {terms} {of_pixels}".rstrip(), flush=True)
+
+
+def print_variances(found: Subject, schedule: Levels | None) -> None:
+    print("The bound by one random noise level, which a schedule draws:")
+    span = ends(found.process)
+    drawn = (
+        ("log_linear", partial(evenly, ends=span)),
+        ("cosine", partial(by_cosine, ends=span)),
+        ("learned", schedule),
+    )
+    for name, levels in drawn:
+        if levels:
+            draws = one_draw_bounds(found.process, found.denoise(found.process), found.x0, levels)
+            spread = float(draws.std() / math.sqrt(draws.numel()))
+            print(
+                f"  {name:11} mean {draws.mean():.3f} ± {spread:.3f} nats/dim, variance {draws.var():.3f}", flush=True
+            )
+
+
+def pictures(settings: Config, model: LatentDiffusion, count: int) -> tuple[torch.Tensor, Condition, bool]:
+    """`(N, 3, H, W)` pictures, what the model is told of them, and whether they were held out."""
+    records, size = index.build(settings), settings.data.size
+    held = records.select(*HELD_OUT)
+    chosen = (held if len(held) else records).some(count)
+    cuts = [cut(chosen.picture(i), (size, size)) for i in range(len(chosen))]
+    pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(model.unet.device)
+    entries = [chosen[i] for i in range(len(chosen))]
+    text = label = sizes = None
+    if model.text:
+        text = model.text.encode([entry.captions[0] for entry in entries])
+    if model.classes:
+        known = {name: number for number, name in enumerate(model.classes)}
+        label = torch.tensor([known.get(entry.label, len(known)) for entry in entries], device=pixels.device)
+    if settings.stage2.sizes:
+        corners = [corner for _, corner in cuts]
+        rows = [[e.height, e.width, top, left, size, size] for e, (left, top) in zip(entries, corners, strict=True)]
+        sizes = torch.tensor(rows, device=pixels.device).float()
+    return pixels, Condition(text, label, sizes), bool(len(held))
+
+
+# ------------------------------------------------------------------------------- the variance of the bound's estimate
+
+
+def ends(process: Process) -> tuple[float, float]:
+    """The log-SNRs that a chain begins and ends with, within those of learned schedules."""
+    log_snr = process.chain().log_snr
+    return min(LOG_SNR[0], float(log_snr[0])), max(LOG_SNR[1], float(log_snr[-1]))
+
+
+def evenly(u: torch.Tensor, ends: tuple[float, float] = LOG_SNR) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-SNRs spread evenly."""
+    high, low = ends
+    return high + (low - high) * u, torch.full_like(u, high - low)
+
+
+def by_cosine(u: torch.Tensor, ends: tuple[float, float] = LOG_SNR) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine schedule, α = cos(πt/2), between the same ends: log-SNR = −2·log tan(πt/2)."""
+    first, last = (2 / math.pi * math.atan(math.exp(-end / 2)) for end in ends)
+    t = first + (last - first) * u
+    slope = (last - first) * 2 * math.pi / torch.sin(math.pi * t)
+    return -2 * torch.log(torch.tan(math.pi * t / 2)), slope
+
+
+def learned(run: Path) -> Levels:
+    """The schedule that a run has learned."""
+    if not (found := checkpoints(run / "stage2")):
+        raise UserError(f"{run}: its checkpoints are gone, and with them the schedule that it learned")
+    parts, _ = read_checkpoint(found[-1])
+    schedule = LearnedSchedule()
+    prefix = "schedule."
+    schedule.load_state_dict({k.removeprefix(prefix): v for k, v in parts["model"].items() if k.startswith(prefix)})
+
+    def levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_snr, slope = schedule.draw(u.cpu())
+        return log_snr.detach().to(u), slope.detach().to(u)
+
+    return levels
+
+
+@torch.no_grad()
+def one_draw_bounds(
+    process: Process, denoise: likelihood.Denoiser, x0: torch.Tensor, levels: Levels, draws: int = 64
+) -> torch.Tensor:
+    """Estimates `(draws, N)` of the bound's diffusion term by one noise level each, nats per dimension.
+
+    ½·(−dλ/dt)·mean (ε − ε̂)², arXiv 2107.00630, eq. 17: their mean is the same for every schedule between the same ends,
+    their variance is not.
+    """
+    found = []
+    for k in range(draws):
+        positions = range(k * len(x0), (k + 1) * len(x0))
+        log_snr, slope = levels(uniform(0, "level", positions).to(x0))
+        t = process.time_at(log_snr)
+        eps = normal(0, "level noise", positions, x0.shape[1:]).to(x0)
+        x_t = process.add_noise(x0, eps, t)
+        guess = process.eps_of(denoise(x_t, t), x_t, t)
+        found.append(bound_integrand(guess, eps, slope))
+    return torch.stack(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

@@ -1,0 +1,157 @@
+"""Configurations: what is read is what is meant, and what is wrong is said in one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ldm.config import loader
+from ldm.config.schema import SampleConfig
+from ldm.utils.errors import UserError
+
+CHAIN = "stage2.target=eps"
+STREAM = "data.streaming=true data.cache=none"
+UPSCALE = "stage2.conditions=[text,upscale]"
+PIXELS = "stage2.conditions=[] stage2.pooled_text=false stage1={model: identity}"
+
+
+@pytest.fixture
+def tiny(root: Path) -> Path:
+    return root / "configs/tiny.yaml"
+
+
+@pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
+def test_shipped_configurations_are_valid(root: Path, name: str) -> None:
+    assert loader.load(root / f"configs/{name}.yaml").data.size in (32, 64, 512)
+
+
+def test_numbers_with_an_exponent_are_numbers(tiny: Path) -> None:
+    assert loader.load(tiny, ["stage2.lr=1e-4"]).stage2.lr == 1e-4
+
+
+def test_no_is_a_word_and_false_a_boolean(tiny: Path) -> None:
+    read = loader.load(tiny, ["run.precision=no", "data.flip=false"])
+    assert (read.run.precision, read.data.flip) == ("no", False)
+
+
+def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
+    read = loader.load(tiny)
+    assert loader.parse(loader.dump(read), "again") == read
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stage2.stepz=3", "did you mean 'steps'"),
+        ("stage3.steps=3", "did you mean 'stage"),
+        ("stage2.lr=fast", "stage2.lr: 'fast'"),
+        ("stage2.lr=-1e-4", "greater than 0"),
+        ("stage2.steps=1.5", "stage2.steps: 1.5"),
+        ("stage2.target=flwo", "did you mean 'flow'"),
+        ("data.size=33", "33 is not a multiple of 2"),
+        ("stage2.channels=[30, 64]", "stage2.channels: 30 is not a multiple of 8"),
+        ("stage2.attention=[true]", "1 values for 2 levels"),
+        ("sample.solver=ddim", "can't be saved with stage2.target 'flow'"),
+        ("sample.prompts=['']", "empty prompt"),
+        ("stage2.dropout=1.5", "less than 1"),
+        ("stage2.lr", "expected section.key=value"),
+        ("stage1.model=kl-f9", "did you mean 'kl-f8'"),
+        ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (groups); 32 would be"),
+        ("stage1.train=decoder", "stage1.train: decoder needs init_from"),
+        ("stage1.gan.wieght=1", "did you mean 'weight'"),
+        ("stage1.gan={layers: 4, warmup: 5}", "stage1.gan.layers: 4 need sides of 48 px, and the shortest has 32"),
+        ("stage1={model: identity, channels: [16, 32]}", "identity has one level and 3 channels"),
+        ("stage1.channels=[]", "at least 1 item"),
+        ("stage1={model: dc-f32, channels: [32, 64], latent_channels: 5}", "64 is not a multiple of 5"),
+        ("stage1.gan={start: 10, warmup: 30}", "in 40 steps the autoencoder would never hear it"),
+        ("stage1={equivariance: 1, gan: {}}", "equivariance: 1 leaves no step to the discriminator"),
+        ("stage1.gan={norm: batch, r1: 1, warmup: 5}", "no second derivative"),
+        ("stage1={l1: 0, gradient: 0}", "stage1.l1, l2, charbonnier, gradient and lpips are all 0"),
+        ("stage1={model: vq-f4, gradient_checkpointing: true}", "stage1.gradient_checkpointing: diffusers has none"),
+        ("stage1={model: tiny, channels: [16, 32]}", "AutoencoderTiny has the same width at every level"),
+        ("stage1={pretrained: a, init_from: b}", "set one of them"),
+        (f"{CHAIN} stage2.timesteps=4", "sample.steps: 5, but stage2.timesteps are 4"),
+        (f"{UPSCALE} stage1={{model: tiny, channels: [16, 16]}}", "stage2.conditions: upscale needs an AutoencoderKL"),
+        (f"{UPSCALE} stage1={{model: identity}}", "stage2.conditions: upscale needs an AutoencoderKL"),
+        (f"stage2.conditions=[text,size] {STREAM}", "stage2.conditions: size needs data.streaming=false"),
+        (f"stage2.conditions=[text,inpaint] {STREAM}", "stage2.conditions: inpaint and upscale need data.streaming"),
+        (f"stage2.conditions=[text,class] {STREAM}", "stage2.conditions: a stream's classes aren't known"),
+        (f"{PIXELS} {CHAIN} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
+        (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
+        (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
+        ("stage2.timesteps=100", "stage2.timesteps: 100; flow tells the U-Net its time in thousandths"),
+        (f"{CHAIN} stage2.weight=learned stage2.times=loss", "stage2.times: by the loss means little"),
+        (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: pure noise says nothing about eps"),
+        (
+            "stage2.ema_widths=[0.05,0.5]",
+            "stage2.ema_widths: [0.05, 0.5]: each must be more than 0 and less than 0.2887",
+        ),
+        ("stage1.ema_widths=[0.1,0.1]", "stage1.ema_widths: [0.1, 0.1]: one stands here twice; name each once"),
+        ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: one stands here twice; name"),
+        ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text beside it"),
+        ("stage2.conditions=[text,inpaint,upscale]", "stage2.conditions: a model has one task"),
+        ("stage2.conditions=[text,class,upscale]", "stage2.conditions: upscale tells its noise level"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        loader.load(tiny, re.split(r" (?=\w+[.=])", override))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_fills_in_what_is_not_given(tiny: Path) -> None:
+    one = loader.load(tiny, ["stage1.model=kl-f16-16ch", "stage1.layers=1"]).stage1  # not the file's channels
+    assert (one.channels, one.layers, one.latent_channels) == ((128, 128, 256, 512, 512), 1, 16)
+    assert one.factor == 16
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file"):
+        loader.load(tmp_path / "none.yaml")
+
+
+def test_differences_name_the_keys(tiny: Path) -> None:
+    a, b = loader.load(tiny), loader.load(tiny, ["stage2.lr=1e-3", "run.seed=4"])
+    changed = loader.differences(loader.dump(a), loader.dump(b))
+    assert changed == ["run.seed: 0 → 4", "stage2.lr: 0.002 → 0.001"]
+
+
+@pytest.mark.parametrize(
+    "conditions", ["[]", "[class]", "[text]", "[text, class]", "[text, size]", "[text, inpaint]", "[text, upscale]"]
+)
+def test_what_is_written_down_is_read_again(root: Path, conditions: str) -> None:
+    pooled = f"stage2.pooled_text={'text' in conditions}"
+    settings = loader.load(root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", pooled])
+    assert loader.parse(loader.dump(settings), "a test") == settings
+
+
+def test_conditions_stand_in_one_order(tiny: Path) -> None:
+    assert loader.load(tiny, ["stage2.conditions=[inpaint, text]"]).stage2.conditions == ("text", "inpaint")
+
+
+def test_a_section_by_itself_reads_overrides_as_the_whole_configuration_does() -> None:
+    assert loader.section(SampleConfig, ["guidance=2e0", "steps=3"], "sample").guidance == 2.0
+    for override, said in (("guidence=2", "did you mean 'guidance'"), ("steps=many", "steps: 'many'"), ("x", "=value")):
+        with pytest.raises(UserError, match=said):
+            loader.section(SampleConfig, [override], "sample")
+
+
+@pytest.mark.parametrize(("stage", "batch", "parts"), [("stage1", 16, 4), ("stage2", 256, 8)])
+def test_micro_batches_load_as_the_images_that_a_device_computes_at_once(
+    root: Path, stage: str, batch: int, parts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [f"{stage}.batch={batch}", f"{stage}.micro_batches={parts}"]
+    settings = loader.load(root / "configs/tiny.yaml", old)
+    assert getattr(settings, stage).device_batch == batch // parts
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        f"{stage}.micro_batches is now {stage}.device_batch, the images that a device computes at once: "
+        f"{batch // parts} here"
+    ]
+    assert loader.load(root / "configs/tiny.yaml", [*old[:1], f"{stage}.device_batch={batch // parts}"]) == settings
+
+
+def test_micro_batches_beside_what_replaced_them_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"stage2\.micro_batches: 2 beside stage2\.device_batch: 4"):
+        loader.load(root / "configs/tiny.yaml", ["stage2.micro_batches=2", "stage2.device_batch=4"])

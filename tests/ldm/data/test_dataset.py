@@ -1,0 +1,150 @@
+"""Which samples make up which step, and that this depends on nothing but seed and step."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.config import loader
+from ldm.config.schema import Stage1Config
+from ldm.data import index
+from ldm.data.dataset import Pictures
+from ldm.data.sampler import Order, Positions
+from ldm.models import autoencoder, text_encoder
+from stage2_diffusion.train import train
+
+BUCKETS = [(1, 1)] * 50 + [(1, 2)] * 7 + [(2, 1)] * 31 + [(3, 1)]
+
+
+@pytest.fixture
+def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]) -> Callable[..., loader.Config]:
+    """Settings for twenty-two pictures in three buckets, with two captions each."""
+    folder = three_shapes([f"picture {i}\nanother {i}" for i in range(22)])
+
+    def given(*overrides: str) -> loader.Config:
+        return loader.load(
+            root / "configs/tiny.yaml",
+            [
+                f"run.dir={tmp_path / 'run'}", "run.tracker=none", f"data.source.path={folder}",
+                "data.source.lines=true", "data.size=16", "data.buckets={step: 8}", *overrides,
+            ],
+        )  # fmt: skip
+
+    return given
+
+
+def test_all_samples_of_a_step_are_of_one_bucket() -> None:
+    order = Order([1.0] * 89, seed=0, batch=8, buckets=BUCKETS)
+    for step in range(100):
+        assert len({BUCKETS[order[8 * step + j]] for j in range(8)}) == 1
+
+
+def test_after_k_epochs_every_picture_was_shown_k_times_and_none_much_more() -> None:
+    order = Order([1.0] * 89, seed=0, batch=8, buckets=BUCKETS)
+    for epoch in range(1, 30):
+        seen = Counter(order[n] for n in range(8 * order.first_step(epoch)))
+        assert min(seen[i] for i in range(89)) >= epoch
+        assert max(seen.values()) <= epoch + 8  # the bucket of a single picture fills a batch with it
+        assert abs(sum(seen.values()) - 89 * epoch) <= 8 * 4
+
+
+def test_a_batch_may_be_larger_than_all_pictures_together() -> None:
+    order = Order([1.0] * 10, seed=0, batch=16, buckets=[(1, 1)] * 6 + [(1, 2)] * 4)
+    seen = Counter(order[n] for n in range(16 * 100))
+    assert all(abs(seen[i] - 160) <= 16 for i in range(10))
+
+
+def test_a_bucketed_order_is_a_pure_function_of_seed_and_position() -> None:
+    places = np.random.default_rng(0).permutation(800).tolist()
+    forwards = Order([1.0] * 89, seed=1, batch=8, buckets=BUCKETS)
+    jumping = Order([1.0] * 89, seed=1, batch=8, buckets=BUCKETS)
+    expected = [forwards[n] for n in range(800)]
+    assert {n: jumping[n] for n in places} == dict(enumerate(expected))
+    assert [Order([1.0] * 89, seed=2, batch=8, buckets=BUCKETS)[n] for n in range(800)] != expected
+
+
+def test_repeats_come_so_many_times_an_epoch() -> None:
+    order = Order([1.0] * 10, seed=0, repeats=[1] * 5 + [3] * 5)
+    assert Counter(order[n] for n in range(20)) == Counter(
+        {**dict.fromkeys(range(5), 1), **dict.fromkeys(range(5, 10), 3)}
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_global_batch_is_the_same_for_any_processes_and_workers(
+    processes: int, workers: int, shapes: Callable[..., loader.Config]
+) -> None:
+    given = shapes("data.flip=true", "data.crop=random", "data.crops=3")
+    samples = Pictures(index.build(given), given, batch=4)
+    order = samples.draws.order
+    assert len(order.rounds) == 3
+    steps = order.first_step(2)  # two epochs
+    shares = []
+    for rank in range(processes):
+        positions = Positions(0, steps, 4, 1, rank, processes)
+        shares.append(list(torch.utils.data.DataLoader(samples, batch_sampler=positions, num_workers=workers)))
+    for step in range(steps):
+        parts = [share[step] for share in shares]
+        assert torch.equal(torch.cat([p["position"] for p in parts]), torch.arange(4 * step, 4 * step + 4))
+        alone = [samples[n] for n in range(4 * step, 4 * step + 4)]
+        for key in ("pixels", "crop", "original_size"):
+            assert torch.equal(torch.cat([p[key] for p in parts]), torch.stack([s[key] for s in alone]))
+        assert [caption for p in parts for caption in p["caption"]] == [s["caption"] for s in alone]
+
+
+def test_flips_crops_and_captions_vary_and_are_recorded(shapes: Callable[..., loader.Config]) -> None:
+    given = shapes("data.flip=true", "data.crop=random", "data.crops=4")
+    samples = Pictures(index.build(given), given, batch=4)
+    draws = [samples.draws[n] for n in range(400)]
+    assert 150 < sum(draw.view.flip for draw in draws) < 250
+    assert {draw.view.crop for draw in draws} == {0, 1, 2, 3}
+    assert 150 < sum(draw.caption.startswith("another") for draw in draws) < 250
+    n = next(n for n, draw in enumerate(draws) if draw.entry.width == 36 and not draw.view.flip)
+    sample, draw = samples[n], draws[n]
+    left, top = sample["crop"].tolist()
+    assert sample["original_size"].tolist() == [36, 14]
+    width, height = draw.view.size
+    scale = max(width / 36, height / 14)
+    resized = samples.draws.index.picture(draw.number).resize((round(36 * scale), round(14 * scale)))
+    part = np.asarray(resized.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1
+    assert np.abs(part - sample["pixels"].permute(1, 2, 0).numpy()).mean() < 0.1
+
+
+@pytest.mark.slow
+def test_training_from_the_cache_has_the_losses_of_training_without(
+    shapes: Callable[..., loader.Config], tmp_path: Path
+) -> None:
+    losses = {}
+    for kind in ("disk", "none"):
+        given = shapes(
+            f"data.cache={kind}", f"run.dir={tmp_path / kind}", "run.log_every=1", "run.precision=no",
+            "stage2.steps=12", "stage2.batch=4", "stage2.channels=[16, 32]", "sample.prompts=[]",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        vae = autoencoder.Autoencoder(
+            autoencoder.build(
+                Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 16
+            )
+        )
+        train(given, index.build(given), vae, text_encoder.load(given.text.model, given.text.max_tokens))
+        lines = (tmp_path / kind / "stage2/metrics.jsonl").read_text().splitlines()
+        losses[kind] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses["disk"]) == 12
+    assert losses["disk"] == pytest.approx(losses["none"], rel=1e-3)
+
+
+def test_pictures_are_held_out_by_their_content(drawings: Callable[..., tuple[loader.Config, index.Index]]) -> None:
+    _, everything = drawings()
+    _, shared = drawings("data.held_out=0.2")
+    before, after = (set(part.select("train").column("sha256").tolist()) for part in (everything, shared))
+    held = set(shared.select("reconstruction").column("sha256").tolist())
+    assert after < before
+    assert not held & after
+    assert 0.15 < len(before - after) / len(before) < 0.25
+    assert all(int.from_bytes(sha256[:4]) < 0.2 * 2**32 for sha256 in before - after)
+    assert shared.select("combination").fingerprint() == everything.select("combination").fingerprint()

@@ -1,0 +1,88 @@
+"""Randomness by position."""
+
+import itertools
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+from ldm.data.sampler import Order, Positions
+from ldm.distributed.accumulation import accumulation
+from ldm.utils.rng import normal, uniform
+
+
+def test_an_epoch_of_equal_weights_shows_every_sample_once() -> None:
+    order = Order([1.0] * 103, seed=3)
+    for epoch in range(3):
+        assert sorted(order[epoch * 103 + n] for n in range(103)) == list(range(103))
+
+
+def test_epochs_differ_and_the_order_is_a_pure_function_of_seed_and_position() -> None:
+    order = Order([1.0] * 50, seed=3)
+    first, second = ([order[n] for n in range(a, a + 50)] for a in (0, 50))
+    assert first != second
+    assert [Order([1.0] * 50, seed=3)[n] for n in range(50, 100)] == second
+    assert [Order([1.0] * 50, seed=4)[n] for n in range(50)] != first
+
+
+def test_an_order_travels_to_loader_processes() -> None:
+    order = Order([1.0] * 50, seed=3)
+    assert [pickle.loads(pickle.dumps(order))[n] for n in range(100)] == [order[n] for n in range(100)]
+
+
+def test_samples_come_as_often_as_their_weights_say() -> None:
+    weights = [1.0] * 20 + [0.5] * 40
+    order = Order(weights, seed=0)
+    seen = Counter(order[n] for n in range(60 * 50))
+    for i, weight in enumerate(weights):
+        assert abs(seen[i] - 50 * weight * 60 / 40) <= 50
+    full = sum(seen[i] for i in range(20))
+    assert abs(full - 1500) < 60
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_processes_and_passes() -> None:
+    def step_sets(processes: int, passes: int) -> list[list[int]]:
+        shares = [list(Positions(2, 5, 24, passes, rank, processes)) for rank in range(processes)]
+        return [sorted(n for s in shares for part in s[i * passes : (i + 1) * passes] for n in part) for i in range(3)]
+
+    assert step_sets(1, 1) == step_sets(2, 1) == step_sets(2, 3) == step_sets(4, 2)
+
+
+def test_a_device_computes_as_many_images_at_once_as_it_may() -> None:
+    assert accumulation(256, 1, 32) == (8, 32)
+    assert accumulation(256, 8, 32) == (1, 32)
+    assert accumulation(256, 64, 32) == (1, 4)
+    assert accumulation(24, 2) == (1, 12)
+    for batch, processes, device_batch in itertools.product(range(1, 41), (1, 2, 3), range(1, 14)):
+        if batch % processes == 0:
+            steps, images = accumulation(batch, processes, device_batch)
+            assert steps * images * processes == batch
+            assert images <= device_batch
+            larger = range(images + 1, device_batch + 1)
+            assert not any(batch // processes % more == 0 for more in larger)
+
+
+def test_a_batch_that_can_not_be_shared_names_the_nearest_that_can() -> None:
+    with pytest.raises(ValueError, match="256 can't be shared evenly by 48 processes; 240 can"):
+        accumulation(256, 48, 32)
+    with pytest.raises(ValueError, match="2 can't be shared evenly by 8 processes; 8 can"):
+        accumulation(2, 8)
+
+
+def test_noise_belongs_to_the_position_not_to_the_batch() -> None:
+    together = normal(7, "noise", torch.tensor([4, 5, 6]), (2, 3))
+    alone = normal(7, "noise", torch.tensor([5]), (2, 3))
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(normal(7, "other", torch.tensor([5]), (2, 3)), alone)
+    assert not torch.equal(normal(8, "noise", torch.tensor([5]), (2, 3)), alone)
+
+
+def test_noise_is_standard_normal_and_uniform_is_uniform() -> None:
+    positions = torch.arange(400)
+    noise = normal(0, "noise", positions, (64,))
+    assert abs(float(noise.mean())) < 0.03
+    assert abs(float(noise.std()) - 1) < 0.02
+    u = uniform(0, "time", positions)
+    assert abs(float(u.mean()) - 0.5) < 0.05
+    assert 0 <= float(u.min()) < float(u.max()) < 1

@@ -1,0 +1,63 @@
+"""What can't be sharded is said before anything is trained; the run itself is in tests of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm.config import loader
+from ldm.distributed import sharding
+from ldm.utils.errors import UserError
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "said"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, (), "fsdp_version: 1 in accelerate's configuration"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, (), "fsdp_offload_params: true"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "stage2.gradient_checkpointing=true"),
+        (FSDP, ("stage2.channels_last=true",), "stage2.channels_last"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, (), "zero_stage: 3 in DeepSpeed's configuration"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, (), "offload_optimizer_device: cpu"),
+        ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "2.0"}, (), "gradient_clipping: 2.0 in DeepSpeed's configuration"),
+        (
+            {**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ("stage2.device_batch=8",),
+            "4 in DeepSpeed's configuration, 2 in the passes of stage2.device_batch",
+        ),
+        (ZERO, ("run.precision=fp16",), "run.precision: fp16"),
+        (ZERO, ("stage2.null=learned",), "stage2.null: learned"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_sharded_is_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
+    settings = loader.load(root / "configs/tiny.yaml", list(overrides))
+    sharding.check(settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said) as error:
+        sharding.check(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_without_deepspeed_it_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        sharding.check(loader.load(root / "configs/tiny.yaml", []))
+
+
+@pytest.mark.parametrize("environment", [FSDP, ZERO])
+def test_what_the_configurations_say_is_accepted(
+    root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    sharding.check(loader.load(root / "configs/sd-512.yaml", []))

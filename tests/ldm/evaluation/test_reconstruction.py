@@ -1,0 +1,259 @@
+"""Reconstruction figures."""
+
+import json
+import math
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+from ldm.evaluation.reconstruction import BETAS, Bicubic, Figures, ms_ssim, reconstruction, scales_of, verdict
+from ldm.models import feature_networks
+from ldm.utils.errors import UserError
+
+GOOD = {"psnr": 28.0, "ssim": 0.85, "red": 0.1, "green": -0.2, "blue": 0.3}
+PLAIN = {"psnr": 23.0, "ssim": 0.60, "lpips": 0.5}
+UNIT = torch.ones(4)
+
+
+def pairs(count: int, height: int, width: int, seed: int = 0, noise: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smooth pictures in [-1, 1] and noisy copies that leave it here and there."""
+    random = torch.Generator().manual_seed(seed)
+    real = F.interpolate(torch.randn(count, 3, 8, 8, generator=random), (height, width), mode="bicubic").clamp(-1, 1)
+    return real, real + noise * torch.randn(real.shape, generator=random)
+
+
+def test_psnr_is_its_definition_and_the_mean_over_pictures() -> None:
+    real = torch.zeros(2, 3, 32, 32)
+    rebuilt = real.clone()
+    rebuilt[0] += 0.2  # 0.1 of the range: 20 dB
+    rebuilt[1] += 0.02  # 0.01 of the range: 40 dB
+    assert reconstruction([(real[:1], rebuilt[:1]), (real[1:], rebuilt[1:])])["psnr"] == pytest.approx(30, abs=1e-3)
+
+
+def test_a_perfect_copy_has_ssim_one_and_clipping_is_applied() -> None:
+    real = torch.randn(2, 3, 32, 32).clamp(-1, 1)
+    assert reconstruction([(real, real)])["ssim"] == pytest.approx(1, abs=1e-5)
+    white = torch.ones(1, 3, 32, 32)
+    assert reconstruction([(white, white + 0.01 * torch.rand(1, 3, 32, 32))])["ssim"] == pytest.approx(1, abs=1e-5)
+
+
+def test_figures_are_those_that_numpy_and_torchmetrics_give_on_all_at_once() -> None:
+    real, rebuilt = pairs(5, 48, 64)
+    figures = Figures(scales=3)
+    for part in (slice(0, 2), slice(2, 5)):
+        figures.add(real[part], rebuilt[part])
+    a, b = real.double().numpy() / 2 + 0.5, (rebuilt.double().numpy() / 2 + 0.5).clip(0, 1)
+    squared = ((a - b) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(figures.each["psnr"], -10 * np.log10(squared), rtol=1e-5)
+    for channel, name in enumerate(("red", "green", "blue")):
+        np.testing.assert_allclose(figures.each[name], (b - a)[:, channel].mean((1, 2)) * 255, atol=1e-4)
+    means = figures.means()
+    x, y = real / 2 + 0.5, (rebuilt / 2 + 0.5).clamp(0, 1)
+    betas = tuple(beta / sum(BETAS[:3]) * sum(BETAS) for beta in BETAS[:3])
+    assert means["psnr"] == pytest.approx(
+        float(peak_signal_noise_ratio(y, x, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))), rel=1e-5
+    )
+    assert means["ssim"] == pytest.approx(float(structural_similarity_index_measure(y, x, data_range=1.0)), rel=1e-5)
+    assert means["ms_ssim"] == pytest.approx(
+        float(multiscale_structural_similarity_index_measure(y, x, data_range=1.0, betas=betas)), rel=1e-5
+    )
+
+
+def test_pictures_of_several_sizes_count_alike() -> None:
+    wide, square = pairs(3, 24, 48, seed=1), pairs(1, 32, 32, seed=2, noise=0.6)
+    figures = Figures(scales=2)
+    figures.add(*wide)
+    figures.add(*square)
+    apart = [Figures(scales=2) for _ in range(2)]
+    for one, pair in zip(apart, (wide, square), strict=True):
+        one.add(*pair)
+    for name, mean in figures.means().items():
+        assert mean == pytest.approx((3 * apart[0].means()[name] + apart[1].means()[name]) / 4, abs=1e-9)
+        assert figures.each[name].shape == (4,)
+    assert figures.means()["psnr"] == pytest.approx(reconstruction([wide, square])["psnr"])
+
+
+def test_the_colour_bias_has_the_sign_and_size_of_the_shift() -> None:
+    real = torch.zeros(2, 3, 16, 16)
+    figures = Figures()
+    figures.add(real, real + torch.tensor([3.0, 0.0, -5.0])[:, None, None] / 127.5)  # redder and less blue
+    means = figures.means()
+    assert (means["red"], means["green"], means["blue"]) == pytest.approx((3, 0, -5), abs=1e-4)
+
+
+def test_a_picture_that_is_not_finite_is_counted_and_left_out() -> None:
+    real, rebuilt = pairs(3, 32, 32)
+    whole = Figures()
+    whole.add(real[:2], rebuilt[:2])
+    rebuilt[2, 1, 5, 5] = torch.nan
+    figures = Figures()
+    figures.add(real, rebuilt)
+    assert (figures.count, figures.broken) == (3, 1)
+    assert figures.each["psnr"].isnan().tolist() == [False, False, True]
+    assert figures.means() == pytest.approx(whole.means())
+    assert all(math.isnan(value) for value in reconstruction([(real, rebuilt)]).values())  # who trains must see it
+
+
+@pytest.mark.parametrize(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
+def test_ms_ssim_takes_as_many_scales_as_there_is_room_for(side: int, scales: int) -> None:
+    assert scales_of(side) == scales
+    assert scales_of(side - 1) < scales or not scales
+    if scales:
+        real, _ = pairs(1, side, side + 3)
+        assert float(ms_ssim(real / 2 + 0.5, real / 2 + 0.5, scales)) == pytest.approx(1, abs=1e-5)
+
+
+def test_bicubic_keeps_flat_colours_and_loses_what_is_finer_than_its_factor() -> None:
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    torch.testing.assert_close(Bicubic(8).decode(Bicubic(8).encode(flat)), flat)
+    stripes = torch.tensor([-1.0, 1.0]).repeat(16).expand(1, 3, 32, 32)
+    lost = Bicubic(4).decode(Bicubic(4).encode(stripes))
+    assert lost.shape == stripes.shape
+    assert float(lost.std()) < 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("found", "std", "broken", "answer", "says"),
+    [
+        (GOOD, UNIT, 0, "keep", "PSNR 28.0 dB (bicubic 23.0), SSIM 0.850 (0.600)"),
+        (GOOD | {"psnr": 24.0, "ssim": 0.62}, UNIT, 0, "tune the decoder", "too little detail"),
+        (GOOD | {"psnr": 28.0, "ssim": 0.65}, UNIT, 0, "tune the decoder", "too little detail"),
+        (GOOD | {"psnr": 22.0, "ssim": 0.59}, UNIT, 0, "retrain", "no better than making pictures smaller"),
+        (GOOD | {"psnr": 22.0, "ssim": 0.62}, UNIT, 0, "tune the decoder", "too little detail"),
+        (GOOD | {"blue": -2.4}, UNIT, 0, "tune the decoder", "R +0.1, G -0.2, B -2.4"),
+        (GOOD | {"lpips": 0.2, "psnr": 23.5, "ssim": 0.61}, UNIT, 0, "keep", "LPIPS 0.200 (0.500)"),
+        (GOOD | {"lpips": 0.4}, UNIT, 0, "tune the decoder", "LPIPS 0.400 (0.500)"),
+        (GOOD | {"lpips": 0.4, "psnr": 22.0, "ssim": 0.5}, UNIT, 0, "tune the decoder", "LPIPS 0.400 (0.500)"),
+        (GOOD | {"psnr": 41.0, "ssim": 0.99}, UNIT, 0, "keep", "PSNR 41.0"),
+        (GOOD, torch.tensor([1.0, 0.01, 1.0, 5.0]), 0, "retrain", "channel 1 0.01, 3 5"),
+        (GOOD, torch.tensor([1.0, torch.nan]), 0, "retrain", "channel 1 nan"),
+        (GOOD, UNIT, 2, "retrain", "2 pictures came back with values that are not finite"),
+        (dict.fromkeys(GOOD, torch.nan), UNIT, 3, "retrain", "3 pictures"),
+    ],
+)
+def test_the_verdict_follows_from_the_figures(
+    found: dict[str, float], std: torch.Tensor, broken: int, answer: str, says: str
+) -> None:
+    given, reasons = verdict(found, PLAIN, std, broken)
+    assert given == answer
+    assert says in " ".join(reasons)
+
+
+def test_an_exact_copy_is_kept_and_a_blur_and_a_tint_are_not() -> None:
+    real, _ = pairs(6, 64, 64)
+    real = (real + 0.3 * torch.randn(real.shape, generator=torch.Generator().manual_seed(3))).clamp(-0.9, 0.9)
+    plain = Bicubic(4)
+
+    def judged(rebuilt: torch.Tensor) -> str:
+        figures, baseline = Figures(), Figures()
+        figures.add(real, rebuilt)
+        baseline.add(real, plain.decode(plain.encode(real)))
+        return verdict(figures.means(), baseline.means(), UNIT)[0]
+
+    assert judged(real) == "keep"
+    assert judged(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
+    assert judged(0.35 * real + 0.65 * plain.decode(plain.encode(real))) != "retrain"
+    assert judged(real + torch.tensor([0.05, 0.0, 0.0])[:, None, None]) == "tune the decoder"
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch.hub, offline."""
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-owt-"), ("squeeze", "squeezenet1_1-")])
+def test_missing_weights_are_named_with_their_place(net: str, file: str, checkpoints: Path) -> None:
+    with pytest.raises(UserError, match=rf"^LPIPS: {file}\w+\.pth is not in {checkpoints}.*HF_HUB_OFFLINE"):
+        feature_networks.lpips(net, 64)
+    with pytest.raises(
+        UserError, match=rf"^rFID: weights-inception-[\w-]+\.pth is not in {checkpoints}.*torch-fidelity"
+    ):
+        feature_networks.fid()
+
+
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setitem(
+        feature_networks.BACKBONES, "vgg", "http://127.0.0.1:9/vgg16-397923af.pth"
+    )  # nothing listens there
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth is not in .*refused"):
+        feature_networks.lpips("vgg", 64)
+    assert not list(checkpoints.iterdir())
+
+
+def test_a_file_that_is_not_the_weights_is_named(checkpoints: Path) -> None:
+    file = checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2]
+    for content in (b"<html>not found</html>", b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{file}: not the weights"):
+            feature_networks.lpips("squeeze", 64)
+    torch.save({"another": torch.ones(2)}, file)
+    with pytest.raises(UserError, match=rf"{file}: not the weights"):
+        feature_networks.lpips("squeeze", 64)
+
+
+def test_lpips_is_torchmetrics_own_with_the_file_in_the_cache(checkpoints: Path) -> None:
+    torch.manual_seed(0)
+    backbone = torchvision.models.squeezenet1_1(weights=None)
+    torch.save(backbone.state_dict(), checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2])
+    real, rebuilt = pairs(3, 32, 40)
+    figures = Figures(lpips=feature_networks.lpips("squeeze", 32))
+    figures.add(real[:1], rebuilt[:1])
+    figures.add(real[1:], rebuilt[1:])
+    expected = learned_perceptual_image_patch_similarity(
+        rebuilt.clamp(-1, 1), real, net_type="squeeze", reduction="none"
+    )
+    torch.testing.assert_close(figures.each["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="sides of 16 px are too small for squeeze, which needs 17"):
+        feature_networks.lpips("squeeze", 16)
+
+
+@pytest.mark.slow
+def test_rfid_is_the_distance_of_the_gaussians_of_inceptions_features(checkpoints: Path) -> None:
+    torch.manual_seed(0)
+    file = checkpoints / "weights-inception-2015-12-05-6726825d.pth"
+    torch.save({}, file)
+    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        inception = FeatureExtractorInceptionV3("", ["2048"], str(file))
+    torch.save(inception.state_dict(), file)
+    real, rebuilt = pairs(6, 32, 32)
+    figures = Figures(fid=feature_networks.fid())
+    figures.add(real[:4], rebuilt[:4])
+    figures.add(real[4:], rebuilt[4:])
+    a, b = (
+        figures.fid.inception(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()).double()  # type: ignore[union-attr]
+        for x in (real, rebuilt)
+    )
+    # 1706.08500, eq. 6; tr √(AAᵀBBᵀ) of two covariances is the nuclear norm of AᵀB
+    centred = [(x - x.mean(0)) / 5**0.5 for x in (a, b)]
+    traces = sum(x.square().sum() for x in centred)
+    expected = (
+        (a.mean(0) - b.mean(0)).square().sum() + traces - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    )
+    assert figures.means()["rfid"] == pytest.approx(float(expected), rel=1e-2)
+    assert json.dumps(figures.means())

@@ -1,0 +1,146 @@
+"""The classifier of noisy pictures, and the gradient that guides by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config.schema import SOLVERS, STRAIGHT, ClassifierConfig, Stage1Config
+from ldm.diffusion.process import Process
+from ldm.models.autoencoder import Autoencoder, Identity, build
+from ldm.models.classifier import NoisyClassifier
+from ldm.sampling.solvers import scheduler
+from ldm.utils.errors import UserError
+
+SMALL = {"channels": (16, 32), "layers": 1, "attention": (False, True), "head_size": 8, "groups": 4}
+CHAIN, FLOW = Process("v"), Process("flow")
+
+
+def small(process: Process = CHAIN, autoencoder: Autoencoder | None = None) -> NoisyClassifier:
+    torch.manual_seed(0)
+    pixels = autoencoder or Autoencoder(Identity())
+    return NoisyClassifier.of(ClassifierConfig(**SMALL), pixels, process, ["cat", "dog", "owl"]).eval()
+
+
+def batch(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*(shape or (3, 3, 8, 8)), generator=generator, dtype=dtype)
+    return x, torch.tensor([0, 400, 999])[: len(x)], torch.tensor([2, 0, 1])[: len(x)]
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    classifier = small().double()
+    x, t, y = batch(dtype=torch.float64)
+    directions = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradient, h = classifier.gradient(x, t, y), 1e-5
+    assert gradient.dtype == torch.float64
+
+    @torch.no_grad()
+    def log_p(x: torch.Tensor) -> torch.Tensor:
+        return classifier(x, t).log_softmax(1)[torch.arange(len(x)), y]
+
+    for direction in directions:
+        slope = (log_p(x + h * direction) - log_p(x - h * direction)) / (2 * h)
+        torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_pictures_of_a_batch_do_not_change_each_others_gradient() -> None:
+    classifier, (x, t, y) = small(), batch()
+    together = classifier.gradient(x, t, y)
+    for i in range(len(x)):
+        alone = classifier.gradient(x[i : i + 1], t[i], y[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_is_float32_under_no_grad_and_leaves_parameters_alone() -> None:
+    classifier, (x, t, y) = small(), batch()
+    expected = classifier.gradient(x, t, y)
+    with torch.no_grad():
+        assert torch.equal(classifier.gradient(x, t, y), expected)
+    assert expected.dtype == torch.float32
+    assert not expected.requires_grad
+    assert classifier.to(torch.bfloat16).gradient(x.bfloat16(), t, y).dtype == torch.float32
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+def test_gradients_towards_all_classes_weighted_by_their_probability_cancel() -> None:
+    """Σ_y p(y | x)·∇ log p(y | x) = ∇ Σ_y p(y | x) = 0."""
+    classifier = small().double()
+    x, t, _ = batch(dtype=torch.float64)
+    p = classifier(x, t).softmax(1).detach()
+    gradients = [classifier.gradient(x, t, torch.full((len(x),), k)) for k in range(3)]
+    total = sum(p[:, k, None, None, None] * gradient for k, gradient in enumerate(gradients))
+    torch.testing.assert_close(total, torch.zeros_like(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 16), (1, 3, 5, 3), (2, 3, 1, 1)])
+def test_pictures_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    classifier, (x, t, y) = small(), batch(*shape)
+    assert classifier(x, t).shape == (len(x), 3)
+    assert classifier.gradient(x, t, y).shape == x.shape
+
+
+@pytest.mark.parametrize("process", [CHAIN, FLOW], ids=["chain", "flow"])
+def test_a_saved_classifier_comes_back_equal(process: Process, tmp_path: Path) -> None:
+    classifier, (x, t, _) = small(process), batch()
+    classifier.save_pretrained(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):
+        loaded = NoisyClassifier.load(folder)
+        assert torch.equal(loaded(x, t), classifier(x, t))
+        assert (loaded.classes, loaded.config.betas) == (
+            ("cat", "dog", "owl"), None if process is FLOW else list(classifier.config.betas)
+        )  # fmt: skip
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_what_is_no_classifier_is_one_clear_line(tmp_path: Path) -> None:
+    for content in (None, "{}", "no JSON"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"^classifier: can't load one from '.+'.* give a folder of [^\n]+$"):
+            NoisyClassifier.load(tmp_path)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "process",
+    [CHAIN, Process("eps", "cosine", timesteps=20), Process("v", zero_snr=True), Process("eps", shift=2.0)],
+    ids=["v", "eps", "zero snr", "shifted"],
+)
+def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: Process, solver: str) -> None:
+    autoencoder = Autoencoder(Identity())
+    classifier = small(process)
+    classifier.check(scheduler(process, solver), autoencoder)
+    for other in (Process("v", "linear"), Process("v", timesteps=50), FLOW):
+        with pytest.raises(UserError, match="another process's noise"):
+            classifier.check(scheduler(other, "dpm++" if other is FLOW else solver), autoencoder)
+
+
+@pytest.mark.parametrize("solver", STRAIGHT)
+def test_a_flow_is_taken_whatever_its_shift(solver: str) -> None:
+    autoencoder, classifier = Autoencoder(Identity()), small(FLOW)
+    for shift in (1.0, 3.0):
+        classifier.check(scheduler(replace(FLOW, shift=shift), solver), autoencoder)
+    with pytest.raises(UserError, match="another process's noise"):
+        classifier.check(scheduler(CHAIN, solver), autoencoder)
+
+
+def test_latents_of_another_autoencoder_are_refused() -> None:
+    torch.manual_seed(0)
+    shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False)
+    first, second = Autoencoder(build(shape, 16)), Autoencoder(build(shape, 16))
+    rule = scheduler(CHAIN, "ddim")
+    small(CHAIN, first).check(rule, first)
+    with pytest.raises(UserError, match="another autoencoder"):
+        small(CHAIN, first).check(rule, second)
+
+
+def test_settings_that_fit_no_network_are_named() -> None:
+    for key, change in (
+        ("attention", {"attention": (True,)}), ("groups", {"groups": 5}), ("head_size", {"head_size": 12}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=key):
+            ClassifierConfig(**{**SMALL, **change})

@@ -1,0 +1,173 @@
+"""Compiled blocks against the same U-Net that is not compiled; graphs are run as they are, no code is generated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.fx.experimental._config
+from diffusers.models.attention_processor import Attention
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm.config.schema import Stage2Config
+from ldm.models import compilation, unet
+from ldm.models.compilation import compile_blocks
+from ldm.models.conditioning import Condition, predict
+from ldm.utils.errors import UserError
+
+CPU = torch.device("cpu")
+SIDES = (4, 6, 8, 10, 16)
+BUCKETS = [(h, w) for h in SIDES for w in SIDES]
+DIFFERENT = 8  # blocks of the small U-Net with text: seven residual ones and a transformer, which is there thrice
+Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """What is set for a process, and what it has compiled, is a test's own."""
+    with torch._dynamo.config.patch(), torch.fx.experimental._config.patch(use_duck_shape=True):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
+def network(words: bool = True, backend: str = "sdpa", recomputed: bool = False) -> unet.UNet:
+    torch.manual_seed(0)
+    stage = Stage2Config(
+        channels=(8, 16),
+        attention=(False, True),
+        layers=1,
+        head_size=8,
+        groups=4,
+        conditions=("text",) if words else (),
+    )
+    model = unet.build(stage, 4, 16, 12 if words else 0)
+    unet.use_attention(model, backend, CPU)
+    if recomputed:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def inputs(h: int, w: int, words: bool = True, n: int = 4) -> Inputs:
+    g = torch.Generator().manual_seed(100 * h + w)
+    text = torch.randn(n, 5, 12, generator=g) if words else None
+    return torch.randn(n, 4, h, w, generator=g), 999 * torch.rand(n, generator=g), Condition(text)
+
+
+def learned(model: torch.nn.Module, given: Inputs, half: bool = False) -> list[torch.Tensor]:
+    """The output and the gradients of a training step; the backward pass is in another thread, as on a GPU."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = model(*given) if isinstance(model, DistributedDataParallel) else predict(model, *given)
+    thread = threading.Thread(target=output.float().square().sum().backward)
+    thread.start()
+    thread.join()
+    return [output.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "backend", "recomputed", "half"),
+    [
+        (True, "sdpa", False, True),
+        (True, "eager", True, False),
+        (False, "sdpa", True, True),
+    ],
+)
+def test_a_block_is_compiled_once_for_all_buckets_and_learns_the_same(
+    words: bool, backend: str, recomputed: bool, half: bool
+) -> None:
+    model, plain = (network(words, backend, recomputed) for _ in range(2))
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    counts = []
+    for h, w in BUCKETS:
+        given = inputs(h, w, words)
+        for found, expected in zip(learned(model, given, half), learned(plain, given, half), strict=True):
+            torch.testing.assert_close(found, expected)
+        counts.append(counter.frame_count)
+    assert set(counts) == {DIFFERENT if words else counts[0]}
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+    given = inputs(12, 14, words)
+    model.eval(), plain.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as in a validation, in its precision and size
+        assert torch.equal(predict(model, *given), predict(plain, *given))
+    model.train()
+    learned(model, given, half)
+    assert counter.frame_count == counts[-1]
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_answers_with_weights_that_stand_in_for_its_own() -> None:
+    """As an averaged student does in each step of a distillation."""
+    model, plain, counter = network(), network(), CompileCounter()
+    compile_blocks(model, backend=counter)
+    torch.manual_seed(1)
+    others = {name: p.detach() + torch.randn_like(p) for name, p in model.named_parameters()}
+    for h, w in BUCKETS[:3]:
+        x, t, condition = given = inputs(h, w)
+        with torch.no_grad():
+            found, expected = (
+                torch.func.functional_call(each, others, (x, t, condition.text)).sample for each in (model, plain)
+            )
+        torch.testing.assert_close(found, expected)
+        learned(model, given)
+        assert counter.frame_count == 2 * DIFFERENT
+
+
+@pytest.mark.slow
+def test_without_buckets_blocks_are_compiled_for_one_size_and_what_is_too_often_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilation, "EACH", 1)
+    model, plain, counter = network(), network(), CompileCounter()
+    compile_blocks(model, dynamic=False, backend=counter)
+    for _ in range(2):
+        for found, expected in zip(learned(model, inputs(8, 8)), learned(plain, inputs(8, 8)), strict=True):
+            torch.testing.assert_close(found, expected)
+        assert counter.frame_count == DIFFERENT
+    with pytest.raises(FailOnRecompileLimitHit):
+        for h, w in BUCKETS:
+            predict(model, *inputs(h, w))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Predicting(torch.nn.Module):
+    def __init__(self, network: unet.UNet):
+        super().__init__()
+        self.unet = network
+
+    def forward(self, *given: torch.Tensor | Condition) -> torch.Tensor:
+        return predict(self.unet, *given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_stay_whole_under_ddp(alone: None, recomputed: bool) -> None:
+    model, plain, counter = network(recomputed=recomputed), network(), CompileCounter()
+    compile_blocks(model, backend=counter)
+    wrapped = DistributedDataParallel(Predicting(model), bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    for h, w in BUCKETS[:2]:
+        for found, expected in zip(learned(wrapped, inputs(h, w)), learned(plain, inputs(h, w)), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert counter.frame_count == DIFFERENT
+
+
+def test_attention_of_xformers_is_not_compiled() -> None:
+    model = network()
+    next(m for m in model.modules() if isinstance(m, Attention)).set_processor(unet.HalfPrecisionXFormers())
+    with pytest.raises(UserError, match=r"stage2\.compile: xformers.* set stage2\.attention_backend=sdpa"):
+        compile_blocks(model)

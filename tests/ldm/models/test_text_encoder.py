@@ -1,0 +1,255 @@
+"""Text encoders."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from ldm.config.schema import TextConfig
+from ldm.models import text_encoder
+from ldm.utils.atomic_files import tensors_sha256
+from ldm.utils.errors import UserError
+
+
+def test_minilm_loads_offline_and_pads_to_one_length() -> None:
+    encoder = text_encoder.load(text_encoder.MINILM, 16)
+    states = encoder.encode(["red heart", "a very long caption " * 20])
+    assert states.shape == (2, 16, 384)
+    assert torch.allclose(encoder.encode(["red heart"])[0], states[0], atol=1e-5)
+
+
+def test_padding_does_not_change_the_words() -> None:
+    short, long = text_encoder.load(text_encoder.MINILM, 8), text_encoder.load(text_encoder.MINILM, 16)
+    assert torch.allclose(short.encode(["red heart"])[0, :4], long.encode(["red heart"])[0, :4], atol=1e-4)
+
+
+def test_another_minilm_than_the_published_one_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "all-MiniLM-L6-v2"
+    shutil.copytree(text_encoder._folder(text_encoder.MINILM), folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(UserError, match=text_encoder.MINILM_SHA256):
+        text_encoder.load(str(folder))
+
+
+WORDS = [chr(c) for c in range(97, 123)]  # one token each
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIP text encoder of two layers, in a local folder as the Hub keeps them."""
+    names = [*WORDS, *(letter + "</w>" for letter in WORDS), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    config = CLIPTextConfig(
+        vocab_size=len(names), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(template: str, **special: str) -> PreTrainedTokenizerFast:
+    """Letters are tokens; a caption is put into the template of special tokens."""
+    ids = {name: i for i, name in enumerate([*dict.fromkeys(special.values()), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=77, **special)
+
+
+def tiny_bert(folder: Path) -> Path:
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tiny_tokenizer("[CLS] $A [SEP]", **special).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=77, hidden_dropout_prob=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_t5(folder: Path) -> Path:
+    tiny_tokenizer("$A </s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    config = T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, dropout_rate=0.5)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return tiny_clip(tmp_path)
+
+
+@pytest.fixture(params=[tiny_clip, tiny_bert, tiny_t5])
+def any_kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(request.param(tmp_path))
+
+
+def diffusers_states(encoder: text_encoder.TextEncoder, prompts: list[str], **options: int) -> torch.Tensor:
+    """What plain diffusers makes of the prompts with this encoder and its tokenizer."""
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=encoder.model, tokenizer=encoder.tokenizer, unet=None, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        return pipeline.encode_prompt(prompts, "cpu", 1, False, **options)[0]
+
+
+def test_clip_loads_by_the_same_key(clip: Path) -> None:
+    encoder = text_encoder.load(str(clip), width=32)
+    assert (encoder.length, encoder.width) == (77, 32)
+    assert encoder.encode(["abc", "xyz"]).shape == (2, 77, 32)
+    with pytest.raises(UserError, match=r"text\.width: 768"):
+        text_encoder.load(str(clip), width=768)
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"text\.model: 'no/such-model'"):
+        text_encoder.load("no/such-model")
+
+
+PROMPTS = ["", "a b c", " ".join(WORDS * 4)]
+
+
+def test_states_are_what_diffusers_computes(any_kind: str) -> None:
+    encoder = text_encoder.load(any_kind, 12)
+    torch.testing.assert_close(encoder.encode(PROMPTS), diffusers_states(encoder, PROMPTS), rtol=0, atol=0)
+
+
+def test_a_t5_encoder_does_not_see_padding(tmp_path: Path) -> None:
+    short, long = text_encoder.load(str(tiny_t5(tmp_path)), 8), text_encoder.load(str(tmp_path), 16)
+    assert isinstance(long.model, T5EncoderModel)
+    torch.testing.assert_close(short.encode(["a b c"])[0, :4], long.encode(["a b c"])[0, :4])
+
+
+def test_a_skipped_layer_is_diffusers_clip_skip(clip: Path) -> None:
+    whole = text_encoder.load(str(clip))
+    object.__setattr__(whole.model, "text_model", whole.model)  # where diffusers looks for the last norm
+    expected = diffusers_states(whole, PROMPTS, clip_skip=1)
+    assert not torch.allclose(expected, whole.encode(PROMPTS))
+    torch.testing.assert_close(text_encoder.load(str(clip), skip_layers=1).encode(PROMPTS), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [tiny_bert, tiny_t5])
+def test_a_skipped_layer_is_the_hidden_state_before_it(kind: Callable[[Path], Path], tmp_path: Path) -> None:
+    whole = text_encoder.load(str(kind(tmp_path)), 8)
+    ids, mask = whole.tokens(PROMPTS)
+    with torch.no_grad():
+        states = whole.model(ids[:, 0], attention_mask=mask[:, 0], output_hidden_states=True).hidden_states[-2]
+        if kind is tiny_t5:
+            states = whole.model.encoder.final_layer_norm(states)
+    torch.testing.assert_close(
+        text_encoder.load(str(tmp_path), 8, skip_layers=1).encode(PROMPTS), states, rtol=0, atol=0
+    )
+
+
+def test_a_saved_encoder_is_the_shortened_one(any_kind: str, tmp_path: Path) -> None:
+    encoder = text_encoder.load(any_kind, 8, skip_layers=1)
+    encoder.model.save_pretrained(tmp_path / "saved")
+    again = type(encoder.model).from_pretrained(tmp_path / "saved")
+    assert again.config.num_hidden_layers == text_encoder.load(any_kind).model.config.num_hidden_layers - 1
+    expected = text_encoder.TextEncoder(again, encoder.tokenizer).encode(PROMPTS)
+    torch.testing.assert_close(encoder.encode(PROMPTS), expected, rtol=0, atol=0)
+
+
+def test_a_layer_must_be_left(clip: Path) -> None:
+    with pytest.raises(UserError, match=r"text\.skip_layers: 2 of the 2 layers .*; at most 1"):
+        text_encoder.load(str(clip), skip_layers=2)
+
+
+def test_pieces_are_captions_of_their_own(any_kind: str) -> None:
+    plain, pieces = text_encoder.load(any_kind, 8), text_encoder.load(any_kind, 8, chunks=3)
+    room = 8 - plain.tokenizer.num_special_tokens_to_add()
+    words = (WORDS * 4)[: 3 * room]
+    states = pieces.encode([" ".join(words), " ".join(words[: room + 1]), "a", ""])
+    assert states.shape == (4, pieces.length, 32) == (4, 24, 32)
+    alone = [[words[:room], words[room : 2 * room], words[2 * room :]], [words[:room], words[room : room + 1], []],
+             [["a"], [], []], [[], [], []]]  # fmt: skip
+    expected = [torch.cat(list(plain.encode([" ".join(piece) for piece in several]))) for several in alone]
+    torch.testing.assert_close(states, torch.stack(expected))
+    torch.testing.assert_close(pieces.encode([" ".join(WORDS * 4)])[0, :16], states[0, :16])
+
+
+def test_what_exceeds_the_length_is_lost(any_kind: str) -> None:
+    for chunks in (1, 2, 3):
+        encoder = text_encoder.load(any_kind, 6, chunks=chunks)
+        prompts = [" ".join(WORDS[:count]) for count in range(20)]
+        special = set(encoder.tokens([""])[0].flatten().tolist())
+        kept = [sum(i not in special for i in ids) for ids in encoder.tokens(prompts)[0].flatten(1).tolist()]
+        lost = [max(0, tokens - encoder.length) for tokens in encoder.count_tokens(prompts)]
+        assert [a + b for a, b in zip(kept, lost, strict=True)] == list(range(20))
+
+
+def test_a_saved_encoder_remembers_its_chunks(clip: Path, tmp_path: Path) -> None:
+    encoder = text_encoder.load(str(clip), 8, chunks=2)
+    for part in (encoder.model, encoder.tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    again = text_encoder.TextEncoder(
+        CLIPTextModel.from_pretrained(tmp_path / "saved"), CLIPTokenizer.from_pretrained(tmp_path / "saved")
+    )
+    assert torch.equal(again.encode(PROMPTS), encoder.encode(PROMPTS))
+    assert text_encoder.load(str(tmp_path / "saved"), 8).length == 8
+
+
+def test_the_fingerprint_tells_chunks_apart(clip: Path) -> None:
+    one, two = (text_encoder.load(str(clip), 8, chunks=chunks) for chunks in (1, 2))
+    assert one.fingerprint() == tensors_sha256(one.model.state_dict(), 8)
+    assert len({one.fingerprint(), two.fingerprint(), text_encoder.load(str(clip), 16).fingerprint()}) == 3
+
+
+def test_what_is_trained_gets_a_gradient_and_dropout_stays_off(any_kind: str) -> None:
+    encoder = text_encoder.load(any_kind, 8, chunks=2)
+    before = encoder.encode(PROMPTS)
+    trained = encoder.trainable()
+    states = encoder.states(*encoder.tokens(PROMPTS))
+    torch.testing.assert_close(states, before)
+    (states * torch.randn_like(states)).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    still = {name.partition(".")[0] for name, p in encoder.model.named_parameters() if not p.requires_grad}
+    assert still == ({"pooler"} if isinstance(encoder.model, BertModel) else set())
+    assert not encoder.encode(PROMPTS).requires_grad
+    assert not any(module.training for module in encoder.model.modules())
+
+
+def test_a_gradient_is_the_states_slope(clip: Path) -> None:
+    encoder = text_encoder.load(str(clip), 8)
+    encoder.model.double()
+    weight = encoder.trainable()[-1]
+    ids, mask = encoder.tokens(["a b c"])
+    direction = torch.randn(encoder.states(ids, mask).shape, generator=torch.Generator().manual_seed(0))
+
+    def loss() -> torch.Tensor:
+        return (encoder.states(ids, mask) * direction).sum()
+
+    loss().backward()
+    with torch.no_grad():
+        weight += 1e-2 * weight.grad / weight.grad.norm()
+        up = float(loss())
+        weight -= 2e-2 * weight.grad / weight.grad.norm()
+        down = float(loss())
+    assert (up - down) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=1e-3)
+
+
+def test_every_key_reaches_the_encoder(clip: Path) -> None:
+    encoder = text_encoder.of(TextConfig(model=str(clip), max_tokens=8, skip_layers=1, chunks=2))
+    assert (encoder.piece, encoder.chunks, encoder.model.config.num_hidden_layers) == (8, 2, 1)

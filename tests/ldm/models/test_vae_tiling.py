@@ -1,0 +1,166 @@
+"""Tiles against the whole function, which they must equal: every model, both ways."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ldm.models import vae_tiling
+from ldm.utils.errors import UserError
+
+FACTOR, HEIGHT, WIDTH, TILE = 4, 104, 84, 32  # sides are multiples of the factor, and not of the tile
+
+
+def convolutional(kind: type, **changes: Any) -> Any:
+    options = {
+        "block_out_channels": (8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+    }  # fmt: skip
+    return kind(**{**options, **changes})
+
+
+def deep_compression(layers: tuple[int, ...], **changes: Any) -> AutoencoderDC:
+    """Linear attention at level 2 of 0, 1, 2."""
+    both = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 16, 16),
+        "layers_per_block": layers, "qkv_multiscales": ((), (), (5,)),
+    }  # fmt: skip
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()}
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **sides, **changes)
+
+
+MODELS = {
+    "kl": lambda: convolutional(AutoencoderKL),
+    "kl without attention and quant convolutions": lambda: convolutional(
+        AutoencoderKL, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False
+    ),
+    "vq": lambda: convolutional(VQModel, num_vq_embeddings=32),
+    "vq with attention before the latents": lambda: convolutional(
+        VQModel,
+        num_vq_embeddings=32,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    ),
+    "tiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(1, 2, 1),
+    ),
+    "dc": lambda: deep_compression((1, 1, 1)),
+    "dc that scales first": lambda: deep_compression((0, 1, 1), downsample_block_type="Conv"),
+    "dc that interpolates": lambda: deep_compression((0, 1, 1), upsample_block_type="interpolate"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    made = MODELS[request.param]().eval()
+    if isinstance(made, VQModel):  # as created its codes are so alike that their pictures are rounding errors
+        nn.init.normal_(made.quantize.embedding.weight)
+    return made
+
+
+def pixels() -> torch.Tensor:
+    """Two pictures of noise on a slope: tiles differ in mean and variance, as photographs' do."""
+    slope = torch.linspace(-1, 1, HEIGHT)[:, None] * torch.linspace(0, 1, WIDTH)
+    return (slope + torch.randn(2, 3, HEIGHT, WIDTH) * slope.abs() * 0.3).clamp(-1, 1)
+
+
+def latents() -> torch.Tensor:
+    return nn.functional.avg_pool2d(pixels(), FACTOR).repeat(1, 2, 1, 1)[:, :4] * 3
+
+
+@torch.no_grad()
+def whole_latents(model: Any, x: torch.Tensor) -> torch.Tensor:
+    encoded = model.encode(x)
+    return encoded.latent_dist.parameters if "latent_dist" in encoded else encoded[0]
+
+
+@torch.no_grad()
+def whole_pixels(model: Any, z: torch.Tensor) -> torch.Tensor:
+    return model.decode(z).sample
+
+
+@pytest.mark.parametrize("tile", [30, 48])  # 30 is rounded up to 32; with 48 only level 0 runs in tiles
+def test_tiled_decode_equals_whole_decode(model: Any, tile: int) -> None:
+    z = latents()
+    torch.testing.assert_close(vae_tiling.decode(model, z, tile), whole_pixels(model, z), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [30, 48])
+def test_tiled_encode_equals_whole_encode(model: Any, tile: int) -> None:
+    x = pixels()
+    torch.testing.assert_close(vae_tiling.encode(model, x, tile), whole_latents(model, x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_picture_within_one_tile_is_the_whole_function(model: Any) -> None:
+    z, x = latents(), pixels()
+    assert torch.equal(vae_tiling.decode(model, z, HEIGHT), whole_pixels(model, z))
+    assert torch.equal(vae_tiling.encode(model, x, HEIGHT), whole_latents(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_differs_by_rounding_and_no_more_along_the_borders_of_tiles(dtype: torch.dtype) -> None:
+    model, z = convolutional(AutoencoderKL).eval(), latents()
+    exact = whole_pixels(model, z)
+    model, z = model.to(dtype), z.to(dtype)
+    tiled = vae_tiling.decode(model, z, TILE)
+    assert tiled.dtype == dtype
+    assert (tiled - exact).abs().mean() <= 1.1 * (whole_pixels(model, z) - exact).abs().mean()
+    difference = (tiled - whole_pixels(model, z)).float().abs().mean(dim=(0, 1, 2))  # of each column
+    border = torch.arange(1, WIDTH + 1) % TILE <= 1  # on both sides
+    assert difference[border].mean() <= 1.2 * difference[~border].mean()
+
+
+def test_no_activation_is_larger_than_one_tile_with_its_halo() -> None:
+    model = convolutional(AutoencoderKL).eval()
+    largest = {"decoder": 0, "encoder": 0}
+
+    def see(side: str, output: torch.Tensor) -> None:
+        largest[side] = max(largest[side], output[0].numel())
+
+    for side in largest:
+        for module in getattr(model, side).modules():
+            if isinstance(module, nn.Conv2d | nn.SiLU | ResnetBlock2D):
+                module.register_forward_hook(lambda _module, _inputs, output, side=side: see(side, output))
+    vae_tiling.decode(model, latents(), TILE)
+    vae_tiling.encode(model, pixels(), TILE)
+    # Level 0 looks around by 6 pixels: of an upsampler, of two ResNet blocks (encoder: one) and of a last convolution.
+    assert largest["decoder"] <= 16 * (TILE + 12) ** 2
+    assert largest["encoder"] <= 16 * (TILE + 12) ** 2
+    whole_pixels(model, latents())
+    assert largest["decoder"] == 16 * HEIGHT * WIDTH
+
+
+def test_a_model_is_left_as_it_was_even_by_an_error() -> None:
+    model, z = convolutional(AutoencoderKL).eval(), latents()
+    before = whole_pixels(model, z)
+    stop = model.decoder.conv_out.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vae_tiling.decode(model, z, TILE)
+    stop.remove()
+    vae_tiling.decode(model, z, TILE)
+    assert torch.equal(whole_pixels(model, z), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Identity(),
+        AutoencoderTiny(upsample_fn="bilinear"),
+        VQModel(block_out_channels=(32,), norm_type="spatial"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_that_cannot_be_tiled_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=f"this {type(model).__name__} can't be tiled"):
+        vae_tiling.decode(model, torch.zeros(1, 4, 8, 8), TILE)

@@ -1,0 +1,93 @@
+"""All parts together, with random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config import loader
+from ldm.config.schema import Stage1Config
+from ldm.diffusion.process import Process
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.solvers import scheduler
+from ldm.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> LatentDiffusion:
+    torch.manual_seed(0)
+    settings = loader.load(root / "configs/tiny.yaml")
+    encoder = text_encoder.load(settings.text.model, settings.text.max_tokens)
+    vae = autoencoder.Autoencoder(
+        autoencoder.build(
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+        )
+    )
+    network = unet.build(settings.stage2, 4, 16, encoder.width).eval()
+    return LatentDiffusion(encoder, network, vae, scheduler(Process("flow"), "dpm++"), steps=3, guidance=2.0)
+
+
+def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Path) -> None:
+    model.save(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline")
+    for solver in ("dpm++", "euler", "unipc"):
+        one, other = (m.latents(["red heart"], [3], Sampling(3, 2.0, solver)) for m in (model, loaded))
+        torch.testing.assert_close(one, other)
+
+
+def test_a_saved_model_keeps_pieces_and_skipped_layers(model: LatentDiffusion, tmp_path: Path) -> None:
+    encoder = text_encoder.load(text_encoder.MINILM, 8, skip_layers=2, chunks=2)
+    replace(model, text=encoder).save(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline", "cpu").text
+    prompts = ["red heart", "a very long caption of more than eight tokens"]
+    torch.testing.assert_close(loaded.encode(prompts), encoder.encode(prompts), rtol=0, atol=0)
+    assert loaded.fingerprint() == encoder.fingerprint()
+
+
+def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+    model.autoencoder.save(tmp_path / "autoencoder")
+    with pytest.raises(UserError, match="--model: can't load a pipeline"):
+        LatentDiffusion.load(tmp_path / "autoencoder")
+
+
+def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: LatentDiffusion) -> None:
+    def latents(guidance: float, negative: str) -> torch.Tensor:
+        return model.latents(["red heart"], [0], Sampling(guidance=guidance, negative=negative))
+
+    assert torch.equal(latents(1.0, ""), latents(1.0, "blue"))
+    assert not torch.equal(latents(2.0, ""), latents(2.0, "blue"))
+
+
+@pytest.mark.parametrize("prompts", ["", " ", [], ["cat", ""]])
+def test_an_empty_prompt_is_refused(model: LatentDiffusion, prompts: str | list[str]) -> None:
+    with pytest.raises(UserError, match="prompt: an empty prompt"):
+        model(prompts)
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "vq-f4": {"channels": (16, 16), "groups": 8, "codes": 32},
+    "tiny": {"channels": (16, 16)},
+    "dc-f32": {"channels": (32, 32)},
+    "identity": {"channels": (3,), "latent_channels": 3},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
+    kind: str, model: LatentDiffusion, root: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    settings = loader.load(root / "configs/tiny.yaml")
+    stage = Stage1Config(model=kind, layers=1, **{"latent_channels": 4, **SHAPES[kind]})
+    vae = autoencoder.Autoencoder(autoencoder.build(stage, 16))
+    network = unet.build(settings.stage2, vae.channels, 16 // vae.factor, model.text.width).eval()
+    one = LatentDiffusion(model.text, network, vae, scheduler(Process("flow"), "dpm++"), steps=2, guidance=2.0)
+    one.save(tmp_path / "pipeline")
+    other = LatentDiffusion.load(tmp_path / "pipeline")
+    assert type(other.autoencoder.vae) is type(vae.vae)
+    pictures = [each("red heart", seed=3, steps=2, guidance=2.0)[0] for each in (one, other)]
+    assert pictures[0].size == (16, 16)
+    assert pictures[0].tobytes() == pictures[1].tobytes()

@@ -1,0 +1,277 @@
+"""Memory as it is counted without values against what real tensors, a real optimiser and torch's allocator take."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import train_ldm
+from ldm.config import loader
+from ldm.config.presets import AUTOENCODERS
+from ldm.config.schema import Stage2Config
+from ldm.models import autoencoder, text_encoder, unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.conditioning import Condition, predict
+from ldm.training import checks, memory_estimate
+from ldm.training.memory_estimate import AsOnGPU, Living, of_moments, of_unet
+from ldm.training.trainer import Run
+from stage2_diffusion.denoiser import Denoiser
+
+SHAPE: dict[str, Any] = {"channels": (32, 64), "attention": (True, True), "layers": 1, "head_size": 8, "groups": 4}
+Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
+
+
+def settings(root: Path, name: str = "tiny", *overrides: str) -> loader.Config:
+    return loader.load(root / f"configs/{name}.yaml", overrides)
+
+
+def inputs(device: str, stage: Stage2Config) -> Inputs:
+    make = partial(torch.zeros, device=device)
+    numbers = make(2, dtype=torch.int64)
+    condition = Condition(
+        text=make(2, 5, 16) if stage.text else None, label=numbers if stage.classes else None,
+        sizes=make(2, 6) if stage.sizes else None,
+    )  # fmt: skip
+    return make(2, 4, 16, 16), numbers, condition
+
+
+def network(device: str, stage: Stage2Config, again: bool = False) -> Any:
+    """A U-Net with gradients, ready to be trained."""
+    with torch.device(device):
+        net = unet.build(stage, 4, 16, 16 if stage.text else 0, 3).train()
+    unet.use_attention(net, "sdpa", torch.device("cpu"))
+    if again:
+        net.enable_gradient_checkpointing()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return net
+
+
+def given(net: torch.nn.Module) -> list[torch.Tensor]:
+    return [tensor for p in net.parameters() for tensor in (p, p.grad) if tensor is not None]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_what_is_counted_after_a_forward_is_what_autograd_really_saves(again: bool) -> None:
+    stage, saved = Stage2Config(**SHAPE), dict[int, int]()
+    net = network("cpu", stage, again)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, t, condition = inputs("cpu", stage)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = predict(net, x, t, condition)
+    for tensor in (output, x, t, condition.text):
+        pack(tensor)
+    for tensor in given(net):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+
+    without = network("meta", stage, again)
+    with Living(given(without)) as living, AsOnGPU("no"):
+        x, t, condition = inputs("meta", stage)
+        output = predict(without, x, t, condition)
+    assert living.now == [0, sum(saved.values())]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_a_step_is_counted_to_take_what_the_allocator_gives_it(again: bool) -> None:
+    stage = Stage2Config(**SHAPE)
+    net = network("cpu", stage, again)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        predict(net, *inputs("cpu", stage)).float().square().mean().backward()
+    changes = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        now += change.nbytes()
+        most = max(most, now)
+    counted = of_unet(network("meta", stage), partial(inputs, "meta", stage), "no", again)
+    assert counted.copies == 0
+    assert counted.others == pytest.approx(most, rel=0.03)
+
+
+class Attention(TorchFunctionMode):
+    """For GPUs that are not here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return memory_estimate._FusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "keys",
+    [{"conditions": ()}, {"conditions": ("class",)}, {}, {"pooled_text": True}, {"conditions": ("text", "size")}],
+    ids=["none", "class", "text", "pooled", "size"],
+)
+def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, Any]) -> None:
+    stage = Stage2Config(**SHAPE, **keys)
+    net = network("meta", stage)
+    with Living(given(net)) as counted, AsOnGPU(precision):
+        x = inputs("meta", stage)
+        output = predict(net, *x)
+        during = list(counted.now)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cuda = {id(p): torch.nn.Parameter(torch.empty_like(p, device="cuda")) for p in net.parameters()}
+        net = copy.deepcopy(net, cuda)
+        torch.set_autocast_enabled("cuda", True)  # `torch.autocast` refuses where there is no GPU
+        torch.set_autocast_dtype("cuda", memory_estimate.DTYPES[precision])
+        torch.autocast_increment_nesting()
+        try:
+            with Living(net.parameters()) as autocast, Attention():
+                y = inputs("cuda", stage)
+                expected = predict(net, *y)
+                cached = list(autocast.now)
+        finally:
+            torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
+            torch.set_autocast_enabled("cuda", False)
+    assert during == cached  # with copies of all weights
+    assert counted.now == autocast.now  # with those that the backward pass needs
+    assert during[0] > counted.now[0] > 0
+    assert output.dtype == expected.dtype
+    del x, y
+
+
+def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, tmp_path: Path) -> None:
+    one = settings(
+        root, "tiny", f"run.dir={tmp_path}", "run.tracker=none", "run.device=cpu", "stage2.ema_widths=[0.05, 0.1]",
+        "stage2.channels=[8, 16]", "stage2.attention=[false, true]", "stage2.groups=4", "stage2.head_size=4",
+    )  # fmt: skip
+    shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
+    run = Run(one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384)))
+    for parameter in run.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    run._network.optimizer.step()
+
+    def taken(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    found = {item.name: item.step for item in memory_estimate.bill(one).items}
+    assert found["weights, float32"] == taken(run.parameters)
+    assert found["gradients, float32"] == taken(p.grad for p in run.parameters)
+    states = run._network.optimizer.optimizer.state.values()
+    assert found["moments of adamw"] == taken(tensor for state in states for tensor in state.values())
+    assert found["2 averages of the weights"] == taken(p for model in run.ema.models for p in model.shadow_params)
+    vae, encoder = checks.networks(one)[0], text_encoder.of(one.text)
+    assert found["autoencoder"] == taken(vae.parameters())
+    assert found["text encoder"] == taken(encoder.model.parameters())
+
+
+def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None:
+    stage = Stage2Config(optimizer="adamw8bit")
+    assert of_moments([4095], stage) == 2 * 4 * 4095
+    assert of_moments([4096, 4097], stage) == 2 * (4096 + 4 * 16) + 2 * (4097 + 4 * 17)
+
+
+def test_a_text_encoder_that_is_trained_has_gradients_but_for_what_no_state_depends_on(root: Path, words: Path) -> None:
+    frozen, trained = (
+        memory_estimate.bill(settings(root, "tiny", f"text.model={words}", "text.max_tokens=8", f"text.train={train}"))
+        for train in ("false", "true")
+    )
+    encoder = text_encoder.load(str(words), 8)
+    pooler = sum(p.numel() for p in encoder.model.pooler.parameters())
+    every = sum(p.numel() for p in encoder.model.parameters())
+    found = [{item.name: item.step for item in each.items} for each in (frozen, trained)]
+    assert [each["text encoder"] for each in found] == [4 * every, 4 * pooler]
+    assert found[1]["gradients, float32"] - found[0]["gradients, float32"] == 4 * (every - pooler)
+    assert any("activations of the text encoder" in note for note in trained.notes)
+
+
+def test_the_text_encoder_of_stable_diffusion_is_known_where_it_is_not() -> None:
+    shape = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+    )
+    with torch.device("meta"):
+        model = CLIPTextModel(shape)
+    assert sum(p.numel() for p in model.parameters()) == checks.CLIP["openai/clip-vit-large-patch14"]
+
+
+def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoencoder) -> None:
+    tiny = settings(root, "tiny", "data.size=16", "stage1.channels=[16, 16]")
+    peaks = []
+    for function, shape in ((vae.moments, (3, 3, 16, 16)), (vae.decode, (2, 4, 8, 8))):
+        with Living(vae.vae.parameters()) as real:
+            function(torch.zeros(shape))
+        peaks.append(sum(real.peak))
+    with torch.device("meta"):
+        empty = autoencoder.build(tiny.stage1.model_copy(update={"layers": 1, "groups": 8, "mid_attention": False}), 16)
+    assert memory_estimate.of_autoencoder(empty, tiny, 3, 2) == tuple(peaks)
+
+
+@pytest.mark.parametrize("model", AUTOENCODERS)
+def test_every_autoencoder_can_be_counted(root: Path, model: str) -> None:
+    one = loader.parse({"data": {"source": "x", "size": 64}, "stage1": {"model": model}}, "a test")
+    with torch.device("meta"):
+        vae = autoencoder.build(one.stage1, 64)
+    assert (min(memory_estimate.of_autoencoder(vae, one, 1, 1)) > 0) == (model != "identity")
+
+
+@pytest.mark.parametrize("conditions", ["[]", "[class]", "[text, class]", "[text, size]", "[text, inpaint]"])
+def test_whatever_pictures_are_made_from_can_be_counted(root: Path, conditions: str) -> None:
+    found = memory_estimate.bill(settings(root, "tiny", f"stage2.conditions={conditions}", "stage2.pooled_text=false"))
+    assert found.step > 0 and found.between > 0
+
+
+def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
+    one, two = (memory_estimate.bill(settings(root), processes) for processes in (1, 2))
+    kept = {item.name: item.between for item in two.items}["gradients, float32"]
+    assert kept > 0 and "gradients, float32" in [item.name for item in one.items if not item.between]
+
+
+def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
+    keys = ["stage2.conditions=[]", "stage2.pooled_text=false"]
+    tiny = settings(root, "tiny", *keys, "stage2.channels=[8, 16]", "stage2.attention=[false, true]",
+                    "stage2.groups=4", "stage2.head_size=4")  # fmt: skip
+    shape = tiny.stage1.latent_channels, tiny.data.size // tiny.stage1.factor
+    unet.build(tiny.stage2, *shape).save_pretrained(tmp_path)
+    assert (
+        memory_estimate.bill(settings(root, "tiny", *keys, f"stage2.init_from={tmp_path}")).items
+        == memory_estimate.bill(tiny).items
+    )
+
+
+def test_without_a_cache_pictures_are_encoded_in_a_step(root: Path) -> None:
+    keys = "stage1.channels=[64, 64]", "stage2.channels=[8, 16]", "stage2.attention=[false, true]"
+    few = "stage2.groups=4", "stage2.head_size=4", "stage2.batch=2", "stage1.groups=8"
+    cached, uncached = (
+        memory_estimate.bill(settings(root, "tiny", *keys, *few, f"data.cache={kind}")) for kind in ("disk", "none")
+    )
+    assert uncached.step > cached.step
+    assert uncached.between == cached.between
+
+
+def test_the_configuration_for_24_gb_takes_less_than_22(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = memory_estimate.bill(settings(root, "sd-512-24gb"))
+    with capsys.disabled():
+        print(f"\n{found}")
+    assert max(found.step, found.between) < 22e9  # bytes; the card has 24 · 2^30, 25.8e9
+    header = re.search(r"# +together +([\d.]+) +([\d.]+)\n", (root / "configs/sd-512-24gb.yaml").read_text("utf-8"))
+    assert header and header.groups() == (f"{found.step / 1e9:.2f}", f"{found.between / 1e9:.2f}")
+
+
+def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_ldm.main(
+        ["--config", str(root / "configs/sd-512.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
+         f"data.source={tmp_path / 'none'}"]
+    ) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "batch    256 images a step: 1 process × 8 passes of 32" in said
+    assert "activations of 32 images" in said and "together" in said and "not measured: " in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,410 @@
+"""The bookkeeping of a run."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import ldm.training.trainer
+from ldm.config.schema import RunConfig, Training
+from ldm.distributed.launch import accelerator
+from ldm.training.optimizer import Network
+from ldm.training.trainer import MEASURED, Run, learning_rate
+from ldm.utils.atomic_files import checkpoints, read_checkpoint
+from ldm.utils.errors import UserError
+from ldm.utils.rng import normal
+
+
+class Positions(torch.utils.data.Dataset):
+    def __init__(self, side: int, keys: bool = False):
+        self.side, self.keys = side, keys
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        x = normal(0, "x", torch.tensor([n]), (self.side,))[0]
+        return {"position": torch.tensor(n), "x": x, **({"key": f"{n}.png"} if self.keys else {})}
+
+
+def train(
+    folder: Path,
+    stop: int | None = None,
+    keep: int = 2,
+    bad: tuple[int, ...] = (),
+    steep: tuple[int, ...] = (),
+    max_skipped: int = 10,
+    number: int = signal.SIGTERM,
+    log_every: int = 3,
+    side: int = 4,
+    workers: int = 0,
+    keys: bool = False,
+    **changes: object,
+) -> Run:
+    """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
+
+    It is sent to all processes, as a cluster or a launcher does.
+
+    In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is.
+    """
+    torch.manual_seed(0)
+    options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
+    run = Run(
+        RunConfig(
+            dir=folder,
+            precision="no",
+            device="cpu",
+            log_every=log_every,
+            tracker="none",
+            keep=keep,
+            max_skipped=max_skipped,
+        ),
+        Training(**options),
+        "stage1",
+        nn.Linear(side, side),
+        {"shape": [4]},
+    )
+    for batch in run.batches(Positions(side, keys), workers):
+        with run.accumulate():
+            output = run.model(batch["x"])
+            if run.step in bad:
+                output = torch.where(batch["position"][:, None] % 4 == 2, torch.inf, output)
+            if run.step in steep:
+                output.register_hook(lambda gradient: gradient * torch.nan)
+            run.watch(batch["position"], output)
+            loss = (output - batch["x"]).square().mean()
+            run.backward(loss)
+            run.update(loss=loss)
+        if run.step == stop:
+            loaders = [str(child.pid) for child in psutil.Process().children() if workers]
+            subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
+            time.sleep(0.2 * bool(loaders))
+    return run
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "stage1/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def weights(run: Run) -> list[torch.Tensor]:
+    return [
+        *(p.detach().clone() for p in run.parameters),
+        *(s for model in run.ema.models for s in model.shadow_params),
+    ]
+
+
+def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "parts", stop=6)  # the signal is heeded at the end of step 7
+    assert stopped.value.code == 128 + 15
+    resumed = train(tmp_path / "parts")
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
+
+
+def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """Of a layer that is large enough for them: bitsandbytes keeps small tensors' in 32 bits."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'ldm[8bit]'")
+    options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
+    whole = train(tmp_path / "whole", **options)
+    moments = whole._network.optimizer.optimizer.state[whole.parameters[0]]
+    assert moments["state1"].dtype == torch.uint8
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **options)
+    assert all(map(torch.equal, weights(whole), weights(train(tmp_path / "parts", **options))))
+    plain = train(tmp_path / "plain", side=80, lr=0.01)
+    assert abs(metrics(tmp_path / "whole")[-1]["loss"] / metrics(tmp_path / "plain")[-1]["loss"] - 1) < 0.1
+    assert not torch.equal(plain.parameters[0], whole.parameters[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_loaders_processes_too_is_heeded_by_the_run_alone(tmp_path: Path, number: int) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6, workers=1, number=number)
+    assert [folder.name for folder in checkpoints(tmp_path / "stage1")] == ["step-000004", "step-000007"]
+
+
+def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
+    for stop in (11, 12):  # heeded at the end of step 12; after its checkpoint
+        with pytest.raises(SystemExit):
+            train(tmp_path / str(stop), stop=stop)
+        assert train(tmp_path / str(stop)).step == 12
+
+
+def test_accumulated_passes_give_the_same_step(tmp_path: Path) -> None:
+    for a, b in zip(weights(train(tmp_path / "one")), weights(train(tmp_path / "four", device_batch=1)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = weights(train(tmp_path))
+    newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = train(tmp_path, keep=1)
+    assert "step-000012 is damaged" in (said := capsys.readouterr().err)
+    assert "continuing from step 8 of 12" in said
+    assert all(map(torch.equal, whole, weights(resumed)))
+    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "stage1/checkpoints").iterdir()}
+    assert kept["step"].name == "step-000012"
+    read_checkpoint(kept["step"])  # the sound one, written anew
+    assert kept["damaged"].name.startswith("damaged-step-000012")
+
+
+def test_a_run_of_an_older_version_goes_on_and_keeps_its_metrics(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6)
+    before = metrics(tmp_path)
+    file = checkpoints(tmp_path / "stage1")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("metrics_bytes", "skipped", "in_a_row"):
+        del state[name]
+    file.write_text(json.dumps(state))
+    assert train(tmp_path).step == 12
+    assert metrics(tmp_path)[: len(before)] == before
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_500, 1_000_000):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-999500", "step-1000000"]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path) -> None:
+    train(tmp_path)
+    folders = sorted((tmp_path / "stage1/checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000008", "step-000012"]
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
+    parts, state = read_checkpoint(folders[-1])
+    assert state["step"] == 12
+    assert parts["optimizer"].keys() >= {"0.exp_avg", "1.exp_avg_sq"}
+
+
+def test_a_checkpoint_for_other_latents_is_refused_with_both_values(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(UserError, match=r"\[4\].*\[8\]"):
+        Run(
+            RunConfig(dir=tmp_path, precision="no", device="cpu", tracker="none"),
+            Training(),
+            "stage1",
+            nn.Linear(4, 4),
+            {"shape": [8]},
+        )
+
+
+def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> None:
+    """diffusers' EMAModel: the decay after update n is min(ema, (1 + n) / (10 + n)), and 0 for the first."""
+    runs = [train(tmp_path / str(steps), steps=steps) for steps in range(1, 6)]
+    averaged = [p.detach() for p in runs[0].parameters]
+    for n, run in enumerate(runs[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        averaged = [decay * a + (1 - decay) * p.detach() for a, p in zip(averaged, run.parameters, strict=True)]
+    torch.testing.assert_close(runs[-1].ema.main.shadow_params, averaged)
+
+
+def test_a_killed_run_ends_with_the_averages_and_snapshots_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    widths = {"ema_widths": (0.05, 0.2), "ema_snapshot_every": 3}
+    whole = train(tmp_path / "whole", **widths)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=6, **widths)
+    shutil.rmtree(tmp_path / "parts/stage1/checkpoints/step-000007")  # killed: it goes on from step 4
+    resumed = train(tmp_path / "parts", **widths)
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        parts, _ = read_checkpoint(checkpoints(folder / "stage1")[-1])
+        assert parts["ema"].keys() == parts["ema-0.2"].keys() == {"weight", "bias"}
+    names = [f"step-{step:06d}-{width}.safetensors" for step in (3, 6, 9, 12) for width in (0.05, 0.2)]
+    assert sorted(path.name for path in (tmp_path / "parts/stage1/ema").iterdir()) == names
+    for name in names:
+        first, second = (tmp_path / folder / "stage1/ema" / name for folder in ("whole", "parts"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> None:
+    run = train(tmp_path, ema_widths=(0.2, 0.05))
+    before, average = weights(run), run.ema.models[0].shadow_params[0].clone()
+    with run.averaged("a test"):
+        assert torch.equal(run.bare.weight, average)
+        assert not torch.equal(run.bare.weight, before[0])
+    assert all(map(torch.equal, weights(run), before))
+
+
+def test_the_learning_rate_rises_holds_and_falls() -> None:
+    training = Training(steps=110, warmup=10, decay="cosine")
+    rates = [learning_rate(step, training) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10 + 50] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0, abs=1e-9)
+    assert learning_rate(1000, Training()) == 1.0
+    straight = Training(steps=110, warmup=10, decay="linear")
+    assert [learning_rate(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
+
+
+def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left equals a run in which the gradient of that step was never taken."""
+    with_it = train(tmp_path / "with", bad=(5,))
+    assert "a loss or gradient is not finite at step 6, of sample 22; the step is skipped" in capsys.readouterr().out
+    optimizer = with_it._network.optimizer.state_dict()["state"][0]
+    assert (with_it.step, with_it.skips.total, int(optimizer["step"])) == (12, 1, 11)
+    assert all(tensor.isfinite().all() for tensor in weights(with_it))
+    lines = metrics(tmp_path / "with")
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert [line.get("skipped") for line in lines] == [None, 1, 1, 1]
+
+
+def test_samples_that_bring_their_names_are_called_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, bad=(5,), keys=True, steps=6)
+    assert "not finite at step 6, of sample 22, 22.png; the step is skipped" in capsys.readouterr().out
+
+
+def test_a_line_of_metrics_tells_the_speed_and_later_ones_the_utilisation(tmp_path: Path) -> None:
+    train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "stage1/metrics.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1 for line in lines)
+    assert [line.get("mfu", 0) > 0 for line in lines] == [False, True, True, True]
+
+
+def test_sheets_and_snapshots_from_after_the_step_that_a_run_goes_on_from_are_made_again(tmp_path: Path) -> None:
+    later = [tmp_path / "stage1/samples/step-000009.png", tmp_path / "stage1/ema/step-000009-0.1.safetensors"]
+    sooner = tmp_path / "stage1/samples/step-000003.png"
+    for path in (*later, sooner):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(SystemExit):  # begins anew, as there is no checkpoint: all of them go
+        train(tmp_path, stop=6)
+    assert not any(path.exists() for path in (*later, sooner))
+    for path in (*later, sooner):
+        path.touch()
+    train(tmp_path, steps=8)
+    assert not any(path.exists() for path in later)
+    assert sooner.exists()
+
+
+def test_a_skipped_step_is_skipped_again_after_a_resume(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", bad=(5, 6))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", stop=5, bad=(5, 6))  # the checkpoint is of step 6, which was skipped
+    resumed = train(tmp_path / "parts", bad=(5, 6))
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 10, of sample 38; 3 steps in a row .*step-000008 stands"):
+        train(tmp_path, bad=(2, 3, 7, 8, 9), max_skipped=3)
+    for folder in checkpoints(tmp_path / "stage1"):
+        parts, _ = read_checkpoint(folder)
+        assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Losses of `train` are multiplied by 4 at first, as fp16's are by more: accelerate does so on a GPU only."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def with_scaler(*given: object) -> Accelerator:
+        made = accelerator(*given)
+        made.scaler = scaler
+        made.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
+        return made
+
+    monkeypatch.setattr(ldm.training.trainer, "accelerator", with_scaler)
+    return scaler
+
+
+def test_a_scale_that_is_too_high_is_lowered_and_not_counted(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+    run = train(tmp_path, steep=(2, 3))
+    assert (run.skips.total, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
+
+
+def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+    with pytest.raises(UserError, match=r"step 7, of sample 24, .* 3 steps in a row"):
+        train(tmp_path, steep=tuple(range(2, 12)), max_skipped=3)
+
+
+def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
+    tmp_path: Path, scaled: torch.amp.GradScaler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Run.update
+    monkeypatch.setattr(Run, "update", lambda run, loss: update(run, loss=loss / (run.step != 5)))
+    run = train(tmp_path)
+    steps = run._network.optimizer.state_dict()["state"][0]["step"]
+    assert (run.skips.total, int(steps), run.ema.updates) == (1, 11, 11)
+
+
+def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
+    class Two(nn.Linear):
+        @property
+        def apart(self) -> list[nn.Parameter]:
+            return [self.bias]
+
+    network = Network(Two(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
+    network.bare(torch.ones(1, 2)).sum().backward()
+    assert network.clip_gradients().isfinite()
+    network.bare.bias.grad.fill_(torch.nan)
+    assert not network.clip_gradients().isfinite()
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train(tmp_path / "whole")
+    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, keep=9)
+    assert "stage1: saved at step 6." in capsys.readouterr().out
+    assert [folder.name[-2:] for folder in checkpoints(tmp_path / "asked/stage1")] == ["04", "06", "08", "12"]
+    assert all(map(torch.equal, weights(whole), weights(asked)))
+
+
+@pytest.mark.usefixtures("capsys")  # which keeps what is printed out of files
+def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the weights no longer fit, as they would not there."""
+    whole = train(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "full", stop=6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't write .*step-000008: File too large; make room"):
+            train(tmp_path / "full", log_every=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
+    resumed = train(tmp_path / "full")
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+
+
+@pytest.mark.slow
+def test_processes_that_train_on_other_pictures_are_told_apart(
+    tmp_path: Path, launch: Callable[..., subprocess.Popen[str]]
+) -> None:
+    (tmp_path / "other.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "from ldm.utils.errors import UserError\n"
+        "from ldm.training.trainer import Run\n"
+        "from ldm.config.schema import RunConfig, Training\n"
+        "run = RunConfig(dir=Path(sys.argv[1]), device='cpu', precision='no', tracker='none')\n"
+        "rank = os.environ['RANK']\n"
+        "try:\n"
+        "    Run(run, Training(batch=4), 'stage2', nn.Linear(2, 2), {'data': rank})\n"
+        "except UserError as error:\n"
+        "    print(rank, 'said:', error, flush=True)\n"
+    )
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said, _ = launch(*two, tmp_path / "other.py", tmp_path).communicate(timeout=240)
+    told = "stage2: process 1 has other pictures, captions or latents than process 0 (data: 0 → 1)"
+    assert all(f"{rank} said: {told}" in said for rank in (0, 1)), said

@@ -1,0 +1,244 @@
+"""The suitability report of autoencoders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm.config import loader
+from ldm.data import index
+from ldm.data.dataset import whole
+from ldm.evaluation.reconstruction import Figures, reconstruction
+from ldm.models import autoencoder
+from ldm.utils.errors import UserError
+from stage1_vae import suitability
+from stage1_vae.suitability_report import Subject
+
+Report = Callable[..., tuple[int, str, str]]
+
+
+def saved(folder: Path, levels: int, scale: float = 1.0) -> Path:
+    """An AutoencoderKL with random weights and a factor of 2 to the power of `levels` less one."""
+    torch.manual_seed(levels)
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=4, mid_block_add_attention=False,
+        scaling_factor=scale,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two untrained autoencoders, and the index of the drawings, which have held-out splits."""
+    folder = tmp_path_factory.mktemp("shared")
+    saved(folder / "run/autoencoder", 2)
+    saved(folder / "coarse", 3)
+    (folder / "run/config.yaml").write_text("")
+    return folder
+
+
+@pytest.fixture
+def report(
+    root: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Report:
+    """Calls the command, without weights of LPIPS and FID and offline; returns status, output and errors."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        first = ["--config", str(root / "configs/tiny.yaml"), "data.size=24", f"data.cache_dir={shared / 'cache'}"]
+        status = suitability.main([*first, *map(str, arguments)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def written(folder: Path) -> dict[str, object]:
+    """The report; strict JSON, without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads((folder / "report.json").read_text("utf-8"), parse_constant=refuse)
+
+
+def test_several_autoencoders_stand_in_one_table_and_missing_weights_stop_nothing(
+    report: Report, shared: Path, tmp_path: Path
+) -> None:
+    fine, coarse = shared / "run/autoencoder", shared / "coarse"
+    status, out, _ = report("--model", fine, "--model", coarse, "--count", 12, "--worst", 3, "--out", tmp_path / "out")
+    assert status == 0
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("model "))
+    assert lines[head].split()[:5] == ["model", "factor", "channels", "PSNR", "dB"]
+    assert [line.split()[0] for line in lines[head + 1 : head + 5]] == [str(fine), str(coarse), "bicubic", "bicubic"]
+    assert lines[head + 2].split()[1:3] == ["4", "4"]
+    assert "12 pictures (of 73 in reconstruction, combination) of openmoji-demo at 24 px" in out
+    assert "note: MS-SSIM has 2 of its 5 scales: there are sides of 24 px" in out
+    assert "note: LPIPS: vgg16-397923af.pth is not in" in out
+    assert "note: rFID: weights-inception-2015-12-05-6726825d.pth is not in" in out
+    assert f"{fine}: retrain" in out
+    facts = written(tmp_path / "out")
+    assert facts["pictures"] == 12
+    assert [each["model"] for each in facts["models"]][:2] == [str(fine), str(coarse)]  # type: ignore[attr-defined]
+    for name in ("reconstructions.png", "worst.png"):
+        with Image.open(tmp_path / "out" / name) as sheet:
+            assert sheet.width > 5 * 128  # original, and two of each model
+
+
+def test_figures_are_of_the_held_out_pictures_and_the_worst_are_the_worst(
+    report: Report, shared: Path, tmp_path: Path, root: Path
+) -> None:
+    model = shared / "run/autoencoder"
+    assert report("--model", model, "--worst", 2)[0] == 0
+    facts = written(shared / "run/evaluation")  # beside the autoencoder, in its run
+    overrides = ["data.size=24", f"data.cache_dir={shared / 'cache'}"]
+    held = index.build(loader.load(root / "configs/tiny.yaml", overrides)).select("reconstruction", "combination")
+    loaded = autoencoder.load(model)
+    expected = reconstruction((x, loaded.decode(loaded.encode(x))) for x in whole(held))
+    found = facts["models"][0]["figures"]  # type: ignore[index]
+    assert (found["psnr"], found["ssim"]) == pytest.approx((expected["psnr"], expected["ssim"]), rel=1e-4)
+    assert {name for name, _ in facts["names"]} == {entry.key for entry in held}  # type: ignore[attr-defined]
+
+    subject = Subject("one", loaded, Figures())
+    x = next(whole(held, 8))
+    names = [(f"picture {i}", "") for i in range(8)]
+    parts = [(x[:3], names[:3]), (x[3:], names[3:])]
+    given, some, worst = suitability.measure(parts, [subject], 3)
+    psnr = subject.figures.each["psnr"]
+    assert [row.number for row in worst] == psnr.argsort()[:3].tolist()
+    assert given == names
+    assert len(some) == 8
+    for row in worst:
+        torch.testing.assert_close(row.pictures[0], x[row.number])
+        assert reconstruction([(row.pictures[:1], row.pictures[1:])])["psnr"] == pytest.approx(float(psnr[row.number]))
+
+
+def test_the_identity_is_kept(report: Report, tmp_path: Path) -> None:
+    status, out, _ = report("--model", "identity", "--count", 4)
+    assert status == 0
+    assert "identity: keep" in out
+    assert "inf" in out
+    assert (tmp_path / "evaluation/worst.png").exists()  # no run that it came from
+    assert written(tmp_path / "evaluation")["models"][0]["figures"]["psnr"] is None  # type: ignore[index]
+
+
+def test_values_that_are_not_finite_are_reported(report: Report, shared: Path, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(shared / "run/autoencoder")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] = torch.inf
+    vae.save_pretrained(tmp_path / "broken")
+    status, out, _ = report("--model", tmp_path / "broken", "--count", 5, "--out", tmp_path / "out")
+    assert status == 0
+    assert "broken: retrain" in out
+    assert "5 pictures came back with values that are not finite" in out
+    assert written(tmp_path / "out")["models"][0]["broken"] == 5  # type: ignore[index]
+
+
+def test_latents_that_are_out_of_scale_are_named(report: Report, tmp_path: Path) -> None:
+    status, out, _ = report("--model", saved(tmp_path / "small", 2, scale=1e-3), "--count", 5)
+    assert status == 0
+    assert "std of latent channel 0 " in out
+
+
+def test_buckets_and_a_data_set_without_held_out_pictures(
+    report: Report, shared: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    folder = three_shapes([f"picture: {i}" for i in range(7)])
+    status, out, _ = report(
+        "--model", shared / "coarse", f"data.source={folder}", "data.buckets={step: 4, smallest: 16}", "--worst", 1
+    )
+    assert status == 0
+    assert "7 pictures (train)" in out
+    assert "note: the data has no held-out pictures" in out
+    facts = written(tmp_path / "evaluation")
+    assert sorted(facts["names"]) == [[f"{i:02}.png", f"picture: {i}"] for i in range(7)]  # type: ignore[call-overload]
+
+
+def test_a_stream_is_measured_from_its_beginning(
+    report: Report, shared: Path, tmp_path: Path, shard: Callable[[Path, int, str], None]
+) -> None:
+    shard(tmp_path / "a.tar", 6, "thing ")
+    given = [f"data.source={tmp_path / 'a.tar'}", "data.streaming=true", "data.cache=none", "--count", 4]
+    status, out, _ = report("--model", shared / "coarse", *given)
+    assert status == 0
+    assert "4 pictures (the first)" in out
+    assert report("--model", shared / "coarse", *given, "--split", "train")[0] == 2
+
+
+def test_rfid_of_few_pictures_is_said_to_be_noise(
+    report: Report, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Distance(torch.nn.Module):
+        """Stands for Inception: an FID of two features, so that no file is needed."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().mean((2, 3))[:, :2]
+
+    from torchmetrics.image import FrechetInceptionDistance
+
+    monkeypatch.setattr(suitability.weights, "fid", lambda _: FrechetInceptionDistance(Distance()))
+    _, out, _ = report("--model", shared / "coarse", "--count", 4, "--out", shared / "rfid")
+    assert "rFID of 4 pictures is mostly noise" in out
+    assert "rFID" in next(line for line in out.splitlines() if line.startswith("model "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "/nowhere"], "--model: "),
+        (["--model", "COARSE", "data.size=26"], "data.size: 26 is not a multiple of 4, the factor of"),
+        (["--model", "COARSE", "data.size=8"], "data.size: sides of 8 px are less than SSIM's window of 11"),
+        (["--model", "COARSE", "data.buckets={step: 6, smallest: 12}"], "data.buckets.step: 6 is not a multiple of 4"),
+        (["--model", "COARSE", "--count", "0"], "--count: 0"),
+        (["--model", "COARSE", "--worst", "0"], "--worst: 0"),
+        (["--model", "COARSE", "--split", "test"], "invalid choice: 'test'"),
+        (["--model", "COARSE", "--lpips-net", "resnet"], "invalid choice: 'resnet'"),
+        (["--model", "COARSE", "--out", "/dev/null/out"], "--out: can't write to /dev/null/out"),
+        (["--model", "COARSE", "data.source=openmoji-dmeo"], "did you mean 'openmoji-demo'"),
+        ([], "--model"),
+    ],
+)
+def test_a_mistake_is_one_line(report: Report, shared: Path, arguments: list[str], says: str) -> None:
+    status, _, said = report(*[str(shared / "coarse") if each == "COARSE" else each for each in arguments])
+    said = said.rpartition("\r")[2]  # after the progress of checking pictures
+    assert status == 2
+    assert says in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+
+
+def test_a_split_that_is_not_there_is_named(shared: Path, root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("black")
+    settings = loader.load(root / "configs/tiny.yaml", [f"data.source={folder}", f"data.cache_dir={tmp_path}"])
+    with pytest.raises(UserError, match="--split: no picture of combination; the data has train"):
+        suitability.choose(settings, ["combination"], 5)
+
+
+@pytest.mark.slow
+def test_the_script_runs_as_a_file(root: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "stage1_vae/suitability.py", "--help"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--lpips-net" in done.stdout

@@ -1,0 +1,71 @@
+"""What a classifier's guidance is measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config.schema import ClassifierConfig
+from ldm.diffusion.process import Process
+from ldm.models.autoencoder import Autoencoder, Identity
+from ldm.models.classifier import NoisyClassifier
+from stage2_diffusion.classifier import evaluate
+
+KEYS = [
+    "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "head_size=8", "groups=4",
+    "evaluate_pictures=8",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v", "flow"])
+def test_each_solver_and_scale_gets_a_row(
+    target: str, train: Callable[..., str], call: Callable[..., str], tmp_path: Path, small: list[str], vae: Autoencoder
+) -> None:
+    vae.save(tmp_path / "vae")
+    run, guide, judge = tmp_path / "run", tmp_path / "guide", tmp_path / "judge"
+    chain = [] if target == "flow" else ["stage2.timesteps=20", "sample.solver=ddim"]
+    given = [f"stage1.pretrained={tmp_path / 'vae'}", "stage2.conditions=[]", f"stage2.target={target}", *chain]
+    train(run, *small, *given)
+    call(train.main, run, "--out", guide, *KEYS, "half=0")
+    call(train.main, run, "--out", judge, *KEYS, "half=1", "seed=1")
+    options = ["--guide", guide, "--judge", judge, "--count", 10, "--scales", 0, 3, "--steps", 4]
+    said = call(evaluate.main, run, *options)
+    header, *rows = (line.split() for line in said[said.index("solver") :].splitlines())
+    assert header == ["solver", "steps", "scale", "guide", "judge", "seconds"]
+    assert [row[:3] for row in rows] == [
+        ["ddpm", "4", "0"], ["ddpm", "4", "3"], ["ddim", "2", "0"], ["ddim", "2", "3"],
+    ]  # fmt: skip
+    assert all(round(float(share) * 10, 6).is_integer() for row in rows for share in row[3:5])
+
+    other = NoisyClassifier.load(guide)
+    other.register_to_config(classes=[*other.classes[:-1], "another"])
+    other.save_pretrained(tmp_path / "other/model")
+    options[3] = tmp_path / "other"
+    assert "knows other classes" in call(evaluate.main, run, *options, status=2)
+
+
+@pytest.mark.slow
+def test_what_can_not_be_measured_is_one_clear_line(tiny_run: Path, tmp_path: Path, call: Callable[..., str]) -> None:
+    both = ["--guide", tmp_path, "--judge", tmp_path]
+    for more, says in (
+        (["--count", 0], "--count: 0; give 1 or more"), (["--steps", 1], "--steps: 1; give 2 or more"),
+        ([], "told captions or classes itself"),
+    ):  # fmt: skip
+        said = call(evaluate.main, tiny_run, *both, *more, status=2)
+        assert says in said
+        assert said.count("\n") == 1
+
+
+def test_the_share_is_that_of_the_largest_logits_without_noise() -> None:
+    torch.manual_seed(0)
+    settings = ClassifierConfig(channels=(16, 16), layers=1, attention=(False, True), head_size=8, groups=4)
+    found = NoisyClassifier.of(settings, Autoencoder(Identity()), Process("v"), ["cat", "dog"]).eval()
+    x0 = torch.randn(40, 3, 8, 8)
+    taken = found(x0, torch.tensor(0)).argmax(1)
+    assert evaluate.recognised(found, x0, taken) == 1
+    assert evaluate.recognised(found, x0, 1 - taken) == 0
+    assert evaluate.recognised(found, x0, torch.where(torch.arange(40) < 10, taken, 1 - taken)) == 0.25

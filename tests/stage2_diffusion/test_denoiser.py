@@ -1,0 +1,146 @@
+"""The U-Net with what is trained beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ldm.config.schema import Stage2Config
+from ldm.models import text_encoder, unet
+from ldm.models.conditioning import Condition, predict
+from ldm.training.optimizer import Network
+from stage2_diffusion.denoiser import Denoiser
+
+
+def stage(**keys: object) -> Stage2Config:
+    shape = {"channels": (8, 8), "attention": (False, True), "layers": 1, "head_size": 8, "groups": 4}
+    return Stage2Config(**{"conditions": ("text", "class"), **shape, **keys})
+
+
+def model(stage: Stage2Config, encoder: text_encoder.TextEncoder, trained: bool = False) -> Denoiser:
+    torch.manual_seed(0)
+    network = unet.build(stage, 2, 4, encoder.width, 3)
+    return Denoiser(network, stage, None if trained else encoder.encode([""])[0], encoder if trained else None)
+
+
+@pytest.fixture
+def encoder(words: Path) -> text_encoder.TextEncoder:
+    return text_encoder.load(str(words), 8)
+
+
+@pytest.mark.parametrize("null", ["empty", "learned"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_dropped_sample_is_answered_as_the_null_embedding_and_the_null_class_are(
+    encoder: text_encoder.TextEncoder, null: str, trained: bool
+) -> None:
+    denoiser = model(stage(null=null), encoder, trained)
+    if denoiser.null is not None:
+        torch.nn.init.normal_(denoiser.null)
+    captions = ["red heart", "cat", "a green square"]
+    given = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
+    x, t, dropped = torch.randn(3, 2, 4, 4), torch.tensor([5, 400, 900]), torch.tensor([True, False, True])
+    output = denoiser(x, t, Condition(given, torch.tensor([3, 1, 3])), dropped)
+    nothing = denoiser.null if null == "learned" else encoder.encode([""])[0]
+    states = torch.where(dropped[:, None, None], nothing, encoder.encode(captions))
+    torch.testing.assert_close(output, predict(denoiser.unet, x, t, Condition(states, torch.tensor([3, 1, 3]))))
+    alone = predict(denoiser.unet, x[:1], t[:1], Condition(nothing[None], torch.tensor([3])))
+    torch.testing.assert_close(output[:1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_captions_of_dropped_samples_make_no_difference(encoder: text_encoder.TextEncoder) -> None:
+    denoiser = model(stage(), encoder)
+    x, t, dropped = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([True, False])
+    label = torch.tensor([3, 0])
+    one, other, third = (
+        denoiser(x, t, Condition(encoder.encode(captions), label), dropped)
+        for captions in (["cat", "dog"], ["red heart", "dog"], ["cat", "red heart"])
+    )
+    assert torch.equal(one, other)
+    assert not torch.allclose(one[1], third[1])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_learned_null_begins_as_the_empty_caption_and_learns_from_what_is_dropped(
+    encoder: text_encoder.TextEncoder, trained: bool
+) -> None:
+    denoiser = model(stage(null="learned"), encoder, trained)
+    torch.testing.assert_close(denoiser.null.detach(), encoder.encode([""])[0])
+    x, t, label = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([3, 0])
+    captions = ["cat", "dog"]
+    given = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
+    for dropped, learns in ((torch.tensor([True, False]), True), (torch.tensor([False, False]), False)):
+        denoiser.zero_grad()
+        denoiser(x, t, Condition(given, label), dropped).square().sum().backward()
+        assert (float(denoiser.null.grad.abs().sum()) > 0) == learns
+
+
+def test_an_empty_caption_of_a_trained_encoder_is_encoded_anew_and_teaches_it(
+    encoder: text_encoder.TextEncoder,
+) -> None:
+    denoiser = model(stage(), encoder, trained=True)
+    before = denoiser.nothing().detach()
+    torch.testing.assert_close(before, encoder.encode([""])[0])
+    given = torch.stack(encoder.tokens(["cat"]), dim=1)
+    condition = Condition(given, torch.tensor([3]))
+    denoiser(torch.randn(1, 2, 4, 4), torch.tensor([5]), condition, torch.tensor([True])).square().sum().backward()
+    with torch.no_grad():
+        for parameter in encoder.model.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad / parameter.grad.norm().clamp(min=1e-6)
+    assert not torch.allclose(denoiser.nothing(), before)
+
+
+def test_the_encoders_dropout_is_off_whatever_the_mode(encoder: text_encoder.TextEncoder) -> None:
+    denoiser = model(stage(), encoder, trained=True)
+    for mode in (True, False, True):
+        denoiser.train(mode)
+        assert denoiser.unet.training == mode
+        assert not any(part.training for part in encoder.model.modules())
+
+
+def test_what_is_trained_is_what_the_configuration_asks_for(encoder: text_encoder.TextEncoder) -> None:
+    plain = dict(model(stage(), encoder).named_parameters())
+    assert all(name.startswith("unet.") for name in plain)
+    for keys, added in (
+        ({"null": "learned"}, {"null"}),
+        ({"weight": "learned"}, {"uncertainty"}),
+        ({"schedule": "learned"}, {"schedule"}),
+        ({"times": "loss"}, set()),
+    ):
+        names = dict(model(stage(**keys), encoder).named_parameters()).keys() - plain.keys()
+        assert {name.partition(".")[0] for name in names} == added
+    learned = model(stage(), encoder, trained=True)
+    frozen = {n.removeprefix("encoder.") for n, p in learned.named_parameters() if not p.requires_grad}
+    assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+@pytest.mark.parametrize("key", ["schedule", "weight", "null"])
+def test_what_is_learned_beside_the_networks_is_clipped_apart_and_not_decayed(
+    encoder: text_encoder.TextEncoder, key: str
+) -> None:
+    denoiser = model(settings := stage(**{key: "learned", "weight_decay": 0.5, "clip": 1.0}), encoder, trained=True)
+    network = Network(denoiser, 0.1, settings, Accelerator(cpu=True), "no")
+    beside = {name: p for name, p in denoiser.named_parameters() if not name.startswith(("unet.", "encoder."))}
+    networks = [p for name, p in denoiser.named_parameters() if name not in beside and p.requires_grad]
+    assert len(beside) == {"schedule": 4, "weight": 2, "null": 1}[key]
+
+    for parameter in networks:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    for parameter in beside.values():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    norm = 1e-3 * sum(p.numel() for p in networks) ** 0.5
+    assert float(network.clip_gradients()) == pytest.approx(norm, rel=1e-2)
+    assert norm < 1
+    assert all(torch.equal(p.grad, torch.full_like(p, 1e-3)) for p in networks)
+    assert torch.cat([p.grad.flatten() for p in beside.values()]).norm() == pytest.approx(1, abs=1e-4)
+
+    for parameter in network.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    before = [p.detach().clone() for p in network.parameters]
+    network.optimizer.step()
+    stays = {id(p) for p in beside.values()}
+    for parameter, old in zip(network.parameters, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old if id(parameter) in stays else old * (1 - 0.1 * 0.5))
