@@ -38,10 +38,10 @@ class Denoiser(nn.Module):
         self.encoder = encoder.model if encoder else None
         if encoder:
             encoder.trainable()
-        self.null = nn.Parameter(self._empty().detach().clone()) if stage.null == "learned" else None
-        self.schedule = LearnedSchedule() if stage.schedule == "learned" else None
-        self.uncertainty = Uncertainty() if stage.weight == "learned" else None
-        self.times = LossSecondMoment(stage.timesteps) if stage.times == "loss" else None
+        self.null = nn.Parameter(self._empty().detach().clone()) if stage.uncond_embedding == "learned" else None
+        self.schedule = LearnedSchedule() if stage.beta_schedule == "learned" else None
+        self.uncertainty = Uncertainty() if stage.loss_weighting == "learned" else None
+        self.times = LossSecondMoment(stage.timesteps) if stage.timestep_sampling == "loss" else None
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log_p = likelihood.log_density(process, found.denoise(process), found.x0, given.ode_steps, probes)
         print(f"{given.ode_steps:>6} ODE       {-(log_p / found.x0[0].numel()).mean():8.3f} nats/dim of the density")
     if process.target != "flow":
-        print_variances(found, learned(given.run) if stage.schedule == "learned" else None)
+        print_variances(found, learned(given.run) if stage.beta_schedule == "learned" else None)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ldm.training import checks
 from ldm.training.run_dir import check_finished, claim, write_card
 from stage2_diffusion.train import train
 
-UNET = {"channels": [64, 128, 256, 256], "head_size": 32, "attention": [False, False, True, True]}
+UNET = {"channels": [64, 128, 256, 256], "attention_head_dim": 32, "attention": [False, False, True, True]}
 
 
 class Trainer:
@@ -58,11 +58,11 @@ class Trainer:
             "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
             "stage2": {
                 "conditions": list(conditions), **({} if "stage2__model" in keys else UNET),
-                "target": process.target, "timesteps": process.timesteps,
-                "zero_snr": process.zero_snr, "shift": process.shift, "times": process.times or "auto",
-                "time_mean": process.time_mean, "time_std": process.time_std, "steps": steps, "batch": batch,
-                "device_batch": device_batch, "lr": lr, "ema": ema,
-                **({} if flow else {"schedule": process.schedule}),
+                "prediction_type": process.target, "timesteps": process.timesteps,
+                "zero_snr": process.zero_snr, "shift": process.shift, "timestep_sampling": process.times or "auto",
+                "logit_mean": process.time_mean, "logit_std": process.time_std, "steps": steps, "batch": batch,
+                "device_batch": device_batch, "lr": lr, "ema_decay": ema,
+                **({} if flow else {"beta_schedule": process.schedule}),
             },
             "sample": {
                 "steps": 50 if flow else min(50, process.timesteps), "guidance": 1.0,

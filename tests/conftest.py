@@ -107,7 +107,7 @@ def vae() -> Autoencoder:
 
 def random_vae() -> Autoencoder:
     torch.manual_seed(0)
-    stage = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False)
+    stage = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False)
     return Autoencoder(autoencoder.build(stage, 16))
 
 
@@ -121,7 +121,12 @@ def random_model(words: Path) -> Callable[..., LatentDiffusion]:
             vae.vae.quant_conv.weight[4:] = 0
             vae.vae.quant_conv.bias[4:] = -30
         stage = Stage2Config(
-            conditions=conditions, channels=(8, 8), attention=(False, True), layers=1, head_size=8, groups=4
+            conditions=conditions,
+            channels=(8, 8),
+            attention=(False, True),
+            layers=1,
+            attention_head_dim=8,
+            norm_num_groups=4,
         )
         encoder = text_encoder.load(str(words), 8) if stage.text else None
         side, count = (16, 3) if pixels else (8, 4)

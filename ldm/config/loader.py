@@ -20,10 +20,28 @@ from pydantic import ValidationError
 
 from ldm.config import kohya
 from ldm.config.presets import PRESETS
-from ldm.config.schema import Config, Section, as_sources
+from ldm.config.schema import Config, Section, Stage2Config, Training, as_sources
 from ldm.utils.errors import UserError
 
 Kind = TypeVar("Kind", bound=Section)
+
+# Names that keys had before version 0.2, by section: they still load, with a line that names the new one.
+OLD_NAMES: dict[str, dict[str, str]] = {
+    "RunConfig": {"keep": "checkpoints_total_limit"},
+    "SourceConfig": {"column": "caption_column"},
+    "DataConfig": {"held_out": "val_fraction"},
+    "Training": {
+        "clip": "max_grad_norm", "decay": "lr_scheduler", "warmup": "lr_warmup_steps", "ema": "ema_decay",
+    },
+    "Stage1Config": {"groups": "norm_num_groups"},
+    "ClassifierConfig": {"head_size": "attention_head_dim", "groups": "norm_num_groups"},
+    "Stage2Config": {
+        "target": "prediction_type", "schedule": "beta_schedule", "times": "timestep_sampling",
+        "time_mean": "logit_mean", "time_std": "logit_std", "weight": "loss_weighting", "dropout": "cond_dropout",
+        "null": "uncond_embedding", "head_size": "attention_head_dim", "groups": "norm_num_groups",
+    },
+}  # fmt: skip
+OLD_PRESETS = ("free", "unet")  # now "custom"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -41,24 +59,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
+    tree, notes = renamed(Config, tree)
+    overrides = [_renamed_override(override, notes) for override in overrides]
     for section, name, _, decided in PRESETS:
         if any(override.startswith(f"{section}.{name}=") for override in overrides):
             for key in decided if isinstance(tree.get(section), dict) else ():  # those in the file are of its own set
                 tree[section].pop(key, None)
     for override in overrides:
         _apply(tree, override)
+    tree, more = renamed(Config, tree)
+    _print_once([*notes, *more])
     _add_kohya(tree)
     return parse(tree, str(path))
 
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """A validated configuration from plain data; `origin` is named in errors."""
+    tree, _ = renamed(Config, tree)
     for key, name, presets, _ in PRESETS:
         values = tree.get(key)
         if isinstance(values, dict) and str(values.get(name)) in presets:
             tree = {**tree, key: {**presets[values[name]], **values}}
-    tree = {key: _current(Config.model_fields[key].annotation, value, key) if key in ("stage1", "stage2") else value
-            for key, value in tree.items()}  # fmt: skip
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
@@ -82,7 +103,8 @@ def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
     tree: dict[str, Any] = {}
     for override in overrides:
         _apply(tree, override)
-    tree = _current(kind, tree, "")
+    tree, notes = renamed(kind, tree)
+    _print_once(notes)
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -122,22 +144,90 @@ def _add_kohya(tree: dict[str, Any]) -> None:
                 data[key] = value
 
 
-def _current(kind: Any, values: Any, section: str) -> Any:
-    """A section's values with `micro_batches`, the parts of a batch, written as today's `device_batch`."""
-    if not isinstance(values, dict) or "micro_batches" not in values:
-        return values
-    values, prefix = dict(values), f"{section}." if section else ""
+def renamed(kind: type[Section], values: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """A section's values under today's names of keys, and a note for each key that had an old one.
+
+    UserError where a key stands under both names.
+    """
+    result, notes = dict(values), []
+    for old, new in _old_names(kind).items():
+        if old in result:
+            if result.get(new) is not None:
+                raise UserError(f"{prefix}{old} is now {prefix}{new}; leave the first out")
+            result[new] = result.pop(old)
+            notes.append(f"{prefix}{old} is now {prefix}{new}")
+    for key in ("model", "process"):
+        if kind is Stage2Config and result.get(key) in OLD_PRESETS:
+            notes.append(f"{prefix}{key}: {result[key]} is now custom")
+            result[key] = "custom"
+    if issubclass(kind, Training) and "micro_batches" in result:
+        result, note = _device_batch(kind, result, prefix)
+        notes += note
+    for key, value in result.items():
+        if key in kind.model_fields and (inner := _section_in(kind.model_fields[key].annotation)):
+            if isinstance(value, dict):
+                result[key], more = renamed(inner, value, f"{prefix}{key}.")
+                notes += more
+            elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                pairs = [renamed(inner, item, f"{prefix}{key}.") for item in value]
+                result[key] = [item for item, _ in pairs]
+                notes += [note for _, more in pairs for note in more]
+    return result, list(dict.fromkeys(notes))
+
+
+def _renamed_override(override: str, notes: list[str]) -> str:
+    """An override such as `stage2.target=v` under today's name of its key; adds a note where that is another."""
+    path, equals, value = override.partition("=")
+    *sections, leaf = path.split(".")
+    kind: type[Section] | None = Config
+    for name in sections:
+        kind = _section_in(kind.model_fields[name].annotation) if kind and name in kind.model_fields else None
+    new = _old_names(kind).get(leaf, leaf) if kind else leaf
+    if new == leaf:
+        return override
+    current = ".".join([*sections, new])
+    notes.append(f"{path} is now {current}")
+    return current + equals + value
+
+
+def _old_names(kind: type[Section]) -> dict[str, str]:
+    """Old name → name, of the keys that a section has; a class's own names stand before its parents'."""
+    merged: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        merged |= OLD_NAMES.get(parent.__name__, {})
+    return merged
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section within a field's type such as `GanConfig | None` or `tuple[SourceConfig, ...]`."""
+    if isinstance(annotation, type(Section)) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def _device_batch(kind: type[Section], values: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """`micro_batches`, the equal parts of each process's share of the batch, written as today's `device_batch`."""
+    values = dict(values)
     old, new, parts = f"{prefix}micro_batches", f"{prefix}device_batch", values.pop("micro_batches")
-    batch = values.get("batch", kind.model_fields["batch"].default)
+    if parts == 1:  # the whole share at once, as by default
+        return values, []
+    batch, processes = values.get("batch", kind.model_fields["batch"].default), int(os.environ.get("WORLD_SIZE", "1"))
     if values.get("device_batch") is not None:
         raise UserError(
             f"{old}: {parts} beside {new}: {values['device_batch']}, which replaces it; leave the first out"
         )
-    if not (isinstance(parts, int) and isinstance(batch, int) and parts > 0) or batch % parts:
-        raise UserError(f"{old}: {parts} equal parts of {prefix}batch, {batch}, can't be; set {new} instead")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{old} is now {new}, the images that a device computes at once: {batch // parts} here", file=sys.stderr)
-    return {**values, "device_batch": batch // parts}
+    if not (isinstance(parts, int) and isinstance(batch, int) and parts > 0) or batch % (parts * processes):
+        share = f", {batch}," if processes == 1 else f", {batch}, over {processes} processes"
+        raise UserError(f"{old}: {parts} equal parts of {prefix}batch{share} can't be; set {new} instead")
+    images = batch // (parts * processes)
+    note = f"{old} is now {new}, the images that a device computes at once: {images} here"
+    return {**values, "device_batch": images}, [note]
+
+
+def _print_once(notes: Sequence[str]) -> None:
+    """On the first process of a run."""
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():
+        print(note, file=sys.stderr)
 
 
 class _Loader(yaml.SafeLoader):

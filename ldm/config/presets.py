@@ -28,36 +28,44 @@ AUTOENCODERS: Presets = {
 
 SMALL, DEEP = [False, True, True], [True, True, True, False]
 UNETS: Presets = {  # by parameters, with captions' states of 384 channels (the first) or 768
-    "unet": {},
+    "custom": {},
     "unet-5m": {
-        "channels": [32, 96, 128], "layers": 1, "attention": [False, False, True], "head_size": 8, "groups": 8,
-        "pooled_text": True,
+        "channels": [32, 96, 128], "layers": 1, "attention": [False, False, True], "attention_head_dim": 8,
+        "norm_num_groups": 8, "pooled_text": True,
     },
-    "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "head_size": 32},
+    "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "attention_head_dim": 32},
     "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
-    "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "head_size": 32},
+    "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "attention_head_dim": 32},
     "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, but for heads
 }  # fmt: skip
 
 PROCESSES: Presets = {
-    "free": {},
-    "ddpm": {"target": "eps", "schedule": "linear"},  # arXiv 2006.11239
-    "improved-ddpm": {"target": "eps", "schedule": "cosine", "variance": "learned"},  # arXiv 2102.09672
-    "stable-diffusion": {"target": "eps", "schedule": "scaled_linear"},  # arXiv 2112.10752
-    "zero-snr": {"target": "v", "schedule": "scaled_linear", "zero_snr": True},  # arXiv 2305.08891
-    "rectified-flow": {"target": "flow", "times": "logit_normal"},  # arXiv 2209.03003, 2403.03206
-    "variational": {"target": "eps", "schedule": "learned"},  # arXiv 2107.00630
+    "custom": {},
+    "ddpm": {"prediction_type": "eps", "beta_schedule": "linear"},  # arXiv 2006.11239
+    "improved-ddpm": {"prediction_type": "eps", "beta_schedule": "cosine", "variance": "learned"},  # arXiv 2102.09672
+    "stable-diffusion": {"prediction_type": "eps", "beta_schedule": "scaled_linear"},  # arXiv 2112.10752
+    "zero-snr": {"prediction_type": "v", "beta_schedule": "scaled_linear", "zero_snr": True},  # arXiv 2305.08891
+    "rectified-flow": {"prediction_type": "flow", "timestep_sampling": "logit_normal"},  # arXiv 2209.03003, 2403.03206
+    "variational": {"prediction_type": "eps", "beta_schedule": "learned"},  # arXiv 2107.00630
 }
 
 PRESETS = (
-    ("stage1", "model", AUTOENCODERS, ("channels", "layers", "latent_channels", "groups", "mid_attention", "codes")),
+    ("stage1", "model", AUTOENCODERS, (
+        "channels", "layers", "latent_channels", "norm_num_groups", "mid_attention", "codes",
+    )),
     (
         "stage2", "model", UNETS,
-        ("channels", "layers", "attention", "mid_attention", "head_size", "groups", "pooled_text", "scale_shift"),
+        (
+            "channels", "layers", "attention", "mid_attention", "attention_head_dim", "norm_num_groups", "pooled_text",
+            "scale_shift",
+        ),
     ),
     (
         "stage2", "process", PROCESSES,
-        ("target", "schedule", "timesteps", "zero_snr", "shift", "variance", "times", "time_mean", "time_std"),
+        (
+            "prediction_type", "beta_schedule", "timesteps", "zero_snr", "shift", "variance", "timestep_sampling",
+            "logit_mean", "logit_std",
+        ),
     ),
 )  # fmt: skip
 """Section, key that names a set, the sets, and all keys that a set decides."""

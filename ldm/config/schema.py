@@ -35,7 +35,7 @@ class RunConfig(Section):
     """`auto` takes the GPU where there is one."""
     preflight: bool = True
     """Measures two steps and a validation first, to tell the memory, time and disk that a run will take."""
-    keep: PositiveInt = 2
+    checkpoints_total_limit: PositiveInt = 2
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
@@ -52,7 +52,7 @@ class SourceConfig(Section):
         "auto", "openmoji", "metadata", "sidecars", "classes", "pictures", "tar", "parquet", "datasets", "kohya"
     ] = "auto"
     """What the path is; `auto` looks."""
-    column: str = "text"
+    caption_column: str = "text"
     """Column, or key of a JSON, with the caption or a list of them."""
     label: str = "label"
     """Column, or key of a JSON, with the class, a string or an integer; read where `stage2.conditions` has `class`."""
@@ -107,7 +107,7 @@ class DataConfig(Section):
     """Colour behind transparent pictures."""
     min_side: PositiveInt = 8
     """Pictures with a side of fewer pixels are bad."""
-    held_out: float = Field(default=0.0, ge=0, lt=1)
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the pictures that nothing is trained on, for measuring; which ones follows from their files' content."""
     on_error: Literal["skip", "stop"] = "skip"
     """What bad pictures and captions do: they are left out, or nothing is trained."""
@@ -190,17 +190,17 @@ class Training(Section):
     """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate, as it stands: not scaled by batch or processes."""
-    warmup: int = Field(default=100, ge=0)
+    lr_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up; `cosine` and `linear` end at 0."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Of AdamW."""
-    clip: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: Decay = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the averaged weights, which are what is saved and sampled."""
     ema_widths: Annotated[tuple[float, ...], AfterValidator(_widths)] = ()
     """Power-function averages instead, by σ_rel: `[0.05, 0.1]`; the first is saved and sampled, snapshots are kept of
@@ -268,7 +268,7 @@ class Stage1Config(Training):
     """Residual blocks a level."""
     latent_channels: PositiveInt = 4
     """Channels of the latents."""
-    groups: PositiveInt = 32
+    norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     mid_attention: bool = True
     """Self-attention at the lowest resolution."""
@@ -346,7 +346,7 @@ class Stage1Config(Training):
             raise ValueError("channels, latent_channels: identity has one level and 3 channels; leave them out")
         if self.family in ("kl", "vq"):
             for width in self.channels:
-                _divides("channels", width, self.groups, "groups")
+                _divides("channels", width, self.norm_num_groups, "norm_num_groups")
         if self.family == "dc":  # its shortcuts average channels, its attention has heads of 32
             _divides("channels", self.channels[-1], self.latent_channels, "latent_channels")
             for above, width in itertools.pairwise(self.channels):
@@ -378,13 +378,13 @@ class Stage2Config(Training):
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
     """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
     small picture. `[]` is unconditional."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
+    cond_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained without captions and classes, for classifier-free guidance."""
     dropout_each: bool = False
     """Drops captions and classes by draws of their own, rather than together."""
-    null: Literal["empty", "learned"] = "empty"
+    uncond_embedding: Literal["empty", "learned"] = "empty"
     """What stands for a dropped caption: the embedding of the empty one, or one that is trained."""
-    model: Literal[tuple(UNETS)] = "unet"  # type: ignore[valid-type]
+    model: Literal[tuple(UNETS)] = "custom"  # type: ignore[valid-type]
     """Architecture; the keys below change single values of it."""
     channels: tuple[PositiveInt, ...] = (320, 640, 1280, 1280)
     """Width of each level."""
@@ -394,9 +394,9 @@ class Stage2Config(Training):
     """Which levels have self-attention, and cross-attention to captions."""
     mid_attention: bool = True
     """The same for the middle block."""
-    head_size: PositiveInt = 64
+    attention_head_dim: PositiveInt = 64
     """Channels of an attention head."""
-    groups: PositiveInt = 32
+    norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     pooled_text: bool = False
     """Adds the text to the time embedding, pooled by attention; with `size` among the conditions, its mean."""
@@ -408,11 +408,11 @@ class Stage2Config(Training):
     """Compiles the U-Net with torch.compile: a minute or more at the start, faster steps on GPUs."""
     channels_last: bool = False
     """Keeps pictures channel by channel innermost in memory: faster convolutions on GPUs."""
-    process: Literal[tuple(PROCESSES)] = "free"  # type: ignore[valid-type]
+    process: Literal[tuple(PROCESSES)] = "custom"  # type: ignore[valid-type]
     """How pictures become noise and what is learned of it; the keys below change single values of it."""
-    target: Literal["eps", "v", "x0", "flow"] = "eps"
+    prediction_type: Literal["eps", "v", "x0", "flow"] = "eps"
     """What the U-Net predicts; `flow` is the velocity of a straight path from picture to noise."""
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
+    beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
     """Noise schedule of eps, v and x0; flow has none."""
     timesteps: PositiveInt = 1000
     """Steps of the chain from picture to noise."""
@@ -426,16 +426,16 @@ class Stage2Config(Training):
     """Learned variance: weight of the variational bound, which teaches it."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance of prediction and target."""
-    weight: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid", "learned"] = "uniform"
+    loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid", "learned"] = "uniform"
     """Weight of a loss by its noise level; `learned` divides by how large losses are there."""
     weight_gamma: float | None = Field(default=None, gt=0)
     """γ of min_snr and soft_min_snr (5 unless set), and of p2 (1)."""
-    times: Literal["auto", "uniform", "logit_normal", "loss"] = "auto"
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "loss"] = "auto"
     """How noise levels are drawn: evenly, more often in the middle, or by how large losses were (`loss`); `auto` is
     logit_normal for flow and uniform otherwise."""
-    time_mean: float = 0.0
+    logit_mean: float = 0.0
     """Logit-normal times: mean of the logit; larger is noisier."""
-    time_std: float = Field(default=1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0)
     """Logit-normal times: its standard deviation."""
     stratified: bool = False
     """Spreads the noise levels of a batch evenly, which steadies the loss."""
@@ -474,13 +474,13 @@ class Stage2Config(Training):
         for key in self.conditions:
             if key in ("size", "inpaint", "upscale") and not self.text:
                 raise ValueError(f"conditions: {key} needs text beside it; give [text, {key}]")
-        for key, given in (("pooled_text", self.pooled_text), ("null", self.null == "learned")):
+        for key, given in (("pooled_text", self.pooled_text), ("uncond_embedding", self.uncond_embedding == "learned")):
             if given and not self.text:
                 raise ValueError(f"{key}: there is no text in conditions, {list(self.conditions)}; leave it out")
-        flow = self.target == "flow"
+        flow = self.prediction_type == "flow"
         for key, given in (
-            ("zero_snr", self.zero_snr), ("variance", self.variance == "learned"), ("times", self.times == "loss"),
-            ("schedule", self.schedule == "learned"),
+            ("zero_snr", self.zero_snr), ("variance", self.variance == "learned"),
+            ("timestep_sampling", self.timestep_sampling == "loss"), ("beta_schedule", self.beta_schedule == "learned"),
         ):  # fmt: skip
             if given and flow:
                 raise ValueError(
@@ -488,25 +488,28 @@ class Stage2Config(Training):
                 )
         if flow and self.timesteps != 1000:  # which samplers round to whole numbers
             raise ValueError(f"timesteps: {self.timesteps}; flow tells the U-Net its time in thousandths, leave it out")
-        if self.weight == "learned" and self.times == "loss":
-            raise ValueError("times: by the loss means little where weight is learned, which makes all alike; drop one")
-        if self.zero_snr and self.target == "eps":
-            raise ValueError("zero_snr: pure noise says nothing about eps; set target to v or x0")
-        if self.variance == "learned" and (self.loss, self.weight) != ("l2", "uniform"):
-            raise ValueError("variance: learned has its own weighting; set loss to l2 and weight to uniform")
-        if self.schedule == "learned":
+        if self.loss_weighting == "learned" and self.timestep_sampling == "loss":
+            raise ValueError(
+                "timestep_sampling: loss means little where loss_weighting is learned, which makes all alike; drop one"
+            )
+        if self.zero_snr and self.prediction_type == "eps":
+            raise ValueError("zero_snr: pure noise says nothing about eps; set prediction_type to v or x0")
+        if self.variance == "learned" and (self.loss, self.loss_weighting) != ("l2", "uniform"):
+            raise ValueError("variance: learned has its own weighting; set loss to l2 and loss_weighting to uniform")
+        if self.beta_schedule == "learned":
             for key, plain in (
-                ("target", "eps"), ("loss", "l2"), ("weight", "uniform"), ("times", "auto"), ("variance", "fixed"),
+                ("prediction_type", "eps"), ("loss", "l2"), ("loss_weighting", "uniform"),
+                ("timestep_sampling", "auto"), ("variance", "fixed"),
                 ("zero_snr", False), ("shift", 1.0), ("noise_offset", 0.0), ("input_perturbation", 0.0),
             ):  # fmt: skip
                 if getattr(self, key) != plain:
                     raise ValueError(
-                        f"schedule: learned minimises the bound's variance, which is defined with {key}={plain}; "
+                        f"beta_schedule: learned minimises the bound's variance, which is defined with {key}={plain}; "
                         f"not {getattr(self, key)!r}"
                     )
-        if self.weight_gamma and self.weight not in ("min_snr", "soft_min_snr", "p2"):
-            raise ValueError(f"weight_gamma: weight {self.weight!r} has no γ; leave it out")
-        for key, given in (("weight 'sigmoid'", self.weight == "sigmoid"), ("zero_snr", self.zero_snr)):
+        if self.weight_gamma and self.loss_weighting not in ("min_snr", "soft_min_snr", "p2"):
+            raise ValueError(f"weight_gamma: loss_weighting {self.loss_weighting!r} has no γ; leave it out")
+        for key, given in (("loss_weighting 'sigmoid'", self.loss_weighting == "sigmoid"), ("zero_snr", self.zero_snr)):
             if given and self.timesteps < 2:
                 raise ValueError(f"timesteps: {key} needs 2 at least")
         return self
@@ -519,11 +522,11 @@ class DistillConfig(Training):
     """Optimiser steps of each halving, or of the whole consistency distillation."""
     batch: PositiveInt = 64
     """Global batch: the pictures of one optimiser step, over all processes."""
-    warmup: int = Field(default=0, ge=0)
+    lr_warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    decay: Literal["constant", "cosine", "linear"] = "linear"
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "linear"
     """Course of the learning rate in each halving; `cosine` and `linear` end at 0."""
-    ema: Decay = 0.99
+    ema_decay: Decay = 0.99
     """Decay of the averaged weights: the next teacher, what is exported, and a consistency model's own target."""
     guidance_from: float = Field(default=1.0, ge=1)
     """Smallest scale of guidance that the student learns to be told."""
@@ -598,9 +601,9 @@ class ClassifierConfig(Training):
     """Residual blocks a level."""
     attention: tuple[bool, ...] = (False, True, True, True)
     """Which levels have self-attention; the middle block and the pooling have."""
-    head_size: PositiveInt = 64
+    attention_head_dim: PositiveInt = 64
     """Channels of an attention head."""
-    groups: PositiveInt = 32
+    norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     evaluate_every: PositiveInt = 500
     """Steps between two measurements of the accuracy by noise level, on held-out pictures."""
@@ -614,9 +617,9 @@ class ClassifierConfig(Training):
                 f"attention: {len(self.attention)} values for {len(self.channels)} levels of channels; give one a level"
             )
         for i, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
-            _divides("channels", width, self.groups, "groups")
+            _divides("channels", width, self.norm_num_groups, "norm_num_groups")
             if attends or i == len(self.channels) - 1:
-                _divides("channels", width, self.head_size, "head_size")
+                _divides("channels", width, self.attention_head_dim, "attention_head_dim")
         return self
 
 
@@ -645,7 +648,7 @@ class Config(Section):
             raise ValueError(f"run.tracker: {self.run.tracker!r} is not known to accelerate; {hint}")
         self._possible_data()
         for width in two.channels:
-            _divides("stage2.channels", width, two.groups, "stage2.groups")
+            _divides("stage2.channels", width, two.norm_num_groups, "stage2.norm_num_groups")
         if len(two.attention) != len(two.channels):
             raise ValueError(
                 f"stage2.attention: {len(two.attention)} values for {len(two.channels)} levels of stage2.channels; "
@@ -653,7 +656,7 @@ class Config(Section):
             )
         for width, attends in zip(two.channels, two.attention, strict=True):
             if attends:
-                _divides("stage2.channels", width, two.head_size, "stage2.head_size")
+                _divides("stage2.channels", width, two.attention_head_dim, "stage2.attention_head_dim")
         if one.equivariance and self.data.shortest < 32:
             raise ValueError(
                 f"stage1.equivariance: shrinks pictures to a quarter of {self.data.shortest} px; they need 32"
@@ -667,10 +670,10 @@ class Config(Section):
             raise ValueError(
                 f"sample.solver: {self.sample.solver!r} makes no use of stage2.variance 'learned'; use ddpm"
             )
-        if self.sample.steps > two.timesteps and two.target != "flow":
+        if self.sample.steps > two.timesteps and two.prediction_type != "flow":
             raise ValueError(f"sample.steps: {self.sample.steps}, but stage2.timesteps are {two.timesteps}; lower it")
         if not two.conditions and one.family == "identity":
-            known = ("euler", "dpm++") if two.target == "flow" else ("ddpm", "ddim", "dpm++")
+            known = ("euler", "dpm++") if two.prediction_type == "flow" else ("ddpm", "ddim", "dpm++")
             if self.sample.solver not in known:
                 raise ValueError(
                     f"sample.solver: {self.sample.solver!r} can't be exported for pixels without conditions, whose "
@@ -691,13 +694,15 @@ class Config(Section):
             raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
         if self.text.train and not two.text:
             raise ValueError("text.train: there is no text in stage2.conditions; leave it out")
-        if two.target == "flow" and self.sample.solver not in STRAIGHT:
+        if two.prediction_type == "flow" and self.sample.solver not in STRAIGHT:
             raise ValueError(
-                f"sample.solver: {self.sample.solver!r} can't be saved with stage2.target 'flow'; use "
+                f"sample.solver: {self.sample.solver!r} can't be saved with stage2.prediction_type 'flow'; use "
                 f"{', '.join(STRAIGHT)}, and another one when you sample"
             )
-        if two.target == "x0" and self.sample.solver == "euler_a":
-            raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.target 'x0'; use another")
+        if two.prediction_type == "x0" and self.sample.solver == "euler_a":
+            raise ValueError(
+                "sample.solver: 'euler_a' of diffusers does not know stage2.prediction_type 'x0'; use another"
+            )
         for prompt in self.sample.prompts if two.text else ():
             if not prompt.strip():
                 raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
@@ -727,8 +732,8 @@ class Config(Section):
             raise ValueError(
                 "data.streaming: sizes aren't known beforehand; it needs data.buckets=null and data.cache=none"
             )
-        if data.streaming and data.held_out:
-            raise ValueError("data.held_out: with data.streaming nothing is held out; set it to 0")
+        if data.streaming and data.val_fraction:
+            raise ValueError("data.val_fraction: with data.streaming nothing is held out; set it to 0")
         if data.streaming and any(source.repeats > 1 or source.weight for source in data.source):
             raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
 

@@ -42,7 +42,7 @@ class Draws:
 
     def __init__(self, index: Index, config: Config, batch: int):
         self.index, self.data, self.seed = index, config.data, config.run.seed
-        self.dropout = config.stage2.dropout
+        self.dropout = config.stage2.cond_dropout
         self.sizes = index.sizes
         self.order = Order(index.weights(), self.seed, batch, self.sizes, index.column("repeats"))
         self.classes = {label: number for number, label in enumerate(index.labels())}

@@ -42,7 +42,7 @@ def metadata(folder: Path, wanted: Wanted) -> Records:
                 continue
             try:
                 if wanted.captions and column not in row:
-                    raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.column")
+                    raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.caption_column")
                 captions = captions_of(row.get(column), wanted)
                 label = label_of(row.get(wanted.label)) if wanted.label is not None else ""
             except BadSampleError as error:
@@ -200,7 +200,7 @@ def _raw(strings: pa.Array) -> pa.Array:
 def _has_columns(file: Path, found: list[str], wanted: Wanted) -> None:
     for name, instead in (
         ("file_name", ""),
-        (wanted.column if wanted.captions else None, ", or name the one with captions in data.source.column"),
+        (wanted.column if wanted.captions else None, ", or name the one with captions in data.source.caption_column"),
         (wanted.label, ", or name the one with classes in data.source.label"),
     ):
         if name is not None and name not in found:

@@ -235,7 +235,7 @@ def build(config: Config) -> Index:
             sources.prepare()
 
     on_main(begin)
-    return Index(_hold_out(_written(cache / f"index-{key}.arrow", sources, data), data.held_out), sources, data)
+    return Index(_hold_out(_written(cache / f"index-{key}.arrow", sources, data), data.val_fraction), sources, data)
 
 
 def _hold_out(table: pa.Table, share: float) -> pa.Table:

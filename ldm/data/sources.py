@@ -180,7 +180,7 @@ class Sources:
 
     def _wanted(self, source: SourceConfig) -> Wanted:
         label = source.label if "class" in self.conditions else None
-        return Wanted(source.column, source.lines, "text" in self.conditions, label)
+        return Wanted(source.caption_column, source.lines, "text" in self.conditions, label)
 
     @cached_property
     def _tables(self) -> dict[int, archives.Table]:

@@ -215,7 +215,7 @@ def _item(sample: tuple[Record, bytes], config: Config, n: int) -> Item | Bad:
     choice = int(generator(seed, "caption", n).integers(len(record.captions)))
     return {
         "position": torch.tensor(n), "key": record.key, "pixels": pixels, "caption": record.captions[choice],
-        "dropout": torch.tensor(config.stage2.dropout),
+        "dropout": torch.tensor(config.stage2.cond_dropout),
     }  # fmt: skip
 
 

@@ -62,9 +62,9 @@ class Process:
     def of(cls, stage: Stage2Config) -> Process:
         """The process that a configuration describes; a learned schedule is log_linear but for training's times."""
         return cls(
-            stage.target, "log_linear" if stage.schedule == "learned" else stage.schedule, stage.time_mean,
-            stage.time_std, stage.timesteps, stage.zero_snr, stage.shift,
-            stage.times if stage.times in ("uniform", "logit_normal") else None,
+            stage.prediction_type, "log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
+            stage.logit_mean, stage.logit_std, stage.timesteps, stage.zero_snr, stage.shift,
+            stage.timestep_sampling if stage.timestep_sampling in ("uniform", "logit_normal") else None,
         )  # fmt: skip
 
     def respaced(self, steps: int) -> Process:

@@ -67,14 +67,18 @@ def _check_deepspeed(config: Config, processes: int) -> None:
         if found != needed:
             raise UserError(f"{key}: {found} in DeepSpeed's configuration; only {needed} is supported")
     for key, configured, found in (
-        ("gradient_clipping", "stage2.clip", ours.clip),
+        ("gradient_clipping", "stage2.max_grad_norm", ours.max_grad_norm),
         ("gradient_accumulation_steps", "the passes of stage2.device_batch", passes),
     ):
         if theirs.get(key, "auto") not in ("auto", found):
             raise UserError(f"{key}: {theirs[key]} in DeepSpeed's configuration, {found} in {configured}; make it auto")
     if config.run.precision == "fp16":
         raise UserError("run.precision: fp16 needs DDP or FSDP here, not DeepSpeed; take bf16")
-    for key, given in (("schedule", ours.schedule), ("weight", ours.weight), ("null", ours.null)):
+    for key, given in (
+        ("beta_schedule", ours.beta_schedule),
+        ("loss_weighting", ours.loss_weighting),
+        ("uncond_embedding", ours.uncond_embedding),
+    ):
         if given == "learned":
             raise UserError(f"stage2.{key}: learned is clipped by itself, which DeepSpeed can't do; take FSDP or DDP")
 
@@ -99,7 +103,7 @@ def shard(accelerator: Accelerator, training: Training, passes: Accumulation) ->
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.deepspeed_plugins.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": passes.images, "gradient_accumulation_steps": passes.steps,
-            "gradient_clipping": training.clip,
+            "gradient_clipping": training.max_grad_norm,
         }  # fmt: skip
         state.deepspeed_plugins.select(_from_accelerator_state=True)
         accelerator.deepspeed_engine_wrapped = None

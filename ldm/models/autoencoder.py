@@ -192,7 +192,7 @@ def build(stage: Stage1Config, size: int) -> Model:
     shape: dict[str, Any] = {
         "block_out_channels": widths, "layers_per_block": stage.layers, "latent_channels": stage.latent_channels,
         "down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "norm_num_groups": stage.groups, "mid_block_add_attention": stage.mid_attention, "sample_size": size,
+        "norm_num_groups": stage.norm_num_groups, "mid_block_add_attention": stage.mid_attention, "sample_size": size,
         "scaling_factor": 1.0,
     }  # fmt: skip
     return VQModel(**shape, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**shape)

@@ -76,7 +76,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         betas = None if process.target == "flow" else tuple(process.chain().beta.tolist())
         return cls(
             autoencoder.channels, tuple(classes), betas, autoencoder.encoder_fingerprint(), settings.channels,
-            settings.layers, settings.attention, settings.head_size, settings.groups,
+            settings.layers, settings.attention, settings.attention_head_dim, settings.norm_num_groups,
         )  # fmt: skip
 
     @classmethod

@@ -58,14 +58,14 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
         "sample_size": side, "in_channels": inputs(stage, channels), "out_channels": outputs(stage, channels),
         "block_out_channels": stage.channels, "layers_per_block": stage.layers,
         "resnet_time_scale_shift": "scale_shift" if stage.scale_shift else "default",
-        "norm_num_groups": stage.groups, "num_class_embeds": classes + 1 if stage.classes else None,
+        "norm_num_groups": stage.norm_num_groups, "num_class_embeds": classes + 1 if stage.classes else None,
     }  # fmt: skip
     if not stage.text:
         down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
         return UNet2DModel(
             **shape, down_block_types=tuple(down),
             up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-            attention_head_dim=stage.head_size, add_attention=stage.mid_attention,
+            attention_head_dim=stage.attention_head_dim, add_attention=stage.mid_attention,
         )  # fmt: skip
     if "upscale" in stage.conditions:
         shape["num_class_embeds"] = LEVELS
@@ -84,7 +84,7 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
         mid_block_type="UNetMidBlock2DCrossAttn" if stage.mid_attention else "UNetMidBlock2D",
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         # diffusers' `attention_head_dim` of this class is the number of heads
-        attention_head_dim=tuple(max(1, width // stage.head_size) for width in stage.channels),
+        attention_head_dim=tuple(max(1, width // stage.attention_head_dim) for width in stage.channels),
         cross_attention_dim=text_width,
     )
 
@@ -94,12 +94,12 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
 
     UserError where it does not fit latents, text, classes (0: not known yet) or target.
     """
-    name, target = str(stage.init_from), stage.target
+    name, target = str(stage.init_from), stage.prediction_type
     kind = UNet2DConditionModel if stage.text else UNet2DModel
     path = Path(name)
     if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()):
         try:
-            unet, predicts = single_file_unet.read(path, stage.head_size, stage.groups)
+            unet, predicts = single_file_unet.read(path, stage.attention_head_dim, stage.norm_num_groups)
         except UserError as error:
             raise UserError(f"stage2.init_from: {error}") from None
     else:
@@ -111,7 +111,8 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
     if predicts not in (None, PREDICTION[target]):
         own = next((ours for ours, theirs in PREDICTION.items() if theirs == predicts), "another")
         raise UserError(
-            f"stage2.target: {target!r}, but {name} was trained to predict {own!r}; set stage2.target={own}"
+            f"stage2.prediction_type: {target!r}, but {name} was trained to predict {own!r}; "
+            f"set stage2.prediction_type={own}"
         )
     halvings = len(unet.config.block_out_channels) - 1
     if side % 2**halvings:

@@ -48,7 +48,7 @@ def describe(config: Config, processes: int = 1) -> str:
             f"latents {one.latent_channels} × {side} × {side}; {made}",
             *([] if one.needs_none else _batch("stage1", one, processes)),
             f"stage 2  U-Net, {_millions(network)} parameters, given {', '.join(two.conditions) or 'nothing'}, "
-            f"target {two.target}; {two.steps} steps of {two.batch}, lr {two.lr}{start}",
+            f"target {two.prediction_type}; {two.steps} steps of {two.batch}, lr {two.lr}{start}",
             *_batch("stage2", two, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
@@ -136,8 +136,8 @@ def _check_noise(config: Config) -> None:
     else:
         return
     print(
-        f"stage2.schedule: noise levels other than those that {two.init_from} was trained with ({differ}); "
-        "is that meant? stage2.schedule, .timesteps, .zero_snr and .shift decide them",
+        f"stage2.beta_schedule: noise levels other than those that {two.init_from} was trained with ({differ}); "
+        "is that meant? stage2.beta_schedule, .timesteps, .zero_snr and .shift decide them",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ class Averages:
         mine = self._local()
         self.training, self.widths = training, training.ema_widths
         self.models: list[EMA] = [PowerEMA(mine, width) for width in self.widths]
-        self.models = self.models or [EMA(mine, training.ema)]
+        self.models = self.models or [EMA(mine, training.ema_decay)]
         self.main = self.models[0]
         self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
         self._swapped = False

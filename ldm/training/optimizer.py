@@ -29,7 +29,7 @@ class Network:
     """
 
     def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
-        self.bare, self.lr, self.clip = module.to(accelerator.device), lr, training.clip
+        self.bare, self.lr, self.clip = module.to(accelerator.device), lr, training.max_grad_norm
         self.accelerator, self.precision = accelerator, precision
         self._sort()
         # Scalars, a learned variance for one, have no natural value to decay to either.

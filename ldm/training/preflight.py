@@ -185,7 +185,9 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
     t = getattr(config, stage)
     weights = sum(p.numel() * p.element_size() for p in run.parameters)
-    kept = (3 + len(run.ema.models)) * (config.run.keep + 1) + 1  # weights, two moments, averages; what is exported
+    kept = (3 + len(run.ema.models)) * (
+        config.run.checkpoints_total_limit + 1
+    ) + 1  # weights, two moments, averages; what is exported
     if t.ema_widths:
         kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     found = Needs(
@@ -269,7 +271,7 @@ def _about(config: Config, stage: str) -> dict[str, Any]:
     """What the measured depends on."""
     keys = dump(config)
     parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
-    parts["run"] = {name: keys["run"][name] for name in ("precision", "keep")}
+    parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}
     parts["data"] = {**parts["data"], "cache_dir": None}
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     return {

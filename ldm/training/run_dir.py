@@ -28,7 +28,7 @@ from ldm.utils.errors import UserError
 FREE = (
     "run.dir",
     "run.preflight",
-    "run.keep",
+    "run.checkpoints_total_limit",
     "run.log_every",
     "run.max_skipped",
     "run.tracker",
@@ -164,7 +164,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if two.text else []),
         f"| autoencoder | {one.pretrained or trained} |",
         f"| U-Net | {two.init_from or f'channels {list(two.channels)}'}, {two.steps} steps of {two.batch} |",
-        f"| process | target {two.target}{'' if two.target == 'flow' else f', schedule {two.schedule}'} |",
+        f"| process | {two.prediction_type}{f', {two.beta_schedule} schedule' * (two.prediction_type != 'flow')} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
         "",
@@ -201,7 +201,7 @@ def _usage(config: Config) -> str:
         "text upscale": f"pipe({prompt}, image=small, {guided}).images[0]",
     }.get(" ".join(two.conditions))
     decoded = not two.text or config.stage1.family in ("kl", "tiny")  # by diffusers' Stable Diffusion pipelines
-    ours = two.null == "learned" or config.text.chunks > 1 or not decoded
+    ours = two.uncond_embedding == "learned" or config.text.chunks > 1 or not decoded
     if call and not ours:
         code = [
             "from diffusers import DiffusionPipeline",

@@ -53,11 +53,11 @@ PARTS = (("model", "optimizer"), ("adversary", "adversary_optimizer"))  # the fi
 
 def learning_rate(step: int, training: Training) -> float:
     """Share of the full learning rate at optimiser step `step`, from 0: linear warm-up, then as `decay` says."""
-    rise = min(1.0, (step + 1) / max(1, training.warmup))
-    if training.decay == "constant":
+    rise = min(1.0, (step + 1) / max(1, training.lr_warmup_steps))
+    if training.lr_scheduler == "constant":
         return rise
-    progress = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
-    return rise * (1 - progress if training.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    progress = max(0, step - training.lr_warmup_steps) / max(1, training.steps - training.lr_warmup_steps)
+    return rise * (1 - progress if training.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Run:
@@ -446,7 +446,7 @@ class Run:
                 sync(self._lines)
                 state["metrics_bytes"] = self._lines.stat().st_size
             write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
-            for old in checkpoints(self.folder)[: -self.config.keep]:
+            for old in checkpoints(self.folder)[: -self.config.checkpoints_total_limit]:
                 shutil.rmtree(old)
 
         on_main(write)

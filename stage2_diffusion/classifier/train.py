@@ -155,6 +155,7 @@ def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any])
         before = yaml.safe_load(file.read_text("utf-8"))
         if now.keys() != before.keys():
             raise UserError(f"--out: {out} is not a classifier's folder; give another one")
+        before["classifier"], _ = loader.renamed(ClassifierConfig, before["classifier"])
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
             change for change in differences({**before, "run": str(run)}, now)
@@ -218,7 +219,7 @@ class Validation:
         counts, right = torch.bincount(self.y, minlength=len(self.classes)), self.right(model)
         rows = [(name, n, row) for name, n, row in zip(self.classes, counts.tolist(), right, strict=True) if n]
         if not rows:
-            return "no pictures are held out, so that nothing is measured; data.held_out=0.05 holds some out"
+            return "no pictures are held out, so that nothing is measured; data.val_fraction=0.05 holds some out"
         width = max(12, *(len(name) for name, *_ in rows))
         lines = [f"{'held out':{width}} {'pictures':>8}" + "".join(f"{level:>+7.0f}" for level in LEVELS) + "  log-SNR"]
         for name, count, row in [("all", len(self.y), right.sum(0)), *rows]:

@@ -97,20 +97,20 @@ def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
     if "upscale" in stage.conditions:
         raise UserError("stage2.conditions: diffusers' pipeline for upscale can't tell a student its scale of guidance")
     if method == "progressive":
-        if stage.target == "eps":
+        if stage.prediction_type == "eps":
             raise UserError(
-                "stage2.target: at pure noise 'eps' says nothing about the picture, so progressive distillation can't "
-                "learn it; use --method consistency, or a run with target v, x0 or flow"
+                "stage2.prediction_type: at pure noise 'eps' says nothing about the picture, so progressive "
+                "distillation can't learn it; use --method consistency, or a run with target v, x0 or flow"
             )
         try:
             settings.halvings()
         except ValueError as error:
             raise UserError(f"distill: {error}") from None
-        if stage.target != "flow" and settings.steps_from > stage.timesteps:
+        if stage.prediction_type != "flow" and settings.steps_from > stage.timesteps:
             raise UserError(
                 f"distill: steps_from: {settings.steps_from}, but stage2.timesteps are {stage.timesteps}; lower it"
             )
-    elif stage.target == "flow":
+    elif stage.prediction_type == "flow":
         raise UserError("--method consistency: diffusers' LCMScheduler can't sample a flow; use --method progressive")
     elif not settings.steps_to <= settings.original_steps <= stage.timesteps // 2:
         raise UserError(
@@ -126,6 +126,7 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
         old = yaml.safe_load(file.read_text("utf-8"))
         if "distill" not in old:
             raise UserError(f"--out: {folder} is a run of another kind; give another folder")
+        old["distill"], _ = loader.renamed(DistillConfig, old["distill"])
         changed = [
             change for change in differences(old["distill"], new["distill"])
             if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)

@@ -86,7 +86,7 @@ def test_a_class_conditional_model(trained, pictures: Path) -> None:
         "stage2.pooled_text=false",
         f"data.source={pictures}",
         "sample.guidance=2",
-        "stage2.dropout=0.2",
+        "stage2.cond_dropout=0.2",
     )
     assert model.classes == ("face", "food")
     face, food = model(labels=["face", "food"], seed=3, steps=4)

@@ -44,7 +44,7 @@ def test_a_start_measures_once_and_ends_with_the_same_weights(
     needs = json.loads((tiny_run / "preflight.json").read_text())
     assert needs["stage2"]["needs"]["step"] > 0
     settings = load(root / "configs/tiny.yaml")
-    state = 4 * 4 * settings.run.keep  # bytes of a parameter in that many checkpoints
+    state = 4 * 4 * settings.run.checkpoints_total_limit  # bytes of a parameter in that many checkpoints
     assert needs["stage2"]["needs"]["disk"] > 1_600_000 * state
     given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tiny_run}"]
     assert train_ldm.main(given) == 0
@@ -112,7 +112,7 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 
 
 def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[Config, Index]]) -> None:
-    settings, index = drawings("data.held_out=0.4", "stage2.evaluate_pictures=40")
+    settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_pictures=40")
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
     assert len(few.select(*HELD_OUT)) == 32

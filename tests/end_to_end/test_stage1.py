@@ -46,7 +46,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[s
 @pytest.fixture
 def few(three_shapes: Callable[[list[str]], Path]) -> tuple[str, str]:
     """Overrides: a data set of few pictures, some of which are held out."""
-    return f"data.source={three_shapes([f'picture {i}' for i in range(33)])}", "data.held_out=0.3"
+    return f"data.source={three_shapes([f'picture {i}' for i in range(33)])}", "data.val_fraction=0.3"
 
 
 def test_two_processes_equal_one_with_the_discriminator_on(

@@ -158,7 +158,7 @@ def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
     train: Callable[..., str], launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path
 ) -> None:
     shared = (f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage2.batch=8",
-              "stage2.steps=12", "stage2.decay=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
+              "stage2.steps=12", "stage2.lr_scheduler=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
     two = launch(*TWO, "tests/end_to_end/watched.py", 2, tmp_path / "two", *shared)
     train(tmp_path / "whole", *shared)
     train(tmp_path / "halves", *shared, "stage2.device_batch=4")

@@ -25,7 +25,7 @@ ROW = re.compile(
     r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,]+) +([\d,]+) MB"
 )
 SMALLEST = [
-    "data.size=16", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]", "stage2.groups=4", "stage2.batch=8",
+    "data.size=16", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]", "stage2.norm_num_groups=4", "stage2.batch=8",
     "text.max_tokens=8",
 ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_a_measured_run_writes_no_weights(
 ) -> None:
     settings, pictures = drawings(
         f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]",
-        "stage2.groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
+        "stage2.norm_num_groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
         "run.log_every=1",
     )  # fmt: skip
     lines = benchmark.our_loop(settings, pictures, vae, text_encoder.of(settings.text))

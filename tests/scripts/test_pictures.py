@@ -294,7 +294,9 @@ def test_guided_away_from_itself_is_not_guided_and_from_an_earlier_checkpoint_is
 def classifier(saved: Saved, tmp_path: Path) -> Path:
     """The folder of one with random weights for the model that is told nothing."""
     torch.manual_seed(0)
-    settings = ClassifierConfig(channels=(16, 16), layers=1, attention=(False, True), head_size=8, groups=4)
+    settings = ClassifierConfig(
+        channels=(16, 16), layers=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
+    )
     vae = LatentDiffusion.load(saved(), "cpu").autoencoder
     NoisyClassifier.of(settings, vae, Process("v", "cosine"), ["cat", "dog"]).save_pretrained(tmp_path / "classifier")
     return tmp_path / "classifier"

@@ -120,7 +120,7 @@ def test_a_process_without_a_share_waits_for_the_others(
 ) -> None:
     given = [
         f"run.dir={tmp_path / 'run'}", f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
-        "data.size=16", "data.held_out=0.3", "data.workers=2", "stage1.evaluate_pictures=1", "stage1.steps=2",
+        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_pictures=1", "stage1.steps=2",
         "run.preflight=false",
     ]  # fmt: skip
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py")

@@ -13,7 +13,7 @@ from ldm.utils.errors import UserError
 from stage1_vae.alignment import Features
 from stage1_vae.model import Change, Reconstruction, draw_change, quantise, revive
 
-SMALL = {"channels": (16, 16), "layers": 1, "groups": 8, "mid_attention": False}
+SMALL = {"channels": (16, 16), "layers": 1, "norm_num_groups": 8, "mid_attention": False}
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 

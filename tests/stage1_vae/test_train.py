@@ -54,7 +54,7 @@ def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
     file.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(alexnet(weights=None).state_dict(), file)
-    stage = Stage1Config(channels=(16, 16), layers=1, groups=8, l1=0, gradient=0, lpips=0.5, lpips_net="alex")
+    stage = Stage1Config(channels=(16, 16), layers=1, norm_num_groups=8, l1=0, gradient=0, lpips=0.5, lpips_net="alex")
     model = Reconstruction(build(stage, 32), stage)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     said: dict[str, torch.Tensor] = {}
@@ -100,7 +100,8 @@ def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watch
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
     settings, index = drawings(
-        "stage1.steps=60", "stage1.model=vq-f4-small", "stage1.channels=[16, 32]", "stage1.groups=8", "stage1.codes=32",
+        "stage1.steps=60", "stage1.model=vq-f4-small", "stage1.channels=[16, 32]", "stage1.norm_num_groups=8",
+        "stage1.codes=32",
         "stage1.revive=20", "run.log_every=20",
         f"stage1.align.model={tmp_path / 'vit'}", "stage1.align.weight=1", "stage1.gradient_checkpointing=false",
     )  # fmt: skip

@@ -15,8 +15,9 @@ from ldm.data.index import Index
 
 SMALL = [
     "run.tracker=none", "run.precision=no", "run.log_every=1", "data.size=16", "stage1.channels=[16, 16]",
-    "stage2.channels=[8, 8]", "stage2.groups=4", "stage2.mid_attention=false", "stage2.pooled_text=false",
-    "stage2.batch=8", "stage2.warmup=0", "stage2.lr=1e-2", "stage2.steps=3", "stage2.ema=0.9", "sample.prompts=[]",
+    "stage2.channels=[8, 8]", "stage2.norm_num_groups=4", "stage2.mid_attention=false", "stage2.pooled_text=false",
+    "stage2.batch=8", "stage2.lr_warmup_steps=0", "stage2.lr=1e-2", "stage2.steps=3", "stage2.ema_decay=0.9",
+    "sample.prompts=[]",
     "sample.steps=2", "text.max_tokens=8",
 ]  # fmt: skip
 

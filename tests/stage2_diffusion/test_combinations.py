@@ -22,11 +22,11 @@ from ldm.training.run_dir import write_card
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]
-DDIM, DDPM = "sample.solver=ddim stage2.target=eps", "sample.solver=ddpm stage2.target=v"
-EULER, EULER_FLOW = "sample.solver=euler stage2.target=eps", "sample.solver=euler stage2.target=flow"
-DPM, DPM_FLOW = "sample.solver=dpm++ stage2.target=v", "sample.solver=dpm++ stage2.target=flow"
-UNIPC, UNIPC_FLOW = "sample.solver=unipc stage2.target=eps", "sample.solver=unipc stage2.target=flow"
-LEARNED = "sample.solver=ddpm stage2.target=eps stage2.variance=learned"
+DDIM, DDPM = "sample.solver=ddim stage2.prediction_type=eps", "sample.solver=ddpm stage2.prediction_type=v"
+EULER, EULER_FLOW = "sample.solver=euler stage2.prediction_type=eps", "sample.solver=euler stage2.prediction_type=flow"
+DPM, DPM_FLOW = "sample.solver=dpm++ stage2.prediction_type=v", "sample.solver=dpm++ stage2.prediction_type=flow"
+UNIPC, UNIPC_FLOW = "sample.solver=unipc stage2.prediction_type=eps", "sample.solver=unipc stage2.prediction_type=flow"
+LEARNED = "sample.solver=ddpm stage2.prediction_type=eps stage2.variance=learned"
 ZERO_SNR = "stage2.process=zero-snr"
 STAGES = {
     "kl": "{channels: [16, 16], layers: 1, groups: 8, mid_attention: false}",
@@ -43,7 +43,7 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text", "kl", DDIM), ("text", "kl", EULER_FLOW), ("text", "kl", LEARNED), ("text", "kl", UNIPC),
     ("text", "kl", DPM), ("text", "kl", f"{DPM} {ZERO_SNR}"), ("text", "kl", f"sample.solver=ddim {ZERO_SNR}"),
     ("text", "kl", DPM_FLOW),
-    ("text", "kl", f"{DPM} stage2.null=learned"), ("text", "identity", DPM_FLOW),
+    ("text", "kl", f"{DPM} stage2.uncond_embedding=learned"), ("text", "identity", DPM_FLOW),
     ("class", "kl", UNIPC_FLOW), ("class", "identity", DPM), ("class", "identity", LEARNED),
     ("", "kl", DDIM), ("", "kl", EULER), ("", "kl", UNIPC_FLOW), ("", "kl", DPM),
     ("", "identity", DDIM), ("", "identity", DDPM), ("", "identity", EULER_FLOW), ("", "identity", DPM),
@@ -52,7 +52,7 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text,inpaint", "kl", LEARNED), ("text,inpaint", "identity", EULER_FLOW), ("text,upscale", "kl", DDIM),
     ("text,upscale", "kl", EULER), ("text,upscale", "kl", UNIPC), ("text,upscale", "kl", LEARNED),
     ("text,class,inpaint", "kl", DDPM),
-    ("text,upscale", "kl", f"{DPM} stage2.null=learned"), ("text", "vq", DPM), ("text", "tiny", DDIM),
+    ("text,upscale", "kl", f"{DPM} stage2.uncond_embedding=learned"), ("text", "vq", DPM), ("text", "tiny", DDIM),
     ("text", "dc", DPM), ("", "vq", DDIM), ("", "dc", DPM), ("text,inpaint", "tiny", DPM), ("text,inpaint", "dc", DPM),
 ]  # fmt: skip
 CASES = [
@@ -72,7 +72,8 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     pixels = autoencoder == "identity"
     settings, index = few(
         f"stage2.conditions=[{conditions}]", *process.split(), "stage2.steps=1", "stage2.batch=2",
-        "stage2.evaluate_pictures=2", "sample.prompts=['red \"heart\"']", "data.cache=none", "stage2.head_size=4",
+        "stage2.evaluate_pictures=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
+        "stage2.attention_head_dim=4",
         f"stage1={STAGES[autoencoder]}",
     )  # fmt: skip
     assert loader.parse(loader.dump(settings), "again") == settings
@@ -100,7 +101,7 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     picture = eval(call, scope)
     assert picture.size == (16, 16)
     decoded = not stage.text or autoencoder in ("kl", "tiny")
-    ours = not decoded or stage.classes or stage.sizes or "null=learned" in process
+    ours = not decoded or stage.classes or stage.sizes or "uncond_embedding=learned" in process
     assert ("LatentDiffusion" in code) == ours
     if ours:
         none = {"vae": None} if pixels and stage.text else {}

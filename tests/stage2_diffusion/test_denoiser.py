@@ -16,7 +16,7 @@ from stage2_diffusion.denoiser import Denoiser
 
 
 def stage(**keys: object) -> Stage2Config:
-    shape = {"channels": (8, 8), "attention": (False, True), "layers": 1, "head_size": 8, "groups": 4}
+    shape = {"channels": (8, 8), "attention": (False, True), "layers": 1, "attention_head_dim": 8, "norm_num_groups": 4}
     return Stage2Config(**{"conditions": ("text", "class"), **shape, **keys})
 
 
@@ -105,10 +105,10 @@ def test_what_is_trained_is_what_the_configuration_asks_for(encoder: text_encode
     plain = dict(model(stage(), encoder).named_parameters())
     assert all(name.startswith("unet.") for name in plain)
     for keys, added in (
-        ({"null": "learned"}, {"null"}),
-        ({"weight": "learned"}, {"uncertainty"}),
-        ({"schedule": "learned"}, {"schedule"}),
-        ({"times": "loss"}, set()),
+        ({"uncond_embedding": "learned"}, {"null"}),
+        ({"loss_weighting": "learned"}, {"uncertainty"}),
+        ({"beta_schedule": "learned"}, {"schedule"}),
+        ({"timestep_sampling": "loss"}, set()),
     ):
         names = dict(model(stage(**keys), encoder).named_parameters()).keys() - plain.keys()
         assert {name.partition(".")[0] for name in names} == added
@@ -117,15 +117,17 @@ def test_what_is_trained_is_what_the_configuration_asks_for(encoder: text_encode
     assert frozen == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
-@pytest.mark.parametrize("key", ["schedule", "weight", "null"])
+@pytest.mark.parametrize("key", ["beta_schedule", "loss_weighting", "uncond_embedding"])
 def test_what_is_learned_beside_the_networks_is_clipped_apart_and_not_decayed(
     encoder: text_encoder.TextEncoder, key: str
 ) -> None:
-    denoiser = model(settings := stage(**{key: "learned", "weight_decay": 0.5, "clip": 1.0}), encoder, trained=True)
+    denoiser = model(
+        settings := stage(**{key: "learned", "weight_decay": 0.5, "max_grad_norm": 1.0}), encoder, trained=True
+    )
     network = Network(denoiser, 0.1, settings, Accelerator(cpu=True), "no")
     beside = {name: p for name, p in denoiser.named_parameters() if not name.startswith(("unet.", "encoder."))}
     networks = [p for name, p in denoiser.named_parameters() if name not in beside and p.requires_grad]
-    assert len(beside) == {"schedule": 4, "weight": 2, "null": 1}[key]
+    assert len(beside) == {"beta_schedule": 4, "loss_weighting": 2, "uncond_embedding": 1}[key]
 
     for parameter in networks:
         parameter.grad = torch.full_like(parameter, 1e-3)

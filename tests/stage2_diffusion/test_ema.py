@@ -28,7 +28,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("more", [(), ("text.train=true", "stage2.null=learned", "stage2.conditions=[text,upscale]")])
+TRAINED_TEXT = ("text.train=true", "stage2.uncond_embedding=learned", "stage2.conditions=[text,upscale]")
+
+
+@pytest.mark.parametrize("more", [(), TRAINED_TEXT])
 def test_a_run_s_model_comes_back_and_others_are_made(
     more: tuple[str, ...], few: Few, vae: Autoencoder, call: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from ldm.utils.errors import UserError
 
 LITTLE = [
     "run.tracker=none", "run.precision=no", "data.size=16", "stage1.channels=[16, 16]", "stage2.batch=4",
-    "stage2.steps=2", "stage2.target=eps", "sample.prompts=[]", "sample.steps=2", "text.max_tokens=8",
+    "stage2.steps=2", "stage2.prediction_type=eps", "sample.prompts=[]", "sample.steps=2", "text.max_tokens=8",
 ]  # fmt: skip
 STILL = ["stage2.lr=1e-30", "stage2.weight_decay=0"]
 ONE_LEVEL = ["stage2.channels=[16]", "stage2.attention=[true]", "stage2.pooled_text=false"]
@@ -76,7 +76,7 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
     assert f"| U-Net | {file}, 2 steps of 4 |" in card
 
     first = tmp_path / "first"
-    train(first, *given, *plan_of_it, "stage2.null=learned", "text.train=true")
+    train(first, *given, *plan_of_it, "stage2.uncond_embedding=learned", "text.train=true")
     moved = load_file(first / part)["conv_in.weight"] - load_file(tmp_path / "still" / part)["conv_in.weight"]
     assert float(moved.abs().max()) > 1e-5
     assert (first / "pipeline/null.safetensors").exists()
@@ -152,8 +152,8 @@ def test_a_unet_whose_latents_would_be_trained_anew_is_refused(
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ([], ""), (["stage2.schedule=cosine"], "√ᾱ up to 0."), (["stage2.timesteps=500"], "500 steps, not 1000"),
-        (["stage2.shift=1.5"], "stage2.schedule: noise levels other than those"),
+        ([], ""), (["stage2.beta_schedule=cosine"], "√ᾱ up to 0."), (["stage2.timesteps=500"], "500 steps, not 1000"),
+        (["stage2.shift=1.5"], "stage2.beta_schedule: noise levels other than those"),
     ],
 )  # fmt: skip
 def test_other_noise_levels_than_those_of_the_start_are_warned_of(

@@ -19,12 +19,12 @@ from ldm.models.autoencoder import Autoencoder
 from stage2_diffusion import likelihood
 
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "chain": (("stage2.target=v", "stage2.conditions=[text, class, size]"), {"small", "large"}),
+    "chain": (("stage2.prediction_type=v", "stage2.conditions=[text, class, size]"), {"small", "large"}),
     "learned variance": (("stage2.process=improved-ddpm", "sample.solver=ddpm"), {"small", "large", "learned"}),
     "learned schedule": (("stage2.process=variational",), {"small", "large"}),
-    "flow": (("stage2.target=flow", "stage2.conditions=[]"), set()),
+    "flow": (("stage2.prediction_type=flow", "stage2.conditions=[]"), set()),
     "pixels": (
-        ("stage2.target=eps", "stage1.pretrained=null", "stage1.model=identity", "stage1.channels=[3]",
+        ("stage2.prediction_type=eps", "stage1.pretrained=null", "stage1.model=identity", "stage1.channels=[3]",
          "stage1.latent_channels=3"), {"small", "large"},
     ),
 }  # fmt: skip
@@ -172,7 +172,7 @@ def finished(root: Path, tmp_path: Path) -> Callable[..., str]:
     return made
 
 
-CHAIN, INPAINT = ("stage2.target=v", "stage2.timesteps=50"), ("stage2.conditions=[text, inpaint]",)
+CHAIN, INPAINT = ("stage2.prediction_type=v", "stage2.timesteps=50"), ("stage2.conditions=[text, inpaint]",)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective
 
 TINY = {"conditions": (), "channels": (8, 8), "attention": (False, True), "layers": 1, "mid_attention": False,
-        "head_size": 8, "groups": 4, "batch": 4}  # fmt: skip
-KEYS = ("schedule", "target", "loss", "weight", "times", "variance")
+        "attention_head_dim": 8, "norm_num_groups": 4, "batch": 4}  # fmt: skip
+KEYS = ("beta_schedule", "prediction_type", "loss", "loss_weighting", "timestep_sampling", "variance")
 CHOICES = {key: get_args(Stage2Config.model_fields[key].annotation) for key in KEYS}
 DRAWS = {
     **{key: st.sampled_from(values) for key, values in CHOICES.items()},
@@ -30,8 +30,8 @@ DRAWS = {
     "noise_offset": st.sampled_from([0.0, 0.1, 1.0]),
     "input_perturbation": st.sampled_from([0.0, 0.1, 1.0]),
     "weight_gamma": st.sampled_from([None, 0.5, 20.0]),
-    "time_mean": st.sampled_from([0.0, -10.0, 10.0]),
-    "time_std": st.sampled_from([1.0, 0.1, 10.0]),
+    "logit_mean": st.sampled_from([0.0, -10.0, 10.0]),
+    "logit_std": st.sampled_from([1.0, 0.1, 10.0]),
 }
 
 
@@ -55,7 +55,7 @@ def take_a_step(stage: Stage2Config) -> None:
         assert bool(losses.isfinite().all()), (step, losses)
         gradients = [parameter.grad for parameter in model.parameters()]
         assert all(gradient is not None for gradient in gradients)
-        assert bool(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip).isfinite()), step
+        assert bool(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.max_grad_norm).isfinite()), step
         adamw.step()
         adamw.zero_grad()
     assert all(bool(state["exp_avg_sq"].isfinite().all()) for state in adamw.state.values())
@@ -88,21 +88,21 @@ def test_what_can_be_configured_takes_a_finite_step_and_all_else_is_refused_by_i
     assert min(outcomes.values()) >= 100, outcomes
 
 
-@pytest.mark.parametrize("target", CHOICES["target"])
-@pytest.mark.parametrize("weight", CHOICES["weight"])
+@pytest.mark.parametrize("target", CHOICES["prediction_type"])
+@pytest.mark.parametrize("weight", CHOICES["loss_weighting"])
 def test_every_schedule_trains_every_target_under_every_weight(target: str, weight: str) -> None:
-    for schedule in CHOICES["schedule"]:
+    for schedule in CHOICES["beta_schedule"]:
         if schedule != "learned" or (target, weight) == ("eps", "uniform"):
-            take_a_step(Stage2Config(**TINY, schedule=schedule, target=target, weight=weight))
+            take_a_step(Stage2Config(**TINY, beta_schedule=schedule, prediction_type=target, loss_weighting=weight))
         else:
             with pytest.raises(ValidationError) as refused:
-                Stage2Config(**TINY, schedule=schedule, target=target, weight=weight)
-            assert refusal(refused.value) == "schedule"
+                Stage2Config(**TINY, beta_schedule=schedule, prediction_type=target, loss_weighting=weight)
+            assert refusal(refused.value) == "beta_schedule"
 
 
-@pytest.mark.parametrize("weight", CHOICES["weight"])
+@pytest.mark.parametrize("weight", CHOICES["loss_weighting"])
 @pytest.mark.parametrize(
-    "keys", [{"shift": 100.0, "times": "uniform"}, {"time_mean": -10.0}, {"time_std": 10.0}], ids=str
+    "keys", [{"shift": 100.0, "timestep_sampling": "uniform"}, {"logit_mean": -10.0}, {"logit_std": 10.0}], ids=str
 )
 def test_a_flows_loss_is_finite_where_its_times_crowd_at_an_end(weight: str, keys: dict[str, Any]) -> None:
-    take_a_step(Stage2Config(**TINY, target="flow", weight=weight, **keys))
+    take_a_step(Stage2Config(**TINY, prediction_type="flow", loss_weighting=weight, **keys))

@@ -52,7 +52,8 @@ def test_every_target_is_learned_and_named_in_the_export(
     tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = drawings(
-        f"stage2.target={target}", "stage2.steps=60", "stage2.channels=[16, 32]", "stage2.schedule=cosine",
+        f"stage2.prediction_type={target}", "stage2.steps=60", "stage2.channels=[16, 32]",
+        "stage2.beta_schedule=cosine",
         "sample.prompts=[]",
     )  # fmt: skip
     pictures = index.select("train").first(8)
@@ -71,12 +72,12 @@ def test_every_target_is_learned_and_named_in_the_export(
     [
         ("[]", ()),
         ("[class]", ()),
-        ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.target=eps")),
+        ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
         ("[text, class]", ("stage2.init_from=ITSELF",)),
         ("[text, upscale]", ()),
-        ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.target=eps")),
+        ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
         ("[text, inpaint]", ("stage2.pooled_text=true",)),
-        ("[text, class, size, inpaint]", ("text.train=true", "stage2.null=learned")),
+        ("[text, class, size, inpaint]", ("text.train=true", "stage2.uncond_embedding=learned")),
     ],
 )
 def test_every_task_is_trained_shown_measured_and_exported(
@@ -99,7 +100,7 @@ def test_every_task_is_trained_shown_measured_and_exported(
 
 @pytest.mark.parametrize("cache", ["disk", "none"])
 def test_nothing_reaches_a_frozen_autoencoder_or_text_encoder(few: Few, vae: Autoencoder, cache: str) -> None:
-    settings, index = few(f"data.cache={cache}", "stage2.conditions=[text, inpaint]", "stage2.null=learned")
+    settings, index = few(f"data.cache={cache}", "stage2.conditions=[text, inpaint]", "stage2.uncond_embedding=learned")
     encoder = encoder_of(settings)
     before = tensors(vae.vae), tensors(encoder.model)
     train(settings, index, vae, encoder)
@@ -151,7 +152,7 @@ def test_the_exported_text_encoder_has_the_average_of_the_checkpoint(
 def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
     tmp_path: Path, few: Few, vae: Autoencoder
 ) -> None:
-    settings, index = few("stage2.null=learned", "stage2.dropout=0.5", "stage2.ema=0")
+    settings, index = few("stage2.uncond_embedding=learned", "stage2.cond_dropout=0.5", "stage2.ema_decay=0")
     encoder = encoder_of(settings)
     empty = encoder.encode([text_encoder.NULL_PROMPT])[0]
     train(settings, index, vae, encoder)
@@ -175,7 +176,7 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
     few: Few, vae: Autoencoder, tmp_path: Path, each: bool
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class]", "stage2.dropout=0.4", f"stage2.dropout_each={each}".lower(),
+        "stage2.conditions=[text, class]", "stage2.cond_dropout=0.4", f"stage2.dropout_each={each}".lower(),
         "stage2.device_batch=4", "run.log_every=2", "stage2.steps=4",
     )  # fmt: skip
     train(settings, index, vae, encoder_of(settings))
@@ -189,15 +190,18 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
 
 RUNS = {
     "all that is learned beside the U-Net": (
-        "text.train=true", "stage2.null=learned", "stage2.weight=learned", "stage2.conditions=[text, class]",
+        "text.train=true", "stage2.uncond_embedding=learned", "stage2.loss_weighting=learned",
+        "stage2.conditions=[text, class]",
         "stage2.stratified=true",
     ),
     "a learned schedule": ("stage2.process=variational",),
     "times by their loss": (
-        "stage2.times=loss", "stage2.timesteps=2", "stage2.device_batch=8", "stage2.target=v", "stage2.batch=16",
+        "stage2.timestep_sampling=loss", "stage2.timesteps=2", "stage2.device_batch=8", "stage2.prediction_type=v",
+        "stage2.batch=16",
     ),
     "activations of pixels computed again": (
-        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.device_batch=4", "stage2.head_size=4",
+        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.device_batch=4",
+        "stage2.attention_head_dim=4",
         "stage2.attention=[true, false]",
     ),
 }  # fmt: skip
@@ -205,7 +209,8 @@ RUNS = {
 LAYOUTS = {
     "channels last": ("stage2.channels_last=true", "stage2.attention=[false, true]"),
     "channels last, of pixels": (
-        "stage2.channels_last=true", "stage2.conditions=[]", "stage2.attention=[true, false]", "stage2.head_size=4",
+        "stage2.channels_last=true", "stage2.conditions=[]", "stage2.attention=[true, false]",
+        "stage2.attention_head_dim=4",
     ),
     "activations computed again": (
         "stage2.channels_last=true", "stage2.gradient_checkpointing=true", "stage2.attention=[true, true]",
@@ -228,7 +233,7 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
         assert all(torch.equal(value, resumed[part][name]) for name, value in values.items()), part
     losses = [[line["loss"] for line in lines(folder)] for folder in folders]
     assert losses[0] == losses[1]
-    if settings.stage2.times == "loss":
+    if settings.stage2.timestep_sampling == "loss":
         assert int(whole["model"]["times.counts"].sum()) == 6 * settings.stage2.batch
         assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
 

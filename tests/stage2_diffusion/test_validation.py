@@ -93,8 +93,8 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder, target: str
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class, size]", f"stage2.target={target}", "stage2.evaluate_pictures=3",
-        "stage2.schedule=cosine",
+        "stage2.conditions=[text, class, size]", f"stage2.prediction_type={target}", "stage2.evaluate_pictures=3",
+        "stage2.beta_schedule=cosine",
     )  # fmt: skip
     stage, process, encoder = settings.stage2, Process.of(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())

@@ -45,7 +45,8 @@ def read(path: Path, head_size: int, groups: int) -> tuple[UNet2DConditionModel 
             if shapes[name] != shape:
                 raise UserError(
                     f"{path}: tensor {places[name]} has shape {shapes[name]}; beside the others it would be {shape}, "
-                    f"with stage2.head_size={head_size} and stage2.groups={groups} where it doesn't tell them"
+                    f"with stage2.attention_head_dim={head_size} and stage2.norm_num_groups={groups} where it does not "
+                    "tell them"
                 )
         # copies: else they are the file, which may be replaced
         tensors = {name: file.get_tensor(places[name]).to(torch.float32, copy=True) for name in expected}
@@ -102,7 +103,9 @@ def _empty(
     except UserError:
         raise
     except (OSError, ValueError) as error:  # diffusers' own checks, of groups for one
-        raise UserError(f"{path}: can't be built: {str(error).splitlines()[0]}; stage2.groups is {groups}") from None
+        raise UserError(
+            f"{path}: can't be built: {str(error).splitlines()[0]}; stage2.norm_num_groups is {groups}"
+        ) from None
 
 
 def architecture(path: Path, shapes: Shapes, head_size: int, groups: int, original: bool = True) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def architecture(path: Path, shapes: Shapes, head_size: int, groups: int, origin
     odd = [width for width, each in zip(widths, depths, strict=True) if each and width % head_size]
     if odd and not wide and not eight:
         raise UserError(
-            f"{path}: stage2.head_size is {head_size}, which doesn't divide its width {odd[0]}; set its own"
+            f"{path}: stage2.attention_head_dim is {head_size}, which doesn't divide its width {odd[0]}; set its own"
         )
     down = tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in depths)
     if not depths[-1]:

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ldm.config import loader
 from ldm.config.schema import SampleConfig
 from ldm.utils.errors import UserError
 
-CHAIN = "stage2.target=eps"
+CHAIN = "stage2.prediction_type=eps"
 STREAM = "data.streaming=true data.cache=none"
 UPSCALE = "stage2.conditions=[text,upscale]"
 PIXELS = "stage2.conditions=[] stage2.pooled_text=false stage1={model: identity}"
@@ -47,16 +48,16 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage2.lr=fast", "stage2.lr: 'fast'"),
         ("stage2.lr=-1e-4", "greater than 0"),
         ("stage2.steps=1.5", "stage2.steps: 1.5"),
-        ("stage2.target=flwo", "did you mean 'flow'"),
+        ("stage2.prediction_type=flwo", "did you mean 'flow'"),
         ("data.size=33", "33 is not a multiple of 2"),
         ("stage2.channels=[30, 64]", "stage2.channels: 30 is not a multiple of 8"),
         ("stage2.attention=[true]", "1 values for 2 levels"),
-        ("sample.solver=ddim", "can't be saved with stage2.target 'flow'"),
+        ("sample.solver=ddim", "can't be saved with stage2.prediction_type 'flow'"),
         ("sample.prompts=['']", "empty prompt"),
-        ("stage2.dropout=1.5", "less than 1"),
+        ("stage2.cond_dropout=1.5", "less than 1"),
         ("stage2.lr", "expected section.key=value"),
         ("stage1.model=kl-f9", "did you mean 'kl-f8'"),
-        ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (groups); 32 would be"),
+        ("stage1.channels=[30]", "stage1.channels: 30 is not a multiple of 8 (norm_num_groups); 32 would be"),
         ("stage1.train=decoder", "stage1.train: decoder needs init_from"),
         ("stage1.gan.wieght=1", "did you mean 'weight'"),
         ("stage1.gan={layers: 4, warmup: 5}", "stage1.gan.layers: 4 need sides of 48 px, and the shortest has 32"),
@@ -80,7 +81,10 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
         (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
         ("stage2.timesteps=100", "stage2.timesteps: 100; flow tells the U-Net its time in thousandths"),
-        (f"{CHAIN} stage2.weight=learned stage2.times=loss", "stage2.times: by the loss means little"),
+        (
+            f"{CHAIN} stage2.loss_weighting=learned stage2.timestep_sampling=loss",
+            "stage2.timestep_sampling: loss means little",
+        ),
         (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: pure noise says nothing about eps"),
         (
             "stage2.ema_widths=[0.05,0.5]",
@@ -155,3 +159,63 @@ def test_micro_batches_load_as_the_images_that_a_device_computes_at_once(
 def test_micro_batches_beside_what_replaced_them_are_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.micro_batches: 2 beside stage2\.device_batch: 4"):
         loader.load(root / "configs/tiny.yaml", ["stage2.micro_batches=2", "stage2.device_batch=4"])
+
+
+def test_one_micro_batch_was_the_whole_share_as_by_default(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert loader.load(tiny, ["stage1.micro_batches=1"]) == loader.load(tiny)
+    assert capsys.readouterr().err == ""
+
+
+def test_micro_batches_were_parts_of_a_processs_share(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    old = ["stage2.batch=256", "stage2.micro_batches=8"]
+    assert loader.load(tiny, old).stage2.device_batch == 256 // 8 // 8
+    with pytest.raises(UserError, match=r"2 equal parts of stage2\.batch, 24, over 8 processes can't be"):
+        loader.load(tiny, ["stage2.batch=24", "stage2.micro_batches=2"])
+
+
+RENAMED = [
+    (f"{section}.{old}", f"{section}.{new}")
+    for section, kinds in {
+        "run": ["RunConfig"], "data": ["DataConfig"], "stage1": ["Training", "Stage1Config"],
+        "stage2": ["Training", "Stage2Config"],
+    }.items()
+    for kind in kinds
+    for old, new in loader.OLD_NAMES[kind].items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_an_old_name_of_a_key_loads_with_a_line_that_names_the_new_one(
+    tiny: Path, tmp_path: Path, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    today = loader.load(tiny)
+    section, key = new.split(".")
+    value = loader.dump(today)[section][key]
+    assert loader.load(tiny, [f"{old}={value}"]) == today
+    assert capsys.readouterr().err == f"{old} is now {new}\n"
+
+    tree = yaml.safe_load(tiny.read_text("utf-8"))
+    tree[section].pop(key, None)
+    tree[section][old.split(".")[1]] = value
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(tree), "utf-8")
+    assert getattr(getattr(loader.load(file), section), key) == getattr(getattr(today, section), key)
+    assert f"{old} is now {new}" in capsys.readouterr().err.splitlines()
+
+
+def test_an_override_by_an_old_name_stands_above_the_files_new_one(tiny: Path) -> None:
+    assert loader.load(tiny, ["stage2.ema=0.5"]).stage2.ema_decay == 0.5
+
+
+def test_a_key_under_both_names_is_refused(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "both.yaml"
+    file.write_text(tiny.read_text("utf-8").replace("stage2:\n", "stage2:\n  ema: 0.5\n"), "utf-8")
+    with pytest.raises(UserError, match=r"stage2\.ema is now stage2\.ema_decay; leave the first out"):
+        loader.load(file)
+
+
+def test_the_old_names_of_presets_and_of_a_sources_keys_load(tiny: Path) -> None:
+    old = loader.load(tiny, ["stage2.model=unet", "stage2.process=free", "data.source.column=caption"])
+    new = loader.load(tiny, ["stage2.model=custom", "stage2.process=custom", "data.source.caption_column=caption"])
+    assert old == new

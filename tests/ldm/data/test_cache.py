@@ -43,7 +43,7 @@ def model(seed: int = 0) -> autoencoder.Autoencoder:
     torch.manual_seed(seed)
     return autoencoder.Autoencoder(
         autoencoder.build(
-            Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False), 16
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False), 16
         )
     )
 
@@ -159,7 +159,7 @@ from ldm.data import cache, index
 from ldm.config.schema import Stage1Config
 import torch
 torch.manual_seed(0)
-shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False)
+shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 given = config.load(sys.argv[1], sys.argv[2:])
 sys.stdin.readline()  # until it is told to begin

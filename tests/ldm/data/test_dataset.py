@@ -128,7 +128,7 @@ def test_training_from_the_cache_has_the_losses_of_training_without(
         torch.manual_seed(0)
         vae = autoencoder.Autoencoder(
             autoencoder.build(
-                Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 16
+                Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 16
             )
         )
         train(given, index.build(given), vae, text_encoder.load(given.text.model, given.text.max_tokens))
@@ -140,7 +140,7 @@ def test_training_from_the_cache_has_the_losses_of_training_without(
 
 def test_pictures_are_held_out_by_their_content(drawings: Callable[..., tuple[loader.Config, index.Index]]) -> None:
     _, everything = drawings()
-    _, shared = drawings("data.held_out=0.2")
+    _, shared = drawings("data.val_fraction=0.2")
     before, after = (set(part.select("train").column("sha256").tolist()) for part in (everything, shared))
     held = set(shared.select("reconstruction").column("sha256").tolist())
     assert after < before

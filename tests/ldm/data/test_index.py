@@ -199,7 +199,7 @@ attempt("openmoji", lambda: built("five", "data.source=openmoji-demo")[1:])
 told["drawn"] = len(drawn)
 
 torch.manual_seed(0)
-shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, groups=8, mid_attention=False)
+shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 given = settings("two")
 pictures = index.build(given)

@@ -327,7 +327,7 @@ def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
     source = as_jsonl(tmp_path / "data", pictures)
     index.build(settings(root, tmp_path / "run", source))
     asked = {
-        "path": source, "kind": "auto", "column": "text", "image": "image", "lines": False, "template": "{}",
+        "path": source, "kind": "auto", "caption_column": "text", "image": "image", "lines": False, "template": "{}",
         "split": "train", "at": source,
     }  # fmt: skip
     name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]

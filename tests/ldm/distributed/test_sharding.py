@@ -29,7 +29,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
             "4 in DeepSpeed's configuration, 2 in the passes of stage2.device_batch",
         ),
         (ZERO, ("run.precision=fp16",), "run.precision: fp16"),
-        (ZERO, ("stage2.null=learned",), "stage2.null: learned"),
+        (ZERO, ("stage2.uncond_embedding=learned",), "stage2.uncond_embedding: learned"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_sharded_is_one_line(

@@ -73,8 +73,8 @@ def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
 
 
 SHAPES: dict[str, dict[str, object]] = {
-    "kl": {"channels": (16, 16), "groups": 8},
-    "vq-f4": {"channels": (16, 16), "groups": 8, "codes": 32},
+    "kl": {"channels": (16, 16), "norm_num_groups": 8},
+    "vq-f4": {"channels": (16, 16), "norm_num_groups": 8, "codes": 32},
     "tiny": {"channels": (16, 16)},
     "dc-f32": {"channels": (32, 32)},
     "identity": {"channels": (3,), "latent_channels": 3},

@@ -15,7 +15,7 @@ from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.solvers import scheduler
 from ldm.utils.errors import UserError
 
-SMALL = {"channels": (16, 32), "layers": 1, "attention": (False, True), "head_size": 8, "groups": 4}
+SMALL = {"channels": (16, 32), "layers": 1, "attention": (False, True), "attention_head_dim": 8, "norm_num_groups": 4}
 CHAIN, FLOW = Process("v"), Process("flow")
 
 
@@ -130,7 +130,7 @@ def test_a_flow_is_taken_whatever_its_shift(solver: str) -> None:
 
 def test_latents_of_another_autoencoder_are_refused() -> None:
     torch.manual_seed(0)
-    shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False)
+    shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False)
     first, second = Autoencoder(build(shape, 16)), Autoencoder(build(shape, 16))
     rule = scheduler(CHAIN, "ddim")
     small(CHAIN, first).check(rule, first)
@@ -140,7 +140,8 @@ def test_latents_of_another_autoencoder_are_refused() -> None:
 
 def test_settings_that_fit_no_network_are_named() -> None:
     for key, change in (
-        ("attention", {"attention": (True,)}), ("groups", {"groups": 5}), ("head_size", {"head_size": 12}),
+        ("attention", {"attention": (True,)}), ("norm_num_groups", {"norm_num_groups": 5}), ("attention_head_dim",
+            {"attention_head_dim": 12}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=key):
             ClassifierConfig(**{**SMALL, **change})

@@ -42,8 +42,8 @@ def network(words: bool = True, backend: str = "sdpa", recomputed: bool = False)
         channels=(8, 16),
         attention=(False, True),
         layers=1,
-        head_size=8,
-        groups=4,
+        attention_head_dim=8,
+        norm_num_groups=4,
         conditions=("text",) if words else (),
     )
     model = unet.build(stage, 4, 16, 12 if words else 0)

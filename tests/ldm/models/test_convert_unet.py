@@ -60,7 +60,7 @@ def made(name: str) -> UNet2DConditionModel:
 
 
 def of(root: Path, path: Path, **changes: Any) -> Stage2Config:
-    stage = loader.load(root / "configs/tiny.yaml", ["stage2.target=eps", "stage2.pooled_text=false"]).stage2
+    stage = loader.load(root / "configs/tiny.yaml", ["stage2.prediction_type=eps", "stage2.pooled_text=false"]).stage2
     return stage.model_copy(update={"init_from": str(path), **changes})
 
 
@@ -151,12 +151,12 @@ def test_stable_diffusion_1_in_the_layout_that_does_not_tell_its_heads_is_refuse
 
 def test_heads_and_groups_that_a_file_does_not_tell_are_the_configurations(root: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "file.safetensors", in_original_layout(made("1")))
-    found = unet.load(of(root, path, head_size=16, groups=4), 4, 8, 24)
+    found = unet.load(of(root, path, attention_head_dim=16, norm_num_groups=4), 4, 8, 24)
     assert tuple(found.config.attention_head_dim) == (2, 4) and found.config.norm_num_groups == 4
     with pytest.raises(UserError, match=r"stage2\.groups is 24"):
-        unet.load(of(root, path, groups=24), 4, 8, 24)
+        unet.load(of(root, path, norm_num_groups=24), 4, 8, 24)
     with pytest.raises(UserError, match=r"stage2\.head_size is 24, which doesn't divide its width 32"):
-        unet.load(of(root, path, head_size=24), 4, 8, 24)
+        unet.load(of(root, path, attention_head_dim=24), 4, 8, 24)
 
 
 def test_a_file_of_any_unet_of_ours_with_its_config_beside_it_loads(root: Path, tmp_path: Path) -> None:
@@ -274,9 +274,9 @@ def test_a_target_that_the_file_contradicts_is_refused(
 ) -> None:
     for layout in (in_original_layout(made("1")), in_original_layout(made("1"), ""), made("1").state_dict()):
         path = saved(tmp_path / "file.safetensors", layout | {mark: torch.empty(0) for mark in marks}, metadata)
-        unet.load(of(root, path, target=target), 4, 8, 24)
-        with pytest.raises(UserError, match=f"set stage2.target={target}"):
-            unet.load(of(root, path, target="x0"), 4, 8, 24)
+        unet.load(of(root, path, prediction_type=target), 4, 8, 24)
+        with pytest.raises(UserError, match=f"set stage2.prediction_type={target}"):
+            unet.load(of(root, path, prediction_type="x0"), 4, 8, 24)
 
 
 def test_a_unet_of_several_text_encoders_is_refused(root: Path, tmp_path: Path) -> None:

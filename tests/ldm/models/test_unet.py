@@ -161,7 +161,7 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
         unet.load(stage, 4, 16, 32)
     scheduler(Process("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match=r"stage2\.target: 'v', but .* set stage2\.target=eps"):
-        unet.load(stage.model_copy(update={"target": "v"}), 4, 16, 384)
+        unet.load(stage.model_copy(update={"prediction_type": "v"}), 4, 16, 384)
 
 
 def test_a_widened_unet_answers_as_before_until_it_learns(root: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def model(root: Path) -> LatentDiffusion:
     encoder = text_encoder.load(settings.text.model, settings.text.max_tokens)
     vae = autoencoder.Autoencoder(
         autoencoder.build(
-            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+            Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 32
         )
     )
     network = unet.build(settings.stage2, 4, 16, encoder.width).eval()
@@ -68,7 +68,7 @@ def test_an_empty_prompt_is_refused(model: LatentDiffusion, prompts: str | list[
 
 
 SHAPES: dict[str, dict[str, object]] = {
-    "vq-f4": {"channels": (16, 16), "groups": 8, "codes": 32},
+    "vq-f4": {"channels": (16, 16), "norm_num_groups": 8, "codes": 32},
     "tiny": {"channels": (16, 16)},
     "dc-f32": {"channels": (32, 32)},
     "identity": {"channels": (3,), "latent_channels": 3},

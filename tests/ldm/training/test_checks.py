@@ -81,14 +81,14 @@ def test_eight_bit_moments_need_bitsandbytes(root: Path, monkeypatch: pytest.Mon
 
 def test_a_stage_that_is_not_trained_limits_no_processes(root: Path, tmp_path: Path) -> None:
     autoencoder.build(
-        Stage1Config(channels=(16, 32), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+        Stage1Config(channels=(16, 32), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 32
     ).save_pretrained(tmp_path)
     checks.check(tiny(root, f"stage1.pretrained={tmp_path}", "stage2.batch=32"), processes=32)
 
 
 def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Path) -> None:
     autoencoder.build(
-        Stage1Config(channels=(16, 16, 16), layers=1, latent_channels=4, groups=8, mid_attention=False), 32
+        Stage1Config(channels=(16, 16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 32
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"stage1\.channels \(its factor\): 2, but .* has 4"):
         checks.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)
@@ -99,7 +99,7 @@ PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 
 
 def saved(folder: Path, broken: float = 1.0) -> Path:
     torch.manual_seed(0)
-    vae = autoencoder.build(Stage1Config(channels=(16, 32), layers=1, groups=8, mid_attention=False), 32)
+    vae = autoencoder.build(Stage1Config(channels=(16, 32), layers=1, norm_num_groups=8, mid_attention=False), 32)
     vae.decoder.conv_out.weight.data *= broken
     vae.save_pretrained(folder)
     return folder
@@ -132,7 +132,7 @@ def test_an_autoencoder_that_gives_back_other_pictures_is_warned_of(
 
 
 def test_an_autoencoder_of_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:
-    other = Stage1Config(model="vq-f4", channels=(16, 32), layers=1, groups=8, mid_attention=False)
+    other = Stage1Config(model="vq-f4", channels=(16, 32), layers=1, norm_num_groups=8, mid_attention=False)
     autoencoder.build(other, 32).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"stage1\.model: AutoencoderKL, but .* has VQModel"):
         checks.check(tiny(root, f"stage1.pretrained={tmp_path}"), processes=1)

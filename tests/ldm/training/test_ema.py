@@ -121,7 +121,7 @@ def test_swapped_twice_all_is_as_it_was() -> None:
 
 def test_swapped_averages_go_by_the_same_names() -> None:
     parameter = nn.Parameter(torch.zeros(8))
-    averages = Averages([("weight", parameter)], Training(ema=0.5))
+    averages = Averages([("weight", parameter)], Training(ema_decay=0.5))
     for weights in walk(5):
         parameter.data.copy_(weights)
         averages.step()

@@ -29,7 +29,13 @@ from ldm.training.memory_estimate import AsOnGPU, Living, of_moments, of_unet
 from ldm.training.trainer import Run
 from stage2_diffusion.denoiser import Denoiser
 
-SHAPE: dict[str, Any] = {"channels": (32, 64), "attention": (True, True), "layers": 1, "head_size": 8, "groups": 4}
+SHAPE: dict[str, Any] = {
+    "channels": (32, 64),
+    "attention": (True, True),
+    "layers": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
 
 
@@ -150,7 +156,8 @@ def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, An
 def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, tmp_path: Path) -> None:
     one = settings(
         root, "tiny", f"run.dir={tmp_path}", "run.tracker=none", "run.device=cpu", "stage2.ema_widths=[0.05, 0.1]",
-        "stage2.channels=[8, 16]", "stage2.attention=[false, true]", "stage2.groups=4", "stage2.head_size=4",
+        "stage2.channels=[8, 16]", "stage2.attention=[false, true]", "stage2.norm_num_groups=4",
+        "stage2.attention_head_dim=4",
     )  # fmt: skip
     shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
     run = Run(one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384)))
@@ -209,7 +216,9 @@ def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoenc
             function(torch.zeros(shape))
         peaks.append(sum(real.peak))
     with torch.device("meta"):
-        empty = autoencoder.build(tiny.stage1.model_copy(update={"layers": 1, "groups": 8, "mid_attention": False}), 16)
+        empty = autoencoder.build(
+            tiny.stage1.model_copy(update={"layers": 1, "norm_num_groups": 8, "mid_attention": False}), 16
+        )
     assert memory_estimate.of_autoencoder(empty, tiny, 3, 2) == tuple(peaks)
 
 
@@ -236,7 +245,7 @@ def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> No
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
     keys = ["stage2.conditions=[]", "stage2.pooled_text=false"]
     tiny = settings(root, "tiny", *keys, "stage2.channels=[8, 16]", "stage2.attention=[false, true]",
-                    "stage2.groups=4", "stage2.head_size=4")  # fmt: skip
+                    "stage2.norm_num_groups=4", "stage2.attention_head_dim=4")  # fmt: skip
     shape = tiny.stage1.latent_channels, tiny.data.size // tiny.stage1.factor
     unet.build(tiny.stage2, *shape).save_pretrained(tmp_path)
     assert (
@@ -247,7 +256,7 @@ def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -
 
 def test_without_a_cache_pictures_are_encoded_in_a_step(root: Path) -> None:
     keys = "stage1.channels=[64, 64]", "stage2.channels=[8, 16]", "stage2.attention=[false, true]"
-    few = "stage2.groups=4", "stage2.head_size=4", "stage2.batch=2", "stage1.groups=8"
+    few = "stage2.norm_num_groups=4", "stage2.attention_head_dim=4", "stage2.batch=2", "stage1.norm_num_groups=8"
     cached, uncached = (
         memory_estimate.bill(settings(root, "tiny", *keys, *few, f"data.cache={kind}")) for kind in ("disk", "none")
     )

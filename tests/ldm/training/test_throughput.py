@@ -19,7 +19,7 @@ from stage1_vae.model import Change, Reconstruction
 from stage2_diffusion.denoiser import Denoiser
 
 TEXT_WIDTH, TOKENS = 16, 5
-SHAPE = {"channels": (8, 8), "attention": (False, True), "layers": 1, "head_size": 4, "groups": 4}
+SHAPE = {"channels": (8, 8), "attention": (False, True), "layers": 1, "attention_head_dim": 4, "norm_num_groups": 4}
 KINDS = [(), ("class",), ("text",), ("text", "class"), ("text", "size"), ("text", "inpaint"), ("text", "upscale")]
 
 
@@ -88,7 +88,9 @@ def test_so_it_is_of_a_text_encoder_that_is_trained() -> None:
 @pytest.mark.parametrize("kind", ["kl", "vq", "tiny"])
 @pytest.mark.parametrize("change", [None, Change(1, 2, 3)])
 def test_so_it_is_of_an_autoencoder(kind: str, change: Change | None) -> None:
-    stage = Stage1Config(model={"vq": "vq-f8", "kl": "kl", "tiny": "tiny"}[kind], channels=(8, 8), layers=1, groups=4)
+    stage = Stage1Config(
+        model={"vq": "vq-f8", "kl": "kl", "tiny": "tiny"}[kind], channels=(8, 8), layers=1, norm_num_groups=4
+    )
     model = Reconstruction(autoencoder.build(stage, 8), stage)
     x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, stage.latent_channels, 4, 4)
     assert forward_flops(model, x, eps, change) == counted(model, x, eps, change) > 0
@@ -102,7 +104,7 @@ def test_twice_the_batch_is_twice_the_work() -> None:
 
 
 def test_mixed_precision_recomputed_activations_and_compilation_leave_the_count_as_it_is() -> None:
-    model, given = denoiser(("text",), channels=(8, 16), head_size=8), inputs(("text",))
+    model, given = denoiser(("text",), channels=(8, 16), attention_head_dim=8), inputs(("text",))
     plain = counted(model, *given)
     model.unet.enable_gradient_checkpointing()
     model.unet.to(memory_format=torch.channels_last)

@@ -57,7 +57,15 @@ def train(
     In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is.
     """
     torch.manual_seed(0)
-    options = {"steps": 12, "batch": 4, "lr": 0.1, "warmup": 2, "ema": 0.5, "checkpoint_every": 4, **changes}
+    options = {
+        "steps": 12,
+        "batch": 4,
+        "lr": 0.1,
+        "lr_warmup_steps": 2,
+        "ema_decay": 0.5,
+        "checkpoint_every": 4,
+        **changes,
+    }
     run = Run(
         RunConfig(
             dir=folder,
@@ -65,7 +73,7 @@ def train(
             device="cpu",
             log_every=log_every,
             tracker="none",
-            keep=keep,
+            checkpoints_total_limit=keep,
             max_skipped=max_skipped,
         ),
         Training(**options),
@@ -154,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     whole = weights(train(tmp_path))
     newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    resumed = train(tmp_path, keep=1)
+    resumed = train(tmp_path, checkpoints_total_limit=1)
     assert "step-000012 is damaged" in (said := capsys.readouterr().err)
     assert "continuing from step 8 of 12" in said
     assert all(map(torch.equal, whole, weights(resumed)))
@@ -243,13 +251,13 @@ def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> No
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
-    training = Training(steps=110, warmup=10, decay="cosine")
+    training = Training(steps=110, lr_warmup_steps=10, lr_scheduler="cosine")
     rates = [learning_rate(step, training) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10 + 50] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-9)
     assert learning_rate(1000, Training()) == 1.0
-    straight = Training(steps=110, warmup=10, decay="linear")
+    straight = Training(steps=110, lr_warmup_steps=10, lr_scheduler="linear")
     assert [learning_rate(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
 
 
@@ -362,7 +370,7 @@ def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(tmp_path / "whole")
-    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, keep=9)
+    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, checkpoints_total_limit=9)
     assert "stage1: saved at step 6." in capsys.readouterr().out
     assert [folder.name[-2:] for folder in checkpoints(tmp_path / "asked/stage1")] == ["04", "06", "08", "12"]
     assert all(map(torch.equal, weights(whole), weights(asked)))

@@ -15,7 +15,8 @@ from ldm.models.classifier import NoisyClassifier
 from stage2_diffusion.classifier import evaluate
 
 KEYS = [
-    "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "head_size=8", "groups=4",
+    "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
+    "norm_num_groups=4",
     "evaluate_pictures=8",
 ]  # fmt: skip
 
@@ -28,7 +29,12 @@ def test_each_solver_and_scale_gets_a_row(
     vae.save(tmp_path / "vae")
     run, guide, judge = tmp_path / "run", tmp_path / "guide", tmp_path / "judge"
     chain = [] if target == "flow" else ["stage2.timesteps=20", "sample.solver=ddim"]
-    given = [f"stage1.pretrained={tmp_path / 'vae'}", "stage2.conditions=[]", f"stage2.target={target}", *chain]
+    given = [
+        f"stage1.pretrained={tmp_path / 'vae'}",
+        "stage2.conditions=[]",
+        f"stage2.prediction_type={target}",
+        *chain,
+    ]
     train(run, *small, *given)
     call(train.main, run, "--out", guide, *KEYS, "half=0")
     call(train.main, run, "--out", judge, *KEYS, "half=1", "seed=1")
@@ -62,7 +68,9 @@ def test_what_can_not_be_measured_is_one_clear_line(tiny_run: Path, tmp_path: Pa
 
 def test_the_share_is_that_of_the_largest_logits_without_noise() -> None:
     torch.manual_seed(0)
-    settings = ClassifierConfig(channels=(16, 16), layers=1, attention=(False, True), head_size=8, groups=4)
+    settings = ClassifierConfig(
+        channels=(16, 16), layers=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
+    )
     found = NoisyClassifier.of(settings, Autoencoder(Identity()), Process("v"), ["cat", "dog"]).eval()
     x0 = torch.randn(40, 3, 8, 8)
     taken = found(x0, torch.tensor(0)).argmax(1)

@@ -23,8 +23,9 @@ from ldm.utils.atomic_files import read_checkpoint
 from stage2_diffusion.classifier import train
 
 KEYS = [
-    "steps=6", "batch=8", "warmup=1", "lr=1e-2", "ema=0.5", "checkpoint_every=3", "evaluate_every=2",
-    "evaluate_pictures=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "head_size=8", "groups=4",
+    "steps=6", "batch=8", "lr_warmup_steps=1", "lr=1e-2", "ema_decay=0.5", "checkpoint_every=3", "evaluate_every=2",
+    "evaluate_pictures=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
+    "norm_num_groups=4",
 ]  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def other(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
             {"data.source": [{"path": "one"}], "stage2.conditions": [], "stage2.pooled_text": False},
             "of one class, 'cat'; a classifier needs two",
         ),
-        ({"stage2.target": "v"}, "another process's noise"),
+        ({"stage2.prediction_type": "v"}, "another process's noise"),
     ],
     ids=["inpaint", "stream", "no classes", "one class", "another process"],
 )

@@ -27,7 +27,9 @@ from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
 from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving
 
-STAGE = Stage2Config(channels=(8, 8), attention=(False, True), layers=1, head_size=8, groups=4, mid_attention=False)
+STAGE = Stage2Config(
+    channels=(8, 8), attention=(False, True), layers=1, attention_head_dim=8, norm_num_groups=4, mid_attention=False
+)
 QUICK = [
     "steps=4", "guidance_steps=4", "batch=8", "steps_from=8", "steps_to=2", "evaluate_every=2", "checkpoint_every=2",
     "guidance_to=4",
@@ -217,7 +219,7 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
 def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffusers(
     few: Callable[..., str], chain_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = chain_run("stage2.target=eps", "sample.solver=ddim")
+    run = chain_run("stage2.prediction_type=eps", "sample.solver=ddim")
     out = tmp_path / "lcm"
     few(out, "--method", "consistency", "original_steps=10", run=run)
     pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
@@ -233,7 +235,8 @@ def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuse
 def test_a_chain_without_text_that_ends_in_noise_is_halved_without_guidance(
     few: Callable[..., str], chain_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = chain_run("stage2.target=v", "stage2.zero_snr=true", "stage2.conditions=[class]", "stage2.pooled_text=false",
+    run = chain_run("stage2.prediction_type=v", "stage2.zero_snr=true", "stage2.conditions=[class]",
+        "stage2.pooled_text=false",
                     "sample.solver=ddpm", "stage2.variance=learned")  # fmt: skip
     few(tmp_path / "few", run=run)
     assert {path.name for path in (tmp_path / "few").glob("pipeline*")} == {"pipeline", "pipeline-4", "pipeline-2"}
