@@ -1,0 +1,393 @@
+"""Which values go together: a function a rule, each a ValueError that names the keys, the values and what would do.
+
+The schema checks a section by its rules when it is made, and the whole configuration by `CONFIG`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from PIL import ImageColor
+
+if TYPE_CHECKING:
+    from ldm.config.schema import ClassifierConfig, Config, DistillConfig, Stage1Config, Stage2Config
+
+Checked = TypeVar("Checked")
+
+TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
+
+
+def check(section: Checked, rules: Iterable[Callable[[Any], None]]) -> Checked:
+    """The section, if it keeps to the rules."""
+    for rule in rules:
+        rule(section)
+    return section
+
+
+def divides(key: str, value: int, divisor: int, reason: str) -> None:
+    """ValueError, with the nearest multiple, where `value` is none of `divisor`."""
+    if value % divisor:
+        nearest = max(1, round(value / divisor)) * divisor
+        raise ValueError(f"{key}: {value} is not a multiple of {divisor} ({reason}); {nearest} would be")
+
+
+# ---------------------------------------------------------------------------------------------------------- stage one
+
+
+def reconstruction_is_learned(stage1: Stage1Config) -> None:
+    if not stage1.l1 + stage1.l2 + stage1.charbonnier + stage1.gradient + stage1.lpips:
+        raise ValueError("l1, l2, charbonnier, gradient and lpips are all 0; nothing would be learned, set one of them")
+
+
+def decoder_training_has_an_encoder(stage1: Stage1Config) -> None:
+    if stage1.train == "decoder" and not stage1.init_from:
+        raise ValueError("train: decoder needs init_from, the autoencoder whose encoder stays")
+
+
+def pretrained_or_init_from(stage1: Stage1Config) -> None:
+    if stage1.pretrained and stage1.init_from:
+        raise ValueError("pretrained is loaded and not trained, init_from is trained; set one of them")
+
+
+def checkpointing_suits_autoencoder(stage1: Stage1Config) -> None:
+    if stage1.gradient_checkpointing and stage1.family != "kl":
+        raise ValueError(
+            f"gradient_checkpointing: diffusers has none that is sound for {stage1.model}; set it to false"
+        )
+
+
+def channels_suit_autoencoder(stage1: Stage1Config) -> None:
+    if stage1.family == "tiny" and len(set(stage1.channels)) > 1:
+        raise ValueError(f"channels: {list(stage1.channels)}; AutoencoderTiny has the same width at every level")
+    if stage1.family == "identity" and (stage1.factor, stage1.latent_channels) != (1, 3):
+        raise ValueError("channels, latent_channels: identity has one level and 3 channels; leave them out")
+    if stage1.family in ("kl", "vq"):
+        for width in stage1.channels:
+            divides("channels", width, stage1.norm_num_groups, "norm_num_groups")
+    if stage1.family == "dc":  # its shortcuts average channels, its attention has heads of 32
+        divides("channels", stage1.channels[-1], stage1.latent_channels, "latent_channels")
+        for above, width in itertools.pairwise(stage1.channels):
+            divides("channels", 4 * above, width, "the next level's, a quarter of it at most")
+        for width in stage1.channels[(len(stage1.channels) + 1) // 2 :]:
+            divides("channels", width, 32, "size of a head")
+
+
+def alignment_trains_the_encoder(stage1: Stage1Config) -> None:
+    if stage1.align and stage1.train == "decoder":
+        raise ValueError("align: draws the latents of an encoder that train: decoder leaves as it is; drop one")
+
+
+def discriminator_is_heard(stage1: Stage1Config) -> None:
+    if not (gan := stage1.gan):
+        return
+    start = int(gan.start * stage1.steps) if gan.start < 1 else int(gan.start)
+    if start + gan.warmup >= stage1.steps:
+        raise ValueError(
+            f"gan: begins at step {start} and is warmed up for {gan.warmup}, so in {stage1.steps} steps the "
+            "autoencoder would never hear it; lower gan.start or gan.warmup"
+        )
+    if stage1.equivariance == 1:
+        raise ValueError("equivariance: 1 leaves no step to the discriminator, which sees whole pictures; lower it")
+    if gan.norm == "batch" and gan.r1:
+        raise ValueError("gan.r1: batch norm over processes has no second derivative; gan.norm=group has")
+
+
+STAGE1 = (
+    reconstruction_is_learned,
+    decoder_training_has_an_encoder,
+    pretrained_or_init_from,
+    checkpointing_suits_autoencoder,
+    channels_suit_autoencoder,
+    alignment_trains_the_encoder,
+    discriminator_is_heard,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- stage two
+
+
+def conditions_go_together(stage2: Stage2Config) -> None:
+    if {"inpaint", "upscale"} <= set(stage2.conditions):
+        raise ValueError("conditions: a model has one task; give inpaint or upscale")
+    if "upscale" in stage2.conditions and stage2.classes:
+        raise ValueError("conditions: upscale tells its noise level where classes would stand; drop class")
+    for key in stage2.conditions:
+        if key in ("size", "inpaint", "upscale") and not stage2.text:
+            raise ValueError(f"conditions: {key} needs text beside it; give [text, {key}]")
+
+
+def keys_of_text_have_text(stage2: Stage2Config) -> None:
+    for key, is_set in (
+        ("pooled_text", stage2.pooled_text), ("uncond_embedding", stage2.uncond_embedding == "learned"),
+    ):  # fmt: skip
+        if is_set and not stage2.text:
+            raise ValueError(f"{key}: there is no text in conditions, {list(stage2.conditions)}; leave it out")
+
+
+def keys_of_a_chain_have_a_chain(stage2: Stage2Config) -> None:
+    if stage2.prediction_type != "flow":
+        return
+    for key, is_set in (
+        ("zero_snr", stage2.zero_snr), ("variance", stage2.variance == "learned"),
+        ("timestep_sampling", stage2.timestep_sampling == "loss"), ("beta_schedule", stage2.beta_schedule == "learned"),
+    ):  # fmt: skip
+        if is_set:
+            value = getattr(stage2, key)
+            raise ValueError(f"{key}: {value!r} is for a chain of steps, which flow is not; leave it out")
+    if stage2.timesteps != 1000:  # which samplers round to whole numbers
+        raise ValueError(f"timesteps: {stage2.timesteps}; flow tells the U-Net its time in thousandths, leave it out")
+
+
+def sampling_by_loss_has_a_plain_loss(stage2: Stage2Config) -> None:
+    if stage2.loss_weighting == "learned" and stage2.timestep_sampling == "loss":
+        raise ValueError(
+            "timestep_sampling: loss means little where loss_weighting is learned, which makes all alike; drop one"
+        )
+
+
+def zero_snr_predicts_more_than_eps(stage2: Stage2Config) -> None:
+    if stage2.zero_snr and stage2.prediction_type == "eps":
+        raise ValueError("zero_snr: pure noise says nothing about eps; set prediction_type to v or x0")
+
+
+def learned_variance_has_a_plain_loss(stage2: Stage2Config) -> None:
+    if stage2.variance == "learned" and (stage2.loss, stage2.loss_weighting) != ("l2", "uniform"):
+        raise ValueError("variance: learned has its own weighting; set loss to l2 and loss_weighting to uniform")
+
+
+def learned_schedule_has_a_plain_loss(stage2: Stage2Config) -> None:
+    if stage2.beta_schedule != "learned":
+        return
+    for key, plain in (
+        ("prediction_type", "eps"), ("loss", "l2"), ("loss_weighting", "uniform"), ("timestep_sampling", "auto"),
+        ("variance", "fixed"), ("zero_snr", False), ("shift", 1.0), ("noise_offset", 0.0), ("input_perturbation", 0.0),
+    ):  # fmt: skip
+        if getattr(stage2, key) != plain:
+            raise ValueError(
+                f"beta_schedule: learned minimises the bound's variance, which is defined with {key}={plain}; "
+                f"not {getattr(stage2, key)!r}"
+            )
+
+
+def gamma_has_its_weighting(stage2: Stage2Config) -> None:
+    if stage2.weight_gamma and stage2.loss_weighting not in ("min_snr", "soft_min_snr", "p2"):
+        raise ValueError(f"weight_gamma: loss_weighting {stage2.loss_weighting!r} has no γ; leave it out")
+
+
+def chain_is_long_enough(stage2: Stage2Config) -> None:
+    for key, is_set in (
+        ("loss_weighting 'sigmoid'", stage2.loss_weighting == "sigmoid"), ("zero_snr", stage2.zero_snr),
+    ):  # fmt: skip
+        if is_set and stage2.timesteps < 2:
+            raise ValueError(f"timesteps: {key} needs 2 at least")
+
+
+STAGE2 = (
+    conditions_go_together,
+    keys_of_text_have_text,
+    keys_of_a_chain_have_a_chain,
+    sampling_by_loss_has_a_plain_loss,
+    zero_snr_predicts_more_than_eps,
+    learned_variance_has_a_plain_loss,
+    learned_schedule_has_a_plain_loss,
+    gamma_has_its_weighting,
+    chain_is_long_enough,
+)
+
+
+# ---------------------------------------------------------------------------------------- distillation and classifier
+
+
+def guidance_range_is_not_empty(distill: DistillConfig) -> None:
+    if distill.guidance_to is not None and distill.guidance_to <= distill.guidance_from:
+        raise ValueError(f"guidance_to: {distill.guidance_to} is not more than guidance_from, {distill.guidance_from}")
+
+
+def classifier_levels_fit(classifier: ClassifierConfig) -> None:
+    if len(classifier.attention) != len(classifier.channels):
+        raise ValueError(
+            f"attention: {len(classifier.attention)} values for {len(classifier.channels)} levels of channels; "
+            "give one a level"
+        )
+    last = len(classifier.channels) - 1
+    for level, (width, attends) in enumerate(zip(classifier.channels, classifier.attention, strict=True)):
+        divides("channels", width, classifier.norm_num_groups, "norm_num_groups")
+        if attends or level == last:
+            divides("channels", width, classifier.attention_head_dim, "attention_head_dim")
+
+
+DISTILLATION = (guidance_range_is_not_empty,)
+CLASSIFIER = (classifier_levels_fit,)
+
+
+# -------------------------------------------------------------------------------------------------- the configuration
+
+
+def size_is_whole_latents(config: Config) -> None:
+    divides(
+        "data.size", config.data.size, config.stage1.factor,
+        f"2 per level after the first of stage1.channels, {config.stage1.channels}",
+    )  # fmt: skip
+
+
+def tracker_is_known(config: Config) -> None:
+    tracker = config.run.tracker
+    if tracker not in (*TRACKERS, "none"):
+        close = difflib.get_close_matches(tracker, TRACKERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(TRACKERS)}, none"
+        raise ValueError(f"run.tracker: {tracker!r} is not known to accelerate; {hint}")
+
+
+def background_is_a_colour(config: Config) -> None:
+    try:
+        ImageColor.getrgb(config.data.background)
+    except ValueError:
+        raise ValueError(f"data.background: {config.data.background!r} is no colour; white, or #ffffff") from None
+
+
+def sources_go_together(config: Config) -> None:
+    for source in config.data.source:
+        if "{}" not in source.template:
+            raise ValueError(f"data.source.template: {source.template!r} has no {{}}, where the class's name goes")
+    weighted = [source.weight is not None for source in config.data.source]
+    if any(weighted) and not all(weighted):
+        raise ValueError("data.source: some have a weight and some have none; give all of them one, or none")
+
+
+def buckets_hold_whole_latents(config: Config) -> None:
+    data = config.data
+    if not (buckets := data.buckets):
+        return
+    divides(
+        "data.buckets.step", buckets.step, config.stage1.factor, "2 per level after the first of stage1.channels"
+    )  # fmt: skip
+    low, high = data.shortest, buckets.largest or data.size * 2
+    if not buckets.step <= low <= data.size <= high:
+        raise ValueError(
+            f"data.buckets: step {buckets.step}, smallest {low}, data.size {data.size}, largest {high}; "
+            "each must be no more than the next"
+        )
+
+
+def streaming_needs_no_index(config: Config) -> None:
+    data = config.data
+    if not data.streaming:
+        return
+    if data.buckets or data.cache != "none":
+        raise ValueError(
+            "data.streaming: sizes aren't known beforehand; it needs data.buckets=null and data.cache=none"
+        )
+    if data.val_fraction:
+        raise ValueError("data.val_fraction: with data.streaming nothing is held out; set it to 0")
+    if any(source.repeats > 1 or source.weight for source in data.source):
+        raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
+
+
+def unet_levels_fit(config: Config) -> None:
+    stage2 = config.stage2
+    for width in stage2.channels:
+        divides("stage2.channels", width, stage2.norm_num_groups, "stage2.norm_num_groups")
+    if len(stage2.attention) != len(stage2.channels):
+        raise ValueError(
+            f"stage2.attention: {len(stage2.attention)} values for {len(stage2.channels)} levels of stage2.channels; "
+            "give one a level"
+        )
+    for width, attends in zip(stage2.channels, stage2.attention, strict=True):
+        if attends:
+            divides("stage2.channels", width, stage2.attention_head_dim, "stage2.attention_head_dim")
+
+
+def images_are_large_enough(config: Config) -> None:
+    stage1, shortest = config.stage1, config.data.shortest
+    if stage1.equivariance and shortest < 32:
+        raise ValueError(f"stage1.equivariance: shrinks pictures to a quarter of {shortest} px; they need 32")
+    if stage1.gan and shortest < (least := 3 * 2**stage1.gan.layers):
+        raise ValueError(
+            f"stage1.gan.layers: {stage1.gan.layers} need sides of {least} px, and the shortest has {shortest}; "
+            "fewer layers, or larger pictures"
+        )
+
+
+def solver_uses_learned_variance(config: Config) -> None:
+    if config.stage2.variance == "learned" and config.sample.solver != "ddpm":
+        raise ValueError(f"sample.solver: {config.sample.solver!r} makes no use of stage2.variance 'learned'; use ddpm")
+
+
+def sampling_has_no_more_steps_than_the_chain(config: Config) -> None:
+    steps, timesteps = config.sample.steps, config.stage2.timesteps
+    if steps > timesteps and config.stage2.prediction_type != "flow":
+        raise ValueError(f"sample.steps: {steps}, but stage2.timesteps are {timesteps}; lower it")
+
+
+def solver_can_be_exported_for_pixels(config: Config) -> None:
+    if config.stage2.conditions or config.stage1.family != "identity":
+        return
+    known = ("euler", "dpm++") if config.stage2.prediction_type == "flow" else ("ddpm", "ddim", "dpm++")
+    if config.sample.solver not in known:
+        raise ValueError(
+            f"sample.solver: {config.sample.solver!r} can't be exported for pixels without conditions, whose "
+            f"pipeline in diffusers runs {', '.join(known)}; take one of these"
+        )
+
+
+def conditions_suit_data_and_autoencoder(config: Config) -> None:
+    stage1, stage2, data = config.stage1, config.stage2, config.data
+    if "upscale" in stage2.conditions and stage1.family != "kl":
+        raise ValueError(
+            f"stage2.conditions: upscale needs an AutoencoderKL, and stage1.model is {stage1.model!r}: diffusers' "
+            "pipeline would change the scale of another"
+        )
+    if stage2.sizes and data.streaming:
+        raise ValueError("stage2.conditions: size needs data.streaming=false, where sizes are known")
+    if stage2.image and (data.streaming or data.buckets):
+        raise ValueError("stage2.conditions: inpaint and upscale need data.streaming=false and data.buckets=null")
+    if "upscale" in stage2.conditions and stage1.factor < 2:
+        raise ValueError("stage1.channels: upscale enlarges by the autoencoder's factor, which is 1; more levels")
+    if stage2.classes and data.streaming:
+        raise ValueError("stage2.conditions: a stream's classes aren't known beforehand; set data.streaming=false")
+
+
+def trained_text_encoder_has_text(config: Config) -> None:
+    if config.text.train and not config.stage2.text:
+        raise ValueError("text.train: there is no text in stage2.conditions; leave it out")
+
+
+def solver_suits_prediction(config: Config) -> None:
+    solver, prediction_type = config.sample.solver, config.stage2.prediction_type
+    if prediction_type == "flow" and solver not in STRAIGHT:
+        raise ValueError(
+            f"sample.solver: {solver!r} can't be saved with stage2.prediction_type 'flow'; use "
+            f"{', '.join(STRAIGHT)}, and another one when you sample"
+        )
+    if prediction_type == "x0" and solver == "euler_a":
+        raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.prediction_type 'x0'; use another")
+
+
+def prompts_are_not_empty(config: Config) -> None:
+    for prompt in config.sample.prompts if config.stage2.text else ():
+        if not prompt.strip():
+            raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
+
+
+CONFIG = (
+    size_is_whole_latents,
+    tracker_is_known,
+    background_is_a_colour,
+    sources_go_together,
+    buckets_hold_whole_latents,
+    streaming_needs_no_index,
+    unet_levels_fit,
+    images_are_large_enough,
+    solver_uses_learned_variance,
+    sampling_has_no_more_steps_than_the_chain,
+    solver_can_be_exported_for_pixels,
+    conditions_suit_data_and_autoencoder,
+    trained_text_encoder_has_text,
+    solver_suits_prediction,
+    prompts_are_not_empty,
+)

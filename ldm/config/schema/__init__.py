@@ -1,0 +1,39 @@
+"""What can be configured: a module a section; every key with its type, its default and a line on what it means."""
+
+from ldm.config.rules import STRAIGHT, TRACKERS
+from ldm.config.schema.base import Section
+from ldm.config.schema.classifier import ClassifierConfig
+from ldm.config.schema.config import Config
+from ldm.config.schema.data import BucketConfig, DataConfig, SourceConfig, as_sources
+from ldm.config.schema.distillation import DistillConfig
+from ldm.config.schema.run import RunConfig
+from ldm.config.schema.sample import SOLVERS, SPACINGS, SampleConfig
+from ldm.config.schema.stage1 import AlignConfig, GanConfig, Stage1Config
+from ldm.config.schema.stage2 import CONDITIONS, Stage2Config
+from ldm.config.schema.text import TextConfig
+from ldm.config.schema.training import WIDEST, Training
+
+__all__ = [
+    "CONDITIONS",
+    "SOLVERS",
+    "SPACINGS",
+    "STRAIGHT",
+    "TRACKERS",
+    "WIDEST",
+    "AlignConfig",
+    "BucketConfig",
+    "ClassifierConfig",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "GanConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Section",
+    "SourceConfig",
+    "Stage1Config",
+    "Stage2Config",
+    "TextConfig",
+    "Training",
+    "as_sources",
+]

@@ -1,0 +1,59 @@
+"""Keys of `python -m stage2_diffusion.distillation.train`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ldm.config import rules
+from ldm.config.schema.training import Decay, Training
+
+
+class DistillConfig(Training):
+    """Of `python -m stage2_diffusion.distillation.train`, which makes a model of few steps from a run's."""
+
+    steps: PositiveInt = 1000
+    """Optimiser steps of each halving, or of the whole consistency distillation."""
+    batch: PositiveInt = 64
+    """Global batch: the pictures of one optimiser step, over all processes."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "linear"
+    """Course of the learning rate in each halving; `cosine` and `linear` end at 0."""
+    ema_decay: Decay = 0.99
+    """Decay of the averaged weights: the next teacher, what is exported, and a consistency model's own target."""
+    guidance_from: float = Field(default=1.0, ge=1)
+    """Smallest scale of guidance that the student learns to be told."""
+    guidance_to: float | None = Field(default=None, gt=1)
+    """Largest one; default: twice the run's `sample.guidance`."""
+    guidance_steps: PositiveInt = 1000
+    """Progressive: optimiser steps in which guidance is learned, before the first halving."""
+    blended: float = Field(default=0.5, ge=0, le=1)
+    """Share of captions that are blended with another, so that students do not forget how their teacher combines."""
+    steps_from: PositiveInt = 64
+    """Progressive: solver steps of the first teacher."""
+    steps_to: PositiveInt = 4
+    """Solver steps of the last student; a consistency model's by default, which can take others too."""
+    loss: Literal["snr_truncated", "v"] = "snr_truncated"
+    """Progressive: weight of the error of x_0, max(SNR, 1), or 1 + SNR, which makes it the error of v."""
+    original_steps: PositiveInt = 50
+    """Consistency: steps of the chain that the teacher takes, one of which lies between student and target."""
+    huber: float = Field(default=0.001, gt=0)
+    """Consistency: c of the pseudo-Huber loss."""
+    evaluate_every: PositiveInt = 500
+    """Steps between two measurements of the loss on a batch of held-out pictures, always with the same noise."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        return rules.check(self, rules.DISTILLATION)
+
+    def halvings(self) -> list[int]:
+        """Solver steps of each student, `steps_to` last; ValueError where halving does not lead there."""
+        ratio = self.steps_from // self.steps_to
+        if ratio < 2 or ratio & (ratio - 1) or self.steps_from != ratio * self.steps_to:
+            raise ValueError(
+                f"steps_to: {self.steps_to} is not reached by halving steps_from, {self.steps_from}; "
+                f"steps_from={16 * self.steps_to} would lead there"
+            )
+        return [self.steps_from >> i for i in range(1, ratio.bit_length())]

@@ -1,0 +1,130 @@
+"""`stage1`: the autoencoder, its losses and its discriminator."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ldm.config import rules
+from ldm.config.presets import AUTOENCODERS
+from ldm.config.schema.base import Section
+from ldm.config.schema.training import Training
+
+
+class GanConfig(Section):
+    """PatchGAN, a second network that learns to tell patches of rebuilt pictures from real ones."""
+
+    weight: float = Field(default=0.5, ge=0)
+    """Weight of its verdict in the autoencoder's loss, once fully raised."""
+    start: float = Field(default=0.5, ge=0)
+    """When it begins to learn: a step, or, below 1, a share of the run."""
+    warmup: int = Field(default=200, ge=0)
+    """Steps that it learns alone before the autoencoder hears its verdict."""
+    ramp: int = Field(default=200, ge=0)
+    """Steps over which its weight then rises linearly."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """What both play for."""
+    adaptive: bool = True
+    """Scales its weight so that its gradient at the decoder's last layer is as long as the reconstruction's."""
+    cap: float = Field(default=10.0, gt=0)
+    """Largest scale that `adaptive` gives."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Its learning rate, with the warm-up and decay of the autoencoder's."""
+    r1: float = Field(default=0.0, ge=0)
+    """Weight of the gradient penalty on real pictures."""
+    channels: PositiveInt = 64
+    """Width of its first layer; doubles up to eight times."""
+    layers: PositiveInt = 3
+    """Layers that halve the resolution: 3 judge patches of 70 pixels."""
+    norm: Literal["group", "batch"] = "group"
+    """`batch` is over all processes, and needs GPUs where there are several."""
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """Differentiable augmentations of what it sees, for small sets."""
+
+
+class AlignConfig(Section):
+    """Draws latents towards the features of a pretrained encoder."""
+
+    model: str
+    """A vision transformer of transformers (DINOv2, CLIP's, ViT): local folder or Hub id."""
+    weight: float = Field(default=0.1, gt=0)
+    """Weight of the alignment."""
+
+
+class Stage1Config(Training):
+    pretrained: str | None = None
+    """Loaded instead of trained: a diffusers folder, a `.safetensors` in the original layout, or a Hub id."""
+    init_from: str | None = None
+    """The same, from which training goes on."""
+    train: Literal["all", "decoder"] = "all"
+    """`decoder` leaves the encoder as it is, so that latents, and U-Nets trained on them, stay valid."""
+    model: Literal[tuple(AUTOENCODERS)] = "kl"  # type: ignore[valid-type]
+    """Architecture; the keys below change single values of it."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 256)
+    """Width of each level; each level after the first halves the resolution."""
+    layers: PositiveInt = 2
+    """Residual blocks a level."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents."""
+    norm_num_groups: PositiveInt = 32
+    """Groups of the group normalisation; divides every width."""
+    mid_attention: bool = True
+    """Self-attention at the lowest resolution."""
+    codes: PositiveInt = 1024
+    """VQ: entries of the codebook."""
+    l1: float = Field(default=1.0, ge=0)
+    """Weight of the mean absolute error."""
+    l2: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared error."""
+    charbonnier: float = Field(default=0.0, ge=0)
+    """Weight of the Charbonnier error, an absolute error that is smooth at 0."""
+    gradient: float = Field(default=1.0, ge=0)
+    """Weight of the error of the picture's gradients at three scales: a perceptual term that needs no download."""
+    lpips: float = Field(default=0.0, ge=0)
+    """Weight of LPIPS, the perceptual distance of a pretrained network."""
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """That network; torchvision downloads its weights once."""
+    learn_variance: bool = False
+    """Divides the reconstruction error by a learned variance, so that its weight against the others is found."""
+    kl: float = Field(default=1e-6, ge=0)
+    """Weight of the Kullback-Leibler term, mean over the latent's elements."""
+    kl_free: float = Field(default=0.0, ge=0)
+    """Free bits: nats of a latent element, mean over a picture's channel, that the term does not press on."""
+    kl_warmup: int = Field(default=0, ge=0)
+    """Steps over which its weight rises linearly."""
+    commitment: float = Field(default=1.0, ge=0)
+    """VQ: weight of the distance of latents and codes."""
+    beta: float = Field(default=0.25, ge=0)
+    """VQ: how much of that draws latents to codes rather than codes to latents."""
+    revive: int = Field(default=200, ge=0)
+    """VQ: codes unused for so many steps are placed on latents of the batch; 0 never."""
+    equivariance: float = Field(default=0.0, ge=0, le=1)
+    """Share of steps in which latents are shrunk and turned, and decoded to the picture shrunk and turned alike."""
+    align: AlignConfig | None = None
+    """Alignment of latents with a pretrained encoder's features."""
+    gan: GanConfig | None = None
+    """A discriminator, for crisp textures."""
+    evaluate_every: PositiveInt = 1000
+    """Steps between two measurements on held-out pictures, with a sheet of reconstructions."""
+    evaluate_pictures: PositiveInt = 1024
+    """Pictures that are measured, always the same."""
+
+    @property
+    def family(self) -> str:
+        """`kl`, `vq`, `tiny`, `dc` or `identity`."""
+        return str(self.model).partition("-")[0]
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side per latent."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def needs_none(self) -> bool:
+        """Whether there is nothing to train."""
+        return bool(self.pretrained) or self.family == "identity"
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        return rules.check(self, rules.STAGE1)

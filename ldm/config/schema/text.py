@@ -1,0 +1,23 @@
+"""`text`: the text encoder."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from ldm.config.schema.base import Section
+
+
+class TextConfig(Section):
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers, or a whole diffusers pipeline, whose
+    encoder is taken; or `open_clip:ARCH:WEIGHTS`."""
+    max_tokens: int | None = Field(default=None, ge=3)
+    """Length that captions are padded or cut to; default: the tokenizer's own."""
+    width: PositiveInt | None = None
+    """Channels of the encoder's token states, checked when it is loaded; `--dry-run` then needs no download."""
+    skip_layers: int = Field(default=0, ge=0)
+    """Last layers that are left out: 1 gives the penultimate layer's states (Stable Diffusion 2, "clip skip")."""
+    chunks: PositiveInt = 1
+    """Long captions are encoded in up to so many pieces, whose states stand one after the other."""
+    train: bool = False
+    """Trains the encoder along with the U-Net; captions' embeddings are then not cached."""

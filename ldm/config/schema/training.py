@@ -1,0 +1,59 @@
+"""What the training of every network shares: steps, batch, optimiser, averages, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from ldm.config.schema.base import Section
+
+WIDEST = 12**-0.5  # the relative width of the plain mean of all weights so far
+
+
+def _widths(given: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < width < WIDEST for width in given):
+        raise ValueError(f"each must be more than 0 and less than {WIDEST:.4f}; 0.05 and 0.1 are usual")
+    if len(set(given)) < len(given):
+        raise ValueError("one stands here twice; name each once")
+    return given
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Training(Section):
+    """What both stages share."""
+
+    steps: PositiveInt = 1000
+    """Optimiser steps."""
+    batch: PositiveInt = 16
+    """Global batch: the pictures of one optimiser step, over all processes."""
+    device_batch: PositiveInt | None = None
+    """Images that one device computes at once, at most; gradients accumulate until the batch is complete. Default: the
+    device's whole share of the batch."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate, as it stands: not scaled by batch or processes."""
+    lr_warmup_steps: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up; `cosine` and `linear` end at 0."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW."""
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_decay: Decay = 0.999
+    """Decay of the averaged weights, which are what is saved and sampled."""
+    ema_widths: Annotated[tuple[float, ...], AfterValidator(_widths)] = ()
+    """Power-function averages instead, by σ_rel: `[0.05, 0.1]`; the first is saved and sampled, snapshots are kept of
+    all."""
+    ema_snapshot_every: PositiveInt = 500
+    """Steps between their snapshots, of which averages of other widths are made afterwards."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass instead of keeping them: less memory, a third more time."""
