@@ -190,7 +190,7 @@ def test_rfid_of_few_pictures_is_said_to_be_noise(
 
     from torchmetrics.image import FrechetInceptionDistance
 
-    monkeypatch.setattr(suitability.weights, "fid", lambda _: FrechetInceptionDistance(Distance()))
+    monkeypatch.setattr(suitability.feature_networks, "fid", lambda _: FrechetInceptionDistance(Distance()))
     _, out, _ = report("--model", shared / "coarse", "--count", 4, "--out", shared / "rfid")
     assert "rFID of 4 pictures is mostly noise" in out
     assert "rFID" in next(line for line in out.splitlines() if line.startswith("model "))
