@@ -1,13 +1,14 @@
-# make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures (a quarter of an hour)
-# make test   all tests            make lint   ruff, mypy            make check   these and fast tests
-# Both set up a virtual environment in .venv first.
+# make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
+# make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
+# make drills kills runs again and again; long
+# All set up a virtual environment in .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/openmoji
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test lint check
+.PHONY: setup demo test drills lint check
 
 setup: .venv/.ready
 
@@ -25,7 +26,10 @@ demo: setup
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill"
+
+drills: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m drill
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,4 +37,4 @@ lint: setup
 	$(BIN)/mypy
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"

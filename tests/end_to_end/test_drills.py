@@ -44,6 +44,18 @@ def metrics(folder: Path, stage: str) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
+def test_two_processes_killed_or_terminated_four_times_change_no_bit(
+    drill: Callable[..., tuple[list[Path], list[str]]],
+) -> None:
+    (whole, *drilled), ends = drill("2", "KILL,TERM", 4)
+    assert len(ends) >= 4
+    assert all(end.endswith("-9/-9") for end in ends if " KILL " in end), ends
+    assert drilled
+    for run in drilled:
+        same(whole, run)
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_kill_9_at_ten_random_moments_changes_no_bit(
     drill: Callable[..., tuple[list[Path], list[str]]], world: str
@@ -56,6 +68,7 @@ def test_kill_9_at_ten_random_moments_changes_no_bit(
         same(whole, run)
 
 
+@pytest.mark.drill
 def test_sigterm_at_five_random_moments_saves_and_changes_no_bit(
     drill: Callable[..., tuple[list[Path], list[str]]],
 ) -> None:
@@ -66,6 +79,7 @@ def test_sigterm_at_five_random_moments_saves_and_changes_no_bit(
         same(whole, run)
 
 
+@pytest.mark.drill
 def test_another_number_of_processes_at_every_start_gives_the_same_weights_within_rounding(
     drill: Callable[..., tuple[list[Path], list[str]]],
 ) -> None:
