@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from benchmark_rows import Memory, Report, Row, forget_peak, peak, rows, timed
+from benchmark_rows import Memory, Report, Row, forget_peak, rows, timed
 from diffusers import DiffusionPipeline
 
 from ldm.config.schema import RunConfig
@@ -33,32 +35,65 @@ def beside_diffusers(given: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = given.precision or precision(RunConfig())
     asked = rows(given.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), chosen)
-    drawers = {row: _drawer(row, name, plain, device, batch, given.compile) for row in asked}
+    memory, drawers = MemoryByRow(), dict[Row, Callable[[list[str]], Any]]()
+    for row in asked:
+        with memory.measured(row):
+            drawers[row] = _drawer(row, name, plain, device, batch, given.compile)
     print(
         f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {plain.side} px, {plain.steps} "
         f"steps of {type(plain.scheduler).__name__}, guidance {plain.guidance}",
         flush=True,
     )
     best: dict[tuple[Row, int], float] = {}
-    peaks: dict[tuple[Row, int], Memory] = {}
     for turn in range(given.rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
         for (row, drawn), number in itertools.product(drawers.items(), dict.fromkeys((1, count))):
-            forget_peak()
-            best[row, number] = min(_seconds(drawn, number, turn), best.get((row, number), math.inf))
-            peaks[row, number] = peak()
+            with memory.measured(row, number):
+                best[row, number] = min(_seconds(drawn, number, turn), best.get((row, number), math.inf))
     for number in dict.fromkeys((1, count)):
         what = "one picture" if number == 1 else ("" if number == batch else f"{number} in ") + f"batches of {batch}"
         table = Report.of(f"sampling {what}", "img/s", given)
         for row in asked:
             took = best[row, number]
             title = row.name + (f", {given.compile}" if row.who == "ours" and given.compile != "no" else "")
-            table.row(title, number / took, f"{took:8.3f} s", peaks[row, number], seconds=took)
+            table.row(title, number / took, f"{took:8.3f} s", memory.peak(row, number), seconds=took)
         both = {
             row.precision for row in asked if {Row(who, row.precision) for who in ("diffusers", "ours")} <= {*asked}
         }
         for each in sorted(both):
             ratio = best[Row("diffusers", each), number] / best[Row("ours", each), number]
             print(f"sampling {what} in the same precision, {each}: ours is {ratio:.2f} × diffusers", flush=True)
+
+
+class MemoryByRow:
+    """Peaks of each row on a GPU, without what the other rows' pipelines hold there: all stay between their turns.
+
+    What the allocator reserves it shares, and a process's memory is not any row's: both are left out.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Row, int] = {}  # bytes of tensors between a row's turns
+        self._peaks: dict[tuple[Row, int], int] = {}  # of the last turn
+
+    @contextmanager
+    def measured(self, row: Row, number: int = 0) -> Iterator[None]:
+        """Within it, nothing but this row's code allocates; its pipeline is made so, too."""
+        if not torch.cuda.is_available():
+            yield
+            return
+        others = self._allocated() - self._held.get(row, 0)
+        forget_peak()
+        yield
+        self._peaks[row, number] = torch.cuda.max_memory_allocated() - others
+        self._held[row] = self._allocated() - others
+
+    def peak(self, row: Row, number: int) -> Memory:
+        peak = self._peaks.get((row, number))
+        return Memory(None if peak is None else peak / 2**20, None)
+
+    @staticmethod
+    def _allocated() -> int:
+        gc.collect()  # or what one row left behind would be freed in another's turn
+        return torch.cuda.memory_allocated()
 
 
 def _drawer(

@@ -65,7 +65,7 @@ def check_stream(settings: loader.Config) -> int:
     data, stream = settings.data, Stream(settings)
     print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")
     good = bad = 0
-    shown = []
+    shown = list[tuple[torch.Tensor, str]]()
     for found in stream.beginning(BEGINNING):
         if isinstance(found, Bad):
             print(f"bad        {found}")

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import diffusers.utils.logging
 import torch
@@ -49,7 +49,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+class Command(Protocol):
+    """A program, called with its arguments, by default those of the command line; returns its exit status."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
     """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:

@@ -103,7 +103,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
     run = Run(settings.run, own, STAGE, model, contract, name=named(train_set, settings, own.batch))
     autoencoder.to(run.device)
     samples = feed(train_set, settings, autoencoder, None, run.device)
-    validation = Validation(own, settings, pictures, autoencoder, process)
+    validation = Validation(own, settings, pictures, autoencoder, process, run.passes.images)
 
     def look() -> None:
         if run.due(own.evaluate_every, last=True):
@@ -176,15 +176,21 @@ def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
 
 
 class Validation:
-    """Accuracy by noise level on held-out pictures, always the same, with the same noise; nothing where none are."""
+    """Accuracy by noise level on held-out pictures, always the same, with the same noise; nothing where none are.
+
+    At most so many `images` are computed at once.
+    """
 
     def __init__(
-        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder, process: Process
-    ):
+        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder, process: Process,
+        images: int,
+    ):  # fmt: skip
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
+        self.batch = min(BATCH, images)
         view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
         cuts = (
-            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + BATCH]]) for at in numbers[::BATCH]
+            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + self.batch]])
+            for at in numbers[:: self.batch]
         )
         self.x0 = torch.cat([autoencoder.encode(pixels).cpu() for pixels in cuts]) if numbers else torch.empty(0)
         self.classes = pictures.labels()
@@ -205,7 +211,7 @@ class Validation:
         """How many pictures of each class are recognised at each level, `(K, levels)`, in one process's share."""
         found = torch.zeros(len(self.classes), len(LEVELS), dtype=torch.float64)
         device = next(model.parameters()).device
-        for numbers in torch.arange(len(self.y))[rank::processes].split(BATCH):
+        for numbers in torch.arange(len(self.y))[rank::processes].split(self.batch):
             x0, y = self.x0[numbers].to(device), self.y[numbers]
             eps = normal(self.seed, "validation", numbers, x0.shape[1:]).to(x0)
             for i, level in enumerate(LEVELS):

@@ -52,6 +52,7 @@ from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
+Encoded = tuple[Item, torch.Tensor, torch.Tensor | None]  # a batch, its latents and its embeddings
 
 
 @command
@@ -205,14 +206,14 @@ def learn(
         compile_blocks(unet, dynamic=bool(of_run.data.buckets))
     samples = feed(data, of_run, model.autoencoder, model.text, run.device)
     conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
-    held = held_out(of_run, model, everything)
+    held = held_out(of_run, model, everything, run.passes.images)
     if settings.blended and model.text and isinstance(data, Index):
         captions = data.some(CAPTIONS)
         lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def look() -> None:
         if held and run.due(settings.evaluate_every, last=True):
-            validate(run, lesson, conditions, *held)
+            validate(run, lesson, conditions, held)
 
     if run.step:  # what a killed run still owes
         look()
@@ -236,33 +237,40 @@ def learn(
     return run.release().unet
 
 
-def held_out(
-    of_run: Config, model: LatentDiffusion, everything: Index | Stream
-) -> tuple[Item, torch.Tensor, torch.Tensor | None] | None:
-    """The first batch of the held-out pictures, its latents and embeddings; None where nothing is held out."""
+def held_out(of_run: Config, model: LatentDiffusion, everything: Index | Stream, images: int) -> list[Encoded]:
+    """The first batch of the held-out pictures, encoded, so many `images` at once; nothing where none are held out."""
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index) or not len(held):
-        return None
+        return []
     device = model.unet.device
     afresh = of_run.model_copy(update={"data": of_run.data.model_copy(update={"cache": "none"})})
     samples = feed(held, afresh, model.autoencoder, model.text, device)
-    assert not isinstance(samples.dataset, Stream), "an index's samples"
-    batch = default_collate([samples.dataset[n] for n in range(of_run.stage2.batch)])
-    batch = {"position": batch.pop("position"), **send_to_device(batch, device)}
-    return batch, *samples.encoded(batch)
+    dataset = samples.dataset
+    assert not isinstance(dataset, Stream), "an index's samples"
+    micro_batches = torch.arange(of_run.stage2.batch).split(images)
+    batches = [default_collate([dataset[n] for n in positions.tolist()]) for positions in micro_batches]
+    return [(batch, *samples.encoded(on_device(batch, device))) for batch in batches]
+
+
+def on_device(batch: Item, device: torch.device) -> Item:
+    """A batch as a run's loop has it: all but the positions is on the device."""
+    return {**send_to_device(batch, device), "position": batch["position"]}
 
 
 @torch.no_grad()
-def validate(
-    run: Run, lesson: Lesson, conditions: Conditions, batch: Item, x0: torch.Tensor, states: torch.Tensor | None
-) -> None:
+def validate(run: Run, lesson: Lesson, conditions: Conditions, micro_batches: Sequence[Encoded]) -> None:
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
-    condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-    asked = lesson.question(batch["position"], x0, condition)
-    with run.averaged("a validation"), run.autocast():
-        target = lesson.target(asked, run)
-        prediction = run.bare(asked.z, asked.told, asked.condition)
-    run.log({"held_out_loss": float(lesson.losses(prediction.float(), asked, target).mean())})
+    losses = []
+    with run.averaged("a validation"):
+        for batch, x0, states in micro_batches:
+            batch = on_device(batch, run.device)
+            condition, _, _ = conditions(lesson.undropped(batch), x0, states)
+            asked = lesson.question(batch["position"], x0, condition)
+            with run.autocast():
+                target = lesson.target(asked, run)
+                prediction = run.bare(asked.z, asked.told, asked.condition)
+            losses.append(lesson.losses(prediction.float(), asked, target))
+    run.log({"held_out_loss": float(torch.cat(losses).mean())})
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import benchmark_fixtures
 import benchmark_results
 import benchmark_rows
+import benchmark_sampling
 import pytest
 import torch
 
@@ -161,6 +164,58 @@ def test_sampling_is_measured_beside_diffusers_pipeline(
         assert re.search(rf"^sampling {what} in the same precision, no: ours is [\d.]+ ×", printed, re.MULTILINE)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["value"] * line["seconds"] for line in lines] == pytest.approx([1, 1, 3, 3])
+    assert all(line["allocated"] is None and line["reserved"] is None for line in lines)  # a process's is not a row's
+
+
+class Allocator:
+    """A GPU's, of which MB are known."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def use(self, kept: int, besides: int = 0) -> None:
+        """Takes so much and more `besides`, which is given back."""
+        self.now += kept
+        self.most = max(self.most, self.now + besides)
+
+    def reset(self) -> None:
+        self.most = self.now
+
+
+@pytest.mark.parametrize("asked", ["diffusers-no,ours-no", "ours-no"])
+def test_a_rows_memory_is_its_own_whatever_other_pipelines_are_there(
+    main: Any, call: Callable[..., str], asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, file = Allocator(), tmp_path / "results.jsonl"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("init", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: gpu.now * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.most * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: gpu.most * 2**20)
+    model = SimpleNamespace(text=True, task="generate", side=8, steps=1, scheduler=None, guidance=1.0)
+    monkeypatch.setattr(benchmark_sampling.LatentDiffusion, "load", lambda *_: model)
+
+    def drawer(row: benchmark_rows.Row, *_: Any) -> Callable[[list[str]], None]:
+        weights, a_picture, kept = {"diffusers": (1000, 100, 0), "ours": (500, 30, 7)}[row.who]
+        gpu.use(weights, besides=weights)
+        turns = itertools.count()
+        return lambda prompts: gpu.use(0 if next(turns) else kept, besides=a_picture * len(prompts))
+
+    monkeypatch.setattr(benchmark_sampling, "_drawer", drawer)
+    given = ("--model", "any", "--batch", 4, "--rounds", 2, "--precision", "no", "--rows", asked, "--json", file)
+    call(main, "sample", *given)
+    found = {
+        (line["row"], line["what"]): (line["allocated"], line["reserved"]) for line in benchmark_results.read(file)
+    }
+    ours = {("ours, no", "sampling one picture"): (537, None), ("ours, no", "sampling batches of 4"): (627, None)}
+    theirs = {
+        ("diffusers, no", "sampling one picture"): (1100, None),
+        ("diffusers, no", "sampling batches of 4"): (1400, None),
+    }
+    assert found == (ours | theirs if "diffusers" in asked else ours)
 
 
 def test_what_can_not_be_measured_is_one_line(main: Any, call: Callable[..., str], tmp_path: Path) -> None:

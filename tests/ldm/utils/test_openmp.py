@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,53 @@ def test_threads_spin_unless_the_cores_are_busy_or_a_person_decided(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-def test_busy_cores_are_those_of_other_programs() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        try:
-            assert openmp.busy_cores(0.5) > 0.6
-        finally:
-            other.kill()
+def stat(*cpus: tuple[int, int, int, int, int, int, int, int]) -> str:
+    """The text of /proc/stat: of each CPU the ticks of user, nice, system, idle, iowait, irq, softirq and steal."""
+    lines = [("cpu", [sum(ticks) for ticks in zip(*cpus, strict=True)]), *((f"cpu{i}", t) for i, t in enumerate(cpus))]
+    return "".join(f"{name} {' '.join(map(str, ticks))} 0 0\n" for name, ticks in lines) + "intr 5 0 1\nctxt 9\n"
+
+
+IDLE = (7, 0, 3, 90, 0, 0, 0, 0)  # until now
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({0, 1}, 0.0), ({2}, 1.0), ({0, 2}, 1.0), ({1, 3, 4}, 0.75), ({0, 1, 2, 3, 4}, 1.75), ({4, 5}, 0.7)],
+    ids=["idle beside busy ones", "a busy one", "one of two", "in part", "the whole machine", "numbered otherwise"],
+)
+def test_busy_cores_are_those_of_this_process_that_other_programs_use(
+    own: set[int], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = [
+        (0, 0, 0, 90, 10, 0, 0, 0),  # waiting for a disk is idle
+        (0, 0, 0, 100, 0, 0, 0, 0),
+        (60, 10, 10, 0, 0, 5, 5, 10),
+        (30, 0, 20, 50, 0, 0, 0, 0),
+        (0, 25, 0, 75, 0, 0, 0, 0),
+    ]
+    file = tmp_path / "stat"
+    file.write_text(stat(*[IDLE] * 5))
+    after = stat(*(tuple(map(sum, zip(IDLE, more, strict=True))) for more in later))
+    monkeypatch.setattr(time, "sleep", lambda seconds: file.write_text(after) if seconds == 0.3 else None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: own, raising=False)
+    assert openmp.busy_cores(0.3, file) == pytest.approx(expected)
+
+
+def test_what_other_cores_do_is_no_reason_to_wait_asleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two idle cores of one's own on a machine of which others use thirty."""
+    file = tmp_path / "stat"
+    file.write_text(stat(*[IDLE] * 64))
+    after = stat(*[(7, 0, 3, 190, 0, 0, 0, 0)] * 34, *[(107, 0, 3, 90, 0, 0, 0, 0)] * 30)
+    monkeypatch.setattr(time, "sleep", lambda _: file.write_text(after))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for name in (*openmp.CHOSEN, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it comes back
+        monkeypatch.delenv(name)
+    measured = partial(openmp.busy_cores, file=file)
+    monkeypatch.setattr(openmp, "busy_cores", measured)
+    openmp.wait_asleep_where_busy()
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_where_the_system_does_not_tell_no_core_is_busy(tmp_path: Path) -> None:

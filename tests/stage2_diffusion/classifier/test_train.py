@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from ldm.config import loader
+from ldm.config.schema import ClassifierConfig, Stage2Config
 from ldm.data.index import Index
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
@@ -117,6 +118,42 @@ def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callab
     for column in range(2, 8):
         right = sum(float(row[column]) * n for row, n in zip(classes, counts, strict=True))
         assert float(everything[column]) == pytest.approx(right / sum(counts), abs=1e-3)
+
+
+def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_right_as_of_the_whole_batch(
+    drawings: Callable[..., tuple[loader.Config, Index]], random_model: Callable[..., LatentDiffusion], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings, _ = drawings("stage1.channels=[16, 16]", "data.cache=none", "run.precision=no")
+    random_model().save(tmp_path / "run/pipeline")
+    settings = settings.model_copy(
+        update={"stage2": Stage2Config(target="v", schedule="cosine", conditions=("class",), batch=8)}
+    )
+    computed: list[int] = []
+    forward = NoisyClassifier.forward
+
+    def spy(self: NoisyClassifier, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        computed.append(len(x))
+        return forward(self, x, t)
+
+    monkeypatch.setattr(NoisyClassifier, "forward", spy)
+
+    def validated(device_batch: int | None) -> tuple[dict[str, float], int]:
+        """Each held-out accuracy, and the most images computed at once in the training and for the table after it."""
+        out = tmp_path / str(device_batch)
+        own = ClassifierConfig(
+            batch=8, device_batch=device_batch, steps=1, evaluate_pictures=8, channels=(16, 16), layers=1,
+            attention=(False, True), head_size=8, groups=4, lr=1e-30,  # the weights stay
+        )  # fmt: skip
+        computed.clear()
+        of_it = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": out})})
+        train.train(of_it, own, tmp_path / "run", out)
+        (line,) = [line for line in metrics(out) if "held_out_accuracy" in line]
+        return line, max(computed)
+
+    (whole, most), (in_passes, fewer) = validated(None), validated(2)
+    assert (most, fewer) == (8, 2)
+    assert in_passes == whole
 
 
 def test_two_halves_are_disjoint_and_cover_everything(drawings: Callable[..., tuple[loader.Config, Index]]) -> None:

@@ -15,10 +15,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 
-from ldm.config.schema import DistillConfig, Stage2Config
+from ldm.config.schema import Config, DistillConfig, Stage2Config
+from ldm.data.index import Index
 from ldm.diffusion.process import Process
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import build, hear_guidance, without_variance
@@ -124,6 +131,50 @@ def test_a_consistency_model_is_taught_a_step_apart_and_by_its_averages(unet: An
     z = torch.randn(1, 4, 8, 8)
     at_0 = torch.zeros(1, dtype=torch.long)
     assert torch.equal(lesson._consistent(torch.randn_like(z), z, at_0), z)  # f(z, 0) = z
+
+
+@pytest.mark.parametrize(
+    ("method", "names"), [("progressive", ["guidance", "steps-1"]), ("consistency", ["consistency"])]
+)
+def test_no_more_images_are_validated_at_once_than_trained_on_and_the_loss_is_that_of_the_whole_batch(
+    method: str, names: list[str], drawings: Callable[..., tuple[Config, Index]], words: Path,
+    random_model: Callable[..., LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    of_run, _ = drawings(
+        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.target=v",
+        "stage2.schedule=cosine", "stage2.conditions=[text]", "stage2.pooled_text=false", "data.cache=none",
+        "run.precision=no",
+    )  # fmt: skip
+    computed: list[tuple[bool, int]] = []  # by a student, or by a teacher that is not told of guidance; images
+    forward = UNet2DConditionModel.forward
+
+    def spy(self: Any, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        computed.append((self.config.time_cond_proj_dim is not None, len(sample)))
+        return forward(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
+
+    def distilled(device_batch: int | None) -> tuple[list[float], int, int]:
+        """Each held-out loss, and the most images that students and teachers computed at once."""
+        folder = tmp_path / str(device_batch)
+        folder.mkdir()
+        settings = DistillConfig(
+            batch=8, device_batch=device_batch, steps=1, guidance_steps=1, steps_from=2, steps_to=1, original_steps=10,
+            guidance_to=4.0, lr=1e-30,  # the weights stay: only the validation can differ
+        )  # fmt: skip
+        computed.clear()
+        of_it = of_run.model_copy(update={"run": of_run.run.model_copy(update={"dir": folder})})
+        train.distill(of_it, settings, method, random_model("text"))
+        lines = [json.loads(line) for name in names for line in (folder / name / "metrics.jsonl").open()]
+        losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+        student, teacher = (max(n for hears, n in computed if hears is own) for own in (True, False))
+        return losses, student, teacher
+
+    whole, in_passes = distilled(None), distilled(2)
+    assert len(whole[0]) == len(names)
+    assert whole[1:] == (8, 16)  # the teacher with and without the caption
+    assert in_passes[1:] == (2, 4)
+    assert in_passes[0] == pytest.approx(whole[0], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
