@@ -36,12 +36,13 @@ from ldm.distributed.launch import join, on_main
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import FREE_ENDS, make
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
-from stage2_diffusion.validation import BATCH, LEVELS
+from stage2_diffusion.validation import LEVELS
 
 STAGE = "classifier"
 
@@ -183,7 +184,8 @@ class Validation:
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
         view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
         cuts = (
-            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + BATCH]]) for at in numbers[::BATCH]
+            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + VALIDATION_BATCH]])
+            for at in numbers[::VALIDATION_BATCH]
         )
         self.x0 = torch.cat([autoencoder.encode(pixels).cpu() for pixels in cuts]) if numbers else torch.empty(0)
         self.classes = pictures.labels()
@@ -204,7 +206,7 @@ class Validation:
         """How many pictures of each class are recognised at each level, `(K, levels)`, in one process's share."""
         found = torch.zeros(len(self.classes), len(LEVELS), dtype=torch.float64)
         device = next(model.parameters()).device
-        for numbers in torch.arange(len(self.y))[rank::processes].split(BATCH):
+        for numbers in torch.arange(len(self.y))[rank::processes].split(VALIDATION_BATCH):
             x0, y = self.x0[numbers].to(device), self.y[numbers]
             eps = normal(self.seed, "validation", numbers, x0.shape[1:]).to(x0)
             for i, level in enumerate(LEVELS):
