@@ -30,7 +30,6 @@ from ldm.models import autoencoder, text_encoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.training import checks, memory_estimate, preflight
 from ldm.training.run_dir import check_finished, claim, write_card
-from ldm.training.trainer import Run
 from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
@@ -137,15 +136,15 @@ def dry_run(settings: Config, only: str | None) -> None:
 def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
     """Says what a stage takes: two of its steps are tried, with a random autoencoder where none is trained yet."""
 
-    def train(settings: Config, pictures: Index | Stream, run_class: type[Run]) -> None:
+    def train(settings: Config, pictures: Index | Stream) -> None:
         if stage == "stage1":
-            return train_autoencoder(settings, pictures, run_class)
+            return train_autoencoder(settings, pictures)
         if given == "identity" or settings.stage1.pretrained or Path(given).exists():
             vae = autoencoder.load(given)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
         trained = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
-        return train_unet(settings, pictures, vae, trained, run_class)
+        return train_unet(settings, pictures, vae, trained)
 
     given = made(settings)
     found = preflight.measured(settings, stage, pictures, train)

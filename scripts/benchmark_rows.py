@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +14,10 @@ from typing import Any, NamedTuple
 import benchmark_results as results
 import torch
 
+from ldm.training.dry_run import DryRun
 from ldm.training.optimizer import DTYPES
-from ldm.training.trainer import Run
 from ldm.utils.errors import UserError
+from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
 Lines = list[dict[str, float]]  # of metrics
 
@@ -77,15 +77,13 @@ class Memory(NamedTuple):
 
 def peak() -> Memory:
     """Of this process, since it began or `forget_peak`."""
-    if torch.cuda.is_available():
-        return Memory(torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20)
-    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, None)
+    on_gpu = torch.cuda.is_available()
+    allocated, reserved = (count / 2**20 for count in peak_memory(on_gpu))
+    return Memory(allocated, reserved if on_gpu else None)
 
 
 def forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.init()  # before it is used there is nothing to reset, which is an error
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(torch.cuda.is_available())
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -110,48 +108,18 @@ def each_apart(action: Callable[[Row], Any], chosen: Sequence[Row]) -> Iterator[
     *others, last = chosen
     for row in others:
         yield row, *apart(action, row)
+    forget_peak()
     yield last, action(last), peak()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-class Timed(Run):
-    """A run that is measured: it keeps its lines of metrics, writes and looks at nothing, and ends after its steps."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        self.lines: Lines = []
-        super().__init__(*arguments, **options)
-
-    def batches(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        yield from super().batches(*arguments, **options)
-        raise Ended(self)
-
-    def due(self, every: int, last: bool = False) -> bool:
-        return False
-
-    def save(self) -> None:
-        pass
-
-    def log(self, values: dict[str, float]) -> None:
-        told = {"loss_scale": self.loss_scale, "skipped": self.step - self.ema.updates}
-        self.lines.append({"step": self.step, "time": time.time(), **values, **told})
-
-
-class Ended(Exception):  # noqa: N818 it is no error
-    """Carries the run whose steps were taken, past what would be exported."""
-
-    def __init__(self, run: Timed):
-        self.run = run
-
-
 def lines_of(train: Callable[..., None], *arguments: Any) -> Lines:
-    """What a stage's `train`, given these and a class of run, logs in its steps."""
-    try:
-        train(*arguments, Timed)
-    except Ended as ended:
-        return ended.run.lines
-    raise AssertionError("a timed run ends in its batches")
+    """What a stage's `train`, given these, logs in its steps; it writes and looks at nothing."""
+    with DryRun(evaluate=False, progress=True) as dry_run:
+        train(*arguments)
+    return dry_run.lines
 
 
 # ------------------------------------------------------------------------------------------------------------ report

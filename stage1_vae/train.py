@@ -29,7 +29,7 @@ from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
 STATISTICS = 16_384  # pictures, at most, that the latents' mean and deviation are measured on
 
 
-def train(config: Config, data: Index | Stream, run_class: type[Run] = Run) -> None:
+def train(config: Config, data: Index | Stream) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
@@ -40,9 +40,7 @@ def train(config: Config, data: Index | Stream, run_class: type[Run] = Run) -> N
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     contract = {"data": train_set.fingerprint()}
-    run = run_class(
-        config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch)
-    )
+    run = Run(config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch))
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 

@@ -15,14 +15,12 @@ from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
 from ldm.models.conditioning import small
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.rng import generator
 from stage2_diffusion.masks import holes
-
-COUNT = 16  # pictures of a model that takes no prompts
-BATCH = 8  # images drawn together, where a device computes as many at once
 
 
 def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
@@ -59,9 +57,9 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         unseen = {caption for captions in data.select("combination").captions() for caption in captions}
         marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
     elif stage.classes:
-        prompts = given["labels"] = list(model.classes[:64])
+        prompts = given["labels"] = list(model.classes[: sizes.SHEET_CLASSES])
     else:
-        prompts = [""] * COUNT
+        prompts = [""] * sizes.SHEET_UNCONDITIONAL
     with run.averaged("a sample sheet"):
         pictures = _drawn(model, run, config.run.seed, len(prompts), given)
     if run.is_main:
@@ -85,15 +83,16 @@ def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[
         for name, values in given.items()
     }
     of_each = 1 if "prompts" in given or "labels" in given else share  # or in all, where nothing is asked for
-    batch = min(BATCH, run.passes.images)
-    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, **of_mine)
+    batch = min(sizes.SHEET_BATCH, run.passes.images)
+    told = run.dry_run.evaluated if run.dry_run else None
+    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, told=told, **of_mine)
     return list(gather_object(pictures))[:count]
 
 
 def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Eight pictures, of those that nothing is trained on where there are some, their captions and classes."""
+    """Some pictures, of those that nothing is trained on where there are some, their captions and classes."""
     held = data.select("reconstruction")
     chosen = held if len(held) else data
-    numbers = range(min(8, len(chosen)))
+    numbers = range(min(sizes.SHEET_GIVEN, len(chosen)))
     pixels = [to_tensor(cut(chosen.picture(i), (size, size))[0]) for i in numbers]
     return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]

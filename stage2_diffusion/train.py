@@ -27,9 +27,7 @@ from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
 
 
-def train(
-    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None, run_class: type[Run] = Run
-) -> None:
+def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
     """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
@@ -49,7 +47,7 @@ def train(
     device = join(config.run).device
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
     name = named(train_set, config, stage.batch)
-    run = run_class(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
+    run = Run(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
     autoencoder.to(run.device)

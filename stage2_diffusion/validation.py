@@ -16,12 +16,12 @@ from ldm.data.stream import Stream
 from ldm.diffusion.process import Process
 from ldm.models.conditioning import predict
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.trainer import Run
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 
 LEVELS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
-BATCH = 32  # pictures measured together, where a device computes as many at once
 
 
 def velocity_error(
@@ -64,7 +64,7 @@ class Validation:
         with run.averaged("a validation"), torch.no_grad():
             for name, index in self.sets.items():
                 sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
-                batch = min(BATCH, run.passes.images)
+                batch = min(VALIDATION_BATCH, run.passes.images)
                 starts = range(0, len(index), batch)
                 for first in range(0, len(starts), state.num_processes):
                     mine = first + state.process_index

@@ -19,6 +19,7 @@ from ldm.models.unet import HalfPrecisionXFormers, UNet
 from ldm.utils.errors import UserError
 
 BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention)  # nearly all that a U-Net computes
+NO_XFORMERS = "stage2.compile: xformers' kernels can't be compiled; set stage2.attention_backend=sdpa"
 EACH = 8  # times that one block may be compiled: torch's own limit
 
 
@@ -33,7 +34,7 @@ def compile_blocks(unet: UNet, dynamic: bool = True, backend: str | Callable[...
     where attention can't be compiled.
     """
     if any(isinstance(m, Attention) and isinstance(m.processor, HalfPrecisionXFormers) for m in unet.modules()):
-        raise UserError("stage2.compile: xformers' kernels can't be compiled; set stage2.attention_backend=sdpa")
+        raise UserError(NO_XFORMERS)
     # For the rest of the process. DDP's optimiser is for one graph of the whole network, which it splits.
     torch._dynamo.config.optimize_ddp = False
     if dynamic:  # two sides that are equal in the first batch need not be in the next

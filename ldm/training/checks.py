@@ -17,8 +17,8 @@ from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import sources
 from ldm.diffusion.process import Process
 from ldm.distributed import sharding
-from ldm.distributed.launch import accumulated, on_main
-from ldm.models import autoencoder, feature_networks, text_encoder, unet
+from ldm.distributed.launch import accumulated, on_main, precision
+from ldm.models import autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -105,6 +105,8 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
     unet.check_backend(two.attention_backend, on_gpu)
+    if two.compile and two.attention_backend == "xformers" and precision(config.run) != "no":  # float32 goes by sdpa
+        raise UserError(compilation.NO_XFORMERS)
     if one.pretrained:
         check_autoencoder(config, "stage1.pretrained", one.pretrained)
     encoder = text_encoder.of(config.text) if two.text else None

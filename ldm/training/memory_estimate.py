@@ -22,16 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config.schema import Config, Training
-from ldm.data.cache import BATCH
+from ldm.data.cache import BATCH as ENCODING_BATCH
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet, inputs, use_attention
 from ldm.training import checks
+from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_pictures
 from ldm.training.optimizer import DTYPES
 
-SHEET = 8  # pictures that are drawn together, where a device computes as many at once
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
 
 
@@ -129,11 +129,12 @@ def _together(config: Config, processes: int, images: int) -> tuple[int, int, in
     """Pictures that are encoded together; that a U-Net computes between steps, guided ones twice; that are decoded; and
     whether that is done while the next ones are drawn."""
     stage, sample = config.stage2, config.sample
-    count = 8 if stage.image else len(sample.prompts) if stage.text else 16  # of a sheet
-    share = -(-count // processes)
-    batch = min(SHEET, images, share)
+    share = -(-sheet_pictures(config) // processes)
+    batch = min(SHEET_BATCH, images, share)
     guided = sample.guidance != 1 and (stage.text or stage.classes)
-    return max(BATCH, images), max(2 * batch if guided else batch, min(BATCH, images)), max(1, batch), share > batch
+    measured = min(VALIDATION_BATCH, images)
+    drawn = max(2 * batch if guided else batch, measured)
+    return max(ENCODING_BATCH, images), drawn, max(1, batch), share > batch
 
 
 def of_moments(sizes: Iterable[int], training: Training) -> int:

@@ -8,16 +8,13 @@ import io
 import json
 import math
 import os
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,19 +30,20 @@ from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
 from ldm.training import checks
-from ldm.training.trainer import Run
+from ldm.training.dry_run import DryRun
+from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
 from ldm.utils.atomic_files import checkpoints, whole_file
 from ldm.utils.errors import UserError
+from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
 STEPS = 2  # the first, which also warms up, isn't timed
 HELD = 32  # held-out pictures of the validation, at most
-SHEET = 8  # pictures of the sheet in each process, at most: as many as are drawn together
 FILE = "preflight.json"
-Train = Callable[[Config, Any, type[Run]], None]  # configuration, pictures, the class of the run
+Train = Callable[[Config, Any], None]  # configuration, pictures
 
 
 @dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
     """What a stage takes: seconds and bytes; memory is that of one process, on its GPU where it has one."""
 
     step: float
@@ -72,52 +70,6 @@ class Needs:
         )
 
 
-class Rehearsal(Run):
-    """A run that ends by raising `Rehearsed` after its steps, a validation and a sheet, and leaves nothing."""
-
-    latest: ClassVar[Rehearsal | None] = None  # the one that is, or was, tried
-
-    def __init__(self, *arguments: Any, **options: Any):
-        Rehearsal.latest = self
-        self.took: dict[str, float] = {}  # seconds of what is done with the averaged weights
-        super().__init__(*arguments, **options)
-
-    def batches(self, dataset: Any, workers: int = 0) -> Iterator[Any]:
-        self.activity = "a training step"
-        self.ends = [time.perf_counter()]  # of preparing, of each step
-        self.model.train()
-        yield from self._loaded(dataset, workers)
-        raise Rehearsed(self)
-
-    def due(self, every: int, last: bool = False) -> bool:
-        return self.step == self.training.steps and self.accelerator.sync_gradients
-
-    @contextmanager
-    def averaged(self, activity: str) -> Iterator[None]:
-        began = time.perf_counter()
-        with super().averaged(activity):
-            yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.took[activity] = time.perf_counter() - began
-
-    def log(self, values: dict[str, float]) -> None:
-        pass
-
-    def _after_step(self, stop: int, save: bool) -> None:
-        self.ends.append(time.perf_counter())
-
-    def _resume(self) -> None:
-        self.began = time.perf_counter()
-
-
-class Rehearsed(Exception):  # noqa: N818 it is no error
-    """Carries the run whose steps were taken."""
-
-    def __init__(self, run: Rehearsal):
-        self.run = run
-
-
 def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
     """What `stage` takes, from the run's folder where it was measured on the same machine; or why it can't be told.
 
@@ -128,7 +80,7 @@ def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> 
     file = config.run.dir / FILE
     known = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
     if known.get(stage, {}).get("about") == about:
-        return Needs(**known[stage]["needs"]).describe(config, stage, done)
+        return ResourceEstimate(**known[stage]["needs"]).describe(config, stage, done)
     if lacking := on_main(lambda: _lacks_memory(config, stage)):
         return lacking
     folder = config.run.dir / ".preflight"  # where all machines of a run can see it
@@ -154,63 +106,77 @@ def _done(config: Config, stage: str) -> int:
     return int(last[0].name.removeprefix("step-")) if last else 0
 
 
-def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> Needs:
-    processes = join(config.run).num_processes
-    sample, prompts = config.sample, config.sample.prompts[: SHEET * processes]
+def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:
+    """Trains a small configuration dry. UserError where memory lacks; after either, none is held."""
+    small, cuda = _small(config, stage, folder), _on_gpu(config)
+    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    reset_peak_memory(cuda)
+    lacking = ""
+    dry_run = DryRun()
+    try:
+        with dry_run, redirect_stdout(io.StringIO()):  # what it says is said again when it counts
+            train(small, few)
+    except torch.OutOfMemoryError as error:  # whose traceback holds all tensors, and ends with this block
+        lacking = _too_large(config, stage, dry_run.activity, str(error))
+    peak = peak_memory(cuda).reserved
+    gc.collect()  # networks and their hooks refer to each other
+    if cuda:
+        torch.cuda.empty_cache()
+    if lacking:
+        raise UserError(lacking)
+    return _estimate(config, stage, data, small, few, dry_run, max(gather_object([peak])))
+
+
+def _small(config: Config, stage: str, folder: Path) -> Config:
+    """A few steps, then a validation and a sheet of what is drawn together; all that is written lies in `folder`."""
+    sample, processes = config.sample, join(config.run).num_processes
     changes: dict[str, dict[str, Any]] = {
-        "run": {"dir": folder, "tracker": "none"}, "data": {"cache_dir": None},
-        "sample": {"steps": min(STEPS, sample.steps), "prompts": prompts},
+        "run": {"dir": folder, "tracker": "none", "log_every": STEPS},
+        "data": {"cache_dir": None},
+        "sample": {"steps": min(STEPS, sample.steps), "prompts": sample.prompts[: SHEET_BATCH * processes]},
         stage: {"steps": STEPS},
-    }  # fmt: skip
+    }
     if stage == "stage2":
         changes[stage]["evaluate_pictures"] = HELD
     elif config.stage1.gan:  # as it is when the discriminator plays
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
-    small = config.model_copy(update=sections)
-    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
-    _forget_peak(cuda)
-    try:
-        with redirect_stdout(io.StringIO()):  # what it says is said again when it counts
-            train(small, few, Rehearsal)
-    except Rehearsed as done:
-        run = done.run
-    except torch.OutOfMemoryError as error:
-        raise UserError(_too_large(stage, str(error))) from None
-    else:
-        raise AssertionError("a rehearsal ends in its batches")
-    preparing, *steps = run.ends
-    written = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+    return config.model_copy(update=sections)
+
+
+def _estimate(
+    config: Config, stage: str, data: Index | Stream, small: Config, few: Index | Stream, dry_run: DryRun, memory: int
+) -> ResourceEstimate:
+    """What the whole stage takes, from what the small configuration took."""
+    t, seconds, processes = getattr(config, stage), dry_run.seconds, join(config.run).num_processes
+    cache = small.run.dir / "cache"
+    written = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
-    t = getattr(config, stage)
-    weights = sum(p.numel() * p.element_size() for p in run.parameters)
-    kept = (3 + len(run.ema.models)) * (
-        config.run.checkpoints_total_limit + 1
-    ) + 1  # weights, two moments, averages; what is exported
+    # weights, two moments and the averages in each checkpoint; the weights once more in what is exported
+    states = (3 + max(1, len(t.ema_widths))) * (config.run.checkpoints_total_limit + 1) + 1
     if t.ema_widths:
-        kept += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
-    found = Needs(
-        step=steps[1] - steps[0],
-        validation=run.took.get("a validation", 0.0) * _measured(config, stage, data) / _measured(small, stage, few),
-        sheet=run.took.get("a sample sheet", 0.0)
-        * sample.steps
-        / min(STEPS, sample.steps)
-        * -(-len(sample.prompts) // processes)
-        / max(1, -(-len(prompts) // processes))
-        if sample.prompts
-        else 0.0,
-        encoding=(preparing - run.began) * share / _encoders(config, data, processes) if written else 0.0,
-        memory=max(gather_object([_peak(cuda)])),
-        disk=int(written * share + weights * kept),
-        device=_machine(run.accelerator.num_processes, cuda),
+        states += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
+    first, second = dry_run.step_ends  # the first one warms up
+    return ResourceEstimate(
+        step=second - first,
+        validation=seconds["a validation"] * _measured(config, stage, data) / _measured(small, stage, few),
+        sheet=_sheet(config, small, seconds["a sample sheet"], dry_run.denoising, processes),
+        encoding=seconds["encoding the data"] * share / _encoders(config, data, processes) if written else 0.0,
+        memory=memory,
+        disk=int(written * share + dry_run.weight_bytes * states),
+        device=_machine(processes, _on_gpu(config)),
     )
-    run.accelerator.free_memory()
-    del run
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-    return found
+
+
+def _sheet(config: Config, small: Config, seconds: float, denoising: float, processes: int) -> float:
+    """Seconds of a whole sheet: each solver step more takes what the later ones of the small sheet's took."""
+    steps, tried = config.sample.steps, small.sample.steps
+    if steps > tried:
+        seconds += denoising * (steps - tried) / (tried - 1)
+    if not sheet_of_prompts(config):  # all of whose pictures were drawn
+        return seconds
+    full, drawn = (-(-len(each.sample.prompts) // processes) for each in (config, small))
+    return seconds * full / max(1, drawn)
 
 
 def _times(every: int, training: Training, done: int) -> int:
@@ -224,15 +190,19 @@ def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
     return max(1, min(processes, files))
 
 
-def _too_large(stage: str, error: str) -> str:
+def _too_large(config: Config, stage: str, activity: str, error: str) -> str:
     """What does not fit into a GPU's memory, and what to do."""
-    activity = Rehearsal.latest.activity if Rehearsal.latest else "the model"
     lower = f"lower {stage}.device_batch"
     remedies = {
         "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or share it by FSDP",
         "a training step": f"{lower}, or set {stage}.gradient_checkpointing=true",
         "encoding the data": "free the GPU of other programs, or take a smaller data.size",
     }
+    if stage == "stage1":  # never sharded; a validation computes so many pixels at once, whatever the device_batch
+        remedies["the model"] = "set stage1.optimizer=adamw8bit, or take a smaller stage1.model"
+        remedies["a validation"] = "take a smaller stage1.model or data.size"
+        if config.stage1.family != "kl":  # others have no gradient checkpointing
+            remedies["a training step"] = lower
     remedy = remedies.get(activity, f"{lower}, which it follows")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "the device"
     return f"{stage}: {activity} does not fit in the memory of {gpu} ({error.split('. ')[0]}); {remedy}"
@@ -240,7 +210,7 @@ def _too_large(stage: str, error: str) -> str:
 
 def _lacks_memory(config: Config, stage: str) -> str:
     """On a CPU, where a step that does not fit ends the process without a word: why it isn't tried."""
-    if torch.cuda.is_available() and config.run.device != "cpu":
+    if _on_gpu(config):
         return ""
     networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
@@ -273,35 +243,21 @@ def _about(config: Config, stage: str) -> dict[str, Any]:
     parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
     parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}
     parts["data"] = {**parts["data"], "cache_dir": None}
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    if stage == "stage2":  # keys that may change while a run goes on
+        parts["sample"] = {name: keys["sample"][name] for name in ("steps", "guidance", "solver", "prompts")}
     return {
         "configuration": hashlib.sha256(json.dumps([stage, parts], sort_keys=True).encode()).hexdigest(),
-        "machine": _machine(join(config.run).num_processes, cuda), "torch": torch.__version__,
+        "machine": _machine(join(config.run).num_processes, _on_gpu(config)), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def _on_gpu(config: Config) -> bool:
+    return torch.cuda.is_available() and config.run.device != "cpu"
 
 
 def _machine(processes: int, cuda: bool) -> str:
     name = torch.cuda.get_device_name() if cuda else f"the CPU ({torch.get_num_threads()} threads)"
     return name if processes == 1 else f"each of {processes} processes, on {name}"
-
-
-def _forget_peak(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.init()  # or there is nothing to reset yet
-        torch.cuda.reset_peak_memory_stats()
-    elif (clear := Path("/proc/self/clear_refs")).exists():
-        with suppress(OSError):  # where it may not, the peak is that of the whole process
-            clear.write_text("5")
-
-
-def _peak(cuda: bool) -> int:
-    """Bytes, of this process since `_forget_peak`."""
-    if cuda:
-        return torch.cuda.max_memory_reserved()
-    if (status := Path("/proc/self/status")).exists():
-        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-    scale = 1 if sys.platform == "darwin" else 1024
-    return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _time(seconds: float) -> str:

@@ -38,6 +38,7 @@ from ldm.distributed.launch import (
     say_idle_cores,
 )
 from ldm.distributed.sharding import shard
+from ldm.training import dry_run
 from ldm.training.ema import Averages
 from ldm.training.nonfinite import Skips
 from ldm.training.optimizer import DTYPES, Network
@@ -74,6 +75,8 @@ class Run:
     `contract` is stored in each checkpoint; resuming under another is refused. An `adversary`, given with its learning
     rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` tells people what
     sample a position is. A `sharded` model is spread over the processes where accelerate's configuration says so.
+
+    Within the block of a `DryRun` it takes its steps to measure them, writes no checkpoint, and ends before the export.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Run:
         sharded: bool = False,
     ):
         self.config, self.training, self.stage = config, training, stage
-        self.activity = "the model"  # what memory is needed for at present
+        self.dry_run = dry_run.current()
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
         self._lines = self.folder / "metrics.jsonl"
@@ -121,7 +124,9 @@ class Run:
         self._resume()
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.stage)
-        self.activity = "encoding the data"
+        if self.dry_run:
+            self.dry_run.weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters)
+        self._begin("encoding the data")
 
     def _check_contract(self) -> None:
         """UserError, on all processes, where one has other pictures or latents than the main one."""
@@ -137,21 +142,25 @@ class Run:
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
         """Micro-batches of this process from where the run stands to its end, on its device but for `position`."""
         t, a = self.training, self.accelerator
+        self._begin("a training step")
+        hidden = bool(self.dry_run and not self.dry_run.progress)
         self._bar = tqdm(
             total=t.steps * t.batch, initial=self.step * t.batch, unit=" img", desc=self.stage, smoothing=0.1,
-            disable=not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
+            disable=hidden or not a.is_main_process, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30,
         )  # fmt: skip
         self._start_clock()
-        self.activity = "a training step"
         self.model.train()
         try:
-            with self._wishes.heard():
+            with nullcontext() if self.dry_run else self._wishes.heard():
                 for batch in self._loaded(dataset, workers):
                     yield batch
                     if self._stopped:
                         raise Interrupted(128 + self._stopped)
                 if self._wishes.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._wishes.end)
+            if self.dry_run:
+                a.free_memory()
+                raise dry_run.Finished
         except BaseException:
             self.close()
             raise
@@ -295,15 +304,17 @@ class Run:
         Before the first batch of a run that goes on, the same for what its last step may have left undone.
         """
         at_end = self.step == self.training.steps
+        if self.dry_run:
+            return self.dry_run.evaluate and at_end and self.accelerator.sync_gradients
         return self.accelerator.sync_gradients and not self._stopped and (last if at_end else self.step % every == 0)
 
     @contextmanager
     def averaged(self, activity: str) -> Iterator[None]:
         """Within it, the model has its EMA weights, is in evaluation mode, and runs eagerly where it was compiled.
 
-        `activity` says what for, should memory run out.
+        `activity` tells a dry run what for, should memory run out.
         """
-        before, self.activity = self.activity, activity
+        before = self._begin(activity)
         compiled = any(module._compiled_call_impl for module in self.bare.modules())
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             if self._released:
@@ -311,7 +322,11 @@ class Run:
             else:
                 with self._evaluating():
                     yield
-        self.activity = before  # not after an error, which tells of it
+        self._begin(before)  # not after an error, which tells of it
+
+    def _begin(self, activity: str) -> str:
+        """Tells a dry run what memory and time are needed for from now on; returns what they were needed for before."""
+        return self.dry_run.begin(activity) if self.dry_run else ""
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -340,6 +355,10 @@ class Run:
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""
+        if self.dry_run:
+            told = {"loss_scale": self.loss_scale, "skipped": self.step - self.ema.updates}
+            self.dry_run.lines.append({"step": self.step, "time": time.time(), **values, **told})
+            return
         self.accelerator.log(values, step=self.step)
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -377,8 +396,12 @@ class Run:
         assert bar is not None  # steps are taken within `batches`
         bar.update(t.batch)
         self._clock.count(t.batch)
+        if self.dry_run:
+            self.dry_run.end_step()
         if self.step % self.config.log_every == 0 or self.step == t.steps:
             self._log(bar)
+        if self.dry_run:
+            return
         if self.ema.due(self.step):  # before the checkpoint, which is where a killed run goes on
             self.ema.snapshot(self.folder / "ema", self.step)
         if stop or save or self.step % t.checkpoint_every == 0 or self.step == t.steps:

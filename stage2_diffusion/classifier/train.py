@@ -36,12 +36,13 @@ from ldm.distributed.launch import join, on_main
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import FREE_ENDS, make
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
-from stage2_diffusion.validation import BATCH, LEVELS
+from stage2_diffusion.validation import LEVELS
 
 STAGE = "classifier"
 
@@ -186,7 +187,7 @@ class Validation:
         images: int,
     ):  # fmt: skip
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
-        self.batch = min(BATCH, images)
+        self.batch = min(VALIDATION_BATCH, images)
         view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
         cuts = (
             torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + self.batch]])

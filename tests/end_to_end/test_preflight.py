@@ -3,9 +3,12 @@
 import json
 import re
 import subprocess
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +19,10 @@ from ldm.config.loader import Config, load
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.training import preflight
-from ldm.training.preflight import Needs
+from ldm.training.preflight import ResourceEstimate
+from ldm.training.trainer import Run
+from ldm.utils.errors import UserError
+from stage1_vae import train as stage1
 
 pytestmark = pytest.mark.slow
 Launch = Callable[..., subprocess.Popen[str]]
@@ -65,12 +71,13 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ALONE = """
 import sys, torch
 sys.path.insert(0, ".")
-from ldm import config, preflight
+from ldm.config import loader
 from ldm.data import index
 from ldm.utils.errors import UserError
 from ldm.distributed.launch import join
+from ldm.training import preflight
 
-settings = config.load("configs/tiny.yaml", [f"run.dir={sys.argv[1]}", f"data.cache_dir={sys.argv[1]}"])
+settings = loader.load("configs/tiny.yaml", [f"run.dir={sys.argv[1]}", f"data.cache_dir={sys.argv[1]}"])
 state = join(settings.run)
 
 def train(*_):
@@ -125,7 +132,7 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     settings = load(
         root / "configs/openmoji.yaml", ["stage2.steps=1000", "stage2.evaluate_every=300", "sample.every=500"]
     )
-    needs = Needs(
+    needs = ResourceEstimate(
         step=0.5, validation=10, sheet=15, encoding=60, memory=1_500_000_000, disk=120_000_000, device="a GPU"
     )
     assert needs.describe(settings, "stage2") == (
@@ -157,6 +164,98 @@ def test_what_does_not_fit_is_named(
     assert train_ldm.main(given) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: stage2: {activity} does not fit in the memory of the device (CUDA out of memory); {remedy}" in error
+
+
+def test_what_does_not_fit_is_not_named_after_the_stage_before(
+    root: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
+
+    monkeypatch.setattr("stage2_diffusion.train.use_attention", full)  # before there is a run
+    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
+             f"data.cache_dir={tiny_run / 'cache'}"]  # fmt: skip
+    assert train_ldm.main(given) == 2
+    said = capsys.readouterr()
+    assert "measured stage1: " in said.out
+    assert "error: stage2: the model does not fit in the memory of the device" in said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_what_was_measured_is_left(
+    drawings: Callable[..., tuple[Config, Index]], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    made: list[weakref.ref[object]] = []
+    start, loss = stage1.start, stage1.latent_losses
+
+    def started(*given: Any) -> Any:
+        vae = start(*given)
+        made.append(weakref.ref(vae))
+        return vae
+
+    def lost(*given: Any) -> Any:
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
+        return loss(*given)
+
+    class Noted(Run):
+        def __init__(self, *given: Any, **options: Any):
+            super().__init__(*given, **options)
+            made.extend(map(weakref.ref, (self, *self.parameters, *self.ema.main.shadow_params)))
+
+    monkeypatch.setattr(stage1, "start", started)
+    monkeypatch.setattr(stage1, "latent_losses", lost)
+    monkeypatch.setattr(stage1, "Run", Noted)
+    settings, index = drawings(
+        "stage1.channels=[16, 16]", "stage1.groups=8", "stage1.gan.layers=1", "stage1.gan.warmup=5"
+    )
+    with pytest.raises(UserError, match="a training step does not fit") if fails else nullcontext():
+        preflight.measured(settings, "stage1", index, stage1.train)
+    assert len(made) > 10
+    assert {each() for each in made} == {None}
+    assert not (settings.run.dir / ".preflight").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "activity", "remedy"),
+    [
+        ([], "the model", "set stage1.optimizer=adamw8bit, or take a smaller stage1.model"),
+        ([], "a validation", "take a smaller stage1.model or data.size"),
+        ([], "a training step", "lower stage1.device_batch, or set stage1.gradient_checkpointing=true"),
+        (["stage1.model=vq-f4"], "a training step", "lower stage1.device_batch"),
+    ],
+)
+def test_remedies_are_those_of_stage_one(root: Path, overrides: list[str], activity: str, remedy: str) -> None:
+    settings = load(root / "configs/openmoji.yaml", overrides)
+    assert preflight._too_large(settings, "stage1", activity, "CUDA out of memory").endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "sheet"), [("[text]", 2 * 70), ("[class]", 70), ("[]", 70), ("[text, inpaint]", 70)]
+)
+def test_a_sheet_counts_for_its_pictures_and_denoising_for_its_steps(
+    root: Path, tmp_path: Path, conditions: str, sheet: float
+) -> None:
+    prompts = [f"picture {i}" for i in range(16)]
+    settings = load(
+        root / "configs/openmoji.yaml",
+        [f"stage2.conditions={conditions}", "stage2.pooled_text=false", f"sample.prompts={prompts}", "sample.steps=12"],
+    )
+    small = preflight._small(settings, "stage2", tmp_path)
+    assert len(small.sample.prompts) == 8 and small.sample.steps == 2
+    # 20 s, of which 5 s are the second step's: ten more steps take 50 s, and decoding what it took
+    assert preflight._sheet(settings, small, 20.0, 5.0, 1) == sheet
+    assert preflight._sheet(small, small, 20.0, 5.0, 1) == 20
+
+
+def test_what_is_kept_does_not_count_for_other_sheets(root: Path) -> None:
+    def about(stage: str, *overrides: str) -> dict[str, Any]:
+        return preflight._about(load(root / "configs/openmoji.yaml", list(overrides)), stage)
+
+    for other in ("prompts=[]", "steps=3", "solver=euler", "guidance=1"):
+        assert about("stage2", f"sample.{other}") != about("stage2")
+        assert about("stage1", f"sample.{other}") == about("stage1")
+    assert about("stage2", "sample.every=3") == about("stage2")
 
 
 def test_encoding_is_shared_by_as_many_processes_as_there_are_files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_rows_name_whose_code_its_precision_and_keys_of_their_own() -> None:
     for wrong in ("theirs", "ours-int8", "ours+compile"):
         with pytest.raises(UserError, match=r"^--rows: .* a row is reference or ours"):
             benchmark_rows.rows(wrong, ("reference", "ours"), "bf16")
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system can't forget a peak")
+def test_a_row_that_is_measured_in_this_process_has_its_own_peak() -> None:
+    bytearray(b"x") * (256 << 20)
+    before = benchmark_rows.peak().allocated
+    ((_, found, memory),) = benchmark_rows.each_apart(lambda row: row.who, [benchmark_rows.Row("ours", "no")])
+    assert found == "ours"
+    assert 0 < memory.allocated < before - 100
 
 
 def test_kernels_of_attention_agree(main: Any, call: Callable[..., str], tmp_path: Path) -> None:

@@ -236,6 +236,15 @@ def test_whatever_pictures_are_made_from_can_be_counted(root: Path, conditions: 
     assert found.step > 0 and found.between > 0
 
 
+@pytest.mark.parametrize(
+    ("conditions", "processes", "drawn"),
+    [("[class]", 8, 8), ("[]", 8, 2), ("[text, inpaint]", 8, 1), ("[text, inpaint]", 1, 8), ("[text]", 8, 1)],
+)
+def test_as_many_pictures_are_counted_as_a_sheet_has(root: Path, conditions: str, processes: int, drawn: int) -> None:
+    keys = f"stage2.conditions={conditions}", "stage2.pooled_text=false", "sample.prompts=[a, b, c]"
+    assert memory_estimate._together(settings(root, "tiny", *keys), processes, images=16)[2] == drawn
+
+
 def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
     one, two = (memory_estimate.bill(settings(root), processes) for processes in (1, 2))
     kept = {item.name: item.between for item in two.items}["gradients, float32"]

@@ -127,7 +127,7 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
     settings, _ = drawings("stage1.channels=[16, 16]", "data.cache=none", "run.precision=no")
     random_model().save(tmp_path / "run/pipeline")
     settings = settings.model_copy(
-        update={"stage2": Stage2Config(target="v", schedule="cosine", conditions=("class",), batch=8)}
+        update={"stage2": Stage2Config(prediction_type="v", beta_schedule="cosine", conditions=("class",), batch=8)}
     )
     computed: list[int] = []
     forward = NoisyClassifier.forward
@@ -143,7 +143,7 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
         out = tmp_path / str(device_batch)
         own = ClassifierConfig(
             batch=8, device_batch=device_batch, steps=1, evaluate_pictures=8, channels=(16, 16), layers=1,
-            attention=(False, True), head_size=8, groups=4, lr=1e-30,  # the weights stay
+            attention=(False, True), attention_head_dim=8, norm_num_groups=4, lr=1e-30,  # the weights stay
         )  # fmt: skip
         computed.clear()
         of_it = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": out})})

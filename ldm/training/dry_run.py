@@ -1,0 +1,90 @@
+"""`DryRun`: a stage's training that is measured and leaves nothing.
+
+    with DryRun() as dry_run:
+        train(config, data)
+    first, second = dry_run.step_ends
+
+Stages know nothing of it. The `Run` that they make asks `current()` once, when it is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+import torch
+
+from ldm.sampling.loop import Step
+
+
+class Finished(Exception):  # noqa: N818 it is no error
+    """Raised after the last step, past what would be exported; the `with` block ends there."""
+
+
+class DryRun:
+    """Within its `with` block a `Run` takes its steps, saves and exports nothing, and heeds no signals.
+
+    With `evaluate`, a validation and a sample sheet follow the last step. What is kept are numbers: neither the run nor
+    any of its tensors, so that all memory is free after the block.
+    """
+
+    def __init__(self, evaluate: bool = True, progress: bool = False):
+        self.evaluate, self.progress = evaluate, progress
+        self.activity = "the model"  # what memory and time are needed for at present
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # of each activity
+        self.step_ends: list[float] = []  # on the clock of time.perf_counter
+        self.denoising = 0.0  # seconds of a sheet's evaluations of the U-Net, but for the first one of each batch
+        self.lines: list[dict[str, float]] = []  # of metrics
+        self.weight_bytes = 0  # of what is trained
+        self._since = self._evaluated = 0.0
+        self._token: Token[DryRun | None] | None = None
+
+    def __enter__(self) -> DryRun:
+        self._token, self._since = _current.set(self), _now()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._token
+        _current.reset(self._token)
+        assert kind, "a training ends its dry run in `Run.batches`"
+        if kind is not Finished:  # the activity tells what failed
+            return False
+        self.begin(self.activity)
+        return True
+
+    def begin(self, activity: str) -> str:
+        """Time counts for another activity from now on; returns the one before."""
+        before, now = self.activity, _now()
+        self.seconds[before] += now - self._since
+        self.activity, self._since = activity, now
+        return before
+
+    def end_step(self) -> None:
+        # On a GPU a step ends when its optimiser is queued, so that the queue stays as full as in a training. From one
+        # such end to the next it is a whole step, as each waits for its gradients.
+        self.step_ends.append(time.perf_counter())
+
+    def evaluated(self, step: Step) -> None:
+        """Told of a sheet's evaluations of the U-Net. The first one of a batch finds the fastest convolutions too."""
+        now = _now()
+        if step.number > 1:
+            self.denoising += now - self._evaluated
+        self._evaluated = now
+
+
+_current: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)
+
+
+def current() -> DryRun | None:
+    """The dry run in whose block this is called."""
+    return _current.get()
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

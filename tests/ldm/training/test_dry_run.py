@@ -1,0 +1,87 @@
+"""A dry run measures a training, leaves nothing on the disk, and keeps nothing of it alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.config.loader import Config
+from ldm.config.schema import RunConfig, Training
+from ldm.data.index import Index
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training import dry_run
+from ldm.training.dry_run import DryRun
+from ldm.training.trainer import Run
+from stage2_diffusion.samples import write_sheet
+
+
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        return {"position": torch.tensor(n), "x": torch.tensor([float(n)])}
+
+
+def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: int = 4) -> None:
+    """As a stage does."""
+    config = RunConfig(dir=folder, tracker="tensorboard", log_every=2)
+    run = Run(config, Training(steps=steps, batch=2, checkpoint_every=1, ema_widths=(0.1,), ema_snapshot_every=1),
+              "stage2", nn.Linear(1, 1))  # fmt: skip
+    made += [weakref.ref(run), *map(weakref.ref, (*run.parameters, *run.ema.main.shadow_params))]
+    for batch in run.batches(Numbers()):
+        with run.accumulate():
+            loss = run.model(batch["x"]).square().mean()
+            run.backward(loss)
+            run.update(loss=loss)
+        if run.due(1):
+            due.append(run.step)
+            with run.averaged("a validation"):
+                pass
+    raise AssertionError("past its steps is the export")
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_dry_run_takes_its_steps_and_leaves_nothing(tmp_path: Path, evaluate: bool) -> None:
+    due: list[int] = []
+    made: list[weakref.ref[object]] = []
+    with DryRun(evaluate) as measured:
+        train(tmp_path / "run", due, made)
+    assert due == ([4] if evaluate else [])
+    assert len(measured.step_ends) == 4 and measured.step_ends == sorted(measured.step_ends)
+    assert ("a validation" in measured.seconds) == evaluate
+    assert measured.seconds["a training step"] > 0 and measured.seconds["encoding the data"] >= 0
+    assert [line["step"] for line in measured.lines] == [2, 4]
+    assert all(line["loss"] > 0 and line["loss_scale"] == 1 and line["skipped"] == 0 for line in measured.lines)
+    assert measured.weight_bytes == 2 * 4
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "events" not in path.name]
+    gc.collect()
+    assert [each() for each in made] == [None] * len(made)
+    assert dry_run.current() is None
+
+
+def test_an_error_says_what_memory_was_needed_for_and_ends_the_block(tmp_path: Path) -> None:
+    def train() -> None:
+        run = Run(RunConfig(dir=tmp_path), Training(steps=1, batch=1), "stage2", nn.Linear(1, 1))
+        with run.averaged("a sample sheet"):
+            raise torch.OutOfMemoryError
+
+    measured = DryRun()
+    with pytest.raises(torch.OutOfMemoryError), measured:
+        train()
+    assert measured.activity == "a sample sheet"
+    assert dry_run.current() is None
+
+
+def test_of_a_sheet_what_grows_with_the_solvers_steps_is_told_apart(
+    drawings: Callable[..., tuple[Config, Index]], random_model: Callable[..., LatentDiffusion]
+) -> None:
+    settings, data = drawings("stage2.conditions=[class]", "stage2.pooled_text=false")
+    model = random_model("class")
+    with pytest.raises(ZeroDivisionError), DryRun() as measured:
+        write_sheet(settings, Run(settings.run, settings.stage2, "stage2", model.unet), model, data)
+        raise ZeroDivisionError
+    assert 0 < measured.denoising < measured.seconds["a sample sheet"]
