@@ -13,6 +13,7 @@ from ldm.diffusion.process import Process
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.models.classifier import NoisyClassifier
 from stage2_diffusion.classifier import evaluate
+from stage2_diffusion.classifier import train as training
 
 KEYS = [
     "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
@@ -36,8 +37,8 @@ def test_each_solver_and_scale_gets_a_row(
         *chain,
     ]
     train(run, *small, *given)
-    call(train.main, run, "--out", guide, *KEYS, "half=0")
-    call(train.main, run, "--out", judge, *KEYS, "half=1", "seed=1")
+    call(training.main, run, "--out", guide, *KEYS, "half=0")
+    call(training.main, run, "--out", judge, *KEYS, "half=1", "seed=1")
     options = ["--guide", guide, "--judge", judge, "--count", 10, "--scales", 0, 3, "--steps", 4]
     said = call(evaluate.main, run, *options)
     header, *rows = (line.split() for line in said[said.index("solver") :].splitlines())
