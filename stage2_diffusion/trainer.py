@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm.config import loader
 from ldm.data import check, index
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
@@ -34,7 +34,7 @@ class Trainer:
 
     def __init__(
         self,
-        process: Process,
+        process: DiffusionProcess,
         folder: str | Path,
         *,
         size: int = 64,
