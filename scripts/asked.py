@@ -19,7 +19,7 @@ from ldm.data import images
 from ldm.data.records import BadSampleError
 from ldm.sampling import png_metadata
 from ldm.sampling.animation import Animation
-from ldm.sampling.pipeline import LatentDiffusion, Toward
+from ldm.sampling.pipeline import Interpolation, LatentDiffusion
 from ldm.sampling.pipeline_io import read as read_pipeline
 from ldm.utils.atomic_files import read_checkpoint, tensors_sha256
 from ldm.utils.errors import UserError
@@ -169,13 +169,13 @@ def words(jobs: Sequence[Job]) -> tuple[list[str] | None, list[str] | None]:
     return prompts or None, labels or None
 
 
-def way(jobs: Sequence[Job]) -> Toward | None:
+def way(jobs: Sequence[Job]) -> Interpolation | None:
     """Where pictures lie between two."""
     towards = [job.toward for job in jobs if job.toward]
     if not towards:
         return None
     prompts, seeds, shares = zip(*towards, strict=True)
-    return Toward(None if prompts[0] is None else prompts, seeds, shares)
+    return Interpolation(None if prompts[0] is None else prompts, seeds, shares)
 
 
 # -------------------------------------------------------------------------------------------------- what it is made of

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
@@ -123,7 +123,7 @@ def pipeline(settings: Config, vae: Autoencoder, device: torch.device, steps: in
     torch.manual_seed(0)
     with device:
         network = unet.build(settings.stage2, vae.channels, side, encoder.width)
-    return LatentDiffusion(encoder, network.eval(), vae, scheduler(Process("eps"), "dpm++"), steps=steps)
+    return LatentDiffusion(encoder, network.eval(), vae, scheduler(DiffusionProcess("eps"), "dpm++"), steps=steps)
 
 
 if __name__ == "__main__":

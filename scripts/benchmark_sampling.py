@@ -105,7 +105,7 @@ def _drawer(
             f"--rows: {row.name!r} has keys of a configuration, which a finished pipeline has not; drop them"
         )
     if row.who == "ours":
-        model = copy.deepcopy(plain).to(device).faster(row.precision, compiled)
+        model = copy.deepcopy(plain).to(device).optimize_for_inference(row.precision, compiled)
         return lambda prompts: model(prompts, batch=batch)
     theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[row.precision], use_safetensors=True).to(device)
     theirs.set_progress_bar_config(disable=True)

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = index.build(settings)
     if not len(records):
         raise UserError(f"{settings.data.name}: no picture is left to compare with")
-    model = LatentDiffusion.load(given.model or given.run / "pipeline").faster(given.precision)
+    model = LatentDiffusion.load(given.model or given.run / "pipeline").optimize_for_inference(given.precision)
     own = not given.model and how == Sampling()
     steps, guidance = how.steps or model.steps, model.guidance if how.guidance is None else how.guidance
     figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}

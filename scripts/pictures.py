@@ -126,7 +126,7 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
         prompts, labels, len(jobs), needed.get("image"), needed.get("mask"), needed.get("size"),
         Sampling(**how, **beside),
     )  # fmt: skip
-    model.faster(given.precision, given.compile)
+    model.optimize_for_inference(given.precision, given.compile)
     given.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
     if old and model.device.type == "cpu":
         torch.set_num_threads(old["threads"])
@@ -140,7 +140,7 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
             model(
                 prompts, [job.seed for job in drawn], of if old else given.batch, labels=labels,
                 count=1 if prompts or labels else len(drawn),
-                toward=way(drawn), told=made.told, ready=made.ready, **needed, **how, **beside,
+                toward=way(drawn), callback=made.on_step, ready=made.ready, **needed, **how, **beside,
             )  # fmt: skip
     state.wait_for_everyone()
     if state.is_main_process:
@@ -185,7 +185,7 @@ class Made:
         for each in self._writing:
             each.result()  # raises what went wrong
 
-    def told(self, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         self._bar.set_postfix_str(f"step {step.number} of {step.total}")
         if self._film and not self._filmed:
             self._film.step(step._replace(x0=step.x0[self.row : self.row + 1]) if self.given.again else step)

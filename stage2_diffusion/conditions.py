@@ -7,10 +7,10 @@ import torch
 from ldm.config.schema import Config
 from ldm.data.dataset import Item
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NOISIEST, Condition, augmented, small, with_hole
+from ldm.models.conditioning import NOISIEST, Condition, downsample, mask_and_masked_latents, noise_augmented
 from ldm.models.text_encoder import TextEncoder
 from ldm.utils.rng import generator, normal, uniform
-from stage2_diffusion.masks import holes
+from stage2_diffusion.masks import random_mask
 
 
 class Conditions:
@@ -44,9 +44,9 @@ class Conditions:
         if stage.sizes:
             sizes = self._sizes(batch, x0)
         if "inpaint" in stage.conditions:
-            image = self._with_hole(batch["pixels"], n)
+            image = self._inpaint_channels(batch["pixels"], n)
         if "upscale" in stage.conditions:
-            image, label = self._small(batch["pixels"], n)
+            image, label = self._low_res(batch["pixels"], n)
         return Condition(text, label, sizes, image), dropped if stage.text else None, rates
 
     def _sizes(self, batch: Item, x0: torch.Tensor) -> torch.Tensor:
@@ -55,15 +55,15 @@ class Conditions:
         known = [batch["original_size"].flip(1), batch["crop"].flip(1), now.expand(len(x0), 2)]
         return torch.cat(known, dim=1).float()
 
-    def _with_hole(self, pixels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        mask = torch.stack([holes(generator(self.seed, "hole", int(i)), *pixels.shape[2:]) for i in n]).to(
+    def _inpaint_channels(self, pixels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        mask = torch.stack([random_mask(generator(self.seed, "hole", int(i)), *pixels.shape[2:]) for i in n]).to(
             pixels.device
         )
-        return with_hole(mask, self.autoencoder.encode(pixels * (1 - mask)))
+        return mask_and_masked_latents(mask, self.autoencoder.encode(pixels * (1 - mask)))
 
-    def _small(self, pixels: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _low_res(self, pixels: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The small picture with noise, so that what an autoencoder or a camera does to it matters less."""
-        picture = small(pixels, self.autoencoder.factor)
+        picture = downsample(pixels, self.autoencoder.factor)
         level = (uniform(self.seed, "small noise level", n) * NOISIEST).long().to(pixels.device)
         noise = normal(self.seed, "small noise", n, picture.shape[1:]).to(pixels.device)
-        return augmented(picture, noise, level), level
+        return noise_augmented(picture, noise, level), level

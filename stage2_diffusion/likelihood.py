@@ -25,7 +25,7 @@ from ldm.data import index
 from ldm.data.images import cut, to_tensor
 from ldm.data.records import HELD_OUT
 from ldm.diffusion import likelihood
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule, bound_integrand
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
     settings = loader.of_run(given.run)
-    stage, process = settings.stage2, Process.of(settings.stage2)
+    stage, process = settings.stage2, DiffusionProcess.of(settings.stage2)
     if stage.image:
         raise UserError(
             f"{given.run}: made for {', '.join(stage.conditions)}; the bound is of models that make whole pictures"
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class Subject:
     """The pictures that are measured, and the model that is asked about them."""
 
-    process: Process
+    process: DiffusionProcess
     unet: UNet
     pixels: torch.Tensor  # (N, 3, H, W)
     condition: Condition
@@ -103,13 +103,13 @@ class Subject:
         if float(log_variance.max()) > CERTAIN:
             x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)
             rebuilt = model.autoencoder.decode(x0)
-        return cls(Process.of(settings.stage2), model.unet, pixels, condition, x0, log_variance, rebuilt, held)
+        return cls(DiffusionProcess.of(settings.stage2), model.unet, pixels, condition, x0, log_variance, rebuilt, held)
 
-    def denoise(self, process: Process, variance: bool = False) -> likelihood.Denoiser:
+    def denoise(self, process: DiffusionProcess, variance: bool = False) -> likelihood.ModelFn:
         """The network as a function of x_t and the process's t; the variance that it may tell too only where wanted."""
 
         def predicted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            output = predict(self.unet, x, process.network_time(t).to(x), self.condition)
+            output = predict(self.unet, x, process.model_time(t).to(x), self.condition)
             return output if variance else output[:, : x.shape[1]]
 
         return predicted
@@ -178,7 +178,7 @@ def pictures(settings: Config, model: LatentDiffusion, count: int) -> tuple[torc
 # ------------------------------------------------------------------------------- the variance of the bound's estimate
 
 
-def ends(process: Process) -> tuple[float, float]:
+def ends(process: DiffusionProcess) -> tuple[float, float]:
     """The log-SNRs that a chain begins and ends with, within those of learned schedules."""
     log_snr = process.chain().log_snr
     return min(LOG_SNR[0], float(log_snr[0])), max(LOG_SNR[1], float(log_snr[-1]))
@@ -216,7 +216,7 @@ def learned(run: Path) -> Levels:
 
 @torch.no_grad()
 def one_draw_bounds(
-    process: Process, denoise: likelihood.Denoiser, x0: torch.Tensor, levels: Levels, draws: int = 64
+    process: DiffusionProcess, denoise: likelihood.ModelFn, x0: torch.Tensor, levels: Levels, draws: int = 64
 ) -> torch.Tensor:
     """Estimates `(draws, N)` of the bound's diffusion term by one noise level each, nats per dimension.
 
@@ -230,7 +230,7 @@ def one_draw_bounds(
         t = process.time_at(log_snr)
         eps = normal(0, "level noise", positions, x0.shape[1:]).to(x0)
         x_t = process.add_noise(x0, eps, t)
-        guess = process.eps_of(denoise(x_t, t), x_t, t)
+        guess = process.predict_eps(denoise(x_t, t), x_t, t)
         found.append(bound_integrand(guess, eps, slope))
     return torch.stack(found)
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 
-def holes(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
+def random_mask(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
     """A mask `(1, height, width)` of 0 and 1, 1 where the picture is to be made; at least one pixel is 1."""
     picture = Image.new("L", (width, height))
     draw, kind = ImageDraw.Draw(picture), rng.random()

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from ldm.config.schema import Stage2Config
 from ldm.diffusion import schedules
 from ldm.diffusion.losses import hybrid_loss, training_loss
-from ldm.diffusion.process import Process, offset_noise, perturbed
+from ldm.diffusion.process import DiffusionProcess, offset_noise, perturbed
 from ldm.diffusion.schedules import LearnedSchedule, bound_integrand, lower_variance
 from ldm.diffusion.timestep_sampling import stratified
 from ldm.utils.rng import normal, uniform
@@ -29,7 +29,7 @@ class LearnedProcess:
         alpha, sigma = schedules.alpha_sigma(log_snr)
         return alpha * x0 + sigma * eps
 
-    def network_time(self, log_snr: torch.Tensor) -> torch.Tensor:
+    def model_time(self, log_snr: torch.Tensor) -> torch.Tensor:
         return self.schedule.chain_time(log_snr, self.timesteps)
 
 
@@ -41,7 +41,7 @@ class Objective:
 
     def __init__(self, stage: Stage2Config, seed: int, model: Denoiser, decoder: str = "gaussian"):
         self.stage, self.seed, self.model, self.decoder = stage, seed, model, decoder
-        self.process = Process.of(stage)
+        self.process = DiffusionProcess.of(stage)
         self.forward = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
         self._seen: list[tuple[torch.Tensor, ...]] = []
 

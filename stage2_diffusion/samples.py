@@ -13,14 +13,14 @@ from ldm.data.images import cut, grid, to_pil, to_tensor
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
-from ldm.models.conditioning import small
+from ldm.models.conditioning import downsample
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.rng import generator
-from stage2_diffusion.masks import holes
+from stage2_diffusion.masks import random_mask
 
 
 def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
@@ -42,11 +42,11 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         if stage.classes:
             given["labels"] = [each if each in model.classes else 0 for each in of]
         if "inpaint" in stage.conditions:
-            masks = [holes(generator(config.run.seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
+            masks = [random_mask(generator(config.run.seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
             given |= {"image": pixels, "mask": torch.stack(masks)}
             shown = to_pil(pixels * (1 - given["mask"]))
         else:
-            given["image"] = small(pixels, model.autoencoder.factor)
+            given["image"] = downsample(pixels, model.autoencoder.factor)
             side = config.data.size
             shown = [each.resize((side, side), Image.Resampling.NEAREST) for each in to_pil(given["image"])]
         given["prompts"] = prompts

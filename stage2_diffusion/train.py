@@ -80,7 +80,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             t, importance = objective.times(n)
 
             x_t = objective.forward.add_noise(x0, added, t)
-            prediction = run.model(x_t, objective.forward.network_time(t), condition, dropped)
+            prediction = run.model(x_t, objective.forward.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
             loss = (importance * losses).mean()
             run.watch(n, losses[:, None])

@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm.config import loader
 from ldm.data import check, index
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
@@ -21,7 +21,7 @@ UNET = {"channels": [64, 128, 256, 256], "attention_head_dim": 32, "attention": 
 class Trainer:
     """Trains a diffusion model of the pictures in a folder; unconditional and in pixel space unless told otherwise.
 
-        trainer = Trainer(Process("eps", "cosine"), "pictures", size=64, batch=32, lr=1e-4, steps=20_000)
+        trainer = Trainer(DiffusionProcess("eps", "cosine"), "pictures", size=64, batch=32, lr=1e-4, steps=20_000)
         model = trainer.train()
         model(count=16)[0].save("picture.png")
 
@@ -34,7 +34,7 @@ class Trainer:
 
     def __init__(
         self,
-        process: Process,
+        process: DiffusionProcess,
         folder: str | Path,
         *,
         size: int = 64,

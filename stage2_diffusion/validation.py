@@ -13,7 +13,7 @@ from ldm.data.images import cut, to_tensor
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import predict
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
@@ -21,11 +21,11 @@ from ldm.training.trainer import Run
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 
-LEVELS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
+EVAL_LOG_SNRS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
 
 
 def velocity_error(
-    process: Process, unet: Any, x0: torch.Tensor, eps: torch.Tensor, log_snr: float, condition: Any
+    process: DiffusionProcess, unet: Any, x0: torch.Tensor, eps: torch.Tensor, log_snr: float, condition: Any
 ) -> torch.Tensor:
     """Mean squared error of the velocity v at a noise level, `(N,)`: one measure for every target, schedule and weight.
 
@@ -34,8 +34,8 @@ def velocity_error(
     """
     t = process.time_at(torch.full((len(x0),), log_snr, device=x0.device))
     x_t = process.add_noise(x0, eps, t)
-    prediction = predict(unet, x_t, process.network_time(t), condition)[:, : x0.shape[1]]
-    error = (process.x0_of(prediction.float(), x_t, t) - x0).square().flatten(1).mean(1)
+    prediction = predict(unet, x_t, process.model_time(t), condition)[:, : x0.shape[1]]
+    error = (process.predict_x0(prediction.float(), x_t, t) - x0).square().flatten(1).mean(1)
     return error * (1 + process.log_snr(t).exp())
 
 
@@ -46,7 +46,12 @@ class Validation:
     """
 
     def __init__(
-        self, config: Config, data: Index | Stream, model: LatentDiffusion, conditions: Conditions, process: Process
+        self,
+        config: Config,
+        data: Index | Stream,
+        model: LatentDiffusion,
+        conditions: Conditions,
+        process: DiffusionProcess,
     ):
         self.config, self.model, self.conditions, self.process = config, model, conditions, process
         held = data.select(*HELD_OUT)
@@ -63,7 +68,7 @@ class Validation:
             return found
         with run.averaged("a validation"), torch.no_grad():
             for name, index in self.sets.items():
-                sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
+                sums = torch.zeros(len(EVAL_LOG_SNRS) + 1, dtype=torch.float64)
                 batch = min(VALIDATION_BATCH, run.passes.images)
                 starts = range(0, len(index), batch)
                 for first in range(0, len(starts), state.num_processes):
@@ -76,7 +81,9 @@ class Validation:
                 errors = (sums[:-1] / sums[-1]).tolist()
                 found[f"{name}_loss"] = sum(errors) / len(errors)
                 if name == "held_out":
-                    found |= {f"held_out_loss_at_{level:+.0f}": e for level, e in zip(LEVELS, errors, strict=True)}
+                    found |= {
+                        f"held_out_loss_at_{level:+.0f}": e for level, e in zip(EVAL_LOG_SNRS, errors, strict=True)
+                    }
         run.log(found)
         return found
 
@@ -102,5 +109,5 @@ class Validation:
             assert model.text, "the configuration asks for text"
             condition = condition._replace(text=model.text.encode(batch["caption"]))
         eps = normal(self.config.run.seed, "validation", positions, x0.shape[1:]).to(device)
-        errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in LEVELS]
+        errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in EVAL_LOG_SNRS]
         return torch.stack([*errors, torch.tensor(float(len(numbers)))]).double().cpu()

@@ -28,7 +28,7 @@ from ldm.config import loader
 from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.data import index
 from ldm.data.index import Index
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.sampling.pipeline import LatentDiffusion
@@ -133,7 +133,8 @@ def random_model(words: Path) -> Callable[..., LatentDiffusion]:
         torch.manual_seed(0)
         network = unet.build(stage, count, side, encoder.width if encoder else 0, 3).eval()
         return LatentDiffusion(
-            encoder, network, Autoencoder(Identity()) if pixels else vae, scheduler(Process("v", "cosine"), "dpm++"),
+            encoder, network, Autoencoder(Identity()) if pixels else vae,
+            scheduler(DiffusionProcess("v", "cosine"), "dpm++"),
             steps=3, guidance=2.0, classes=("cat", "dog", "heart") if stage.classes else (),
         )  # fmt: skip
 

@@ -2,33 +2,33 @@
 
 import torch
 
-from ldm.diffusion.parameterization import answer
-from ldm.diffusion.process import Process
-from ldm.sampling.guidance import Denoiser
+from ldm.diffusion.parameterization import target_from
+from ldm.diffusion.process import DiffusionProcess
+from ldm.sampling.guidance import PredictFn
 from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, scheduler, with_solver
 
 M, S = 0.7, 0.3
 
 
-def perfect(target: str, mean: float = M, deviation: float = S) -> Denoiser:
+def perfect(target: str, mean: float = M, deviation: float = S) -> PredictFn:
     """E[target | x_t]: from E[x_0 | x_t] = m + α s² (x_t − α m) / (α² s² + σ²)."""
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
         alpha, sigma = level.alpha, level.sigma
         x0 = mean + alpha * deviation**2 * (x - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
-        return answer(target, x0, (x - alpha * x0) / sigma, alpha, sigma)
+        return target_from(target, x0, (x - alpha * x0) / sigma, alpha, sigma)
 
     return denoise
 
 
-def solver_of(process: Process, name: str, steps: int, spacing: str | None = None, eta: float = 0.0) -> Solver:
+def solver_of(process: DiffusionProcess, name: str, steps: int, spacing: str | None = None, eta: float = 0.0) -> Solver:
     """A solver as a pipeline would have it that was saved with dpm++."""
     rule = with_solver(scheduler(process, "dpm++"), name, spacing)
     return Solver(rule, steps, torch.device("cpu"), process.target, eta)
 
 
-def drawn(process: Process, name: str, steps: int, noise: torch.Tensor, **options: object) -> torch.Tensor:
+def drawn(process: DiffusionProcess, name: str, steps: int, noise: torch.Tensor, **options: object) -> torch.Tensor:
     """x_0 from noise `(N, 1, 1, 1)`, each with a generator of its own; of many, one for all."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise) if len(noise) < 100 else 1)]
     return sample(perfect(process.target), solver_of(process, name, steps, **options), noise, generators)

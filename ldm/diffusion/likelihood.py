@@ -1,7 +1,7 @@
 """How probable a model finds data: the variational bound, and the exact density of the probability-flow ODE.
 
 Everything takes `denoise(x_t, t) → prediction` with x_t `(N, C, h, w)` and t `(N,)` as the process counts it; wrap a
-network so that it is told `process.network_time(t)`.
+network so that it is told `process.model_time(t)`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ModelFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VARIANCES = ("small", "large", "learned")
 DECODERS = ("discrete", "gaussian")
 
@@ -63,7 +63,7 @@ def decoder_nll(kind: str, x0: torch.Tensor, mean: torch.Tensor, log_variance: t
 
 
 def step_kl(
-    process: Process,
+    process: DiffusionProcess,
     mean: torch.Tensor,
     log_variance: torch.Tensor,
     x0: torch.Tensor,
@@ -76,7 +76,7 @@ def step_kl(
 
 
 def reverse_step(
-    process: Process,
+    process: DiffusionProcess,
     output: torch.Tensor,
     x_t: torch.Tensor,
     t: torch.Tensor,
@@ -101,7 +101,7 @@ def reverse_step(
         # In half precision exp(log β) would be off by a tenth.
         small, large = process.log_variances(t, torch.float64 if x_t.dtype == torch.float64 else torch.float32)
         log_variance = small if variance == "small" else large
-    x0 = process.x0_of(output, x_t, t)
+    x0 = process.predict_x0(output, x_t, t)
     mean, _, _ = process.posterior(x0 if clip is None else x0.clamp(-clip, clip), x_t, t)
     return mean, log_variance
 
@@ -119,8 +119,8 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def bound(
-    process: Process,
-    denoise: Denoiser,
+    process: DiffusionProcess,
+    denoise: ModelFn,
     x0: torch.Tensor,
     noise: Callable[[int], torch.Tensor],
     variance: str = "small",
@@ -172,8 +172,8 @@ def through_autoencoder(
 
 
 def log_density(
-    process: Process,
-    denoise: Denoiser,
+    process: DiffusionProcess,
+    denoise: ModelFn,
     x0: torch.Tensor,
     steps: int | None = None,
     probes: torch.Tensor | None = None,
@@ -199,7 +199,7 @@ def log_density(
     return total - gaussian_nll(x, torch.zeros_like(x), torch.zeros_like(x)).flatten(1).sum(1)
 
 
-def _path(process: Process, steps: int | None, like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
+def _path(process: DiffusionProcess, steps: int | None, like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """The variable of integration at each node, and the time that the denoiser is told there."""
     if process.target == "flow":
         nodes = torch.linspace(0, 1, (steps or 100) + 1, dtype=torch.float64)
@@ -217,7 +217,7 @@ def _path(process: Process, steps: int | None, like: torch.Tensor) -> tuple[list
 
 
 def _velocity(
-    process: Process, denoise: Denoiser, x: torch.Tensor, time: torch.Tensor, probes: torch.Tensor | None
+    process: DiffusionProcess, denoise: ModelFn, x: torch.Tensor, time: torch.Tensor, probes: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ODE's right side at x `(N, C, h, w)`, and its divergence `(N,)`."""
     t = time.expand(len(x))

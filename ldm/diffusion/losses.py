@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.diffusion.likelihood import decoder_nll, step_kl
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 
 DISTANCES = ("l2", "l1", "huber")
 WEIGHTS = ("uniform", "min_snr", "soft_min_snr", "p2", "sigmoid")
@@ -34,7 +34,7 @@ def distance(kind: str, prediction: torch.Tensor, target: torch.Tensor, delta: f
 
 
 def weights(
-    kind: str, process: Process, t: torch.Tensor, gamma: float | None = None, k: float = 1.0, bias: float = 0.0
+    kind: str, process: DiffusionProcess, t: torch.Tensor, gamma: float | None = None, k: float = 1.0, bias: float = 0.0
 ) -> torch.Tensor:
     """Weight of each sample's loss by its noise level, `(N,)` float32, finite and not negative.
 
@@ -70,15 +70,15 @@ def weights(
     return (of_eps * _eps_error(process, t)).float()
 
 
-def _eps_error(process: Process, t: torch.Tensor) -> torch.Tensor:
-    """‖ε − ε̂‖² of a prediction whose own squared error is 1, `(N,)` float64: see `Process.eps_of`."""
+def _eps_error(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
+    """‖ε − ε̂‖² of a prediction whose own squared error is 1, `(N,)` float64: see `DiffusionProcess.predict_eps`."""
     if process.target == "eps":
         return torch.ones(len(t), dtype=torch.float64, device=t.device)
     alpha, sigma = (value.double().flatten() for value in process.alpha_sigma(t, torch.float64))
     return (alpha / sigma) ** 2 if process.target == "x0" else alpha**2
 
 
-def _log_snr_slope(process: Process, t: torch.Tensor) -> torch.Tensor:
+def _log_snr_slope(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
     """−d log-SNR / dt for t in [0, 1], `(N,)` float64: exact for a flow, by central differences on a chain."""
     if process.target == "flow":
         return 2 / (t * (1 - t)).double()
@@ -119,7 +119,7 @@ class Uncertainty(nn.Module):
 
 
 def training_loss(
-    process: Process,
+    process: DiffusionProcess,
     prediction: torch.Tensor,
     x0: torch.Tensor,
     eps: torch.Tensor,
@@ -129,11 +129,11 @@ def training_loss(
     **options: float,
 ) -> torch.Tensor:
     """Each sample's loss, `(N,)`; its mean is what is trained on. `options` are those of `weights`."""
-    return weights(weight, process, t, **options) * distance(kind, prediction, process.target_of(x0, eps, t))
+    return weights(weight, process, t, **options) * distance(kind, prediction, process.target_from(x0, eps, t))
 
 
 def hybrid_loss(
-    process: Process,
+    process: DiffusionProcess,
     output: torch.Tensor,
     x0: torch.Tensor,
     x_t: torch.Tensor,
@@ -150,10 +150,10 @@ def hybrid_loss(
     """
     prediction, v = output.chunk(2, dim=1)
     log_variance = process.learned_log_variance(v, t)
-    guess = process.x0_of(prediction.detach(), x_t, t)
+    guess = process.predict_x0(prediction.detach(), x_t, t)
     mean, _, _ = process.posterior(guess, x_t, t)
     step = step_kl(process, mean, log_variance, x0, x_t, t)
     first = (t == 0).view(-1, *[1] * (step.ndim - 1))
     terms = torch.where(first, decoder_nll(decoder, x0, mean, log_variance), step)
     bound = terms.flatten(1).mean(1) / math.log(2)
-    return distance("l2", prediction, process.target_of(x0, eps, t)) + share * process.timesteps * bound
+    return distance("l2", prediction, process.target_from(x0, eps, t)) + share * process.timesteps * bound

@@ -12,7 +12,9 @@ TARGETS = ("eps", "x0", "v", "flow")
 Coefficient = torch.Tensor | float
 
 
-def answer(target: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient) -> torch.Tensor:
+def target_from(
+    target: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+) -> torch.Tensor:
     """What a network with a target answers to x_t = α·x_0 + σ·ε, where it knows the picture and the noise."""
     if target == "eps":  # DDPM, eq. 14
         return eps
@@ -25,7 +27,7 @@ def answer(target: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient,
     return eps - x0  # dx_t/dt of the straight path
 
 
-def picture(
+def predict_x0(
     target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
     """x_0 by a prediction; α² + σ² = 1, but for `flow`, where α + σ = 1."""
@@ -38,10 +40,10 @@ def picture(
     return x_t - sigma * prediction
 
 
-def noise(
+def predict_eps(
     target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """ε by a prediction, as `picture` gives x_0."""
+    """ε by a prediction, as `predict_x0` gives x_0."""
     if target == "eps":
         return prediction
     if target == "x0":
@@ -51,12 +53,12 @@ def noise(
     return x_t + alpha * prediction
 
 
-PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 
 
-TARGET = {theirs: ours for ours, theirs in PREDICTION.items()}
+PREDICTION_TYPE_OF = {theirs: ours for ours, theirs in DIFFUSERS_PREDICTION_TYPES.items()}
 
 
 def is_flow(config: Any) -> bool:
     """Whether the configuration of a scheduler is of a flow."""
-    return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == PREDICTION["flow"]
+    return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == DIFFUSERS_PREDICTION_TYPES["flow"]

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.parameterization import TARGETS, answer, noise, picture
+from ldm.diffusion.parameterization import TARGETS, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
 
-__all__ = ["TIMESTEPS", "Process", "betas", "offset_noise", "perturbed"]
+__all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
 
 
 @dataclass(frozen=True)
-class Process:
+class DiffusionProcess:
     """A forward process and the network's target.
 
     `target`: `eps`, `x0`, `v` (over the discrete chain `schedule`) or `flow` (the straight path; `schedule` is unused).
@@ -31,15 +31,15 @@ class Process:
     time_mean: float = 0.0
     time_std: float = 1.0
     timesteps: int = TIMESTEPS
-    """Steps T of the chain; a flow's network is told its time in as many."""
+    """Steps T of the chain; a flow's network takes its time in as many."""
     zero_snr: bool = False
     """The chain ends in pure noise (arXiv 2305.08891); eps is refused then, for it says nothing about x_0 there."""
     shift: float = 1.0
     """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
     times: str | None = None
     """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
-    told: tuple[int, ...] | None = None
-    """What the network is told at each step, where that is not the step's own number."""
+    model_timesteps: tuple[int, ...] | None = None
+    """What the network takes as the time of each step, where that is not the step's own number."""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -59,7 +59,7 @@ class Process:
             raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
 
     @classmethod
-    def of(cls, stage: Stage2Config) -> Process:
+    def of(cls, stage: Stage2Config) -> DiffusionProcess:
         """The process that a configuration describes; a learned schedule is log_linear but for training's times."""
         return cls(
             stage.prediction_type, "log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
@@ -67,7 +67,7 @@ class Process:
             stage.timestep_sampling if stage.timestep_sampling in ("uniform", "logit_normal") else None,
         )  # fmt: skip
 
-    def respaced(self, steps: int) -> Process:
+    def respaced(self, steps: int) -> DiffusionProcess:
         """The chain of `steps` of this one's noise levels, the noisiest among them, for the same network.
 
         Improved DDPM, arXiv 2102.09672, section 4: the likelihood and the samples of few steps.
@@ -76,9 +76,10 @@ class Process:
             raise ValueError(f"steps: {steps}; give 1 to {self.timesteps}")
         kept = [round(self.timesteps * (i + 1) / steps) - 1 for i in range(steps)]
         beta = betas_of(self.chain().alpha_bar[kept])
-        told = tuple(kept if self.told is None else [self.told[i] for i in kept])
+        model_timesteps = tuple(kept if self.model_timesteps is None else [self.model_timesteps[i] for i in kept])
         return replace(
-            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0, told=told,
+            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0,
+            model_timesteps=model_timesteps,
         )  # fmt: skip
 
     def chain(self, device: torch.device | None = None) -> Chain:
@@ -99,11 +100,11 @@ class Process:
         # A uniform number rounded to 1 in low precision must not leave the chain.
         return (u * self.timesteps).long().clamp(max=self.timesteps - 1)
 
-    def network_time(self, t: torch.Tensor) -> torch.Tensor:
-        """t as the network is told it: in [0, timesteps)."""
+    def model_time(self, t: torch.Tensor) -> torch.Tensor:
+        """t as the network takes it: in [0, timesteps)."""
         if self.target == "flow":
             return t * self.timesteps
-        return t if self.told is None else torch.tensor(self.told, device=t.device)[t]
+        return t if self.model_timesteps is None else torch.tensor(self.model_timesteps, device=t.device)[t]
 
     def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
@@ -171,25 +172,25 @@ class Process:
         share = (v + 1) / 2
         return share * large + (1 - share) * small
 
-    def target_of(
+    def target_from(
         self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
     ) -> torch.Tensor:
         """What the network should answer to (x_t, t), or what one with another `target` should."""
-        return answer(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
+        return target_from(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
 
-    def x0_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The picture that a prediction stands for: the inverse of `target_of`, given x_t."""
-        return picture(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+    def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The picture that a prediction stands for: the inverse of `target_from`, given x_t."""
+        return predict_x0(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
-    def eps_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict_eps(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
-        return noise(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+        return predict_eps(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
     def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
         """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
         if target == self.target:
             return prediction
-        return self.target_of(self.x0_of(prediction, x_t, t), self.eps_of(prediction, x_t, t), t, target)
+        return self.target_from(self.predict_x0(prediction, x_t, t), self.predict_eps(prediction, x_t, t), t, target)
 
 
 def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which noise level a training sample gets: uniform numbers for `Process.time`, and times drawn by their loss."""
+"""Which noise level a training sample gets: uniform numbers for a process's `time`, and times drawn by their loss."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ldm.config.schema import ClassifierConfig
 from ldm.diffusion.parameterization import is_flow
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.errors import UserError
 
@@ -70,7 +70,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(
-        cls, settings: ClassifierConfig, autoencoder: Autoencoder, process: Process, classes: list[str]
+        cls, settings: ClassifierConfig, autoencoder: Autoencoder, process: DiffusionProcess, classes: list[str]
     ) -> NoisyClassifier:
         """One with random weights."""
         betas = None if process.target == "flow" else tuple(process.chain().beta.tolist())

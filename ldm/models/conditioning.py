@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ldm.diffusion.schedules import betas
 
-LEVELS = 1000  # noise levels of a small picture that the U-Net can be told
+NUM_NOISE_LEVELS = 1000  # noise levels of a small picture that the U-Net can be told
 NOISIEST = 350  # of them in training, as Stable Diffusion's upscaler
 
 
@@ -71,7 +71,7 @@ def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
-def with_hole(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
+def mask_and_masked_latents(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
     """The inpainting model's input beside x_t, `(N, 1 + C, h, w)`, in the order of diffusers' pipeline.
 
     mask `(N, 1, H, W)`, 1 where the picture is to be made; the latents `(N, C, h, w)` are those of the picture with
@@ -80,12 +80,12 @@ def with_hole(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([F.interpolate(mask, masked_latents.shape[2:]), masked_latents], dim=1)
 
 
-def small(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+def downsample(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     """Pictures `(N, 3, H, W)` shrunk `factor`-fold, each pixel the mean of those that it stands for."""
     return F.avg_pool2d(pixels, factor)
 
 
-def augmented(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+def noise_augmented(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """A small picture with noise of a level `(N,)` in [0, 1000): what the upscaler is given (arXiv 2106.15282)."""
     alpha_bar = (1 - betas("scaled_linear")).cumprod(0).to(level.device)[level].float()[:, None, None, None]
     return alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * noise

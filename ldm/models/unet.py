@@ -20,8 +20,8 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.parameterization import PREDICTION
-from ldm.models.conditioning import LEVELS
+from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES
+from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
 from ldm.models.convert.autoencoder import PICKLES
 from ldm.utils.errors import UserError
@@ -68,7 +68,7 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
             attention_head_dim=stage.attention_head_dim, add_attention=stage.mid_attention,
         )  # fmt: skip
     if "upscale" in stage.conditions:
-        shape["num_class_embeds"] = LEVELS
+        shape["num_class_embeds"] = NUM_NOISE_LEVELS
     if stage.sizes:
         width = SIZES * 256 + (text_width if stage.pooled_text else 0)
         shape |= {
@@ -108,8 +108,8 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
         raise UserError(f"stage2.init_from: {name} has a {type(unet).__name__}; stage2.conditions need {kind.__name__}")
     if not predicts and (scheduler := scheduler_of(name)):
         predicts = scheduler.config.prediction_type
-    if predicts not in (None, PREDICTION[target]):
-        own = next((ours for ours, theirs in PREDICTION.items() if theirs == predicts), "another")
+    if predicts not in (None, DIFFUSERS_PREDICTION_TYPES[target]):
+        own = next((ours for ours, theirs in DIFFUSERS_PREDICTION_TYPES.items() if theirs == predicts), "another")
         raise UserError(
             f"stage2.prediction_type: {target!r}, but {name} was trained to predict {own!r}; "
             f"set stage2.prediction_type={own}"
@@ -126,7 +126,7 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
     unet.register_to_config(sample_size=side)  # convolutions take any; this is what sampling starts from
-    labels = classes + 1 if stage.classes else LEVELS if "upscale" in stage.conditions else None
+    labels = classes + 1 if stage.classes else NUM_NOISE_LEVELS if "upscale" in stage.conditions else None
     if stage.classes and not classes:
         labels = unet.config.num_class_embeds
     wanted = {
@@ -234,7 +234,7 @@ def widen(unet: UNet, wanted: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def hear_guidance(unet: UNet) -> None:
+def make_guidance_conditioned(unet: UNet) -> None:
     """Gives a UNet2DConditionModel the input for a scale of guidance, with weights that are 0: it answers as before."""
     if unet.config.time_cond_proj_dim is None:
         first = unet.time_embedding.linear_1

@@ -12,7 +12,7 @@ import torch
 Result = TypeVar("Result")
 
 
-class Beside(AbstractContextManager["Beside"]):
+class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
     """`do` returns at once on a GPU; on a CPU, whose cores are busy with the steps, when it is done.
 
     At the end of the block all of it is done.
@@ -22,7 +22,7 @@ class Beside(AbstractContextManager["Beside"]):
         self._device = device
         self._gpu = device.type == "cuda"
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> BackgroundWorker:
         if self._gpu:
             self._thread = ThreadPoolExecutor(1)
             self._stream = torch.cuda.Stream(self._device)

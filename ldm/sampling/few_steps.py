@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.solvers import scheduler
 
 
-def first_order(process: Process) -> DPMSolverMultistepScheduler:
+def first_order(process: DiffusionProcess) -> DPMSolverMultistepScheduler:
     """DDIM for a chain, Euler's step for a flow: DPM-Solver++ of first order is either.
 
     Its steps end exactly where the next ones begin. Those of diffusers' DDIMScheduler do so only where their number
@@ -20,7 +20,7 @@ def first_order(process: Process) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler.from_config(scheduler(process, "dpm++").config, solver_order=1)
 
 
-def consistent(process: Process, original_steps: int) -> LCMScheduler:
+def consistent(process: DiffusionProcess, original_steps: int) -> LCMScheduler:
     """The sampler of a consistency model that was distilled from so many steps of the chain."""
     config = scheduler(process, "ddim").config
     return LCMScheduler.from_config(config, original_inference_steps=original_steps, clip_sample=False)
@@ -31,18 +31,18 @@ class Grid(NamedTuple):
 
     t: torch.Tensor
     """`(N,)`: times of the process."""
-    told: torch.Tensor
-    """`(N,)`: the same as the network is told them."""
+    model_time: torch.Tensor
+    """`(N,)`: the same as the network takes them."""
     alpha: torch.Tensor
     """`(N + 1, 1, 1, 1)`, as σ: the last level, α = 1 and σ = 0, is the picture."""
     sigma: torch.Tensor
 
 
-def grid(process: Process, steps: int, device: torch.device | None = None) -> Grid:
+def grid(process: DiffusionProcess, steps: int, device: torch.device | None = None) -> Grid:
     """The grid of `steps` steps; that of half as many is every other level of it, for a chain up to rounding."""
     solver = first_order(process)
     solver.set_timesteps(steps)
-    told = solver.timesteps.to(device)
-    t = solver.sigmas[:-1].to(device) if process.target == "flow" else told
+    model_time = solver.timesteps.to(device)
+    t = solver.sigmas[:-1].to(device) if process.target == "flow" else model_time
     alpha, sigma = process.alpha_sigma(t)
-    return Grid(t, told, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))
+    return Grid(t, model_time, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from ldm.diffusion.parameterization import answer, noise, picture
+from ldm.diffusion.parameterization import predict_eps, predict_x0, target_from
 from ldm.models.conditioning import Condition
 from ldm.sampling.solvers import Level
 
-Denoiser = Callable[[torch.Tensor, Level], torch.Tensor]  # (x_t, level) → prediction
+PredictFn = Callable[[torch.Tensor, Level], torch.Tensor]  # (x_t, level) → prediction
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]  # (x_t, t, condition) → prediction
 NOTHING = 1e-3  # α below which a picture can't be seen through its noise
 Gradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → ∇ log p(y | x_t), as x_t
@@ -25,7 +25,7 @@ def classifier_free(
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
     weaker: Network | None = None,
-) -> Denoiser:
+) -> PredictFn:
     """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_c − ε_∅). Scale 1 is one forward.
 
     `network(x, t, condition)`; `null` is the condition without what guidance pulls towards, None where nothing does.
@@ -37,65 +37,65 @@ def classifier_free(
     if isinstance(scale, torch.Tensor):
         scale = float(scale[0]) if bool((scale == scale[0]).all()) else scale[:, None, None, None]
 
-    def alone(x: torch.Tensor, level: Level) -> torch.Tensor:
+    def conditional_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         return network(x, level.t, condition)
 
     if (not isinstance(scale, torch.Tensor) and scale == 1) or (null is None and weaker is None):
-        return alone
+        return conditional_predict
     both = null.of(condition) if null is not None else condition
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
         if not interval[0] <= level.noise <= interval[1]:
-            return alone(x, level)
+            return conditional_predict(x, level)
         if weaker:
-            without, told = weaker(x, level.t, condition), alone(x, level)
+            unconditional, conditional = weaker(x, level.t, condition), conditional_predict(x, level)
         else:
-            without, told = network(torch.cat([x, x]), level.t, both).chunk(2)
-        guided = without + scale * (told - without)
+            unconditional, conditional = network(torch.cat([x, x]), level.t, both).chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
         if not rescale:
             return guided
         c = x.shape[1]  # beyond them stands a learned variance
-        return torch.cat([rescaled(guided[:, :c], told[:, :c], rescale), guided[:, c:]], dim=1)
+        return torch.cat([rescaled(guided[:, :c], conditional[:, :c], rescale), guided[:, c:]], dim=1)
 
     return denoise
 
 
-def rescaled(guided: torch.Tensor, told: torch.Tensor, share: float) -> torch.Tensor:
+def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
     """Predictions with the deviation of those that were not guided, by a share; arXiv 2305.08891, eqs. 15 and 16."""
     dims = tuple(range(1, guided.ndim))
-    full = guided * (told.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    full = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
     return share * full + (1 - share) * guided
 
 
-def thresholded(denoise: Denoiser, target: str, percentile: float) -> Denoiser:
+def thresholded(denoise: PredictFn, target: str, percentile: float) -> PredictFn:
     """Dynamic thresholding of predicted pictures in pixel space; Imagen, arXiv 2205.11487, section 2.3.
 
     Beyond the `percentile` in (0, 1] of its absolute values, if that is more than 1, x_0 is cut off and scaled down.
     """
 
-    def kept(x: torch.Tensor, level: Level) -> torch.Tensor:
+    def thresholded_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         prediction, c = denoise(x, level), x.shape[1]
-        x0 = picture(target, prediction[:, :c], x, level.alpha, level.sigma)
+        x0 = predict_x0(target, prediction[:, :c], x, level.alpha, level.sigma)
         s = x0.flatten(1).abs().float().quantile(percentile, dim=1).clamp(min=1)[:, None, None, None]
         x0 = x0.clamp(-s, s) / s
-        eps = noise("x0", x0, x, level.alpha, level.sigma)
-        return torch.cat([answer(target, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
+        eps = predict_eps("x0", x0, x, level.alpha, level.sigma)
+        return torch.cat([target_from(target, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
 
-    return kept
+    return thresholded_predict
 
 
-def by_classifier(denoise: Denoiser, target: str, gradient: Gradient, scale: float) -> Denoiser:
+def by_classifier(denoise: PredictFn, target: str, gradient: Gradient, scale: float) -> PredictFn:
     """Classifier guidance of deterministic solvers: ε − √(1 − ᾱ)·s·∇ log p(y | x_t); arXiv 2105.05233, Algorithm 2.
 
     In the terms of other targets: as x_0 = (x_t − σ·ε) / α moves with it, v and the straight path's velocity move by
     1 / α as much as ε. In pure noise, which shows no class, nothing is pulled.
     """
 
-    def pulled(x: torch.Tensor, level: Level) -> torch.Tensor:
+    def guided_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         prediction = denoise(x, level)[:, : x.shape[1]]
         if level.alpha < NOTHING:
             return prediction
         change = -level.sigma * scale * gradient(x, level.t)
         return prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(target, 1 / level.alpha) * change
 
-    return pulled
+    return guided_predict

@@ -28,7 +28,7 @@ def pixels(name: str, pictures: Pictures, number: int) -> torch.Tensor:
     return pictures.expand(number, *pictures.shape[1:])
 
 
-def holes(mask: Pictures, number: int) -> torch.Tensor:
+def masks_from(mask: Pictures, number: int) -> torch.Tensor:
     """`(number, 1, H, W)`: 1 where the picture is to be made. A tensor's values are in [0, 1]."""
     found = pixels("mask", mask, number)
     return ((found if isinstance(mask, torch.Tensor) else found / 2 + 0.5)[:, :1] >= 0.5).float()

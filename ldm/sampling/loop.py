@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.diffusion.parameterization import picture
+from ldm.diffusion.parameterization import predict_x0
 from ldm.models.conditioning import Condition
-from ldm.sampling.guidance import Denoiser, Gradient, Network
+from ldm.sampling.guidance import Gradient, Network, PredictFn
 from ldm.sampling.solvers import Solver
 
 
 class Step(NamedTuple):
-    """What is told after each evaluation of the network."""
+    """What a callback gets after each evaluation of the network."""
 
     number: int
     """1 for the first, `total` for the last; solvers of second order take two of them a step."""
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     """The latents as the network sees them through the noise, `(N, C, h, w)`."""
 
 
-class Kept(NamedTuple):
+class InpaintMask(NamedTuple):
     """What inpainting with any model keeps: latents `(N, C, h, w)` where the mask `(N, 1, h, w)` is 0, with noise."""
 
     x0: torch.Tensor
@@ -41,22 +41,22 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(
-    denoise: Denoiser,
+    denoise: PredictFn,
     solver: Solver,
     noise: torch.Tensor,
     generators: Sequence[torch.Generator] | None = None,
     *,
     x0: torch.Tensor | None = None,
     first: int = 0,
-    kept: Kept | None = None,
+    kept: InpaintMask | None = None,
     pull: tuple[Gradient, float] | None = None,
-    told: Callable[[Step], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
 ) -> torch.Tensor:
     """Solves the reverse process from standard normal `noise` `(N, C, h, w)`; returns x_0.
 
     From the step `first` on it starts from `x0` with noise. `generators`, one a picture, feed solvers that add noise.
     `kept` is put back after every step (RePaint without its returns, arXiv 2201.09865, eq. 8). `pull`, a classifier's
-    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `told` hears of every evaluation.
+    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `callback` hears of every evaluation.
     """
     x = solver.begin(noise, x0, first)
     for i in range(first * solver.per_step, len(solver.levels)):
@@ -71,9 +71,9 @@ def sample(
             x = x + scale * solver.variance(output, i) * solver.slope(i) * gradient(given, level.t)
         if kept:
             x = torch.where(kept.mask > 0, x, solver.noised(kept.x0, kept.eps, i + 1))
-        if told:
+        if callback:
             known = prediction[:, : x.shape[1]], given, level.alpha, level.sigma
-            told(Step(i + 1, len(solver.levels), picture(solver.target, *known)))
+            callback(Step(i + 1, len(solver.levels), predict_x0(solver.target, *known)))
     return x
 
 

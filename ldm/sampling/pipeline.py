@@ -16,16 +16,16 @@ from PIL import Image
 from torch import nn
 
 from ldm.data.images import to_pil
-from ldm.diffusion.parameterization import TARGET, is_flow
+from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import LEVELS, Condition, augmented, predict, with_hole
+from ldm.models.conditioning import NUM_NOISE_LEVELS, Condition, mask_and_masked_latents, noise_augmented, predict
 from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
 from ldm.models.unet import UNet, use_attention
 from ldm.sampling import pipeline_io
-from ldm.sampling.background_worker import Beside
+from ldm.sampling.background_worker import BackgroundWorker
 from ldm.sampling.guidance import by_classifier, classifier_free, thresholded
-from ldm.sampling.inpainting import Pictures, holes, pasted, pixels, widened
-from ldm.sampling.loop import Kept, Step, between, in_tiles, initial_noise, sample
+from ldm.sampling.inpainting import Pictures, masks_from, pasted, pixels, widened
+from ldm.sampling.loop import InpaintMask, Step, between, in_tiles, initial_noise, sample
 from ldm.sampling.options import Sampling
 from ldm.sampling.solvers import Solver, name_of, with_solver
 from ldm.utils.errors import UserError
@@ -37,16 +37,16 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 @dataclass(frozen=True)
-class Toward:
+class Interpolation:
     """What pictures lie a share of the way to: other prompts, from the noise of other seeds."""
 
     prompts: Sequence[str] | None
     seeds: Sequence[int]
     shares: Sequence[float]
 
-    def of(self, part: slice) -> Toward:
+    def of(self, part: slice) -> Interpolation:
         """The same for a part of the pictures."""
-        return Toward(self.prompts and self.prompts[part], self.seeds[part], self.shares[part])
+        return Interpolation(self.prompts and self.prompts[part], self.seeds[part], self.shares[part])
 
 
 @dataclass
@@ -74,7 +74,7 @@ class LatentDiffusion:
     def task(self) -> str:
         """`generate`, `inpaint` or `upscale`, by the inputs of the U-Net."""
         beside = self.unet.config.in_channels - self.autoencoder.channels
-        if beside == 3 and self.unet.config.get("num_class_embeds") == LEVELS:
+        if beside == 3 and self.unet.config.get("num_class_embeds") == NUM_NOISE_LEVELS:
             return "upscale"
         return "inpaint" if beside == self.autoencoder.channels + 1 else "generate"
 
@@ -98,7 +98,7 @@ class LatentDiffusion:
     @property
     def target(self) -> str:
         """What its network predicts: `eps`, `x0`, `v` or `flow`."""
-        return "flow" if is_flow(self.scheduler.config) else TARGET[self.scheduler.config.prediction_type]
+        return "flow" if is_flow(self.scheduler.config) else PREDICTION_TYPE_OF[self.scheduler.config.prediction_type]
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +133,7 @@ class LatentDiffusion:
         """
         pipeline_io.write(self, folder)
 
-    def faster(self, precision: str = "auto", compile: str = "no") -> LatentDiffusion:
+    def optimize_for_inference(self, precision: str = "auto", compile: str = "no") -> LatentDiffusion:
         """Speeds up drawing, at the price of bits: returns itself. Not for a model that is to be saved.
 
         `precision` of the U-Net is `bf16`, `fp16` or `no`; `auto` is bf16 where the device computes it natively. Its
@@ -174,14 +174,14 @@ class LatentDiffusion:
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         size: Size | None = None,
-        toward: Toward | None = None,
-        told: Callable[[Step], None] | None = None,
+        toward: Interpolation | None = None,
+        callback: Callable[[Step], None] | None = None,
     ) -> torch.Tensor:
         """Normalised latents `(N, C, h, w)`, picture i from the noise of `seeds[i]`; prompts and labels are N too.
 
         `image` `(N, 3, H, W)` in [-1, 1] is what is changed, with `mask` `(N, 1, H, W)`, 1 where it is to be made,
         what is completed, and for an upscaler what is enlarged. `size` is the pictures' where there is no image.
-        `told` hears of every step.
+        `callback` hears of every step.
         """
         shape = self._shape(image, size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -202,7 +202,7 @@ class LatentDiffusion:
             if self.task == "upscale":
                 level = torch.full((len(seeds),), how.noise_level, device=self.device)
                 with_noise = [torch.randn(image.shape[1:], generator=generator) for generator in generators]
-                beside, label = augmented(image, torch.stack(with_noise).to(self.device), level), level
+                beside, label = noise_augmented(image, torch.stack(with_noise).to(self.device), level), level
             else:
                 strength = how.strength if how.strength is not None else 1.0 if self.task == "inpaint" else 0.6
                 first = solver.steps - round(solver.steps * strength)
@@ -210,12 +210,12 @@ class LatentDiffusion:
                 if first == solver.steps:
                     return x0
                 if mask is not None and self.task == "inpaint":
-                    beside = with_hole(mask, self.autoencoder.encode(image * (mask < 0.5)))
+                    beside = mask_and_masked_latents(mask, self.autoencoder.encode(image * (mask < 0.5)))
                 elif mask is not None:
-                    kept = Kept(x0, F.max_pool2d(mask, self.autoencoder.factor), noise)
+                    kept = InpaintMask(x0, F.max_pool2d(mask, self.autoencoder.factor), noise)
         condition, null = self._conditions(prompts, how, label, beside, shape, toward)
         denoise, pull = self._denoiser(how, solver, condition, null, label)
-        return sample(denoise, solver, noise, generators, x0=x0, first=first, kept=kept, pull=pull, told=told)
+        return sample(denoise, solver, noise, generators, x0=x0, first=first, kept=kept, pull=pull, callback=callback)
 
     def _shape(self, image: torch.Tensor | None, size: Size | None) -> tuple[int, int, int]:
         """Of the latents of a picture."""
@@ -270,10 +270,10 @@ class LatentDiffusion:
     def _network(self, unet: UNet) -> Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]:
         dtype = unet.dtype
 
-        def network(x: torch.Tensor, t: torch.Tensor, told: Condition) -> torch.Tensor:
+        def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
             if dtype != torch.float32:
-                x, told = x.to(dtype), told.to(dtype)
-            return predict(unet, x, t, told).to(torch.float32, copy=True)  # CUDA graphs answer in the same place again
+                x, condition = x.to(dtype), condition.to(dtype)
+            return predict(unet, x, t, condition).to(torch.float32, copy=True)  # CUDA graphs reuse the output's memory
 
         return in_tiles(network, self.side // self.autoencoder.factor) if self.task == "upscale" else network
 
@@ -284,7 +284,7 @@ class LatentDiffusion:
         label: torch.Tensor | None,
         image: torch.Tensor | None,
         shape: tuple[int, int, int],
-        toward: Toward | None,
+        toward: Interpolation | None,
     ) -> tuple[Condition, Condition | None]:
         """What is asked for, and the same without it; None where nothing is asked for."""
         text = sizes = guidance = None
@@ -320,7 +320,7 @@ class LatentDiffusion:
         return condition, condition._replace(text=null.to(text).expand_as(text), label=nothing)
 
     def embedded(self, prompts: Sequence[str]) -> torch.Tensor:
-        """`(N, T, D)`; each prompt is encoded once, by a `faster` model once and for all."""
+        """`(N, T, D)`; each prompt is encoded once, by a `optimize_for_inference` model once and for all."""
         assert self.text, "this model reads no text"
         known = {} if self._known is None or len(self._known) > MANY else self._known
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
@@ -344,8 +344,8 @@ class LatentDiffusion:
         image: Pictures | None = None,
         mask: Pictures | None = None,
         size: Size | None = None,
-        toward: Toward | None = None,
-        told: Callable[[Step], None] | None = None,
+        toward: Interpolation | None = None,
+        callback: Callable[[Step], None] | None = None,
         ready: Callable[[int, list[Image.Image]], None] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
@@ -357,7 +357,7 @@ class LatentDiffusion:
 
         `image`, one or one a picture, is changed as far as `strength` says; with a `mask`, white where the picture is
         to be made, it is completed, and stays what it is elsewhere; an upscaler enlarges it. `toward` leads part of the
-        way to other prompts and seeds. `told` is called after each step of a batch with a `Step`. `ready` is called
+        way to other prompts and seeds. `callback` is called after each step of a batch with a `Step`. `ready` is called
         with the number of a finished batch's first picture and its pictures, which are not returned then, so that any
         number of them may be made; on a GPU they are decoded beside the next batch's steps. `options` are the fields of
         `ldm.sampling.options.Sampling`: `steps`, `guidance`, `solver`, `negative`, and more. UserError says in one line
@@ -374,7 +374,7 @@ class LatentDiffusion:
         if batch < 1 or not (isinstance(seed, int) or len(seed) == number):
             raise UserError(f"seed, batch: {seed}, {batch}; give one seed or {number}, and batches of 1 or more")
         given = None if image is None else pixels("image", image, number)
-        masks = None if mask is None else holes(mask, number)
+        masks = None if mask is None else masks_from(mask, number)
         multiple = self.multiple // self.enlarges
         if given is not None and masks is not None and masks.shape[2:] != given.shape[2:]:
             (h, w), (height, width) = masks.shape[2:], given.shape[2:]
@@ -388,7 +388,7 @@ class LatentDiffusion:
             return []
 
         made: list[Future[list[Image.Image]]] = []
-        with Beside(self.device) as beside:
+        with BackgroundWorker(self.device) as beside:
             for start in range(0, number, batch):
                 part = slice(start, min(start + batch, number))
                 seeds = range(seed, seed + number)[part] if isinstance(seed, int) else seed[part]
@@ -397,7 +397,7 @@ class LatentDiffusion:
                 latents = self.latents(
                     None if prompts is None else prompts[part], seeds, how.of(part),
                     labels=None if labels is None else labels[part], image=wide, mask=wide_hole, size=size,
-                    toward=toward and toward.of(part), told=told,
+                    toward=toward and toward.of(part), callback=callback,
                 )  # fmt: skip
                 made.append(beside.do(finish, start, latents, picture, hole))
                 for each in made:

@@ -24,8 +24,15 @@ from diffusers import (
 )
 
 from ldm.config.schema import SPACINGS, STRAIGHT
-from ldm.diffusion.parameterization import PREDICTION, TARGET, answer, is_flow, noise, picture
-from ldm.diffusion.process import Process
+from ldm.diffusion.parameterization import (
+    DIFFUSERS_PREDICTION_TYPES,
+    PREDICTION_TYPE_OF,
+    is_flow,
+    predict_eps,
+    predict_x0,
+    target_from,
+)
+from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import betas_of
 from ldm.utils.errors import UserError
 
@@ -39,7 +46,7 @@ LEARNED = ("learned", "learned_range")  # kinds of variance of which a network t
 SMALLEST = 2.0**-24  # ᾱ at the end of a zero-SNR chain, where a scheduler divides by it
 
 
-def scheduler(process: Process, solver: str, learned: bool = False, clip: bool = False) -> Any:
+def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, clip: bool = False) -> Any:
     """diffusers' scheduler of a solver for a process, configured so that it can be saved with a pipeline.
 
     `learned`: the network tells the reverse step's variance (ddpm alone makes use of it). `clip` keeps every predicted
@@ -49,7 +56,8 @@ def scheduler(process: Process, solver: str, learned: bool = False, clip: bool =
     order, which on a straight path is the same step.
     """
     common: dict[str, Any] = {
-        "num_train_timesteps": process.timesteps, "prediction_type": PREDICTION[process.target], "steps_offset": 1,
+        "num_train_timesteps": process.timesteps, "prediction_type": DIFFUSERS_PREDICTION_TYPES[process.target],
+        "steps_offset": 1,
     }  # fmt: skip
     own: dict[str, Any] = {}
     if solver in ("ddim", "ddpm"):
@@ -120,8 +128,10 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
         config |= {f"use_{each}_sigmas": each == spacing for each in BY_SIGMA}
         if spacing not in BY_SIGMA:
             config["timestep_spacing"] = spacing
-    if solver == "euler_a" and config.get("prediction_type") == PREDICTION["x0"]:  # which it does not know
-        config["prediction_type"] = PREDICTION["v"]
+    if (
+        solver == "euler_a" and config.get("prediction_type") == DIFFUSERS_PREDICTION_TYPES["x0"]
+    ):  # which it does not know
+        config["prediction_type"] = DIFFUSERS_PREDICTION_TYPES["v"]
     if solver == "heun" and config.get("rescale_betas_zero_snr"):  # which it does not know
         alpha_bar = DDIMScheduler.from_config(config).alphas_cumprod
         config["trained_betas"] = betas_of(alpha_bar.double().clamp(min=SMALLEST)).tolist()
@@ -159,7 +169,7 @@ def _chain_of_flow(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Level(NamedTuple):
-    """Where the network is evaluated: on x_t = α·x_0 + σ·ε, at the time t that it is told."""
+    """Where the network is evaluated: on x_t = α·x_0 + σ·ε, at the time t that it takes."""
 
     t: torch.Tensor
     alpha: float
@@ -189,7 +199,7 @@ class Solver:
             _keep_real(scheduler)
         config = scheduler.config
         straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
-        self._expected = "flow" if straight else TARGET[config.prediction_type]
+        self._expected = "flow" if straight else PREDICTION_TYPE_OF[config.prediction_type]
         self.target = target or self._expected
         self.translated = self.target == "flow" and not (straight or is_flow(config))
         self.per_step = scheduler.order
@@ -204,12 +214,12 @@ class Solver:
         times = [float(t) for t in self._times]
         if self.translated:
             times = [total * sigma / (alpha + sigma) for alpha, sigma in self._alphas_sigmas]
-        told = torch.tensor(times, device=device)
+        model_times = torch.tensor(times, device=device)
         if all(t == int(t) for t in times):
-            told = told.long()
+            model_times = model_times.long()
         self.levels = [
             Level(t, *(_straight(alpha, sigma) if self.translated else (alpha, sigma)), min(1.0, at / total))
-            for t, (alpha, sigma), at in zip(told.unbind(), self._alphas_sigmas, times, strict=True)
+            for t, (alpha, sigma), at in zip(model_times.unbind(), self._alphas_sigmas, times, strict=True)
         ]
         known = inspect.signature(scheduler.step).parameters
         self._eta = {"eta": eta} if "eta" in known else {}
@@ -255,7 +265,9 @@ class Solver:
             return prediction
         level, (alpha, sigma) = self.levels[i], self._alphas_sigmas[i]
         known = prediction, x, level.alpha, level.sigma
-        return answer(self._expected, picture(self.target, *known), noise(self.target, *known), alpha, sigma)
+        return target_from(
+            self._expected, predict_x0(self.target, *known), predict_eps(self.target, *known), alpha, sigma
+        )
 
     def step(
         self, output: torch.Tensor, i: int, x: torch.Tensor, generators: Sequence[torch.Generator] | None

@@ -15,7 +15,7 @@ from torch import nn
 
 from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import sources
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import autoencoder, compilation, feature_networks, text_encoder, unet
@@ -126,7 +126,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
 
 def _check_noise(config: Config) -> None:
     """Warns where noise levels are others than those that the U-Net to start from was trained with."""
-    two, process = config.stage2, Process.of(config.stage2)
+    two, process = config.stage2, DiffusionProcess.of(config.stage2)
     theirs = unet.scheduler_of(str(two.init_from))
     if theirs is None or process.target == "flow":
         return

@@ -31,7 +31,7 @@ from ldm.data.cache import View
 from ldm.data.dataset import feed, named
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
@@ -42,7 +42,7 @@ from ldm.training.trainer import Run
 from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
-from stage2_diffusion.validation import LEVELS
+from stage2_diffusion.validation import EVAL_LOG_SNRS
 
 STAGE = "classifier"
 
@@ -87,7 +87,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {own.half} holds no training picture of {settings.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(Process.of(settings.stage2), times="uniform")  # as ADM draws them
+    process = replace(DiffusionProcess.of(settings.stage2), times="uniform")  # as ADM draws them
     torch.manual_seed(own.seed)
     model = NoisyClassifier.of(own, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
@@ -119,7 +119,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
             eps = normal(own.seed, "noise", n, x0.shape[1:]).to(x0)
             t = process.time(uniform(own.seed, "time", n).to(run.device))
 
-            logits = run.model(process.add_noise(x0, eps, t), process.network_time(t))
+            logits = run.model(process.add_noise(x0, eps, t), process.model_time(t))
             losses = F.cross_entropy(logits.float(), y, reduction="none")
             loss = losses.mean()
             run.watch(n, losses[:, None])
@@ -183,8 +183,8 @@ class Validation:
     """
 
     def __init__(
-        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder, process: Process,
-        images: int,
+        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder,
+        process: DiffusionProcess, images: int,
     ):  # fmt: skip
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
         self.batch = min(VALIDATION_BATCH, images)
@@ -204,20 +204,22 @@ class Validation:
         with run.averaged("a validation"):
             right = self.right(run.bare, run.accelerator.process_index, run.accelerator.num_processes)
         shares = (run.total(right).sum(0) / len(self.y)).tolist()
-        levels = {f"held_out_accuracy_at_{level:+.0f}": share for level, share in zip(LEVELS, shares, strict=True)}
+        levels = {
+            f"held_out_accuracy_at_{level:+.0f}": share for level, share in zip(EVAL_LOG_SNRS, shares, strict=True)
+        }
         run.log({"held_out_accuracy": sum(shares) / len(shares)} | levels)
 
     @torch.no_grad()
     def right(self, model: nn.Module, rank: int = 0, processes: int = 1) -> torch.Tensor:
         """How many pictures of each class are recognised at each level, `(K, levels)`, in one process's share."""
-        found = torch.zeros(len(self.classes), len(LEVELS), dtype=torch.float64)
+        found = torch.zeros(len(self.classes), len(EVAL_LOG_SNRS), dtype=torch.float64)
         device = next(model.parameters()).device
         for numbers in torch.arange(len(self.y))[rank::processes].split(self.batch):
             x0, y = self.x0[numbers].to(device), self.y[numbers]
             eps = normal(self.seed, "validation", numbers, x0.shape[1:]).to(x0)
-            for i, level in enumerate(LEVELS):
+            for i, level in enumerate(EVAL_LOG_SNRS):
                 t = self.process.time_at(torch.full((len(x0),), level, device=device))
-                logits = model(self.process.add_noise(x0, eps, t), self.process.network_time(t))
+                logits = model(self.process.add_noise(x0, eps, t), self.process.model_time(t))
                 found[:, i].index_add_(0, y, (logits.argmax(1).cpu() == y).double())
         return found
 
@@ -228,7 +230,11 @@ class Validation:
         if not rows:
             return "no pictures are held out, so that nothing is measured; data.val_fraction=0.05 holds some out"
         width = max(12, *(len(name) for name, *_ in rows))
-        lines = [f"{'held out':{width}} {'pictures':>8}" + "".join(f"{level:>+7.0f}" for level in LEVELS) + "  log-SNR"]
+        lines = [
+            f"{'held out':{width}} {'pictures':>8}"
+            + "".join(f"{level:>+7.0f}" for level in EVAL_LOG_SNRS)
+            + "  log-SNR"
+        ]
         for name, count, row in [("all", len(self.y), right.sum(0)), *rows]:
             lines.append(f"{name:{width}} {count:>8}" + "".join(f"{share:>7.3f}" for share in row / count))
         return "\n".join(lines)

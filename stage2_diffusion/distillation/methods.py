@@ -11,7 +11,7 @@ import torch
 from ldm.config.schema import DistillConfig
 from ldm.data.dataset import Item
 from ldm.diffusion.distillation import ddim_step, pseudo_huber, target_of_two, x0_weight
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.few_steps import consistent, grid
@@ -26,8 +26,8 @@ class Question(NamedTuple):
     """`(N, C, h, w)`: the noisy latents z_t."""
     at: torch.Tensor
     """`(N,)`: times, or, of a halving, places in its grid."""
-    told: torch.Tensor
-    """`(N,)`: the times as the network is told them."""
+    model_time: torch.Tensor
+    """`(N,)`: the times as the network takes them."""
     condition: Condition
     """With the scale of guidance, where the student hears one."""
 
@@ -41,7 +41,7 @@ class Lesson(ABC):
     """
 
     teacher: UNet
-    process: Process
+    process: DiffusionProcess
     settings: DistillConfig
     seed: int
     null: torch.Tensor | None
@@ -56,18 +56,18 @@ class Lesson(ABC):
         self.teacher.eval().requires_grad_(False)
 
     @property
-    def hears_guidance(self) -> bool:
+    def guidance_conditioned(self) -> bool:
         return self.null is not None
 
     def undropped(self, batch: Item) -> Item:
         """A batch whose captions and classes all stay, where the student hears the scale of guidance instead."""
-        return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.hears_guidance else batch
+        return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.guidance_conditioned else batch
 
     def question(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> Question:
         """What is asked of latents x0 `(N, C, h, w)` at positions n."""
         u = uniform(self.seed, "distill time", n).to(x0.device)
         eps = normal(self.seed, "distill noise", n, x0.shape[1:]).to(x0.device)
-        if self.hears_guidance:
+        if self.guidance_conditioned:
             low, high = self.settings.guidance_from, self.settings.guidance_to
             assert high is not None, "the command sets it"
             w = low + (high - low) * uniform(self.seed, "distill guidance", n)
@@ -91,7 +91,7 @@ class Lesson(ABC):
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""
         t = replace(self.process, times="uniform").time(u)
-        return Question(self.process.add_noise(x0, eps, t), t, self.process.network_time(t), condition)
+        return Question(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     @abstractmethod
     def target(self, asked: Question, run: Run) -> torch.Tensor:
@@ -101,16 +101,16 @@ class Lesson(ABC):
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
         """`(N,)`, of the student's output."""
 
-    def guided(self, z: torch.Tensor, told: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def guided(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The output of a teacher that hears no guidance, guided by `condition.guidance`: ∅ + w·(c − ∅)."""
         w, condition = condition.guidance, condition._replace(guidance=None)
         if w is None or condition.text is None or self.null is None:
-            return predict(self.teacher, z, told, condition).float()
+            return predict(self.teacher, z, model_time, condition).float()
         label = condition.label
         if label is not None and self.classes is not None:
             label = torch.full_like(label, self.classes)
         null = condition._replace(text=self.null.to(condition.text).expand_as(condition.text), label=label)
-        both = predict(self.teacher, torch.cat([z, z]), torch.cat([told, told]), null.of(condition)).float()
+        both = predict(self.teacher, torch.cat([z, z]), torch.cat([model_time, model_time]), null.of(condition)).float()
         without, with_it = both.chunk(2)
         return without + w[:, None, None, None] * (with_it - without)
 
@@ -120,7 +120,7 @@ class Guidance(Lesson):
     """One forward for two: the guided teacher's output, whatever the scale; arXiv 2210.03142, section 3.1."""
 
     def target(self, asked: Question, run: Run) -> torch.Tensor:
-        return self.guided(asked.z, asked.told, asked.condition)
+        return self.guided(asked.z, asked.model_time, asked.condition)
 
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
         return (prediction - target).square().flatten(1).mean(1)
@@ -139,22 +139,22 @@ class Halving(Lesson):
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         i = (u * len(self.grid.t)).long().clamp(max=len(self.grid.t) - 1)
         z = self.grid.alpha[i] * x0 + self.grid.sigma[i] * eps
-        return Question(z, i, self.grid.told[i], condition)
+        return Question(z, i, self.grid.model_time[i], condition)
 
     def target(self, asked: Question, run: Run) -> torch.Tensor:
-        (_, told, alpha, sigma), half, i, middle = self.grid, self.half, asked.at, 2 * asked.at + 1
-        x0 = self.process.x0_of(self._answer(asked.z, told[i], asked.condition), asked.z, self.grid.t[i])
+        (_, model_time, alpha, sigma), half, i, middle = self.grid, self.half, asked.at, 2 * asked.at + 1
+        x0 = self.process.predict_x0(self._answer(asked.z, model_time[i], asked.condition), asked.z, self.grid.t[i])
         z = ddim_step(x0, asked.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
-        x0 = self.process.x0_of(self._answer(z, half.told[middle], asked.condition), z, half.t[middle])
+        x0 = self.process.predict_x0(self._answer(z, half.model_time[middle], asked.condition), z, half.t[middle])
         z = ddim_step(x0, z, half.alpha[middle], half.sigma[middle], alpha[i + 1], sigma[i + 1])
         return target_of_two(asked.z, z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
 
-    def _answer(self, z: torch.Tensor, told: torch.Tensor, condition: Condition) -> torch.Tensor:
-        return predict(self.teacher, z, told, condition).float()
+    def _answer(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return predict(self.teacher, z, model_time, condition).float()
 
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
         i = asked.at
-        x0 = self.process.x0_of(prediction, asked.z, self.grid.t[i])
+        x0 = self.process.predict_x0(prediction, asked.z, self.grid.t[i])
         weight = x0_weight(self.settings.loss, self.grid.alpha[i], self.grid.sigma[i])
         return (weight * (x0 - target).square()).flatten(1).mean(1)
 
@@ -173,16 +173,16 @@ class Consistency(Lesson):
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
         steps = self.settings.original_steps
         t = ((u * steps).long().clamp(max=steps - 1) + 1) * self.skip - 1
-        return Question(self.process.add_noise(x0, eps, t), t, self.process.network_time(t), condition)
+        return Question(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     def target(self, asked: Question, run: Run) -> torch.Tensor:
         """Of the averaged student, after the guided teacher's step."""
-        process, (z, t, told, condition) = self.process, asked
+        process, (z, t, model_time, condition) = self.process, asked
         before = (t - self.skip).clamp(min=0)
-        x0 = process.x0_of(self.guided(z, told, condition), z, t)
+        x0 = process.predict_x0(self.guided(z, model_time, condition), z, t)
         z = ddim_step(x0, z, *process.alpha_sigma(t), *process.alpha_sigma(before))
         averages = run.ema.tensors(run.ema.main)
-        answer = torch.func.functional_call(run.bare, averages, (z, process.network_time(before), condition))
+        answer = torch.func.functional_call(run.bare, averages, (z, process.model_time(before), condition))
         return self._consistent(answer.float(), z, before)
 
     def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
@@ -191,4 +191,4 @@ class Consistency(Lesson):
     def _consistent(self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """f(z, t), the picture at the end of the path through z: z itself at t = 0."""
         c_skip, c_out = self.solver.get_scalings_for_boundary_condition_discrete(t[:, None, None, None])  # section 4
-        return c_skip * z + c_out * self.process.x0_of(prediction, z, t)
+        return c_skip * z + c_out * self.process.predict_x0(prediction, z, t)

@@ -33,11 +33,11 @@ from ldm.data.dataset import Item, feed, named
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, hear_guidance, use_attention, without_variance
+from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
 from ldm.sampling.few_steps import consistent, first_order
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -146,7 +146,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
     """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
     batches = {"batch": settings.batch, "device_batch": settings.device_batch}  # what samples are ordered by
     of_run = of_run.model_copy(update={"stage2": of_run.stage2.model_copy(update=batches)})
-    stage, folder, process = of_run.stage2, of_run.run.dir, Process.of(of_run.stage2)
+    stage, folder, process = of_run.stage2, of_run.run.dir, DiffusionProcess.of(of_run.stage2)
     device = join(of_run.run).device
     model.to(device)
     data = Stream(of_run) if of_run.data.streaming else index.build(of_run)
@@ -184,8 +184,8 @@ def learn(
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
     unet = copy.deepcopy(lesson.teacher).requires_grad_(True)
-    if lesson.hears_guidance:
-        hear_guidance(unet)
+    if lesson.guidance_conditioned:
+        make_guidance_conditioned(unet)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
@@ -226,7 +226,7 @@ def learn(
             with torch.no_grad(), run.autocast():
                 target = lesson.target(asked, run)
 
-            prediction = run.model(asked.z, asked.told, asked.condition)
+            prediction = run.model(asked.z, asked.model_time, asked.condition)
             losses = lesson.losses(prediction.float(), asked, target)
             loss = losses.mean()
             run.watch(n, losses[:, None])
@@ -268,7 +268,7 @@ def validate(run: Run, lesson: Lesson, conditions: Conditions, micro_batches: Se
             asked = lesson.question(batch["position"], x0, condition)
             with run.autocast():
                 target = lesson.target(asked, run)
-                prediction = run.bare(asked.z, asked.told, asked.condition)
+                prediction = run.bare(asked.z, asked.model_time, asked.condition)
             losses.append(lesson.losses(prediction.float(), asked, target))
     run.log({"held_out_loss": float(torch.cat(losses).mean())})
 

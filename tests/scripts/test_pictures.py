@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ldm.config.schema import ClassifierConfig
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling import png_metadata
 from ldm.sampling.pipeline import LatentDiffusion
@@ -259,14 +259,14 @@ def test_between_two_pictures_ends_are_these(
 
 @pytest.mark.parametrize("solver", ["ddim", "heun", "euler_a"])
 def test_told_hears_every_step(solver: str, saved: Saved) -> None:
-    model, heard = LatentDiffusion.load(saved("text"), "cpu"), []
-    pictures = model(["red heart", "a cat", "owl"], batch=2, steps=3, solver=solver, told=heard.append)
+    model, seen_steps = LatentDiffusion.load(saved("text"), "cpu"), []
+    pictures = model(["red heart", "a cat", "owl"], batch=2, steps=3, solver=solver, callback=seen_steps.append)
     steps = 5 if solver == "heun" else 3  # evaluations: the last of a second order is one of first order
-    assert [step.number for step in heard] == [*range(1, steps + 1)] * 2
-    assert {step.total for step in heard} == {steps}
-    assert [len(step.x0) for step in heard] == [2] * steps + [1] * steps
+    assert [step.number for step in seen_steps] == [*range(1, steps + 1)] * 2
+    assert {step.total for step in seen_steps} == {steps}
+    assert [len(step.x0) for step in seen_steps] == [2] * steps + [1] * steps
     if solver == "ddim":  # whose last step is its x_0
-        last = model._shown(heard[-1].x0)[0]
+        last = model._shown(seen_steps[-1].x0)[0]
         assert np.abs(np.asarray(last).astype(int) - np.asarray(pictures[2])).max() <= 1
 
 
@@ -298,7 +298,9 @@ def classifier(saved: Saved, tmp_path: Path) -> Path:
         channels=(16, 16), layers=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
     )
     vae = LatentDiffusion.load(saved(), "cpu").autoencoder
-    NoisyClassifier.of(settings, vae, Process("v", "cosine"), ["cat", "dog"]).save_pretrained(tmp_path / "classifier")
+    NoisyClassifier.of(settings, vae, DiffusionProcess("v", "cosine"), ["cat", "dog"]).save_pretrained(
+        tmp_path / "classifier"
+    )
     return tmp_path / "classifier"
 
 
@@ -324,7 +326,7 @@ def test_a_classifier_pulls_to_its_label(
 def test_a_classifier_fits_a_model_whose_autoencoder_computes_in_bfloat16(classifier: Path, saved: Saved) -> None:
     model = LatentDiffusion.load(saved(), "cpu")
     before = model.autoencoder.encoder_fingerprint()
-    model.autoencoder.bfloat16()  # as `faster` asks of it on a GPU
+    model.autoencoder.bfloat16()  # as `optimize_for_inference` asks of it on a GPU
     assert model.autoencoder.encoder_fingerprint() == before
     model(classifier=NoisyClassifier.load(classifier), labels="dog", steps=1)
     pixels = LatentDiffusion.load(saved(pixels=True), "cpu")

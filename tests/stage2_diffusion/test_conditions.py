@@ -13,10 +13,10 @@ import torch
 
 from ldm.config import loader
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NOISIEST, Condition, small, with_hole
+from ldm.models.conditioning import NOISIEST, Condition, downsample, mask_and_masked_latents
 from ldm.utils.rng import generator
 from stage2_diffusion.conditions import Conditions
-from stage2_diffusion.masks import holes
+from stage2_diffusion.masks import random_mask
 
 N, CLASSES = 20_000, 5
 Make = Callable[..., Conditions]
@@ -107,9 +107,9 @@ def test_an_inpainting_model_sees_the_mask_and_the_picture_without_what_it_shall
 ) -> None:
     n = torch.arange(6)
     condition, _, _ = said(conditions("conditions=[text, inpaint]"), n, side=16)
-    mask = torch.stack([holes(generator(0, "hole", int(i)), 16, 16) for i in n])
+    mask = torch.stack([random_mask(generator(0, "hole", int(i)), 16, 16) for i in n])
     pixels = batch(n, side=16)["pixels"]
-    assert torch.equal(condition.image, with_hole(mask, vae.encode(pixels * (1 - mask))))
+    assert torch.equal(condition.image, mask_and_masked_latents(mask, vae.encode(pixels * (1 - mask))))
     assert condition.image.shape == (6, 5, 8, 8)
     wild = torch.where(mask.bool(), torch.randn_like(pixels), pixels)
     other, _, _ = conditions("conditions=[text, inpaint]")({**batch(n), "pixels": wild}, torch.zeros(6, 4, 8, 8), None)
@@ -123,14 +123,14 @@ def test_an_upscaler_sees_the_small_picture_with_noise_of_the_level_that_it_is_t
     assert 0 <= int(level.min()) <= 5
     assert NOISIEST - 5 <= int(level.max()) < NOISIEST
     assert abs(float(level.float().mean()) - (NOISIEST - 1) / 2) <= 4 * NOISIEST / math.sqrt(12 * len(n))
-    error = (condition.image - small(batch(n, side=4)["pixels"], 2)).square().flatten(1).mean(1)
+    error = (condition.image - downsample(batch(n, side=4)["pixels"], 2)).square().flatten(1).mean(1)
     quiet, loud = error[level < 20].mean(), error[level > NOISIEST - 20].mean()
     assert float(quiet) < 0.05 < float(loud)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (64, 64), (40, 96)])
 def test_holes_are_of_every_size_and_never_nothing(height: int, width: int) -> None:
-    masks = torch.stack([holes(generator(0, "hole", i), height, width) for i in range(600)])
+    masks = torch.stack([random_mask(generator(0, "hole", i), height, width) for i in range(600)])
     assert masks.shape == (600, 1, height, width)
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     shares = masks.flatten(1).mean(1)

@@ -15,7 +15,7 @@ from original_layout import in_original_layout
 from safetensors.torch import load_file, save_file
 
 from ldm.config import loader
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.convert import autoencoder as single_file
@@ -94,7 +94,7 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
 def pipeline(root: Path, folder: Path, words: Path, vae: Autoencoder) -> Path:
     stage = loader.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
     encoder = text_encoder.load(str(words), 8)
-    LatentDiffusion(encoder, unet.build(stage, 4, 8, 16), vae, scheduler(Process("eps"), "ddim")).save(folder)
+    LatentDiffusion(encoder, unet.build(stage, 4, 8, 16), vae, scheduler(DiffusionProcess("eps"), "ddim")).save(folder)
     return folder
 
 
@@ -133,7 +133,8 @@ def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
 
 def test_a_pipeline_gives_its_autoencoder_under_each_name(tmp_path: Path, vae: Autoencoder) -> None:
     LDMPipeline(vae.vae, UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2), scheduler(Process("eps"), "ddim")).save_pretrained(tmp_path)  # fmt: skip
+        up_block_types=("UpBlock2D",) * 2), scheduler(DiffusionProcess("eps"), "ddim"),
+    ).save_pretrained(tmp_path)  # fmt: skip
     assert autoencoder.load(tmp_path).fingerprint() == vae.fingerprint()
 
 

@@ -13,7 +13,7 @@ import yaml
 import train_ldm
 from ldm.config import loader
 from ldm.diffusion.likelihood import gaussian_nll, through_autoencoder
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule
 from ldm.models.autoencoder import Autoencoder
 from stage2_diffusion import likelihood
@@ -78,11 +78,11 @@ def random_schedule(seed: int) -> likelihood.Levels:
 @pytest.mark.parametrize("levels", [likelihood.evenly, likelihood.by_cosine, random_schedule(0), random_schedule(1)])
 def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likelihood.Levels) -> None:
     """½∫(1 − σ²)dλ = ½∫sigmoid(λ)dλ between the ends, for standard normal data, whose ε̂ is σ·x_t."""
-    process = Process(target, "log_linear", timesteps=4000)
+    process = DiffusionProcess(target, "log_linear", timesteps=4000)
 
     def best(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = process.alpha_sigma(t)
-        return process.target_of(alpha * x, sigma * x, t)
+        return process.target_from(alpha * x, sigma * x, t)
 
     x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     found = likelihood.one_draw_bounds(process, best, x0, levels)

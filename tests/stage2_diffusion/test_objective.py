@@ -47,7 +47,7 @@ def take_a_step(stage: Stage2Config) -> None:
         eps, added = objective.noise(x0, n)
         t, importance = objective.times(n) if step == 0 else (objective.forward.time(ends), 1.0)
         x_t = objective.forward.add_noise(x0, added, t)
-        output = model(x_t, objective.forward.network_time(t), Condition())
+        output = model(x_t, objective.forward.model_time(t), Condition())
         losses = objective.losses(output, x0, x_t, eps, t)
         (importance * losses).mean().backward()
         objective.saw(n, t.detach(), losses, Accelerator(cpu=True))

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.loop import initial_noise
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
@@ -109,7 +109,7 @@ def test_guidance_pulls_towards_the_class_and_away_from_none(make: Make) -> None
     once = model.latents(None, [0], Sampling(1, 3.0), labels=["dog"])
     noise = initial_noise((4, 8, 8), [0])
     with torch.no_grad():
-        rule = scheduler(Process("v", "cosine"), "dpm++")
+        rule = scheduler(DiffusionProcess("v", "cosine"), "dpm++")
         rule.set_timesteps(1)
         t = rule.timesteps[:1]
         without, with_it = (model.unet(noise, t, class_labels=torch.tensor([label])).sample for label in (3, 1))

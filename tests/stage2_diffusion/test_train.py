@@ -26,7 +26,7 @@ from ldm.utils.atomic_files import checkpoints, read_checkpoint
 from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 
-PREDICTION = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 Few = Callable[..., tuple[Config, Index]]
 
 
@@ -47,7 +47,7 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
     return read_checkpoint(checkpoints(folder / "stage2")[-1])
 
 
-@pytest.mark.parametrize("target", PREDICTION)
+@pytest.mark.parametrize("target", DIFFUSERS_PREDICTION_TYPES)
 def test_every_target_is_learned_and_named_in_the_export(
     tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
@@ -61,7 +61,7 @@ def test_every_target_is_learned_and_named_in_the_export(
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
-    assert model.scheduler.config.prediction_type == PREDICTION[target]
+    assert model.scheduler.config.prediction_type == DIFFUSERS_PREDICTION_TYPES[target]
     assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.errors import UserError
 from stage2_diffusion.trainer import Trainer
@@ -40,14 +40,14 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(pictures: Path, tmp_path: Path) -> Make:
-    def made(process: Process, **keys: Any) -> Trainer:
+    def made(process: DiffusionProcess, **keys: Any) -> Trainer:
         return Trainer(process, pictures, run=tmp_path / "run", **{**KEYS, **keys})
 
     return made
 
 
 def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pictures: Path) -> None:
-    process = Process("eps", "cosine")
+    process = DiffusionProcess("eps", "cosine")
     made = make(process).train()(count=2, seed=1, steps=2)
     again = make(process).train()(count=2, seed=1, steps=2)
     assert [each.tobytes() for each in again] == [each.tobytes() for each in made]
@@ -59,15 +59,15 @@ def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pi
 @pytest.mark.parametrize(
     ("process", "kind", "steps"),
     [
-        (Process("eps", "linear", timesteps=25), "DDIMScheduler", 25),
-        (Process("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
-        (Process("flow"), "DPMSolverMultistepScheduler", 50),
-        (Process("flow", times="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
+        (DiffusionProcess("eps", "linear", timesteps=25), "DDIMScheduler", 25),
+        (DiffusionProcess("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
+        (DiffusionProcess("flow"), "DPMSolverMultistepScheduler", 50),
+        (DiffusionProcess("flow", times="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
     ],
 )
-def test_every_process_is_trained_and_sampled(process: Process, kind: str, steps: int, make: Make) -> None:
+def test_every_process_is_trained_and_sampled(process: DiffusionProcess, kind: str, steps: int, make: Make) -> None:
     trainer = make(process)
-    assert Process.of(trainer.config.stage2) == process
+    assert DiffusionProcess.of(trainer.config.stage2) == process
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps
@@ -82,7 +82,7 @@ def test_captions_and_an_autoencoder_that_was_saved(
         path.with_suffix(".txt").write_text(f"a picture {path.stem}")
     vae.save(tmp_path / "autoencoder")
     told = {"text__model": str(words), "text__max_tokens": 8, "sample__prompts": ["a picture 1"]}
-    trainer = make(Process("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
+    trainer = make(DiffusionProcess("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
     model = trainer.train()
     assert model.autoencoder.fingerprint() == vae.fingerprint()
     assert model("a picture 1", steps=2)[0].size == (16, 16)
@@ -98,19 +98,19 @@ def test_captions_and_an_autoencoder_that_was_saved(
         ({"epochs": 3}, "unknown key 'epochs'; known: run, "),
         ({"conditions": ("texts",)}, r"stage2\.conditions\.0: 'texts'.*did you mean 'text'\?"),
         ({"autoencoder": "nowhere"}, "autoencoder: .*nowhere"),
-        ({"process": Process("eps", (0.1, 0.2), timesteps=2)}, r"stage2\.schedule: .*0\.1, 0\.2"),
-        ({"process": Process("v", "log_linear")}, r"stage2\.schedule: 'log_linear'"),
+        ({"process": DiffusionProcess("eps", (0.1, 0.2), timesteps=2)}, r"stage2\.schedule: .*0\.1, 0\.2"),
+        ({"process": DiffusionProcess("v", "log_linear")}, r"stage2\.schedule: 'log_linear'"),
         ({"steps": 0}, r"stage2\.steps: 0"),
         ({"batch": 0}, r"stage2\.batch: 0"),
     ],
 )
 def test_a_wrong_argument_is_one_line(keys: dict[str, Any], says: str, make: Make) -> None:
     with pytest.raises(UserError) as caught:
-        make(**{"process": Process("eps", "cosine"), **keys})
+        make(**{"process": DiffusionProcess("eps", "cosine"), **keys})
     assert re.search(says, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
 
 
 def test_a_named_unet_has_its_own_shape_but_for_the_keys_given(pictures: Path) -> None:
-    stage = Trainer(Process("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
+    stage = Trainer(DiffusionProcess("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
     assert (stage.channels, stage.attention, stage.layers) == ((96, 192, 256), (False, True, True), 3)

@@ -11,7 +11,7 @@ import torch
 from ldm.config.schema import Config
 from ldm.data.images import cut, to_tensor
 from ldm.data.index import Index
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition
@@ -21,22 +21,23 @@ from ldm.training.trainer import Run
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.validation import LEVELS, Validation, velocity_error
+from stage2_diffusion.validation import EVAL_LOG_SNRS, Validation, velocity_error
 
 PROCESSES = [
-    Process("eps", "linear"), Process("x0", "cosine"), Process("v", "scaled_linear", zero_snr=True), Process("flow"),
-    Process("eps", "log_linear"),
+    DiffusionProcess("eps", "linear"), DiffusionProcess("x0", "cosine"),
+    DiffusionProcess("v", "scaled_linear", zero_snr=True), DiffusionProcess("flow"),
+    DiffusionProcess("eps", "log_linear"),
 ]  # fmt: skip
 
 
-def network(process: Process, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
     """What diffusers' U-Net would be, of a prediction of x_0."""
 
-    def answer(x: torch.Tensor, told: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        t = told / process.timesteps if process.target == "flow" else told
+    def answer(x: torch.Tensor, model_time: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        t = model_time / process.timesteps if process.target == "flow" else model_time
         alpha, sigma = process.alpha_sigma(t)
         x0 = predict(x, t)
-        return (process.target_of(x0, (x - alpha * x0) / sigma, t),)
+        return (process.target_from(x0, (x - alpha * x0) / sigma, t),)
 
     return answer
 
@@ -48,7 +49,7 @@ def signs(std: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVAL_LOG_SNRS)
 def test_the_perfect_denoiser_costs_the_same_for_every_target_and_schedule(level: float, std: float) -> None:
     """(1 + SNR) times the variance of x_0 given x_t: std²·(1 + SNR) / (1 + std²·SNR), for data N(0, std²)."""
     x0, eps = signs(std)
@@ -56,7 +57,7 @@ def test_the_perfect_denoiser_costs_the_same_for_every_target_and_schedule(level
         exact_level = float(process.log_snr(process.time_at(torch.tensor([level]))))
         assert exact_level == pytest.approx(level, abs=0.12)  # of 1000 steps, the nearest
 
-        def best(x: torch.Tensor, t: torch.Tensor, process: Process = process) -> torch.Tensor:
+        def best(x: torch.Tensor, t: torch.Tensor, process: DiffusionProcess = process) -> torch.Tensor:
             alpha, sigma = process.alpha_sigma(t)
             return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
 
@@ -66,24 +67,24 @@ def test_the_perfect_denoiser_costs_the_same_for_every_target_and_schedule(level
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
-def test_the_trivial_answers_cost_about_one(process: Process) -> None:
+def test_the_trivial_answers_cost_about_one(process: DiffusionProcess) -> None:
     x0, eps = signs(1.0)
     nothing = network(process, lambda x, t: torch.zeros_like(x))
     itself = network(process, lambda x, t: x / process.alpha_sigma(t)[0])
-    at_noise = velocity_error(process, nothing, x0, eps, LEVELS[0], Condition()).mean()
-    at_data = velocity_error(process, itself, x0, eps, LEVELS[-1], Condition()).mean()
+    at_noise = velocity_error(process, nothing, x0, eps, EVAL_LOG_SNRS[0], Condition()).mean()
+    at_data = velocity_error(process, itself, x0, eps, EVAL_LOG_SNRS[-1], Condition()).mean()
     assert float(at_noise) == pytest.approx(1, abs=0.02)
     assert float(at_data) == pytest.approx(1, abs=0.02)
 
 
 def test_a_learned_variance_is_left_out() -> None:
-    process, (x0, eps) = Process("v", "cosine"), signs(1.0)
+    process, (x0, eps) = DiffusionProcess("v", "cosine"), signs(1.0)
 
     def both(x: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
         return (torch.cat([torch.zeros_like(x), torch.full_like(x, torch.inf)], dim=1),)
 
     plain = network(process, lambda x, t: process.alpha_sigma(t)[0] * x)  # v = 0
-    for level in LEVELS:
+    for level in EVAL_LOG_SNRS:
         found = velocity_error(process, both, x0, eps, level, Condition())
         torch.testing.assert_close(found, velocity_error(process, plain, x0, eps, level, Condition()))
 
@@ -96,7 +97,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
         "stage2.conditions=[text, class, size]", f"stage2.prediction_type={target}", "stage2.evaluate_pictures=3",
         "stage2.beta_schedule=cosine",
     )  # fmt: skip
-    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text_encoder.of(settings.text)
+    stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
     denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.encode([""])[0])
@@ -113,31 +114,35 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     errors = {}
     with run.averaged("a test"), torch.no_grad():
         for name, part in chosen.items():
-            table = torch.zeros(3, len(LEVELS))
+            table = torch.zeros(3, len(EVAL_LOG_SNRS))
             for k, entry in enumerate(part):
                 x0 = vae.encode(to_tensor(cut(part.picture(k), (16, 16))[0])[None])
                 eps = normal(0, "validation", [k], x0.shape[1:])
-                for j, level in enumerate(LEVELS):
+                for j, level in enumerate(EVAL_LOG_SNRS):
                     t = process.time_at(torch.tensor([level]))
                     x_t = process.add_noise(x0, eps, t)
                     label = classes.index(entry.label) if entry.label in classes else len(classes)
                     sizes = torch.tensor([[entry.height, entry.width, 0, 0, 16, 16]]).float()
                     output = denoiser.unet(
-                        x_t, process.network_time(t), encoder.encode(entry.captions[:1]),
+                        x_t, process.model_time(t), encoder.encode(entry.captions[:1]),
                         class_labels=torch.tensor([label]),
                         added_cond_kwargs={"time_ids": sizes, "text_embeds": torch.zeros(1, 0)},
                     ).sample  # fmt: skip
                     snr = process.log_snr(t).exp()
                     alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
-                    guess = process.x0_of(output, x_t, t)
+                    guess = process.predict_x0(output, x_t, t)
                     scaled = x_t * alpha / process.alpha_sigma(t)[0]  # where α² + σ² = 1
                     v, v_hat = alpha * eps - sigma * x0, alpha * (scaled - alpha * guess) / sigma - sigma * guess
                     table[k, j] = (v - v_hat).square().mean()
             errors[name] = table.mean(0)
-    assert found.keys() == {"held_out_loss", "trained_on_loss", *(f"held_out_loss_at_{level:+.0f}" for level in LEVELS)}
+    assert found.keys() == {
+        "held_out_loss",
+        "trained_on_loss",
+        *(f"held_out_loss_at_{level:+.0f}" for level in EVAL_LOG_SNRS),
+    }
     for name, by_level in errors.items():
         assert found[f"{name}_loss"] == pytest.approx(float(by_level.mean()), rel=1e-4)
-    by_level = [found[f"held_out_loss_at_{level:+.0f}"] for level in LEVELS]
+    by_level = [found[f"held_out_loss_at_{level:+.0f}"] for level in EVAL_LOG_SNRS]
     assert by_level == pytest.approx(errors["held_out"].tolist(), rel=1e-4)
 
 
@@ -145,7 +150,7 @@ def test_without_held_out_pictures_nothing_is_measured(
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = few()
-    stage, process, encoder = settings.stage2, Process.of(settings.stage2), text_encoder.of(settings.text)
+    stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
     network = unet.build(stage, 4, 8, encoder.width)
     model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
     validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)

@@ -7,19 +7,20 @@ import torch
 from diffusers import DDIMScheduler
 
 from ldm.diffusion.distillation import ddim_step, pseudo_huber, target_of_two, x0_weight
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.few_steps import consistent, first_order, grid
 from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, scheduler
 
 PROCESSES = [
-    Process("flow"), Process("flow", shift=3.0), Process("v"), Process("x0", "cosine"),
-    Process("v", "cosine", zero_snr=True), Process("x0", zero_snr=True, timesteps=100),
+    DiffusionProcess("flow"), DiffusionProcess("flow", shift=3.0), DiffusionProcess("v"),
+    DiffusionProcess("x0", "cosine"),
+    DiffusionProcess("v", "cosine", zero_snr=True), DiffusionProcess("x0", zero_snr=True, timesteps=100),
 ]  # fmt: skip
 MEAN, SPREAD = 0.4, 0.7  # of the data, which are Gaussian
 
 
-def perfect(process: Process, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def perfect(process: DiffusionProcess, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """E[x_0 | z_t]."""
     alpha, sigma = process.alpha_sigma(t)
     return MEAN + alpha * SPREAD**2 * (z - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)
@@ -30,7 +31,7 @@ def noise(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_one_step_to_the_target_ends_where_the_teachers_two_did(process: Process) -> None:
+def test_one_step_to_the_target_ends_where_the_teachers_two_did(process: DiffusionProcess) -> None:
     (t, _, alpha, sigma), half = grid(process, 4), grid(process, 8)
     i, z = torch.arange(4), noise(4)
     x0 = perfect(process, z, t)
@@ -44,26 +45,26 @@ def test_one_step_to_the_target_ends_where_the_teachers_two_did(process: Process
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_grid_is_what_the_exported_scheduler_visits(process: Process) -> None:
-    told, told_at = [], grid(process, 5)
+def test_the_grid_is_what_the_exported_scheduler_visits(process: DiffusionProcess) -> None:
+    visited, levels = [], grid(process, 5)
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
-        told.append(level.t)
-        i = torch.full((len(x),), len(told) - 1)
-        x0 = perfect(process, x, told_at.t[i])
-        return process.target_of(x0, (x - told_at.alpha[i] * x0) / told_at.sigma[i], told_at.t[i])
+        visited.append(level.t)
+        i = torch.full((len(x),), len(visited) - 1)
+        x0 = perfect(process, x, levels.t[i])
+        return process.target_from(x0, (x - levels.alpha[i] * x0) / levels.sigma[i], levels.t[i])
 
     found = sample(denoise, Solver(first_order(process), 5, noise(3).device), noise(3))
-    assert torch.equal(torch.stack(told), told_at.told)
+    assert torch.equal(torch.stack(visited), levels.model_time)
     z = noise(3)
-    for i, t in enumerate(told_at.t):
-        at = told_at.alpha[i], told_at.sigma[i], told_at.alpha[i + 1], told_at.sigma[i + 1]
+    for i, t in enumerate(levels.t):
+        at = levels.alpha[i], levels.sigma[i], levels.alpha[i + 1], levels.sigma[i + 1]
         z = ddim_step(perfect(process, z, t.expand(3)), z, *at)
     torch.testing.assert_close(found, z, rtol=0, atol=1e-3 if process.zero_snr else 1e-5)  # they have α = 2⁻¹² for 0
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_half_as_many_steps_visit_every_other_level(process: Process) -> None:
+def test_half_as_many_steps_visit_every_other_level(process: DiffusionProcess) -> None:
     half, whole = grid(process, 5), grid(process, 10)
     for few, many in zip(half, whole, strict=True):
         torch.testing.assert_close(few, many[::2])
@@ -71,13 +72,13 @@ def test_half_as_many_steps_visit_every_other_level(process: Process) -> None:
 
 
 def test_steps_of_a_chain_are_those_of_diffusers_ddim_where_they_divide_it() -> None:
-    process = Process("v", "cosine")
+    process = DiffusionProcess("v", "cosine")
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
         at = level.t.expand(len(x))
         x0 = perfect(process, x, at)
         alpha, sigma = process.alpha_sigma(at)
-        return process.target_of(x0, (x - alpha * x0) / sigma, at)
+        return process.target_from(x0, (x - alpha * x0) / sigma, at)
 
     theirs = scheduler(process, "ddim")
     assert isinstance(theirs, DDIMScheduler)
@@ -88,18 +89,18 @@ def test_steps_of_a_chain_are_those_of_diffusers_ddim_where_they_divide_it() -> 
 
 
 def test_weighted_errors_of_x0_are_those_of_v_or_of_the_larger_of_x0_and_eps() -> None:
-    process, t = Process("v"), torch.tensor([5, 300, 700, 999])
+    process, t = DiffusionProcess("v"), torch.tensor([5, 300, 700, 999])
     x0, z = noise(4), noise(4).flip(0)
     alpha, sigma = process.alpha_sigma(t)
     error = (perfect(process, z, t) - x0).square()
     of_eps = ((z - alpha * x0) / sigma - (z - alpha * perfect(process, z, t)) / sigma).square()
-    of_v = [(process.target_of(x, (z - alpha * x) / sigma, t)) for x in (x0, perfect(process, z, t))]
+    of_v = [(process.target_from(x, (z - alpha * x) / sigma, t)) for x in (x0, perfect(process, z, t))]
     torch.testing.assert_close(x0_weight("v", alpha, sigma) * error, (of_v[0] - of_v[1]).square())
     torch.testing.assert_close(x0_weight("snr_truncated", alpha, sigma) * error, torch.maximum(error, of_eps))
 
 
 def test_a_consistency_model_is_sampled_as_its_process_says() -> None:
-    process = Process("v", "cosine", zero_snr=True)
+    process = DiffusionProcess("v", "cosine", zero_snr=True)
     solver = consistent(process, 20)
     solver.set_timesteps(4)
     t = solver.timesteps

@@ -15,26 +15,26 @@ from ldm.diffusion.likelihood import (
     reverse_step,
     step_kl,
 )
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 
 ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number, in nats
 CHAINS = [
-    Process(target, schedule, timesteps=timesteps, zero_snr=zero_snr)
+    DiffusionProcess(target, schedule, timesteps=timesteps, zero_snr=zero_snr)
     for target in ("eps", "x0", "v")
     for schedule in ("linear", "cosine", "sigmoid")
     for timesteps, zero_snr in ((20, False), (20, True))
     if not (zero_snr and target == "eps")
-] + [Process("eps", "scaled_linear")]
+] + [DiffusionProcess("eps", "scaled_linear")]
 
 
-def perfect(process: Process, std: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def perfect(process: DiffusionProcess, std: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The best denoiser of data N(0, std²): E[target | x_t], linear in x_t."""
 
     def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = process.alpha_sigma(t, x_t.dtype)
         variance = alpha**2 * std**2 + sigma**2
         x0, eps = alpha * std**2 / variance * x_t, sigma / variance * x_t
-        return process.target_of(x0, eps, t)
+        return process.target_from(x0, eps, t)
 
     return denoise
 
@@ -47,7 +47,7 @@ def signs(std: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("process", CHAINS, ids=str)
-def test_the_bound_of_standard_normal_data_is_its_entropy(process: Process) -> None:
+def test_the_bound_of_standard_normal_data_is_its_entropy(process: DiffusionProcess) -> None:
     """For such data the reverse steps have variance β exactly, and the prior is right: no bound is tighter."""
     x0, eps = signs(1.0)
     result = bound(process, perfect(process, 1.0), x0, lambda t: eps, variance="large")
@@ -58,7 +58,7 @@ def test_the_bound_of_standard_normal_data_is_its_entropy(process: Process) -> N
 
 @pytest.mark.parametrize("process", CHAINS, ids=str)
 @pytest.mark.parametrize("std", [0.3, 1.7])
-def test_a_learned_variance_reaches_the_entropy_of_any_gaussian(process: Process, std: float) -> None:
+def test_a_learned_variance_reaches_the_entropy_of_any_gaussian(process: DiffusionProcess, std: float) -> None:
     """With the exact variance of q(x_{t-1} | x_t) all that the bound loses is the prior's mismatch, in closed form."""
     denoise = perfect(process, std)
 
@@ -83,7 +83,7 @@ def test_a_learned_variance_reaches_the_entropy_of_any_gaussian(process: Process
 
 
 def test_a_worse_denoiser_has_a_worse_bound() -> None:
-    process = Process("v", "cosine", timesteps=50)
+    process = DiffusionProcess("v", "cosine", timesteps=50)
     x0, eps = signs(1.0)
     good = perfect(process, 1.0)
     bounds = [
@@ -96,7 +96,7 @@ def test_a_worse_denoiser_has_a_worse_bound() -> None:
 
 def test_bits_of_pixels_lie_just_above_those_of_the_best_code() -> None:
     """Gaussian data rounded to 256 levels; what is lost is the noise of x_1, a pixel's bin wide."""
-    process, std = Process("eps", "linear"), 0.2
+    process, std = DiffusionProcess("eps", "linear"), 0.2
     g = torch.Generator().manual_seed(0)
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)
     code = discrete_nll(values, torch.zeros(()).double(), torch.tensor(2 * math.log(std)).double()) / math.log(2)
@@ -148,7 +148,7 @@ def test_gaussian_terms_are_torchs_distributions() -> None:
 
 
 def test_a_step_towards_the_true_picture_costs_nothing() -> None:
-    process = Process("x0", "cosine", timesteps=50)
+    process = DiffusionProcess("x0", "cosine", timesteps=50)
     x0, eps = torch.randn(2, 5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([1, 5, 20, 40, 49])
     x_t = process.add_noise(x0, eps, t)
@@ -167,17 +167,17 @@ def normal_log_density(x: torch.Tensor, std: float) -> torch.Tensor:
 
 
 ODES = [
-    Process("eps", "linear"),
-    Process("x0", "cosine"),
-    Process("v", "cosine", zero_snr=True),
-    Process("v", "sigmoid", timesteps=400),
-    Process("flow"),
+    DiffusionProcess("eps", "linear"),
+    DiffusionProcess("x0", "cosine"),
+    DiffusionProcess("v", "cosine", zero_snr=True),
+    DiffusionProcess("v", "sigmoid", timesteps=400),
+    DiffusionProcess("flow"),
 ]
 
 
 @pytest.mark.parametrize("process", ODES, ids=str)
 @pytest.mark.parametrize("std", [0.5, 1.0, 1.5])
-def test_the_odes_density_of_gaussian_data_is_its_closed_form(process: Process, std: float) -> None:
+def test_the_odes_density_of_gaussian_data_is_its_closed_form(process: DiffusionProcess, std: float) -> None:
     x0 = std * torch.randn(4, 1, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # What is lost: the prior's mismatch where the chain stops short of noise, the first step's time, Heun's error.
     near = 5e-3 if process.schedule == "sigmoid" else 5e-4
@@ -187,7 +187,7 @@ def test_the_odes_density_of_gaussian_data_is_its_closed_form(process: Process, 
 
 
 def test_more_steps_bring_the_density_nearer_as_the_square() -> None:
-    process, std = Process("flow"), 0.5
+    process, std = DiffusionProcess("flow"), 0.5
     x0 = std * torch.randn(4, 1, 2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = [
         float((log_density(process, perfect(process, std), x0, steps) - normal_log_density(x0, std)).abs().max())
@@ -198,7 +198,7 @@ def test_more_steps_bring_the_density_nearer_as_the_square() -> None:
 
 
 def test_probes_of_signs_give_the_exact_divergence_where_it_is_diagonal() -> None:
-    process = Process("v", "cosine", timesteps=50)
+    process = DiffusionProcess("v", "cosine", timesteps=50)
     x0 = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probes = torch.randint(2, (1, *x0.shape), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
     denoise = perfect(process, 0.7)
@@ -207,7 +207,7 @@ def test_probes_of_signs_give_the_exact_divergence_where_it_is_diagonal() -> Non
 
 def test_probes_estimate_the_divergence_without_bias() -> None:
     """A denoiser that mixes the numbers of a picture; over all sign patterns the estimate's mean is exact."""
-    process = Process("flow")
+    process = DiffusionProcess("flow")
     x0 = torch.randn(2, 1, 3, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mix = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 
 from ldm.diffusion.likelihood import bound
 from ldm.diffusion.losses import DISTANCES, WEIGHTS, Uncertainty, distance, hybrid_loss, training_loss, weights
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import SCHEDULES
 
 PROCESSES = [
-    *(Process(target, schedule) for target in ("eps", "x0", "v") for schedule in SCHEDULES),
-    *(Process(target, schedule, zero_snr=True) for target in ("x0", "v") for schedule in SCHEDULES),
-    *(Process("v", schedule, timesteps=10, shift=2.0) for schedule in SCHEDULES),
-    Process("flow"),
+    *(DiffusionProcess(target, schedule) for target in ("eps", "x0", "v") for schedule in SCHEDULES),
+    *(DiffusionProcess(target, schedule, zero_snr=True) for target in ("x0", "v") for schedule in SCHEDULES),
+    *(DiffusionProcess("v", schedule, timesteps=10, shift=2.0) for schedule in SCHEDULES),
+    DiffusionProcess("flow"),
 ]
 
 
-def draw(process: Process, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw(process: DiffusionProcess, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, n, 2, 3, 3, generator=g)
     u = torch.linspace(0, 1 - 2**-24, n)  # the ends are the hard cases
@@ -30,7 +30,7 @@ def draw(process: Process, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, tor
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
 def test_every_schedule_target_weight_and_distance_gives_a_finite_loss_and_gradient(
-    process: Process, weight: str, kind: str
+    process: DiffusionProcess, weight: str, kind: str
 ) -> None:
     x0, eps, t = draw(process)
     prediction = torch.zeros_like(x0, requires_grad=True)
@@ -51,11 +51,11 @@ def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: 
     g = torch.Generator().manual_seed(0)
     x0, eps, wrong = torch.randn(3, 20, 1, 2, 2, generator=g, dtype=torch.float64)
     t = torch.arange(20, 940, 46)
-    x_t = Process("v", schedule).add_noise(x0, eps, t)
-    reference = Process("v", schedule)
+    x_t = DiffusionProcess("v", schedule).add_noise(x0, eps, t)
+    reference = DiffusionProcess("v", schedule)
     losses = [
         training_loss(process, reference.convert(wrong, x_t, t, process.target), x0, eps, t, weight=weight)
-        for process in (Process(target, schedule) for target in ("eps", "x0", "v"))
+        for process in (DiffusionProcess(target, schedule) for target in ("eps", "x0", "v"))
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-5, atol=0)
@@ -64,11 +64,11 @@ def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: 
 def test_min_snr_is_its_paper_for_every_target() -> None:
     """arXiv 2303.09556: min(SNR, γ) on x_0, over SNR on ε, over SNR + 1 on v."""
     t = torch.arange(0, 1000, 9)
-    alpha_bar = Process("eps").chain().alpha_bar[t]
+    alpha_bar = DiffusionProcess("eps").chain().alpha_bar[t]
     snr = (alpha_bar / (1 - alpha_bar)).float()
     for target, by in (("x0", 1), ("eps", snr), ("v", snr + 1)):
         expected = snr.clamp(max=5) / by
-        torch.testing.assert_close(weights("min_snr", Process(target), t), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(weights("min_snr", DiffusionProcess(target), t), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("target", "theirs"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
@@ -85,7 +85,7 @@ def test_min_snr_is_that_of_denoising_diffusion_pytorch(target: str, theirs: str
     reference = package.GaussianDiffusion(
         Network(), image_size=3, objective=theirs, beta_schedule="cosine", min_snr_loss_weight=True
     )
-    process = Process(target, "cosine")
+    process = DiffusionProcess(target, "cosine")
     t = torch.arange(0, 999, 27)
     torch.testing.assert_close(weights("min_snr", process, t), reference.loss_weight[t], rtol=1e-4, atol=1e-7)
     x0, eps = torch.randn(2, len(t), 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -95,13 +95,13 @@ def test_min_snr_is_that_of_denoising_diffusion_pytorch(target: str, theirs: str
 
 
 def test_soft_min_snr_is_half_the_harmonic_mean_of_snr_and_gamma() -> None:
-    process, t = Process("x0"), torch.arange(0, 1000, 9)
+    process, t = DiffusionProcess("x0"), torch.arange(0, 1000, 9)
     snr = process.log_snr(t).exp()
     torch.testing.assert_close(weights("soft_min_snr", process, t, gamma=4), 1 / (1 / snr + 1 / 4), rtol=1e-4, atol=0)
 
 
 def test_p2_is_its_paper() -> None:
-    process, t = Process("eps"), torch.arange(0, 1000, 9)
+    process, t = DiffusionProcess("eps"), torch.arange(0, 1000, 9)
     snr = process.log_snr(t).exp()
     torch.testing.assert_close(weights("p2", process, t), 1 / (1 + snr), rtol=1e-4, atol=0)
     torch.testing.assert_close(weights("p2", process, t, gamma=0.5, k=2), (2 + snr) ** -0.5, rtol=1e-4, atol=0)
@@ -110,7 +110,7 @@ def test_p2_is_its_paper() -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_the_sigmoid_weight_sums_to_the_same_integral_over_log_snr_on_every_schedule(schedule: str) -> None:
     """arXiv 2303.00848: ∫ sigmoid(b − λ) dλ = softplus(b − λ_min) − softplus(b − λ_max), whatever the times between."""
-    process, t = Process("eps", schedule), torch.arange(1, 990)  # the last steps are clipped: they leap
+    process, t = DiffusionProcess("eps", schedule), torch.arange(1, 990)  # the last steps are clipped: they leap
     log_snr = process.log_snr(t)
     total = weights("sigmoid", process, t, bias=-1.0).double().sum() / 1000
     ends = F.softplus(-1 - log_snr[[-1, 0]].double())
@@ -120,7 +120,7 @@ def test_the_sigmoid_weight_sums_to_the_same_integral_over_log_snr_on_every_sche
 def test_the_sigmoid_weight_of_a_flow_has_the_slope_of_its_log_snr() -> None:
     t = torch.linspace(0.01, 0.99, 50)
     step = 1e-3
-    flow = Process("flow")
+    flow = DiffusionProcess("flow")
     slope = (flow.log_snr(t - step) - flow.log_snr(t + step)) / (2 * step)
     expected = torch.sigmoid(2 - flow.log_snr(t)) * slope * (1 - t) ** 2
     torch.testing.assert_close(weights("sigmoid", flow, t, bias=2), expected, rtol=1e-2, atol=1e-4)
@@ -139,7 +139,7 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="distance: 'l3' is not l2, l1 or huber"):
         distance("l3", a, a)
     with pytest.raises(ValueError, match="weight: 'snr' is not uniform, min_snr"):
-        weights("snr", Process("eps"), torch.tensor([1]))
+        weights("snr", DiffusionProcess("eps"), torch.tensor([1]))
 
 
 def test_uncertainty_changes_nothing_at_first_and_learns_the_size_of_the_loss() -> None:
@@ -170,8 +170,10 @@ def test_uncertainty_does_not_depend_on_the_runs_seed() -> None:
     assert torch.equal(one.phases, two.phases)
 
 
-def learned(n: int = 6) -> tuple[Process, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    process = Process("eps", "cosine", timesteps=50)
+def learned(
+    n: int = 6,
+) -> tuple[DiffusionProcess, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    process = DiffusionProcess("eps", "cosine", timesteps=50)
     g = torch.Generator().manual_seed(0)
     x0, eps, guess, v = torch.randn(4, n, 2, 3, 3, generator=g)
     t = torch.arange(n) * 9
@@ -193,13 +195,13 @@ def test_the_bound_teaches_the_variance_alone(decoder: str) -> None:
 @pytest.mark.parametrize("decoder", ["gaussian", "discrete"])
 def test_the_hybrid_loss_is_the_simple_one_and_a_share_of_the_whole_bound(decoder: str) -> None:
     """Over all t, T times the term at t is on average the bound's sum: arXiv 2102.09672, eqs. 4 and 16."""
-    process, t = Process("v", "cosine", timesteps=50), torch.arange(50)
+    process, t = DiffusionProcess("v", "cosine", timesteps=50), torch.arange(50)
     g = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, 1, 2, 3, 3, generator=g, dtype=torch.float64).expand(2, 50, 2, 3, 3).clone()
     x0 = x0.clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
     output = torch.randn(50, 4, 3, 3, generator=g, dtype=torch.float64) / 3
     loss = hybrid_loss(process, output, x0, process.add_noise(x0, eps, t), eps, t, share=0.01, decoder=decoder)
-    simple = distance("l2", output[:, :2], process.target_of(x0, eps, t))
+    simple = distance("l2", output[:, :2], process.target_from(x0, eps, t))
     whole = bound(process, lambda x, t: output[t], x0[:1], lambda t: eps[:1], "learned", decoder)
     bits = float(whole.steps.sum()) / (math.log(2) if decoder == "gaussian" else 1)
     assert float((loss - simple).mean()) == pytest.approx(0.01 * bits, rel=1e-9)

@@ -8,14 +8,14 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion.likelihood import reverse_step
 from ldm.diffusion.parameterization import TARGETS
-from ldm.diffusion.process import TIMESTEPS, Process, betas, offset_noise, perturbed
+from ldm.diffusion.process import TIMESTEPS, DiffusionProcess, betas, offset_noise, perturbed
 from ldm.diffusion.schedules import SCHEDULES
 
 CHAINS = [(target, schedule) for target in ("eps", "x0", "v") for schedule in ("linear", "scaled_linear", "cosine")]
 EVERY = [*CHAINS, ("flow", "")]
 
 
-def draw(process: Process, n: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw(process: DiffusionProcess, n: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, n, 2, 3, 3, generator=g)
     return x0, eps, process.time(torch.rand(n, generator=g) * 0.9)
@@ -23,17 +23,17 @@ def draw(process: Process, n: int = 64) -> tuple[torch.Tensor, torch.Tensor, tor
 
 @pytest.mark.parametrize(("target", "schedule"), EVERY)
 def test_a_perfect_prediction_gives_the_picture_back(target: str, schedule: str) -> None:
-    process = Process(target, schedule)
+    process = DiffusionProcess(target, schedule)
     x0, eps, t = draw(process)
     x_t = process.add_noise(x0, eps, t)
-    torch.testing.assert_close(process.x0_of(process.target_of(x0, eps, t), x_t, t), x0, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(process.predict_x0(process.target_from(x0, eps, t), x_t, t), x0, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
 def test_the_closed_form_is_the_chain_iterated(schedule: str) -> None:
     """DDPM, eq. 2 step by step against eq. 4: mean and variance of x_t for x_0 = 1."""
     mean, variance = 1.0, 0.0
-    process = Process("eps", schedule)
+    process = DiffusionProcess("eps", schedule)
     for t, beta in enumerate(betas(schedule).tolist()):
         mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
         if t % 111 == 0:
@@ -48,37 +48,44 @@ def test_the_closed_form_is_the_chain_iterated(schedule: str) -> None:
 def test_schedules_and_targets_are_those_of_diffusers(ours: str, theirs: str) -> None:
     start, end = (0.0001, 0.02) if ours == "linear" else (0.00085, 0.012)
     reference = DDPMScheduler(beta_schedule=theirs, beta_start=start, beta_end=end)
-    process = Process("v", ours)
+    process = DiffusionProcess("v", ours)
     x0, eps, t = draw(process)
     torch.testing.assert_close(betas(ours).float(), reference.betas, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(process.add_noise(x0, eps, t), reference.add_noise(x0, eps, t), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(process.target_of(x0, eps, t), reference.get_velocity(x0, eps, t), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        process.target_from(x0, eps, t), reference.get_velocity(x0, eps, t), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_the_flow_target_is_the_derivative_of_its_path() -> None:
-    process = Process("flow")
+    process = DiffusionProcess("flow")
     x0, eps, t = (value.double() for value in draw(process))
     h = 1e-4
     slope = (process.add_noise(x0, eps, t + h) - process.add_noise(x0, eps, t - h)) / (2 * h)
-    torch.testing.assert_close(slope, process.target_of(x0, eps, t))
+    torch.testing.assert_close(slope, process.target_from(x0, eps, t))
 
 
 def test_training_times_cover_their_range() -> None:
     u = (torch.arange(10000) + 0.5) / 10000
-    chain = Process("eps").time(u)
+    chain = DiffusionProcess("eps").time(u)
     assert chain.min() == 0
     assert chain.max() == TIMESTEPS - 1
     assert torch.bincount(chain).unique().tolist() == [10]
-    flow = Process("flow", time_mean=0.5, time_std=0.8).time(u)
+    flow = DiffusionProcess("flow", time_mean=0.5, time_std=0.8).time(u)
     logit = torch.logit(flow)
     assert float(logit.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(logit.std()) == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    "process", [Process("flow", time_mean=0.5), Process("flow", shift=3.0), Process("v", times="logit_normal")]
+    "process",
+    [
+        DiffusionProcess("flow", time_mean=0.5),
+        DiffusionProcess("flow", shift=3.0),
+        DiffusionProcess("v", times="logit_normal"),
+    ],
 )
-def test_a_time_is_the_same_in_any_batch(process: Process) -> None:
+def test_a_time_is_the_same_in_any_batch(process: DiffusionProcess) -> None:
     u = torch.rand(64, generator=torch.Generator().manual_seed(0))
     for size in (1, 3, 8, 16, 40):
         assert torch.equal(torch.cat([process.time(part) for part in u.split(size)]), process.time(u)), size
@@ -93,7 +100,7 @@ def exact(n: int = 32, timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tenso
     return x0, eps, t
 
 
-def like(process: Process, kind: type, **options: object) -> Any:
+def like(process: DiffusionProcess, kind: type, **options: object) -> Any:
     """diffusers' scheduler on the very tables of a process, in float64."""
     reference = kind(process.timesteps, clip_sample=False, **options)
     table = process.chain()
@@ -104,7 +111,7 @@ def like(process: Process, kind: type, **options: object) -> Any:
 
 
 ON_A_CHAIN = [
-    Process(target, schedule, timesteps=timesteps, zero_snr=zero_snr, shift=shift)
+    DiffusionProcess(target, schedule, timesteps=timesteps, zero_snr=zero_snr, shift=shift)
     for target in ("eps", "x0", "v")
     for schedule in SCHEDULES
     for timesteps, zero_snr, shift in [(1000, False, 1.0), (50, False, 2.0), (100, True, 1.0), (30, True, 2.0)]
@@ -114,20 +121,20 @@ NAMES = [f"{p.target}-{p.schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in
 
 
 @pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: Process) -> None:
+def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: DiffusionProcess) -> None:
     x0, eps, t = exact(timesteps=process.timesteps)
     reference = like(process, DDPMScheduler)
     assert torch.equal(process.add_noise(x0, eps, t), reference.add_noise(x0, eps, t))
-    assert torch.equal(process.target_of(x0, eps, t, "v"), reference.get_velocity(x0, eps, t))
+    assert torch.equal(process.target_from(x0, eps, t, "v"), reference.get_velocity(x0, eps, t))
 
 
 @pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_them(process: Process) -> None:
+def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_them(process: DiffusionProcess) -> None:
     x0, eps, t = exact(timesteps=process.timesteps)
     names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
     reference = like(process, DDIMScheduler, prediction_type=names[process.target], set_alpha_to_one=True)
-    x_t, prediction = process.add_noise(x0, eps, t), process.target_of(x0, eps, t)
-    ours, noise = process.x0_of(prediction, x_t, t), process.eps_of(prediction, x_t, t)
+    x_t, prediction = process.add_noise(x0, eps, t), process.target_from(x0, eps, t)
+    ours, noise = process.predict_x0(prediction, x_t, t), process.predict_eps(prediction, x_t, t)
     before = process.chain().alpha_bar_before
     for i in range(len(t)):
         result = reference.step(prediction[i], int(t[i]), x_t[i])
@@ -137,7 +144,7 @@ def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_t
 
 
 @pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_the_posterior_is_the_step_of_diffusers_ddpm(process: Process) -> None:
+def test_the_posterior_is_the_step_of_diffusers_ddpm(process: DiffusionProcess) -> None:
     """Mean and variance; diffusers reckons β from the quotient of two ᾱ, hence equal only to rounding."""
     x0, eps, t = exact(timesteps=process.timesteps)
     reference = like(process, DDPMScheduler, prediction_type="sample")
@@ -157,7 +164,7 @@ def test_the_posterior_is_the_step_of_diffusers_ddpm(process: Process) -> None:
 
 
 @pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_the_posterior_is_bayes_rule(process: Process) -> None:
+def test_the_posterior_is_bayes_rule(process: DiffusionProcess) -> None:
     """q(x_{t-1} | x_0)·q(x_t | x_{t-1}), two Gaussians, against q(x_t | x_0)·q(x_{t-1} | x_t, x_0), at any x_{t-1}."""
     x0, eps, t = exact(timesteps=process.timesteps)
     t = t.clamp(min=1)
@@ -179,7 +186,7 @@ def test_the_posterior_is_bayes_rule(process: Process) -> None:
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_steps_one_by_one_lead_to_the_closed_form(zero_snr: bool) -> None:
     """DDPM, eq. 2 iterated on ±1 with every step's noise 0, and on 0 with one step's noise 1, against eq. 4."""
-    process = Process("v", "cosine", timesteps=40, zero_snr=zero_snr)
+    process = DiffusionProcess("v", "cosine", timesteps=40, zero_snr=zero_snr)
     mean, variance = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for step in range(40):
         t = torch.tensor([step])
@@ -191,42 +198,42 @@ def test_steps_one_by_one_lead_to_the_closed_form(zero_snr: bool) -> None:
         torch.testing.assert_close(variance, sigma**2, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("process", [*ON_A_CHAIN, Process("flow")], ids=[*NAMES, "flow"])
+@pytest.mark.parametrize("process", [*ON_A_CHAIN, DiffusionProcess("flow")], ids=[*NAMES, "flow"])
 @pytest.mark.parametrize("to", TARGETS)
-def test_a_prediction_converts_to_every_other_target(process: Process, to: str) -> None:
+def test_a_prediction_converts_to_every_other_target(process: DiffusionProcess, to: str) -> None:
     x0, eps, t = exact(timesteps=process.timesteps)
     t = process.time(torch.linspace(0.001, 0.999, len(t), dtype=torch.float64)) if process.target == "flow" else t
     x_t = process.add_noise(x0, eps, t)
-    converted = process.convert(process.target_of(x0, eps, t), x_t, t, to)
+    converted = process.convert(process.target_from(x0, eps, t), x_t, t, to)
     # sigma is 6e-3 at the least and alpha 2e-5, by which x0 and eps divide
-    torch.testing.assert_close(converted, process.target_of(x0, eps, t, to), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(converted, process.target_from(x0, eps, t, to), rtol=1e-9, atol=1e-9)
 
 
 def test_at_zero_terminal_snr_v_is_minus_the_picture_and_eps_is_refused() -> None:
     x0, eps, _ = exact()
-    process, last = Process("v", zero_snr=True), torch.full((len(x0),), 999)
+    process, last = DiffusionProcess("v", zero_snr=True), torch.full((len(x0),), 999)
     x_t = process.add_noise(x0, eps, last)
     assert torch.equal(x_t, eps)
-    assert torch.equal(process.target_of(x0, eps, last), -x0)
-    assert torch.equal(process.x0_of(-x0, x_t, last), x0)
-    assert torch.equal(process.eps_of(-x0, x_t, last), eps)
+    assert torch.equal(process.target_from(x0, eps, last), -x0)
+    assert torch.equal(process.predict_x0(-x0, x_t, last), x0)
+    assert torch.equal(process.predict_eps(-x0, x_t, last), eps)
     with pytest.raises(ValueError, match="'eps' can't be used with zero_snr"):
-        Process("eps", zero_snr=True)
+        DiffusionProcess("eps", zero_snr=True)
 
 
 def test_impossible_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="target: 'noise' is not eps, x0, v or flow"):
-        Process("noise")
+        DiffusionProcess("noise")
     with pytest.raises(ValueError, match="schedule: 'quadratic'"):
-        Process("eps", "quadratic")
+        DiffusionProcess("eps", "quadratic")
     with pytest.raises(ValueError, match="times: 'often'"):
-        Process("eps", times="often")
+        DiffusionProcess("eps", times="often")
     with pytest.raises(ValueError, match="shift: 0"):
-        Process("flow", shift=0)
+        DiffusionProcess("flow", shift=0)
     with pytest.raises(ValueError, match="a flow has no chain"):
-        Process("flow").chain()
+        DiffusionProcess("flow").chain()
     with pytest.raises(ValueError, match="target: 'noise'"):
-        Process("eps").target_of(*exact(), "noise")
+        DiffusionProcess("eps").target_from(*exact(), "noise")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
@@ -239,13 +246,13 @@ def test_the_process_is_that_of_denoising_diffusion_pytorch(target: str, theirs:
         self_condition = False
 
     reference = package.GaussianDiffusion(Network(), image_size=3, objective=theirs, beta_schedule=schedule)
-    process = Process(target, schedule)
+    process = DiffusionProcess(target, schedule)
     x0, eps, t = exact()
     x0, eps = x0.float(), eps.float()
     x_t = process.add_noise(x0, eps, t)
     near = {"rtol": 2e-4, "atol": 2e-4} if schedule == "sigmoid" else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(x_t, reference.q_sample(x0, t, eps), **near)
-    torch.testing.assert_close(process.target_of(x0, eps, t, "v"), reference.predict_v(x0, t, eps), **near)
+    torch.testing.assert_close(process.target_from(x0, eps, t, "v"), reference.predict_v(x0, t, eps), **near)
     mean, variance, log_variance = process.posterior(x0, x_t, t)
     their_mean, their_variance, their_log_variance = reference.q_posterior(x0, x_t, t)
     torch.testing.assert_close(mean, their_mean, **near)
@@ -253,7 +260,7 @@ def test_the_process_is_that_of_denoising_diffusion_pytorch(target: str, theirs:
     later = t > 0  # at 0 they take the logarithm of 1e-20, we of the next variance, as Improved DDPM
     torch.testing.assert_close(log_variance[later], their_log_variance[later], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        process.x0_of(eps, x_t, t)[t < 900],
+        process.predict_x0(eps, x_t, t)[t < 900],
         {
             "eps": reference.predict_start_from_noise,
             "x0": lambda x_t, t, value: value,
@@ -266,13 +273,15 @@ def test_the_process_is_that_of_denoising_diffusion_pytorch(target: str, theirs:
 
 def test_training_times_of_any_chain_stay_on_it() -> None:
     u = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    assert Process("v", timesteps=7).time(u).tolist() == [0, 3, 6]
-    assert Process("v", timesteps=1).time(u).tolist() == [0, 0, 0]
-    assert Process("v", times="logit_normal").time(u).tolist() == [8, 500, 991]
-    assert Process("flow", times="uniform").time(u).tolist() == pytest.approx([0, 0.5, 1], abs=2e-6)
-    assert Process("flow", times="uniform", shift=3.0).time(u)[1] == 0.75
+    assert DiffusionProcess("v", timesteps=7).time(u).tolist() == [0, 3, 6]
+    assert DiffusionProcess("v", timesteps=1).time(u).tolist() == [0, 0, 0]
+    assert DiffusionProcess("v", times="logit_normal").time(u).tolist() == [8, 500, 991]
+    assert DiffusionProcess("flow", times="uniform").time(u).tolist() == pytest.approx([0, 0.5, 1], abs=2e-6)
+    assert DiffusionProcess("flow", times="uniform", shift=3.0).time(u)[1] == 0.75
     assert bool(
-        torch.isfinite(Process("flow", times="uniform").log_snr(Process("flow", times="uniform").time(u))).all()
+        torch.isfinite(
+            DiffusionProcess("flow", times="uniform").log_snr(DiffusionProcess("flow", times="uniform").time(u))
+        ).all()
     )
 
 
@@ -287,7 +296,7 @@ def test_offset_noise_and_perturbation_add_the_variance_that_they_promise() -> N
 
 def test_a_learned_variance_lies_between_its_two_bounds() -> None:
     """Improved DDPM, eq. 15, against diffusers' `learned_range`."""
-    process = Process("eps", "cosine", timesteps=100)
+    process = DiffusionProcess("eps", "cosine", timesteps=100)
     reference = like(process, DDPMScheduler, variance_type="learned_range")
     v = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(1, 2, 3, 3)
     for step in (1, 50, 98):
@@ -298,41 +307,48 @@ def test_a_learned_variance_lies_between_its_two_bounds() -> None:
         assert float(ours.flatten()[-1]) == pytest.approx(float(large))
 
 
-@pytest.mark.parametrize("process", [Process("eps", "cosine"), Process("v", "scaled_linear", zero_snr=True, shift=2.0)])
+@pytest.mark.parametrize(
+    "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("v", "scaled_linear", zero_snr=True, shift=2.0)]
+)
 def test_a_respaced_chain_has_the_noise_levels_that_it_keeps_and_tells_the_network_their_numbers(
-    process: Process,
+    process: DiffusionProcess,
 ) -> None:
     whole = process.chain().alpha_bar
     for steps in (1, 7, 50, 1000):
         few = process.respaced(steps)
-        told = few.network_time(torch.arange(steps))
-        assert int(told[-1]) == process.timesteps - 1  # the noisiest, where sampling starts
-        torch.testing.assert_close(few.chain().alpha_bar, whole[told], atol=1e-12, rtol=1e-9)
+        model_timesteps = few.model_time(torch.arange(steps))
+        assert int(model_timesteps[-1]) == process.timesteps - 1  # the noisiest, where sampling starts
+        torch.testing.assert_close(few.chain().alpha_bar, whole[model_timesteps], atol=1e-12, rtol=1e-9)
     twice = process.respaced(100).respaced(10)
-    assert twice.told == process.respaced(10).told
+    assert twice.model_timesteps == process.respaced(10).model_timesteps
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"steps: {steps}; give 1 to 1000"):
             process.respaced(steps)
 
 
 def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
-    process, x = Process("eps", "scaled_linear"), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    process, x = (
+        DiffusionProcess("eps", "scaled_linear"),
+        torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
+    )
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     rule = DDPMScheduler(
         trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False
     )  # fmt: skip
     rule.set_timesteps(20)
     few = process.respaced(20)
-    assert few.told == tuple(rule.timesteps.flip(0).tolist())
+    assert few.model_timesteps == tuple(rule.timesteps.flip(0).tolist())
     for i in (1, 10, 19):
         mean, log_variance = reverse_step(few, eps, x, torch.full((2,), i))
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-        expected = rule.step(eps, few.told[i], x, generator=torch.Generator().manual_seed(2)).prev_sample
+        expected = rule.step(eps, few.model_timesteps[i], x, generator=torch.Generator().manual_seed(2)).prev_sample
         torch.testing.assert_close(mean + (0.5 * log_variance).exp() * noise, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("process", [Process("eps", "cosine"), Process("x0", "log_linear"), Process("flow")])
-def test_the_time_of_a_log_snr_has_that_log_snr(process: Process) -> None:
+@pytest.mark.parametrize(
+    "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("x0", "log_linear"), DiffusionProcess("flow")]
+)
+def test_the_time_of_a_log_snr_has_that_log_snr(process: DiffusionProcess) -> None:
     wanted = torch.linspace(-6, 6, 25)
     found = process.log_snr(process.time_at(wanted))
     torch.testing.assert_close(found, wanted, atol=1e-4 if process.target == "flow" else 0.1, rtol=0)

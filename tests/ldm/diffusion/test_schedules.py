@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import (
     SCHEDULES,
     LearnedSchedule,
@@ -73,8 +73,8 @@ def test_the_noise_at_the_end_hardly_depends_on_the_number_of_steps(schedule: st
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_zero_terminal_snr_is_exactly_zero_and_the_start_stays(schedule: str, shift: float) -> None:
-    table = Process("v", schedule, zero_snr=True, shift=shift).chain()
-    without = Process("v", schedule, shift=shift).chain()
+    table = DiffusionProcess("v", schedule, zero_snr=True, shift=shift).chain()
+    without = DiffusionProcess("v", schedule, shift=shift).chain()
     assert float(table.alpha_bar[-1]) == 0
     assert float(table.alpha_bar[0]) == pytest.approx(float(without.alpha_bar[0]), abs=1e-12)
     assert bool(torch.isfinite(table.log_snr).all())
@@ -179,6 +179,6 @@ def test_one_backward_pass_lowers_the_loss_by_the_network_and_its_variance_by_th
 
 def test_what_the_network_is_told_of_a_learned_schedule_is_its_place_on_the_log_linear_chain() -> None:
     schedule = LearnedSchedule()
-    chain = Process("eps", "log_linear", timesteps=200)
+    chain = DiffusionProcess("eps", "log_linear", timesteps=200)
     t = torch.arange(200)
     torch.testing.assert_close(schedule.chain_time(chain.log_snr(t), 200), t.float(), atol=2e-3, rtol=0)

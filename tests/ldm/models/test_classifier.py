@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from ldm.config.schema import SOLVERS, STRAIGHT, ClassifierConfig, Stage1Config
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder, Identity, build
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.solvers import scheduler
 from ldm.utils.errors import UserError
 
 SMALL = {"channels": (16, 32), "layers": 1, "attention": (False, True), "attention_head_dim": 8, "norm_num_groups": 4}
-CHAIN, FLOW = Process("v"), Process("flow")
+CHAIN, FLOW = DiffusionProcess("v"), DiffusionProcess("flow")
 
 
-def small(process: Process = CHAIN, autoencoder: Autoencoder | None = None) -> NoisyClassifier:
+def small(process: DiffusionProcess = CHAIN, autoencoder: Autoencoder | None = None) -> NoisyClassifier:
     torch.manual_seed(0)
     pixels = autoencoder or Autoencoder(Identity())
     return NoisyClassifier.of(ClassifierConfig(**SMALL), pixels, process, ["cat", "dog", "owl"]).eval()
@@ -84,7 +84,7 @@ def test_pictures_may_have_any_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("process", [CHAIN, FLOW], ids=["chain", "flow"])
-def test_a_saved_classifier_comes_back_equal(process: Process, tmp_path: Path) -> None:
+def test_a_saved_classifier_comes_back_equal(process: DiffusionProcess, tmp_path: Path) -> None:
     classifier, (x, t, _) = small(process), batch()
     classifier.save_pretrained(tmp_path / "model")
     for folder in (tmp_path, tmp_path / "model"):
@@ -107,14 +107,19 @@ def test_what_is_no_classifier_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "process",
-    [CHAIN, Process("eps", "cosine", timesteps=20), Process("v", zero_snr=True), Process("eps", shift=2.0)],
+    [
+        CHAIN,
+        DiffusionProcess("eps", "cosine", timesteps=20),
+        DiffusionProcess("v", zero_snr=True),
+        DiffusionProcess("eps", shift=2.0),
+    ],
     ids=["v", "eps", "zero snr", "shifted"],
 )
-def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: Process, solver: str) -> None:
+def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: DiffusionProcess, solver: str) -> None:
     autoencoder = Autoencoder(Identity())
     classifier = small(process)
     classifier.check(scheduler(process, solver), autoencoder)
-    for other in (Process("v", "linear"), Process("v", timesteps=50), FLOW):
+    for other in (DiffusionProcess("v", "linear"), DiffusionProcess("v", timesteps=50), FLOW):
         with pytest.raises(UserError, match="another process's noise"):
             classifier.check(scheduler(other, "dpm++" if other is FLOW else solver), autoencoder)
 

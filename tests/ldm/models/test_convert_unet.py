@@ -153,9 +153,9 @@ def test_heads_and_groups_that_a_file_does_not_tell_are_the_configurations(root:
     path = saved(tmp_path / "file.safetensors", in_original_layout(made("1")))
     found = unet.load(of(root, path, attention_head_dim=16, norm_num_groups=4), 4, 8, 24)
     assert tuple(found.config.attention_head_dim) == (2, 4) and found.config.norm_num_groups == 4
-    with pytest.raises(UserError, match=r"stage2\.groups is 24"):
+    with pytest.raises(UserError, match=r"stage2\.norm_num_groups is 24"):
         unet.load(of(root, path, norm_num_groups=24), 4, 8, 24)
-    with pytest.raises(UserError, match=r"stage2\.head_size is 24, which doesn't divide its width 32"):
+    with pytest.raises(UserError, match=r"stage2\.attention_head_dim is 24, which doesn't divide its width 32"):
         unet.load(of(root, path, attention_head_dim=24), 4, 8, 24)
 
 

@@ -10,7 +10,7 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention
 
 from ldm.config import loader
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import unet
 from ldm.models.conditioning import Condition, predict
 from ldm.sampling.solvers import scheduler
@@ -159,7 +159,7 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
         unet.load(stage, 3, 16, 384)
     with pytest.raises(UserError, match=r"cross_attention_dim 384, but the text encoder's width are 32|384"):
         unet.load(stage, 4, 16, 32)
-    scheduler(Process("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
+    scheduler(DiffusionProcess("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match=r"stage2\.target: 'v', but .* set stage2\.target=eps"):
         unet.load(stage.model_copy(update={"prediction_type": "v"}), 4, 16, 384)
 

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from gaussian import M, S, perfect, solver_of
 
-from ldm.diffusion.parameterization import answer, noise, picture
-from ldm.diffusion.process import Process
+from ldm.diffusion.parameterization import predict_eps, predict_x0, target_from
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition
 from ldm.sampling.guidance import by_classifier, classifier_free, rescaled, thresholded
 from ldm.sampling.loop import sample
@@ -69,10 +69,10 @@ def test_autoguidance_extrapolates_from_a_weaker_network_with_the_same_condition
 
 
 def test_rescaling_is_diffusers_own_and_gives_the_deviation_back() -> None:
-    guided, told = 5 * torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    torch.testing.assert_close(rescaled(guided, told, 0.7), rescale_noise_cfg(guided, told, 0.7))
-    torch.testing.assert_close(rescaled(guided, told, 1.0).std((1, 2, 3)), told.std((1, 2, 3)))
-    assert torch.equal(rescaled(guided, told, 0.0), guided)
+    guided, conditional = 5 * torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    torch.testing.assert_close(rescaled(guided, conditional, 0.7), rescale_noise_cfg(guided, conditional, 0.7))
+    torch.testing.assert_close(rescaled(guided, conditional, 1.0).std((1, 2, 3)), conditional.std((1, 2, 3)))
+    assert torch.equal(rescaled(guided, conditional, 0.0), guided)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -80,12 +80,14 @@ def test_thresholding_is_diffusers_own(target: str) -> None:
     alpha, sigma = (0.6, 0.8) if target != "flow" else (0.4, 0.6)
     level = Level(torch.tensor(0), alpha, sigma, 0.5)
     x, x0 = torch.randn(3, 3, 8, 8), 2 * torch.randn(3, 3, 8, 8)
-    prediction = answer(target, x0, (x - alpha * x0) / sigma, alpha, sigma)
+    prediction = target_from(target, x0, (x - alpha * x0) / sigma, alpha, sigma)
     found = thresholded(lambda *_: prediction, target, 0.9)(x, level)
     theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=100.0)
-    kept = picture(target, found, x, alpha, sigma)
+    kept = predict_x0(target, found, x, alpha, sigma)
     torch.testing.assert_close(kept, theirs._threshold_sample(x0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(alpha * kept + sigma * noise(target, found, x, alpha, sigma), x)  # still of this x_t
+    torch.testing.assert_close(
+        alpha * kept + sigma * predict_eps(target, found, x, alpha, sigma), x
+    )  # still of this x_t
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -96,7 +98,7 @@ def test_a_classifiers_pull_moves_eps_by_its_formula(target: str) -> None:
     x, prediction, slope = torch.randn(3, 2, 4, 4).unbind()[0:3]
     x, prediction, slope = x[None], prediction[None], slope[None]
     found = by_classifier(lambda *_: prediction, target, lambda *_: slope, 2.5)(x, level)
-    before, after = (noise(target, each, x, alpha, sigma) for each in (prediction, found))
+    before, after = (predict_eps(target, each, x, alpha, sigma) for each in (prediction, found))
     torch.testing.assert_close(after, before - sigma * 2.5 * slope)
 
 
@@ -107,7 +109,7 @@ def test_a_perfect_classifier_at_scale_one_gives_the_class(name: str, target: st
 
     Guided by it, a model that knows no classes samples the one asked for.
     """
-    process = Process(target, "linear")
+    process = DiffusionProcess(target, "linear")
     solver = solver_of(process, name, 1000 if name == "ddpm" else 250)
     by_time = {float(level.t): level for level in solver.levels}
     ones = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -122,7 +124,7 @@ def test_a_perfect_classifier_at_scale_one_gives_the_class(name: str, target: st
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:  # of both: by Tweedie's formula
         eps = -level.sigma * of_both(x, level)
-        return answer(target, (x - level.sigma * eps) / level.alpha, eps, level.alpha, level.sigma)
+        return target_from(target, (x - level.sigma * eps) / level.alpha, eps, level.alpha, level.sigma)
 
     def gradient(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         level = by_time[float(t)]

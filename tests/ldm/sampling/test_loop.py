@@ -5,9 +5,9 @@ import torch
 from gaussian import M, perfect, solver_of
 
 from ldm.config.schema import SOLVERS
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition
-from ldm.sampling.loop import Kept, Step, between, in_tiles, initial_noise, sample
+from ldm.sampling.loop import InpaintMask, Step, between, in_tiles, initial_noise, sample
 
 
 def test_a_picture_s_noise_follows_from_its_own_seed() -> None:
@@ -29,12 +29,12 @@ def test_noise_between_two_is_noise() -> None:
 def test_a_start_from_a_picture_has_its_share_of_noise(solver: str, target: str) -> None:
     """What the network is given at the first level is α·x_0 + σ·ε, in every scheduler's own scale."""
     x0, eps = torch.full((2, 1, 1, 1), 0.9), torch.tensor([-1.0, 2.0]).reshape(2, 1, 1, 1)
-    rule = solver_of(Process(target), solver, 10)
+    rule = solver_of(DiffusionProcess(target), solver, 10)
     x = rule.begin(eps, x0, 6)
     i = 6 * rule.per_step
     level = rule.levels[i]
     torch.testing.assert_close(rule.input(x, i), level.alpha * x0 + level.sigma * eps, atol=1e-4, rtol=1e-4)
-    found = sample(perfect(target, 0.9, 0.0), solver_of(Process(target), solver, 10), eps, x0=x0, first=6)
+    found = sample(perfect(target, 0.9, 0.0), solver_of(DiffusionProcess(target), solver, 10), eps, x0=x0, first=6)
     torch.testing.assert_close(found, x0, atol=5e-3, rtol=0)
 
 
@@ -45,18 +45,20 @@ def test_what_is_kept_comes_back_as_it_was(solver: str, target: str) -> None:
     mask[..., :2] = 1
     eps = torch.randn(2, 1, 4, 4)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    rule = solver_of(Process(target), solver, 40)
-    found = sample(perfect(target), rule, eps, generators, kept=Kept(x0, mask, eps))
+    rule = solver_of(DiffusionProcess(target), solver, 40)
+    found = sample(perfect(target), rule, eps, generators, kept=InpaintMask(x0, mask, eps))
     assert torch.equal(found[..., 2:], x0[..., 2:])
     assert float((found[..., :2] - M).abs().mean()) < 0.6
 
 
 def test_each_step_tells_what_the_network_sees() -> None:
-    told: list[Step] = []
-    process = Process("flow")
-    x = sample(perfect("flow", 0.5, 0.0), solver_of(process, "euler", 7), torch.randn(2, 1, 1, 1), told=told.append)
-    assert [(step.number, step.total) for step in told] == [(i, 7) for i in range(1, 8)]
-    for step in told:
+    seen_steps: list[Step] = []
+    process = DiffusionProcess("flow")
+    x = sample(
+        perfect("flow", 0.5, 0.0), solver_of(process, "euler", 7), torch.randn(2, 1, 1, 1), callback=seen_steps.append
+    )
+    assert [(step.number, step.total) for step in seen_steps] == [(i, 7) for i in range(1, 8)]
+    for step in seen_steps:
         torch.testing.assert_close(step.x0, torch.full_like(x, 0.5), atol=1e-4, rtol=0)
 
 

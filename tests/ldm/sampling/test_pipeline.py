@@ -8,7 +8,7 @@ import torch
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
@@ -27,7 +27,7 @@ def model(root: Path) -> LatentDiffusion:
         )
     )
     network = unet.build(settings.stage2, 4, 16, encoder.width).eval()
-    return LatentDiffusion(encoder, network, vae, scheduler(Process("flow"), "dpm++"), steps=3, guidance=2.0)
+    return LatentDiffusion(encoder, network, vae, scheduler(DiffusionProcess("flow"), "dpm++"), steps=3, guidance=2.0)
 
 
 def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
     stage = Stage1Config(model=kind, layers=1, **{"latent_channels": 4, **SHAPES[kind]})
     vae = autoencoder.Autoencoder(autoencoder.build(stage, 16))
     network = unet.build(settings.stage2, vae.channels, 16 // vae.factor, model.text.width).eval()
-    one = LatentDiffusion(model.text, network, vae, scheduler(Process("flow"), "dpm++"), steps=2, guidance=2.0)
+    one = LatentDiffusion(model.text, network, vae, scheduler(DiffusionProcess("flow"), "dpm++"), steps=2, guidance=2.0)
     one.save(tmp_path / "pipeline")
     other = LatentDiffusion.load(tmp_path / "pipeline")
     assert type(other.autoencoder.vae) is type(vae.vae)

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from gaussian import M, S, drawn, perfect, solver_of
 
 from ldm.config.schema import SOLVERS, SPACINGS, STRAIGHT
-from ldm.diffusion.process import Process
-from ldm.sampling.guidance import Denoiser
+from ldm.diffusion.process import DiffusionProcess
+from ldm.sampling.guidance import PredictFn
 from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, name_of, scheduler, with_solver
 from ldm.utils.errors import UserError
@@ -30,7 +30,7 @@ REFUSED_AS_FULL_CHAIN = {"ddim": ("leading",), "dpm++": ("leading", "linspace"),
 @pytest.mark.parametrize("target", ["eps", "v", "x0", "flow"])
 def test_every_solver_turns_noise_into_the_data(solver: str, target: str) -> None:
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    x = drawn(Process(target, "linear"), solver, {"ddpm": 1000, "euler_a": 400}.get(solver, 100), noise)
+    x = drawn(DiffusionProcess(target, "linear"), solver, {"ddpm": 1000, "euler_a": 400}.get(solver, 100), noise)
     assert float(x.mean()) == pytest.approx(M, abs=0.02)
     assert float(x.std()) == pytest.approx(S, abs=0.02)
 
@@ -38,7 +38,7 @@ def test_every_solver_turns_noise_into_the_data(solver: str, target: str) -> Non
 @pytest.mark.parametrize("target", ["eps", "v", "flow"])
 def test_lcm_ends_at_what_the_network_sees(target: str) -> None:
     """A network that has learned one point gives it in a single step, whatever the noise; arXiv 2310.04378."""
-    process = Process(target, "scaled_linear")
+    process = DiffusionProcess(target, "scaled_linear")
     rule = with_solver(scheduler(process, "dpm++"), "lcm")
     for steps in (1, 4):
         solver = Solver(rule, steps, CPU, target)
@@ -46,7 +46,7 @@ def test_lcm_ends_at_what_the_network_sees(target: str) -> None:
         torch.testing.assert_close(x, torch.full_like(x, 0.9), atol=2e-3, rtol=0)
 
 
-def loop_of_diffusers(rule, denoise: Denoiser, noise: torch.Tensor, steps: int, target: str) -> torch.Tensor:
+def loop_of_diffusers(rule, denoise: PredictFn, noise: torch.Tensor, steps: int, target: str) -> torch.Tensor:
     """As its pipelines write it, a seed a picture."""
     rule.set_timesteps(steps)
     levels = Solver(type(rule).from_config(rule.config), steps, CPU, target).levels
@@ -62,7 +62,7 @@ def loop_of_diffusers(rule, denoise: Denoiser, noise: torch.Tensor, steps: int, 
 @pytest.mark.parametrize("target", ["eps", "v"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target: str, spacing: str | None) -> None:
-    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), Process(target)
+    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess(target)
     if spacing in REFUSED_SPACINGS.get(solver, ()):
         with pytest.raises(UserError, match=f"^spacing: {re.escape(solver)} has "):
             with_solver(scheduler(process, "dpm++"), solver, spacing)
@@ -74,7 +74,7 @@ def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target:
 
 @pytest.mark.parametrize("solver", STRAIGHT)
 def test_so_does_a_flow_s(solver: str) -> None:
-    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), Process("flow", shift=2.0)
+    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess("flow", shift=2.0)
     rule = with_solver(scheduler(process, "dpm++"), solver)
     expected = loop_of_diffusers(rule, perfect("flow"), noise, 12, "flow")
     assert torch.equal(drawn(process, solver, 12, noise), expected)
@@ -82,7 +82,7 @@ def test_so_does_a_flow_s(solver: str) -> None:
 
 def test_euler_on_a_flow_is_diffusers_flow_matching_euler() -> None:
     """Its own steps, at the times that our solver takes."""
-    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), Process("flow")
+    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess("flow")
     solver = solver_of(process, "euler", 10)
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(sigmas=[level.sigma for level in solver.levels])
@@ -103,7 +103,7 @@ def test_a_solver_s_error_falls_with_its_order(solver: str, target: str, spacing
     The largest error of nine of them, before the last step, which goes to no noise at all and is of first order in
     each; between step counts of which the second is four times the first. (UniPC of order 2 has a corrector.)
     """
-    process, errors = Process(target, "linear"), []
+    process, errors = DiffusionProcess(target, "linear"), []
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
     def quantile(x: torch.Tensor, level: Level) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_a_solver_s_error_falls_with_its_order(solver: str, target: str, spacing
 
 def test_ddim_on_a_flow_is_its_euler() -> None:
     """Translated to a chain of the same noise levels and back: x_s = α_s·x̂_0 + σ_s·ε̂ on any path."""
-    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), Process("flow", shift=1.5)
+    noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess("flow", shift=1.5)
     one, other = drawn(process, "ddim", 20, noise), drawn(process, "euler", 20, noise)
     torch.testing.assert_close(one, other, atol=5e-4, rtol=0)
 
@@ -132,7 +132,7 @@ def test_ddim_on_a_flow_is_its_euler() -> None:
 @pytest.mark.parametrize("target", ["eps", "v", "flow"])
 def test_ddim_with_eta_1_has_the_statistics_of_ddpm(target: str) -> None:
     """In each single step: the same mean and, over noise, the same deviation; DDIM, arXiv 2010.02502, section 4.1."""
-    process = Process(target, "linear")
+    process = DiffusionProcess(target, "linear")
     x = torch.full((1000, 1, 1, 1), 0.5)
     found = []
     for name in ("ddim", "ddpm"):
@@ -146,22 +146,22 @@ def test_ddim_with_eta_1_has_the_statistics_of_ddpm(target: str) -> None:
 
 def test_ddim_with_eta_0_adds_no_noise() -> None:
     noise = torch.zeros(2, 1, 1, 1)
-    x = drawn(Process("v"), "ddim", 20, noise)
+    x = drawn(DiffusionProcess("v"), "ddim", 20, noise)
     assert x[0] == x[1]
-    assert len(drawn(Process("v"), "ddim", 20, noise, eta=0.5).unique()) == 2
+    assert len(drawn(DiffusionProcess("v"), "ddim", 20, noise, eta=0.5).unique()) == 2
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "heun"])
 def test_a_flow_follows_its_straight_paths(solver: str) -> None:
     """The flow's ODE keeps quantiles: x_0 = m + s·ε."""
     noise = torch.linspace(-2, 2, 41).reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(drawn(Process("flow"), solver, 500, noise), M + S * noise, atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn(DiffusionProcess("flow"), solver, 500, noise), M + S * noise, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "flow"])
 def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> None:
     noise = torch.linspace(-9, 9, 5).reshape(-1, 1, 1, 1)  # wide, so that clipping would show
-    process, solvers = Process(target), STRAIGHT if target == "flow" else SOLVERS
+    process, solvers = DiffusionProcess(target), STRAIGHT if target == "flow" else SOLVERS
     for old, new in itertools.permutations(solvers, 2):
         one, other = (
             sample(perfect(target), Solver(rule, 20, CPU, target), noise, [torch.Generator().manual_seed(0)] * 5)
@@ -172,9 +172,9 @@ def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_scheduler_is_known_by_the_name_of_its_solver(solver: str) -> None:
-    assert name_of(scheduler(Process("eps"), solver)) == solver
+    assert name_of(scheduler(DiffusionProcess("eps"), solver)) == solver
     if solver in STRAIGHT:
-        assert name_of(scheduler(Process("flow"), solver)) == solver
+        assert name_of(scheduler(DiffusionProcess("flow"), solver)) == solver
 
 
 def test_a_model_of_others_may_come_with_any_scheduler() -> None:
@@ -189,17 +189,17 @@ def test_a_model_of_others_may_come_with_any_scheduler() -> None:
 
 def test_what_can_not_be_is_one_line() -> None:
     with pytest.raises(UserError, match=r"'ddim' can't be saved with a flow; use euler, dpm\+\+"):
-        scheduler(Process("flow"), "ddim")
+        scheduler(DiffusionProcess("flow"), "ddim")
     with pytest.raises(UserError, match="ddim has no 'karras'; use leading, trailing, linspace, or another solver"):
-        with_solver(scheduler(Process("eps"), "dpm++"), "ddim", "karras")
+        with_solver(scheduler(DiffusionProcess("eps"), "dpm++"), "ddim", "karras")
     with pytest.raises(UserError, match="lcm has its own"):
-        with_solver(scheduler(Process("eps"), "dpm++"), "lcm", "trailing")
+        with_solver(scheduler(DiffusionProcess("eps"), "dpm++"), "lcm", "trailing")
 
 
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])
 def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
     """EDM, arXiv 2206.00364, eq. 5, with ρ = 7; exponential: evenly in log σ."""
-    solver = solver_of(Process("eps", "linear"), "euler", 10, spacing)
+    solver = solver_of(DiffusionProcess("eps", "linear"), "euler", 10, spacing)
     sigmas = torch.tensor([level.sigma / level.alpha for level in solver.levels], dtype=torch.float64)
     shaped = sigmas ** (1 / 7) if spacing == "karras" else sigmas.log()
     torch.testing.assert_close(shaped.diff(), shaped.diff().mean().expand(9), rtol=1e-3, atol=0)
@@ -209,11 +209,12 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        Process("v", "scaled_linear", zero_snr=True), Process("v", "sigmoid", timesteps=400),
-        Process("eps", "cosine", shift=2.0), Process("eps", "log_linear"), Process("flow", shift=2.0),
+        DiffusionProcess("v", "scaled_linear", zero_snr=True), DiffusionProcess("v", "sigmoid", timesteps=400),
+        DiffusionProcess("eps", "cosine", shift=2.0), DiffusionProcess("eps", "log_linear"),
+        DiffusionProcess("flow", shift=2.0),
     ],
 )  # fmt: skip
-def test_a_scheduler_has_the_noise_levels_of_its_process(process: Process, solver: str) -> None:
+def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProcess, solver: str) -> None:
     """diffusers' own tables, read back from a saved configuration, are those of the process."""
     if process.target == "flow":
         if solver not in STRAIGHT:
@@ -241,7 +242,7 @@ def test_a_scheduler_has_the_noise_levels_of_its_process(process: Process, solve
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpm++", "unipc", "ddpm"])
 def test_a_zero_snr_chain_gives_the_brightness_that_others_miss(solver: str) -> None:
     """Data that are one bright value: sampled from pure noise they keep it, exactly where the chain ends in noise."""
-    process = Process("v", "scaled_linear", zero_snr=True)
+    process = DiffusionProcess("v", "scaled_linear", zero_snr=True)
     noise = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(i) for i in range(500)]
     x = sample(perfect("v", 0.9, 0.0), solver_of(process, solver, 20), noise, generators)
@@ -249,9 +250,9 @@ def test_a_zero_snr_chain_gives_the_brightness_that_others_miss(solver: str) -> 
 
 
 def test_solvers_leave_out_a_learned_variance_and_ddpm_uses_it() -> None:
-    process, plain = Process("eps", "cosine"), perfect("eps")
+    process, plain = DiffusionProcess("eps", "cosine"), perfect("eps")
 
-    def with_variance(v: float) -> Denoiser:
+    def with_variance(v: float) -> PredictFn:
         return lambda x, level: torch.cat([plain(x, level), torch.full_like(x, v)], dim=1)
 
     noise = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
@@ -260,7 +261,7 @@ def test_solvers_leave_out_a_learned_variance_and_ddpm_uses_it() -> None:
         found = sample(with_variance(0.3), Solver(with_solver(learned, solver), 10, CPU), noise)
         torch.testing.assert_close(found, sample(plain, Solver(scheduler(process, solver), 10, CPU), noise))
 
-    def ddpm(rule: object, denoise: Denoiser) -> torch.Tensor:
+    def ddpm(rule: object, denoise: PredictFn) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(len(noise))]
         return sample(denoise, Solver(rule, 50, CPU), noise, generators)
 
@@ -274,7 +275,7 @@ def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
     """euler_a's three steps had a deviation whose square was, by rounding, below zero."""
     noise = torch.linspace(-2, 2, 5).reshape(-1, 1, 1, 1)
     for steps in range(1, 8):
-        assert drawn(Process("v", "cosine"), solver, steps, noise).isfinite().all(), steps
+        assert drawn(DiffusionProcess("v", "cosine"), solver, steps, noise).isfinite().all(), steps
 
 
 @pytest.mark.parametrize("spacing", [None, *SPACINGS])
@@ -282,11 +283,14 @@ def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        Process("v", "cosine"), Process("v", "linear", zero_snr=True), Process("flow", shift=3.0, timesteps=60),
-        Process("eps", "scaled_linear"),
+        DiffusionProcess("v", "cosine"), DiffusionProcess("v", "linear", zero_snr=True),
+        DiffusionProcess("flow", shift=3.0, timesteps=60),
+        DiffusionProcess("eps", "scaled_linear"),
     ],
 )  # fmt: skip
-def test_every_number_of_steps_gives_a_picture_or_a_line(process: Process, solver: str, spacing: str | None) -> None:
+def test_every_number_of_steps_gives_a_picture_or_a_line(
+    process: DiffusionProcess, solver: str, spacing: str | None
+) -> None:
     """Also where neighbouring steps round to one time of the chain, or leave it."""
     noise = torch.randn(8, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     all_steps = [process.timesteps] if solver in ("ddim", "dpm++", "unipc") else []
@@ -303,7 +307,7 @@ def test_every_number_of_steps_gives_a_picture_or_a_line(process: Process, solve
 
 
 def test_ddpm_hears_a_learned_variance_whatever_the_model_was_saved_with() -> None:
-    process = Process("eps", "cosine")
+    process = DiffusionProcess("eps", "cosine")
     for saved in ("ddim", "dpm++", "ddpm"):
         rule = with_solver(scheduler(process, saved), "ddpm", learned=True)
         assert rule.config.variance_type == "learned_range"

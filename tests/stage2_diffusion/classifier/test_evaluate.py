@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.config.schema import ClassifierConfig
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.models.classifier import NoisyClassifier
 from stage2_diffusion.classifier import evaluate
@@ -72,7 +72,7 @@ def test_the_share_is_that_of_the_largest_logits_without_noise() -> None:
     settings = ClassifierConfig(
         channels=(16, 16), layers=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
     )
-    found = NoisyClassifier.of(settings, Autoencoder(Identity()), Process("v"), ["cat", "dog"]).eval()
+    found = NoisyClassifier.of(settings, Autoencoder(Identity()), DiffusionProcess("v"), ["cat", "dog"]).eval()
     x0 = torch.randn(40, 3, 8, 8)
     taken = found(x0, torch.tensor(0)).argmax(1)
     assert evaluate.recognised(found, x0, taken) == 1

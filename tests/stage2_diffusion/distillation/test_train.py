@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data.index import Index
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, predict
-from ldm.models.unet import build, hear_guidance, without_variance
+from ldm.models.unet import build, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import grid
 from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
@@ -51,7 +51,7 @@ def unet() -> Any:
 
 def asked(kind: Any, unet: Any, target: str = "flow", *more: Any, **settings: Any) -> tuple[Any, Any]:
     """A lesson, and what it asks of three latents."""
-    process = Process(target, zero_snr=target == "v")
+    process = DiffusionProcess(target, zero_snr=target == "v")
     g = torch.Generator().manual_seed(1)
     text, x0, null = (torch.randn(*shape, generator=g) for shape in ((3, 5, 16), (3, 4, 8, 8), (5, 16)))
     lesson = kind(unet, process, DistillConfig(guidance_to=4.0, **settings), 0, null, None, *more)
@@ -61,10 +61,10 @@ def asked(kind: Any, unet: Any, target: str = "flow", *more: Any, **settings: An
 def test_a_student_told_of_guidance_answers_at_first_as_its_teacher(unet: Any) -> None:
     x, t, text = torch.randn(3, 4, 8, 8), torch.tensor([1.0, 500.0, 999.0]), torch.randn(3, 5, 16)
     before = predict(unet, x, t, Condition(text))
-    hear_guidance(unet)
+    make_guidance_conditioned(unet)
     assert torch.equal(predict(unet, x, t, Condition(text, guidance=torch.tensor([1.0, 2.5, 4.0]))), before)
     unet.time_embedding.cond_proj.weight.data.normal_()
-    hear_guidance(unet)  # what it has learned stays
+    make_guidance_conditioned(unet)  # what it has learned stays
     assert not torch.equal(predict(unet, x, t, Condition(text, guidance=torch.tensor([1.0, 2.5, 4.0]))), before)
 
 
@@ -72,7 +72,9 @@ def test_the_target_of_guidance_is_the_guided_teacher_and_at_scale_1_the_conditi
     lesson, question = asked(Guidance, unet)
     text, w = question.condition.text, question.condition.guidance
     assert (w >= 1).all() and (w < 4).all() and len(set(w.tolist())) == 3
-    given, none = (predict(unet, question.z, question.told, Condition(e)) for e in (text, lesson.null.expand(3, 5, 16)))
+    given, none = (
+        predict(unet, question.z, question.model_time, Condition(e)) for e in (text, lesson.null.expand(3, 5, 16))
+    )
     torch.testing.assert_close(lesson.target(question, None), none + w[:, None, None, None] * (given - none))
     ones = question._replace(condition=Condition(text, guidance=torch.ones(3)))
     torch.testing.assert_close(lesson.target(ones, None), given)
@@ -85,11 +87,11 @@ def test_a_halving_asks_at_the_students_times_and_costs_nothing_where_the_target
 ) -> None:
     lesson, question = asked(Halving, unet, target, 4)
     process, own = lesson.process, grid(lesson.process, 4)
-    assert torch.equal(question.told, own.told[question.at])
-    hear_guidance(unet)
+    assert torch.equal(question.model_time, own.model_time[question.at])
+    make_guidance_conditioned(unet)
     found = lesson.target(question, None)
     t, alpha, sigma = own.t[question.at], own.alpha[question.at], own.sigma[question.at]
-    right = process.target_of(found, (question.z - alpha * found) / sigma, t)
+    right = process.target_from(found, (question.z - alpha * found) / sigma, t)
     assert (lesson.losses(right, question, found) < 1e-8).all()
     assert (lesson.losses(right + 1, question, found) > 1e-4).all()
 
@@ -98,7 +100,7 @@ def test_what_is_asked_follows_from_positions(unet: Any) -> None:
     lesson, _ = asked(Halving, unet, "flow", 8)
     x0, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 16)
     together, alone = (lesson.question(torch.tensor(n), x0[: len(n)], Condition(text[: len(n)])) for n in ([7, 8], [8]))
-    for name in ("z", "at", "told"):
+    for name in ("z", "at", "model_time"):
         assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
     assert torch.equal(together.condition.guidance[1:], alone.condition.guidance)
 
@@ -235,7 +237,7 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
         assert pipe.unet.config.time_cond_proj_dim
         assert json.loads((folder / "ldm.json").read_text())["steps"] == steps
         pipe.scheduler.set_timesteps(steps)
-        assert torch.equal(pipe.scheduler.timesteps, grid(Process("flow"), steps).told)
+        assert torch.equal(pipe.scheduler.timesteps, grid(DiffusionProcess("flow"), steps).model_time)
         guided, more = (drawn(folder, steps, guidance_scale=w) for w in (2.0, 4.0))
         assert np.abs(guided - ours(folder, guidance=2.0)).max() <= 1 / 255
         assert guided.shape == (1, 32, 32, 3)
