@@ -84,8 +84,8 @@ def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[
     }
     of_each = 1 if "prompts" in given or "labels" in given else share  # or in all, where nothing is asked for
     batch = min(sizes.SHEET_BATCH, run.passes.images)
-    told = run.dry_run.evaluated if run.dry_run else None
-    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, told=told, **of_mine)
+    callback = run.dry_run.evaluated if run.dry_run else None
+    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, callback=callback, **of_mine)
     return list(gather_object(pictures))[:count]
 
 
