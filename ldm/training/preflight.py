@@ -27,6 +27,7 @@ from accelerate.utils import gather_object, wait_for_everyone
 from ldm.config.loader import dump
 from ldm.config.schema import Config, Training
 from ldm.data import cache
+from ldm.data.crops import Augmentation
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
@@ -168,7 +169,11 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     small = config.model_copy(update=sections)
-    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    few = (
+        data.reported_in(folder / "data-report.jsonl")
+        if isinstance(data, Stream)
+        else _few(data, getattr(config, stage).batch)
+    )
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     _forget_peak(cuda)
     try:
@@ -220,7 +225,9 @@ def _times(every: int, training: Training, done: int) -> int:
 
 def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
     """Processes that encode the data side by side; each takes whole files of the cache."""
-    files = -(-len(data) * len(cache.variants_of(config, data)) // cache.PER_FILE) if isinstance(data, Index) else 1
+    if not isinstance(data, Index):
+        return 1
+    files = -(-len(data) * len(cache.variants_of(Augmentation.of(config.data), data)) // cache.PER_FILE)
     return max(1, min(processes, files))
 
 
