@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     pictures = seen(settings, encoder)
     if not pipeline.exists():
-        on_main(lambda: checks.check_on_pictures(settings, next(dataset.whole(pictures, 2)), state.device))
+        on_main(lambda: checks.check_on_pictures(settings, next(dataset.iter_images(pictures, 2)), state.device))
     if stages and state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
     for stage in stages if settings.run.preflight else ():
@@ -98,8 +98,14 @@ def made(settings: Config) -> str | Path:
 
 def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
     """The pictures, which have been looked at."""
-    pictures = Stream(settings) if settings.data.streaming else index.build(settings)
-    check.before_training(pictures, settings, encoder)
+    data, folder, conditions = settings.data, settings.run.dir, settings.stage2.conditions
+    pictures: Index | Stream
+    if data.streaming:
+        pictures = Stream(data, settings.cache_dir, folder / "data-report.jsonl", conditions)
+    else:
+        pictures = index.build(data, settings.cache_dir, conditions)
+    batches = (settings.stage1.batch, settings.stage2.batch)
+    check.before_training(pictures, folder, encoder, settings.text.model, batches)
     return pictures
 
 

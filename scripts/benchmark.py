@@ -49,9 +49,11 @@ from benchmark_sampling import beside_diffusers
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data import images, index
-from ldm.data.dataset import Feed, feed
+from ldm.data.cache import CacheOptions
+from ldm.data.crops import crop_resize
+from ldm.data.dataset import Stage2Dataset, stage2_dataset
 from ldm.data.index import Index
-from ldm.data.sampler import Positions
+from ldm.data.sampler import Positions, SampleSpec
 from ldm.distributed.launch import accelerator, join, precision
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.training.optimizer import DTYPES
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]  # fmt: skip
         overrides = [*given.overrides, *own]
         if given.what == "data":
-            data(loader.load(given.config, [*overrides, "data.latents=sample"]), given)
+            data(given, overrides)
         elif given.what == "stage1":
             stage1(given, overrides)
         elif given.what == "tiles":
@@ -119,26 +121,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compare(given, overrides)
 
 
-def data(settings: Config, given: argparse.Namespace) -> None:
+def data(given: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
+    settings = loader.load(given.config, [*overrides, "data.latents=sample"])
     device, seconds = accelerator(settings.run).device, given.seconds
     vae = _vae(settings).to(device)
     encoder = text_encoder.of(settings.text).to(device)
-    pictures = index.build(settings).select("train")
+    pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
 
-    live, reading = without_cache(settings), Report.of("samples", "/s", given)
-    on_the_fly = rate(feed(pictures, live, vae, encoder, device), live, 0, seconds)
-    reading.row("decoded and encoded on the fly", on_the_fly)
-    kept = feed(pictures, settings, vae, encoder, device)
+    stage, reading = settings.stage2, Report.of("samples", "/s", given)
+    spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
+
+    def samples(cache: CacheOptions | None) -> Stage2Dataset:
+        return stage2_dataset(pictures, spec, cache, vae, encoder, device, stage.image)
+
+    reading.row("decoded and encoded on the fly", rate(samples(None), stage.batch, 0, seconds))
+    cache = CacheOptions.of(settings.data, settings.cache_dir)
+    kept = samples(cache)
     for workers, state in itertools.product(WORKERS, ("cold", "warm")):
         if state == "cold":
             forget(settings.cache_dir)
-            kept = feed(pictures, settings, vae, encoder, device)
+            kept = samples(cache)
             forget(settings.cache_dir)  # its checksums were read
-        reading.row(f"from the cache, {state}, {workers} workers", rate(kept, settings, workers, seconds))
+        reading.row(f"from the cache, {state}, {workers} workers", rate(kept, stage.batch, workers, seconds))
 
     trained = Report.of("training", "img/s", given)
+    live = loader.load(
+        given.config, [*overrides, "data.latents=sample", "data.cache=none", f"run.dir={settings.run.dir / 'live'}"]
+    )
     trained.row("encoding on the fly", training(live, pictures, vae, encoder))
     trained.row("from the cache", training(settings, pictures, vae, encoder))
 
@@ -151,23 +162,13 @@ def _vae(settings: Config) -> autoencoder.Autoencoder:
     return autoencoder.Autoencoder(autoencoder.build(one, settings.data.size))
 
 
-def without_cache(settings: Config) -> Config:
-    return settings.model_copy(
-        update={
-            "data": settings.data.model_copy(update={"cache": "none"}),
-            "run": settings.run.model_copy(update={"dir": settings.run.dir / "live"}),
-        }
-    )
-
-
-def rate(samples: Feed, settings: Config, workers: int, seconds: float) -> float:
+def rate(samples: Stage2Dataset, batch: int, workers: int, seconds: float) -> float:
     """Encoded samples a second, in batches of stage two, after the first batch."""
-    batch = settings.stage2.batch
 
     def batches() -> Iterator[int]:
         positions = Positions(0, 1_000_000, batch, 1, 0, 1)
         for found in torch.utils.data.DataLoader(samples.dataset, batch_sampler=positions, num_workers=workers):  # type: ignore[arg-type]
-            x0, _ = samples.encoded(found)
+            x0, _ = samples.encode(found)
             yield len(x0)
 
     reading = batches()
@@ -224,7 +225,11 @@ def _train_stage1(file: Path, overrides: list[str], row: Row) -> float:
     """Images a second."""
     own = [*STAGE1[row.who], *row.overrides, f"run.precision={row.precision}"]
     settings = loader.load(file, [*overrides, *own])
-    return settings.stage1.batch / _step_time(lines_of(train_autoencoder, settings, index.build(settings)))
+    return settings.stage1.batch / _step_time(
+        lines_of(
+            train_autoencoder, settings, index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+        )
+    )
 
 
 def tiles(given: argparse.Namespace, overrides: list[str], side: int = 2048) -> None:
@@ -242,7 +247,8 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
     settings = loader.load(file, overrides)
     device = accelerator(settings.run).device
     vae = _vae(settings)
-    picture = images.to_tensor(images.cut(index.build(settings).picture(0), (side, side))[0])[None]
+    pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+    picture = images.to_tensor(crop_resize(pictures.picture(0), (side, side))[0])[None]
     latents = vae.to(device).encode(picture)
     autoencoder.WHOLE = whole
     forget_peak()
@@ -295,7 +301,7 @@ def _measured(file: Path, overrides: list[str], row: Row) -> dict[str, float]:
     """Images a second, the device's peak in FLOP/s, the share of waiting, fp16's skipped steps and loss scale."""
     settings = loader.load(file, [*overrides, *row.overrides, f"run.precision={row.precision}"])
     peak = matmul_peak(accelerator(settings.run).device, DTYPES[row.precision])
-    pictures = index.build(settings).select("train")
+    pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions).select("train")
     lines = LOOPS[row.who](settings, pictures, _vae(settings), text_encoder.of(settings.text))
     waited = [line["waiting"] for line in lines[2:] if "waiting" in line]
     found = {"rate": settings.stage2.batch / _step_time(lines), "peak": peak}

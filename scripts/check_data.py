@@ -19,6 +19,7 @@ import torch
 from ldm.config import loader
 from ldm.data import check, images, index, sources
 from ldm.data.records import Bad
+from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
 from ldm.models import text_encoder
@@ -42,16 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_index(settings: loader.Config) -> int:
-    folder, found = settings.run.dir, index.build(settings)
+    stage, folder = settings.stage2, settings.run.dir
+    found = index.build(settings.data, settings.cache_dir, stage.conditions)
     found.report(folder / "data-report.json")
     for _, bad in zip(range(20), found.bad(), strict=False):
         print(f"bad        {bad}")
     if found.bad_count() > 20:
         print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
     if len(found):
-        encoder = text_encoder.of(settings.text) if settings.stage2.text else None
-        print(check.describe(check.facts(found, settings, encoder)))
-        check.sheet(found.select("train"), settings).save(folder / "data-sheet.png")
+        encoder = text_encoder.of(settings.text) if stage.text else None
+        print(check.describe(check.facts(found, encoder, settings.text.model)))
+        spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
+        check.sheet(found.select("train"), spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
     if problem := found.verdict(folder / "data-report.json"):
         print(f"training would stop: {problem}")
@@ -62,7 +65,8 @@ def check_index(settings: loader.Config) -> int:
 
 def check_stream(settings: loader.Config) -> int:
     """The beginning of a stream stands for all of it."""
-    data, stream = settings.data, Stream(settings)
+    data, report = settings.data, settings.run.dir / "data-report.jsonl"
+    stream = Stream(data, settings.cache_dir, report, settings.stage2.conditions)
     print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")
     good = bad = 0
     shown = list[tuple[torch.Tensor, str]]()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ldm.config import loader
 from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data import images, index
+from ldm.data.crops import crop_resize
 from ldm.data.index import Index
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.prompt_following import by_pixels, following, nearest
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--count: {given.count}; give 2 or more")
     how = Sampling(given.steps, given.guidance, given.solver, given.spacing)
     settings = _settings(given.run)
-    records = index.build(settings)
+    records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     if not len(records):
         raise UserError(f"{settings.data.name}: no picture is left to compare with")
     model = LatentDiffusion.load(given.model or given.run / "pipeline").optimize_for_inference(given.precision)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
 
     square = (settings.data.size, settings.data.size)
-    real = torch.stack([images.to_tensor(images.cut(records.picture(i), square)[0]) for i in range(len(records))])
+    real = torch.stack([images.to_tensor(crop_resize(records.picture(i), square)[0]) for i in range(len(records))])
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
     known = {by: of(real) for by, of in features.items()}
     pictures: dict[int, torch.Tensor] = {}  # by the number of the real one that its prompt describes

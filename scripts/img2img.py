@@ -15,7 +15,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 from asked import opened, size_of
 from pictures import draw, parser
 
-from ldm.data.images import cut
+from ldm.data.crops import crop_resize
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
 
@@ -38,7 +38,7 @@ def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
     picture = opened("--image", given.image)
     size = tuple(given.size) if given.size else fitting(picture.size, model)
     model.check_size(size)
-    return {"image": cut(picture, size)[0]}
+    return {"image": crop_resize(picture, size)[0]}
 
 
 def fitting(size: tuple[int, int], model: LatentDiffusion) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from asked import opened, size_of
 from pictures import draw, parser
 from PIL import ImageOps
 
-from ldm.data.images import cut
+from ldm.data.crops import crop_resize
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
 
@@ -47,7 +47,7 @@ def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--mask: {w} × {h} pixels, but the picture has {width} × {height}; bring it to that")
     if given.size:
         size = tuple(given.size)
-        picture, mask = cut(picture, size)[0], cut(mask, size)[0]
+        picture, mask = crop_resize(picture, size)[0], crop_resize(mask, size)[0]
     elif max(picture.size) > LARGEST * model.side:
         width, height = picture.size
         raise UserError(

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ldm.config.schema import Config
-from ldm.data.dataset import whole
+from ldm.data.dataset import iter_images
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
@@ -36,7 +36,7 @@ def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
 @torch.no_grad()
 def figures(data: Index | Stream, rebuild: Rebuild, run: Run, workers: int) -> dict[str, float]:
     """PSNR, SSIM, MS-SSIM where there is room, and colour bias in 1/255, each the mean; every process has its share."""
-    sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.config.data.size]
+    sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
     found = Figures(scales_of(min(sides)))
     for x in share(data, run, workers):
         found.add(x, rebuild(x).float().cpu())
@@ -46,7 +46,8 @@ def figures(data: Index | Stream, rebuild: Rebuild, run: Run, workers: int) -> d
 
 def share(data: Index | Stream, run: Run, workers: int) -> Iterator[torch.Tensor]:
     """This process's pictures of all, in batches, read by its `workers`."""
-    return whole(data, rank=run.accelerator.process_index, processes=run.accelerator.num_processes, workers=workers)
+    state = run.accelerator
+    return iter_images(data, rank=state.process_index, processes=state.num_processes, workers=workers)
 
 
 def plain(vae: Any, device: torch.device) -> Rebuild:
@@ -108,7 +109,7 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
     if path.exists() or not run.is_main:
         return
     data = held_out(data).get("held_out", data)
-    x = max(whole(data if isinstance(data, Stream) else data.first(8 * SHOWN), SHOWN), key=len)  # of one size
+    x = max(iter_images(data if isinstance(data, Stream) else data.first(8 * SHOWN), SHOWN), key=len)  # of one size
     rebuilt = rebuild(x).float().cpu()
     rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFIED}-fold": (rebuilt - x) / 2 * AMPLIFIED}
     pictures = [picture for row in rows.values() for picture in to_pil(row)]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data import index, sources
-from ldm.data.dataset import whole
+from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT, Bad
 from ldm.data.stream import Stream
@@ -117,8 +117,9 @@ def choose(settings: Config, splits: Sequence[str] | None, count: int) -> tuple[
         if splits:
             raise UserError("--split: a stream has no splits; leave it out")
         note = "a stream has no held-out pictures: these may have been trained on, and figures flatter"
-        return Stream(settings), "the first", [note]
-    found = index.build(settings)
+        report = settings.run.dir / "data-report.jsonl"
+        return Stream(settings.data, settings.cache_dir, report, settings.stage2.conditions), "the first", [note]
+    found = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     if not len(found):
         raise UserError(f"data.source: no usable picture in {settings.data.name}; scripts/check_data.py says why")
     splits = splits or HELD_OUT
@@ -164,8 +165,8 @@ def batches(
             bar.update(len(part))
         return
     names = list(zip(data.column("key").tolist(), (several[0] for several in data.captions()), strict=True))
-    order = iter(np.concatenate(list(data.by_size().values())).tolist())  # which `whole` has too
-    for x in whole(data, batch):
+    order = iter(np.concatenate(list(data.by_size().values())).tolist())  # which `iter_images` has too
+    for x in iter_images(data, batch):
         yield x.to(device), [names[i] for i in itertools.islice(order, len(x))]
         bar.update(len(x))
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.config.schema import Config, Stage1Config
-from ldm.data.dataset import named, pictures
+from ldm.data.dataset import sample_names, stage1_dataset
 from ldm.data.index import Index
+from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
 from ldm.models import autoencoder as autoencoders
@@ -33,14 +34,15 @@ def train(config: Config, data: Index | Stream) -> None:
     """Trains an autoencoder on the pictures of split `train` and saves it with its latent statistics."""
     stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
-    samples = pictures(train_set, config, stage.batch)
+    spec = SampleSpec.of(config.data, stage.batch, seed)
+    samples = stage1_dataset(train_set, spec)
     torch.manual_seed(seed)
     vae = start(stage, config.data.size)
     frozen = encoder_sha256(vae)
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     contract = {"data": train_set.fingerprint()}
-    run = Run(config.run, stage, "stage1", model, contract, adversary(stage), named(train_set, config, stage.batch))
+    run = Run(config.run, stage, "stage1", model, contract, adversary(stage), sample_names(train_set, spec))
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = Game(stage.gan, stage.steps, seed, run)
 

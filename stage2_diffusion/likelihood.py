@@ -22,7 +22,7 @@ import torch
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data import index
-from ldm.data.images import cut, to_tensor
+from ldm.data.dataset import evaluation_batch
 from ldm.data.records import HELD_OUT
 from ldm.diffusion import likelihood
 from ldm.diffusion.process import DiffusionProcess
@@ -33,6 +33,7 @@ from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import checkpoints, read_checkpoint
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
+from stage2_diffusion.conditions import Conditions
 
 LARGEST = 5.0  # standard deviations that a predicted latent is kept within, as pixels are within [-1, 1]
 CERTAIN = -50.0  # log-variance below which a posterior is a point
@@ -97,13 +98,19 @@ class Subject:
 
     @classmethod
     def of(cls, settings: Config, model: LatentDiffusion, count: int) -> Subject:
-        pixels, condition, held = pictures(settings, model, count)
-        mean, log_variance = model.autoencoder.moments(pixels)
-        x0, rebuilt = mean, None
+        everything = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+        held = everything.select(*HELD_OUT)
+        chosen = (held if len(held) else everything).some(count)
+        batch, mean, log_variance, states = evaluation_batch(
+            chosen, range(len(chosen)), model.autoencoder, model.text, model.classes, model.unet.device
+        )
+        condition = Conditions(settings, model.autoencoder, None, len(model.classes))(batch, mean, states)[0]
+        pixels, x0, rebuilt = batch["pixels"], mean, None
         if float(log_variance.max()) > CERTAIN:
             x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)
             rebuilt = model.autoencoder.decode(x0)
-        return cls(DiffusionProcess.of(settings.stage2), model.unet, pixels, condition, x0, log_variance, rebuilt, held)
+        process = DiffusionProcess.of(settings.stage2)
+        return cls(process, model.unet, pixels, condition, x0, log_variance, rebuilt, bool(len(held)))
 
     def denoise(self, process: DiffusionProcess, variance: bool = False) -> likelihood.ModelFn:
         """The network as a function of x_t and the process's t; the variance that it may tell too only where wanted."""
@@ -152,27 +159,6 @@ def print_variances(found: Subject, schedule: Levels | None) -> None:
             print(
                 f"  {name:11} mean {draws.mean():.3f} ± {spread:.3f} nats/dim, variance {draws.var():.3f}", flush=True
             )
-
-
-def pictures(settings: Config, model: LatentDiffusion, count: int) -> tuple[torch.Tensor, Condition, bool]:
-    """`(N, 3, H, W)` pictures, what the model is told of them, and whether they were held out."""
-    records, size = index.build(settings), settings.data.size
-    held = records.select(*HELD_OUT)
-    chosen = (held if len(held) else records).some(count)
-    cuts = [cut(chosen.picture(i), (size, size)) for i in range(len(chosen))]
-    pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(model.unet.device)
-    entries = [chosen[i] for i in range(len(chosen))]
-    text = label = sizes = None
-    if model.text:
-        text = model.text.encode([entry.captions[0] for entry in entries])
-    if model.classes:
-        known = {name: number for number, name in enumerate(model.classes)}
-        label = torch.tensor([known.get(entry.label, len(known)) for entry in entries], device=pixels.device)
-    if settings.stage2.sizes:
-        corners = [corner for _, corner in cuts]
-        rows = [[e.height, e.width, top, left, size, size] for e, (left, top) in zip(entries, corners, strict=True)]
-        sizes = torch.tensor(rows, device=pixels.device).float()
-    return pixels, Condition(text, label, sizes), bool(len(held))
 
 
 # ------------------------------------------------------------------------------- the variance of the bound's estimate

@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ldm.config.schema import Config
-from ldm.data.images import cut, grid, to_pil, to_tensor
+from ldm.data.crops import crop_resize
+from ldm.data.images import grid, to_pil, to_tensor
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
@@ -94,5 +95,5 @@ def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
     held = data.select("reconstruction")
     chosen = held if len(held) else data
     numbers = range(min(sizes.SHEET_GIVEN, len(chosen)))
-    pixels = [to_tensor(cut(chosen.picture(i), (size, size))[0]) for i in numbers]
+    pixels = [to_tensor(crop_resize(chosen.picture(i), (size, size))[0]) for i in numbers]
     return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]

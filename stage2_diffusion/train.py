@@ -8,8 +8,10 @@ from functools import partial
 import torch
 
 from ldm.config.schema import Config
-from ldm.data.dataset import feed, named
+from ldm.data.cache import CacheOptions
+from ldm.data.dataset import sample_names, stage2_dataset
 from ldm.data.index import Index
+from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join, on_main, precision
 from ldm.models.autoencoder import Autoencoder
@@ -46,14 +48,16 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     denoiser = Denoiser(unet, stage, null, encoder)
     device = join(config.run).device
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
-    name = named(train_set, config, stage.batch)
+    spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
+    name = sample_names(train_set, spec)
     run = Run(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
     autoencoder.to(run.device)
     if text:
         text.to(run.device)
-    samples = feed(train_set, config, autoencoder, None if encoder else text, run.device)
+    cache, frozen = CacheOptions.of(config.data, config.cache_dir), None if encoder else text
+    samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen, run.device, stage.image)
     conditions = Conditions(config, autoencoder, encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = LatentDiffusion(
@@ -74,7 +78,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
             n = batch["position"]
-            x0, states = samples.encoded(batch)
+            x0, states = samples.encode(batch)
             condition, dropped, rates = conditions(batch, x0, states)  # classifier-free guidance needs some without
             eps, added = objective.noise(x0, n)
             t, importance = objective.times(n)

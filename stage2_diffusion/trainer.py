@@ -82,11 +82,13 @@ class Trainer:
         state = join(self.config.run)
         text = checks.check(self.config, state.num_processes)
         settings = claim(self.config)
-        pipeline, pictures = settings.run.dir / "pipeline", index.build(settings)
+        pipeline = settings.run.dir / "pipeline"
+        pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
         if pipeline.exists():
             check_finished(settings.run.dir / "stage2", {"data": pictures.select("train").fingerprint()})
         else:
-            check.before_training(pictures, settings, text)
+            batches = (settings.stage1.batch, settings.stage2.batch)
+            check.before_training(pictures, settings.run.dir, text, settings.text.model, batches)
             train(settings, pictures, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:
                 write_card(settings)

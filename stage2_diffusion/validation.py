@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ldm.config.schema import Config
-from ldm.data.dataset import Item
-from ldm.data.images import cut, to_tensor
+from ldm.data.dataset import evaluation_batch
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
@@ -89,25 +88,11 @@ class Validation:
 
     def _measured(self, index: Index, numbers: range) -> torch.Tensor:
         """Sums of the errors at each level, and their count."""
-        model, size = self.model, (self.config.data.size, self.config.data.size)
-        device = model.unet.device
-        cuts = [cut(index.picture(i), size) for i in numbers]
-        pixels = torch.stack([to_tensor(part) for part, _ in cuts]).to(device)
-        x0 = model.autoencoder.encode(pixels)
-        positions = torch.tensor(numbers)
-        entries = [index[i] for i in numbers]
-        labels = {name: i for i, name in enumerate(model.classes)}
-        batch: Item = {
-            "position": positions, "pixels": pixels, "dropout": torch.zeros(len(numbers), device=device),
-            "caption": [entry.captions[0] for entry in entries],
-            "class": torch.tensor([labels.get(entry.label, -1) for entry in entries], device=device),
-            "original_size": torch.tensor([(entry.width, entry.height) for entry in entries], device=device),
-            "crop": torch.tensor([corner for _, corner in cuts], device=device),
-        }  # fmt: skip
-        condition = self.conditions(batch, x0, None)[0]
-        if self.config.stage2.text:
-            assert model.text, "the configuration asks for text"
-            condition = condition._replace(text=model.text.encode(batch["caption"]))
-        eps = normal(self.config.run.seed, "validation", positions, x0.shape[1:]).to(device)
+        model, stage = self.model, self.config.stage2
+        assert model.text or not stage.text, "the configuration asks for text"
+        text, device = model.text if stage.text else None, model.unet.device
+        batch, x0, _, states = evaluation_batch(index, numbers, model.autoencoder, text, model.classes, device)
+        condition = self.conditions(batch, x0, None)[0]._replace(text=states)  # also where training has tokens
+        eps = normal(self.config.run.seed, "validation", batch["position"], x0.shape[1:]).to(device)
         errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in EVAL_LOG_SNRS]
         return torch.stack([*errors, torch.tensor(float(len(numbers)))]).double().cpu()

@@ -21,12 +21,12 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from of_config import indexed
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config, Stage2Config
-from ldm.data import index
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models import autoencoder, text_encoder, unet
@@ -61,14 +61,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[loader.Config, Index]]:
     """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
 
-    def indexed(*overrides: str) -> tuple[loader.Config, Index]:
+    def given(*overrides: str) -> tuple[loader.Config, Index]:
         settings = loader.load(
             ROOT / "configs/tiny.yaml",
             [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
         )
-        return settings, index.build(settings)
+        return settings, indexed(settings)
 
-    return indexed
+    return given
 
 
 @pytest.fixture

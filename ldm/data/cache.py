@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from ldm.config.schema import Config
-from ldm.data.images import Size, cut, place, to_tensor
+from ldm.config.schema import DataConfig
+from ldm.data.crops import Augmentation, Crop
+from ldm.data.images import Size
 from ldm.data.index import Index
 from ldm.distributed.consensus import gathered, seen_by_all
 from ldm.distributed.launch import on_main
@@ -45,29 +45,17 @@ KEYS = "keys"  # the tensor of entries' SHA-256, (n, 32) bytes
 
 
 @dataclass(frozen=True)
-class View:
-    """How a picture is brought to its latent: the size, which crop of it (-1: the centre), mirrored or not."""
+class CacheOptions:
+    """Where encodings are kept, in which type, and how many loader processes read the images that are encoded."""
 
-    size: Size
-    crop: int = -1
-    flip: bool = False
+    folder: Path
+    dtype: str = "float32"
+    workers: int = 0
 
-    def cut(self, picture: Image.Image, sha256: bytes) -> torch.Tensor:
-        """`(3, H, W)` in [-1, 1]."""
-        part, _ = cut(picture, self.size, *self._corner(sha256))
-        return to_tensor(ImageOps.mirror(part) if self.flip else part)
-
-    def at(self, original: Size, sha256: bytes) -> Size:
-        """The crop's left and top, in pixels of the resized picture, which is mirrored first."""
-        u, v = self._corner(sha256)
-        return place(original, self.size, 1 - u if self.flip else u, v)[1]
-
-    def _corner(self, sha256: bytes) -> tuple[float, float]:
-        """Where a crop lies in a picture follows from both, so that several runs can share the cache."""
-        if self.crop < 0:
-            return 0.5, 0.5
-        u, v = np.random.default_rng([self.crop, *sha256]).random(2)
-        return float(u), float(v)
+    @classmethod
+    def of(cls, data: DataConfig, folder: Path) -> CacheOptions | None:
+        """None where `data.cache` is none: everything is then encoded for each batch."""
+        return cls(folder, data.cache_dtype, data.workers) if data.cache == "disk" else None
 
 
 class Shelf:
@@ -244,9 +232,9 @@ class Cache:
     text: Shelf | None
     variants: Sequence[Variant]
 
-    def latent(self, view: View, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    def latent(self, crop: Crop, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of a picture's normalised latent, `(C, h, w)` each."""
-        entry, variant = self.latents[view.size][sha256], self.variants.index((view.crop, view.flip))
+        entry, variant = self.latents[crop.size][sha256], self.variants.index((crop.number, crop.flip))
         return entry["mean"][variant], entry["logvar"][variant]
 
     def embedding(self, caption: str) -> torch.Tensor:
@@ -267,52 +255,54 @@ class Cuts(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, i: int) -> torch.Tensor:
         entry = int(self.entries[i])
         picture, sha256 = self.index.picture(entry), self.index[entry].sha256
-        return torch.stack([View(self.size, *variant).cut(picture, sha256) for variant in self.variants])
+        return torch.stack([Crop(self.size, *variant).pixels(picture, sha256) for variant in self.variants])
 
 
-def variants_of(config: Config, index: Index) -> list[Variant]:
-    """The variants of each picture that the cache holds; mirrored ones where any source mirrors."""
-    data = config.data
-    crops = range(data.crops) if data.crop == "random" else (-1,)
-    mirrors = data.flip or bool(pc.any(index.table["flip"]).as_py())
+def variants_of(augmentation: Augmentation, index: Index) -> list[Variant]:
+    """The variants of each image that the cache holds; mirrored ones where any source mirrors."""
+    crops = (-1,) if augmentation.crops is None else range(augmentation.crops)
+    mirrors = augmentation.flip or bool(pc.any(index.table["flip"]).as_py())
     return [(crop, flip) for crop in crops for flip in ((False, True) if mirrors else (False,))]
 
 
 def build(
-    index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder | None, per_file: int = PER_FILE
-) -> Cache:
+    index: Index, augmentation: Augmentation, options: CacheOptions, autoencoder: Autoencoder,
+    text: TextEncoder | None, per_file: int = PER_FILE,
+) -> Cache:  # fmt: skip
     """The cache of an index, encoding what is not there; every process of the run calls it. None: no captions."""
-    variants = variants_of(config, index)
-    pictures = _pictures(index, config, autoencoder, variants)
-    captions = [_captions(index, config, text)] if text else []
+    variants = variants_of(augmentation, index)
+    pictures = _pictures(index, options, autoencoder, variants)
+    captions = [_captions(index, options, text)] if text else []
     fill(list(pictures.values()), "pictures", max(1, per_file // len(variants)))
     fill(captions, "captions", per_file)
     latents = {size: job.shelf for size, job in pictures.items()}
     return Cache(latents, captions[0].shelf if captions else None, variants)
 
 
-def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: Sequence[Variant]) -> dict[Size, Job]:
+def _pictures(
+    index: Index, options: CacheOptions, autoencoder: Autoencoder, variants: Sequence[Variant]
+) -> dict[Size, Job]:
     """A job for the pictures of each bucket."""
-    dtype, made_by = getattr(torch, config.data.cache_dtype), autoencoder.encoder_fingerprint()
+    dtype, made_by = getattr(torch, options.dtype), autoencoder.encoder_fingerprint()
     sha256 = index.column("sha256").tolist()
     stacked = np.array(sha256, "S32")
 
     def job(size: Size, entries: np.ndarray) -> Job:
         about = {
             "the autoencoder": made_by, "the size": list(size), "data.crop": sorted({crop for crop, _ in variants}),
-            "data.flip": any(flip for _, flip in variants), "data.background": config.data.background,
-            "data.cache_dtype": config.data.cache_dtype,
+            "data.flip": any(flip for _, flip in variants), "data.background": index.data.background,
+            "data.cache_dtype": options.dtype,
         }  # fmt: skip
 
         def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
             cuts = Cuts(index, entries[places], size, variants)
             batch = max(1, BATCH // len(variants))
-            for pixels in torch.utils.data.DataLoader(cuts, batch, num_workers=config.data.workers):
+            for pixels in torch.utils.data.DataLoader(cuts, batch, num_workers=options.workers):
                 moments = autoencoder.moments(pixels.flatten(0, 1))  # (N, V, 3, H, W) → (N·V, 3, H, W)
                 mean, logvar = (moment.unflatten(0, pixels.shape[:2]).to("cpu", dtype) for moment in moments)
                 yield {"mean": mean, "logvar": logvar}
 
-        return Job(Shelf(config.cache_dir / "latents", about), [sha256[i] for i in entries], encode)
+        return Job(Shelf(options.folder / "latents", about), [sha256[i] for i in entries], encode)
 
     jobs = {}
     for size, entries in index.by_size().items():
@@ -321,20 +311,20 @@ def _pictures(index: Index, config: Config, autoencoder: Autoencoder, variants: 
     return jobs
 
 
-def _captions(index: Index, config: Config, text: TextEncoder) -> Job:
+def _captions(index: Index, options: CacheOptions, text: TextEncoder) -> Job:
     """The job of each distinct caption."""
     captions: dict[bytes, str] = {}
     for several in index.captions():
         captions.update((_digest(caption), caption) for caption in several)
-    keys, dtype = list(captions), getattr(torch, config.data.cache_dtype)
+    keys, dtype = list(captions), getattr(torch, options.dtype)
 
     def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(places), 2 * BATCH):
             part = [captions[keys[i]] for i in places[start : start + 2 * BATCH]]
             yield {"text": text.encode(part).to("cpu", dtype)}
 
-    about = {"the text encoder": text.fingerprint(), "data.cache_dtype": config.data.cache_dtype}
-    return Job(Shelf(config.cache_dir / "text", about), keys, encode)
+    about = {"the text encoder": text.fingerprint(), "data.cache_dtype": options.dtype}
+    return Job(Shelf(options.folder / "text", about), keys, encode)
 
 
 def _digest(caption: str) -> bytes:

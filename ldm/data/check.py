@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from ldm.config.schema import Config
-from ldm.data.dataset import Draws
+from ldm.data.dataset import SamplePlan
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
+from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.models.text_encoder import TextEncoder
 from ldm.utils.atomic_files import whole_file
@@ -25,23 +27,24 @@ NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in
 SHOWN = 5  # examples of each kind
 
 
-def facts(index: Index, config: Config, text: TextEncoder | None) -> dict[str, Any]:
+def facts(index: Index, text: TextEncoder | None, text_name: str = "") -> dict[str, Any]:
     """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed.
 
-    Captions and classes have some where stage two is trained with them; without captions, `text` may be None.
+    Captions and classes have some where the index is of a model that is conditioned on them; without captions, `text`
+    may be None. `text_name` is what `text` was loaded from.
     """
-    text = text if config.stage2.text else None
-    key = f"{index.fingerprint()[:16]}-{config.data.size}-{text.length if text else 0}"
+    text = text if "text" in index.sources.conditions else None
+    key = f"{index.fingerprint()[:16]}-{index.data.size}-{text.length if text else 0}"
     asked = {
-        "buckets": config.data.model_dump()["buckets"], "text": [config.text.model, text.chunks] if text else None,
+        "buckets": index.data.model_dump()["buckets"], "text": [text_name, text.chunks] if text else None,
         "bad": index.bad_count(),
     }  # fmt: skip
-    file = config.cache_dir / f"check-{key}.json"
+    file = index.sources.cache / f"check-{key}.json"
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
         return dict(known)
     found = {
         "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
-        **(_captions(index, text) if text else {}), **(_classes(index) if config.stage2.classes else {}),
+        **(_captions(index, text) if text else {}), **(_classes(index) if "class" in index.sources.conditions else {}),
         **_duplicates(index),
     }  # fmt: skip
     with whole_file(file) as beside:
@@ -79,12 +82,12 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sheet(index: Index, config: Config, count: int = 32) -> Image.Image:
-    """A sample of each of stage two's first steps as the model sees it, cut and mirrored, with its caption or class."""
-    draws = Draws(index, config, config.stage2.batch)
-    chosen = {n: draws[n] for n in range(0, count * config.stage2.batch, config.stage2.batch)}
-    pictures = [to_pil(draws.pixels(n, draw)[0][None])[0] for n, draw in chosen.items()]
-    return grid(pictures, [draw.caption or draw.entry.label for draw in chosen.values()], columns=8)
+def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:
+    """A sample of each of the first steps as the model sees it, cropped and mirrored, with its caption or class."""
+    plan = SamplePlan(index, spec)
+    samples = {n: plan[n] for n in range(0, count * spec.batch, spec.batch)}
+    pictures = [to_pil(plan.pixels(n, sample)[0][None])[0] for n, sample in samples.items()]
+    return grid(pictures, [sample.caption or sample.entry.label for sample in samples.values()], columns=8)
 
 
 def _sizes(index: Index) -> dict[str, Any]:
@@ -173,22 +176,25 @@ def _spread(quantiles: list[int]) -> str:
     return " ".join(f"{value:,}" for value in quantiles)
 
 
-def before_training(index: Index | Stream, config: Config, text: TextEncoder | None) -> None:
+def before_training(
+    index: Index | Stream, run_dir: Path, text: TextEncoder | None, text_name: str, batches: Sequence[int]
+) -> None:
     """Prints the facts and writes `data-report.json` to the run's folder; UserError where too many are bad.
 
-    A stream is read as it is trained on; what is bad in it is named then.
+    A stream is read as it is trained on; what is bad in it is named then. `batches` are the stages' global batches,
+    which its shards have to fill.
     """
     if isinstance(index, Stream):
-        for training in (config.stage1, config.stage2):
-            index.lanes(training.batch, PartialState().num_processes)
+        for batch in batches:
+            index.lanes(batch, PartialState().num_processes)
         if PartialState().is_main_process:
             print("\n".join(index.sources.says()), f"shards   {len(index):,}", sep="\n", flush=True)
         return
-    report = config.run.dir / "data-report.json"
+    report = run_dir / "data-report.json"
     main = PartialState().is_main_process
     if main:
         index.report(report)
     if problem := index.verdict(report):
         raise UserError(problem)
     if main:
-        print(describe(facts(index, config, text)), flush=True)
+        print(describe(facts(index, text, text_name)), flush=True)

@@ -103,26 +103,6 @@ class Buckets:
         return best
 
 
-def cut(picture: Image.Image, size: Size, u: float = 0.5, v: float = 0.5) -> tuple[Image.Image, Size]:
-    """The largest part of a picture with the aspect ratio of `size`, resized to it (Lanczos, antialiased).
-
-    `u`, `v` in [0, 1] place it across and down what does not fit; 0.5 is the centre. Also returns the crop's left and
-    top, in pixels of the resized picture.
-    """
-    box, at = place(picture.size, size, u, v)
-    return (picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS, box=box)), at
-
-
-def place(original: Size, size: Size, u: float, v: float) -> tuple[tuple[float, float, float, float], Size]:
-    """The part that `cut` keeps, in pixels of the original, and its left and top in those of the resized picture."""
-    scale = max(size[0] / original[0], size[1] / original[1])
-    width, height = size[0] / scale, size[1] / scale
-    left, top = max(0.0, u * (original[0] - width)), max(0.0, v * (original[1] - height))
-    # Rounding may lead a box a hair outside, which Pillow refuses.
-    box = (left, top, min(left + width, original[0]), min(top + height, original[1]))
-    return box, (round(left * scale), round(top * scale))
-
-
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """`(3, H, W)` float32 in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1

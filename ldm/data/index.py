@@ -33,11 +33,11 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.config.schema import Config, DataConfig
+from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
 from ldm.data.images import Buckets, Size, decode
 from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
-from ldm.data.sources import Sources
+from ldm.data.sources import CAPTIONED, Sources
 from ldm.distributed.consensus import gathered, on_all, seen_by_all
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import sync, whole_file
@@ -211,31 +211,32 @@ class Index:
         return ""
 
 
-def build(config: Config) -> Index:
-    """Indexes the pictures of a configuration, or takes up the index that is there; all processes of a run share it.
+def build(data: DataConfig, cache_dir: Path, conditions: Sequence[str] = CAPTIONED) -> Index:
+    """Indexes the images of `data`, or takes up the index in `cache_dir`; all processes of a run share it.
 
-    Raises UserError, on all, where a source can't be read at all, or where they don't see the same; single bad pictures
-    are kept in the index as such.
+    `conditions` are those of the model that is trained: `text` needs captions, `class` needs classes. Raises UserError,
+    on all, where a source can't be read at all, or where they don't see the same; single bad pictures are kept in the
+    index as such.
     """
-    data, cache = config.data, config.cache_dir
-    sources = on_all(lambda: Sources(data.source, data.size, cache, config.stage2.conditions))
-    two = config.stage2
-    unread = {"weight", "repeats"} if two.classes else {"weight", "repeats", "label"}
+    sources = on_all(lambda: Sources(data.source, data.size, cache_dir, conditions))
+    captions, classes = "text" in conditions, "class" in conditions
+    unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     asked = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     facts: list[Any] = [asked, data.background, data.min_side, data.size]
-    if (two.text, two.classes) != (True, False):  # others are good, so that such an index is no other run's
-        facts.append({"captions": two.text, "classes": two.classes})
+    if (captions, classes) != (True, False):  # others are good, so that such an index is no other run's
+        facts.append({"captions": captions, "classes": classes})
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
     def begin() -> None:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
         for line in sources.says():
             tqdm.write(line)
         if PartialState().num_processes > 1:
             sources.prepare()
 
     on_main(begin)
-    return Index(_hold_out(_written(cache / f"index-{key}.arrow", sources, data), data.val_fraction), sources, data)
+    table = _written(cache_dir / f"index-{key}.arrow", sources, data)
+    return Index(_hold_out(table, data.val_fraction), sources, data)
 
 
 def _hold_out(table: pa.Table, share: float) -> pa.Table:

@@ -6,9 +6,33 @@ Nothing here remembers anything, so one process or eight, killed and resumed or 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
+
+from ldm.config.schema import DataConfig
+from ldm.data.crops import Augmentation
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What, beside the data and the position in the run, decides what a sample is.
+
+    `batch` positions in a row share a bucket; everything that is drawn follows from `seed`. `cond_dropout` is the share
+    of samples without conditions where their source says none. A latent is a `sample` of its posterior, or the `mean`.
+    """
+
+    batch: int
+    seed: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    cond_dropout: float = 0.0
+    latents: Literal["sample", "mean"] = "sample"
+
+    @classmethod
+    def of(cls, data: DataConfig, batch: int, seed: int, cond_dropout: float = 0.0) -> SampleSpec:
+        return cls(batch, seed, Augmentation.of(data), cond_dropout, data.latents)
 
 
 class Order:

@@ -8,11 +8,13 @@ where reading goes on.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,11 +22,13 @@ from PIL import ImageOps
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from ldm.config.schema import Config, Training
+from ldm.config.schema import DataConfig, Training
 from ldm.data.archives import Sample
-from ldm.data.images import cut, decode, to_tensor
+from ldm.data.crops import crop_resize
+from ldm.data.images import decode, to_tensor
 from ldm.data.records import Bad, BadSampleError, Record
-from ldm.data.sources import Sources
+from ldm.data.sampler import SampleSpec
+from ldm.data.sources import CAPTIONED, Sources
 from ldm.distributed.accumulation import accumulation
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.utils.errors import UserError
@@ -40,21 +44,37 @@ STANDS_FOR_ALL = 4096  # pictures that a mean over the whole set is taken from
 
 
 class Stream:
-    """The shards of a configuration's sources; stands where an `Index` stands for sources that have one."""
+    """The shards of a data set's sources; stands where an `Index` stands for sources that have one.
 
-    def __init__(self, config: Config, shards: Sequence[tuple[int, str | int]] | None = None):
-        self.config = config
-        self.sources = Sources(config.data.source, config.data.size, config.cache_dir, config.stage2.conditions)
-        numbers = range(len(self.sources.configs))
-        self.shards = [s for n in numbers for s in self.sources.shards(n)] if shards is None else list(shards)
+    `conditions` are as for an index; `report` is the file that bad samples are named in as they are met.
+    """
+
+    def __init__(self, data: DataConfig, cache_dir: Path, report: Path, conditions: Sequence[str] = CAPTIONED):
+        self.data, self.report = data, report
+        self.sources = Sources(data.source, data.size, cache_dir, conditions)
+        self.shards = [shard for n in range(len(self.sources.configs)) for shard in self.sources.shards(n)]
+        self.spec = SampleSpec(batch=1)
         self._named: set[str] = set()  # the bad ones that were reported
 
-    def select(self, *splits: str) -> Stream:
+    def select(self, *splits: str) -> Self:
         """All of it is training data; other splits are empty."""
-        return Stream(self.config, self.shards if "train" in splits else [])
+        return self._with(shards=self.shards if "train" in splits else [])
 
-    def some(self, _count: int) -> Stream:
-        return self  # `whole` stops by itself
+    def sampled(self, spec: SampleSpec) -> Self:
+        """The same, whose `batches` hold samples as `spec` says; the batch is that of the training."""
+        return self._with(spec=spec)
+
+    def reported_in(self, report: Path) -> Self:
+        """The same with another report."""
+        return self._with(report=report)
+
+    def _with(self, **changes: Any) -> Self:
+        twin = copy.copy(self)
+        twin.__dict__.update(changes, _named=set())
+        return twin
+
+    def some(self, _count: int) -> Self:
+        return self  # `iter_images` stops by itself
 
     def captions(self) -> Iterator[list[str]]:
         return iter(())  # they aren't known before they are read
@@ -71,10 +91,10 @@ class Stream:
         each = -(-count // max(1, len(self.shards)))
         samples = (sample for shard in self.shards for sample in itertools.islice(self.sources.samples(shard), each))
         for sample in itertools.islice(samples, count):
-            pixels = sample if isinstance(sample, Bad) else _pixels(sample, self.config, None)
+            pixels = sample if isinstance(sample, Bad) else _pixels(sample, self.data, self.spec, None)
             yield pixels if isinstance(pixels, Bad) else (pixels, sample[0].captions[0])  # type: ignore[index]
 
-    def whole(self, batch: int) -> Iterator[torch.Tensor]:
+    def iter_images(self, batch: int) -> Iterator[torch.Tensor]:
         """Some pictures that stand for all, in batches `(N, 3, H, W)`."""
         good = (found[0] for found in self.beginning(STANDS_FOR_ALL) if not isinstance(found, Bad))
         while part := list(itertools.islice(good, batch)):
@@ -111,20 +131,19 @@ class Stream:
                 yield {**{key: value[start : start + share] for key, value in step.items()}, "places": places_now}
 
     def _report(self, new: Sequence[str], seen: int, bad: int) -> None:
-        report = self.config.run.dir / "data-report.jsonl"
         for line in new:
             key, reason, fix = json.loads(line)
             if key in self._named:  # in an earlier round
                 continue
             self._named.add(key)
             tqdm.write(f"left out: {key}: {reason}; {fix}")
-            with report.open("a") as file:
+            with self.report.open("a") as file:
                 file.write(json.dumps({"key": key, "reason": reason, "fix": fix}, ensure_ascii=False) + "\n")
-        data = self.config.data
+        data = self.data
         too_many = seen >= PATIENCE and bad > data.max_bad * (seen + bad)
         if bad and (data.on_error == "stop" or too_many):
             rule = "data.on_error is stop" if data.on_error == "stop" else f"data.max_bad is {data.max_bad}"
-            raise UserError(f"{bad} of {seen + bad} samples were bad, and {rule}; see {report}")
+            raise UserError(f"{bad} of {seen + bad} samples were bad, and {rule}; see {self.report}")
 
 
 def lanes_of(batch: int, shards: int) -> int:
@@ -137,7 +156,7 @@ def lane(stream: Stream, lanes: int, place: Place) -> Iterator[tuple[Place, Samp
 
     Shard k of the run is the k-th of one epoch's permutation after the other; a lane reads every `lanes`-th.
     """
-    seed, count, (first, skipped) = stream.config.run.seed, len(stream.shards), place
+    seed, count, (first, skipped) = stream.spec.seed, len(stream.shards), place
     block = min(1024, max(16, TOGETHER // lanes))
     empty = 0
     for k in itertools.count(first, lanes):
@@ -182,7 +201,9 @@ class _Reader(IterableDataset[Item]):
                     before = places[str(number)]
                     while True:
                         places[str(number)], sample = next(reading[number])
-                        item = sample if isinstance(sample, Bad) else _item(sample, self.stream.config, n)
+                        item = (
+                            sample if isinstance(sample, Bad) else _item(sample, self.stream.data, self.stream.spec, n)
+                        )
                         if not isinstance(item, Bad):
                             break
                         bad.append(json.dumps([item.key, item.reason, item.fix]))
@@ -207,30 +228,29 @@ def _joined(parts: Sequence[Item]) -> Item:
     return step
 
 
-def _item(sample: tuple[Record, bytes], config: Config, n: int) -> Item | Bad:
-    record, seed = sample[0], config.run.seed
-    pixels = _pixels(sample, config, n)
+def _item(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int) -> Item | Bad:
+    record = sample[0]
+    pixels = _pixels(sample, data, spec, n)
     if isinstance(pixels, Bad):
         return pixels
-    choice = int(generator(seed, "caption", n).integers(len(record.captions)))
+    choice = int(generator(spec.seed, "caption", n).integers(len(record.captions)))
     return {
         "position": torch.tensor(n), "key": record.key, "pixels": pixels, "caption": record.captions[choice],
-        "dropout": torch.tensor(config.stage2.cond_dropout),
+        "dropout": torch.tensor(spec.cond_dropout),
     }  # fmt: skip
 
 
-def _pixels(sample: tuple[Record, bytes], config: Config, n: int | None) -> torch.Tensor | Bad:
+def _pixels(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int | None) -> torch.Tensor | Bad:
     """The picture as position n shows it, or centre cropped, `(3, size, size)` in [-1, 1]."""
     record, content = sample
-    data, seed = config.data, config.run.seed
     try:
         picture = decode(content, data.background, data.min_side)
     except BadSampleError as error:
         return Bad(record.key, *error.args)
     u, v = 0.5, 0.5
-    if n is not None and data.crop == "random":
-        u, v = generator(seed, "corner", n).random(2).tolist()
-    part, _ = cut(picture, (data.size, data.size), u, v)
-    if n is not None and data.flip and generator(seed, "flip", n).random() < 0.5:
+    if n is not None and spec.augmentation.crops is not None:
+        u, v = generator(spec.seed, "corner", n).random(2).tolist()
+    part, _ = crop_resize(picture, (data.size, data.size), u, v)
+    if n is not None and spec.augmentation.flip and generator(spec.seed, "flip", n).random() < 0.5:
         part = ImageOps.mirror(part)
     return to_tensor(part)

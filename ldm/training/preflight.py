@@ -24,6 +24,7 @@ from accelerate.utils import gather_object, wait_for_everyone
 from ldm.config.loader import dump
 from ldm.config.schema import Config, Training
 from ldm.data import cache
+from ldm.data.crops import Augmentation
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
@@ -109,7 +110,10 @@ def _done(config: Config, stage: str) -> int:
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:
     """Trains a small configuration dry. UserError where memory lacks; after either, none is held."""
     small, cuda = _small(config, stage, folder), _on_gpu(config)
-    few = Stream(small) if isinstance(data, Stream) else _few(data, getattr(config, stage).batch)
+    if isinstance(data, Stream):
+        few: Index | Stream = data.reported_in(folder / "data-report.jsonl")
+    else:
+        few = _few(data, getattr(config, stage).batch)
     reset_peak_memory(cuda)
     lacking = ""
     dry_run = DryRun()
@@ -186,7 +190,9 @@ def _times(every: int, training: Training, done: int) -> int:
 
 def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
     """Processes that encode the data side by side; each takes whole files of the cache."""
-    files = -(-len(data) * len(cache.variants_of(config, data)) // cache.PER_FILE) if isinstance(data, Index) else 1
+    if not isinstance(data, Index):
+        return 1
+    files = -(-len(data) * len(cache.variants_of(Augmentation.of(config.data), data)) // cache.PER_FILE)
     return max(1, min(processes, files))
 
 

@@ -27,10 +27,11 @@ from ldm.config import loader
 from ldm.config.loader import differences
 from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
-from ldm.data.cache import View
-from ldm.data.dataset import feed, named
+from ldm.data.cache import CacheOptions
+from ldm.data.dataset import evaluation_batch, sample_names, stage2_dataset
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
+from ldm.data.sampler import SampleSpec
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main
 from ldm.models.autoencoder import Autoencoder
@@ -55,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=3000")
     given = parser.parse_intermixed_args(arguments)
     own = loader.section(ClassifierConfig, given.overrides, "stage2_diffusion.classifier.train")
-    settings = read(given.run, own, given.out)
+    settings = read(given.run)
     state = join(settings.run)
     train(settings, own, given.run, given.out)
     state.wait_for_everyone()
     state.destroy_process_group()  # or gloo's threads may abort the process as it ends
 
 
-def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
-    """A finished run's settings, as its pictures are read for a classifier; UserError where that can't be."""
+def read(run: Path) -> Config:
+    """A finished run's settings; UserError where no classifier can be trained for it."""
     found = loader.of_run(run)
     if found.stage2.image:
         raise UserError(
@@ -71,15 +72,12 @@ def read(run: Path, own: ClassifierConfig, out: Path) -> Config:
         )
     if found.data.streaming:
         raise UserError(f"{run}: a stream's classes aren't known beforehand; train one with data.streaming=false")
-    asked = found.stage2.model_copy(update={"conditions": ("class",), "batch": own.batch})
-    data = found.data.model_copy(update={"cache_dir": found.data.cache_dir or run / "cache"})
-    of_run = found.run.model_copy(update={"dir": out, "seed": own.seed})
-    return found.model_copy(update={"stage2": asked, "data": data, "run": of_run})
+    return found
 
 
 def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) -> None:
     """Trains a classifier of the pictures of split `train`, or of half of them, and writes `OUT/model`."""
-    pictures = index.build(settings)
+    pictures = index.build(settings.data, settings.cache_dir, ("class",))
     classes = usable(pictures, out)
     train_set = pictures.select("train")
     train_set = train_set if own.half is None else train_set.half(own.half)
@@ -101,10 +99,13 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
         return
     if own.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    run = Run(settings.run, own, STAGE, model, contract, name=named(train_set, settings, own.batch))
+    spec = SampleSpec.of(settings.data, own.batch, own.seed)
+    of_run = settings.run.model_copy(update={"dir": out, "seed": own.seed})
+    run = Run(of_run, own, STAGE, model, contract, name=sample_names(train_set, spec))
     autoencoder.to(run.device)
-    samples = feed(train_set, settings, autoencoder, None, run.device)
-    validation = Validation(own, settings, pictures, autoencoder, process, run.passes.images)
+    cache = CacheOptions.of(settings.data, settings.cache_dir)
+    samples = stage2_dataset(train_set, spec, cache, autoencoder, None, run.device)
+    validation = Validation(own, pictures, autoencoder, process, run.device, run.passes.images)
 
     def look() -> None:
         if run.due(own.evaluate_every, last=True):
@@ -115,7 +116,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
     for batch in run.batches(samples.dataset, settings.data.workers):
         with run.accumulate():
             n, y = batch["position"], batch["class"]
-            x0, _ = samples.encoded(batch)
+            x0, _ = samples.encode(batch)
             eps = normal(own.seed, "noise", n, x0.shape[1:]).to(x0)
             t = process.time(uniform(own.seed, "time", n).to(run.device))
 
@@ -183,19 +184,18 @@ class Validation:
     """
 
     def __init__(
-        self, own: ClassifierConfig, settings: Config, pictures: Index, autoencoder: Autoencoder,
-        process: DiffusionProcess, images: int,
+        self, own: ClassifierConfig, pictures: Index, autoencoder: Autoencoder, process: DiffusionProcess,
+        device: torch.device, images: int,
     ):  # fmt: skip
         held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
         self.batch = min(VALIDATION_BATCH, images)
-        view, numbers = View((settings.data.size, settings.data.size)), range(len(held))
-        cuts = (
-            torch.stack([view.cut(held.picture(i), b"") for i in numbers[at : at + self.batch]])
+        self.classes, numbers = pictures.labels(), range(len(held))
+        batches = [
+            evaluation_batch(held, numbers[at : at + self.batch], autoencoder, None, self.classes, device)
             for at in numbers[:: self.batch]
-        )
-        self.x0 = torch.cat([autoencoder.encode(pixels).cpu() for pixels in cuts]) if numbers else torch.empty(0)
-        self.classes = pictures.labels()
-        self.y = torch.tensor([self.classes.index(held[i].label) for i in numbers], dtype=torch.int64)
+        ]
+        self.x0 = torch.cat([batch.mean.cpu() for batch in batches]) if batches else torch.empty(0)
+        self.y = torch.cat([each.batch["class"].cpu() for each in batches]) if batches else torch.empty(0).long()
 
     def __call__(self, run: Run) -> None:
         """Logs `held_out_accuracy`, mean over the noise levels, and that of each level."""

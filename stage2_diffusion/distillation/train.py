@@ -22,16 +22,16 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
 import yaml
-from accelerate.utils import send_to_device
-from torch.utils.data import default_collate
 
 from ldm.config import loader
 from ldm.config.loader import differences
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
-from ldm.data.dataset import Item, feed, named
+from ldm.data.cache import CacheOptions
+from ldm.data.dataset import EvaluationBatch, evaluation_batch, sample_names, stage2_dataset
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
+from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision
@@ -52,7 +52,6 @@ from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
-Encoded = tuple[Item, torch.Tensor, torch.Tensor | None]  # a batch, its latents and its embeddings
 
 
 @command
@@ -79,14 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "distill": settings.model_dump(mode="json"),
     }  # fmt: skip
     on_main(partial(claim, given.out, about_it))
-    of_run = of_run.model_copy(
-        update={
-            "run": of_run.run.model_copy(update={"dir": given.out}),
-            "data": of_run.data.model_copy(update={"cache_dir": of_run.data.cache_dir or given.run / "cache"}),
-        }
-    )
     if not on_main((given.out / "pipeline").exists):
-        distill(of_run, settings, given.method, teacher)
+        distill(of_run, settings, given.method, teacher, given.out)
     if state.is_main_process:
         print(f"finished: {given.out / 'pipeline'}")
     state.wait_for_everyone()
@@ -142,14 +135,16 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
         beside.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
 
 
-def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion) -> None:
+def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:
     """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
-    batches = {"batch": settings.batch, "device_batch": settings.device_batch}  # what samples are ordered by
-    of_run = of_run.model_copy(update={"stage2": of_run.stage2.model_copy(update=batches)})
-    stage, folder, process = of_run.stage2, of_run.run.dir, DiffusionProcess.of(of_run.stage2)
+    stage, process = of_run.stage2, DiffusionProcess.of(of_run.stage2)
     device = join(of_run.run).device
     model.to(device)
-    data = Stream(of_run) if of_run.data.streaming else index.build(of_run)
+    data: Index | Stream
+    if of_run.data.streaming:
+        data = Stream(of_run.data, of_run.cache_dir, folder / "data-report.jsonl", stage.conditions)
+    else:
+        data = index.build(of_run.data, of_run.cache_dir, stage.conditions)
     assert settings.guidance_to, "the command sets it"
     null = None
     if model.text:
@@ -161,7 +156,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
     def teach(name: str, lesson: Lesson, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not on_main(exported.exists):
-            unet = learn(of_run, settings, model, data, name, lesson)
+            unet = learn(of_run, settings, model, data, name, lesson, folder)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
@@ -179,7 +174,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
 
 def learn(
     of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
-    lesson: Lesson,
+    lesson: Lesson, folder: Path,
 ) -> UNet:  # fmt: skip
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
@@ -198,15 +193,17 @@ def learn(
         "teacher": tensors_sha256(lesson.teacher.state_dict()),
     }  # fmt: skip
     student = Denoiser(unet, Stage2Config(), lesson.null)  # by default, nothing beside the U-Net is trained
+    spec = SampleSpec.of(of_run.data, settings.batch, of_run.run.seed, stage.cond_dropout)
     run = Run(
-        of_run.run, training, name, student, contract,
-        name=named(data, of_run, settings.batch), sharded=lesson.can_be_sharded,
+        of_run.run.model_copy(update={"dir": folder}), training, name, student, contract,
+        name=sample_names(data, spec), sharded=lesson.can_be_sharded,
     )  # fmt: skip
     if stage.compile:
         compile_blocks(unet, dynamic=bool(of_run.data.buckets))
-    samples = feed(data, of_run, model.autoencoder, model.text, run.device)
+    cache = CacheOptions.of(of_run.data, of_run.cache_dir)
+    samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, run.device, stage.image)
     conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
-    held = held_out(of_run, model, everything, run.passes.images)
+    held = held_out(model, everything, settings.batch, run.passes.images)
     if settings.blended and model.text and isinstance(data, Index):
         captions = data.some(CAPTIONS)
         lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
@@ -220,7 +217,7 @@ def learn(
     for batch in run.batches(samples.dataset, of_run.data.workers):
         with run.accumulate():
             n = batch["position"]
-            x0, states = samples.encoded(batch)
+            x0, states = samples.encode(batch)
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
             asked = lesson.question(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
             with torch.no_grad(), run.autocast():
@@ -237,33 +234,27 @@ def learn(
     return run.release().unet
 
 
-def held_out(of_run: Config, model: LatentDiffusion, everything: Index | Stream, images: int) -> list[Encoded]:
-    """The first batch of the held-out pictures, encoded, so many `images` at once; nothing where none are held out."""
+def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, images: int) -> list[EvaluationBatch]:
+    """Some of the held-out images with their latents and embeddings, so many `images` in each batch."""
     held = everything.select(*HELD_OUT)
-    if not isinstance(held, Index) or not len(held):
+    if not isinstance(held, Index):
         return []
-    device = model.unet.device
-    afresh = of_run.model_copy(update={"data": of_run.data.model_copy(update={"cache": "none"})})
-    samples = feed(held, afresh, model.autoencoder, model.text, device)
-    dataset = samples.dataset
-    assert not isinstance(dataset, Stream), "an index's samples"
-    micro_batches = torch.arange(of_run.stage2.batch).split(images)
-    batches = [default_collate([dataset[n] for n in positions.tolist()]) for positions in micro_batches]
-    return [(batch, *samples.encoded(on_device(batch, device))) for batch in batches]
-
-
-def on_device(batch: Item, device: torch.device) -> Item:
-    """A batch as a run's loop has it: all but the positions is on the device."""
-    return {**send_to_device(batch, device), "position": batch["position"]}
+    held = held.some(count)
+    numbers = range(len(held))
+    return [
+        evaluation_batch(
+            held, numbers[at : at + images], model.autoencoder, model.text, model.classes, model.unet.device
+        )
+        for at in numbers[::images]
+    ]
 
 
 @torch.no_grad()
-def validate(run: Run, lesson: Lesson, conditions: Conditions, micro_batches: Sequence[Encoded]) -> None:
+def validate(run: Run, lesson: Lesson, conditions: Conditions, held: Sequence[EvaluationBatch]) -> None:
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
     losses = []
     with run.averaged("a validation"):
-        for batch, x0, states in micro_batches:
-            batch = on_device(batch, run.device)
+        for batch, x0, _, states in held:
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
             asked = lesson.question(batch["position"], x0, condition)
             with run.autocast():

@@ -35,5 +35,5 @@ torch.set_default_dtype(torch.float64)
 for name, overrides in MODELS.items():
     settings = loader.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides, *more])
     join(settings.run)
-    train(settings, index.build(settings))
+    train(settings, index.build(settings.data, settings.cache_dir, settings.stage2.conditions))
 assert PartialState().num_processes == int(world)

@@ -73,9 +73,9 @@ import sys, torch
 sys.path.insert(0, ".")
 from ldm.config import loader
 from ldm.data import index
-from ldm.utils.errors import UserError
 from ldm.distributed.launch import join
 from ldm.training import preflight
+from ldm.utils.errors import UserError
 
 settings = loader.load("configs/tiny.yaml", [f"run.dir={sys.argv[1]}", f"data.cache_dir={sys.argv[1]}"])
 state = join(settings.run)
@@ -86,7 +86,8 @@ def train(*_):
     torch.distributed.all_reduce(torch.ones(1))
 
 try:
-    preflight.measured(settings, "stage1", index.build(settings), train)
+    data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+    preflight.measured(settings, "stage1", data, train)
 except UserError as error:
     print("said:", error, flush=True)
     sys.exit(2)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from of_config import indexed
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import index
-from ldm.data.dataset import whole
+from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.evaluation.reconstruction import Figures, scales_of
@@ -33,7 +33,7 @@ Drawings = Callable[..., tuple[Config, Index]]
 def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]) -> Index:
     """Eleven pictures of three sizes: four, four and three."""
     given = [f"data.source={three_shapes([f'picture {i}' for i in range(11)])}", f"run.dir={tmp_path / 'run'}"]
-    return index.build(loader.load(root / "configs/tiny.yaml", [*given, "data.size=16", "data.buckets={step: 8}"]))
+    return indexed(loader.load(root / "configs/tiny.yaml", [*given, "data.size=16", "data.buckets={step: 8}"]))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def started(vae: Autoencoder) -> Callable[[Config], Run]:
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
     """The figures of all pictures, in this process alone."""
     found = Figures(scales_of(min(min(size) for size in data.sizes)))
-    for x in whole(data):
+    for x in iter_images(data):
         found.add(x, vae.decode(vae.encode(x)))
     return found.means()
 
@@ -79,21 +79,21 @@ def test_figures_are_the_same_for_any_number_of_workers(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_batches_are_the_same_for_any_number_of_workers(shapes: Index, processes: int) -> None:
     for rank in range(processes):
-        expected = list(whole(shapes, 2, rank, processes))
+        expected = list(iter_images(shapes, 2, rank, processes))
         for workers in (1, 2):
             state = torch.get_rng_state()
-            found = list(whole(shapes, 2, rank, processes, workers))
+            found = list(iter_images(shapes, 2, rank, processes, workers))
             assert torch.equal(torch.get_rng_state(), state)
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert torch.equal(next(whole(shapes.first(1), workers=2)), next(whole(shapes.first(1))))
+    assert torch.equal(next(iter_images(shapes.first(1), workers=2)), next(iter_images(shapes.first(1))))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5, 13])
 def test_processes_share_all_pictures_evenly_each_once(shapes: Index, processes: int) -> None:
-    every = sorted(picture.numpy().tobytes() for x in whole(shapes) for picture in x)
+    every = sorted(picture.numpy().tobytes() for x in iter_images(shapes) for picture in x)
     assert len(set(every)) == 11
     shares = [
-        [picture.numpy().tobytes() for x in whole(shapes, 2, rank, processes) for picture in x]
+        [picture.numpy().tobytes() for x in iter_images(shapes, 2, rank, processes) for picture in x]
         for rank in range(processes)
     ]
     assert sorted(picture for share in shares for picture in share) == every
@@ -104,7 +104,7 @@ def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoenco
     parts = []
     for rank in range(2):
         figures = Figures()
-        for x in whole(shapes, rank=rank, processes=2):
+        for x in iter_images(shapes, rank=rank, processes=2):
             figures.add(x, vae.decode(vae.encode(x)))
         parts.append(figures.each["psnr"])
     assert float(torch.cat(parts).mean()) == pytest.approx(measured(shapes, vae)["psnr"], rel=1e-6)
@@ -126,7 +126,7 @@ def test_a_process_without_a_share_waits_for_the_others(
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py")
     finish(launch(*two, "--config", "configs/tiny.yaml", "--stage", "1", *given))
     found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
-    data = index.build(loader.load(root / "configs/tiny.yaml", given))
+    data = indexed(loader.load(root / "configs/tiny.yaml", given))
     one = measured(data.select(*HELD_OUT).some(1), autoencoder.load(tmp_path / "run/autoencoder"))
     assert found["psnr"] == pytest.approx(one["psnr"], rel=1e-4)
 

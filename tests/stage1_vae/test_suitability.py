@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from of_config import indexed
 from PIL import Image
 
 from ldm.config import loader
-from ldm.data import index
-from ldm.data.dataset import whole
+from ldm.data.dataset import iter_images
 from ldm.evaluation.reconstruction import Figures, reconstruction
 from ldm.models import autoencoder
 from ldm.utils.errors import UserError
@@ -106,15 +106,15 @@ def test_figures_are_of_the_held_out_pictures_and_the_worst_are_the_worst(
     assert report("--model", model, "--worst", 2)[0] == 0
     facts = written(shared / "run/evaluation")  # beside the autoencoder, in its run
     overrides = ["data.size=24", f"data.cache_dir={shared / 'cache'}"]
-    held = index.build(loader.load(root / "configs/tiny.yaml", overrides)).select("reconstruction", "combination")
+    held = indexed(loader.load(root / "configs/tiny.yaml", overrides)).select("reconstruction", "combination")
     loaded = autoencoder.load(model)
-    expected = reconstruction((x, loaded.decode(loaded.encode(x))) for x in whole(held))
+    expected = reconstruction((x, loaded.decode(loaded.encode(x))) for x in iter_images(held))
     found = facts["models"][0]["figures"]  # type: ignore[index]
     assert (found["psnr"], found["ssim"]) == pytest.approx((expected["psnr"], expected["ssim"]), rel=1e-4)
     assert {name for name, _ in facts["names"]} == {entry.key for entry in held}  # type: ignore[attr-defined]
 
     subject = Subject("one", loaded, Figures())
-    x = next(whole(held, 8))
+    x = next(iter_images(held, 8))
     names = [(f"picture {i}", "") for i in range(8)]
     parts = [(x[:3], names[:3]), (x[3:], names[3:])]
     given, some, worst = suitability.measure(parts, [subject], 3)

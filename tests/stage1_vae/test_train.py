@@ -10,13 +10,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder
+from of_config import images_of
 from torch import nn
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import alexnet
 from transformers import ViTConfig, ViTModel
 
 from ldm.config.schema import Config, Stage1Config
-from ldm.data.dataset import Pictures, whole
+from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.models import feature_networks
 from ldm.models.autoencoder import build
@@ -40,7 +41,7 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     facts = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())
     assert facts["pictures"] == 8  # the held-out ones are not among them
     assert facts["combination"]["psnr"] > 8
-    latents = trained.encode(next(whole(index.select("train")))).transpose(0, 1).flatten(1)
+    latents = trained.encode(next(iter_images(index.select("train")))).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(1), torch.ones(4), atol=1e-2, rtol=0)
     assert AutoencoderKL.from_pretrained(tmp_path / "run/autoencoder").config.scaling_factor == 1.0
@@ -82,7 +83,7 @@ def test_the_sample_that_is_not_finite_is_named(
             torch.where(torch.arange(len(pixels))[:, None, None, None] == 2, torch.inf, pixels) if calls[1:] else None
         )
 
-    draws = Pictures(index.select("train"), settings, 4).draws
+    draws = images_of(index.select("train"), settings, 4).plan
     hook = nn.modules.module.register_module_forward_hook(overflow)
     try:
         with pytest.raises(

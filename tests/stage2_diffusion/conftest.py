@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from of_config import indexed
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import index
 from ldm.data.index import Index
 
 SMALL = [
@@ -40,7 +40,7 @@ def few(root: Path, tmp_path: Path, small: list[str]) -> Callable[..., tuple[Con
 
     def given(*overrides: str) -> tuple[Config, Index]:
         settings = loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
-        everything = index.build(settings)
+        everything = indexed(settings)
         splits = everything.column("split")
         rows = [np.flatnonzero(splits == "train")[::50][:12], np.flatnonzero(splits == "combination")[::9][:4]]
         return settings, Index(everything.table, everything.sources, everything.data, np.concatenate(rows))

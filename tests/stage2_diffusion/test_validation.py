@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ldm.config.schema import Config
-from ldm.data.images import cut, to_tensor
+from ldm.data.crops import crop_resize
+from ldm.data.images import to_tensor
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models import text_encoder, unet
@@ -116,7 +117,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
         for name, part in chosen.items():
             table = torch.zeros(3, len(EVAL_LOG_SNRS))
             for k, entry in enumerate(part):
-                x0 = vae.encode(to_tensor(cut(part.picture(k), (16, 16))[0])[None])
+                x0 = vae.encode(to_tensor(crop_resize(part.picture(k), (16, 16))[0])[None])
                 eps = normal(0, "validation", [k], x0.shape[1:])
                 for j, level in enumerate(EVAL_LOG_SNRS):
                     t = process.time_at(torch.tensor([level]))

@@ -27,16 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from accelerate.state import AcceleratorState
+from of_config import indexed, spec_of, streamed
 from PIL import Image
 
 import train_ldm
 from ldm.config import loader
-from ldm.data import index
-from ldm.data.dataset import Draws
+from ldm.data.dataset import SamplePlan
 from ldm.data.images import decode
 from ldm.data.index import Index
 from ldm.data.records import Bad, BadSampleError
-from ldm.data.stream import Stream
 from ldm.utils.errors import UserError
 
 pytestmark = pytest.mark.timeout(30)  # nothing here may wait for a pipe, or go round in circles
@@ -659,7 +658,7 @@ def test_a_hostile_input_is_named_and_the_good_ones_are_kept(
 ) -> None:
     sets = [make(tmp_path, kind, name)]
     with watch.within(tmp_path):
-        found = index.build(settings(root, tmp_path, sets))
+        found = indexed(settings(root, tmp_path, sets))
     assert_named(list(found.bad()), sets)
     assert_good(found, sets)
 
@@ -672,8 +671,8 @@ def test_all_hostile_inputs_together_are_named_and_nothing_outside_is_read(
     assert sum(len(each.named) for each in sets) == len(HOSTILE)
     before = {kind: tree(tmp_path / kind) for kind in (*KINDS, "outside")}
     with watch.within(tmp_path):
-        found = index.build(settings(root, tmp_path, sets))
-        again = index.build(settings(root, tmp_path, sets))  # with what is known from the first time
+        found = indexed(settings(root, tmp_path, sets))
+        again = indexed(settings(root, tmp_path, sets))  # with what is known from the first time
         found.report(tmp_path / "data-report.json")
     assert os.path.realpath(tmp_path / "files/a-0.png") in watch.opened  # it does see what is opened
     for one in (found, again):
@@ -701,7 +700,7 @@ def test_without_captions_all_other_hostile_inputs_are_named_and_nothing_outside
         assert each.named.keys() & UNCAPTIONED
         each.named = {name: pattern for name, pattern in each.named.items() if name not in UNCAPTIONED}
     with watch.within(tmp_path):
-        found = index.build(settings(root, tmp_path, sets, "stage2.conditions=[]", "stage2.pooled_text=false"))
+        found = indexed(settings(root, tmp_path, sets, "stage2.conditions=[]", "stage2.pooled_text=false"))
     assert_named(list(found.bad()), sets)
     expected = {key: captions for each in sets for key, captions in each.good.items()}
     captioned = {entry.sha256: entry.captions for entry in found if entry.captions not in (("",), ("a hat",))}
@@ -718,7 +717,7 @@ def test_the_share_of_bad_ones_decides_in_one_line(root: Path, tmp_path: Path) -
         (["data.max_bad=0.7"], "data.max_bad is 0.7"),
         (["data.max_bad=1", "data.on_error=stop"], "data.on_error is stop"),
     ):
-        found = index.build(settings(root, tmp_path, sets, *overrides))
+        found = indexed(settings(root, tmp_path, sets, *overrides))
         said = found.verdict(tmp_path / "data-report.json")
         if rule:
             first = next(found.bad())
@@ -733,7 +732,7 @@ def test_nothing_good_is_a_verdict_of_its_own(root: Path, tmp_path: Path) -> Non
     made = make(tmp_path, "files", "jpeg-half.jpg")
     for good in (tmp_path / "files").glob("a-*"):
         good.unlink()
-    said = index.build(settings(root, tmp_path, [made], "data.max_bad=1")).verdict(tmp_path / "data-report.json")
+    said = indexed(settings(root, tmp_path, [made], "data.max_bad=1")).verdict(tmp_path / "data-report.json")
     assert "no usable picture" in said
     assert "jpeg-half.jpg" in said
     assert len(said.splitlines()) == 1
@@ -747,7 +746,7 @@ def test_a_caption_nested_to_any_depth_is_named(root: Path, tmp_path: Path) -> N
     members = [sample(f"{n}", png=PNG, json=line) for n, line in enumerate(deep)]
     (tmp_path / "deep.tar").write_bytes(archive([*itertools.chain(*members), *sample("a", png=PNG, txt=b"a hat")]))
     for source in ("deep", "deep.tar"):
-        found = index.build(settings(root, tmp_path, [Set(tmp_path / source)]))
+        found = indexed(settings(root, tmp_path, [Set(tmp_path / source)]))
         assert (found.bad_count(), len(found)) == (len(deep), 1)
 
 
@@ -757,7 +756,7 @@ def test_names_in_a_tar_are_only_names(root: Path, tmp_path: Path, watch: Watch)
     members = itertools.chain(*(made.sample(name) for name in names))
     (tmp_path / "tars/names.tar").write_bytes(archive(members))
     with watch.within(tmp_path):
-        found = index.build(settings(root, tmp_path, [made]))
+        found = indexed(settings(root, tmp_path, [made]))
     assert_named(list(found.bad()), [made])
     assert_good(found, [made])
     assert all(entry.key.isprintable() for entry in found)
@@ -787,7 +786,7 @@ def test_a_table_of_metadata_names_its_bad_rows(suffix: str, root: Path, tmp_pat
         table = pa.table({name: pa.array(values, pa.binary()).view(pa.string()) for name, values in columns})
         pq.write_table(table, made.path / "metadata.parquet")
     with watch.within(tmp_path):
-        found = index.build(settings(root, tmp_path, [made]))
+        found = indexed(settings(root, tmp_path, [made]))
     assert_named(list(found.bad()), [made])
     assert_good(found, [made])
 
@@ -805,7 +804,7 @@ def test_a_metadata_file_that_leads_out_of_the_folder_is_not_read(
                            f"file_name,text\na-0.png,{SECRET}\n")  # fmt: skip
     (tmp_path / "files" / name).symlink_to(outside)
     with watch.within(tmp_path), pytest.raises(UserError, match=f"{name}.* leads out of the folder"):
-        index.build(settings(root, tmp_path, [made]))
+        indexed(settings(root, tmp_path, [made]))
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
@@ -813,7 +812,7 @@ def test_a_pipe_in_place_of_the_metadata_is_not_waited_for(name: str, root: Path
     made = make(tmp_path, "files", "one-pixel.png")
     os.mkfifo(tmp_path / "files" / name)
     with pytest.raises(UserError, match=name):
-        index.build(settings(root, tmp_path, [made]))
+        indexed(settings(root, tmp_path, [made]))
 
 
 @pytest.mark.parametrize("kind", ["tars", "rows"])
@@ -822,7 +821,7 @@ def test_a_stream_names_the_same_and_yields_all_good_ones(kind: str, root: Path,
     given = settings(root, tmp_path, [made], "data.streaming=true", "data.cache=none")
     with watch.within(tmp_path):
         bad, good = [], {}
-        stream = Stream(given)
+        stream = streamed(given)
         for item in (item for shard in stream.shards for item in stream.sources.samples(shard)):
             if isinstance(item, Bad):
                 bad.append(item)
@@ -860,7 +859,7 @@ def test_training_on_the_hostile_set_sees_every_good_one_and_stops_when_told(
 
     AcceleratorState._reset_state(reset_partial_state=True)
     trained = loader.load(root / "configs/tiny.yaml", given)
-    draws = Draws(index.build(trained).select("train"), trained, 8)
+    draws = SamplePlan(indexed(trained).select("train"), spec_of(trained, 8))
     assert {draws[n].entry.sha256 for n in range(8 * steps)} == good
     assert {kind: tree(tmp_path / kind) for kind in before} == before
 

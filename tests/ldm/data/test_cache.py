@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from of_config import cached, indexed, spec_of
 from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
 from ldm.data import cache, index
-from ldm.data.cache import View
-from ldm.data.dataset import feed
-from ldm.data.images import cut, to_tensor
+from ldm.data.cache import CacheOptions
+from ldm.data.crops import Crop, crop_resize
+from ldm.data.dataset import Stage2Dataset, stage2_dataset
+from ldm.data.images import to_tensor
 from ldm.models import autoencoder, text_encoder
 from ldm.utils.errors import UserError
 
@@ -58,6 +60,11 @@ def settings(root: Path, folder: Path, *overrides: str) -> loader.Config:
     )  # fmt: skip
 
 
+def dataset_of(given: loader.Config, vae: autoencoder.Autoencoder, encoder: text_encoder.TextEncoder) -> Stage2Dataset:
+    options = CacheOptions.of(given.data, given.cache_dir)
+    return stage2_dataset(indexed(given), spec_of(given), options, vae, encoder, torch.device("cpu"))
+
+
 def files(folder: Path) -> dict[str, str]:
     """Every file of a cache, by its place and SHA-256."""
     return {
@@ -72,14 +79,14 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
     root: Path, folder: Path, encoder: text_encoder.TextEncoder
 ) -> None:
     given = settings(root, folder)
-    pictures, vae = index.build(given), model()
-    kept = cache.build(pictures, given, vae, encoder, per_file=5)
+    pictures, vae = indexed(given), model()
+    kept = cached(pictures, given, vae, encoder, per_file=5)
     assert len(set(pictures.sizes)) == 3
     for i, (entry, size) in enumerate(zip(pictures, pictures.sizes, strict=True)):
-        pixels = to_tensor(cut(pictures.picture(i), size)[0])
+        pixels = to_tensor(crop_resize(pictures.picture(i), size)[0])
         for flip, expected in ((False, pixels), (True, pixels.flip(2))):
             mean, logvar = vae.moments(expected[None])
-            found = kept.latent(View(size, flip=flip), entry.sha256)
+            found = kept.latent(Crop(size, flip=flip), entry.sha256)
             torch.testing.assert_close(found[0], mean[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(found[1], logvar[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
@@ -90,12 +97,12 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
 
 def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: text_encoder.TextEncoder) -> None:
     given = settings(root, folder, "data.crop=random", "data.crops=3", "data.flip=false")
-    pictures, vae = index.build(given), model()
-    kept = cache.build(pictures, given, vae, encoder)
+    pictures, vae = indexed(given), model()
+    kept = cached(pictures, given, vae, encoder)
     entry, size = pictures[1], pictures.sizes[1]
     for crop in range(3):
-        expected = vae.encode(View(size, crop).cut(pictures.picture(1), entry.sha256)[None])[0]
-        torch.testing.assert_close(kept.latent(View(size, crop), entry.sha256)[0], expected, atol=1e-5, rtol=1e-5)
+        expected = vae.encode(Crop(size, crop).pixels(pictures.picture(1), entry.sha256)[None])[0]
+        torch.testing.assert_close(kept.latent(Crop(size, crop), entry.sha256)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_second_build_encodes_only_what_changed_and_says_why(
@@ -106,7 +113,7 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
     def built(vae: autoencoder.Autoencoder, given: loader.Config = given) -> tuple[str, set[str]]:
         before = set(files(given.cache_dir))
         capsys.readouterr()
-        cache.build(index.build(given), given, vae, encoder, per_file=5)
+        cached(indexed(given), given, vae, encoder, per_file=5)
         return "".join(line for line in capsys.readouterr().out.splitlines(True) if "cache:" in line), set(
             files(given.cache_dir)
         ) - before
@@ -131,9 +138,9 @@ def test_another_autoencoders_latents_are_never_read(
     root: Path, folder: Path, encoder: text_encoder.TextEncoder
 ) -> None:
     given = settings(root, folder)
-    pictures = index.build(given)
-    first, second = (cache.build(pictures, given, model(seed), encoder) for seed in (0, 1))
-    view, sha256 = View(pictures.sizes[0]), pictures[0].sha256
+    pictures = indexed(given)
+    first, second = (cached(pictures, given, model(seed), encoder) for seed in (0, 1))
+    view, sha256 = Crop(pictures.sizes[0]), pictures[0].sha256
     assert not torch.allclose(first.latent(view, sha256)[0], second.latent(view, sha256)[0])
 
 
@@ -141,29 +148,34 @@ def test_a_damaged_file_is_found_and_made_anew(
     root: Path, folder: Path, encoder: text_encoder.TextEncoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, vae = settings(root, folder), model()
-    cache.build(index.build(given), given, vae, encoder, per_file=5)
+    cached(indexed(given), given, vae, encoder, per_file=5)
     whole = files(given.cache_dir)
     for spoil in (lambda data: data[:-100] + bytes(100), lambda data: data[: len(data) // 2], lambda data: b""):
         path = given.cache_dir / random.Random(0).choice(sorted(whole))
         path.write_bytes(spoil(path.read_bytes()))
         capsys.readouterr()
-        cache.build(index.build(given), given, vae, encoder, per_file=5)
+        cached(indexed(given), given, vae, encoder, per_file=5)
         assert f"{path.name} is damaged" in capsys.readouterr().out
         assert files(given.cache_dir) == whole
 
 
 BUILD = """
 import sys
-from ldm import autoencoder, config, text
+from ldm.config import loader
 from ldm.data import cache, index
+from ldm.data.crops import Augmentation
+from ldm.models import autoencoder, text_encoder
 from ldm.config.schema import Stage1Config
 import torch
 torch.manual_seed(0)
 shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
-given = config.load(sys.argv[1], sys.argv[2:])
+given = loader.load(sys.argv[1], sys.argv[2:])
 sys.stdin.readline()  # until it is told to begin
-cache.build(index.build(given), given, vae, text.load(text.MINILM, 8), per_file=3)
+pictures = index.build(given.data, given.cache_dir, given.stage2.conditions)
+options = cache.CacheOptions.of(given.data, given.cache_dir)
+encoder = text_encoder.load(text_encoder.MINILM, 8)
+cache.build(pictures, Augmentation.of(given.data), options, vae, encoder, per_file=3)
 """
 
 
@@ -182,7 +194,7 @@ def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
         )
 
     given = settings(root, folder, f"data.cache_dir={folder.parent / 'whole'}")
-    cache.build(index.build(given), given, model(), encoder, per_file=3)
+    cached(indexed(given), given, model(), encoder, per_file=3)
     whole = files(given.cache_dir)
     assert len(whole) > 20
     killed, seen = folder.parent / "killed", set()
@@ -203,7 +215,7 @@ def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
         seen.add(standing())
     assert len(seen) > 1  # it was killed at several points
     given = settings(root, folder, f"data.cache_dir={killed}")
-    cache.build(index.build(given), given, model(), encoder, per_file=3)
+    cached(indexed(given), given, model(), encoder, per_file=3)
     left = {name: digest for name, digest in files(killed).items() if not Path(name).name.startswith(".")}
     assert left == whole
 
@@ -226,7 +238,7 @@ def test_two_processes_fill_the_same_cache_as_one(
     two = launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
                  root / "configs/tiny.yaml", *arguments("two"))  # fmt: skip
     given = loader.load(root / "configs/tiny.yaml", arguments("one"))
-    cache.build(index.build(given), given, model(), encoder, per_file=3)
+    cached(indexed(given), given, model(), encoder, per_file=3)
     finish(two)
     assert len(files(tmp_path / "one")) > 8
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -239,16 +251,16 @@ def test_samples_from_the_cache_are_those_encoded_on_the_fly(
     vae, batches = model(), {}
     for kind in ("disk", "none"):
         given = settings(root, folder, f"data.cache={kind}", f"data.latents={latents}")
-        samples = feed(index.build(given), given, vae, encoder, torch.device("cpu"))
+        samples = dataset_of(given, vae, encoder)
         found = []
         for step in range(8):
             items = [samples.dataset[n] for n in range(step * 4, step * 4 + 4)]  # type: ignore[index]
             batch = torch.utils.data.default_collate(items)
-            x0, states = samples.encoded(batch)
+            x0, states = samples.encode(batch)
             found.append((x0, states, batch["position"], batch["dropout"], batch["crop"], batch["original_size"]))
         batches[kind] = found
-    for cached, live in zip(batches["disk"], batches["none"], strict=True):
-        for a, b in zip(cached, live, strict=True):
+    for kept, live in zip(batches["disk"], batches["none"], strict=True):
+        for a, b in zip(kept, live, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -256,8 +268,8 @@ def test_sampled_latents_differ_from_epoch_to_epoch(
     root: Path, folder: Path, encoder: text_encoder.TextEncoder
 ) -> None:
     given = settings(root, folder, "data.flip=false", "data.buckets=null", "data.latents=sample")
-    dataset = feed(index.build(given), given, model(), encoder, torch.device("cpu")).dataset
-    order = dataset.draws.order  # type: ignore[union-attr]
+    dataset = dataset_of(given, model(), encoder).dataset
+    order = dataset.plan.order  # type: ignore[union-attr]
     again = next(n for n in range(24, 48) if order[n] == order[0])
     first, second = (dataset[n]["latent"] for n in (0, again))  # type: ignore[index]
     assert not torch.equal(first, second)
@@ -271,7 +283,7 @@ def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monk
 
     def names() -> list[str]:
         opened.clear()
-        index.build(given)
+        indexed(given)
         return sorted(Path(name).name for name in opened)
 
     assert len(names()) == 24
@@ -280,7 +292,7 @@ def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monk
     (folder / "05.png").write_bytes(b"\0" * before.st_size)
     os.utime(folder / "05.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
     assert names() == ["05.png"]
-    assert [bad.key for bad in index.build(given).bad()] == ["05.png"]
+    assert [bad.key for bad in indexed(given).bad()] == ["05.png"]
 
 
 def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,25 +308,25 @@ def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeyp
     monkeypatch.setattr(index, "CHUNK", 4)
     monkeypatch.setattr(index, "_facts", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        index.build(given)
+        indexed(given)
     first = len(opened)
-    assert len(index.build(given)) == 24
+    assert len(indexed(given)) == 24
     assert len(opened) - first <= 24 - 12  # what stood in whole chunks is not opened again
 
 
 def test_an_index_in_use_keeps_its_rows_when_another_is_written(root: Path, folder: Path) -> None:
     given = settings(root, folder)
-    first = index.build(given)
+    first = indexed(given)
     keys = [entry.key for entry in first]
     (folder / "-.png").write_bytes(b"bad")
     (folder / "-.txt").write_text("comes first")
-    assert index.build(given).bad_count() == 1
+    assert indexed(given).bad_count() == 1
     assert [entry.key for entry in first.select("train")] == keys
     assert [entry.key for entry in pickle.loads(pickle.dumps(first)).first(3)] == keys[:3]
 
 
 def test_a_picture_that_was_changed_since_is_refused(root: Path, folder: Path) -> None:
-    pictures = index.build(settings(root, folder))
+    pictures = indexed(settings(root, folder))
     Image.new("RGB", (20, 20), "red").save(folder / "00.png")
     with pytest.raises(UserError, match=r"00\.png: it was changed since it was indexed"):
         pictures.picture(0)

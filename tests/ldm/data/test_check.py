@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from of_config import indexed
 from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import BucketConfig
-from ldm.data import check, index
+from ldm.data import check
 from ldm.data.check import near_duplicates
-from ldm.data.images import Buckets, cut
+from ldm.data.crops import crop_resize
+from ldm.data.images import Buckets
 from ldm.models import text_encoder
 from scripts import check_data
 
@@ -46,7 +48,7 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
 def checked(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
     def facts() -> dict[str, object]:
         given = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
-        return check.facts(index.build(given), given, text_encoder.load(text_encoder.MINILM, 16))
+        return check.facts(indexed(given), text_encoder.load(text_encoder.MINILM, 16), given.text.model)
 
     return facts
 
@@ -158,9 +160,9 @@ def test_without_upscaling_a_small_picture_gets_a_small_bucket() -> None:
 
 def test_the_crop_keeps_the_shorter_side_whole() -> None:
     picture = Image.effect_noise((90, 60), 80)
-    part, (left, top) = cut(picture, (30, 30))
+    part, (left, top) = crop_resize(picture, (30, 30))
     assert (part.size, left, top) == ((30, 30), 8, 0)
-    left_part, at = cut(picture, (30, 30), u=0.0)
+    left_part, at = crop_resize(picture, (30, 30), u=0.0)
     assert at == (0, 0)
     expected = picture.crop((0, 0, 60, 60)).resize((30, 30), Image.Resampling.LANCZOS)
     inner = (slice(None), slice(0, 26))  # near the cut, the filter sees what lies beyond it

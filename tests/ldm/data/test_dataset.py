@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from of_config import images_of, indexed
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
 from ldm.data import index
-from ldm.data.dataset import Pictures
 from ldm.data.sampler import Order, Positions
 from ldm.models import autoencoder, text_encoder
 from stage2_diffusion.train import train
@@ -80,8 +80,8 @@ def test_the_global_batch_is_the_same_for_any_processes_and_workers(
     processes: int, workers: int, shapes: Callable[..., loader.Config]
 ) -> None:
     given = shapes("data.flip=true", "data.crop=random", "data.crops=3")
-    samples = Pictures(index.build(given), given, batch=4)
-    order = samples.draws.order
+    samples = images_of(indexed(given), given, 4)
+    order = samples.plan.order
     assert len(order.rounds) == 3
     steps = order.first_step(2)  # two epochs
     shares = []
@@ -99,18 +99,18 @@ def test_the_global_batch_is_the_same_for_any_processes_and_workers(
 
 def test_flips_crops_and_captions_vary_and_are_recorded(shapes: Callable[..., loader.Config]) -> None:
     given = shapes("data.flip=true", "data.crop=random", "data.crops=4")
-    samples = Pictures(index.build(given), given, batch=4)
-    draws = [samples.draws[n] for n in range(400)]
-    assert 150 < sum(draw.view.flip for draw in draws) < 250
-    assert {draw.view.crop for draw in draws} == {0, 1, 2, 3}
+    samples = images_of(indexed(given), given, 4)
+    draws = [samples.plan[n] for n in range(400)]
+    assert 150 < sum(draw.crop.flip for draw in draws) < 250
+    assert {draw.crop.number for draw in draws} == {0, 1, 2, 3}
     assert 150 < sum(draw.caption.startswith("another") for draw in draws) < 250
-    n = next(n for n, draw in enumerate(draws) if draw.entry.width == 36 and not draw.view.flip)
+    n = next(n for n, draw in enumerate(draws) if draw.entry.width == 36 and not draw.crop.flip)
     sample, draw = samples[n], draws[n]
     left, top = sample["crop"].tolist()
     assert sample["original_size"].tolist() == [36, 14]
-    width, height = draw.view.size
+    width, height = draw.crop.size
     scale = max(width / 36, height / 14)
-    resized = samples.draws.index.picture(draw.number).resize((round(36 * scale), round(14 * scale)))
+    resized = samples.plan.index.picture(draw.number).resize((round(36 * scale), round(14 * scale)))
     part = np.asarray(resized.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1
     assert np.abs(part - sample["pixels"].permute(1, 2, 0).numpy()).mean() < 0.1
 
@@ -131,7 +131,7 @@ def test_training_from_the_cache_has_the_losses_of_training_without(
                 Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 16
             )
         )
-        train(given, index.build(given), vae, text_encoder.load(given.text.model, given.text.max_tokens))
+        train(given, indexed(given), vae, text_encoder.load(given.text.model, given.text.max_tokens))
         lines = (tmp_path / kind / "stage2/metrics.jsonl").read_text().splitlines()
         losses[kind] = [json.loads(line)["loss"] for line in lines]
     assert len(losses["disk"]) == 12

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from ldm.data import images
+from ldm.data.crops import crop_resize
 from ldm.data.records import BadSampleError
 
 
 def load(path: Path, size: int) -> torch.Tensor:
-    return images.to_tensor(images.cut(images.decode(path.read_bytes()), (size, size))[0])
+    return images.to_tensor(crop_resize(images.decode(path.read_bytes()), (size, size))[0])
 
 
 def test_a_picture_survives_the_way_there_and_back(tmp_path: Path) -> None:

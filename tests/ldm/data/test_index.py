@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from of_config import indexed
 
 from ldm.config import loader
 from ldm.data import index
@@ -55,7 +56,7 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = settings(root, folder)
-    before = index.build(given).fingerprint()
+    before = indexed(given).fingerprint()
     path = written(given.cache_dir)
     now, table = path.read_bytes(), pa.ipc.open_stream(path.read_bytes()).read_all()
     older = pa.schema([(field.name, narrow(field.type)) for field in SCHEMA])
@@ -63,13 +64,13 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, older) as writer:
         writer.write_table(table.cast(older))
     monkeypatch.setattr(index, "_facts", lambda *_: pytest.fail("a picture was opened"))
-    found = index.build(given)
+    found = indexed(given)
     assert (found.fingerprint(), found.bad_count()) == (before, 1)
     assert path.read_bytes() == now
 
 
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
-    path = written(index.build(settings(root, folder)).data.cache_dir or folder)
+    path = written(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
     table = pa.Table.from_batches(index._mapped(path), SCHEMA)
     assert len(table) == 30
@@ -123,10 +124,12 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 sys.path.insert(0, sys.argv[1])
-from ldm import agreement, autoencoder, config
+from ldm.config import loader
 from ldm.data import cache, index, openmoji
-from ldm.data.cache import View
+from ldm.data.crops import Augmentation, Crop
 from ldm.data.sources import Sources
+from ldm.distributed import consensus
+from ldm.models import autoencoder
 from ldm.utils.errors import UserError
 from ldm.config.schema import Stage1Config
 import torch
@@ -136,10 +139,10 @@ assert state.num_processes == 2
 second = state.process_index == 1
 folder, tiny, told = Path(sys.argv[2]), str(Path(sys.argv[1]) / "configs/tiny.yaml"), {}
 index.CHUNK = index.AHEAD = 4
-agreement.WAITS = (0.05, 0.1)
+consensus.WAITS = (0.05, 0.1)
 
 def settings(name, *overrides):
-    return config.load(tiny, [*sys.argv[3:], f"data.cache_dir={folder.parent / name}", *overrides])
+    return loader.load(tiny, [*sys.argv[3:], f"data.cache_dir={folder.parent / name}", *overrides])
 
 def attempt(name, action, owner=None, function="", instead=None):
     '''Tells what an action gives, or its error, perhaps with another function in the place of one.'''
@@ -163,7 +166,8 @@ index._facts = counted
 
 def built(name, *overrides):
     opened.clear()
-    found = index.build(settings(name, *overrides))
+    given = settings(name, *overrides)
+    found = index.build(given.data, given.cache_dir, given.stage2.conditions)
     return [len(opened), len(found), found.bad_count(), found.fingerprint()]
 
 def gives_up(sources, number):
@@ -202,11 +206,12 @@ torch.manual_seed(0)
 shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 given = settings("two")
-pictures = index.build(given)
+pictures = index.build(given.data, given.cache_dir, given.stage2.conditions)
+options = cache.CacheOptions.of(given.data, given.cache_dir)
 
 def filled():
-    kept = cache.build(pictures, given, vae, None, per_file=6)
-    views = [View(size, flip=True) for size in pictures.sizes]
+    kept = cache.build(pictures, Augmentation.of(given.data), options, vae, None, per_file=6)
+    views = [Crop(size, flip=True) for size in pictures.sizes]
     return [float(kept.latent(view, each.sha256)[0].sum()) for view, each in zip(views, pictures)]
 
 opens = Path.open
@@ -245,7 +250,7 @@ def test_processes_share_an_index_and_a_cache_or_all_say_why_not(
     root: Path, folder: Path, told: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "CHUNK", 4)
-    alone = index.build(settings(root, folder))
+    alone = indexed(settings(root, folder))
     everything = [29, 1, alone.fingerprint()]
     # Each opened its chunks of 4; the index is the same to the byte, whoever made it, and no part is left over.
     assert [each["index"] for each in told] == [[16, *everything], [14, *everything]]

@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from of_config import images_of, indexed
 from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import BucketConfig, SourceConfig
-from ldm.data import index
-from ldm.data.dataset import Pictures
 from ldm.data.index import Index
 from ldm.data.records import Bad
 from ldm.data.sources import Sources, check, detect
@@ -134,18 +133,18 @@ def by_picture(pictures: Index) -> dict[bytes, tuple[tuple[str, ...], int, int]]
 def test_every_kind_gives_the_same_tensors_and_captions(
     kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
-    reference = index.build(settings(root, tmp_path / "a", as_jsonl(tmp_path / "reference", pictures)))
+    reference = indexed(settings(root, tmp_path / "a", as_jsonl(tmp_path / "reference", pictures)))
     given = settings(root, tmp_path / "b", KINDS[kind](tmp_path / "data", pictures))
-    found = index.build(given)
+    found = indexed(given)
     assert found.bad_count() == 0
     assert found.sources.kinds == [DETECTED.get(kind, kind)]
     assert by_picture(found) == by_picture(reference)
     order = {entry.sha256: i for i, entry in enumerate(found)}
     for i, entry in enumerate(reference):
-        mine = Pictures(found, given, 1).draws.index.picture(order[entry.sha256])
+        mine = images_of(found, given, 1).plan.index.picture(order[entry.sha256])
         assert mine.tobytes() == reference.picture(i).tobytes()
-    seen = {bytes(Pictures(found, given, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
-    assert seen == {Pictures(reference, given, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
+    seen = {bytes(images_of(found, given, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
+    assert seen == {images_of(reference, given, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
 
 
 def test_class_folders_give_captions_by_template_and_labels(
@@ -154,13 +153,13 @@ def test_class_folders_give_captions_by_template_and_labels(
     lay(tmp_path / "data/rain_coat", {"001.png": pictures["a.png"]})
     lay(tmp_path / "data/hat/summer", {"001.jpg": pictures["b.jpg"]})
     given = settings(root, tmp_path / "run", f"{{path: {tmp_path / 'data'}, template: 'a photo of a {{}}'}}")
-    found = index.build(given)
+    found = indexed(given)
     assert found.sources.kinds == ["classes"]
     assert {(entry.captions, entry.label) for entry in found} == {
         (("a photo of a rain coat",), "rain_coat"), (("a photo of a hat",), "hat"),
     }  # fmt: skip
     assert found.labels() == ["hat", "rain_coat"]
-    samples = Pictures(found, given, 1)
+    samples = images_of(found, given, 1)
     assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
 
 
@@ -234,13 +233,13 @@ def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them
 ) -> None:
     detected, lay_out = BARE[kind]
     given = settings(root, tmp_path / "run", lay_out(tmp_path / "data", pictures), *UNCONDITIONAL)
-    found = index.build(given)
+    found = indexed(given)
     assert found.sources.kinds == [detected]
     assert found.bad_count() == 0
     assert {entry.sha256: entry.captions for entry in found} == {
         hashlib.sha256(data).digest(): ("",) for data in pictures.values()
     }
-    assert {Pictures(found, given, 1)[n]["caption"] for n in range(3)} == {""}
+    assert {images_of(found, given, 1)[n]["caption"] for n in range(3)} == {""}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,8 +247,8 @@ def test_captions_that_are_there_are_kept_where_none_are_needed(
     kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     source = KINDS[kind](tmp_path / "data", pictures)
-    needed = index.build(settings(root, tmp_path / "run", source))
-    assert by_picture(index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == by_picture(needed)
+    needed = indexed(settings(root, tmp_path / "run", source))
+    assert by_picture(indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == by_picture(needed)
 
 
 def test_some_captions_may_be_missing_where_none_are_needed(
@@ -258,7 +257,7 @@ def test_some_captions_may_be_missing_where_none_are_needed(
     folder = lay(tmp_path / "data", pictures)
     (folder / "a.txt").write_text("a red hat")
     (folder / "b.txt").write_text(" \n")
-    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
     assert (found.sources.kinds, found.bad_count()) == (["sidecars"], 0)
     assert {entry.key: entry.captions for entry in found} == {
         "a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",),
@@ -271,9 +270,9 @@ def test_a_caption_that_says_nothing_is_none(
 ) -> None:
     (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
     source = str(tmp_path / "data")
-    (entry,) = index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
+    (entry,) = indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
     assert entry.captions == ("",)
-    assert index.build(settings(root, tmp_path / "run", source)).bad_count() == 1
+    assert indexed(settings(root, tmp_path / "run", source)).bad_count() == 1
 
 
 def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
@@ -281,7 +280,7 @@ def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
 ) -> None:
     folder = lay(tmp_path / "data", pictures)
     (folder / "a.txt").write_bytes("grün".encode("latin-1"))
-    found = index.build(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
     assert [(bad.key, bad.fix) for bad in found.bad()] == [("a.png", "save it as UTF-8")]
 
 
@@ -291,7 +290,7 @@ def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
     lay(tmp_path / "data/hats", {"a.png": pictures["a.png"]})
     for kind in ("classes", "pictures"):
         asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: pictures}}"
-        (entry,) = (found := index.build(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
+        (entry,) = (found := indexed(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
         assert found.sources.kinds == [kind]
         assert entry.captions == (("hats",) if kind == "classes" else ("",))
 
@@ -301,7 +300,7 @@ def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
 ) -> None:
     given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: pictures}}")
     with pytest.raises(UserError) as caught:
-        index.build(given)
+        indexed(given)
     assert str(caught.value) == (
         f"data.source.kind: pictures, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
         "leave out the kind, or text"
@@ -317,7 +316,7 @@ def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
     (folder / "a.txt").write_text("a red hat")
     run = tmp_path / "run"
     for conditions, bad in ((UNCONDITIONAL, 0), ((), 2), (UNCONDITIONAL, 0)):
-        assert index.build(settings(root, run, str(folder), *conditions)).bad_count() == bad
+        assert indexed(settings(root, run, str(folder), *conditions)).bad_count() == bad
     assert len(list((run / "cache").glob("index-*.arrow"))) == 2
 
 
@@ -325,7 +324,7 @@ def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     source = as_jsonl(tmp_path / "data", pictures)
-    index.build(settings(root, tmp_path / "run", source))
+    indexed(settings(root, tmp_path / "run", source))
     asked = {
         "path": source, "kind": "auto", "caption_column": "text", "image": "image", "lines": False, "template": "{}",
         "split": "train", "at": source,
@@ -421,14 +420,14 @@ LABELLED: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
 def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
     source = LABELLED[kind](tmp_path / "data", pictures)
     given = settings(root, tmp_path / "run", f"{{path: {source}, label: kind}}", *OF_CLASSES)
-    found = index.build(given)
+    found = indexed(given)
     assert found.bad_count() == 0
     assert {entry.sha256: entry.label for entry in found} == {
         hashlib.sha256(pictures[name]).digest(): label for name, label in LABELS.items()
     }
     assert found.labels() == ["hat", "shoe"]
-    samples = Pictures(found, given, 1)
-    numbers = {samples.draws[n].entry.sha256: int(samples[n]["class"]) for n in range(3)}
+    samples = images_of(found, given, 1)
+    numbers = {samples.plan[n].entry.sha256: int(samples[n]["class"]) for n in range(3)}
     assert numbers == {hashlib.sha256(pictures[name]).digest(): int(LABELS[name] == "shoe") for name in LABELS}
 
 
@@ -437,7 +436,7 @@ def test_the_first_folder_is_the_class_beside_caption_files_too(
 ) -> None:
     (lay(tmp_path / "data/hats/red", {"a.png": pictures["a.png"]}) / "a.txt").write_text("a red hat")
     (lay(tmp_path / "data", {"b.jpg": pictures["b.jpg"]}) / "b.txt").write_text("two shoes")
-    found = index.build(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
+    found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
     assert [(entry.captions, entry.label) for entry in found] == [(("a red hat",), "hats")]
     assert [(bad.key, bad.reason) for bad in found.bad()] == [("b.jpg", "it has no class")]
 
@@ -454,7 +453,7 @@ def test_a_class_is_a_string_or_an_integer(
     label: object, expected: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
-    found = index.build(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
+    found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
     assert [*(entry.label for entry in found), *(bad.reason for bad in found.bad())] == [expected]
     assert found.labels() == ([] if found.bad_count() else [expected])
 
@@ -467,7 +466,7 @@ def test_a_class_without_a_name_is_named_and_minus_one_is_none(
     table = named.set_column(1, "kind", pa.array([-1, 1, 2])).replace_schema_metadata(named.schema.metadata)
     pq.write_table(table, tmp_path / "data/train.parquet")
     source = f"{{path: {tmp_path / 'data'}, label: kind}}"
-    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     assert [entry.label for entry in found] == ["hat"]
     assert [bad.reason for bad in found.bad()] == ["it has no class", "its class is 2, and only 2 have names"]
 
@@ -476,21 +475,21 @@ def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     source = bare_jsonl(tmp_path / "data", pictures)
-    assert index.build(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
-    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    assert indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
+    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     assert len(found) == 0
     assert found.verdict(tmp_path / "data-report.json") == (
         f"data.source: no usable picture in {source}; the first bad one: "
         "a.png: it has no class; write it into the column 'label', or put it in a class folder"
     )
-    kohya = index.build(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
+    kohya = indexed(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
     assert {bad.fix for bad in kohya.bad()} == {"give its subset class_tokens"}
 
 
 def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
     source = labelled_folders(tmp_path / "data", pictures)
     lay(tmp_path / "data/coat", {"d.png": b"damaged"})
-    found = index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     assert (found.labels(), found.bad_count()) == (["hat", "shoe"], 1)
 
 
@@ -501,7 +500,7 @@ def test_classes_are_part_of_what_a_run_is_bound_to_where_it_learns_them(
     metadata = tmp_path / "data/metadata.jsonl"
 
     def fingerprints(*overrides: str) -> list[str]:
-        built = index.build(settings(root, tmp_path / "run", source, *overrides))
+        built = indexed(settings(root, tmp_path / "run", source, *overrides))
         return [built.fingerprint(), built.first(1).fingerprint()]
 
     before, without = fingerprints(*OF_CLASSES), fingerprints(*UNCONDITIONAL)
@@ -516,10 +515,10 @@ def test_a_column_of_labels_changes_nothing_where_no_classes_are_learned(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "data"
-    plain = index.build(settings(root, tmp_path / "one", as_jsonl(folder, pictures)))
+    plain = indexed(settings(root, tmp_path / "one", as_jsonl(folder, pictures)))
     rows = [{"file_name": name, "text": text, "label": [7]} for name, text in CAPTIONS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    other = index.build(settings(root, tmp_path / "two", f"{{path: {folder}, label: label}}"))
+    other = indexed(settings(root, tmp_path / "two", f"{{path: {folder}, label: label}}"))
     assert other.fingerprint() == plain.fingerprint()
     one, two = (next((tmp_path / run / "cache").glob("index-*")) for run in ("one", "two"))
     assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
@@ -532,7 +531,7 @@ def test_an_index_is_shared_only_by_runs_that_need_the_same(
     for label in ("label", "kind"):
         for conditions in ("[]", "[text]", "[class]", "[text,class]"):
             overrides = (f"stage2.conditions={conditions}", "stage2.pooled_text=false")
-            index.build(settings(root, tmp_path / "run", f"{{path: {source}, label: {label}}}", *overrides))
+            indexed(settings(root, tmp_path / "run", f"{{path: {source}, label: {label}}}", *overrides))
     assert len(list((tmp_path / "run/cache").glob("index-*.arrow"))) == 2 + 2 * 2
 
 
@@ -546,9 +545,9 @@ def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path,
         (f"[{{path: {tmp_path / 'one'}, weight: 1}}, {{path: {tmp_path / 'two'}, weight: 4}}]", 0.8),
     ):
         given = settings(root, tmp_path / "run", mix)
-        found = index.build(given)
+        found = indexed(given)
         assert len(found) == 6
-        draws = Pictures(found, given, 1).draws
+        draws = images_of(found, given, 1).plan
         share = np.mean([draws[n].entry.key.startswith("1:") for n in range(300)])
         assert share == pytest.approx(expected, abs=0.02)
 
@@ -583,7 +582,7 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictu
     (tmp_path / "set.toml").write_text(KOHYA)
     given = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
     assert given.data.buckets == BucketConfig(step=8, smallest=8, largest=32, upscale=False)
-    hat, scarf = index.build(given)
+    hat, scarf = indexed(given)
     assert set(hat.captions) == {"hat, red, wool", "hat, wool, red"}
     assert (hat.repeats, hat.flip, hat.dropout) == (2, True, 0.5)
     assert (scarf.captions, scarf.repeats, scarf.flip, scarf.dropout) == (("a scarf",), 1, None, None)
@@ -658,7 +657,7 @@ def test_what_is_no_source_is_named_with_what_to_do(
     lay(tmp_path / "loose", pictures)
     given = settings(root, tmp_path / "run", source.format(tmp_path))
     with pytest.raises(UserError) as caught:
-        index.build(given)
+        indexed(given)
     assert says in str(caught.value)
 
 
@@ -667,14 +666,14 @@ def test_a_table_without_the_column_says_which_there_are(
 ) -> None:
     source = as_parquet(tmp_path / "data", pictures)
     with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.column"):
-        index.build(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
+        indexed(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
     as_csv(tmp_path / "csv", pictures)
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
-        index.build(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
+        indexed(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
     with pytest.raises(UserError, match=r"no column 'label' among image, text; set data\.source\.label"):
-        index.build(settings(root, tmp_path / "run", source, *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     with pytest.raises(UserError, match=r"no column 'label' .* or name the one with classes in data\.source\.label"):
-        index.build(settings(root, tmp_path / "run", str(tmp_path / "csv"), *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", str(tmp_path / "csv"), *OF_CLASSES))
 
 
 def test_an_id_of_the_hub_is_taken_for_one(root: Path, tmp_path: Path) -> None:

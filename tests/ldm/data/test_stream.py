@@ -4,18 +4,25 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import of_config
 import pytest
 import torch
 from PIL import Image
 
 from ldm.config import loader
+from ldm.config.schema import Training
 from ldm.data.stream import Stream, lane, lanes_of
 from ldm.utils.errors import UserError
 
 SHARDS, EACH = 6, 10
+
+
+class Streamed(NamedTuple):
+    stream: Stream
+    training: Training
 
 
 @pytest.fixture
@@ -29,8 +36,8 @@ def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
 
 
 @pytest.fixture
-def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Stream]:
-    def given(*overrides: str) -> Stream:
+def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Streamed]:
+    def given(*overrides: str) -> Streamed:
         settings = loader.load(
             root / "configs/tiny.yaml",
             [
@@ -38,13 +45,13 @@ def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Stream]:
                 "data.cache=none", "data.flip=true", "stage2.batch=12", "stage2.steps=15", *overrides,
             ],
         )  # fmt: skip
-        return Stream(settings)
+        return Streamed(of_config.streamed(settings), settings.stage2)
 
     return given
 
 
 def test_tars_without_captions_are_streamed_where_none_are_needed(
-    streamed: Callable[..., Stream], tars: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
+    streamed: Callable[..., Streamed], tars: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
 ) -> None:
     for path in tars.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -57,10 +64,10 @@ def test_tars_without_captions_are_streamed_where_none_are_needed(
     assert {caption for step in steps for caption in step["caption"]} == {""}
 
 
-def read(stream: Stream, processes: int = 1, workers: int = 0, first: int = 0, **places: Any) -> list[dict[str, Any]]:
+def read(stream: Streamed, processes: int = 1, workers: int = 0, first: int = 0, **places: Any) -> list[dict[str, Any]]:
     """The global batches of every step."""
-    training = stream.config.stage2
-    shares = [list(stream.batches(training, first, rank, processes, workers, places)) for rank in range(processes)]
+    data, training = stream
+    shares = [list(data.batches(training, first, rank, processes, workers, places)) for rank in range(processes)]
     return [
         {
             "position": torch.cat([part["position"] for part in parts]),
@@ -81,7 +88,7 @@ def equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     )
 
 
-def test_every_sample_comes_once_a_round(streamed: Callable[..., Stream]) -> None:
+def test_every_sample_comes_once_a_round(streamed: Callable[..., Streamed]) -> None:
     steps = read(streamed())  # 15 steps of 12 over 60 samples: three rounds
     captions = [caption for step in steps for caption in step["caption"]]
     assert Counter(captions) == dict.fromkeys((f"{s}-{i}" for s in range(SHARDS) for i in range(EACH)), 3)
@@ -89,7 +96,7 @@ def test_every_sample_comes_once_a_round(streamed: Callable[..., Stream]) -> Non
 
 
 def test_every_sample_comes_once_an_epoch_where_lanes_have_unequal_shares(
-    streamed: Callable[..., Stream], tars: Path
+    streamed: Callable[..., Streamed], tars: Path
 ) -> None:
     (tars / "05.tar").unlink()
     steps = read(streamed("stage2.batch=4", "stage2.steps=100"))  # five shards of ten on four lanes: eight epochs
@@ -100,26 +107,26 @@ def test_every_sample_comes_once_an_epoch_where_lanes_have_unequal_shares(
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (2, 3), (3, 2)])
 def test_the_global_batch_is_the_same_for_any_processes_and_workers(
-    processes: int, workers: int, streamed: Callable[..., Stream]
+    processes: int, workers: int, streamed: Callable[..., Streamed]
 ) -> None:
     assert equal(read(streamed()), read(streamed(), processes, workers))
 
 
 @pytest.mark.parametrize("first", [1, 4, 7, 11])
-def test_reading_goes_on_from_a_recorded_place(first: int, streamed: Callable[..., Stream]) -> None:
+def test_reading_goes_on_from_a_recorded_place(first: int, streamed: Callable[..., Streamed]) -> None:
     whole = read(streamed())
     assert equal(whole[first:], read(streamed(), 2, 1, first, **whole[first - 1]["places"]))
 
 
-def test_passes_split_the_step(streamed: Callable[..., Stream]) -> None:
-    whole, stream = read(streamed()), streamed("stage2.device_batch=4")
-    parts = list(stream.batches(stream.config.stage2, 0, 0, 1, 0, {}))
+def test_passes_split_the_step(streamed: Callable[..., Streamed]) -> None:
+    whole, (stream, training) = read(streamed()), streamed("stage2.device_batch=4")
+    parts = list(stream.batches(training, 0, 0, 1, 0, {}))
     assert len(parts) == 45
     assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), whole[0]["pixels"])
 
 
-def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..., Stream]) -> None:
-    stream = streamed()
+def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..., Streamed]) -> None:
+    stream = streamed().stream
     reading = lane(stream, 1, (0, 0))
     first = [next(reading) for _ in range(95)]
     for stop in (3, 10, 37, 61):
@@ -127,9 +134,9 @@ def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..
         assert [next(again)[1][0].captions for _ in range(30)] == [s[1][0].captions for s in first[stop : stop + 30]]  # type: ignore[index, union-attr]
 
 
-def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Stream], tmp_path: Path, tars: Path) -> None:
+def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Streamed], tmp_path: Path, tars: Path) -> None:
     tar = streamed()
-    samples = [sample for shard in tar.shards for sample in tar.sources.samples(shard)]
+    samples = [sample for shard in tar.stream.shards for sample in tar.stream.sources.samples(shard)]
     rows = {
         "image": [{"bytes": content, "path": None} for _, content in samples],  # type: ignore[misc]
         "text": [record.captions[0] for record, _ in samples],  # type: ignore[misc, union-attr]
@@ -137,7 +144,7 @@ def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Stream]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved", num_shards=3)
     stream = streamed(f"data.source={tmp_path / 'saved'}", "stage2.steps=5")
-    assert stream.sources.kinds == ["datasets"]
+    assert stream.stream.sources.kinds == ["datasets"]
     found = {
         caption: step["pixels"][i] for step in read(stream, workers=2) for i, caption in enumerate(step["caption"])
     }
@@ -148,7 +155,7 @@ def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Stream]
 
 
 def test_bad_samples_are_left_out_and_named(
-    streamed: Callable[..., Stream], tars: Path, tmp_path: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
+    streamed: Callable[..., Streamed], tars: Path, tmp_path: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
 ) -> None:
     write_tar(tars / "03.tar", {"x.png": b"no picture", "x.txt": b"x", "y.png": b"\x89PNG"})
     (tars / "04.tar").write_bytes((tars / "04.tar").read_bytes()[:5000])
@@ -166,7 +173,7 @@ def test_bad_samples_are_left_out_and_named(
         read(streamed())
 
 
-def test_what_can_not_be_shared_or_streamed_is_said(streamed: Callable[..., Stream], tmp_path: Path) -> None:
+def test_what_can_not_be_shared_or_streamed_is_said(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
     assert lanes_of(12, SHARDS) == 6
     with pytest.raises(UserError, match="6 shards make 6 lanes of a batch of 12, which 4 processes can't share"):
         read(streamed(), processes=4)

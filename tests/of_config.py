@@ -1,0 +1,38 @@
+"""The data that a configuration describes, for tests that begin with one."""
+
+from __future__ import annotations
+
+from ldm.config.schema import Config
+from ldm.data import cache, index
+from ldm.data.cache import Cache, CacheOptions
+from ldm.data.dataset import ImageDataset
+from ldm.data.index import Index
+from ldm.data.sampler import SampleSpec
+from ldm.data.stream import Stream
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.text_encoder import TextEncoder
+
+
+def indexed(config: Config) -> Index:
+    return index.build(config.data, config.cache_dir, config.stage2.conditions)
+
+
+def spec_of(config: Config, batch: int | None = None) -> SampleSpec:
+    return SampleSpec.of(config.data, batch or config.stage2.batch, config.run.seed, config.stage2.cond_dropout)
+
+
+def images_of(index: Index, config: Config, batch: int) -> ImageDataset:
+    return ImageDataset(index, spec_of(config, batch))
+
+
+def streamed(config: Config) -> Stream:
+    stream = Stream(config.data, config.cache_dir, config.run.dir / "data-report.jsonl", config.stage2.conditions)
+    return stream.sampled(spec_of(config))
+
+
+def cached(
+    index: Index, config: Config, autoencoder: Autoencoder, text: TextEncoder | None, per_file: int = cache.PER_FILE
+) -> Cache:
+    options = CacheOptions.of(config.data, config.cache_dir)
+    assert options, "settings without a cache"
+    return cache.build(index, spec_of(config).augmentation, options, autoencoder, text, per_file)
