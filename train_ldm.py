@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from ldm.config.schema import Config
 from ldm.data import check, dataset, index, sources
 from ldm.data.index import Index
 from ldm.data.stream import Stream
-from ldm.distributed.launch import join, on_main
+from ldm.distributed.launch import join, on_main, training_processes
 from ldm.models import autoencoder, text_encoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.training import checks, memory_estimate, preflight
@@ -47,29 +46,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     given = parser.parse_intermixed_args(arguments)
 
-    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     settings = loader.load(given.config, given.overrides)
-    state = join(settings.run)
-    if given.dry_run:
-        return dry_run(settings, given.stage)
+    with training_processes(settings.run) as state:
+        if given.dry_run:
+            dry_run(settings, given.stage)
+        else:
+            train(settings, state, given.stage, given.fresh)
+
+
+def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
+    """Trains what is still to be trained of one stage, `1` or `2`, or of both."""
     encoder = checks.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
-    settings = claim(settings, given.fresh)
+    settings = claim(settings, fresh)
     folder = settings.run.dir
-    pipeline, stages = folder / "pipeline", left(settings, given.stage)
-    if "stage1" in stages and given.stage == "2":
+    pipeline, stages = folder / "pipeline", left(settings, stage)
+    if "stage1" in stages and stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     pictures = seen(settings, encoder)
     if not pipeline.exists():
         on_main(lambda: checks.check_on_pictures(settings, next(dataset.iter_images(pictures, 2)), state.device))
     if stages and state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
-    for stage in stages if settings.run.preflight else ():
-        measure(settings, stage, pictures, encoder)
+    for each in stages if settings.run.preflight else ():
+        measure(settings, each, pictures, encoder)
 
     if "stage1" in stages:
         train_autoencoder(settings, pictures)
-    if given.stage != "1":
+    if stage != "1":
         if "stage2" in stages:
             train_unet(settings, pictures, autoencoder.load(made(settings)), encoder)
         else:
@@ -77,10 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {pipeline if given.stage != '1' else made(settings)}")
-    state.wait_for_everyone()
-    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
-    return None
+        print(f"finished: {pipeline if stage != '1' else made(settings)}")
 
 
 def left(settings: Config, stage: str | None) -> list[str]:

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -36,6 +36,20 @@ def join(config: RunConfig) -> PartialState:
     if state.num_processes != told:  # each would train alone, and write over the others
         raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
     return state
+
+
+@contextmanager
+def training_processes(config: RunConfig) -> Iterator[PartialState]:
+    """The processes of a training command, which join at its start and leave together at its end.
+
+    SIGUSR1, which asks a run for a checkpoint, is ignored until there is one that hears it.
+    """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    state = join(config)
+    yield state
+    state.wait_for_everyone()  # not after an error, which the others may not have: they would never come
+    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
 
 
 @cache

@@ -33,7 +33,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.diffusion.process import DiffusionProcess
-from ldm.distributed.launch import join, on_main
+from ldm.distributed.launch import on_main, training_processes
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
@@ -57,10 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(arguments)
     own = loader.section(ClassifierConfig, given.overrides, "stage2_diffusion.classifier.train")
     settings = read(given.run)
-    state = join(settings.run)
-    train(settings, own, given.run, given.out)
-    state.wait_for_everyone()
-    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
+    with training_processes(settings.run):
+        train(settings, own, given.run, given.out)
 
 
 def read(run: Path) -> Config:

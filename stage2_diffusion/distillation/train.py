@@ -10,7 +10,6 @@ continues where it stopped.
 from __future__ import annotations
 
 import copy
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
-from ldm.distributed.launch import join, on_main, precision
+from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
@@ -62,28 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     given = parser.parse_intermixed_args(arguments)
-    if hasattr(signal, "SIGUSR1"):  # asks a run to save; before there is one it must not end the process
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     of_run = loader.of_run(given.run)
     settings = loader.section(DistillConfig, given.overrides, "distill")
     if settings.guidance_to is None:
         twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)
         settings = settings.model_copy(update={"guidance_to": twice})
     check(of_run.stage2, settings, given.method)
-    state = join(of_run.run)
-    teacher = LatentDiffusion.load(given.run / "pipeline", "cpu")
-    without_variance(teacher.unet, teacher.autoencoder.channels)
-    about_it = {
-        "run": str(given.run), "method": given.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
-        "distill": settings.model_dump(mode="json"),
-    }  # fmt: skip
-    on_main(partial(claim, given.out, about_it))
-    if not on_main((given.out / "pipeline").exists):
-        distill(of_run, settings, given.method, teacher, given.out)
-    if state.is_main_process:
-        print(f"finished: {given.out / 'pipeline'}")
-    state.wait_for_everyone()
-    state.destroy_process_group()  # or gloo's threads may abort the process as it ends
+    with training_processes(of_run.run) as state:
+        teacher = LatentDiffusion.load(given.run / "pipeline", "cpu")
+        without_variance(teacher.unet, teacher.autoencoder.channels)
+        about_it = {
+            "run": str(given.run), "method": given.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
+            "distill": settings.model_dump(mode="json"),
+        }  # fmt: skip
+        on_main(partial(claim, given.out, about_it))
+        if not on_main((given.out / "pipeline").exists):
+            distill(of_run, settings, given.method, teacher, given.out)
+        if state.is_main_process:
+            print(f"finished: {given.out / 'pipeline'}")
 
 
 def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
