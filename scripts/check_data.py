@@ -18,7 +18,7 @@ import torch
 
 from ldm.config import loader
 from ldm.data import check, images, index, sources
-from ldm.data.records import Bad
+from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
@@ -71,7 +71,7 @@ def check_stream(settings: loader.Config) -> int:
     good = bad = 0
     shown = list[tuple[torch.Tensor, str]]()
     for found in stream.beginning(BEGINNING):
-        if isinstance(found, Bad):
+        if isinstance(found, BadSample):
             print(f"bad        {found}")
             bad += 1
         else:

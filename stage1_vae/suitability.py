@@ -28,7 +28,7 @@ from ldm.config.schema import Config
 from ldm.data import index, sources
 from ldm.data.dataset import iter_images
 from ldm.data.index import Index
-from ldm.data.records import HELD_OUT, Bad
+from ldm.data.records import HELD_OUT, BadSample
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
 from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, scales_of
@@ -159,7 +159,7 @@ def batches(
     """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)` in [-1, 1], with their names."""
     batch = min(64, max(1, 2**19 // size**2))
     if isinstance(data, Stream):
-        good = (found for found in data.beginning(count) if not isinstance(found, Bad))
+        good = (found for found in data.beginning(count) if not isinstance(found, BadSample))
         for part in iter(lambda: list(itertools.islice(good, batch)), []):
             yield torch.stack([pixels for pixels, _ in part]).to(device), [("", caption) for _, caption in part]
             bar.update(len(part))

@@ -17,18 +17,18 @@ from webdataset.tariterators import group_by_keys
 from ldm.data.records import (
     PICTURES,
     TABLE_ROW,
-    Bad,
+    BadSample,
     BadSampleError,
+    ImageLocation,
+    ReadOptions,
     Record,
     Records,
-    Wanted,
-    Where,
     captions_of,
     label_of,
 )
 from ldm.utils.errors import UserError
 
-Sample = tuple[Record, bytes] | Bad
+Sample = tuple[Record, bytes] | BadSample
 CAPTIONS = (".txt", ".json")
 HUGE = 2**34  # bytes of a member: no picture, so a damaged header
 LONGEST = 2**20  # bytes of a caption's file
@@ -37,45 +37,45 @@ TARS = (".tar", ".tar.gz", ".tgz")
 
 def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files that `data-{000..099}.tar`, `data/*.tar`, a folder or a URL of such mean, in order."""
-    found: list[str] = []
+    files: list[str] = []
     try:
         for pattern in braceexpand(path):
             system, root = url_to_fs(pattern)
             if system.isdir(root):
                 inside = (name for name in system.find(root) if name.endswith(suffixes))
-                found += [_named(system, name) for name in sorted(inside)]
+                files += [_named(system, name) for name in sorted(inside)]
             elif any(letter in root for letter in "*?["):
-                found += [_named(system, name) for name in sorted(system.glob(root))]
+                files += [_named(system, name) for name in sorted(system.glob(root))]
             else:
-                found.append(pattern)
+                files.append(pattern)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"data.source: can't list {path} ({' '.join(str(error).split())})") from None
-    if not found:
+    if not files:
         raise UserError(f"data.source: no file matches {path}; expected {' or '.join(suffixes)}")
-    return found
+    return files
 
 
-def tars(urls: Sequence[str], wanted: Wanted) -> Records:
+def tars(urls: Sequence[str], options: ReadOptions) -> Records:
     """The samples of WebDataset tars: a picture, its captions in `.txt` or a key of `.json`, its class in another."""
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
         for group in _groups(url, whole=False):
-            if isinstance(group, Bad):
+            if isinstance(group, BadSample):
                 yield group
             else:
-                found = _record(url, group, wanted)
-                yield found if isinstance(found, Bad) else found[0]
+                sample = _record(url, group, options)
+                yield sample if isinstance(sample, BadSample) else sample[0]
 
 
-def tar_samples(url: str, wanted: Wanted) -> Iterator[Sample]:
+def tar_samples(url: str, options: ReadOptions) -> Iterator[Sample]:
     """The same of one tar, read from its beginning to its end, with the bytes of each picture."""
     for group in _groups(url, whole=True):
-        if isinstance(group, Bad):
+        if isinstance(group, BadSample):
             yield group
         else:
-            found = _record(url, group, wanted)
-            yield found if isinstance(found, Bad) else (found[0], found[1])
+            sample = _record(url, group, options)
+            yield sample if isinstance(sample, BadSample) else (sample[0], sample[1])
 
 
 class _Header(tarfile.TarInfo):
@@ -92,13 +92,13 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
 
 
-def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
+def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | BadSample]:
     """Samples as webdataset groups them: suffix → bytes, or a picture's place in the tar unless `whole`."""
-    problems: list[Bad] = []
+    problems: list[BadSample] = []
 
     def problem(error: Exception) -> bool:
         text = str(error.args[0] if error.args else error).split(" dict_keys")[0]
-        problems.append(Bad(url, text, "give each file of a tar its own name"))
+        problems.append(BadSample(url, text, "give each file of a tar its own name"))
         return True
 
     def members(file: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -113,11 +113,13 @@ def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
                     suffix = Path(member.name).suffix.lower()
                     if suffix in CAPTIONS and (member.issparse() or member.size > LONGEST):
                         key = f"{Path(url).name}:{member.name}"
-                        problems.append(Bad(key, f"a caption of {member.size:,} bytes", "shorten it"))
+                        problems.append(BadSample(key, f"a caption of {member.size:,} bytes", "shorten it"))
                         continue
                     if not member.isreg() and suffix in PICTURES:
                         key = f"{Path(url).name}:{member.name}"
-                        problems.append(Bad(key, "it is a link, a folder or a device", "store the picture itself"))
+                        problems.append(
+                            BadSample(key, "it is a link, a folder or a device", "store the picture itself")
+                        )
                     if member.isreg() and suffix in (*CAPTIONS, *PICTURES):
                         small = suffix in CAPTIONS
                         data = tar.extractfile(member).read() if whole or small else member  # type: ignore[union-attr]
@@ -126,36 +128,38 @@ def _groups(url: str, whole: bool) -> Iterator[dict[str, Any] | Bad]:
             if not tar.ended:  # type: ignore[attr-defined]
                 raise tarfile.ReadError(f"it ends at byte {tar.offset} without the mark of an end")
         except Exception as error:  # tarfile raises whatever damaged headers make it stumble over
-            problems.append(Bad(url, f"the tar can't be read on ({error or error!r})", "fetch or write it anew"))
+            problems.append(BadSample(url, f"the tar can't be read on ({error or error!r})", "fetch or write it anew"))
 
     try:
         with fsspec.open(url, "rb") as file:
             yield from group_by_keys(members(file), handler=problem)
     except Exception as error:  # whatever its file system raises
-        problems.append(Bad(url, f"it can't be read ({error or error!r})", "see that it is there and may be read"))
+        problems.append(
+            BadSample(url, f"it can't be read ({error or error!r})", "see that it is there and may be read")
+        )
     yield from problems
 
 
-def _record(url: str, group: dict[str, Any], wanted: Wanted) -> tuple[Record, Any] | Bad:
+def _record(url: str, group: dict[str, Any], options: ReadOptions) -> tuple[Record, Any] | BadSample:
     suffix = next((suffix for suffix in group if f".{suffix}" in PICTURES), None)
     key = f"{Path(url).name}:{group['__key__']}"
     if not suffix:
-        return Bad(key, "it has no picture (a name ends at its first dot)", "add one, or drop its other files")
+        return BadSample(key, "it has no picture (a name ends at its first dot)", "add one, or drop its other files")
     picture = group[suffix]
     try:
         if "txt" in group:
-            captions = captions_of(group["txt"], wanted)
+            captions = captions_of(group["txt"], options)
         elif "json" in group:
-            captions = captions_of(_column(group["json"], "column", wanted.column, wanted.captions), wanted)
-        elif not wanted.captions:
+            captions = captions_of(_column(group["json"], "column", options.column, options.captions), options)
+        elif not options.captions:
             captions = ("",)
         else:
             raise BadSampleError("it has no caption", "add a .txt or .json of the same name")
-        labelled = wanted.label is not None and "json" in group
-        label = label_of(_column(group["json"], "label", wanted.label, False)) if labelled else ""
+        labelled = options.label is not None and "json" in group
+        label = label_of(_column(group["json"], "label", options.label, False)) if labelled else ""
     except BadSampleError as error:
-        return Bad(f"{key}.{suffix}", *error.args)
-    where = Where(url) if isinstance(picture, bytes) else Where(url, picture.offset_data, picture.size)
+        return BadSample(f"{key}.{suffix}", *error.args)
+    where = ImageLocation(url) if isinstance(picture, bytes) else ImageLocation(url, picture.offset_data, picture.size)
     return Record(f"{key}.{suffix}", where, captions, label), picture
 
 
@@ -178,42 +182,49 @@ class Table:
     """A data set that `datasets` opens, with one picture a row, which stays encoded until it is asked for."""
 
     def __init__(
-        self, path: str, kind: str, split: str, wanted: Wanted, image: str, streaming: bool = False, cache: str = ""
+        self,
+        path: str,
+        kind: str,
+        split: str,
+        options: ReadOptions,
+        image: str,
+        streaming: bool = False,
+        cache: str = "",
     ):
         import datasets  # with pandas, a second: only for those who have such a table
 
-        self.wanted, self.image = wanted, image
-        options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache or None}
+        self.options, self.image = options, image
+        arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache or None}
         quiet = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
             if kind == "parquet":
                 files = expand(path, (".parquet",))
-                self.rows = datasets.load_dataset("parquet", data_files={split: files}, **options)
+                self.rows = datasets.load_dataset("parquet", data_files={split: files}, **arguments)
             elif (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
-                found = datasets.load_from_disk(path)
-                if isinstance(found, datasets.DatasetDict):
-                    if split not in found:
+                table = datasets.load_from_disk(path)
+                if isinstance(table, datasets.DatasetDict):
+                    if split not in table:
                         raise UserError(
-                            f"data.source.split: {path} has no {split!r}, but {', '.join(found)}; name one of them"
+                            f"data.source.split: {path} has no {split!r}, but {', '.join(table)}; name one of them"
                         )
-                    found = found[split]
-                self.rows = found.to_iterable_dataset(min(64, len(found))) if streaming else found
+                    table = table[split]
+                self.rows = table.to_iterable_dataset(min(64, len(table))) if streaming else table
             else:
-                self.rows = datasets.load_dataset(path, **options)
+                self.rows = datasets.load_dataset(path, **arguments)
             names = self.rows.column_names or list(next(iter(self.rows)))
-            column = wanted.column if wanted.captions else None
-            for key, name in (("column", column), ("label", wanted.label), ("image", image)):
+            column = options.column if options.captions else None
+            for key, name in (("column", column), ("label", options.label), ("image", image)):
                 if name is not None and name not in names:
                     raise UserError(
                         f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                     )
             strings, raw = datasets.Value("string"), datasets.Value("binary")
-            for given, instead in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
-                for name in (wanted.column, wanted.label):
-                    if (self.rows.features or {}).get(name) == given:  # it may be no UTF-8
-                        self.rows = self.rows.cast_column(name, instead)
-            label = (self.rows.features or {}).get(wanted.label)
+            for text_type, binary_type in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
+                for name in (options.column, options.label):
+                    if (self.rows.features or {}).get(name) == text_type:  # it may be no UTF-8
+                        self.rows = self.rows.cast_column(name, binary_type)
+            label = (self.rows.features or {}).get(options.label)
             self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
             if isinstance((self.rows.features or {}).get(image), datasets.Image):
                 self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
@@ -243,14 +254,16 @@ class Table:
             except StopIteration:
                 return
             except Exception as error:  # whatever its reader raises
-                yield Bad(place, f"it can't be read on after row {i} ({error or error!r})", "fetch or write it anew")
+                yield BadSample(
+                    place, f"it can't be read on after row {i} ({error or error!r})", "fetch or write it anew"
+                )
                 return
             try:
-                captions = captions_of(row.get(self.wanted.column), self.wanted)
-                label = "" if self.wanted.label is None else label_of(row[self.wanted.label], self.classes)
-                yield Record(key, Where(number, i, TABLE_ROW), captions, label), self._bytes(row)
+                captions = captions_of(row.get(self.options.column), self.options)
+                label = "" if self.options.label is None else label_of(row[self.options.label], self.classes)
+                yield Record(key, ImageLocation(number, i, TABLE_ROW), captions, label), self._bytes(row)
             except BadSampleError as error:
-                yield Bad(key, *error.args)
+                yield BadSample(key, *error.args)
 
     def _shard(self, shard: int) -> Iterator[dict[str, Any]]:
         """In batches, because rows by themselves would be divided among the loader's workers once more."""
@@ -285,7 +298,7 @@ class Table:
 # ---------------------------------------------------------------------------------------------------- bytes
 
 
-def read_bytes(where: Where) -> bytes:
+def read_bytes(where: ImageLocation) -> bytes:
     """The bytes of a picture in a file or behind a URL."""
     if "://" not in where.file:
         with Path(where.file).open("rb") as file:
@@ -305,8 +318,8 @@ def stamp(file: str, seen: dict[str, str]) -> str:
             if "://" in file:
                 system, path = url_to_fs(file)
                 facts_of = system.info(path)
-                told = {name: str(facts_of[name]) for name in sorted(facts_of) if name.lower() in TELLING}
-                seen[file] = repr(told) if told else ""
+                version = {name: str(facts_of[name]) for name in sorted(facts_of) if name.lower() in TELLING}
+                seen[file] = repr(version) if version else ""
             else:
                 facts = Path(file).stat()
                 return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"

@@ -58,12 +58,12 @@ class CacheOptions:
         return cls(folder, data.cache_dtype, data.workers) if data.cache == "disk" else None
 
 
-class Shelf:
+class EncodingStore:
     """One folder of the cache: entries that were made alike, as `about` says, found by their 32-byte keys."""
 
-    def __init__(self, folder: Path, about: dict[str, Any]):
-        self.about = json.dumps(about, sort_keys=True)
-        self.folder = folder / hashlib.sha256(self.about.encode()).hexdigest()[:16]
+    def __init__(self, folder: Path, metadata: dict[str, Any]):
+        self.metadata = json.dumps(metadata, sort_keys=True)
+        self.folder = folder / hashlib.sha256(self.metadata.encode()).hexdigest()[:16]
         self.take([], {})
 
     def listed(self) -> list[Path]:
@@ -87,16 +87,16 @@ class Shelf:
 
     def find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Where each key is among `self.keys`, `(N,)`, and whether it is, `(N,)`."""
-        wanted = np.array(keys, "S32")  # as an array: numpy takes the NULs off the end of a single one
+        sought = np.array(keys, "S32")  # as an array: numpy takes the NULs off the end of a single one
         if not len(self.keys):
-            return np.zeros(len(wanted), int), np.zeros(len(wanted), bool)
-        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return places, self.keys[places] == wanted
+            return np.zeros(len(sought), int), np.zeros(len(sought), bool)
+        places = np.minimum(np.searchsorted(self.keys, sought), len(self.keys) - 1)
+        return places, self.keys[places] == sought
 
     def __getitem__(self, key: bytes) -> dict[str, torch.Tensor]:
         """The entry's tensors, float32."""
-        (place,), (found,) = self.find([key])
-        assert found, "what is trained on was encoded before"
+        (place,), (present,) = self.find([key])
+        assert present, "what is trained on was encoded before"
         file, row = self.places[place].tolist()
         if file not in self._open:
             self._open[file] = load_file(self.files[file])
@@ -113,26 +113,26 @@ class Shelf:
         return dropped
 
     def write(self, tensors: dict[str, torch.Tensor]) -> Path:
-        content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.about})
+        content = save({name: value.contiguous() for name, value in tensors.items()}, {"about": self.metadata})
         file = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-        with whole_file(file) as beside:
-            beside.write_bytes(content)
+        with whole_file(file) as tmp_path:
+            tmp_path.write_bytes(content)
         return file
 
-    def why(self, missing: Sequence[bytes]) -> Counter[str]:
+    def explain_misses(self, missing: Sequence[bytes]) -> Counter[str]:
         """What changed since these entries were encoded, where they ever were, with a count each."""
-        wanted, reasons = np.array(missing, "S32"), Counter[str]()
-        left = np.ones(len(wanted), bool)
-        mine, others = json.loads(self.about), []
+        sought, reasons = np.array(missing, "S32"), Counter[str]()
+        left = np.ones(len(sought), bool)
+        mine, others = json.loads(self.metadata), []
         for folder in sorted(self.folder.parent.iterdir()) if self.folder.parent.exists() else []:
             file = next(folder.glob("*.safetensors"), None)
-            if folder != self.folder and file and (about := _about(file)):
-                others.append(([name for name in mine if about.get(name) != mine[name]], folder))
+            if folder != self.folder and file and (metadata := _metadata(file)):
+                others.append(([name for name in mine if metadata.get(name) != mine[name]], folder))
         for changed, folder in sorted(others, key=lambda other: len(other[0])):
-            found = left & np.isin(wanted, np.concatenate([_keys(file) for file in folder.glob("*.safetensors")]))
-            left &= ~found
-            if found.any():
-                reasons[f"{' and '.join(changed)} changed"] += int(found.sum())
+            matched = left & np.isin(sought, np.concatenate([_keys(file) for file in folder.glob("*.safetensors")]))
+            left &= ~matched
+            if matched.any():
+                reasons[f"{' and '.join(changed)} changed"] += int(matched.sum())
         if left.any():
             reasons["new or changed"] += int(left.sum())
         return reasons
@@ -142,12 +142,12 @@ class Shelf:
 class Job:
     """Entries for one shelf: their keys, and what encodes those at some places among them, in batches."""
 
-    shelf: Shelf
+    store: EncodingStore
     keys: Sequence[bytes]
     encode: Callable[[np.ndarray], Iterator[dict[str, torch.Tensor]]]
 
 
-def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
+def encode_missing(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
     """Encodes what is not on the shelves yet, and says how much and why. Each process writes a share of the files.
 
     UserError, on all processes, where one can't see the files that another sees.
@@ -165,39 +165,41 @@ def fill(jobs: Sequence[Job], what: str, per_file: int = PER_FILE) -> None:
     if state.is_main_process:
         reasons = Counter[str]()
         for job, places in zip(jobs, missing, strict=True):
-            reasons += job.shelf.why([job.keys[i] for i in places.tolist()]) if len(places) else Counter()
-        why = "; ".join(f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
-        tqdm.write(f"cache: {total:,} of {sum(len(job.keys) for job in jobs):,} {what} to encode: {why}.")
+            reasons += job.store.explain_misses([job.keys[i] for i in places.tolist()]) if len(places) else Counter()
+        explanation = "; ".join(
+            f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items()
+        )
+        tqdm.write(f"cache: {total:,} of {sum(len(job.keys) for job in jobs):,} {what} to encode: {explanation}.")
     mine, written = chunks[state.process_index :: state.num_processes], []
     with tqdm(total=total, unit=f" {what}", desc="encoding", leave=False, disable=not state.is_main_process) as bar:
         for job, places in mine:
-            job.shelf.folder.mkdir(parents=True, exist_ok=True)
+            job.store.folder.mkdir(parents=True, exist_ok=True)
             batches = []
             for batch in job.encode(places):
                 batches.append(batch)
                 bar.update(len(next(iter(batch.values()))) * min(state.num_processes, len(chunks)))
             tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
             keys = np.frombuffer(b"".join(job.keys[i] for i in places.tolist()), np.uint8).reshape(-1, 32)
-            written.append(job.shelf.write({**tensors, KEYS: torch.from_numpy(keys.copy())}))
-    new = [file for each in gathered(written) for file in each]
-    shelves = [job.shelf for job in jobs]
-    _take(
-        shelves, [[*shelf.files, *(file for file in new if file.parent == shelf.folder)] for shelf in shelves], keys_of
-    )
+            written.append(job.store.write({**tensors, KEYS: torch.from_numpy(keys.copy())}))
+    new = [file for share in gathered(written) for file in share]
+    stores = [job.store for job in jobs]
+    _take(stores, [[*store.files, *(file for file in new if file.parent == store.folder)] for store in stores], keys_of)
 
 
 def _missing(jobs: Sequence[Job], what: str, keys_of: dict[Path, np.ndarray]) -> list[np.ndarray]:
     """The places of each job's entries that are on no shelf, the same on all processes; drops damaged files."""
-    shelves = [job.shelf for job in jobs]
-    _take(shelves, on_main(lambda: [shelf.listed() for shelf in shelves]), keys_of)
-    dropped = {file for each in gathered([file for shelf in shelves for file in shelf.drop_damaged()]) for file in each}
+    stores = [job.store for job in jobs]
+    _take(stores, on_main(lambda: [store.listed() for store in stores]), keys_of)
+    dropped = {
+        file for share in gathered([file for store in stores for file in store.drop_damaged()]) for file in share
+    }
     for file in dropped:
         del keys_of[file]
     if dropped:
-        for shelf in shelves:
-            shelf.take(set(shelf.files) - dropped, keys_of)
-    missing = [np.flatnonzero(~job.shelf.find(job.keys)[1]) for job in jobs]
-    seen = [([file.name for file in shelf.files], len(shelf.keys)) for shelf in shelves]
+        for store in stores:
+            store.take(set(store.files) - dropped, keys_of)
+    missing = [np.flatnonzero(~job.store.find(job.keys)[1]) for job in jobs]
+    seen = [([file.name for file in store.files], len(store.keys)) for store in stores]
     asked = [(len(job.keys), len(places)) for job, places in zip(jobs, missing, strict=True)]
     if len(set(gathered(hashlib.sha256(repr((seen, asked)).encode()).digest()))) > 1:
         raise UserError(
@@ -207,7 +209,7 @@ def _missing(jobs: Sequence[Job], what: str, keys_of: dict[Path, np.ndarray]) ->
     return missing
 
 
-def _take(shelves: Sequence[Shelf], files: Sequence[Sequence[Path]], keys_of: dict[Path, np.ndarray]) -> None:
+def _take(stores: Sequence[EncodingStore], files: Sequence[Sequence[Path]], keys_of: dict[Path, np.ndarray]) -> None:
     """Takes stock of these files of each shelf, once all processes see them; those that were removed are left out."""
 
     def sees(file: Path) -> bool:
@@ -219,17 +221,17 @@ def _take(shelves: Sequence[Shelf], files: Sequence[Sequence[Path]], keys_of: di
             keys_of[file] = _keys(file)
         return True
 
-    there = set(seen_by_all([file for each in files for file in each], sees))
-    for shelf, each in zip(shelves, files, strict=True):
-        shelf.take(there.intersection(each), keys_of)
+    there = set(seen_by_all([file for share in files for file in share], sees))
+    for store, share in zip(stores, files, strict=True):
+        store.take(there.intersection(share), keys_of)
 
 
 @dataclass
 class Cache:
     """The latents and embeddings of an index."""
 
-    latents: dict[Size, Shelf]
-    text: Shelf | None
+    latents: dict[Size, EncodingStore]
+    text: EncodingStore | None
     variants: Sequence[Variant]
 
     def latent(self, crop: Crop, sha256: bytes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +245,7 @@ class Cache:
         return self.text[_digest(caption)]["text"]
 
 
-class Cuts(torch.utils.data.Dataset[torch.Tensor]):
+class CropDataset(torch.utils.data.Dataset[torch.Tensor]):
     """The variants of some pictures of an index, `(V, 3, H, W)` each."""
 
     def __init__(self, index: Index, entries: np.ndarray, size: Size, variants: Sequence[Variant]):
@@ -273,10 +275,10 @@ def build(
     variants = variants_of(augmentation, index)
     pictures = _pictures(index, options, autoencoder, variants)
     captions = [_captions(index, options, text)] if text else []
-    fill(list(pictures.values()), "pictures", max(1, per_file // len(variants)))
-    fill(captions, "captions", per_file)
-    latents = {size: job.shelf for size, job in pictures.items()}
-    return Cache(latents, captions[0].shelf if captions else None, variants)
+    encode_missing(list(pictures.values()), "pictures", max(1, per_file // len(variants)))
+    encode_missing(captions, "captions", per_file)
+    latents = {size: job.store for size, job in pictures.items()}
+    return Cache(latents, captions[0].store if captions else None, variants)
 
 
 def _pictures(
@@ -288,21 +290,21 @@ def _pictures(
     stacked = np.array(sha256, "S32")
 
     def job(size: Size, entries: np.ndarray) -> Job:
-        about = {
+        metadata = {
             "the autoencoder": made_by, "the size": list(size), "data.crop": sorted({crop for crop, _ in variants}),
             "data.flip": any(flip for _, flip in variants), "data.background": index.data.background,
             "data.cache_dtype": options.dtype,
         }  # fmt: skip
 
         def encode(places: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-            cuts = Cuts(index, entries[places], size, variants)
+            crops = CropDataset(index, entries[places], size, variants)
             batch = max(1, BATCH // len(variants))
-            for pixels in torch.utils.data.DataLoader(cuts, batch, num_workers=options.workers):
+            for pixels in torch.utils.data.DataLoader(crops, batch, num_workers=options.workers):
                 moments = autoencoder.moments(pixels.flatten(0, 1))  # (N, V, 3, H, W) → (N·V, 3, H, W)
                 mean, logvar = (moment.unflatten(0, pixels.shape[:2]).to("cpu", dtype) for moment in moments)
                 yield {"mean": mean, "logvar": logvar}
 
-        return Job(Shelf(options.folder / "latents", about), [sha256[i] for i in entries], encode)
+        return Job(EncodingStore(options.folder / "latents", metadata), [sha256[i] for i in entries], encode)
 
     jobs = {}
     for size, entries in index.by_size().items():
@@ -323,8 +325,8 @@ def _captions(index: Index, options: CacheOptions, text: TextEncoder) -> Job:
             part = [captions[keys[i]] for i in places[start : start + 2 * BATCH]]
             yield {"text": text.encode(part).to("cpu", dtype)}
 
-    about = {"the text encoder": text.fingerprint(), "data.cache_dtype": options.dtype}
-    return Job(Shelf(options.folder / "text", about), keys, encode)
+    metadata = {"the text encoder": text.fingerprint(), "data.cache_dtype": options.dtype}
+    return Job(EncodingStore(options.folder / "text", metadata), keys, encode)
 
 
 def _digest(caption: str) -> bytes:
@@ -340,7 +342,7 @@ def _keys(file: Path) -> np.ndarray:
         return np.zeros(0, "S32")
 
 
-def _about(file: Path) -> dict[str, Any]:
+def _metadata(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, "np") as opened:
             return dict(json.loads(opened.metadata()["about"]))

@@ -42,38 +42,38 @@ def facts(index: Index, text: TextEncoder | None, text_name: str = "") -> dict[s
     file = index.sources.cache / f"check-{key}.json"
     if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
         return dict(known)
-    found = {
+    result = {
         "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
         **(_captions(index, text) if text else {}), **(_classes(index) if "class" in index.sources.conditions else {}),
         **_duplicates(index),
     }  # fmt: skip
-    with whole_file(file) as beside:
-        beside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    return found
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return result
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(result: dict[str, Any]) -> str:
     """The facts as a page of text."""
-    duplicates, buckets = found["duplicates"], found["buckets"]
+    duplicates, buckets = result["duplicates"], result["buckets"]
     most = max(count for _, count in buckets)
     lines = [
-        f"pictures   {found['pictures']:,} good, {found['bad']:,} bad",
-        f"shorter    {_spread(found['shorter'])} px (percentiles 0, 5, 50, 95, 100)",
-        f"longer     {_spread(found['longer'])} px",
-        f"upscaled   {found['upscaled']:,} are smaller than what they are brought to",
-        f"cropped    {found['cropped']:.1%} of the area on average",
+        f"pictures   {result['pictures']:,} good, {result['bad']:,} bad",
+        f"shorter    {_spread(result['shorter'])} px (percentiles 0, 5, 50, 95, 100)",
+        f"longer     {_spread(result['longer'])} px",
+        f"upscaled   {result['upscaled']:,} are smaller than what they are brought to",
+        f"cropped    {result['cropped']:.1%} of the area on average",
         *(
             f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / most))} {count:,}"
             for i, (size, count) in enumerate(buckets)
         ),
     ]
-    if captions := found.get("captions"):
+    if captions := result.get("captions"):
         lines += [
             f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
             f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
             *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
         ]
-    if classes := found.get("classes"):
+    if classes := result.get("classes"):
         lines.append(f"classes    {classes['distinct']:,} of {_spread(classes['pictures'])} pictures (percentiles)")
     lines += [
         f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
@@ -164,8 +164,8 @@ def near_duplicates(hashes: np.ndarray, apart: int = NEAR, window: int = 64) -> 
                 break
             close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= apart)
             pairs.append(np.sort(np.stack([a[close], b[close]], axis=1), axis=1))
-    found = np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
-    return np.unique(found, axis=0)
+    joined = np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
+    return np.unique(joined, axis=0)
 
 
 def _quantiles(values: np.ndarray) -> list[int]:

@@ -16,42 +16,54 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.records import PICTURES, Bad, BadSampleError, Record, Records, Wanted, Where, captions_of, label_of
+from ldm.data.records import (
+    PICTURES,
+    BadSample,
+    BadSampleError,
+    ImageLocation,
+    ReadOptions,
+    Record,
+    Records,
+    captions_of,
+    label_of,
+)
 from ldm.utils.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 
 
-def metadata(folder: Path, wanted: Wanted) -> Records:
+def metadata(folder: Path, options: ReadOptions) -> Records:
     """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, captions in a column, classes in another."""
-    column = wanted.column
+    column = options.column
     file = next(folder / name for name in METADATA if (folder / name).exists())
     if isinstance(wrong := _inside(folder, file.name), str):
         raise UserError(f"{file}: {wrong}; write it into the folder")
-    for number, row in _rows(file, wanted):
+    for number, row in _rows(file, options):
         place = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
         if isinstance(row, str):
-            yield Bad(place, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
+            yield BadSample(place, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
         elif not isinstance(name := row.get("file_name"), str) or not name:
-            yield Bad(place, "it has no file_name", "name the picture, relative to the folder")
+            yield BadSample(place, "it has no file_name", "name the picture, relative to the folder")
         else:
             path = _inside(folder, name)
             if isinstance(path, str):
-                yield Bad(f"{place}, {name!r}", path, f"name a file inside {folder}")
+                yield BadSample(f"{place}, {name!r}", path, f"name a file inside {folder}")
                 continue
             try:
-                if wanted.captions and column not in row:
+                if options.captions and column not in row:
                     raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.caption_column")
-                captions = captions_of(row.get(column), wanted)
-                label = label_of(row.get(wanted.label)) if wanted.label is not None else ""
+                captions = captions_of(row.get(column), options)
+                label = label_of(row.get(options.label)) if options.label is not None else ""
             except BadSampleError as error:
-                yield Bad(f"{place}, {name!r}", *error.args)
+                yield BadSample(f"{place}, {name!r}", *error.args)
                 continue
-            yield Record(name, Where(str(path)), captions, label)
+            yield Record(name, ImageLocation(str(path)), captions, label)
 
 
-def sidecars(folder: Path, wanted: Wanted, extensions: tuple[str, ...] = SIDECARS, otherwise: str = "") -> Records:
+def sidecars(
+    folder: Path, options: ReadOptions, extensions: tuple[str, ...] = SIDECARS, otherwise: str = ""
+) -> Records:
     """A folder, with those in it, of pictures with a caption file beside each: `a.jpg` and `a.txt` or `a.caption`.
 
     `otherwise` is the caption of a picture that has none. Where classes are wanted, the folder is one.
@@ -64,31 +76,31 @@ def sidecars(folder: Path, wanted: Wanted, extensions: tuple[str, ...] = SIDECAR
                 continue
             key = str((directory / name).relative_to(folder))
             path = _inside(folder, key)
-            beside = next((stem + extension for extension in extensions if stem + extension in here), None)
+            sidecar = next((stem + extension for extension in extensions if stem + extension in here), None)
             if isinstance(path, str):
-                yield Bad(key, path, f"copy it into {folder}")
+                yield BadSample(key, path, f"copy it into {folder}")
                 continue
             try:
-                if beside:
-                    file = _inside(folder, str((directory / beside).relative_to(folder)))
+                if sidecar:
+                    file = _inside(folder, str((directory / sidecar).relative_to(folder)))
                     if isinstance(file, str):
-                        raise BadSampleError(f"its caption file {beside}: {file}", f"copy it into {folder}")
-                    captions = captions_of(file.read_bytes(), wanted)
-                elif otherwise or not wanted.captions:
-                    captions = captions_of(otherwise, wanted._replace(lines=False))
+                        raise BadSampleError(f"its caption file {sidecar}: {file}", f"copy it into {folder}")
+                    captions = captions_of(file.read_bytes(), options)
+                elif otherwise or not options.captions:
+                    captions = captions_of(otherwise, options._replace(lines=False))
                 else:
                     raise BadSampleError("it has no caption", f"write one into {stem}{extensions[0]} beside it")
             except BadSampleError as error:
-                yield Bad(key, *error.args)
+                yield BadSample(key, *error.args)
                 continue
             except OSError as error:
-                yield Bad(key, f"can't read {beside}: {error.strerror}", "let it be read")
+                yield BadSample(key, f"can't read {sidecar}: {error.strerror}", "let it be read")
                 continue
-            in_folder = wanted.label is not None and directory != folder
-            yield Record(key, Where(str(path)), captions, Path(key).parts[0] if in_folder else "")
+            in_folder = options.label is not None and directory != folder
+            yield Record(key, ImageLocation(str(path)), captions, Path(key).parts[0] if in_folder else "")
 
 
-def classes(folder: Path, template: str, wanted: Wanted) -> Records:
+def classes(folder: Path, template: str, options: ReadOptions) -> Records:
     """A folder of folders of pictures, each named after what its pictures show; `template` makes it a caption."""
     for directory, names in walk(folder):
         for name in names:
@@ -98,15 +110,15 @@ def classes(folder: Path, template: str, wanted: Wanted) -> Records:
             path = _inside(folder, key)
             label = Path(key).parts[0] if directory != folder else ""
             if isinstance(path, str):
-                yield Bad(key, path, f"copy it into {folder}")
+                yield BadSample(key, path, f"copy it into {folder}")
             elif not label:
-                yield Bad(key, "it is in no class folder", "move it into the folder of its class")
+                yield BadSample(key, "it is in no class folder", "move it into the folder of its class")
             else:
                 try:
-                    captions = captions_of(template.replace("{}", label.replace("_", " ")), wanted)
-                    yield Record(key, Where(str(path)), captions, label)
+                    captions = captions_of(template.replace("{}", label.replace("_", " ")), options)
+                    yield Record(key, ImageLocation(str(path)), captions, label)
                 except BadSampleError as error:
-                    yield Bad(key, *error.args)
+                    yield BadSample(key, *error.args)
 
 
 def is_picture(name: str) -> bool:
@@ -137,7 +149,7 @@ def _inside(folder: Path, name: str) -> Path | str:
         return f"it can't be followed ({error})"
 
 
-def _rows(file: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Number, from 1, and content of each row, or what is wrong with it; UserError where the file is no table."""
     try:
         if file.suffix == ".jsonl":
@@ -148,9 +160,9 @@ def _rows(file: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any] | st
             return
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
-                found = table.schema_arrow.names
-                _has_columns(file, found, wanted)
-                columns = [name for name in found if name in ("file_name", wanted.column, wanted.label)]
+                names = table.schema_arrow.names
+                _has_columns(file, names, options)
+                columns = [name for name in names if name in ("file_name", options.column, options.label)]
                 number = 0
                 for batch in table.iter_batches(4096, columns=columns):
                     for values in zip(*(_raw(batch[name]).to_pylist() for name in columns), strict=True):
@@ -163,7 +175,7 @@ def _rows(file: Path, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any] | st
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
-            _has_columns(file, list(reader.fieldnames or []), wanted)
+            _has_columns(file, list(reader.fieldnames or []), options)
             while True:
                 try:
                     row = next(reader, None)
@@ -197,11 +209,11 @@ def _raw(strings: pa.Array) -> pa.Array:
     return strings
 
 
-def _has_columns(file: Path, found: list[str], wanted: Wanted) -> None:
+def _has_columns(file: Path, names: list[str], options: ReadOptions) -> None:
     for name, instead in (
         ("file_name", ""),
-        (wanted.column if wanted.captions else None, ", or name the one with captions in data.source.caption_column"),
-        (wanted.label, ", or name the one with classes in data.source.label"),
+        (options.column if options.captions else None, ", or name the one with captions in data.source.caption_column"),
+        (options.label, ", or name the one with classes in data.source.label"),
     ):
-        if name is not None and name not in found:
-            raise UserError(f"{file}: no column {name!r} among {', '.join(found) or 'none'}; add it{instead}")
+        if name is not None and name not in names:
+            raise UserError(f"{file}: no column {name!r} among {', '.join(names) or 'none'}; add it{instead}")

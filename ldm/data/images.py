@@ -84,14 +84,14 @@ class Buckets:
 
     def __init__(self, size: int, config: BucketConfig | None = None):
         self.config = config
-        found = {(size, size)}
+        sizes = {(size, size)}
         if config:
             step = config.step
             low = -(-(config.smallest or size // 2) // step) * step
             high = (config.largest or size * 2) // step * step
             sides = {side: min(high, size**2 // side // step * step) for side in range(low, high + 1, step)}
-            found = {pair for a, b in sides.items() if b >= low for pair in ((a, b), (b, a))}
-        self.sizes: tuple[Size, ...] = tuple(sorted(found, key=lambda wh: (wh[0] / wh[1], wh)))
+            sizes = {pair for a, b in sides.items() if b >= low for pair in ((a, b), (b, a))}
+        self.sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda wh: (wh[0] / wh[1], wh)))
 
     def of(self, width: int, height: int) -> Size:
         """The size of the bucket for a picture of `width × height` pixels: the one of the nearest aspect ratio."""

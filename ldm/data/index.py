@@ -36,7 +36,7 @@ from tqdm import tqdm
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
 from ldm.data.images import Buckets, Size, decode
-from ldm.data.records import TABLE_ROW, Bad, BadSampleError, Record, Where
+from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import CAPTIONED, Sources
 from ldm.distributed.consensus import gathered, on_all, seen_by_all
 from ldm.distributed.launch import on_main
@@ -84,7 +84,7 @@ class Index:
     def __getitem__(self, i: int) -> Entry:
         row = self.table.slice(int(self.rows[i]), 1).to_pylist()[0]
         return Entry(
-            row["key"], Where(row["file"], row["start"], row["size"]), tuple(row["captions"]), row["label"],
+            row["key"], ImageLocation(row["file"], row["start"], row["size"]), tuple(row["captions"]), row["label"],
             row["split"], row["weight"], row["repeats"], row["flip"], row["dropout"],
             json.loads(row["attributes"]) if row["attributes"] else {}, row["sha256"], row["width"], row["height"],
         )  # fmt: skip
@@ -141,11 +141,11 @@ class Index:
         weights = self.column("weight")
         shares = [source.weight for source in self.data.source]
         if shares[0] is not None:
-            sources, each = self.column("source"), weights * self.column("repeats")
+            sources, drawn = self.column("source"), weights * self.column("repeats")
             for number, share in enumerate(shares):
                 mine = sources == number
                 if mine.any():
-                    weights = np.where(mine, weights * share / each[mine].sum(), weights)
+                    weights = np.where(mine, weights * share / drawn[mine].sum(), weights)
         return weights
 
     @cached_property
@@ -178,10 +178,10 @@ class Index:
 
     # ------------------------------------------------------------------------------------------------------ what is bad
 
-    def bad(self) -> Iterator[Bad]:
+    def bad(self) -> Iterator[BadSample]:
         wrong = self.table.filter(pc.is_valid(self.table["reason"])).select(["key", "reason", "fix"])
         for batch in wrong.to_batches(CHUNK):
-            yield from (Bad(**row) for row in batch.to_pylist())
+            yield from (BadSample(**row) for row in batch.to_pylist())
 
     def bad_count(self) -> int:
         return len(self.table) - self.table["reason"].null_count
@@ -193,8 +193,8 @@ class Index:
             "pictures": len(self), "bad": self.bad_count(), "on_error": self.data.on_error,
             "max_bad": self.data.max_bad, "list": listed,
         }  # fmt: skip
-        with whole_file(path) as beside:
-            beside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        with whole_file(path) as tmp_path:
+            tmp_path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     def verdict(self, report: Path) -> str:
         """Why training would stop over bad pictures, in one line, or nothing."""
@@ -323,13 +323,13 @@ class _Listing:
         self.sources, self.bar = sources, bar
         self.count, self.digest = 0, hashlib.sha256()  # of all that were listed
 
-    def __iter__(self) -> Iterator[tuple[int, Record | Bad]]:
+    def __iter__(self) -> Iterator[tuple[int, Record | BadSample]]:
         """Those that are this process's own, each with the number of its source."""
         rank, processes = PartialState().process_index, PartialState().num_processes
         for number in range(len(self.sources.configs)):
             for item in self.sources.records(number):
                 if processes > 1:  # of a bad one only the name: reasons may tell where an object stood
-                    self.digest.update(repr(item.key if isinstance(item, Bad) else item).encode())
+                    self.digest.update(repr(item.key if isinstance(item, BadSample) else item).encode())
                 if self.count // CHUNK % processes == rank:
                     yield number, item
                 else:
@@ -351,7 +351,7 @@ def _rows(listing: _Listing, data: DataConfig, known: _Known) -> Iterator[dict[s
     share = (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max_workers=max(2, data.workers, share)) as pool:
         for number, item in listing:
-            if isinstance(item, Bad):
+            if isinstance(item, BadSample):
                 ahead.append(({**item.__dict__, "source": number, "stamp": bytes(16)}, {}))
             else:
                 row = _row(item, number, seen, sources.table_stamp(number))
@@ -380,22 +380,22 @@ def _joined(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], 
     UserError, on all, where the processes didn't list the same pictures, or don't see the same index.
     """
     state = PartialState()
-    found = gathered((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
-    counts = [count for _, _, count, _ in found]
-    for rank, (_, _, count, digest) in enumerate(found):
-        if (count, digest) != found[0][2:]:
+    listings = gathered((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
+    counts = [count for _, _, count, _ in listings]
+    for rank, (_, _, count, digest) in enumerate(listings):
+        if (count, digest) != listings[0][2:]:
             raise UserError(
                 f"data.source: process {rank} lists other pictures than process 0 ({count:,} and {counts[0]:,}); put "
                 "them on a file system that all machines share, let nothing change them, and start the command again"
             )
-    parts, sizes = [each[0] for each in found], {each[0]: each[1] for each in found}
+    parts, sizes = [listed[0] for listed in listings], {listed[0]: listed[1] for listed in listings}
     seen_by_all(parts, lambda file: not state.is_main_process or _has(file, sizes[file]))
     whole = part.with_name(f"{parts[0].name}.whole")
 
     def join() -> int:
         if not state.is_main_process:
             return 0
-        shares = [iter(_mapped(each)) for each in parts]
+        shares = [iter(_mapped(listed)) for listed in parts]
         chunks = range(-(-listing.count // CHUNK))
         _write_batches(whole, (next(shares[k % len(shares)]) for k in chunks))
         return whole.stat().st_size
@@ -403,8 +403,8 @@ def _joined(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], 
     size = gathered(on_all(join))[0]
     seen_by_all([whole], lambda file: _has(file, size))
     batches = on_all(lambda: _mapped(whole))
-    told = gathered(_digest(batches))
-    if len(set(told)) > 1:
+    digests = gathered(_digest(batches))
+    if len(set(digests)) > 1:
         raise UserError(
             f"data.cache_dir: the processes read different things in {whole}; "
             "give a folder on a file system that all machines share"
@@ -441,11 +441,11 @@ def _mapped(path: Path) -> list[pa.RecordBatch]:
 
 def _left_in(path: Path) -> list[pa.RecordBatch]:
     """The memory-mapped batches of an index as far as it was written; none where there is none, or just begun."""
-    found: list[pa.RecordBatch] = []
+    batches: list[pa.RecordBatch] = []
     with suppress(OSError, pa.ArrowException), pa.memory_map(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
-            found.append(batch)
-    return found
+            batches.append(batch)
+    return batches
 
 
 def _row(record: Record, number: int, seen: dict[str, str], table_stamp: str) -> dict[str, Any]:
@@ -460,7 +460,7 @@ def _row(record: Record, number: int, seen: dict[str, str], table_stamp: str) ->
     }  # fmt: skip
 
 
-def _facts(sources: Sources, where: Where, data: DataConfig) -> dict[str, Any]:
+def _facts(sources: Sources, where: ImageLocation, data: DataConfig) -> dict[str, Any]:
     """What opening a picture tells of it, or what is wrong with it."""
     try:
         content = sources.read(where)
@@ -480,13 +480,13 @@ class _Known:
     """The facts of earlier indices, found by stamp."""
 
     def __init__(self, paths: Sequence[Path]):
-        wanted = pa.schema([SCHEMA.field(name) for name in ("stamp", *FACTS)])
-        tables = [wanted.empty_table()]
+        schema = pa.schema([SCHEMA.field(name) for name in ("stamp", *FACTS)])
+        tables = [schema.empty_table()]
         for path in paths:
             batches = _left_in(path)
             if batches and batches[0].schema.names == SCHEMA.names:
                 with suppress(pa.ArrowException):  # one of other types than it ever had
-                    tables.append(pa.Table.from_batches(batches).select(wanted.names).cast(wanted))
+                    tables.append(pa.Table.from_batches(batches).select(schema.names).cast(schema))
         table = pa.concat_tables(tables)
         stamps = _leading(table["stamp"], 16).view("S16").ravel()
         self.order = np.argsort(stamps, kind="stable")
@@ -498,9 +498,9 @@ class _Known:
     def facts(self, mark: bytes) -> dict[str, Any] | None:
         if not self.count or mark == bytes(16):
             return None
-        wanted = np.array([mark], "S16")  # as an array: numpy takes the NULs off the end of a single one
-        place = int(np.searchsorted(self.stamps, wanted)[0])
-        if place == self.count or self.stamps[place : place + 1] != wanted:
+        sought = np.array([mark], "S16")  # as an array: numpy takes the NULs off the end of a single one
+        place = int(np.searchsorted(self.stamps, sought)[0])
+        if place == self.count or self.stamps[place : place + 1] != sought:
             return None
         row = int(self.order[place])
         number = int(np.searchsorted(self.ends, row, side="right"))

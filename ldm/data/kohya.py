@@ -10,26 +10,26 @@ import numpy as np
 
 from ldm.config.kohya import Subset, subsets
 from ldm.data.folders import SIDECARS, sidecars
-from ldm.data.records import Bad, Record, Records, Wanted, label_of
+from ldm.data.records import BadSample, ReadOptions, Record, Records, label_of
 from ldm.utils.errors import UserError
 
 SHUFFLES = 8  # orders of a shuffled caption: each one's embedding is cached
 
 
-def read(file: Path, wanted: Wanted) -> Records:
+def read(file: Path, options: ReadOptions) -> Records:
     """The pictures of every subset, each named by its folder and file; where classes are wanted, `class_tokens`."""
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
         extensions = (subset.caption_extension,) if subset.caption_extension else SIDECARS
-        for item in sidecars(subset.folder, wanted._replace(lines=False), extensions, subset.class_tokens):
+        for item in sidecars(subset.folder, options._replace(lines=False), extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{item.key}"
-            if isinstance(item, Bad):
+            if isinstance(item, BadSample):
                 yield replace(item, key=key)
             else:
                 yield Record(
                     key, item.where, tuple(_orders(item.captions[0], key, subset)),
-                    label="" if wanted.label is None else label_of(subset.class_tokens), repeats=subset.num_repeats,
+                    label="" if options.label is None else label_of(subset.class_tokens), repeats=subset.num_repeats,
                     flip=subset.flip_aug, dropout=subset.caption_dropout_rate,
                 )  # fmt: skip
 

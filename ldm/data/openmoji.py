@@ -111,8 +111,8 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
         if not path.exists():
             svg = svgs / f"{drawing.code}.svg"
             png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
-            with whole_file(path) as beside:  # several processes may draw at once
-                beside.write_bytes(bytes(png))
+            with whole_file(path) as tmp_path:  # several processes may draw at once
+                tmp_path.write_bytes(bytes(png))
         pictures.append((drawing, path))
     return pictures
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 PICTURES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
-class Where(NamedTuple):
+class ImageLocation(NamedTuple):
     """Where a picture's bytes are: a whole file or URL, `size` bytes of one from `start`, or row `start` of a table."""
 
     file: str
@@ -33,7 +33,7 @@ class Record:
     """
 
     key: str
-    where: Where
+    where: ImageLocation
     captions: tuple[str, ...]
     label: str = ""  # its class
     split: str = "train"
@@ -48,7 +48,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadSample:
     """A picture or a line that can't be used: its name, what is wrong with it, and how to mend it."""
 
     key: str
@@ -63,14 +63,14 @@ class Bad:
         return f"{self.key}: {self.reason}; {self.fix}"
 
 
-Records = Iterator[Record | Bad]
+Records = Iterator[Record | BadSample]
 
 
 class BadSampleError(ValueError):
     """A picture or caption that can't be used; the arguments are the reason and how to mend it."""
 
 
-class Wanted(NamedTuple):
+class ReadOptions(NamedTuple):
     """What is read of a picture besides its bytes, and where it stands."""
 
     column: str = "text"
@@ -83,25 +83,25 @@ class Wanted(NamedTuple):
     """Column, or key of a JSON, with the class; None: classes are not read."""
 
 
-def captions_of(value: Any, wanted: Wanted) -> tuple[str, ...]:
+def captions_of(value: Any, options: ReadOptions) -> tuple[str, ...]:
     """Captions from a string or a list of strings, white space tidied; BadSampleError where one is missing or no text.
 
     Where none are wanted, those that are missing or empty are left out; if that is all, `("",)`.
     """
-    lines = wanted.lines
-    value = [_decoded(each) for each in value] if isinstance(value, list) else _decoded(value)
+    lines = options.lines
+    value = [_decoded(item) for item in value] if isinstance(value, list) else _decoded(value)
     if isinstance(value, str):
         value = value.splitlines() if lines else [value]
         if lines:
             value = [line for line in value if line.strip()] or [""]
     if value is None or value == []:
-        if not wanted.captions:
+        if not options.captions:
             return ("",)
         raise BadSampleError("it has no caption", "give it one")
     if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
         raise BadSampleError(f"its caption is {_short(value)}", "give a string or a list of strings")
     tidy = tuple(" ".join(caption.split()) for caption in value)
-    if not wanted.captions:
+    if not options.captions:
         tidy = tuple(filter(None, tidy)) or ("",)
     elif not all(tidy):
         raise BadSampleError("its caption is empty", "write what the picture shows")

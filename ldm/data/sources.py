@@ -18,7 +18,7 @@ from pathlib import Path
 from ldm.config.kohya import subsets
 from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
-from ldm.data.records import PICTURES, TABLE_ROW, Bad, Record, Records, Wanted, Where
+from ldm.data.records import PICTURES, TABLE_ROW, BadSample, ImageLocation, ReadOptions, Record, Records
 from ldm.utils.errors import UserError
 
 SAYS = {
@@ -138,17 +138,17 @@ class Sources:
         source, kind = self.configs[number], self.kinds[number]
         for item in self._records(number, source, kind):
             key = item.key if len(self.configs) == 1 else f"{number}:{item.key}"
-            if isinstance(item, Bad):
+            if isinstance(item, BadSample):
                 yield replace(item, key=key)
             elif not _is_text(item.where.file + item.label):  # an index could not hold it
-                yield Bad(key, "its name is not UTF-8", "rename it")
+                yield BadSample(key, "its name is not UTF-8", "rename it")
             elif "class" in self.conditions and not item.label:
                 column = f"write it into the column {source.label!r}, or put it in a class folder"
-                yield Bad(key, "it has no class", "give its subset class_tokens" if kind == "kohya" else column)
+                yield BadSample(key, "it has no class", "give its subset class_tokens" if kind == "kohya" else column)
             else:
                 yield replace(item, key=key, repeats=item.repeats * source.repeats)
 
-    def read(self, where: Where) -> bytes:
+    def read(self, where: ImageLocation) -> bytes:
         """The bytes of a picture; OSError or ValueError where they can't be had."""
         if where.size == TABLE_ROW:
             return self._tables[int(where.file)].picture(where.start)
@@ -166,7 +166,7 @@ class Sources:
         """The samples of a shard with the bytes of their pictures, in the order in which they lie there."""
         number, name = shard
         if isinstance(name, str):
-            return archives.tar_samples(name, self._wanted(self.configs[number]))
+            return archives.tar_samples(name, self._read_options(self.configs[number]))
         return self._streams[number].samples(str(number), name)
 
     def table_stamp(self, number: int) -> str:
@@ -176,11 +176,13 @@ class Sources:
     def table(self, number: int, streaming: bool = False) -> archives.Table:
         source, kind = self.configs[number], self.kinds[number]
         cache = str(self.cache / "datasets")
-        return archives.Table(source.path, kind, source.split, self._wanted(source), source.image, streaming, cache)
+        return archives.Table(
+            source.path, kind, source.split, self._read_options(source), source.image, streaming, cache
+        )
 
-    def _wanted(self, source: SourceConfig) -> Wanted:
+    def _read_options(self, source: SourceConfig) -> ReadOptions:
         label = source.label if "class" in self.conditions else None
-        return Wanted(source.caption_column, source.lines, "text" in self.conditions, label)
+        return ReadOptions(source.caption_column, source.lines, "text" in self.conditions, label)
 
     @cached_property
     def _tables(self) -> dict[int, archives.Table]:
@@ -191,26 +193,27 @@ class Sources:
         return {i: self.table(i, True) for i, kind in enumerate(self.kinds) if kind in ("parquet", "datasets")}
 
     def _records(self, number: int, source: SourceConfig, kind: str) -> Records:
-        folder, wanted = Path(source.path), self._wanted(source)
+        folder, options = Path(source.path), self._read_options(source)
         if kind == "openmoji":
             return (
                 Record(
-                    d.code, Where(str(path.resolve())), d.captions, d.label if wanted.label else "", d.split, d.weight,
+                    d.code, ImageLocation(str(path.resolve())), d.captions, d.label if options.label else "", d.split,
+                    d.weight,
                     attributes={"role": d.role, "tone": d.tone} if d.role else {},
                 )
                 for d, path in self._drawn(source)
             )  # fmt: skip
         if kind == "metadata":
-            return folders.metadata(folder, wanted)
+            return folders.metadata(folder, options)
         if kind in ("sidecars", "pictures"):
-            return folders.sidecars(folder, wanted, folders.SIDECARS if kind == "sidecars" else ())
+            return folders.sidecars(folder, options, folders.SIDECARS if kind == "sidecars" else ())
         if kind == "classes":
-            return folders.classes(folder, source.template, wanted)
+            return folders.classes(folder, source.template, options)
         if kind == "kohya":
-            return kohya.read(folder, wanted)
+            return kohya.read(folder, options)
         if kind == "tar":
-            return archives.tars(archives.expand(source.path, archives.TARS), wanted)
-        return (item if isinstance(item, Bad) else item[0] for item in self._tables[number].samples(str(number)))
+            return archives.tars(archives.expand(source.path, archives.TARS), options)
+        return (item if isinstance(item, BadSample) else item[0] for item in self._tables[number].samples(str(number)))
 
     def _drawn(self, source: SourceConfig) -> list[tuple[openmoji.Drawing, Path]]:
         return openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")

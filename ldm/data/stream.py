@@ -26,7 +26,7 @@ from ldm.config.schema import DataConfig, Training
 from ldm.data.archives import Sample
 from ldm.data.crops import crop_resize
 from ldm.data.images import decode, to_tensor
-from ldm.data.records import Bad, BadSampleError, Record
+from ldm.data.records import BadSample, BadSampleError, Record
 from ldm.data.sampler import SampleSpec
 from ldm.data.sources import CAPTIONED, Sources
 from ldm.distributed.accumulation import accumulation
@@ -86,17 +86,19 @@ class Stream:
         """SHA-256 of the shards' names."""
         return hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
 
-    def beginning(self, count: int) -> Iterator[tuple[torch.Tensor, str] | Bad]:
+    def beginning(self, count: int) -> Iterator[tuple[torch.Tensor, str] | BadSample]:
         """As many of the first of each shard, centre cropped, `(3, H, W)`, with a caption, and those that are bad."""
-        each = -(-count // max(1, len(self.shards)))
-        samples = (sample for shard in self.shards for sample in itertools.islice(self.sources.samples(shard), each))
+        per_shard = -(-count // max(1, len(self.shards)))
+        samples = (
+            sample for shard in self.shards for sample in itertools.islice(self.sources.samples(shard), per_shard)
+        )
         for sample in itertools.islice(samples, count):
-            pixels = sample if isinstance(sample, Bad) else _pixels(sample, self.data, self.spec, None)
-            yield pixels if isinstance(pixels, Bad) else (pixels, sample[0].captions[0])  # type: ignore[index]
+            pixels = sample if isinstance(sample, BadSample) else _pixels(sample, self.data, self.spec, None)
+            yield pixels if isinstance(pixels, BadSample) else (pixels, sample[0].captions[0])  # type: ignore[index]
 
     def iter_images(self, batch: int) -> Iterator[torch.Tensor]:
         """Some pictures that stand for all, in batches `(N, 3, H, W)`."""
-        good = (found[0] for found in self.beginning(STANDS_FOR_ALL) if not isinstance(found, Bad))
+        good = (sample[0] for sample in self.beginning(STANDS_FOR_ALL) if not isinstance(sample, BadSample))
         while part := list(itertools.islice(good, batch)):
             yield torch.stack(part)
 
@@ -202,9 +204,11 @@ class _Reader(IterableDataset[Item]):
                     while True:
                         places[str(number)], sample = next(reading[number])
                         item = (
-                            sample if isinstance(sample, Bad) else _item(sample, self.stream.data, self.stream.spec, n)
+                            sample
+                            if isinstance(sample, BadSample)
+                            else _item(sample, self.stream.data, self.stream.spec, n)
                         )
-                        if not isinstance(item, Bad):
+                        if not isinstance(item, BadSample):
                             break
                         bad.append(json.dumps([item.key, item.reason, item.fix]))
                         if places[str(number)][0] > before[0] + 2 * len(self.stream.shards):  # nothing good in all
@@ -228,10 +232,10 @@ def _joined(parts: Sequence[Item]) -> Item:
     return step
 
 
-def _item(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int) -> Item | Bad:
+def _item(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int) -> Item | BadSample:
     record = sample[0]
     pixels = _pixels(sample, data, spec, n)
-    if isinstance(pixels, Bad):
+    if isinstance(pixels, BadSample):
         return pixels
     choice = int(generator(spec.seed, "caption", n).integers(len(record.captions)))
     return {
@@ -240,13 +244,15 @@ def _item(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: i
     }  # fmt: skip
 
 
-def _pixels(sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int | None) -> torch.Tensor | Bad:
+def _pixels(
+    sample: tuple[Record, bytes], data: DataConfig, spec: SampleSpec, n: int | None
+) -> torch.Tensor | BadSample:
     """The picture as position n shows it, or centre cropped, `(3, size, size)` in [-1, 1]."""
     record, content = sample
     try:
         picture = decode(content, data.background, data.min_side)
     except BadSampleError as error:
-        return Bad(record.key, *error.args)
+        return BadSample(record.key, *error.args)
     u, v = 0.5, 0.5
     if n is not None and spec.augmentation.crops is not None:
         u, v = generator(spec.seed, "corner", n).random(2).tolist()

@@ -35,7 +35,7 @@ from ldm.config import loader
 from ldm.data.dataset import SamplePlan
 from ldm.data.images import decode
 from ldm.data.index import Index
-from ldm.data.records import Bad, BadSampleError
+from ldm.data.records import BadSample, BadSampleError
 from ldm.utils.errors import UserError
 
 pytestmark = pytest.mark.timeout(30)  # nothing here may wait for a pipe, or go round in circles
@@ -555,7 +555,7 @@ def settings(root: Path, tmp_path: Path, sets: Sequence[Set], *overrides: str) -
     return loader.load(root / "configs/tiny.yaml", arguments(tmp_path, sets, *overrides))
 
 
-def assert_named(bad: Sequence[Bad], sets: Sequence[Set]) -> None:
+def assert_named(bad: Sequence[BadSample], sets: Sequence[Set]) -> None:
     """Every hostile input is named, in one line, and nothing else is."""
     patterns = [
         (name, (f"{number}:" if len(sets) > 1 else "") + pattern)
@@ -681,7 +681,7 @@ def test_all_hostile_inputs_together_are_named_and_nothing_outside_is_read(
     assert {kind: tree(tmp_path / kind) for kind in before} == before
 
     report = json.loads((tmp_path / "data-report.json").read_text("utf-8"))
-    assert_named([Bad(**each) for each in report["list"]], sets)
+    assert_named([BadSample(**each) for each in report["list"]], sets)
     assert (report["pictures"], report["bad"]) == (len(found), len(report["list"]))
 
     secret = hashlib.sha256(picture("secret")).digest()
@@ -823,13 +823,13 @@ def test_a_stream_names_the_same_and_yields_all_good_ones(kind: str, root: Path,
         bad, good = [], {}
         stream = streamed(given)
         for item in (item for shard in stream.shards for item in stream.sources.samples(shard)):
-            if isinstance(item, Bad):
+            if isinstance(item, BadSample):
                 bad.append(item)
                 continue
             try:
                 decode(item[1], min_side=given.data.min_side)
             except BadSampleError as error:
-                bad.append(Bad(item[0].key, *error.args))
+                bad.append(BadSample(item[0].key, *error.args))
             else:
                 good[hashlib.sha256(item[1]).digest()] = item[0].captions
     made.named = {name: pattern.replace("rows:", "rows:0-") for name, pattern in made.named.items()}
@@ -854,7 +854,7 @@ def test_training_on_the_hostile_set_sees_every_good_one_and_stops_when_told(
     assert train_ldm.main(command) == 0
     assert (tmp_path / "run/pipeline/model_index.json").exists()
     report = json.loads((tmp_path / "run/data-report.json").read_text("utf-8"))
-    assert_named([Bad(**each) for each in report["list"]], sets)
+    assert_named([BadSample(**each) for each in report["list"]], sets)
     assert report["pictures"] == len(good)
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -19,7 +19,7 @@ from PIL import Image
 from ldm.config import loader
 from ldm.config.schema import BucketConfig, SourceConfig
 from ldm.data.index import Index
-from ldm.data.records import Bad
+from ldm.data.records import BadSample
 from ldm.data.sources import Sources, check, detect
 from ldm.utils.errors import UserError
 
@@ -633,10 +633,10 @@ def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
     (folder / "metadata.jsonl").write_text(line + '\n{"file_name": "b.jpg", "text": "shoes"}\n')
     sources = Sources(settings(root, tmp_path, str(folder)).data.source, 16, tmp_path)
     bad, good = sources.records(0)
-    assert isinstance(bad, Bad)
+    assert isinstance(bad, BadSample)
     assert "line 1" in bad.key
     assert says in bad.reason
-    assert not isinstance(good, Bad)
+    assert not isinstance(good, BadSample)
     assert good.captions == ("shoes",)
 
 

@@ -3,13 +3,13 @@
 import torch
 
 from ldm.data.openmoji import TONES
-from ldm.data.records import Record, Where
+from ldm.data.records import ImageLocation, Record
 from ldm.evaluation.prompt_following import by_pixels, following, nearest
 
 
 def people() -> list[Record]:
     return [
-        Record(f"{role}-{tone}", Where(""), (f"{role}, {tone}",), attributes={"role": role, "tone": tone})
+        Record(f"{role}-{tone}", ImageLocation(""), (f"{role}, {tone}",), attributes={"role": role, "tone": tone})
         for role in ("cook", "judge")
         for tone in TONES
     ]
