@@ -37,7 +37,7 @@ from ldm.sampling import png_metadata
 from ldm.sampling.animation import Animation
 from ldm.sampling.loop import Step
 from ldm.sampling.options import Sampling
-from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
+from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion, SamplingRequest
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import Parser, UserError
 
@@ -122,10 +122,10 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
         how["guidance"] = given.guidance = model.guidance
     if given.steps is None and given.solver != "ddpm":
         how["steps"] = given.steps = model.steps
-    model.check(
-        prompts, labels, len(jobs), needed.get("image"), needed.get("mask"), needed.get("size"),
-        Sampling(**how, **beside),
-    )  # fmt: skip
+    SamplingRequest(
+        prompts, labels=labels, count=1 if prompts or labels else len(jobs), image=needed.get("image"),
+        mask=needed.get("mask"), size=needed.get("size"), options=Sampling(**how, **beside),
+    ).check(model)  # fmt: skip
     model.optimize_for_inference(given.precision, given.compile)
     given.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
     if old and model.device.type == "cpu":

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
-    """`do` returns at once on a GPU; on a CPU, whose cores are busy with the steps, when it is done.
+    """`submit` returns at once on a GPU; on a CPU, whose cores are busy with the steps, when it is done.
 
     At the end of the block all of it is done.
     """
@@ -32,20 +32,20 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
         if self._gpu:
             self._thread.shutdown()
 
-    def do(self, work: Callable[..., Result], *given: Any) -> Future[Result]:
-        """`work(*given)`, after all that the GPU has been asked for so far."""
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """`work(*arguments)`, after all that the GPU has been asked for so far."""
         if self._gpu:
-            asked = torch.cuda.Event()
-            asked.record(torch.cuda.current_stream(self._device))
-            return self._thread.submit(self._after, asked, work, *given)
+            submitted = torch.cuda.Event()
+            submitted.record(torch.cuda.current_stream(self._device))
+            return self._thread.submit(self._after, submitted, work, *arguments)
         done: Future[Result] = Future()
-        done.set_result(work(*given))
+        done.set_result(work(*arguments))
         return done
 
-    def _after(self, asked: torch.cuda.Event, work: Callable[..., Result], *given: Any) -> Result:
+    def _after(self, submitted: torch.cuda.Event, work: Callable[..., Result], *arguments: Any) -> Result:
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(asked)
-            for each in given:
-                if isinstance(each, torch.Tensor) and each.is_cuda:
-                    each.record_stream(self._stream)  # its memory isn't used again before it has been read
-            return work(*given)
+            self._stream.wait_event(submitted)
+            for argument in arguments:
+                if isinstance(argument, torch.Tensor) and argument.is_cuda:
+                    argument.record_stream(self._stream)  # its memory isn't used again before it has been read
+            return work(*arguments)

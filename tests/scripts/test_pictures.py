@@ -266,7 +266,7 @@ def test_told_hears_every_step(solver: str, saved: Saved) -> None:
     assert {step.total for step in seen_steps} == {steps}
     assert [len(step.x0) for step in seen_steps] == [2] * steps + [1] * steps
     if solver == "ddim":  # whose last step is its x_0
-        last = model._shown(seen_steps[-1].x0)[0]
+        last = model.to_images(seen_steps[-1].x0)[0]
         assert np.abs(np.asarray(last).astype(int) - np.asarray(pictures[2])).max() <= 1
 
 

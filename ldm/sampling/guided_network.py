@@ -1,0 +1,53 @@
+"""A model's network with all that pulls its predictions: classifier-free guidance, thresholding, a classifier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ldm.models.conditioning import Condition, predict
+from ldm.models.unet import UNet
+from ldm.sampling.guidance import Gradient, Network, PredictFn, by_classifier, classifier_free, thresholded
+from ldm.sampling.loop import in_tiles
+from ldm.sampling.prepare import Prepared, guidance_scale
+from ldm.sampling.request import SamplingInputs
+
+if TYPE_CHECKING:
+    from ldm.sampling.pipeline import LatentDiffusion
+
+
+def guided_network(
+    model: LatentDiffusion, prepared: Prepared, inputs: SamplingInputs
+) -> tuple[PredictFn, tuple[Gradient, float] | None]:
+    """The guided prediction, and a classifier's gradient and scale where the solver's own means are to be moved."""
+    options = inputs.options
+    weaker = None if options.weaker is None else network_of(model, options.weaker)
+    guided = classifier_free(
+        network_of(model, model.unet), prepared.condition, prepared.unconditional, guidance_scale(model, inputs),
+        rescale=options.rescale, interval=options.interval, weaker=weaker,
+    )  # fmt: skip
+    if options.threshold is not None:
+        guided = thresholded(guided, model.target, options.threshold)
+    if options.classifier is None or not options.classifier_scale:
+        return guided, None
+
+    def gradient(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        label = prepared.classifier_label
+        return options.classifier.gradient(x, t.expand(len(x)), label)  # type: ignore[no-any-return]
+
+    if prepared.solver.ancestral:
+        return guided, (gradient, options.classifier_scale)
+    return by_classifier(guided, model.target, gradient, options.classifier_scale), None
+
+
+def network_of(model: LatentDiffusion, unet: UNet) -> Network:
+    """A U-Net in its own precision, from float32 to float32; an upscaler's in tiles of the size of training."""
+    dtype = unet.dtype
+
+    def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        if dtype != torch.float32:
+            x, condition = x.to(dtype), condition.to(dtype)
+        return predict(unet, x, t, condition).to(torch.float32, copy=True)  # CUDA graphs reuse the output's memory
+
+    return in_tiles(network, model.side // model.autoencoder.factor) if model.task == "upscale" else network

@@ -1,0 +1,42 @@
+"""Faster inference, at the price of bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ldm.models.unet import use_attention
+from ldm.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.sampling.pipeline import LatentDiffusion
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def optimize(model: LatentDiffusion, precision: str, compile: str) -> None:
+    """Changes a model's networks in place; what can be asked for stands at `LatentDiffusion.optimize_for_inference`."""
+    gpu = model.device.type == "cuda"
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _fast_bf16()
+        precision = "bf16" if native else "no"
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r}; give auto, {', '.join(PRECISIONS)}")
+    if precision == "fp16" and not gpu:
+        raise UserError("precision: fp16 is for GPUs; use bf16 or no")
+    if compile not in ("no", "yes", "graphs") or (compile == "graphs" and not gpu):
+        raise UserError(f"compile: {compile!r}; give no, yes or, on a GPU, graphs")
+    use_attention(model.unet, "auto", model.device)
+    nn.Module.to(model.unet, PRECISIONS[precision])  # diffusers' warns of layers to be kept
+    if gpu:
+        model.unet.to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            model.autoencoder.bfloat16()
+    if compile != "no":
+        model.unet.compile(mode="reduce-overhead" if compile == "graphs" else None)
+
+
+def _fast_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,189 @@
+"""One function a task: from what a user gave to what the sampling loop starts from and is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from ldm.models.conditioning import Condition, mask_and_masked_latents, noise_augmented
+from ldm.models.text_encoder import NULL_PROMPT
+from ldm.sampling.loop import InpaintMask, between, initial_noise
+from ldm.sampling.request import SamplingInputs, label_numbers, solver_for
+from ldm.sampling.solvers import Solver
+
+if TYPE_CHECKING:
+    from ldm.sampling.pipeline import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop needs besides the network."""
+
+    solver: Solver
+    noise: torch.Tensor
+    """`(N, C, h, w)`."""
+    generators: list[torch.Generator]
+    """One an image, each past the draw that made its noise."""
+    condition: Condition
+    unconditional: Condition | None = None
+    """The same without what guidance pulls towards; None where nothing is asked for."""
+    classifier_label: torch.Tensor | None = None
+    """`(N,)`: the classes that a classifier pulls to."""
+    x0: torch.Tensor | None = None
+    """Latents of an image, which are noised up to the step `first`."""
+    first: int = 0
+    kept: InpaintMask | None = None
+
+
+def prepare(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """By the model's task and what is given."""
+    if model.task == "upscale":
+        return prepare_upscaling(model, inputs)
+    if inputs.mask is not None:
+        return prepare_inpainting(model, inputs)
+    if inputs.image is not None:
+        return prepare_image_to_image(model, inputs)
+    return _prepare_generation(model, inputs)
+
+
+def prepare_unconditional(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """From noise alone; a classifier may pull it to labels."""
+    noise, generators = _noise(model, inputs)
+    label = None if inputs.options.classifier is None else label_numbers(model, inputs.labels, inputs.options)
+    return Prepared(solver_for(model, inputs.options), noise, generators, Condition(), classifier_label=label)
+
+
+def prepare_class_conditional(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """From noise and a class; the last embedding, one after the classes, is no class."""
+    prepared, label = prepare_unconditional(model, inputs), label_numbers(model, inputs.labels, inputs.options)
+    assert label is not None, "the request was checked"
+    condition = Condition(label=label)
+    return replace(
+        prepared, condition=condition, unconditional=Condition(label=torch.full_like(label, len(model.classes)))
+    )
+
+
+def prepare_text_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """From noise and prompts, with classes too where the model has them."""
+    assert inputs.prompts is not None, "the request was checked"
+    if inputs.labels is not None and inputs.options.classifier is None:
+        prepared = prepare_class_conditional(model, inputs)
+    else:
+        prepared = prepare_unconditional(model, inputs)
+    text = _text(model, inputs)
+    condition = prepared.condition._replace(text=text)
+    if model.unet.config.get("addition_embed_type") == "text_time":  # an image that was not cropped
+        height, width = (n * model.autoencoder.factor for n in prepared.noise.shape[2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=text.device).float()
+        condition = condition._replace(sizes=sizes.expand(len(text), 6))
+    if model.unet.config.get("time_cond_proj_dim"):  # distilled: it answers as guided, in one forward
+        scale = torch.as_tensor(guidance_scale(model, inputs), dtype=torch.float32, device=model.device)
+        return replace(prepared, condition=condition._replace(guidance=scale.expand(len(text))), unconditional=None)
+    label = None if prepared.unconditional is None else prepared.unconditional.label
+    null = condition._replace(text=_negative_text(model, inputs, text), label=label)
+    return replace(prepared, condition=condition, unconditional=null)
+
+
+def prepare_image_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """From an image with the noise of a later step: SDEdit, arXiv 2108.01073."""
+    assert inputs.image is not None, "the request was checked"
+    prepared = _prepare_generation(model, inputs)
+    strength = inputs.options.strength
+    if strength is None:
+        strength = 1.0 if model.task == "inpaint" else 0.6
+    steps = prepared.solver.steps
+    x0 = model.autoencoder.encode(inputs.image.to(model.device))
+    return replace(prepared, x0=x0, first=steps - round(steps * strength))
+
+
+def prepare_inpainting(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """An image whose masked part is made anew: seen by a model trained for it, put back after each step otherwise."""
+    assert inputs.image is not None and inputs.mask is not None, "the request was checked"
+    prepared = prepare_image_to_image(model, inputs)
+    image, mask = inputs.image.to(model.device), inputs.mask.to(model.device)
+    assert prepared.x0 is not None
+    if model.task == "inpaint":
+        return _beside(prepared, mask_and_masked_latents(mask, model.autoencoder.encode(image * (mask < 0.5))))
+    return replace(
+        prepared, kept=InpaintMask(prepared.x0, F.max_pool2d(mask, model.autoencoder.factor), prepared.noise)
+    )
+
+
+def prepare_upscaling(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """A low-resolution image, with noise of a level that the model is conditioned on; arXiv 2106.15282."""
+    assert inputs.image is not None, "the request was checked"
+    prepared, image = _prepare_generation(model, inputs), inputs.image.to(model.device)
+    level = torch.full((len(inputs.seeds),), inputs.options.noise_level, device=model.device)
+    eps = torch.stack([torch.randn(image.shape[1:], generator=generator) for generator in prepared.generators])
+    return _beside(prepared, noise_augmented(image, eps.to(model.device), level), level)
+
+
+def guidance_scale(model: LatentDiffusion, inputs: SamplingInputs) -> float | torch.Tensor:
+    """One for all, or one an image, `(N,)`."""
+    scale = model.guidance if inputs.options.guidance is None else inputs.options.guidance
+    if not isinstance(scale, Sequence):
+        return float(scale)
+    return torch.tensor(scale, dtype=torch.float32, device=model.device)
+
+
+def _prepare_generation(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
+    """Noise and conditions, before what an image adds."""
+    if model.text and inputs.prompts is not None:
+        return prepare_text_to_image(model, inputs)
+    if inputs.labels is not None and inputs.options.classifier is None:
+        return prepare_class_conditional(model, inputs)
+    return prepare_unconditional(model, inputs)
+
+
+def _beside(prepared: Prepared, channels: torch.Tensor, label: torch.Tensor | None = None) -> Prepared:
+    """The same with channels beside x_t, and a label for both conditions."""
+    changes = {"image": channels} if label is None else {"image": channels, "label": label}
+    null = prepared.unconditional
+    return replace(
+        prepared, condition=prepared.condition._replace(**changes),
+        unconditional=null if null is None else null._replace(**changes),
+    )  # fmt: skip
+
+
+def _noise(model: LatentDiffusion, inputs: SamplingInputs) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Every image's noise follows from its own seed; so do its generator's further draws."""
+    factor = model.autoencoder.factor
+    if inputs.image is not None:
+        height, width = (n * model.upscale_factor for n in inputs.image.shape[2:])
+    else:
+        width, height = inputs.size or (model.side, model.side)
+    shape = model.autoencoder.channels, height // factor, width // factor
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
+    noise = initial_noise(shape, inputs.seeds)
+    for generator in generators:  # their first draw made the noise above
+        torch.randn(shape, generator=generator)
+    if inputs.toward:
+        pairs = zip(noise, initial_noise(shape, inputs.toward.seeds), inputs.toward.shares, strict=True)
+        noise = torch.stack([between(*pair) for pair in pairs])
+    return noise.to(model.device), generators
+
+
+def _text(model: LatentDiffusion, inputs: SamplingInputs) -> torch.Tensor:
+    """`(N, T, D)`: the prompts' embeddings, a share of the way to other ones where that is asked for."""
+    assert inputs.prompts is not None
+    text = model.embedded(inputs.prompts)
+    if inputs.toward and inputs.toward.prompts is not None:
+        shares = torch.tensor(inputs.toward.shares, device=text.device)[:, None, None]
+        text = text + shares * (model.embedded(inputs.toward.prompts) - text)
+    return text
+
+
+def _negative_text(model: LatentDiffusion, inputs: SamplingInputs, text: torch.Tensor) -> torch.Tensor:
+    """`(N, T, D)`: the negative prompts' embeddings; of none, the trained one where the model has it."""
+    negative = inputs.options.negative
+    prompts = [negative] if isinstance(negative, str) else negative
+    null = model.embedded(prompts)
+    if model.null is not None:
+        null = torch.stack(
+            [model.null if prompt == NULL_PROMPT else e for prompt, e in zip(prompts, null, strict=True)]
+        )
+    return null.to(text).expand_as(text)
