@@ -29,7 +29,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("stage*/README.md")))
 }
-PAGE, STAGE1, SAMPLING = (PAGES[f"docs/{name}.md"] for name in ("your-own-data", "stage1", "sampling"))
+PAGE, STAGE1, SAMPLING = (PAGES[f"docs/guides/{name}.md"] for name in ("data", "autoencoder", "sampling"))
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
 Block = tuple[str, str]  # tag and content
 
@@ -166,6 +166,46 @@ def test_every_key_on_a_page_exists() -> None:
     for path, page in PAGES.items():
         mentioned = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z]\w*(?:\.\w+)*", page))
         assert {key for key in mentioned if not key.endswith((".md", ".py", ".json", ".toml"))} - known == set(), path
+
+
+def test_every_link_leads_somewhere(root: Path) -> None:
+    for path, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)):
+            file, _, anchor = target.partition("#")
+            if "://" in file:
+                continue
+            leads = ((root / path).parent / file).resolve() if file else root / path
+            assert leads.exists(), (path, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", leads.read_text("utf-8"), flags=re.MULTILINE)
+                assert anchor in map(_slug, headings), (path, target)
+
+
+def _slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_command_on_a_page_exists(root: Path) -> None:
+    for path, page in PAGES.items():
+        for block in re.findall(r"^```.*?^```$", page, flags=re.MULTILINE | re.DOTALL):
+            for file in re.findall(
+                r"(?<![\w/])(?:scripts|configs|stage1_vae|stage2_diffusion|tests)/[\w./-]+\.\w+", block
+            ):
+                assert (root / file).exists(), (path, file)
+            for module in re.findall(r"python -m ((?:ldm|stage1_vae|stage2_diffusion)[\w.]+)", block):
+                assert (root / f"{module.replace('.', '/')}.py").exists(), (path, module)
+
+
+def test_every_file_in_a_stages_readme_exists(root: Path) -> None:
+    for stage in ("stage1_vae", "stage2_diffusion"):
+        named = set(re.findall(r"`([\w/]+\.py)`", PAGES[f"{stage}/README.md"]))
+        assert {name for name in named if not (root / stage / name).exists()} == set()
+
+
+def test_the_page_of_architecture_names_every_room(root: Path) -> None:
+    rooms = re.findall(r"^\| `ldm/(\w+)/` \|", PAGES["docs/architecture.md"], flags=re.MULTILINE)
+    assert sorted(rooms) == sorted(path.parent.name for path in (root / "ldm").glob("*/__init__.py"))
 
 
 def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
