@@ -27,7 +27,12 @@ from scripts import check_data, generate_reference
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("stage*/README.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted(ROOT.glob("stage*/README.md")),
+    )
 }
 PAGE, STAGE1, SAMPLING = (PAGES[f"docs/guides/{name}.md"] for name in ("data", "autoencoder", "sampling"))
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
