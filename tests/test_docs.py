@@ -202,6 +202,15 @@ def test_every_command_on_a_page_exists(root: Path) -> None:
                 assert (root / f"{module.replace('.', '/')}.py").exists(), (path, module)
 
 
+def test_every_import_on_a_page_works() -> None:
+    for path, page in PAGES.items():
+        for line in re.findall(r"^from (?:ldm|stage1_vae|stage2_diffusion)\b.* import .*$", page, flags=re.MULTILINE):
+            try:
+                exec(line, {})
+            except ImportError as error:
+                raise AssertionError(f"{path}: {line}") from error
+
+
 def test_every_file_in_a_stages_readme_exists(root: Path) -> None:
     for stage in ("stage1_vae", "stage2_diffusion"):
         named = set(re.findall(r"`([\w/]+\.py)`", PAGES[f"{stage}/README.md"]))
