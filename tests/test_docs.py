@@ -1,58 +1,40 @@
-"""docs/your-own-data.md is executed; the keys on each page are those of the configuration."""
+"""The guide to data is executed; the reference is generated; keys, links and commands on every page exist."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from pydantic.fields import FieldInfo
 
 import train_ldm
 from ldm.config import kohya, loader
-from ldm.config.presets import AUTOENCODERS
-from ldm.config.schema import (
-    SOLVERS,
-    SPACINGS,
-    AlignConfig,
-    BucketConfig,
-    ClassifierConfig,
-    Config,
-    DataConfig,
-    DistillConfig,
-    GanConfig,
-    RunConfig,
-    SampleConfig,
-    Section,
-    SourceConfig,
-    Stage1Config,
-    Stage2Config,
-    TextConfig,
-)
+from ldm.config.presets import AUTOENCODERS, PROCESSES, UNETS
+from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data.sources import SAYS
 from ldm.sampling.options import Sampling
-from scripts import check_data
+from scripts import check_data, generate_reference
 
-PAGE, STAGE1, STAGE2, TRAINING, SAMPLING = (
-    (Path(__file__).parents[1] / f"docs/{name}.md").read_text("utf-8")
-    for name in ("your-own-data", "stage1", "stage2", "training", "sampling")
-)
-KEYS = {  # of each page
-    PAGE: {"data": DataConfig, "data.source": SourceConfig, "data.buckets": BucketConfig},
-    STAGE1: {"stage1": Stage1Config, "stage1.gan": GanConfig, "stage1.align": AlignConfig},
-    STAGE2: {"stage2": Stage2Config, "text": TextConfig},
-    TRAINING: {"run": RunConfig, "sample": SampleConfig},
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted(ROOT.glob("stage*/README.md")),
+    )
 }
+PAGE, STAGE1, SAMPLING = (PAGES[f"docs/guides/{name}.md"] for name in ("data", "autoencoder", "sampling"))
 COMMANDS = {"scripts/check_data.py": check_data.main, "train_ldm.py": train_ldm.main}
 Block = tuple[str, str]  # tag and content
 
@@ -162,59 +144,82 @@ def test_the_page_shows_how_every_kind_is_found() -> None:
     assert shown == set(SAYS.values())
 
 
-@pytest.mark.parametrize("page", KEYS, ids=["data", "stage1", "stage2", "training"])
-def test_every_key_is_on_its_page_with_its_default(page: str) -> None:
-    fields = {
-        f"{prefix}.{name}": field
-        for prefix, section in KEYS[page].items()
-        for name, field in section.model_fields.items()
-    }
-    keys = rf"(?:{'|'.join(Config.model_fields)})\.[\w.]+"
-    rows = dict(re.findall(rf"^\| `({keys})` \|([^|]*)\|", page, flags=re.MULTILINE))
-    _check(rows, fields)
+def test_the_reference_is_what_the_schema_says(root: Path) -> None:
+    folder = root / "docs/reference"
+    assert {path.name: path.read_text("utf-8") for path in folder.glob("*.md")} == generate_reference.pages()
 
 
-@pytest.mark.parametrize(
-    ("title", "section"), [("a distillation", DistillConfig), ("the classifier", ClassifierConfig)]
-)
-def test_every_key_of_what_follows_training_is_on_the_page_of_sampling(title: str, section: type[Section]) -> None:
-    part = SAMPLING.partition(f"\n## Every key of {title}\n")[2].partition("\n#")[0]
-    _check(dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", part, flags=re.MULTILINE)), section.model_fields)
+def test_the_reference_has_every_key_preset_and_sampling_option() -> None:
+    pages = generate_reference.pages()
+    for name, section in Config.model_fields.items():
+        for key in section.annotation.model_fields:  # type: ignore[union-attr]
+            assert f"| `{name}.{key}` |" in pages[f"{name}.md"]
+    for name in (*AUTOENCODERS, *UNETS, *PROCESSES):
+        assert f"| `{name}` |" in pages["presets.md"]
+    for field in dataclasses.fields(Sampling):
+        assert f"| `{field.name}` | `{field.default!r}` |" in pages["sampling-options.md"]
 
 
-def test_every_way_to_draw_is_on_the_page_of_sampling() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \|([^|]*)\|", SAMPLING.partition("## In Python")[2].partition("\n## ")[0], re.MULTILINE
-    )
-    expected = {f.name: f.default for f in dataclasses.fields(Sampling)}
-    assert [name for name, _ in rows] == list(expected)
-    for name, shown in rows:
-        default = expected[name]
-        assert shown.strip() == ("–" if default is None else '`""`' if default == "" else f"`{default}`"), name
+def test_every_solver_and_spacing_is_on_the_page_of_sampling() -> None:
     for each in (*SOLVERS, *SPACINGS):
         assert f"`{each}`" in SAMPLING
 
 
-def _check(rows: dict[str, str], fields: Mapping[str, FieldInfo]) -> None:
-    """That a table's rows, defaults by key, are those of the configuration."""
-    assert rows.keys() == fields.keys()
-    for key, shown in rows.items():
-        default = fields[key].default
-        if match := re.fullmatch(r" `([^`]+)` ", shown):
-            assert match[1] == (str(default) if isinstance(default, (str, Path)) else json.dumps(default)), key
-        else:
-            assert fields[key].is_required() or default is None, key
+def test_every_key_on_a_page_exists() -> None:
+    known = set(re.findall(r"^\| `([\w.]+)` \|", "".join(generate_reference.pages().values()), flags=re.MULTILINE))
+    sections = "|".join(Config.model_fields)
+    for path, page in PAGES.items():
+        mentioned = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z]\w*(?:\.\w+)*", page))
+        assert {key for key in mentioned if not key.endswith((".md", ".py", ".json", ".toml"))} - known == set(), path
 
 
-def test_every_key_on_the_page_exists() -> None:
-    known = {"data.source", "data.buckets"}
-    for name, section in Config.model_fields.items():
-        known |= {f"{name}.{key}" for key in section.annotation.model_fields}  # type: ignore[union-attr]
-    known |= {f"data.source.{key}" for key in SourceConfig.model_fields}
-    known |= {f"data.buckets.{key}" for key in BucketConfig.model_fields}
-    mentioned = set(re.findall(rf"(?<![\w/.])(?:{'|'.join(Config.model_fields)})\.\w+(?:\.\w+)*", PAGE))
-    assert mentioned - known == set()
-    assert len(mentioned) > 40
+def test_every_link_leads_somewhere(root: Path) -> None:
+    for path, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)):
+            file, _, anchor = target.partition("#")
+            if "://" in file:
+                continue
+            leads = ((root / path).parent / file).resolve() if file else root / path
+            assert leads.exists(), (path, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", leads.read_text("utf-8"), flags=re.MULTILINE)
+                assert anchor in map(_slug, headings), (path, target)
+
+
+def _slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_command_on_a_page_exists(root: Path) -> None:
+    for path, page in PAGES.items():
+        for block in re.findall(r"^```.*?^```$", page, flags=re.MULTILINE | re.DOTALL):
+            for file in re.findall(
+                r"(?<![\w/])(?:scripts|configs|stage1_vae|stage2_diffusion|tests)/[\w./-]+\.\w+", block
+            ):
+                assert (root / file).exists(), (path, file)
+            for module in re.findall(r"python -m ((?:ldm|stage1_vae|stage2_diffusion)[\w.]+)", block):
+                assert (root / f"{module.replace('.', '/')}.py").exists(), (path, module)
+
+
+def test_every_import_on_a_page_works() -> None:
+    for path, page in PAGES.items():
+        for line in re.findall(r"^from (?:ldm|stage1_vae|stage2_diffusion)\b.* import .*$", page, flags=re.MULTILINE):
+            try:
+                exec(line, {})
+            except ImportError as error:
+                raise AssertionError(f"{path}: {line}") from error
+
+
+def test_every_file_in_a_stages_readme_exists(root: Path) -> None:
+    for stage in ("stage1_vae", "stage2_diffusion"):
+        named = set(re.findall(r"`([\w/]+\.py)`", PAGES[f"{stage}/README.md"]))
+        assert {name for name in named if not (root / stage / name).exists()} == set()
+
+
+def test_the_page_of_architecture_names_every_room(root: Path) -> None:
+    rooms = re.findall(r"^\| `ldm/(\w+)/` \|", PAGES["docs/architecture.md"], flags=re.MULTILINE)
+    assert sorted(rooms) == sorted(path.parent.name for path in (root / "ldm").glob("*/__init__.py"))
 
 
 def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
