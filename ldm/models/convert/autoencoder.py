@@ -91,8 +91,8 @@ def opened(path: Path) -> Iterator[Any]:
     if path.suffix in PICKLES and path.exists():
         raise UserError(
             f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of "
-            "it: torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/guides/fine-tuning.md has the "
-            "command)"
+            "it: torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/guides/fine-tuning.md has "
+            "the command)"
         )
     try:
         with safe_open(path, "pt") as file:
