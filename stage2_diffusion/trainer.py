@@ -71,9 +71,11 @@ class Trainer:
         }  # fmt: skip
         if "micro_batches" in keys:  # what device_batch once was
             tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
+        notes: list[str] = []
         for key, value in keys.items():
-            section, _, name = key.partition("__")
+            section, _, name = loader.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
+        loader.print_once(notes)
         self.config = loader.parse(tree, "Trainer")
         self.autoencoder = str(autoencoder)
 

@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     tree, more = renamed(Config, tree)
-    _print_once([*notes, *more])
+    print_once([*notes, *more])
     _add_kohya(tree)
     return parse(tree, str(path))
 
@@ -104,7 +104,7 @@ def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
     for override in overrides:
         _apply(tree, override)
     tree, notes = renamed(kind, tree)
-    _print_once(notes)
+    print_once(notes)
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -178,16 +178,20 @@ def renamed(kind: type[Section], values: dict[str, Any], prefix: str = "") -> tu
 def _renamed_override(override: str, notes: list[str]) -> str:
     """An override such as `stage2.target=v` under today's name of its key; adds a note where that is another."""
     path, equals, value = override.partition("=")
+    return current_key(path, notes) + equals + value
+
+
+def current_key(path: str, notes: list[str]) -> str:
+    """Today's name of a key such as `stage2.target`; adds a note where that is another."""
     *sections, leaf = path.split(".")
     kind: type[Section] | None = Config
     for name in sections:
         kind = _section_in(kind.model_fields[name].annotation) if kind and name in kind.model_fields else None
     new = _old_names(kind).get(leaf, leaf) if kind else leaf
-    if new == leaf:
-        return override
     current = ".".join([*sections, new])
-    notes.append(f"{path} is now {current}")
-    return current + equals + value
+    if new != leaf:
+        notes.append(f"{path} is now {current}")
+    return current
 
 
 def _old_names(kind: type[Section]) -> dict[str, str]:
@@ -224,7 +228,7 @@ def _device_batch(kind: type[Section], values: dict[str, Any], prefix: str) -> t
     return {**values, "device_batch": images}, [note]
 
 
-def _print_once(notes: Sequence[str]) -> None:
+def print_once(notes: Sequence[str]) -> None:
     """On the first process of a run."""
     for note in notes if os.environ.get("RANK", "0") == "0" else ():
         print(note, file=sys.stderr)

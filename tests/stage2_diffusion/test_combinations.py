@@ -19,8 +19,8 @@ from ldm.data.index import Index
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder, build
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.evaluation_sizes import SHEET_UNCONDITIONAL
 from ldm.training.run_dir import write_card
-from stage2_diffusion.samples import COUNT
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]
@@ -66,10 +66,10 @@ def noise(*shape: int) -> Image.Image:
 
 
 def expected_sheet(model: LatentDiffusion, stage: Stage2Config) -> Image.Image:
-    prompts = ['red "heart"'] if stage.text else list(model.classes) if stage.classes else [""] * COUNT
+    prompts = ['red "heart"'] if stage.text else list(model.classes) if stage.classes else [""] * SHEET_UNCONDITIONAL
     asked: dict[str, Any] = {"prompts": prompts} if stage.text else {}
     asked |= {"labels": list(model.classes[: len(prompts)])} if stage.classes else {}
-    images = model(**asked, count=1 if asked else COUNT, seed=list(range(len(prompts))), batch=2)
+    images = model(**asked, count=1 if asked else SHEET_UNCONDITIONAL, seed=list(range(len(prompts))), batch=2)
     return grid(images, prompts, columns=8, marked=[])
 
 

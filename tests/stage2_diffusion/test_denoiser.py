@@ -36,7 +36,7 @@ def encoder(words: Path) -> text_encoder.TextEncoder:
 def test_a_dropped_sample_is_answered_as_the_null_embedding_and_the_null_class_are(
     encoder: text_encoder.TextEncoder, null: str, trained: bool
 ) -> None:
-    denoiser = model(stage(null=null), encoder, trained)
+    denoiser = model(stage(uncond_embedding=null), encoder, trained)
     if denoiser.null is not None:
         torch.nn.init.normal_(denoiser.null)
     captions = ["red heart", "cat", "a green square"]
@@ -66,7 +66,7 @@ def test_captions_of_dropped_samples_make_no_difference(encoder: text_encoder.Te
 def test_a_learned_null_begins_as_the_empty_caption_and_learns_from_what_is_dropped(
     encoder: text_encoder.TextEncoder, trained: bool
 ) -> None:
-    denoiser = model(stage(null="learned"), encoder, trained)
+    denoiser = model(stage(uncond_embedding="learned"), encoder, trained)
     torch.testing.assert_close(denoiser.null.detach(), encoder.encode([""])[0])
     x, t, label = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([3, 0])
     captions = ["cat", "dog"]

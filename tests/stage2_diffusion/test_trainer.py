@@ -18,7 +18,7 @@ from stage2_diffusion.trainer import Trainer
 
 KEYS = {
     "size": 16, "batch": 4, "steps": 2, "precision": "no", "run__tracker": "none", "run__device": "cpu",
-    "stage2__channels": [8, 8], "stage2__attention": [False, True], "stage2__groups": 4, "stage2__head_size": 4,
+    "stage2__channels": [8, 8], "stage2__attention": [False, True], "stage2__norm_num_groups": 4, "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
 }  # fmt: skip
 Make = Callable[..., Trainer]
@@ -98,8 +98,8 @@ def test_captions_and_an_autoencoder_that_was_saved(
         ({"epochs": 3}, "unknown key 'epochs'; known: run, "),
         ({"conditions": ("texts",)}, r"stage2\.conditions\.0: 'texts'.*did you mean 'text'\?"),
         ({"autoencoder": "nowhere"}, "autoencoder: .*nowhere"),
-        ({"process": DiffusionProcess("eps", (0.1, 0.2), timesteps=2)}, r"stage2\.schedule: .*0\.1, 0\.2"),
-        ({"process": DiffusionProcess("v", "log_linear")}, r"stage2\.schedule: 'log_linear'"),
+        ({"process": DiffusionProcess("eps", (0.1, 0.2), timesteps=2)}, r"stage2\.beta_schedule: .*0\.1, 0\.2"),
+        ({"process": DiffusionProcess("v", "log_linear")}, r"stage2\.beta_schedule: 'log_linear'"),
         ({"steps": 0}, r"stage2\.steps: 0"),
         ({"batch": 0}, r"stage2\.batch: 0"),
     ],

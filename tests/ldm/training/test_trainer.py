@@ -93,7 +93,7 @@ def train(
             run.backward(loss)
             run.update(loss=loss)
         if run.step == stop:
-            loaders = [str(child.pid) for child in psutil.DiffusionProcess().children() if workers]
+            loaders = [str(child.pid) for child in psutil.Process().children() if workers]
             subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
             time.sleep(0.2 * bool(loaders))
     return run

@@ -143,8 +143,8 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_the_loss_is_th
     random_model: Callable[..., LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     of_run, _ = drawings(
-        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.target=v",
-        "stage2.schedule=cosine", "stage2.conditions=[text]", "stage2.pooled_text=false", "data.cache=none",
+        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.prediction_type=v",
+        "stage2.beta_schedule=cosine", "stage2.conditions=[text]", "stage2.pooled_text=false", "data.cache=none",
         "run.precision=no",
     )  # fmt: skip
     computed: list[tuple[bool, int]] = []  # by a student, or by a teacher that is not told of guidance; images
@@ -165,8 +165,7 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_the_loss_is_th
             guidance_to=4.0, lr=1e-30,  # the weights stay: only the validation can differ
         )  # fmt: skip
         computed.clear()
-        of_it = of_run.model_copy(update={"run": of_run.run.model_copy(update={"dir": folder})})
-        train.distill(of_it, settings, method, random_model("text"))
+        train.distill(of_run, settings, method, random_model("text"), folder)
         lines = [json.loads(line) for name in names for line in (folder / name / "metrics.jsonl").open()]
         losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
         student, teacher = (max(n for hears, n in computed if hears is own) for own in (True, False))
