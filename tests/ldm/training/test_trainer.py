@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     whole = weights(train(tmp_path))
     newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    resumed = train(tmp_path, checkpoints_total_limit=1)
+    resumed = train(tmp_path, keep=1)
     assert "step-000012 is damaged" in (said := capsys.readouterr().err)
     assert "continuing from step 8 of 12" in said
     assert all(map(torch.equal, whole, weights(resumed)))
@@ -370,7 +370,7 @@ def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(tmp_path / "whole")
-    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, checkpoints_total_limit=9)
+    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, keep=9)
     assert "stage1: saved at step 6." in capsys.readouterr().out
     assert [folder.name[-2:] for folder in checkpoints(tmp_path / "asked/stage1")] == ["04", "06", "08", "12"]
     assert all(map(torch.equal, weights(whole), weights(asked)))
