@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="leave a used run folder alone and start beside it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
-    given = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
-    settings = loader.load(given.config, given.overrides)
+    settings = loader.load(args.config, args.overrides)
     with training_processes(settings.run) as state:
-        if given.dry_run:
-            dry_run(settings, given.stage)
+        if args.dry_run:
+            dry_run(settings, args.stage)
         else:
-            train(settings, state, given.stage, given.fresh)
+            train(settings, state, args.stage, args.fresh)
 
 
 def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:

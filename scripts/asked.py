@@ -60,21 +60,21 @@ class Job:
         return words
 
 
-def asked(given: argparse.Namespace) -> list[Job]:
+def asked(args: argparse.Namespace) -> list[Job]:
     """The pictures that the options ask for, in order."""
-    prompts: list[str | None] = list(given.prompt)
-    if given.prompts:
-        prompts += lines(given.prompts)
+    prompts: list[str | None] = list(args.prompt)
+    if args.prompts:
+        prompts += lines(args.prompts)
     if any(not prompt.strip() for prompt in prompts if prompt is not None):
         raise UserError("--prompt: empty; write what the picture shall show")
-    labels: list[str | None] = list(given.label)
+    labels: list[str | None] = list(args.label)
     if prompts and labels and 1 != len(labels) != len(prompts):
         raise UserError(f"--label: {len(labels)} for {len(prompts)} prompts; give one, or one each")
     pairs = list(zip(prompts or [None] * max(1, len(labels)), labels * len(prompts) if len(labels) == 1 and prompts else
                      labels or [None] * max(1, len(prompts)), strict=True))  # fmt: skip
-    pairs = [pair for pair in pairs for _ in range(given.count)]
-    jobs = [Job(prompt, label, given.seed + i) for i, (prompt, label) in enumerate(pairs)]
-    between = getattr(given, "between", 0)
+    pairs = [pair for pair in pairs for _ in range(args.count)]
+    jobs = [Job(prompt, label, args.seed + i) for i, (prompt, label) in enumerate(pairs)]
+    between = getattr(args, "between", 0)
     if not between:
         return jobs
     if len({job.label for job in jobs}) > 1:
@@ -100,38 +100,38 @@ def lines(name: str) -> list[str]:
     return found
 
 
-def check(given: argparse.Namespace, pictures: int) -> None:
+def check(args: argparse.Namespace, pictures: int) -> None:
     """UserError for what can be told before a model is loaded."""
     for name in ("count", "batch"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name}: {getattr(given, name)}; give 1 or more")
-    if not 0 <= given.seed < 2**63:
-        raise UserError(f"--seed: {given.seed}; give 0 or more, below 2^63")
-    if given.out.suffix.lower() in PICTURES and given.out.suffix.lower() != ".png":
-        raise UserError(f"--out: {given.out} is no .png, which alone keeps how it was made; give one, or a folder")
-    single = given.out.suffix.lower() == ".png"
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: {getattr(args, name)}; give 1 or more")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: {args.seed}; give 0 or more, below 2^63")
+    if args.out.suffix.lower() in PICTURES and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out: {args.out} is no .png, which alone keeps how it was made; give one, or a folder")
+    single = args.out.suffix.lower() == ".png"
     if single and pictures > 1:
-        raise UserError(f"--out: {given.out} is one picture of {pictures}; give a folder, and --grid for a sheet")
-    for option, path in (("--out", given.out if single else None), ("--grid", given.grid),
-                         ("--animate", given.animate)):  # fmt: skip
+        raise UserError(f"--out: {args.out} is one picture of {pictures}; give a folder, and --grid for a sheet")
+    for option, path in (("--out", args.out if single else None), ("--grid", args.grid),
+                         ("--animate", args.animate)):  # fmt: skip
         if path and not path.parent.is_dir():
             raise UserError(f"{option}: no folder {path.parent}; make it first")
         if path and path.is_dir():
             raise UserError(f"{option}: {path} is a folder; give a file")
         for name in FILES:
-            source = getattr(given, name, None)
+            source = getattr(args, name, None)
             if path and source and path.resolve() == Path(source).resolve():
                 raise UserError(f"{option}: {path} is the picture that is read; give another name")
-    if given.grid and given.grid.suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise UserError(f"--grid: {given.grid} is no .png, .jpg or .webp")
-    if given.animate:
-        Animation.check(given.animate)
-    if given.device:
+    if args.grid and args.grid.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UserError(f"--grid: {args.grid} is no .png, .jpg or .webp")
+    if args.animate:
+        Animation.check(args.animate)
+    if args.device:
         try:
-            torch.empty(0, device=given.device)
+            torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device: {given.device}: {str(error).splitlines()[0]}") from None
-    if given.classifier and not given.label and not given.again:
+            raise UserError(f"--device: {args.device}: {str(error).splitlines()[0]}") from None
+    if args.classifier and not args.label and not args.again:
         raise UserError("--classifier: pulls to a class; name it with --label")
 
 
@@ -147,16 +147,16 @@ def check_prompts(model: LatentDiffusion, jobs: Sequence[Job], negative: str) ->
             )
 
 
-def remembered(given: argparse.Namespace, script: str) -> dict[str, Any]:
+def remembered(args: argparse.Namespace, script: str) -> dict[str, Any]:
     """A picture's recipe, whose options become those given; files may be named anew."""
-    old = png_metadata.read(given.again)
+    old = png_metadata.read(args.again)
     if old["script"] != script:
-        raise UserError(f"--again: {given.again} was made by {old['script']}; give it to that")
+        raise UserError(f"--again: {args.again} was made by {old['script']}; give it to that")
     for name in KEPT:
-        if name in old and not (name in ("model", "weaker", "classifier", *FILES) and getattr(given, name)):
-            setattr(given, name, old[name])
+        if name in old and not (name in ("model", "weaker", "classifier", *FILES) and getattr(args, name)):
+            setattr(args, name, old[name])
     for name in FILES:
-        path = getattr(given, name, None)
+        path = getattr(args, name, None)
         if path and png_metadata.fingerprint(existing(f"--{name}", path)) != old[f"{name}_sha256"]:
             raise UserError(f"--again: {path} is another picture than the one that it was made from; --{name} names it")
     return old

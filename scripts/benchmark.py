@@ -85,52 +85,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--label", default="", help="stands in these lines as their step")
     parser.add_argument("--beside", default="", metavar="ROW", help="of an earlier call in the file: ratios are to it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
-    given = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
-        if (value := getattr(given, key)) is not None and value < least:
+        if (value := getattr(args, key)) is not None and value < least:
             why = ", of which the first two aren't measured" if key == "steps" else ""
             raise UserError(f"--{key}: {value}; give {least} or more{why}")
-    if given.what == "attention":
-        attention(given)
+    if args.what == "attention":
+        attention(args)
         return
-    needed = "model" if given.what == "sample" else "config"
-    if not getattr(given, needed):
+    needed = "model" if args.what == "sample" else "config"
+    if not getattr(args, needed):
         what = {"model": "a text-to-image pipeline's folder", "config": "a YAML file, configs/openmoji.yaml for one"}[
             needed
         ]
         raise UserError(f"--{needed}: none given; name {what}")
-    if given.what == "sample":
-        beside_diffusers(given)
+    if args.what == "sample":
+        beside_diffusers(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         # A line of metrics waits for the device, so there are few. Snapshots of averages are files too.
         own = [
-            f"run.dir={folder}", "run.tracker=none", f"run.log_every={max(1, given.steps // 6)}", "sample.prompts=[]",
-            f"stage1.steps={given.steps}", "stage1.ema_widths=[]",
-            f"stage2.steps={given.steps}", "stage2.ema_widths=[]",
-            *([f"run.precision={given.precision}"] if given.precision else []),
+            f"run.dir={folder}", "run.tracker=none", f"run.log_every={max(1, args.steps // 6)}", "sample.prompts=[]",
+            f"stage1.steps={args.steps}", "stage1.ema_widths=[]",
+            f"stage2.steps={args.steps}", "stage2.ema_widths=[]",
+            *([f"run.precision={args.precision}"] if args.precision else []),
         ]  # fmt: skip
-        overrides = [*given.overrides, *own]
-        if given.what == "data":
-            data(given, overrides)
-        elif given.what == "stage1":
-            stage1(given, overrides)
-        elif given.what == "tiles":
-            tiles(given, overrides)
+        overrides = [*args.overrides, *own]
+        if args.what == "data":
+            data(args, overrides)
+        elif args.what == "stage1":
+            stage1(args, overrides)
+        elif args.what == "tiles":
+            tiles(args, overrides)
         else:
-            compare(given, overrides)
+            compare(args, overrides)
 
 
-def data(given: argparse.Namespace, overrides: list[str]) -> None:
+def data(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line a measurement, each with its ratio to the first."""
-    settings = loader.load(given.config, [*overrides, "data.latents=sample"])
-    device, seconds = accelerator(settings.run).device, given.seconds
+    settings = loader.load(args.config, [*overrides, "data.latents=sample"])
+    device, seconds = accelerator(settings.run).device, args.seconds
     vae = _vae(settings).to(device)
     encoder = text_encoder.of(settings.text).to(device)
     pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions).select("train")
     print(f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {settings.data.size} px")
 
-    stage, reading = settings.stage2, Report.of("samples", "/s", given)
+    stage, reading = settings.stage2, Report.of("samples", "/s", args)
     spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
 
     def samples(cache: CacheOptions | None) -> Stage2Dataset:
@@ -146,9 +146,9 @@ def data(given: argparse.Namespace, overrides: list[str]) -> None:
             forget(settings.cache_dir)  # its checksums were read
         reading.row(f"from the cache, {state}, {workers} workers", rate(kept, stage.batch, workers, seconds))
 
-    trained = Report.of("training", "img/s", given)
+    trained = Report.of("training", "img/s", args)
     live = loader.load(
-        given.config, [*overrides, "data.latents=sample", "data.cache=none", f"run.dir={settings.run.dir / 'live'}"]
+        args.config, [*overrides, "data.latents=sample", "data.cache=none", f"run.dir={settings.run.dir / 'live'}"]
     )
     trained.row("encoding on the fly", training(live, pictures, vae, encoder))
     trained.row("from the cache", training(settings, pictures, vae, encoder))
@@ -212,12 +212,12 @@ STAGE1 = {
 }
 
 
-def stage1(given: argparse.Namespace, overrides: list[str]) -> None:
+def stage1(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line a variant of training, each with its ratio to the first."""
-    chosen = precision(loader.load(given.config, overrides).run)
-    table = Report.of("stage 1", "img/s", given)
-    action = partial(_train_stage1, given.config, overrides)
-    for row, rate, memory in each_apart(action, rows(given.rows or ",".join(STAGE1), tuple(STAGE1), chosen)):
+    chosen = precision(loader.load(args.config, overrides).run)
+    table = Report.of("stage 1", "img/s", args)
+    action = partial(_train_stage1, args.config, overrides)
+    for row, rate, memory in each_apart(action, rows(args.rows or ",".join(STAGE1), tuple(STAGE1), chosen)):
         table.row(row.name, rate, f"{memory.allocated:9,.0f} MB", memory)
 
 
@@ -232,11 +232,11 @@ def _train_stage1(file: Path, overrides: list[str], row: Row) -> float:
     )
 
 
-def tiles(given: argparse.Namespace, overrides: list[str], side: int = 2048) -> None:
+def tiles(args: argparse.Namespace, overrides: list[str], side: int = 2048) -> None:
     """Prints memory and seconds of decoding whole and in tiles, and how much they differ."""
-    pictures, table = [], Report.of("decode", "pictures/s", given)
+    pictures, table = [], Report.of("decode", "pictures/s", args)
     for name, whole in (("whole", 10**9), ("in tiles", autoencoder.WHOLE)):
-        (seconds, picture), memory = apart(_decode, given.config, overrides, side, whole)
+        (seconds, picture), memory = apart(_decode, args.config, overrides, side, whole)
         pictures.append(picture)
         table.row(f"{side} px, {name}", 1 / seconds, f"{seconds:8.1f} s {memory.allocated:9,.0f} MB", memory)
     difference = (pictures[1] - pictures[0]).abs() * 127.5  # of 255
@@ -260,9 +260,9 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
 LOOPS: dict[str, Callable[..., Lines]] = {"reference": reference_loop.train, "ours": our_loop}
 
 
-def compare(given: argparse.Namespace, overrides: list[str]) -> None:
+def compare(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line each of the reference as it comes, of the reference in our precision, and of our own loop."""
-    settings = loader.load(given.config, overrides)
+    settings = loader.load(args.config, overrides)
     stage, chosen, device = settings.stage2, precision(settings.run), join(settings.run).device
     fixed = stage.variance == "fixed" and not settings.text.train
     if not fixed or stage.conditions != ("text",) or settings.stage1.family != "kl":
@@ -270,7 +270,7 @@ def compare(given: argparse.Namespace, overrides: list[str]) -> None:
             "train: the reference knows text from a frozen encoder, latents of an AutoencoderKL and a fixed variance; "
             "set stage2.conditions=[text] text.train=false stage2.variance=fixed stage1.model=kl"
         )
-    asked = rows(given.rows or "reference-no,reference,ours", tuple(LOOPS), chosen)
+    asked = rows(args.rows or "reference-no,reference,ours", tuple(LOOPS), chosen)
     if not settings.data.cache_dir:
         overrides = [*overrides, f"data.cache_dir={settings.run.dir}/cache"]
     flops = TRAINING * unet_flops(settings)
@@ -279,8 +279,8 @@ def compare(given: argparse.Namespace, overrides: list[str]) -> None:
         f"batch {stage.batch}, {flops / 1e9:,.2f} GFLOP to train the U-Net on an image",
         flush=True,
     )
-    table = Report.of("training", "img/s", given)
-    for row, found, memory in each_apart(partial(_measured, given.config, overrides), asked):
+    table = Report.of("training", "img/s", args)
+    for row, found, memory in each_apart(partial(_measured, args.config, overrides), asked):
         rate, said, more = found.pop("rate"), "", {}
         for key, top in (("mfu", found["peak"]), ("mfu_of_data_sheet", data_sheet(row.precision))):
             if top:

@@ -22,25 +22,25 @@ LEVELS = ((5, 1), (10, 2), (20, 4))
 REPEATS = 10
 
 
-def attention(given: argparse.Namespace) -> None:
+def attention(args: argparse.Namespace) -> None:
     """Prints a line a kernel: FLOP/s of forward and backward, and how far what they give is from the first's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = given.precision or precision(RunConfig())
+    chosen = args.precision or precision(RunConfig())
     kernels: dict[str, Callable[..., torch.Tensor]] = {
         "eager": _eager,
         "sdpa": F.scaled_dot_product_attention,
         "xformers": _xformers,
     }
-    table, first = Report.of("attention", "GFLOP/s", given), None
-    for row in rows(given.rows or ("sdpa,xformers" if device.type == "cuda" else "eager,sdpa"), tuple(kernels), chosen):
+    table, first = Report.of("attention", "GFLOP/s", args), None
+    for row in rows(args.rows or ("sdpa,xformers" if device.type == "cuda" else "eager,sdpa"), tuple(kernels), chosen):
         if row.who == "xformers" and not importlib.util.find_spec("xformers"):
             raise UserError("--rows: xformers is not installed; pip install it, or leave it out")
         forget_peak()
-        seconds, found = _attended(kernels[row.who], given, DTYPES[row.precision], device)
+        seconds, found = _attended(kernels[row.who], args, DTYPES[row.precision], device)
         first = found if first is None else first
         off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, first, strict=True))
         # two products forward; of the backward, one that is computed again and two for each
-        flops = sum(7 * 2 * 64 * given.batch * math.prod(shape) for shape in _shapes(given.size))
+        flops = sum(7 * 2 * 64 * args.batch * math.prod(shape) for shape in _shapes(args.size))
         table.row(row.name, flops / seconds / 1e9, f"off by {off:.2g}", peak(), difference=off)
         if not off <= 0.05:
             raise UserError(
@@ -55,19 +55,19 @@ def _shapes(size: int) -> list[tuple[int, int, int]]:
 
 
 def _attended(
-    kernel: Callable[..., torch.Tensor], given: argparse.Namespace, dtype: torch.dtype, device: torch.device
+    kernel: Callable[..., torch.Tensor], args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """Seconds of forward and backward on all shapes, the best of some rounds; their results and gradients."""
     found: list[torch.Tensor] = []
     total = 0.0
-    for heads, queries, keys in _shapes(given.size):
+    for heads, queries, keys in _shapes(args.size):
         generator = torch.Generator(device).manual_seed(0)
-        shapes = [(given.batch, heads, n, 64) for n in (queries, keys, keys, queries)]
+        shapes = [(args.batch, heads, n, 64) for n in (queries, keys, keys, queries)]
         *taken, error = (torch.randn(s, device=device, dtype=dtype, generator=generator) for s in shapes)
         both = partial(_forward_and_backward, kernel, [each.requires_grad_() for each in taken], error)
         found += [each.float().cpu() for each in both(1)]
         repeats = REPEATS if device.type == "cuda" else 1
-        total += min(timed(partial(both, repeats)) for _ in range(given.rounds)) / repeats
+        total += min(timed(partial(both, repeats)) for _ in range(args.rounds)) / repeats
     return total, found
 
 

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark_fixtures.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="where they are made")
     parser.add_argument("--smoke", action="store_true", help="tiny ones, to try the commands that take them")
-    given = parser.parse_args(arguments)
-    make(given.folder.resolve(), TINY if given.smoke else LARGE)
+    args = parser.parse_args(arguments)
+    make(args.folder.resolve(), TINY if args.smoke else LARGE)
 
 
 def make(folder: Path, sizes: dict[str, Any]) -> None:

@@ -141,9 +141,9 @@ class Report:
     values: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, what: str, unit: str, given: argparse.Namespace) -> Report:
+    def of(cls, what: str, unit: str, args: argparse.Namespace) -> Report:
         """As the command line asks for it."""
-        return cls(what, unit, given.json, given.label, given.beside)
+        return cls(what, unit, args.json, args.label, args.beside)
 
     def row(self, name: str, value: float, said: str = "", memory: Memory | None = None, **more: Any) -> None:
         self.values[name] = value

@@ -23,38 +23,38 @@ from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
 from ldm.utils.errors import UserError
 
 
-def beside_diffusers(given: argparse.Namespace) -> None:
+def beside_diffusers(args: argparse.Namespace) -> None:
     """Prints a line each of diffusers' pipeline and of ours, in float32 and in our scripts' precision.
 
     The best of some rounds in which all take turns, so that what else the machine does is in none alone.
     """
-    name, batch, count = given.model, given.batch, given.count or given.batch
+    name, batch, count = args.model, args.batch, args.count or args.batch
     plain = LatentDiffusion.load(name, "cpu")
     if not plain.text or plain.task != "generate":
         raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = given.precision or precision(RunConfig())
-    asked = rows(given.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), chosen)
+    chosen = args.precision or precision(RunConfig())
+    asked = rows(args.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), chosen)
     memory, drawers = MemoryByRow(), dict[Row, Callable[[list[str]], Any]]()
     for row in asked:
         with memory.measured(row):
-            drawers[row] = _drawer(row, name, plain, device, batch, given.compile)
+            drawers[row] = _drawer(row, name, plain, device, batch, args.compile)
     print(
         f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {plain.side} px, {plain.steps} "
         f"steps of {type(plain.scheduler).__name__}, guidance {plain.guidance}",
         flush=True,
     )
     best: dict[tuple[Row, int], float] = {}
-    for turn in range(given.rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
+    for turn in range(args.rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
         for (row, drawn), number in itertools.product(drawers.items(), dict.fromkeys((1, count))):
             with memory.measured(row, number):
                 best[row, number] = min(_seconds(drawn, number, turn), best.get((row, number), math.inf))
     for number in dict.fromkeys((1, count)):
         what = "one picture" if number == 1 else ("" if number == batch else f"{number} in ") + f"batches of {batch}"
-        table = Report.of(f"sampling {what}", "img/s", given)
+        table = Report.of(f"sampling {what}", "img/s", args)
         for row in asked:
             took = best[row, number]
-            title = row.name + (f", {given.compile}" if row.who == "ours" and given.compile != "no" else "")
+            title = row.name + (f", {args.compile}" if row.who == "ours" and args.compile != "no" else "")
             table.row(title, number / took, f"{took:8.3f} s", memory.peak(row, number), seconds=took)
         both = {
             row.precision for row in asked if {Row(who, row.precision) for who in ("diffusers", "ours")} <= {*asked}

@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="check_data.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
-    given = parser.parse_intermixed_args(arguments)
-    settings = loader.load(given.config, given.overrides)
+    args = parser.parse_intermixed_args(arguments)
+    settings = loader.load(args.config, args.overrides)
     join(settings.run)
     sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     folder = settings.run.dir

@@ -31,36 +31,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=float, required=True, help="σ_rel: the average's width over the run's length")
     parser.add_argument("--step", type=int, help="of a snapshot, at which the average ends; default: the last")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    given = parser.parse_args(arguments)
-    if not 0 < given.width < WIDEST:
-        raise UserError(f"--width: {given.width}; give more than 0 and less than {WIDEST:.4f}")
-    if given.out.exists():
-        raise UserError(f"--out: {given.out} exists already; give a new folder")
-    if not given.out.parent.is_dir():
-        raise UserError(f"--out: no folder {given.out.parent}; make it first")
-    folder = given.run / "stage2" / "ema"
+    args = parser.parse_args(arguments)
+    if not 0 < args.width < WIDEST:
+        raise UserError(f"--width: {args.width}; give more than 0 and less than {WIDEST:.4f}")
+    if args.out.exists():
+        raise UserError(f"--out: {args.out} exists already; give a new folder")
+    if not args.out.parent.is_dir():
+        raise UserError(f"--out: no folder {args.out.parent}; make it first")
+    folder = args.run / "stage2" / "ema"
     kept = snapshots(folder)
     if not kept:
-        raise UserError(f"{given.run}: no snapshots in {folder}; a run with stage2.ema_widths=[0.05, 0.1] keeps some")
-    if not (given.run / "pipeline").is_dir():
-        raise UserError(f"{given.run}: no finished run (it has no pipeline); run train_ldm.py first")
-    step = kept[-1].step if given.step is None else given.step
+        raise UserError(f"{args.run}: no snapshots in {folder}; a run with stage2.ema_widths=[0.05, 0.1] keeps some")
+    if not (args.run / "pipeline").is_dir():
+        raise UserError(f"{args.run}: no finished run (it has no pipeline); run train_ldm.py first")
+    step = kept[-1].step if args.step is None else args.step
     if step not in (steps := {each.step for each in kept}):
         nearest = min(steps, key=lambda each: abs(each - step))
         raise UserError(f"--step: {step} has no snapshot in {folder}; the nearest that has is {nearest}")
     kept = [each for each in kept if each.step <= step]
-    shares, off = fit(kept, given.width)
+    shares, off = fit(kept, args.width)
     widths = ", ".join(f"{width:g}" for width in sorted({each.width for each in kept}))
     if off > MOST:
         raise UserError(
-            f"--width: {given.width} can't be made of {len(kept)} snapshots of widths {widths} up to step {step}: the "
+            f"--width: {args.width} can't be made of {len(kept)} snapshots of widths {widths} up to step {step}: the "
             f"profile would be off by {off:.0%}; give one nearer to these, or train with a smaller "
             "stage2.ema_snapshot_every"
         )
     paths = tqdm([each.path for each in kept], desc="averaging", unit=" snapshot", leave=False, disable=None)
-    _write(given.out, given.run / "pipeline", weighted_sum(paths, shares.tolist()))
+    _write(args.out, args.run / "pipeline", weighted_sum(paths, shares.tolist()))
     print(
-        f"wrote {given.out}: width {given.width:g} at step {step}, of {len(kept)} snapshots; "
+        f"wrote {args.out}: width {args.width:g} at step {step}, of {len(kept)} snapshots; "
         f"its profile is missed by {off:.2%}"
     )
 
@@ -69,8 +69,8 @@ def _write(out: Path, pipeline: Path, tensors: Tensors) -> None:
     """A copy of the pipeline, but for the weights of stage two's `Denoiser` that are among the tensors."""
     parts = {"unet": "unet.", "text_encoder": "encoder.", "": ""}  # the last is of a trained null embedding
     left = {name for name in tensors if name.startswith("unet.")}
-    with whole_folder(out) as beside:
-        shutil.copytree(pipeline, beside, dirs_exist_ok=True)
+    with whole_folder(out) as tmp_path:
+        shutil.copytree(pipeline, tmp_path, dirs_exist_ok=True)
         for part, prefix in parts.items():
             for path in (pipeline / part).glob("*.safetensors"):
                 with safe_open(path, "pt") as file:
@@ -78,7 +78,7 @@ def _write(out: Path, pipeline: Path, tensors: Tensors) -> None:
                 for name, old in weights.items():
                     weights[name] = tensors.get(prefix + name, old).to(old.dtype)
                     left.discard(prefix + name)
-                save_file(weights, beside / part / path.name, about)
+                save_file(weights, tmp_path / part / path.name, about)
         assert not left, f"{pipeline / 'unet'} has no {min(left)}"
 
 

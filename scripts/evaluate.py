@@ -51,28 +51,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps")
     parser.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
     parser.add_argument("--sheet", type=Path, help="some of the pictures in a row, .png")
-    given = parser.parse_args(arguments)
-    if given.count < 2:
-        raise UserError(f"--count: {given.count}; give 2 or more")
-    how = Sampling(given.steps, given.guidance, given.solver, given.spacing)
-    settings = _settings(given.run)
+    args = parser.parse_args(arguments)
+    if args.count < 2:
+        raise UserError(f"--count: {args.count}; give 2 or more")
+    how = Sampling(args.steps, args.guidance, args.solver, args.spacing)
+    settings = _settings(args.run)
     records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     if not len(records):
         raise UserError(f"{settings.data.name}: no picture is left to compare with")
-    model = LatentDiffusion.load(given.model or given.run / "pipeline").optimize_for_inference(given.precision)
-    own = not given.model and how == Sampling()
+    model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
+    own = not args.model and how == Sampling()
     steps, guidance = how.steps or model.steps, model.guidance if how.guidance is None else how.guidance
-    figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": given.seed}
+    figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": args.seed}
 
     square = (settings.data.size, settings.data.size)
     real = torch.stack([images.to_tensor(crop_resize(records.picture(i), square)[0]) for i in range(len(records))])
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
     known = {by: of(real) for by, of in features.items()}
     pictures: dict[int, torch.Tensor] = {}  # by the number of the real one that its prompt describes
-    groups = {name: wanted for name, wanted in _groups(records, given.count).items() if wanted}
+    groups = {name: wanted for name, wanted in _groups(records, args.count).items() if wanted}
     for name, wanted in groups.items():
         prompts = [records[i].captions[0] for i in wanted]
-        made = _generate(model, prompts, given.seed, how)
+        made = _generate(model, prompts, args.seed, how)
         pictures |= zip(wanted, made, strict=True)
         figures[name] = {}
         for by, of in features.items():
@@ -86,15 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shown = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
             print(f"{name:22} {by:25} {shown}", flush=True)
         if own:
-            _sheet(given.run / f"{name.replace(' ', '-')}.png", pictures, wanted, records, 10)
+            _sheet(args.run / f"{name.replace(' ', '-')}.png", pictures, wanted, records, 10)
     distance = frechet_distance(model.autoencoder, real[list(pictures)], torch.stack(list(pictures.values())))
     figures["Fréchet distance of latents"] = distance
     print(f"{len(pictures)} pictures and the real ones of their prompts: Fréchet distance of latents {distance:.2f}")
-    if given.sheet:
+    if args.sheet:
         some = [i for wanted in groups.values() for i in wanted[:: -(-len(wanted) // 6)]]
-        _sheet(given.sheet, pictures, some, records, len(some))
+        _sheet(args.sheet, pictures, some, records, len(some))
     if own:
-        (given.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (args.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
         write_card(settings, figures)
 
 

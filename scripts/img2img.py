@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(options.parse_args(arguments), "img2img.py", needs)
 
 
-def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
+def needs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     if model.task != "generate":
         does = {"inpaint": "completes", "upscale": "enlarges"}[model.task]
-        raise UserError(f"--model: {given.model} {does} pictures; give one that makes them")
-    if not given.image:
+        raise UserError(f"--model: {args.model} {does} pictures; give one that makes them")
+    if not args.image:
         raise UserError("--image: none given; name the picture to start from")
-    picture = opened("--image", given.image)
-    size = tuple(given.size) if given.size else fitting(picture.size, model)
+    picture = opened("--image", args.image)
+    size = tuple(args.size) if args.size else fitting(picture.size, model)
     model.check_size(size)
     return {"image": crop_resize(picture, size)[0]}
 

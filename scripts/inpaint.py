@@ -36,24 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(options.parse_args(arguments), "inpaint.py", needs)
 
 
-def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
+def needs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     if model.task == "upscale":
-        raise UserError(f"--model: {given.model} enlarges pictures; give one that makes or completes them")
-    if not given.image or not given.mask:
+        raise UserError(f"--model: {args.model} enlarges pictures; give one that makes or completes them")
+    if not args.image or not args.mask:
         raise UserError("--image, --mask: both are needed: the picture, and white where it is to be made")
-    picture, mask = opened("--image", given.image), opened("--mask", given.mask)
+    picture, mask = opened("--image", args.image), opened("--mask", args.mask)
     if mask.size != picture.size:
         (w, h), (width, height) = mask.size, picture.size
         raise UserError(f"--mask: {w} × {h} pixels, but the picture has {width} × {height}; bring it to that")
-    if given.size:
-        size = tuple(given.size)
+    if args.size:
+        size = tuple(args.size)
         picture, mask = crop_resize(picture, size)[0], crop_resize(mask, size)[0]
     elif max(picture.size) > LARGEST * model.side:
         width, height = picture.size
         raise UserError(
             f"--image: {width} × {height} pixels, and the model was trained on {model.side}; give --size {model.side}"
         )
-    return {"image": picture, "mask": ImageOps.invert(mask) if given.invert else mask}
+    return {"image": picture, "mask": ImageOps.invert(mask) if args.invert else mask}
 
 
 if __name__ == "__main__":

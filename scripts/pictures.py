@@ -88,46 +88,46 @@ def parser(name: str, about: str) -> Parser:
     return found
 
 
-def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
+def draw(args: argparse.Namespace, script: str, needs: Needs) -> None:
     """Draws what the options ask for and writes it.
 
     `needs` gives a call's `image`, `mask` and `size` for a model. Several processes share the pictures out.
     """
-    old = remembered(given, script) if given.again else {}
-    if not given.model:
+    old = remembered(args, script) if args.again else {}
+    if not args.model:
         raise UserError("--model: none given; a folder that training wrote, or a Hub id")
-    state = join(RunConfig(device="cpu" if given.device == "cpu" else "auto"))
-    jobs = [Job.of(old)] if old else on_main(lambda: asked(given))  # standard input is the main process's alone
-    check(given, len(jobs))
-    how = {name: getattr(given, name) for name in HOW if hasattr(given, name)}
+    state = join(RunConfig(device="cpu" if args.device == "cpu" else "auto"))
+    jobs = [Job.of(old)] if old else on_main(lambda: asked(args))  # standard input is the main process's alone
+    check(args, len(jobs))
+    how = {name: getattr(args, name) for name in HOW if hasattr(args, name)}
     Sampling(**how)  # says what is wrong before a model is loaded
-    alone = state.num_processes == 1 or ":" in (given.device or "")
-    model = LatentDiffusion.load(given.model, given.device if given.device and alone else state.device)
+    alone = state.num_processes == 1 or ":" in (args.device or "")
+    model = LatentDiffusion.load(args.model, args.device if args.device and alone else state.device)
     here = {"device": model.device.type, "torch": torch.__version__}
     if old and any(old[name] != found for name, found in here.items()):
         print(f"made on {old['device']} with torch {old['torch']}; here the last bits may differ", file=sys.stderr)
     beside = {
-        "weaker": given.weaker and weaker(model, given.weaker),
-        "classifier": given.classifier and NoisyClassifier.load(given.classifier, model.device),
+        "weaker": args.weaker and weaker(model, args.weaker),
+        "classifier": args.classifier and NoisyClassifier.load(args.classifier, model.device),
     }
     weights = fingerprint(model, *filter(None, beside.values()))
     if old and old["weights"] != weights:
-        named = ", ".join(getattr(given, name) for name in ("model", *beside) if getattr(given, name))
+        named = ", ".join(getattr(args, name) for name in ("model", *beside) if getattr(args, name))
         raise UserError(f"--again: {named}: other weights than those that made it; --model says where they are")
-    if not (given.cut_prompts or old):
-        check_prompts(model, jobs, given.negative)
-    needed = needs(model, given)
+    if not (args.cut_prompts or old):
+        check_prompts(model, jobs, args.negative)
+    needed = needs(model, args)
     prompts, labels = words(jobs)
-    if given.guidance is None:  # so that the recipe tells of them
-        how["guidance"] = given.guidance = model.guidance
-    if given.steps is None and given.solver != "ddpm":
-        how["steps"] = given.steps = model.steps
+    if args.guidance is None:  # so that the recipe tells of them
+        how["guidance"] = args.guidance = model.guidance
+    if args.steps is None and args.solver != "ddpm":
+        how["steps"] = args.steps = model.steps
     SamplingRequest(
         prompts, labels=labels, count=1 if prompts or labels else len(jobs), image=needed.get("image"),
         mask=needed.get("mask"), size=needed.get("size"), options=Sampling(**how, **beside),
     ).check(model)  # fmt: skip
-    model.optimize_for_inference(given.precision, given.compile)
-    given.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
+    model.optimize_for_inference(args.precision, args.compile)
+    args.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
     if old and model.device.type == "cpu":
         torch.set_num_threads(old["threads"])
 
@@ -135,10 +135,10 @@ def draw(given: argparse.Namespace, script: str, needs: Needs) -> None:
     row, of = old["row"] if old else (0, 1)
     drawn = [jobs[i] for i in mine] * of  # what is remade stands in as large a batch again
     prompts, labels = words(drawn)
-    with Made(given, script, jobs, mine, row, weights, model) as made:
+    with Made(args, script, jobs, mine, row, weights, model) as made:
         if drawn:
             model(
-                prompts, [job.seed for job in drawn], of if old else given.batch, labels=labels,
+                prompts, [job.seed for job in drawn], of if old else args.batch, labels=labels,
                 count=1 if prompts or labels else len(drawn),
                 toward=way(drawn), callback=made.on_step, ready=made.ready, **needed, **how, **beside,
             )  # fmt: skip
@@ -153,23 +153,23 @@ class Made:
     """Takes in pictures as they are made: writes them, and shows how far it is."""
 
     def __init__(
-        self, given: argparse.Namespace, script: str, jobs: Sequence[Job], mine: Sequence[int], row: int, weights: str,
+        self, args: argparse.Namespace, script: str, jobs: Sequence[Job], mine: Sequence[int], row: int, weights: str,
         model: LatentDiffusion,
     ):  # fmt: skip
-        self.given, self.jobs, self.mine, self.row = given, jobs, mine, row
+        self.given, self.jobs, self.mine, self.row = args, jobs, mine, row
         self.paths = on_main(self._names)
-        of_files = {f"{name}_sha256": png_metadata.fingerprint(Path(getattr(given, name)))
-                    for name in FILES if getattr(given, name, None)}  # fmt: skip
+        of_files = {f"{name}_sha256": png_metadata.fingerprint(Path(getattr(args, name)))
+                    for name in FILES if getattr(args, name, None)}  # fmt: skip
         self.recipe = {
             "script": script, "weights": weights, "device": model.device.type, "torch": torch.__version__,
-            "threads": torch.get_num_threads(), **{name: getattr(given, name) for name in KEPT if hasattr(given, name)},
+            "threads": torch.get_num_threads(), **{name: getattr(args, name) for name in KEPT if hasattr(args, name)},
             **of_files,
         }  # fmt: skip
         self._film: Animation | None = None
         self._filmed = False
-        if given.animate and PartialState().is_main_process:
-            first = [jobs[i].caption for i in mine[: given.batch]]
-            self._film = Animation(given.animate, model.autoencoder, first)
+        if args.animate and PartialState().is_main_process:
+            first = [jobs[i].caption for i in mine[: args.batch]]
+            self._film = Animation(args.animate, model.autoencoder, first)
 
     def __enter__(self) -> Made:
         self._writer = ThreadPoolExecutor(2)  # compressing a PNG waits for no step
@@ -217,8 +217,8 @@ class Made:
         if given.grid:
             pictures = [Image.open(path).convert("RGB") for path in self.paths]  # which closes the files
             sheet = images.grid(pictures, [job.caption for job in self.jobs], columns=min(8, len(pictures)))
-            with whole_file(given.grid) as beside:
-                sheet.save(beside, {".jpg": "JPEG"}.get(given.grid.suffix.lower(), given.grid.suffix[1:].upper()))
+            with whole_file(given.grid) as tmp_path:
+                sheet.save(tmp_path, {".jpg": "JPEG"}.get(given.grid.suffix.lower(), given.grid.suffix[1:].upper()))
         where = self.paths[0] if len(self.paths) == 1 else f"{len(self.paths)} pictures in {given.out}"
         print("wrote " + ", ".join(map(str, filter(None, (where, given.grid, given.animate)))))
 

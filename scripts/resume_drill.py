@@ -31,33 +31,33 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends the result to it, as a line of JSON")
     parser.add_argument("--label", default="", help="stands in this line as its step")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.steps=60")
-    given = parser.parse_intermixed_args()
-    if given.folder.exists():
-        print(f"error: {given.folder} exists; give a new folder", file=sys.stderr)
+    args = parser.parse_intermixed_args()
+    if args.folder.exists():
+        print(f"error: {args.folder} exists; give a new folder", file=sys.stderr)
         return 2
-    given.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True)
     names = ("a", "a2", "b")
-    started = {name: start(given, name) for name in names}
+    started = {name: start(args, name) for name in names}
     try:
-        kill_at_checkpoint(started["b"], given.folder / "b")
-        started["b"] = start(given, "b")
+        kill_at_checkpoint(started["b"], args.folder / "b")
+        started["b"] = start(args, "b")
         if failed := [name for name in names if started[name].wait()]:
-            last = (given.folder / f"{failed[0]}.log").read_text("utf-8").strip().splitlines()[-1:]
+            last = (args.folder / f"{failed[0]}.log").read_text("utf-8").strip().splitlines()[-1:]
             print(f"error: run {failed[0]} has failed: {''.join(last)}", file=sys.stderr)
             return 1
     finally:
         for process in started.values():
             process.kill()
-    by_chance, continued = (apart(given.folder / "a", given.folder / name) for name in ("a2", "b"))
+    by_chance, continued = (apart(args.folder / "a", args.folder / name) for name in ("a2", "b"))
     print(f"weights  {continued:.3g} between a run and one that was killed and continued, {by_chance:.3g} between two")
-    if given.json:
+    if args.json:
         line = {
-            "step": results.parsed(given.label), "what": "resumed", "row": "killed and continued", "value": continued,
+            "step": results.parsed(args.label), "what": "resumed", "row": "killed and continued", "value": continued,
             "unit": "largest difference of weights", "beside": "two whole runs", "baseline": by_chance,
             "ratio": continued / by_chance if by_chance else None, "allocated": None, "reserved": None,
             **results.machine(),
         }  # fmt: skip
-        results.append(given.json, line)
+        results.append(args.json, line)
     if continued <= BY_CHANCE * by_chance:
         return 0
     print(
@@ -68,12 +68,12 @@ def main() -> int:
     return 1
 
 
-def start(given: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
+def start(args: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, ROOT / "train_ldm.py", "--config", given.config, *given.overrides,
-        f"run.dir={given.folder / name}", "run.tracker=none", "run.preflight=false",
+        sys.executable, ROOT / "train_ldm.py", "--config", args.config, *args.overrides,
+        f"run.dir={args.folder / name}", "run.tracker=none", "run.preflight=false",
     ]  # fmt: skip
-    with (given.folder / f"{name}.log").open("ab") as log:
+    with (args.folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 

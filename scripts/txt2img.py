@@ -27,18 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("txt2img.py", "Pictures from text, from classes, or from noise alone.")
     options.add_argument("--size", type=size_of, help="512 or 640x512; default: that of training")
     options.add_argument("--between", type=int, default=0, help="pictures on the way from each to the next")
-    given = options.parse_args(arguments)
-    if given.between < 0:
-        raise UserError(f"--between: {given.between}; give 0 or more")
-    draw(given, "txt2img.py", needs)
+    args = options.parse_args(arguments)
+    if args.between < 0:
+        raise UserError(f"--between: {args.between}; give 0 or more")
+    draw(args, "txt2img.py", needs)
 
 
-def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
+def needs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     if model.task != "generate":
         raise UserError(
-            f"--model: {given.model} needs a picture; use {'inpaint' if model.task == 'inpaint' else 'upscale'}.py"
+            f"--model: {args.model} needs a picture; use {'inpaint' if model.task == 'inpaint' else 'upscale'}.py"
         )
-    size = tuple(given.size) if given.size else None
+    size = tuple(args.size) if args.size else None
     if size:
         model.check_size(size)
     return {"size": size}

@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(options.parse_args(arguments), "upscale.py", needs)
 
 
-def needs(model: LatentDiffusion, given: argparse.Namespace) -> dict[str, Any]:
+def needs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     if model.task != "upscale":
-        raise UserError(f"--model: {given.model} does not enlarge; train one with stage2.conditions=[text,upscale]")
-    if not given.image:
+        raise UserError(f"--model: {args.model} does not enlarge; train one with stage2.conditions=[text,upscale]")
+    if not args.image:
         raise UserError("--image: none given; name the small picture")
-    return {"image": opened("--image", given.image)}
+    return {"image": opened("--image", args.image)}
 
 
 if __name__ == "__main__":

@@ -115,6 +115,6 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
     pictures = [picture for row in rows.values() for picture in to_pil(row)]
     sheet = grid(pictures, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
-        sheet.save(beside, "PNG")
+    with whole_file(path) as tmp_path:
+        sheet.save(tmp_path, "PNG")
     log_image(run.accelerator.trackers, "reconstructions", sheet, run.step)

@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "size": settings.data.size, "ms_ssim_scales": scales_of(side), "lpips_net": given.lpips_net,
         "notes": notes, "models": facts, "names": names, "each": each,
     }  # fmt: skip
-    with whole_file(out / "report.json") as beside:
-        beside.write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    with whole_file(out / "report.json") as tmp_path:
+        tmp_path.write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
     for file, shown in (("reconstructions.png", some), ("worst.png", worst)):
         sheet(shown, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
     print(f"wrote {out}/report.json, reconstructions.png and worst.png")
@@ -101,11 +101,11 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
         "--lpips-net", choices=tuple(feature_networks.BACKBONES), default="vgg", help="default: %(default)s"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.size=256")
-    given = parser.parse_intermixed_args(arguments)
-    for name, value in (("--count", given.count), ("--worst", given.worst)):
+    args = parser.parse_intermixed_args(arguments)
+    for name, value in (("--count", args.count), ("--worst", args.worst)):
         if value < 1:
             raise UserError(f"{name}: {value}; give 1 or more")
-    return given
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------ which pictures

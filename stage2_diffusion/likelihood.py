@@ -47,32 +47,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=32, help="pictures to measure")
     parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
-    given = parser.parse_args(arguments)
-    for option, number, least in (("--count", given.count, 1), ("--ode-steps", given.ode_steps, 0)):
+    args = parser.parse_args(arguments)
+    for option, number, least in (("--count", args.count, 1), ("--ode-steps", args.ode_steps, 0)):
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
-    settings = loader.of_run(given.run)
+    settings = loader.of_run(args.run)
     stage, process = settings.stage2, DiffusionProcess.of(settings.stage2)
     if stage.image:
         raise UserError(
-            f"{given.run}: made for {', '.join(stage.conditions)}; the bound is of models that make whole pictures"
+            f"{args.run}: made for {', '.join(stage.conditions)}; the bound is of models that make whole pictures"
         )
-    several = given.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
+    several = args.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
     for steps in several:
         if process.target != "flow" and not 1 <= steps <= process.timesteps:
             raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
-    model = LatentDiffusion.load(given.run / "pipeline")
-    found = Subject.of(settings, model, given.count)
+    model = LatentDiffusion.load(args.run / "pipeline")
+    found = Subject.of(settings, model, args.count)
     what = "held-out" if found.held_out else "training"
     print(f"{len(found.x0)} {what} pictures, {found.x0[0].numel():,} dimensions, {found.unit}")
     if process.target != "flow":
         print_bounds(found, stage.variance == "learned", several)
-    if given.ode_steps:
+    if args.ode_steps:
         probes = torch.sign(normal(0, "probe", range(len(found.x0)), found.x0.shape[1:]))[None].to(found.x0)
-        log_p = likelihood.log_density(process, found.denoise(process), found.x0, given.ode_steps, probes)
-        print(f"{given.ode_steps:>6} ODE       {-(log_p / found.x0[0].numel()).mean():8.3f} nats/dim of the density")
+        log_p = likelihood.log_density(process, found.denoise(process), found.x0, args.ode_steps, probes)
+        print(f"{args.ode_steps:>6} ODE       {-(log_p / found.x0[0].numel()).mean():8.3f} nats/dim of the density")
     if process.target != "flow":
-        print_variances(found, learned(given.run) if stage.beta_schedule == "learned" else None)
+        print_variances(found, learned(args.run) if stage.beta_schedule == "learned" else None)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet = grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked)
-        with whole_file(path) as beside:
-            sheet.save(beside, "PNG")
+        with whole_file(path) as tmp_path:
+            sheet.save(tmp_path, "PNG")
         log_image(run.accelerator.trackers, "samples", sheet, run.step)
 
 

@@ -130,9 +130,11 @@ class Autoencoder:
 
     def save(self, folder: Path, **facts: Any) -> None:
         """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
-        with whole_folder(folder) as beside:
-            self.vae.save_pretrained(beside)
-            (beside / STATISTICS).write_text(json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n")
+        with whole_folder(folder) as tmp_path:
+            self.vae.save_pretrained(tmp_path)
+            (tmp_path / STATISTICS).write_text(
+                json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n"
+            )
 
 
 # ------------------------------------------------------------------------------------------- what the architectures do

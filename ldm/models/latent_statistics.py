@@ -174,8 +174,8 @@ class Report:
         self._plot_scale(axes[1, 1], colours)
         for axis in axes.flat:
             axis.spines[["top", "right"]].set_visible(False)
-        with whole_file(path) as beside:
-            canvas.print_figure(beside, format="png")
+        with whole_file(path) as tmp_path:
+            canvas.print_figure(tmp_path, format="png")
 
     def _covariance(self) -> torch.Tensor:
         assert self.count > 0, "a report of no latents"

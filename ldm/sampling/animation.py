@@ -48,12 +48,12 @@ class Animation:
         """Writes the file, whole or not at all."""
         kind = self.path.suffix.lower()
         times = [STEP] * (len(self._frames) - 1) + [END]
-        with whole_file(self.path) as beside:
+        with whole_file(self.path) as tmp_path:
             if kind == ".mp4":
-                self._film(beside, times)
+                self._film(tmp_path, times)
             else:
                 first, *rest = self._frames
-                first.save(beside, kind[1:].upper(), save_all=True, append_images=rest, duration=times, loop=0)
+                first.save(tmp_path, kind[1:].upper(), save_all=True, append_images=rest, duration=times, loop=0)
 
     def _film(self, path: Path, times: Sequence[int]) -> None:
         from imageio_ffmpeg import write_frames

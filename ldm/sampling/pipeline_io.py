@@ -109,12 +109,12 @@ def _usual(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 def write(model: Model, folder: Path) -> None:
     """Writes a folder that plain diffusers opens, as the pipeline of the model's task, and what `read` needs beside."""
-    with whole_folder(folder) as beside:
-        _pipeline(model).save_pretrained(beside)
+    with whole_folder(folder) as tmp_path:
+        _pipeline(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
-        (beside / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        (tmp_path / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
         if model.null is not None:
-            save_file({"null": model.null.detach().float().cpu().contiguous()}, beside / NULL)
+            save_file({"null": model.null.detach().float().cpu().contiguous()}, tmp_path / NULL)
 
 
 def _pipeline(model: Model) -> DiffusionPipeline:

@@ -20,8 +20,8 @@ def save(picture: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
     """Writes a PNG, whole or not at all, with the recipe in it."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(KEY, json.dumps({"version": VERSION, **recipe}, ensure_ascii=False))
-    with whole_file(path) as beside:
-        picture.save(beside, "PNG", pnginfo=chunk)
+    with whole_file(path) as tmp_path:
+        picture.save(tmp_path, "PNG", pnginfo=chunk)
 
 
 def read(path: Path) -> dict[str, Any]:

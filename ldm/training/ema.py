@@ -151,9 +151,9 @@ class Averages:
 
 def _write(path: Path, tensors: Tensors, facts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
+    with whole_file(path) as tmp_path:
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, beside, {"average": facts})  # of several keys the order would change by chance
+        save_file(whole, tmp_path, {"average": facts})  # of several keys the order would change by chance
 
 
 class Snapshot(NamedTuple):

@@ -94,8 +94,8 @@ def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> 
             shutil.rmtree(folder, ignore_errors=True)
 
     def keep() -> None:
-        with whole_file(file) as beside:
-            beside.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
+        with whole_file(file) as tmp_path:
+            tmp_path.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
 
     on_main(keep)
     return found.describe(config, stage, done)

@@ -82,8 +82,8 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
             )
     make("run.dir", folder)
     known = known or about()
-    with whole_file(file) as beside:
-        beside.write_text(yaml.safe_dump({"about": known, "configuration": dump(config)}, sort_keys=False), "utf-8")
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump({"about": known, "configuration": dump(config)}, sort_keys=False), "utf-8")
     if config.data.cache_dir:
         make("data.cache_dir", config.data.cache_dir)
     return folder
@@ -171,8 +171,8 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         *([openmoji.ATTRIBUTION, ""] if any(source.path in openmoji.SUBSETS for source in config.data.source) else []),
         "Everything that was set is in `config.yaml`.", "",
     ]  # fmt: skip
-    with whole_file(folder / "README.md") as beside:
-        beside.write_text("\n".join(lines), "utf-8")
+    with whole_file(folder / "README.md") as tmp_path:
+        tmp_path.write_text("\n".join(lines), "utf-8")
 
 
 def _kind(config: Config) -> str:

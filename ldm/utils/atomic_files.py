@@ -71,13 +71,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
     """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
-    with whole_folder(folder) as beside:
+    with whole_folder(folder) as tmp_path:
         for name, tensors in parts.items():
             save_file(
-                {key: value.detach().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
+                {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"
             )
-        sums = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-        (beside / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
+        sums = {path.name: _sha256(path) for path in sorted(tmp_path.iterdir())}
+        (tmp_path / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:

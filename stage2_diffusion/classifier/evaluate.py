@@ -37,25 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--solvers", nargs="+", choices=("ddpm", "ddim"), default=["ddpm", "ddim"])
     parser.add_argument("--steps", type=int, default=100, help="steps of ddpm; ddim takes half as many")
-    given = parser.parse_args(arguments)
-    for option, number, least in (("--count", given.count, 1), ("--steps", given.steps, 2)):
+    args = parser.parse_args(arguments)
+    for option, number, least in (("--count", args.count, 1), ("--steps", args.steps, 2)):
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
-    folder = given.run / "pipeline" if (given.run / "pipeline").is_dir() else given.run
+    folder = args.run / "pipeline" if (args.run / "pipeline").is_dir() else args.run
     model = LatentDiffusion.load(folder)
     if model.text or model.classes:
-        raise UserError(f"{given.run}: told captions or classes itself; give an unconditional model")
-    guide, judge = (NoisyClassifier.load(name, model.unet.device) for name in (given.guide, given.judge))
+        raise UserError(f"{args.run}: told captions or classes itself; give an unconditional model")
+    guide, judge = (NoisyClassifier.load(name, model.unet.device) for name in (args.guide, args.judge))
     if guide.classes != judge.classes:
-        raise UserError(f"--judge: {given.judge} knows other classes than {given.guide}; train both on the same run")
+        raise UserError(f"--judge: {args.judge} knows other classes than {args.guide}; train both on the same run")
     for each in (guide, judge):
         each.check(model.scheduler, model.autoencoder)
-    y = torch.arange(given.count) % len(guide.classes)
-    print(f"{given.count} pictures of {len(guide.classes)} classes; taken for what they should be by")
+    y = torch.arange(args.count) % len(guide.classes)
+    print(f"{args.count} pictures of {len(guide.classes)} classes; taken for what they should be by")
     print(f"{'solver':6} {'steps':>5} {'scale':>6} {'guide':>7} {'judge':>7} {'seconds':>8}")
-    for solver in given.solvers:
-        steps = given.steps if solver == "ddpm" else given.steps // 2
-        for scale in given.scales:
+    for solver in args.solvers:
+        steps = args.steps if solver == "ddpm" else args.steps // 2
+        for scale in args.scales:
             begun = time.monotonic()
             x0 = latents(model, guide, y, solver, steps, scale)
             shares = [recognised(each, x0, y) for each in (guide, judge)]

@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write; a used one is continued")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=3000")
-    given = parser.parse_intermixed_args(arguments)
-    own = loader.section(ClassifierConfig, given.overrides, "stage2_diffusion.classifier.train")
-    settings = read(given.run)
+    args = parser.parse_intermixed_args(arguments)
+    own = loader.section(ClassifierConfig, args.overrides, "stage2_diffusion.classifier.train")
+    settings = read(args.run)
     with training_processes(settings.run):
-        train(settings, own, given.run, given.out)
+        train(settings, own, args.run, args.out)
 
 
 def read(run: Path) -> Config:
@@ -164,14 +164,14 @@ def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any])
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
     make("--out", out)
-    with whole_file(file) as beside:
-        beside.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
 
 
 def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
     print(validation.table(model))
-    with whole_folder(folder) as beside:
-        model.save_pretrained(beside)
+    with whole_folder(folder) as tmp_path:
+        model.save_pretrained(tmp_path)
     print(f"finished: {folder}")
 
 

@@ -60,25 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; a used one is continued")
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
-    given = parser.parse_intermixed_args(arguments)
-    of_run = loader.of_run(given.run)
-    settings = loader.section(DistillConfig, given.overrides, "distill")
+    args = parser.parse_intermixed_args(arguments)
+    of_run = loader.of_run(args.run)
+    settings = loader.section(DistillConfig, args.overrides, "distill")
     if settings.guidance_to is None:
         twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)
         settings = settings.model_copy(update={"guidance_to": twice})
-    check(of_run.stage2, settings, given.method)
+    check(of_run.stage2, settings, args.method)
     with training_processes(of_run.run) as state:
-        teacher = LatentDiffusion.load(given.run / "pipeline", "cpu")
+        teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
         without_variance(teacher.unet, teacher.autoencoder.channels)
         about_it = {
-            "run": str(given.run), "method": given.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
+            "run": str(args.run), "method": args.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
             "distill": settings.model_dump(mode="json"),
         }  # fmt: skip
-        on_main(partial(claim, given.out, about_it))
-        if not on_main((given.out / "pipeline").exists):
-            distill(of_run, settings, given.method, teacher, given.out)
+        on_main(partial(claim, args.out, about_it))
+        if not on_main((args.out / "pipeline").exists):
+            distill(of_run, settings, args.method, teacher, args.out)
         if state.is_main_process:
-            print(f"finished: {given.out / 'pipeline'}")
+            print(f"finished: {args.out / 'pipeline'}")
 
 
 def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
@@ -126,8 +126,8 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
             raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
         return
     make("--out", folder)
-    with whole_file(file) as beside:
-        beside.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
 
 
 def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:

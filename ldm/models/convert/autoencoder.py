@@ -125,8 +125,8 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
         **{key: json.dumps(value) for key, value in known.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
-        save_file(tensors, beside, metadata)
+    with whole_file(path) as tmp_path:
+        save_file(tensors, tmp_path, metadata)
 
 
 def original_name(name: str, levels: int) -> str:
