@@ -28,7 +28,7 @@ from ldm.distributed.launch import join, on_main, training_processes
 from ldm.models import autoencoder, text_encoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.training import checks, memory_estimate, preflight
-from ldm.training.run_dir import check_finished, claim, write_card
+from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
 from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
     """Trains what is still to be trained of one stage, `1` or `2`, or of both."""
     encoder = checks.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
-    settings = claim(settings, fresh)
+    settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     pipeline, stages = folder / "pipeline", left(settings, stage)
     if "stage1" in stages and stage == "2":

@@ -12,14 +12,14 @@ from stage1_vae.augment import augment
 Metrics = dict[str, torch.Tensor]
 
 
-class Game:
+class AdversarialLoss:
     """Both sides of one step; `None` as configuration is no game.
 
     if game.plays(step):
-        loss = loss + game.persuade(…)   # the autoencoder's side: gradients for it, none for the discriminator
+        loss = loss + game.generator(…)   # the autoencoder's side: gradients for it, none for the discriminator
     run.backward(loss)
     if game.plays(step):
-        run.backward(game.judge(…))      # the discriminator's side: the reverse
+        run.backward(game.discriminator(…))      # the discriminator's side: the reverse
     """
 
     def __init__(self, config: GanConfig | None, steps: int, seed: int, run: Run):
@@ -36,7 +36,7 @@ class Game:
         since = step - self.start - self.config.warmup
         return self.config.weight * min(1.0, max(0.0, (since + 1) / max(1, self.config.ramp)))
 
-    def persuade(
+    def generator(
         self, fake: torch.Tensor, error: torch.Tensor, last: torch.nn.Parameter, positions: torch.Tensor, said: Metrics
     ) -> torch.Tensor:
         """The autoencoder's loss for its pictures `(N, 3, H, W)`, weighted.
@@ -46,7 +46,7 @@ class Game:
         gan, weight = self.config, self.weight(self.run.step)
         if not weight:
             return fake.new_zeros(())
-        verdict = losses.generator_loss(self.run.verdict(self._seen(fake, positions)), gan.loss)
+        verdict = losses.generator_loss(self.run.frozen_discriminator(self._seen(fake, positions)), gan.loss)
         said["generator"] = verdict
         if gan.adaptive:
             scale = self.run.loss_scale  # small gradients vanish in half precision
@@ -55,7 +55,9 @@ class Game:
             verdict = said["adaptive_weight"] * verdict
         return weight * verdict
 
-    def judge(self, real: torch.Tensor, fake: torch.Tensor, positions: torch.Tensor, said: Metrics) -> torch.Tensor:
+    def discriminator(
+        self, real: torch.Tensor, fake: torch.Tensor, positions: torch.Tensor, said: Metrics
+    ) -> torch.Tensor:
         """The discriminator's loss for real and rebuilt pictures, `(N, 3, H, W)` each."""
         gan = self.config
         real, fake = (self._seen(each.detach(), positions) for each in (real, fake))

@@ -22,7 +22,7 @@ from ldm.training.trainer import Run
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.rng import normal
 from stage1_vae import evaluation, losses
-from stage1_vae.adversarial import Game, Metrics
+from stage1_vae.adversarial import AdversarialLoss, Metrics
 from stage1_vae.alignment import Features
 from stage1_vae.discriminator import PatchDiscriminator
 from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
@@ -44,7 +44,7 @@ def train(config: Config, data: Index | Stream) -> None:
     contract = {"data": train_set.fingerprint()}
     run = Run(config.run, stage, "stage1", model, contract, adversary(stage), sample_names(train_set, spec))
     reconstruction = Errors(stage, config.data.shortest, run.device)
-    game = Game(stage.gan, stage.steps, seed, run)
+    game = AdversarialLoss(stage.gan, stage.steps, seed, run)
 
     def look() -> None:
         if run.due(stage.evaluate_every, last=True):
@@ -71,12 +71,12 @@ def train(config: Config, data: Index | Stream) -> None:
                 loss = loss + stage.align.weight * said["align"]
             plays = game.plays(step) and not change  # a picture that was shrunk gives itself away
             if plays:
-                loss = loss + game.persuade(rebuilt.pixels, error, model.last_layer, n, said)
+                loss = loss + game.generator(rebuilt.pixels, error, model.last_layer, n, said)
             run.backward(loss)
             if plays:
-                run.backward(game.judge(x, rebuilt.pixels, n, said))
+                run.backward(game.discriminator(x, rebuilt.pixels, n, said))
 
-            run.watch(n, rebuilt.pixels)
+            run.track_nonfinite(n, rebuilt.pixels)
             if rebuilt.chosen is not None:
                 use_codes(config, run, model, rebuilt.chosen, rebuilt.mean, said)
             run.update(loss=loss, **said)

@@ -82,7 +82,7 @@ class Objective:
         options = {"gamma": stage.weight_gamma} if stage.weight_gamma else {}
         return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, **options)
 
-    def saw(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
+    def record_losses(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
         """Takes in what the times cost, for drawing by it; after a step's last pass, from all processes."""
         if not self.model.times:
             return

@@ -87,9 +87,9 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             prediction = run.model(x_t, objective.forward.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
             loss = (importance * losses).mean()
-            run.watch(n, losses[:, None])
+            run.track_nonfinite(n, losses[:, None])
             run.backward(loss)
-            objective.saw(n, t, losses, run.accelerator)
+            objective.record_losses(n, t, losses, run.accelerator)
             run.update(loss=loss, **rates)
         look()
 

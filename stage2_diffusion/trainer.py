@@ -12,7 +12,7 @@ from ldm.distributed.launch import join
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import checks
-from ldm.training.run_dir import check_finished, claim, write_card
+from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
 from stage2_diffusion.train import train
 
 UNET = {"channels": [64, 128, 256, 256], "attention_head_dim": 32, "attention": [False, False, True, True]}
@@ -83,7 +83,7 @@ class Trainer:
         """Trains to the end, from where it stood, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)
         text = checks.check(self.config, state.num_processes)
-        settings = claim(self.config)
+        settings = prepare_run_dir(self.config)
         pipeline = settings.run.dir / "pipeline"
         pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
         if pipeline.exists():

@@ -23,7 +23,7 @@ class Skips:
         """Takes in the names of samples that bring them along."""
         self._keys.update(zip(positions.tolist(), keys, strict=False))
 
-    def watch(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
+    def track_nonfinite(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
         """Keeps in mind whose output `(N, …)` is not finite."""
         self._watched.append((positions, ~outputs.detach().flatten(1).isfinite().all(1)))
 

@@ -42,7 +42,7 @@ FREE = (
 FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".device_batch")
 
 
-def claim(config: Config, fresh: bool = False) -> Config:
+def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
     """Makes the run's folder, or takes it up again, and writes `config.yaml`.
 
     UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
@@ -80,12 +80,12 @@ def _claim(config: Config, folder: Path, fresh: bool) -> Path:
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
-    make("run.dir", folder)
+    make_dir("run.dir", folder)
     known = known or about()
     with whole_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump({"about": known, "configuration": dump(config)}, sort_keys=False), "utf-8")
     if config.data.cache_dir:
-        make("data.cache_dir", config.data.cache_dir)
+        make_dir("data.cache_dir", config.data.cache_dir)
     return folder
 
 
@@ -105,7 +105,7 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
         return old
 
 
-def make(key: str, folder: Path) -> None:
+def make_dir(key: str, folder: Path) -> None:
     """Makes the folder of a key, or takes the one that is there; UserError where that can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

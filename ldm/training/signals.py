@@ -16,7 +16,7 @@ class Interrupted(SystemExit):
     """Raised after the checkpoint of a run that was asked to end; its code is the shell's 128 + signal."""
 
 
-class Wishes:
+class SignalHandler:
     """`end` is the signal that asks for the end, SIGINT or SIGTERM, or 0; `save` is SIGUSR1's wish for a checkpoint."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Wishes:
         self._asked = 0.0
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Within it signals are taken in, where else they would end the process."""
         handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._asked_to_end)
         if hasattr(signal, "SIGUSR1"):

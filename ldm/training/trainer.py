@@ -42,7 +42,7 @@ from ldm.training import dry_run
 from ldm.training.ema import Averages
 from ldm.training.nonfinite import Skips
 from ldm.training.optimizer import DTYPES, Network
-from ldm.training.signals import Interrupted, Wishes
+from ldm.training.signals import Interrupted, SignalHandler
 from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
 from ldm.training.zero import ZeroNetwork
 from ldm.utils.atomic_files import checkpoints, read_checkpoint, sync, write_checkpoint
@@ -118,7 +118,7 @@ class Run:
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
         self._clock = Clock()
-        self._wishes = Wishes()
+        self._signals = SignalHandler()
         self._stopped = 0  # the one that was heeded
         self._released = False
         self._resume()
@@ -151,13 +151,13 @@ class Run:
         self._start_clock()
         self.model.train()
         try:
-            with nullcontext() if self.dry_run else self._wishes.heard():
+            with nullcontext() if self.dry_run else self._signals.installed():
                 for batch in self._loaded(dataset, workers):
                     yield batch
                     if self._stopped:
                         raise Interrupted(128 + self._stopped)
-                if self._wishes.end and a.num_processes == 1:  # it came after the last step was saved
-                    raise Interrupted(128 + self._wishes.end)
+                if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
+                    raise Interrupted(128 + self._signals.end)
             if self.dry_run:
                 a.free_memory()
                 raise dry_run.Finished
@@ -213,16 +213,16 @@ class Run:
         assert self._adversary, "this run was given none"
         return self._adversary.wrapped
 
-    def verdict(self, x: torch.Tensor) -> torch.Tensor:
+    def frozen_discriminator(self, x: torch.Tensor) -> torch.Tensor:
         """The adversary's output for a batch, with gradients for `x` and none for the adversary."""
         assert self._adversary, "this run was given none"
         bare = self._adversary.bare
         frozen = {name: p.detach() for name, p in bare.named_parameters()}
         return torch.func.functional_call(bare, frozen, (x,))  # type: ignore[no-any-return]
 
-    def watch(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
+    def track_nonfinite(self, positions: torch.Tensor, outputs: torch.Tensor) -> None:
         """Keeps in mind whose output `(N, …)` is not finite, to name these samples should the step be skipped."""
-        self.skips.watch(positions, outputs)
+        self.skips.track_nonfinite(positions, outputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         if self.accelerator.sync_gradients:  # the last pass of a step
@@ -267,8 +267,8 @@ class Run:
             values += norms
         finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
         if self.accelerator.num_processes == 1:
-            return bool(finite), self._wishes.end, self._wishes.save
-        flags = torch.stack([~finite, *torch.tensor([self._wishes.end, self._wishes.save], device=self.device)])
+            return bool(finite), self._signals.end, self._signals.save
+        flags = torch.stack([~finite, *torch.tensor([self._signals.end, self._signals.save], device=self.device)])
         bad, stop, save = self.accelerator.gather(flags[None]).amax(0).tolist()
         return not bad, stop, bool(save)
 
@@ -407,7 +407,7 @@ class Run:
         if stop or save or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
         if save:
-            self._wishes.save = False
+            self._signals.save = False
         if stop or save:
             rest = "stopped and saved at step {}; the same command continues." if stop else "saved at step {}."
             if self.is_main:

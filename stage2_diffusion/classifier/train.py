@@ -38,7 +38,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
-from ldm.training.run_dir import FREE_ENDS, make
+from ldm.training.run_dir import FREE_ENDS, make_dir
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
@@ -121,7 +121,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
             logits = run.model(process.add_noise(x0, eps, t), process.model_time(t))
             losses = F.cross_entropy(logits.float(), y, reduction="none")
             loss = losses.mean()
-            run.watch(n, losses[:, None])
+            run.track_nonfinite(n, losses[:, None])
             run.backward(loss)
             run.update(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         look()
@@ -135,7 +135,7 @@ def usable(pictures: Index, out: Path) -> list[str]:
     """The classes of the pictures; UserError where they have none, or one, or too many pictures are bad."""
     report = out / "data-report.json"
     if problem := pictures.verdict(report):
-        on_main(partial(make, "--out", out))
+        on_main(partial(make_dir, "--out", out))
         on_main(partial(pictures.report, report))
         raise UserError(problem)
     classes = pictures.labels()
@@ -163,7 +163,7 @@ def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any])
         ]  # fmt: skip
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
-    make("--out", out)
+    make_dir("--out", out)
     with whole_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
 

@@ -19,7 +19,7 @@ from ldm.training.trainer import Run
 from ldm.utils.rng import normal, uniform
 
 
-class Question(NamedTuple):
+class DistillationBatch(NamedTuple):
     """What a student is given of a batch of N."""
 
     z: torch.Tensor
@@ -33,7 +33,7 @@ class Question(NamedTuple):
 
 
 @dataclass
-class Lesson(ABC):
+class DistillationMethod(ABC):
     """Of a teacher that is a U-Net of `process`; all that is drawn follows from positions.
 
     `null` `(T, D)` is the embedding of no caption, `classes` the number of the class that is none; None where the model
@@ -63,7 +63,7 @@ class Lesson(ABC):
         """A batch whose captions and classes all stay, where the student hears the scale of guidance instead."""
         return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.guidance_conditioned else batch
 
-    def question(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> Question:
+    def make_batch(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> DistillationBatch:
         """What is asked of latents x0 `(N, C, h, w)` at positions n."""
         u = uniform(self.seed, "distill time", n).to(x0.device)
         eps = normal(self.seed, "distill noise", n, x0.shape[1:]).to(x0.device)
@@ -88,17 +88,17 @@ class Lesson(ABC):
         way = torch.where(draw[2] < self.settings.blended, draw[1], 0.0)[:, None, None].to(text)
         return condition._replace(text=text + way * (other - text))
 
-    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
+    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""
         t = replace(self.process, times="uniform").time(u)
-        return Question(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
+        return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     @abstractmethod
-    def target(self, asked: Question, run: Run) -> torch.Tensor:
+    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
         """What the student should find."""
 
     @abstractmethod
-    def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
+    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         """`(N,)`, of the student's output."""
 
     def guided(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -116,18 +116,18 @@ class Lesson(ABC):
 
 
 @dataclass
-class Guidance(Lesson):
+class Guidance(DistillationMethod):
     """One forward for two: the guided teacher's output, whatever the scale; arXiv 2210.03142, section 3.1."""
 
-    def target(self, asked: Question, run: Run) -> torch.Tensor:
+    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
         return self.guided(asked.z, asked.model_time, asked.condition)
 
-    def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
+    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         return (prediction - target).square().flatten(1).mean(1)
 
 
 @dataclass
-class Halving(Lesson):
+class Halving(DistillationMethod):
     """One step for two of a teacher that hears what the student hears; arXiv 2202.00512, Algorithm 2."""
 
     steps: int
@@ -136,12 +136,12 @@ class Halving(Lesson):
         super().__post_init__()
         self.grid, self.half = (grid(self.process, n, self.teacher.device) for n in (self.steps, 2 * self.steps))
 
-    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
+    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         i = (u * len(self.grid.t)).long().clamp(max=len(self.grid.t) - 1)
         z = self.grid.alpha[i] * x0 + self.grid.sigma[i] * eps
-        return Question(z, i, self.grid.model_time[i], condition)
+        return DistillationBatch(z, i, self.grid.model_time[i], condition)
 
-    def target(self, asked: Question, run: Run) -> torch.Tensor:
+    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
         (_, model_time, alpha, sigma), half, i, middle = self.grid, self.half, asked.at, 2 * asked.at + 1
         x0 = self.process.predict_x0(self._answer(asked.z, model_time[i], asked.condition), asked.z, self.grid.t[i])
         z = ddim_step(x0, asked.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
@@ -152,7 +152,7 @@ class Halving(Lesson):
     def _answer(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
         return predict(self.teacher, z, model_time, condition).float()
 
-    def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
+    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         i = asked.at
         x0 = self.process.predict_x0(prediction, asked.z, self.grid.t[i])
         weight = x0_weight(self.settings.loss, self.grid.alpha[i], self.grid.sigma[i])
@@ -160,7 +160,7 @@ class Halving(Lesson):
 
 
 @dataclass
-class Consistency(Lesson):
+class Consistency(DistillationMethod):
     """The same picture from both ends of a teacher's step; arXiv 2310.04378, Algorithm 1."""
 
     can_be_sharded: ClassVar[bool] = False  # its averaged weights answer in each step
@@ -170,12 +170,12 @@ class Consistency(Lesson):
         self.solver = consistent(self.process, self.settings.original_steps)
         self.skip = self.process.timesteps // self.settings.original_steps  # k, as LCMScheduler counts it
 
-    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> Question:
+    def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         steps = self.settings.original_steps
         t = ((u * steps).long().clamp(max=steps - 1) + 1) * self.skip - 1
-        return Question(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
+        return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
-    def target(self, asked: Question, run: Run) -> torch.Tensor:
+    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
         """Of the averaged student, after the guided teacher's step."""
         process, (z, t, model_time, condition) = self.process, asked
         before = (t - self.skip).clamp(min=0)
@@ -185,7 +185,7 @@ class Consistency(Lesson):
         answer = torch.func.functional_call(run.bare, averages, (z, process.model_time(before), condition))
         return self._consistent(answer.float(), z, before)
 
-    def losses(self, prediction: torch.Tensor, asked: Question, target: torch.Tensor) -> torch.Tensor:
+    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         return pseudo_huber(self._consistent(prediction, asked.z, asked.at), target, self.settings.huber)
 
     def _consistent(self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

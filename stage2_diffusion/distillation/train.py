@@ -41,13 +41,13 @@ from ldm.sampling.few_steps import consistent, first_order
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.optimizer import DTYPES
-from ldm.training.run_dir import FREE_ENDS, about, make
+from ldm.training.run_dir import FREE_ENDS, about, make_dir
 from ldm.training.trainer import Run
 from ldm.utils.atomic_files import tensors_sha256, whole_file
 from ldm.utils.errors import Parser, UserError, command
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving, Lesson
+from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
@@ -125,7 +125,7 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
         if changed:
             raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
         return
-    make("--out", folder)
+    make_dir("--out", folder)
     with whole_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
 
@@ -148,7 +148,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
         model = replace(model, guidance=within)
     given = (process, settings, of_run.run.seed, null, len(model.classes) if stage.classes else None)
 
-    def teach(name: str, lesson: Lesson, solver: Any, steps: int) -> LatentDiffusion:
+    def teach(name: str, lesson: DistillationMethod, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not on_main(exported.exists):
             unet = learn(of_run, settings, model, data, name, lesson, folder)
@@ -169,7 +169,7 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
 
 def learn(
     of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
-    lesson: Lesson, folder: Path,
+    lesson: DistillationMethod, folder: Path,
 ) -> UNet:  # fmt: skip
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
@@ -214,14 +214,14 @@ def learn(
             n = batch["position"]
             x0, states = samples.encode(batch)
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-            asked = lesson.question(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
+            asked = lesson.make_batch(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
             with torch.no_grad(), run.autocast():
                 target = lesson.target(asked, run)
 
             prediction = run.model(asked.z, asked.model_time, asked.condition)
             losses = lesson.losses(prediction.float(), asked, target)
             loss = losses.mean()
-            run.watch(n, losses[:, None])
+            run.track_nonfinite(n, losses[:, None])
             run.backward(loss)
             run.update(loss=loss)
         look()
@@ -245,13 +245,13 @@ def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, ima
 
 
 @torch.no_grad()
-def validate(run: Run, lesson: Lesson, conditions: Conditions, held: Sequence[EvaluationBatch]) -> None:
+def validate(run: Run, lesson: DistillationMethod, conditions: Conditions, held: Sequence[EvaluationBatch]) -> None:
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
     losses = []
     with run.averaged("a validation"):
         for batch, x0, _, states in held:
             condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-            asked = lesson.question(batch["position"], x0, condition)
+            asked = lesson.make_batch(batch["position"], x0, condition)
             with run.autocast():
                 target = lesson.target(asked, run)
                 prediction = run.bare(asked.z, asked.model_time, asked.condition)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.config.schema import GanConfig, RunConfig, Training
 from ldm.training.trainer import Run
-from stage1_vae.adversarial import Game
+from stage1_vae.adversarial import AdversarialLoss
 from stage1_vae.augment import augment
 from stage1_vae.discriminator import PatchDiscriminator
 
@@ -16,13 +16,13 @@ PICTURES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) 
 POSITIONS = torch.arange(4)
 
 
-def players(folder: Path, gan: GanConfig) -> tuple[Game, Run, nn.Module, nn.Module]:
+def players(folder: Path, gan: GanConfig) -> tuple[AdversarialLoss, Run, nn.Module, nn.Module]:
     """A game at its first step between a convolution and a small discriminator."""
     torch.manual_seed(0)
     painter, critic = nn.Conv2d(3, 3, 3, padding=1), PatchDiscriminator(16, 2)
     config = RunConfig(dir=folder, precision="no", device="cpu", tracker="none")
     run = Run(config, Training(steps=10), "stage1", painter, adversary=(critic, 1e-4))
-    return Game(gan, 10, 0, run), run, painter, critic
+    return AdversarialLoss(gan, 10, 0, run), run, painter, critic
 
 
 def gradients(module: nn.Module) -> float:
@@ -34,11 +34,11 @@ def test_each_side_leaves_no_gradient_in_the_other(tmp_path: Path, loss: str) ->
     game, run, painter, critic = players(tmp_path, GanConfig(start=0, warmup=0, loss=loss, r1=1.0, augment=("color",)))
     said: dict[str, torch.Tensor] = {}
     fake = run.model(PICTURES)
-    run.backward(game.persuade(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said))
+    run.backward(game.generator(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said))
     assert gradients(painter) > 0
     assert all(p.grad is None for p in critic.parameters())
     painter.zero_grad()
-    run.backward(game.judge(PICTURES, fake, POSITIONS, said))
+    run.backward(game.discriminator(PICTURES, fake, POSITIONS, said))
     assert gradients(critic) > 0
     assert all(p.grad is None for p in painter.parameters())
     assert said.keys() == {"generator", "adaptive_weight", "discriminator", "discriminator_accuracy", "r1"}
@@ -54,7 +54,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer(tmp
         ((fake - PICTURES).abs().mean() if judged == "error" else -critic(fake).mean()).backward()
         norms.append(painter.weight.grad.norm())
     fake = run.model(PICTURES)
-    loss = game.persuade(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said)
+    loss = game.generator(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said)
     torch.testing.assert_close(said["adaptive_weight"], norms[0] / norms[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(loss, said["adaptive_weight"] * -critic(fake).mean())
 
@@ -69,7 +69,7 @@ def test_the_discriminator_learns_alone_and_then_its_weight_rises(tmp_path: Path
 
 def test_without_a_game_nothing_is_played(tmp_path: Path) -> None:
     _, run, *_ = players(tmp_path, GanConfig())
-    assert not any(Game(None, 10, 0, run).plays(step) for step in range(11))
+    assert not any(AdversarialLoss(None, 10, 0, run).plays(step) for step in range(11))
 
 
 def test_a_patch_is_seventy_pixels() -> None:

@@ -50,7 +50,7 @@ def take_a_step(stage: Stage2Config) -> None:
         output = model(x_t, objective.forward.model_time(t), Condition())
         losses = objective.losses(output, x0, x_t, eps, t)
         (importance * losses).mean().backward()
-        objective.saw(n, t.detach(), losses, Accelerator(cpu=True))
+        objective.record_losses(n, t.detach(), losses, Accelerator(cpu=True))
         assert losses.shape == (4,)
         assert bool(losses.isfinite().all()), (step, losses)
         gradients = [parameter.grad for parameter in model.parameters()]

@@ -88,7 +88,7 @@ def train(
                 output = torch.where(batch["position"][:, None] % 4 == 2, torch.inf, output)
             if run.step in steep:
                 output.register_hook(lambda gradient: gradient * torch.nan)
-            run.watch(batch["position"], output)
+            run.track_nonfinite(batch["position"], output)
             loss = (output - batch["x"]).square().mean()
             run.backward(loss)
             run.update(loss=loss)

@@ -55,7 +55,7 @@ def asked(kind: Any, unet: Any, target: str = "flow", *more: Any, **settings: An
     g = torch.Generator().manual_seed(1)
     text, x0, null = (torch.randn(*shape, generator=g) for shape in ((3, 5, 16), (3, 4, 8, 8), (5, 16)))
     lesson = kind(unet, process, DistillConfig(guidance_to=4.0, **settings), 0, null, None, *more)
-    return lesson, lesson.question(torch.arange(3), x0, Condition(text))
+    return lesson, lesson.make_batch(torch.arange(3), x0, Condition(text))
 
 
 def test_a_student_told_of_guidance_answers_at_first_as_its_teacher(unet: Any) -> None:
@@ -99,7 +99,9 @@ def test_a_halving_asks_at_the_students_times_and_costs_nothing_where_the_target
 def test_what_is_asked_follows_from_positions(unet: Any) -> None:
     lesson, _ = asked(Halving, unet, "flow", 8)
     x0, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 16)
-    together, alone = (lesson.question(torch.tensor(n), x0[: len(n)], Condition(text[: len(n)])) for n in ([7, 8], [8]))
+    together, alone = (
+        lesson.make_batch(torch.tensor(n), x0[: len(n)], Condition(text[: len(n)])) for n in ([7, 8], [8])
+    )
     for name in ("z", "at", "model_time"):
         assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
     assert torch.equal(together.condition.guidance[1:], alone.condition.guidance)
