@@ -12,7 +12,7 @@ from typing import Any
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
-from asked import opened, size_of
+from _cli import opened, size_of
 from pictures import draw, parser
 
 from ldm.data.crops import crop_resize

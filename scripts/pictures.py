@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from asked import (
+from _cli import (
     FILES,
     HOW,
     KEPT,
@@ -26,6 +25,7 @@ from asked import (
     weaker,
     words,
 )
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 

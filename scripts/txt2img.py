@@ -15,7 +15,7 @@ from typing import Any
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
-from asked import size_of
+from _cli import size_of
 from pictures import draw, parser
 
 from ldm.sampling.pipeline import LatentDiffusion

@@ -12,7 +12,7 @@ from typing import Any
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
-from asked import opened
+from _cli import opened
 from pictures import draw, parser
 
 from ldm.sampling.pipeline import LatentDiffusion

@@ -30,7 +30,7 @@ from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule, bound_integrand
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.utils.atomic_files import checkpoints, read_checkpoint
+from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.conditions import Conditions

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
-from ldm.data.images import Buckets, Size, decode
+from ldm.data.buckets import Buckets
+from ldm.data.images import Size, decode
 from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import CAPTIONED, Sources
 from ldm.distributed.consensus import gathered, on_all, seen_by_all

@@ -14,7 +14,8 @@ from torch import nn
 
 from ldm.config.schema import Training
 from ldm.distributed.sharding import SHARDED, gathered, sharded, whole, without_weights
-from ldm.utils.atomic_files import Tensors, flatten_optimizer, unflatten_optimizer
+from ldm.training.checkpoint import flatten_optimizer, unflatten_optimizer
+from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -31,9 +31,10 @@ from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
 from ldm.training import checks
+from ldm.training.checkpoint import checkpoints
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
-from ldm.utils.atomic_files import checkpoints, whole_file
+from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 

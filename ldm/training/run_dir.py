@@ -21,7 +21,8 @@ from ldm.config.schema import Config
 from ldm.data import openmoji
 from ldm.distributed.launch import join, on_main
 from ldm.models.autoencoder import STATISTICS
-from ldm.utils.atomic_files import checkpoints, whole_file
+from ldm.training.checkpoint import checkpoints
+from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 # Keys that change neither the numbers of a run nor what they mean; a run may be continued with others.

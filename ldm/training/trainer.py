@@ -39,13 +39,14 @@ from ldm.distributed.launch import (
 )
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
+from ldm.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from ldm.training.deepspeed import ZeroNetwork
 from ldm.training.ema import Averages
 from ldm.training.nonfinite import Skips
 from ldm.training.optimizer import DTYPES, Network
 from ldm.training.signals import Interrupted, SignalHandler
 from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
-from ldm.training.zero import ZeroNetwork
-from ldm.utils.atomic_files import checkpoints, read_checkpoint, sync, write_checkpoint
+from ldm.utils.atomic_files import sync
 from ldm.utils.errors import UserError
 
 MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike

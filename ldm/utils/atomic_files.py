@@ -1,20 +1,17 @@
-"""Files and folders that stand whole or not at all, and checkpoints made of them: safetensors and JSON, no pickle."""
+"""Files and folders that stand whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ldm.utils.errors import UserError, cant_write
 
@@ -69,60 +66,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"can't write {path}: {reason}; what stood before is kept") from None
 
 
-def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
-    """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
-    with whole_folder(folder) as tmp_path:
-        for name, tensors in parts.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"
-            )
-        sums = {path.name: _sha256(path) for path in sorted(tmp_path.iterdir())}
-        (tmp_path / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
-    state = json.loads((folder / "state.json").read_text())
-    for name, expected in state["sha256"].items():
-        if _sha256(folder / name) != expected:
-            raise ValueError(f"{name} is not what was written")
-    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Those of a stage's folder, oldest first."""
-    numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
-    return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
-
-
-def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
-    tensors: Tensors = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, each in value.items():
-                put(f"{name}.{key}", each)
-        else:
-            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
-
-    for i, entry in state["state"].items():
-        put(str(i), entry)
-    return tensors, state["param_groups"]
-
-
-def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        index, *path, key = name.split(".")
-        entry = state.setdefault(int(index), {})
-        for part in path:
-            entry = entry.setdefault(part, {})
-        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
-    return {"state": state, "param_groups": groups}
-
-
 def tensors_sha256(tensors: Tensors, *more: object) -> str:
     """SHA-256 over names and bytes of tensors, and over `more` as text."""
     digest = hashlib.sha256(repr(more).encode())
@@ -132,7 +75,7 @@ def tensors_sha256(tensors: Tensors, *more: object) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

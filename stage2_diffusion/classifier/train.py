@@ -37,10 +37,11 @@ from ldm.distributed.launch import on_main, training_processes
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.checkpoint import checkpoints
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import FREE_ENDS, make_dir
 from ldm.training.trainer import Run
-from ldm.utils.atomic_files import checkpoints, whole_file, whole_folder
+from ldm.utils.atomic_files import whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.validation import EVAL_LOG_SNRS

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
+from ldm.training.checkpoint import read_checkpoint
 from ldm.training.trainer import MEASURED
-from ldm.utils.atomic_files import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.trainer import MEASURED
-from ldm.utils.atomic_files import checkpoints, read_checkpoint
 from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 

@@ -12,9 +12,9 @@ from PIL import Image
 from ldm.config import loader
 from ldm.config.schema import BucketConfig
 from ldm.data import check
+from ldm.data.buckets import Buckets
 from ldm.data.check import near_duplicates
 from ldm.data.crops import crop_resize
-from ldm.data.images import Buckets
 from ldm.models import text_encoder
 from scripts import check_data
 

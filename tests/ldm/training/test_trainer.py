@@ -20,9 +20,9 @@ from torch import nn
 import ldm.training.trainer
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.launch import accelerator
+from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.optimizer import Network
 from ldm.training.trainer import MEASURED, Run, learning_rate
-from ldm.utils.atomic_files import checkpoints, read_checkpoint
 from ldm.utils.errors import UserError
 from ldm.utils.rng import normal
 

@@ -19,8 +19,8 @@ from ldm.config.schema import ClassifierConfig, Stage2Config
 from ldm.data.index import Index
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.checkpoint import read_checkpoint
 from ldm.training.trainer import MEASURED
-from ldm.utils.atomic_files import read_checkpoint
 from stage2_diffusion.classifier import train
 
 KEYS = [

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ldm.distributed.sharding import on_main_cpu
+from ldm.training.checkpoint import unflatten_optimizer
 from ldm.training.optimizer import Network
-from ldm.utils.atomic_files import Tensors, unflatten_optimizer
+from ldm.utils.atomic_files import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 

@@ -21,7 +21,8 @@ from ldm.sampling import png_metadata
 from ldm.sampling.animation import Animation
 from ldm.sampling.pipeline import Interpolation, LatentDiffusion
 from ldm.sampling.pipeline_io import read as read_pipeline
-from ldm.utils.atomic_files import read_checkpoint, tensors_sha256
+from ldm.training.checkpoint import read_checkpoint
+from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
 # Options that change a picture, as its recipe keeps them. Others say what is asked for, or where it goes.

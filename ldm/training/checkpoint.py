@@ -1,0 +1,66 @@
+"""Checkpoints: a folder of safetensors and a JSON, written beside and renamed; no pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.utils.atomic_files import Tensors, file_sha256, whole_folder
+
+
+def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+    """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
+    with whole_folder(folder) as tmp_path:
+        for name, tensors in parts.items():
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"
+            )
+        sums = {path.name: file_sha256(path) for path in sorted(tmp_path.iterdir())}
+        (tmp_path / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
+    state = json.loads((folder / "state.json").read_text())
+    for name, expected in state["sha256"].items():
+        if file_sha256(folder / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a stage's folder, oldest first."""
+    numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
+    return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
+    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
+    tensors: Tensors = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                put(f"{name}.{key}", each)
+        else:
+            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+
+    for i, entry in state["state"].items():
+        put(str(i), entry)
+    return tensors, state["param_groups"]
+
+
+def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, *path, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
+    return {"state": state, "param_groups": groups}
