@@ -18,7 +18,7 @@ from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
-from ldm.data import cache, index
+from ldm.data import cache, index_file
 from ldm.data.cache import CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_found_and_made_anew(
 BUILD = """
 import sys
 from ldm.config import loader
-from ldm.data import cache, index
+from ldm.data import cache, index, index_file
 from ldm.data.crops import Augmentation
 from ldm.models import autoencoder, text_encoder
 from ldm.config.schema import Stage1Config
@@ -278,8 +278,8 @@ def test_sampled_latents_differ_from_epoch_to_epoch(
 
 def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, opened = settings(root, folder), []
-    facts = index._facts
-    monkeypatch.setattr(index, "_facts", lambda *given: opened.append(given[1].file) or facts(*given))
+    facts = index_file._facts
+    monkeypatch.setattr(index_file, "_facts", lambda *given: opened.append(given[1].file) or facts(*given))
 
     def names() -> list[str]:
         opened.clear()
@@ -297,7 +297,7 @@ def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monk
 
 def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, opened = settings(root, folder), []
-    facts = index._facts
+    facts = index_file._facts
 
     def interrupted(*given: Any) -> dict[str, Any]:
         opened.append(given[1].file)
@@ -305,8 +305,8 @@ def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeyp
             raise KeyboardInterrupt
         return facts(*given)
 
-    monkeypatch.setattr(index, "CHUNK", 4)
-    monkeypatch.setattr(index, "_facts", interrupted)
+    monkeypatch.setattr(index_file, "CHUNK", 4)
+    monkeypatch.setattr(index_file, "_facts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         indexed(given)
     first = len(opened)

@@ -12,8 +12,9 @@ import pytest
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import index
-from ldm.data.index import SCHEMA, Index
+from ldm.data import index, index_file
+from ldm.data.index import Index
+from ldm.data.index_file import SCHEMA
 
 Start = Callable[..., subprocess.Popen[str]]
 Finish = Callable[[subprocess.Popen[str]], str]
@@ -63,7 +64,7 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
     assert older != SCHEMA
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, older) as writer:
         writer.write_table(table.cast(older))
-    monkeypatch.setattr(index, "_facts", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(index_file, "_facts", lambda *_: pytest.fail("a picture was opened"))
     found = indexed(given)
     assert (found.fingerprint(), found.bad_count()) == (before, 1)
     assert path.read_bytes() == now
@@ -72,7 +73,7 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
     path = written(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
-    table = pa.Table.from_batches(index._mapped(path), SCHEMA)
+    table = pa.Table.from_batches(index_file._mapped(path), SCHEMA)
     assert len(table) == 30
     assert pa.total_allocated_bytes() == held
 
@@ -101,7 +102,7 @@ def test_more_sha256_than_fit_in_2_gib_are_drawn_from() -> None:
     many, times = 2**20, 65
     drawn = np.random.default_rng(0).integers(0, 256, (many, 32), np.uint8)
     one = pa.Array.from_buffers(pa.binary(32), many, [None, pa.py_buffer(drawn)])
-    starts = index._leading(pa.chunked_array([one] * times), 4)
+    starts = index_file.leading_bytes(pa.chunked_array([one] * times), 4)
     assert len(starts) * 32 > 2 * GIB
     for i in range(times):
         assert (starts[i * many : (i + 1) * many] == drawn[:, :4]).all()
@@ -125,7 +126,7 @@ from pathlib import Path
 from accelerate import PartialState
 sys.path.insert(0, sys.argv[1])
 from ldm.config import loader
-from ldm.data import cache, index, openmoji
+from ldm.data import cache, index, index_file, openmoji
 from ldm.data.crops import Augmentation, Crop
 from ldm.data.sources import Sources
 from ldm.distributed import consensus
@@ -138,7 +139,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 second = state.process_index == 1
 folder, tiny, told = Path(sys.argv[2]), str(Path(sys.argv[1]) / "configs/tiny.yaml"), {}
-index.CHUNK = index.AHEAD = 4
+index_file.CHUNK = index_file.AHEAD = 4
 consensus.WAITS = (0.05, 0.1)
 
 def settings(name, *overrides):
@@ -156,13 +157,13 @@ def attempt(name, action, owner=None, function="", instead=None):
     if owner:
         setattr(owner, function, was)
 
-opened, facts, records = [], index._facts, Sources.records
+opened, facts, records = [], index_file._facts, Sources.records
 
 def counted(*given):
     opened.append(given[1].file)
     return facts(*given)
 
-index._facts = counted
+index_file._facts = counted
 
 def built(name, *overrides):
     opened.clear()
@@ -192,8 +193,8 @@ attempt("taken up", lambda: built("given-up"))
 attempt("lacks one", lambda: built("three"), Sources, "records", lacks_one)
 attempt("other order", lambda: built("three"), Sources, "records", other_order)
 attempt("not shared", lambda: built("four-too" if second else "four"))
-mapped = index._mapped
-attempt("another", lambda: built("four"), index, "_mapped", lambda path: mapped(path)[second:])
+mapped = index_file._mapped
+attempt("another", lambda: built("four"), index_file, "_mapped", lambda path: mapped(path)[second:])
 attempt("after all", lambda: built("four"))
 
 drawings, drawn, whole_file = openmoji.drawings, [], openmoji.whole_file
@@ -249,7 +250,7 @@ def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path
 def test_processes_share_an_index_and_a_cache_or_all_say_why_not(
     root: Path, folder: Path, told: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setattr(index_file, "CHUNK", 4)
     alone = indexed(settings(root, folder))
     everything = [29, 1, alone.fingerprint()]
     # Each opened its chunks of 4; the index is the same to the byte, whoever made it, and no part is left over.
