@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +67,36 @@ def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[
             entry = entry.setdefault(part, {})
         entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
     return {"state": state, "param_groups": groups}
+
+
+class CheckpointManager:
+    """`FOLDER/checkpoints/step-000500` and so on, of which the last few are kept."""
+
+    def __init__(self, folder: Path, total_limit: int):
+        self.folder, self._total_limit = folder, total_limit
+        self._damaged: list[Path] = []
+
+    def write(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+        """Writes a checkpoint whole or not at all; older ones go only after it stands."""
+        write_checkpoint(self.folder / "checkpoints" / f"step-{step:06d}", parts, state)
+        for old in checkpoints(self.folder)[: -self._total_limit]:
+            shutil.rmtree(old)
+
+    def read_newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensors], dict[str, Any]] | None:
+        """The newest sound checkpoint with its parts and state; damaged ones are named and passed over."""
+        for folder in reversed(checkpoints(self.folder)):
+            try:
+                return folder, *read_checkpoint(folder)
+            except (OSError, ValueError, KeyError) as error:
+                say(f"{folder} is damaged ({error}); going back to the checkpoint before it, or else to step 0.")
+                self._damaged.append(folder)
+        return None
+
+    def set_damaged_aside(self) -> None:
+        """Renames the damaged ones that were passed over, so that their steps can be written again."""
+        for folder in self._damaged:
+            folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+        self._damaged = []
+
+    def last(self) -> Path | None:
+        return next(reversed(checkpoints(self.folder)), None)

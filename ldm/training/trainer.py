@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,14 +36,14 @@ from ldm.distributed.launch import (
 )
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
-from ldm.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from ldm.training.checkpoint import CheckpointManager
 from ldm.training.deepspeed import ZeroNetwork
 from ldm.training.ema import Averages
+from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.nonfinite import Skips
 from ldm.training.optimizer import DTYPES, Network
 from ldm.training.signals import Interrupted, SignalHandler
 from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
-from ldm.utils.atomic_files import sync
 from ldm.utils.errors import UserError
 
 MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
@@ -95,10 +92,11 @@ class Run:
         self.dry_run = dry_run.current()
         self.contract = json.loads(json.dumps(contract or {}))
         self.folder = config.dir / stage
-        self._lines = self.folder / "metrics.jsonl"
         self.passes = accumulated(stage, training, join(config).num_processes)
         self.accelerator = accelerator(config, self.passes.steps)
         self.device, self.precision = self.accelerator.device, precision(config)
+        self._checkpoints = CheckpointManager(self.folder, config.checkpoints_total_limit)
+        self._logger = MetricsLogger(self.folder / "metrics.jsonl", self.accelerator)
         self._check_contract()
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
@@ -114,8 +112,6 @@ class Run:
         self.step = 0  # optimiser steps done
         self.skips = Skips(name)
         self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a pass each
-        self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last line of metrics
-        self._counts: dict[str, int] = {}
         self._places: dict[str, Any] = {}  # of a stream: how far this process's lanes have been read
         self._bar: tqdm | None = None
         self._clock = Clock()
@@ -253,9 +249,7 @@ class Run:
         self.step += 1
         names = self.skips.end_step(finite)
         if finite:
-            for name, value in (pair for each in self._metrics for pair in each.items()):
-                self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
-                self._counts[name] = self._counts.get(name, 0) + 1
+            self._logger.add(self._metrics)
         else:
             self._say_skipped(names)
         self._metrics = []
@@ -290,8 +284,8 @@ class Run:
         """Says whose step was skipped; UserError where it has become too many in a row."""
         said, skips = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {names}", self.skips
         if skips.in_a_row >= self.config.max_skipped:
-            last = checkpoints(self.folder)[-1:]
-            kept = f"{last[0]} stands" if last else "there is no checkpoint yet"
+            last = self._checkpoints.last()
+            kept = f"{last} stands" if last else "there is no checkpoint yet"
             raise UserError(
                 f"{said}; {skips.in_a_row} steps in a row were so, and nothing was learned from them; {kept}. Raise "
                 f"run.max_skipped to go on, or mend these samples or lower {self.stage}.lr and start with --fresh"
@@ -350,22 +344,15 @@ class Run:
 
     def close(self) -> None:
         """Ends the trackers' runs: last, after the last sheet."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.trackers = []
+        self._logger.close()
 
     def log(self, values: dict[str, float]) -> None:
         """A line of metrics, to the trackers too."""
         if self.dry_run:
             told = {"loss_scale": self.loss_scale, "skipped": self.step - self.ema.updates}
             self.dry_run.lines.append({"step": self.step, "time": time.time(), **values, **told})
-            return
-        self.accelerator.log(values, step=self.step)
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            line = {"step": self.step, **values, "time": round(time.time(), 3)}
-            with self._lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        else:
+            self._logger.write(self.step, values)
 
     @property
     def loss_scale(self) -> float:
@@ -415,18 +402,9 @@ class Run:
                 bar.write(f"{self.stage}: {rest.format(self.step)}")
         self._stopped = stop
 
-    def _totals(self) -> dict[str, float]:
-        """The sums of the metrics, mean over processes."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        totals = torch.stack([self._sums[name].to(self.device) for name in names])
-        return dict(zip(names, self.accelerator.reduce(totals, "mean").tolist(), strict=True))
-
     def _log(self, bar: tqdm) -> None:
         t = self.training
-        values = {name: total / self._counts[name] for name, total in self._totals().items()}
-        self._sums, self._counts = {}, {}
+        values = self._logger.pop_means()
         rate = learning_rate(self.step - 1, self.training)
         values |= zip(("lr", "adversary_lr"), [network.lr * rate for network in self._networks], strict=False)
         if self.skips.total:
@@ -444,7 +422,7 @@ class Run:
 
         UserError, on all processes, where it can't be written.
         """
-        totals = self._totals()
+        metrics = self._logger.state()
         places: dict[str, Any] = {}
         for each in gather_object([self._places]):  # the others know a lane's place only from an earlier start
             places.update({lane: max(tuple(place), tuple(places.get(lane, place))) for lane, place in each.items()})
@@ -456,8 +434,7 @@ class Run:
             "ema_step": self.ema.updates,
             "groups": groups,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "totals": totals,
-            "counts": self._counts,
+            **metrics,
             "metrics_bytes": 0,
             "skipped": self.skips.total,
             "in_a_row": self.skips.in_a_row,
@@ -466,26 +443,16 @@ class Run:
         }
 
         def write() -> None:
-            if self._lines.exists():
-                sync(self._lines)
-                state["metrics_bytes"] = self._lines.stat().st_size
-            write_checkpoint(self.folder / "checkpoints" / f"step-{self.step:06d}", parts, state)
-            for old in checkpoints(self.folder)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            state["metrics_bytes"] = self._logger.synced_bytes()
+            self._checkpoints.write(self.step, parts, state)
 
         on_main(write)
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
-        damaged: list[Path] = []
-        kept: int | None = 0
-        for folder in reversed(checkpoints(self.folder)):
-            try:
-                parts, state = read_checkpoint(folder)
-            except (OSError, ValueError, KeyError) as error:
-                self._say(f"{folder} is damaged ({error}); going back to the checkpoint before it, or else to step 0.")
-                damaged.append(folder)
-                continue
+        metrics_bytes: int | None = 0
+        if newest := self._checkpoints.read_newest(self._say):
+            folder, parts, state = newest
             if state["contract"] != self.contract:
                 changed = "; ".join(differences(state["contract"], self.contract))
                 raise UserError(
@@ -497,31 +464,25 @@ class Run:
             self.ema.load(parts, state["ema_step"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, kept = state["step"], state.get("metrics_bytes")  # none of an older version's
-            self._sums = {
-                name: torch.tensor(total, dtype=torch.float64, device=self.device)
-                for name, total in state["totals"].items()
-            }
-            self._counts = state["counts"]
+            self.step, metrics_bytes = state["step"], state.get("metrics_bytes")  # none of an older version's
+            self._logger.load(state)
             self.skips.total, self.skips.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
             self._places = state["places"]
             if self.step < self.training.steps:
                 self._say(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
-            break
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            for folder in damaged:
-                folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            self._drop_later(kept)
+            self._checkpoints.set_damaged_aside()
+            self._drop_later(metrics_bytes)
         self.accelerator.wait_for_everyone()
 
-    def _drop_later(self, metrics: int | None) -> None:
+    def _drop_later(self, metrics_bytes: int | None) -> None:
         """Removes what was written after the step that the run goes on from; it will be made again.
 
         Sheets, snapshots, and the metrics beyond so many bytes; None keeps them all.
         """
-        if metrics is not None and self._lines.exists() and self._lines.stat().st_size > metrics:
-            os.truncate(self._lines, metrics)
+        if metrics_bytes is not None:
+            self._logger.truncate(metrics_bytes)
         for path in (*self.folder.glob("samples/step-*"), *self.folder.glob("ema/step-*")):
             number = path.name.split("-")[1].partition(".")[0]
             if number.isdigit() and (int(number) > self.step or not self.step):

@@ -1,0 +1,82 @@
+"""The metrics of a run: summed over steps, written to `metrics.jsonl` and to the trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ldm.utils.atomic_files import sync
+
+
+class MetricsLogger:
+    """Sums scalars over the passes of many steps, and writes lines of metrics at `path`, on the main process."""
+
+    def __init__(self, path: Path, accelerator: Accelerator):
+        self.path = path
+        self._accelerator = accelerator
+        self._sums: dict[str, torch.Tensor] = {}  # of each metric since the last means
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Adds the scalars of one step, a mapping a pass."""
+        for name, value in (pair for of_pass in metrics for pair in of_pass.items()):
+            self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop_means(self) -> dict[str, float]:
+        """The means, over processes too, of what was added since the last call."""
+        means = {name: total / self._counts[name] for name, total in self._totals().items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def _totals(self) -> dict[str, float]:
+        """The sums, mean over processes."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        totals = torch.stack([self._sums[name].to(self._accelerator.device) for name in names])
+        return dict(zip(names, self._accelerator.reduce(totals, "mean").tolist(), strict=True))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of metrics, to the trackers too."""
+        self._accelerator.log(dict(values), step=step)
+        if self._accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what was added since the last means. All processes call it."""
+        return {"totals": self._totals(), "counts": self._counts}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=self._accelerator.device)
+            for name, total in state["totals"].items()
+        }
+        self._counts = state["counts"]
+
+    def synced_bytes(self) -> int:
+        """The size of the file, all of which is on the disk by then."""
+        if not self.path.exists():
+            return 0
+        sync(self.path)
+        return self.path.stat().st_size
+
+    def truncate(self, size: int) -> None:
+        """Removes the lines beyond so many bytes."""
+        if self.path.exists() and self.path.stat().st_size > size:
+            os.truncate(self.path, size)
+
+    def close(self) -> None:
+        """Ends the trackers' runs."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
