@@ -46,12 +46,12 @@ def train(config: Config, data: Index | Stream) -> None:
     reconstruction = Errors(stage, config.data.shortest, run.device)
     game = AdversarialLoss(stage.gan, stage.steps, seed, run)
 
-    def look() -> None:
+    def evaluate_if_due() -> None:
         if run.due(stage.evaluate_every, last=True):
             evaluation.while_training(data, config, run, vae)
 
     if run.step:  # what a killed run still owes
-        look()
+        evaluate_if_due()
     for batch in run.batches(samples, config.data.workers):
         with run.accumulate():
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], run.step
@@ -80,7 +80,7 @@ def train(config: Config, data: Index | Stream) -> None:
             if rebuilt.chosen is not None:
                 use_codes(config, run, model, rebuilt.chosen, rebuilt.mean, said)
             run.update(loss=loss, **said)
-        look()
+        evaluate_if_due()
 
     assert stage.train == "all" or encoder_sha256(vae) == frozen, "a frozen encoder has changed"
     finish(config, data, run, vae)

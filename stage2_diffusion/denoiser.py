@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
         return sorted(known & {type(module).__name__ for module in self.modules()})
 
     @property
-    def apart(self) -> list[nn.Parameter]:
+    def extra_parameters(self) -> list[nn.Parameter]:
         """What is trained beside the networks: it has no weight decay, and gradients of another size."""
         beside = [module for module in (self.schedule, self.uncertainty) if module is not None]
         return [p for module in beside for p in module.parameters()] + ([self.null] if self.null is not None else [])

@@ -67,14 +67,14 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     )  # fmt: skip
     validation = Validation(config, data, model, conditions, objective.process)
 
-    def look() -> None:
+    def evaluate_if_due() -> None:
         if run.due(config.sample.every):
             write_sheet(config, run, model, data)
         if run.due(stage.evaluate_every, last=True):
             validation(run)
 
     if run.step or stage.init_from:  # what a killed run still owes; what a fine-tune starts from
-        look()
+        evaluate_if_due()
     for batch in run.batches(samples.dataset, config.data.workers):
         with run.accumulate():
             n = batch["position"]
@@ -91,9 +91,9 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             run.backward(loss)
             objective.record_losses(n, t, losses, run.accelerator)
             run.update(loss=loss, **rates)
-        look()
+        evaluate_if_due()
 
-    trained = run.release()
+    trained = run.export_ema()
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, run, model, data)
     run.close()

@@ -26,8 +26,8 @@ class ZeroNetwork(Network):
         return True  # the engine has taken them
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.wrapped.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
-        self.wrapped.backward(loss)  # accelerate's would step at once
+        self.ddp_model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+        self.ddp_model.backward(loss)  # accelerate's would step at once
 
     def clip_gradients(self) -> torch.Tensor:
         """Norm of the gradients, which `step` will clip; infinite where one is not finite."""
@@ -39,7 +39,7 @@ class ZeroNetwork(Network):
 
         if not finite:  # DeepSpeed drops the gradients of a step that it itself finds so
             safe_set_full_grad(self.parameters[0], torch.full_like(self.parameters[0], torch.inf))
-        self.wrapped.step()
+        self.ddp_model.step()
 
     @property
     def _zero(self) -> Any:
@@ -61,12 +61,12 @@ class ZeroNetwork(Network):
             {**described, "params": list(itertools.islice(numbers, len(group)))}
             for described, group in zip(adamw.state_dict()["param_groups"], self._zero.bit16_groups, strict=True)
         ]
-        return self.bare.state_dict(), tensors, groups
+        return self.module.state_dict(), tensors, groups
 
     def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self.bare.load_state_dict(weights)
+        self.module.load_state_dict(weights)
         state = unflatten_optimizer(tensors, groups)["state"]
         adamw = self._zero.optimizer
         for part in self._zero.single_partition_of_fp32_groups if state else ():

@@ -23,27 +23,27 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Network:
-    """`bare` is the module itself; `wrapped` computes in the run's precision and adds gradients up over processes.
+    """`module` is the network itself; `ddp_model` computes in the run's precision and adds gradients up over processes.
 
-    What a module names in `apart`, parameters of another kind than its network's, is not decayed, and its gradients are
-    clipped by themselves, so that large ones don't shorten the network's. It is not sharded either.
+    What a module names in `extra_parameters`, parameters of another kind than its network's, is not decayed, and its
+    gradients are clipped by themselves, so that large ones don't shorten the network's. It is not sharded either.
     """
 
     def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
-        self.bare, self.lr, self.clip = module.to(accelerator.device), lr, training.max_grad_norm
+        self.module, self.lr, self.clip = module.to(accelerator.device), lr, training.max_grad_norm
         self.accelerator, self.precision = accelerator, precision
         self._sort()
         # Scalars, a learned variance for one, have no natural value to decay to either.
         decayed = [p for p in self._together if p.ndim]
-        free = [p for p in self._together if not p.ndim] + self._apart
+        free = [p for p in self._together if not p.ndim] + self._extra
         groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
         adamw = optimizer(training, groups, lr, accelerator)
-        self._built: nn.Module | None = None  # what `release` fills, where the module can't become whole again
+        self._built: nn.Module | None = None  # what `export_ema` fills, where the module can't become whole again
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
         self._use_autocast()
         with _without_autocast(accelerator):  # of its own, which under DeepSpeed would be fp16, without a scaler
-            self.wrapped, self.optimizer = accelerator.prepare(module, adamw)
+            self.ddp_model, self.optimizer = accelerator.prepare(module, adamw)
         if accelerator.is_fsdp2:  # its first forward does that, but a part's, in a validation, may come before
             module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
         self._sort()
@@ -57,26 +57,26 @@ class Network:
         """The module's forward is under autocast from here on, and gives float32."""
         if self.precision == "no":
             return
-        inner, autocast = type(self.bare).forward, self.autocast
+        inner, autocast = type(self.module).forward, self.autocast
 
         def forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
             with autocast():
                 output = inner(module, *arguments, **options)
             return convert_to_fp32(output)
 
-        self.bare.forward = MethodType(forward, self.bare)  # a method, so that a copied module calls itself
+        self.module.forward = MethodType(forward, self.module)  # a method, so that a copied module calls itself
 
     def _sort(self) -> None:
         """Finds the parameters that are trained; sharding replaces them."""
-        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
-        apart = {id(p) for p in getattr(self.bare, "apart", ())}
-        self._apart = [p for p in self.parameters if id(p) in apart]
-        self._together = [p for p in self.parameters if id(p) not in apart]
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        extra = {id(p) for p in getattr(self.module, "extra_parameters", ())}
+        self._extra = [p for p in self.parameters if id(p) in extra]
+        self._together = [p for p in self.parameters if id(p) not in extra]
 
     def _prepare_to_shard(self) -> None:
-        self._built = without_weights(self.bare)
-        self.accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(self._apart)]
-        for parameter in self._apart:
+        self._built = without_weights(self.module)
+        self.accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(self._extra)]
+        for parameter in self._extra:
             parameter.register_post_accumulate_grad_hook(self._reduce)
 
     def _reduce(self, parameter: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class Network:
     @property
     def plain(self) -> nn.Module:
         """The module, or a copy without weights, as one that is not sharded."""
-        return self._built or self.bare
+        return self._built or self.module
 
     @property
     def has_gradients(self) -> bool:
@@ -98,9 +98,9 @@ class Network:
 
     def clip_gradients(self) -> torch.Tensor:
         """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
-        apart = nn.utils.clip_grad_norm_(self._apart, self.clip)
+        extra_norm = nn.utils.clip_grad_norm_(self._extra, self.clip)
         norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
-        return torch.where(apart.isfinite().to(norm.device), norm, torch.nan)
+        return torch.where(extra_norm.isfinite().to(norm.device), norm, torch.nan)
 
     def step(self, finite: bool) -> None:
         """Takes the optimiser's step; none where gradients are not finite."""
@@ -114,12 +114,12 @@ class Network:
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         """Weights and buffers, the optimiser's tensors, its groups; all processes call it, the main one gets them."""
         tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-        return gathered(self.bare.state_dict()), gathered(tensors), groups
+        return gathered(self.module.state_dict()), gathered(tensors), groups
 
     def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
         """Takes back what `state` gave, in this or another number of processes, sharded or not."""
-        own = self.bare.state_dict()
-        self.bare.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+        own = self.module.state_dict()
+        self.module.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = unflatten_optimizer(tensors, groups)
         for i, entry in state["state"].items():
@@ -133,14 +133,14 @@ class Network:
                     entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     @torch.no_grad()
-    def release(self, averages: Tensors) -> nn.Module:
+    def export_ema(self, averages: Tensors) -> nn.Module:
         """The module as it was built, whole and computing in full precision, with averages of its parameters."""
         if self._built is None:
-            self.bare.__dict__.pop("forward", None)
+            self.module.__dict__.pop("forward", None)
             for name, average in averages.items():
-                self.bare.get_parameter(name).copy_(average)
-            return self.bare.eval()
-        weights = self.bare.state_dict() | averages
+                self.module.get_parameter(name).copy_(average)
+            return self.module.eval()
+        weights = self.module.state_dict() | averages
         self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
         return self._built.eval()
 

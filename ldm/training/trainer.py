@@ -107,8 +107,12 @@ class Run:
         self._network = kind(model, training.lr, training, self.accelerator, self.precision)
         self._adversary = adversary and Network(*adversary, training, self.accelerator, self.precision)
         self._networks = [network for network in (self._network, self._adversary) if network]
-        self.model, self.bare, self.parameters = self._network.wrapped, self._network.bare, self._network.parameters
-        self.ema = Averages(((name, p) for name, p in self.bare.named_parameters() if p.requires_grad), training)
+        self.model, self.module, self.parameters = (
+            self._network.ddp_model,
+            self._network.module,
+            self._network.parameters,
+        )
+        self.ema = Averages(((name, p) for name, p in self.module.named_parameters() if p.requires_grad), training)
         self.step = 0  # optimiser steps done
         self.skips = Skips(name)
         self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a pass each
@@ -199,7 +203,7 @@ class Run:
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Gradients are added up, and synchronised over processes, over the passes of one step."""
-        return self.accelerator.accumulate(*(network.wrapped for network in self._networks))
+        return self.accelerator.accumulate(*(network.ddp_model for network in self._networks))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision, as in the forward pass of `model`."""
@@ -208,12 +212,12 @@ class Run:
     @property
     def adversary(self) -> nn.Module:
         assert self._adversary, "this run was given none"
-        return self._adversary.wrapped
+        return self._adversary.ddp_model
 
     def frozen_discriminator(self, x: torch.Tensor) -> torch.Tensor:
         """The adversary's output for a batch, with gradients for `x` and none for the adversary."""
         assert self._adversary, "this run was given none"
-        bare = self._adversary.bare
+        bare = self._adversary.module
         frozen = {name: p.detach() for name, p in bare.named_parameters()}
         return torch.func.functional_call(bare, frozen, (x,))  # type: ignore[no-any-return]
 
@@ -310,7 +314,7 @@ class Run:
         `activity` tells a dry run what for, should memory run out.
         """
         before = self._begin(activity)
-        compiled = any(module._compiled_call_impl for module in self.bare.modules())
+        compiled = any(module._compiled_call_impl for module in self.module.modules())
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             if self._released:
                 yield
@@ -326,21 +330,21 @@ class Run:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.ema.swap()
-        if isinstance(self.bare, FSDPModule):  # parts of it are called by themselves
-            self.bare.unshard()
-        self.bare.eval()
+        if isinstance(self.module, FSDPModule):  # parts of it are called by themselves
+            self.module.unshard()
+        self.module.eval()
         try:
             yield
         finally:
-            if isinstance(self.bare, FSDPModule):
-                self.bare.reshard()
+            if isinstance(self.module, FSDPModule):
+                self.module.reshard()
             self.ema.swap()
-            self.bare.train()
+            self.module.train()
 
-    def release(self) -> Any:
+    def export_ema(self) -> Any:
         """Ends the training: the model with its EMA weights, whole, and computing as it was built, without autocast."""
         self._released = True
-        return self._network.release(self.ema.tensors(self.ema.main))
+        return self._network.export_ema(self.ema.tensors(self.ema.main))
 
     def close(self) -> None:
         """Ends the trackers' runs: last, after the last sheet."""

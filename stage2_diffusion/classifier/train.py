@@ -106,12 +106,12 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
     samples = stage2_dataset(train_set, spec, cache, autoencoder, None, run.device)
     validation = Validation(own, pictures, autoencoder, process, run.device, run.passes.images)
 
-    def look() -> None:
+    def evaluate_if_due() -> None:
         if run.due(own.evaluate_every, last=True):
             validation(run)
 
     if run.step:  # what a killed run still owes
-        look()
+        evaluate_if_due()
     for batch in run.batches(samples.dataset, settings.data.workers):
         with run.accumulate():
             n, y = batch["position"], batch["class"]
@@ -125,10 +125,10 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
             run.track_nonfinite(n, losses[:, None])
             run.backward(loss)
             run.update(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
-        look()
+        evaluate_if_due()
 
     run.close()
-    trained = run.release()
+    trained = run.export_ema()
     on_main(partial(save, trained, out / "model", validation))  # last: where it stands, the training is finished
 
 
@@ -201,7 +201,7 @@ class Validation:
         if not len(self.y):
             return
         with run.averaged("a validation"):
-            right = self.right(run.bare, run.accelerator.process_index, run.accelerator.num_processes)
+            right = self.right(run.module, run.accelerator.process_index, run.accelerator.num_processes)
         shares = (run.total(right).sum(0) / len(self.y)).tolist()
         levels = {
             f"held_out_accuracy_at_{level:+.0f}": share for level, share in zip(EVAL_LOG_SNRS, shares, strict=True)

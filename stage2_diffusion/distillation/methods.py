@@ -182,7 +182,7 @@ class Consistency(DistillationMethod):
         x0 = process.predict_x0(self.guided(z, model_time, condition), z, t)
         z = ddim_step(x0, z, *process.alpha_sigma(t), *process.alpha_sigma(before))
         averages = run.ema.tensors(run.ema.main)
-        answer = torch.func.functional_call(run.bare, averages, (z, process.model_time(before), condition))
+        answer = torch.func.functional_call(run.module, averages, (z, process.model_time(before), condition))
         return self._consistent(answer.float(), z, before)
 
     def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:

@@ -203,12 +203,12 @@ def learn(
         captions = data.some(CAPTIONS)
         lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
-    def look() -> None:
+    def evaluate_if_due() -> None:
         if held and run.due(settings.evaluate_every, last=True):
             validate(run, lesson, conditions, held)
 
     if run.step:  # what a killed run still owes
-        look()
+        evaluate_if_due()
     for batch in run.batches(samples.dataset, of_run.data.workers):
         with run.accumulate():
             n = batch["position"]
@@ -224,9 +224,9 @@ def learn(
             run.track_nonfinite(n, losses[:, None])
             run.backward(loss)
             run.update(loss=loss)
-        look()
+        evaluate_if_due()
     run.close()
-    return run.release().unet
+    return run.export_ema().unet
 
 
 def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, images: int) -> list[EvaluationBatch]:
@@ -254,7 +254,7 @@ def validate(run: Run, lesson: DistillationMethod, conditions: Conditions, held:
             asked = lesson.make_batch(batch["position"], x0, condition)
             with run.autocast():
                 target = lesson.target(asked, run)
-                prediction = run.bare(asked.z, asked.model_time, asked.condition)
+                prediction = run.module(asked.z, asked.model_time, asked.condition)
             losses.append(lesson.losses(prediction.float(), asked, target))
     run.log({"held_out_loss": float(torch.cat(losses).mean())})
 

@@ -57,7 +57,7 @@ def test_autocast_has_its_dtype_under_every_strategy(
     monkeypatch.setattr(torch, "autocast", autocast)
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType[strategy]
     network = Network(nn.Linear(4, 4), 1e-3, Training(), accelerator, precision)
-    output = network.wrapped(torch.randn(2, 4))
+    output = network.ddp_model(torch.randn(2, 4))
     assert output.dtype == torch.float32
     expected = {"bf16": torch.bfloat16, "fp16": torch.float16}
     assert set(seen) == ({("cuda", expected[precision])} if precision != "no" else set())
@@ -67,12 +67,12 @@ def test_a_copy_of_the_module_computes_with_its_own_weights(accelerator: Acceler
     module = nn.Linear(4, 4)
     accelerator.state.device = PartialState().device = torch.device("cpu")
     network = Network(module, 1e-3, Training(), accelerator, "bf16")
-    x, copied = torch.randn(2, 4), copy.deepcopy(network.wrapped)
+    x, copied = torch.randn(2, 4), copy.deepcopy(network.ddp_model)
     nn.init.zeros_(copied.weight)
     nn.init.zeros_(copied.bias)
     assert not copied(x).any()
-    assert network.wrapped(x).any()
-    assert network.release({}) is module
+    assert network.ddp_model(x).any()
+    assert network.export_ema({}) is module
     assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))  # in float32 again
 
 

@@ -245,8 +245,8 @@ def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> No
     run = train(tmp_path, ema_widths=(0.2, 0.05))
     before, average = weights(run), run.ema.models[0].shadow_params[0].clone()
     with run.averaged("a test"):
-        assert torch.equal(run.bare.weight, average)
-        assert not torch.equal(run.bare.weight, before[0])
+        assert torch.equal(run.module.weight, average)
+        assert not torch.equal(run.module.weight, before[0])
     assert all(map(torch.equal, weights(run), before))
 
 
@@ -358,13 +358,13 @@ def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
 def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
     class Two(nn.Linear):
         @property
-        def apart(self) -> list[nn.Parameter]:
+        def extra_parameters(self) -> list[nn.Parameter]:
             return [self.bias]
 
     network = Network(Two(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
-    network.bare(torch.ones(1, 2)).sum().backward()
+    network.module(torch.ones(1, 2)).sum().backward()
     assert network.clip_gradients().isfinite()
-    network.bare.bias.grad.fill_(torch.nan)
+    network.module.bias.grad.fill_(torch.nan)
     assert not network.clip_gradients().isfinite()
 
 
