@@ -60,9 +60,10 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen, run.device, stage.image)
     conditions = Conditions(config, autoencoder, encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
+    clip = autoencoder.factor == 1 and not stage.text  # diffusers' text-to-image pipelines switch it off when they load
     model = LatentDiffusion(
         text, unet, autoencoder,
-        scheduler(objective.process, config.sample.solver, stage.variance == "learned", autoencoder.factor == 1),
+        scheduler(objective.process, config.sample.solver, stage.variance == "learned", clip),
         config.sample.steps, config.sample.guidance, denoiser.null, tuple(classes),
     )  # fmt: skip
     validation = Validation(config, data, model, conditions, objective.process)

@@ -18,6 +18,7 @@ from ldm.data.images import grid
 from ldm.data.index import Index
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder, build
+from ldm.models.unet import use_attention
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import SHEET_UNCONDITIONAL
 from ldm.training.run_dir import write_card
@@ -66,6 +67,8 @@ def noise(*shape: int) -> Image.Image:
 
 
 def expected_sheet(model: LatentDiffusion, stage: Stage2Config) -> Image.Image:
+    """With the kernels of training: a network that has learned nothing may blow rounding up."""
+    use_attention(model.unet, stage.attention_backend, torch.device("cpu"), torch.float32)
     prompts = ['red "heart"'] if stage.text else list(model.classes) if stage.classes else [""] * SHEET_UNCONDITIONAL
     asked: dict[str, Any] = {"prompts": prompts} if stage.text else {}
     asked |= {"labels": list(model.classes[: len(prompts)])} if stage.classes else {}

@@ -160,7 +160,7 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
     with pytest.raises(UserError, match=r"cross_attention_dim 384, but the text encoder's width are 32|384"):
         unet.load(stage, 4, 16, 32)
     scheduler(DiffusionProcess("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(UserError, match=r"stage2\.target: 'v', but .* set stage2\.target=eps"):
+    with pytest.raises(UserError, match=r"stage2\.prediction_type: 'v', but .* set stage2\.prediction_type=eps"):
         unet.load(stage.model_copy(update={"prediction_type": "v"}), 4, 16, 384)
 
 
