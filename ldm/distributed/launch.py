@@ -42,7 +42,7 @@ def join(config: RunConfig) -> PartialState:
 def training_processes(config: RunConfig) -> Iterator[PartialState]:
     """The processes of a training command, which join at its start and leave together at its end.
 
-    SIGUSR1, which asks a run for a checkpoint, is ignored until there is one that hears it.
+    SIGUSR1, which asks a run for a checkpoint, is ignored until a run handles it.
     """
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -56,7 +56,8 @@ def sample(
 
     From the step `first` on it starts from `x0` with noise. `generators`, one a picture, feed solvers that add noise.
     `kept` is put back after every step (RePaint without its returns, arXiv 2201.09865, eq. 8). `pull`, a classifier's
-    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `callback` hears of every evaluation.
+    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `callback` is called after every
+    evaluation.
     """
     x = solver.begin(noise, x0, first)
     for i in range(first * solver.per_step, len(solver.levels)):

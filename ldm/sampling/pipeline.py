@@ -147,7 +147,7 @@ class LatentDiffusion:
 
         `image` `(N, 3, H, W)` in [-1, 1] is what is changed, with `mask` `(N, 1, H, W)`, 1 where it is to be made,
         what is completed, and for an upscaler what is enlarged. `size` is the pictures' where there is no image.
-        `callback` hears of every step.
+        `callback` is called after every step.
         """
         return self._sample(SamplingInputs(seeds, prompts, labels, image, mask, size, toward, how), callback)
 
