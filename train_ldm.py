@@ -13,25 +13,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
-import torch
-from accelerate import PartialState
-
+# What imports torch or diffusers, which takes seconds, is imported in functions: help and mistakes need none of it.
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import check, dataset, index, sources
-from ldm.data.index import Index
-from ldm.data.stream import Stream
-from ldm.distributed.launch import join, on_main, training_processes
-from ldm.models import autoencoder, text_encoder
-from ldm.models.text_encoder import TextEncoder
-from ldm.training import checks, memory_estimate, preflight
-from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
-from ldm.utils.errors import Parser, UserError, command
-from stage1_vae.train import train as train_autoencoder
-from stage2_diffusion.train import train as train_unet
+from ldm.utils.errors import Parser, UserError, command, disable_progress_bars
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ldm.data.index import Index
+    from ldm.data.stream import Stream
+    from ldm.models.text_encoder import TextEncoder
 
 
 @command
@@ -47,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
 
     settings = loader.load(args.config, args.overrides)
+    from ldm.distributed.launch import training_processes
+
     with training_processes(settings.run) as state:
         if args.dry_run:
             dry_run(settings, args.stage)
@@ -56,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
     """Trains what is still to be trained of one stage, `1` or `2`, or of both."""
+    from ldm.data import dataset
+    from ldm.distributed.launch import on_main
+    from ldm.models import autoencoder
+    from ldm.training import checks
+    from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
+    from stage1_vae.train import train as train_autoencoder
+    from stage2_diffusion.train import train as train_unet
+
+    disable_progress_bars()
     encoder = checks.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
@@ -98,6 +105,9 @@ def made(settings: Config) -> str | Path:
 
 def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
     """The pictures, which have been looked at."""
+    from ldm.data import check, index
+    from ldm.data.stream import Stream
+
     data, folder, conditions = settings.data, settings.run.dir, settings.stage2.conditions
     pictures: Index | Stream
     if data.streaming:
@@ -111,6 +121,12 @@ def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
 
 def dry_run(settings: Config, only: str | None) -> None:
     """Says what would be trained, and measures it where data and text encoder are here; makes no run's folder."""
+    from ldm.data import sources
+    from ldm.distributed.launch import join, on_main
+    from ldm.models import text_encoder
+    from ldm.training import checks, memory_estimate
+
+    disable_progress_bars()
     state = join(settings.run)
     if state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
@@ -141,6 +157,13 @@ def dry_run(settings: Config, only: str | None) -> None:
 
 def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
     """Says what a stage takes: two of its steps are tried, with a random autoencoder where none is trained yet."""
+    import torch
+    from accelerate import PartialState
+
+    from ldm.models import autoencoder
+    from ldm.training import preflight
+    from stage1_vae.train import train as train_autoencoder
+    from stage2_diffusion.train import train as train_unet
 
     def train(settings: Config, pictures: Index | Stream) -> None:
         if stage == "stage1":

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything; read 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked import Forked, Process
 from of_config import indexed
 from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -175,25 +177,31 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}  # what one said that is killed is not lost
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Process) -> None:
     """SIGKILL for a process and those that it started, also in sessions of their own, as torchrun's are."""
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
+    for pid in [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(pid).children(recursive=True):
+                child.kill()
+    process.kill()
     process.communicate()
 
 
 @pytest.fixture(scope="session")
-def kill() -> Callable[[subprocess.Popen[str]], None]:
+def kill() -> Callable[[Process], None]:
     return kill_all
 
 
 @pytest.fixture(scope="session")
-def kill_one() -> Callable[[subprocess.Popen[str], int], str]:
-    """SIGKILL for one rank of a torchrun; returns what the others printed until they ended."""
+def kill_one() -> Callable[[Process, int], str]:
+    """SIGKILL for one rank of several; returns what the others printed until they ended."""
 
-    def kill(process: subprocess.Popen[str], rank: int) -> str:
-        workers = psutil.Process(process.pid).children(recursive=True)
-        next(each for each in workers if each.environ().get("RANK") == str(rank)).kill()
+    def kill(process: Process, rank: int) -> str:
+        if isinstance(process, Forked):
+            process.ranks[rank].kill()
+        else:
+            workers = psutil.Process(process.pid).children(recursive=True)
+            next(worker for worker in workers if worker.environ().get("RANK") == str(rank)).kill()
         output, _ = process.communicate(timeout=60)
         assert process.returncode
         return output
@@ -202,29 +210,54 @@ def kill_one() -> Callable[[subprocess.Popen[str], int], str]:
 
 
 @pytest.fixture
-def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `python ARGUMENTS`, which ends with the test; `finish` waits for it."""
-    started: list[subprocess.Popen[str]] = []
+def children() -> Iterator[list[Process]]:
+    """Processes that end with the test."""
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            kill_all(process)
+
+
+@pytest.fixture
+def launch(
+    root: Path, environment: dict[str, str], children: list[Process], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Forked]:
+    """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in so many processes of their own; `finish` waits for them.
+
+    They are forks of one that has imported everything, so they start at once.
+    """
+
+    def start(*script: object, processes: int = 1) -> Forked:
+        output = tmp_path_factory.mktemp("outputs") / "output.txt"
+        children.append(Forked(script, processes, root, environment, output))
+        return children[-1]
+
+    return start
+
+
+@pytest.fixture
+def launch_python(
+    root: Path, environment: dict[str, str], children: list[Process]
+) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python ARGUMENTS`, as a person does; `finish` waits for it."""
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)], cwd=root, env=environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        started.append(process)
+        children.append(process)
         return process
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            kill_all(process)
+    return start
 
 
 @pytest.fixture(scope="session")
-def finish() -> Callable[[subprocess.Popen[str]], str]:
+def finish() -> Callable[[Process], str]:
     """Waits for the success of a process, and returns what it printed."""
 
-    def wait(process: subprocess.Popen[str]) -> str:
+    def wait(process: Process) -> str:
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output[-3000:]
         return output
@@ -233,10 +266,10 @@ def finish() -> Callable[[subprocess.Popen[str]], str]:
 
 
 @pytest.fixture(scope="session")
-def wait_for() -> Callable[[Path, subprocess.Popen[str]], None]:
+def wait_for() -> Callable[[Path, Process], None]:
     """Waits for a file that a process writes."""
 
-    def wait(path: Path, process: subprocess.Popen[str]) -> None:
+    def wait(path: Path, process: Process) -> None:
         end = time.monotonic() + 300
         while not path.exists():
             assert process.poll() is None, f"ended before {path} was written: {process.communicate()[0][-3000:]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,15 @@ def test_a_loaded_autoencoder_of_other_channels_is_refused(
 
 @pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
 def test_a_dry_run_prints_the_plan_of_any_configuration(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    three_shapes: Callable[[list[str]], Path],
 ) -> None:
     given = ["--config", str(root / f"configs/{name}.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}"]
+    if name == "openmoji":  # its models at their size try a step
+        given += [f"data.source={three_shapes(['cat', 'dog', 'heart'])}", "stage1.batch=2", "stage2.batch=2"]
     assert train_ldm.main(given) == 0
     plan = capsys.readouterr().out
     assert "U-Net," in plan

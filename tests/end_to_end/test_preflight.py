@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked import Process
 
 import train_ldm
 from ldm.config.loader import Config, load
@@ -25,7 +25,7 @@ from ldm.utils.errors import UserError
 from stage1_vae import train as stage1
 
 pytestmark = pytest.mark.slow
-Launch = Callable[..., subprocess.Popen[str]]
+Launch = Callable[..., Process]
 
 
 def test_a_dry_run_measures_both_stages_and_trains_nothing(
@@ -67,7 +67,6 @@ def test_where_memory_lacks_nothing_is_tried(
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
 
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ALONE = """
 import sys, torch
 sys.path.insert(0, ".")
@@ -96,7 +95,7 @@ except UserError as error:
 
 def test_a_process_whose_memory_lacks_does_not_wait_for_the_others(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
-    process = launch(*TWO, tmp_path / "alone.py", tmp_path)
+    process = launch(tmp_path / "alone.py", tmp_path, processes=2)
     said, _ = process.communicate(timeout=60)
     assert process.returncode
     assert "said: stage1: the model does not fit in the memory of the device (CUDA out of memory); set" in said
@@ -112,8 +111,8 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(environment, "TMPDIR", str(tmp_path))
     said = finish(
-        launch(*TWO, "train_ldm.py", "--config", "configs/tiny.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}",
-               f"data.cache_dir={tiny_run / 'cache'}", "--stage", "1")
+        launch("train_ldm.py", "--config", "configs/tiny.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}",
+               f"data.cache_dir={tiny_run / 'cache'}", "--stage", "1", processes=2)
     )  # fmt: skip
     assert said.count("stage 1  kl") == said.count("measured stage1: ") == 1
     assert not [*tmp_path.glob("ldm-*"), *tmp_path.glob("run")]
@@ -153,7 +152,7 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     ],
 )
 def test_what_does_not_fit_is_named(
-    root: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    root: Path, tiny_run: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], where: str, activity: str, remedy: str,
 ) -> None:  # fmt: skip
     def full(*_: object, **__: object) -> None:
@@ -161,7 +160,7 @@ def test_what_does_not_fit_is_named(
 
     monkeypatch.setattr(where, full)
     given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", "--stage", "2", f"run.dir={tmp_path / 'run'}",
-             f"stage1.pretrained={tiny_run / 'autoencoder'}"]  # fmt: skip
+             f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={drawn}"]  # fmt: skip
     assert train_ldm.main(given) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: stage2: {activity} does not fit in the memory of the device (CUDA out of memory); {remedy}" in error

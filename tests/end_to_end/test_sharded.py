@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from diffusers import DiffusionPipeline
+from forked import Process
 from safetensors.torch import load_file
 
 from ldm.sampling.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.slow
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
-Wait = Callable[[Path, subprocess.Popen[str]], None]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
+Wait = Callable[[Path, Process], None]
 
 
 def two(kind: str) -> list[str]:
@@ -30,26 +30,17 @@ def two(kind: str) -> list[str]:
     return [*launcher, "--num_processes", "2", "--main_process_port", "0", *script]
 
 
-PLAIN = """
-import sys, torch; from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
-pipe("red heart", **given).images[0].save(sys.argv[2])
-"""
-
-
 def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffusers(
     train: Callable[..., str],
-    launch: Start,
-    finish: Finish,
+    launch_python: Start,
     wait_for: Wait,
-    kill_one: Callable[[subprocess.Popen[str], int], str],
+    kill_one: Callable[[Process, int], str],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
     cache = f"data.cache_dir={tiny_run / 'cache'}"
-    process = launch(*two("fsdp"), f"run.dir={folder}", cache)
+    process = launch_python(*two("fsdp"), f"run.dir={folder}", cache)
     wait_for(folder / "stage2/checkpoints/step-000030", process)
     output = kill_one(process, 0)
     assert "another process of this run has ended" in output
@@ -61,18 +52,19 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-3)
     losses = [json.loads(line).get("loss") for line in (folder / "stage2/metrics.jsonl").read_text().splitlines()]
     assert [loss for loss in losses if loss][-1] < losses[0]
-    finish(launch("-c", PLAIN, folder / "pipeline", tmp_path / "theirs.png"))
-    theirs = Image.open(tmp_path / "theirs.png")
+    pipe = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
+    theirs = pipe("red heart", **given).images[0]
     ours = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, steps=3, guidance=3.0)[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
 def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
     train: Callable[..., str],
-    launch: Start,
+    launch_python: Start,
     finish: Finish,
     wait_for: Wait,
-    kill: Callable[[subprocess.Popen[str]], None],
+    kill: Callable[[Process], None],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
@@ -83,11 +75,11 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
     ]  # fmt: skip
     one, zero = tmp_path / "one", tmp_path / "zero"
     train(one, *more)
-    process = launch(*two("deepspeed-zero2"), f"run.dir={zero}", *more)
+    process = launch_python(*two("deepspeed-zero2"), f"run.dir={zero}", *more)
     wait_for(zero / "stage2/checkpoints/step-000010", process)
     kill(process)
     shutil.copytree(zero, tmp_path / "zero then one")
-    finish(launch(*two("deepspeed-zero2"), f"run.dir={zero}", *more))
+    finish(launch_python(*two("deepspeed-zero2"), f"run.dir={zero}", *more))
     assert "stage2: continuing from step 10" in train(tmp_path / "zero then one", *more)
     whole, *others = (
         load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors")

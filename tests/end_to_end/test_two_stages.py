@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Process
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,11 +21,11 @@ from scripts import evaluate, txt2img
 pytestmark = pytest.mark.slow
 
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
-Wait = Callable[[Path, subprocess.Popen[str]], None]
-Kill = Callable[[subprocess.Popen[str]], None]
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
+Wait = Callable[[Path, Process], None]
+Kill = Callable[[Process], None]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = ("train_ldm.py", "--config", "configs/tiny.yaml")
 
 
@@ -61,7 +61,7 @@ def test_a_finished_run_is_not_trained_again(train: Callable[..., str], tiny_run
 
 
 def test_plain_diffusers_makes_the_same_picture_as_the_script(
-    tiny_run: Path, launch: Start, finish: Finish, call: Callable[..., str], tmp_path: Path
+    tiny_run: Path, launch_python: Start, finish: Finish, call: Callable[..., str], tmp_path: Path
 ) -> None:
     plain = (
         "import sys, torch; from diffusers import DiffusionPipeline\n"
@@ -70,7 +70,7 @@ def test_plain_diffusers_makes_the_same_picture_as_the_script(
         "pipe('red heart', **given).images[0].save(sys.argv[1])\n"
         "assert not any(name.partition('.')[0] == 'ldm' for name in sys.modules)"
     )
-    process = launch("-c", plain, tmp_path / "theirs.png")
+    process = launch_python("-c", plain, tmp_path / "theirs.png")
     call(txt2img.main, "--model", tiny_run / "pipeline", "--prompt", "red heart", "--seed", 5,
          "--precision", "no", "--out", tmp_path / "ours.png")  # fmt: skip
     finish(process)
@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(
     more = [f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}"]
     process = launch(*TINY, f"run.dir={folder}", *more)
     wait_for(folder / "stage2/checkpoints/step-000010", process)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130, output[-2000:]
     assert "stopped and saved at step" in output
@@ -128,7 +128,10 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(
     assert same(unet(folder), unet(tiny_run))
 
 
-def test_two_processes_train_together(launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path) -> None:
+def test_two_processes_train_together(
+    launch: Start, launch_python: Start, finish: Finish, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Two that torchrun starts."""
     folder, alone = tmp_path / "two", tmp_path / "one"
     for each in (folder, alone):  # pictures and captions from the cache that stands; each encodes its own latents
         (each / "cache").mkdir(parents=True)
@@ -136,7 +139,7 @@ def test_two_processes_train_together(launch: Start, finish: Finish, tiny_run: P
             if path.name != "latents":
                 (each / "cache" / path.name).symlink_to(path)
     steps = ("stage1.steps=10", "stage2.steps=10")
-    finish(launch(*TWO, "tests/end_to_end/watched.py", 2, folder, *steps))
+    finish(launch_python(*TORCHRUN, "tests/end_to_end/watched.py", 2, folder, *steps))
     pretrained = f"stage1.pretrained={folder / 'autoencoder'}"
     finish(launch("tests/end_to_end/watched.py", 1, alone, *steps, pretrained))
     first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
@@ -159,7 +162,7 @@ def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
 ) -> None:
     shared = (f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage2.batch=8",
               "stage2.steps=12", "stage2.lr_scheduler=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
-    two = launch(*TWO, "tests/end_to_end/watched.py", 2, tmp_path / "two", *shared)
+    two = launch("tests/end_to_end/watched.py", 2, tmp_path / "two", *shared, processes=2)
     train(tmp_path / "whole", *shared)
     train(tmp_path / "halves", *shared, "stage2.device_batch=4")
     finish(two)  # which says the world's size too
@@ -253,12 +256,12 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
     kill(process)
-    two = launch(*TWO, *command, "data.workers=1")
+    two = launch(*command, "data.workers=1", processes=2)
     wait_for(tars / "killed/stage2/checkpoints/step-000012", two)
     output = kill_one(two, 1)
     assert "another process of this run has ended" in output, output[-5000:]
     assert "[rank0]: Traceback" not in output
-    again = launch(*TWO, *command, "data.workers=1")
+    again = launch(*command, "data.workers=1", processes=2)
     train(tars / "whole", *stream)
     finish(again)
     losses = {

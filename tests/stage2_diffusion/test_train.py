@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from forked import Forked, Process
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config
@@ -238,19 +239,24 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
         assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
 
 
-TWO = {
-    "ddp": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    "fsdp": (
-        "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2",
-        "--main_process_port", "0",
-    ),
-}  # fmt: skip
+TWO = ("ddp", "fsdp")
 BESIDE = "all that is learned beside the U-Net"
+
+
+def of_fsdp(root: Path) -> dict[str, str]:
+    """What `accelerate launch` sets for processes that share their weights."""
+    config = ["--config_file", str(root / "configs/accelerate/fsdp.yaml"), "--num_processes", "2"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*config, "any.py"]))
+    return prepare_multi_gpu_env(args)
 
 
 @pytest.fixture(scope="module")
 def trained(
-    root: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory, small: list[str]
+    root: Path,
+    environment: dict[str, str],
+    finish: Callable[[Process], str],
+    tmp_path_factory: pytest.TempPathFactory,
+    small: list[str],
 ) -> Path:
     """A folder with what one process trained, and two of each of TWO: the RUNS, and what FSDP trained half way."""
     folder = tmp_path_factory.mktemp("processes")
@@ -261,14 +267,12 @@ def trained(
     }  # fmt: skip
     for name in ("fsdp", "one", "ddp"):
         runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[BESIDE]})})
-        launcher, world = (["-m", *TWO[name]], "2") if name in TWO else ([], "1")
+        world = 2 if name in TWO else 1
         if name != "fsdp":
             shutil.copytree(folder / "fsdp/half", folder / name / "half")
-        script = ["tests/stage2_diffusion/exactly.py", world, str(folder / name), runs, json.dumps(shared)]
-        done = subprocess.run(
-            [sys.executable, *launcher, *script], cwd=root, env=environment, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        script = ["tests/stage2_diffusion/exactly.py", world, folder / name, runs, json.dumps(shared)]
+        own = of_fsdp(root) if name == "fsdp" else {}
+        finish(Forked(script, world, root, environment | own, folder / f"{name}.txt"))
     return folder
 
 
