@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import psutil
@@ -25,6 +26,7 @@ from accelerate.state import AcceleratorState
 from forked import Forked, Process
 from of_config import indexed
 from PIL import Image
+from tiny import TINY
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.config import loader
@@ -39,6 +41,12 @@ from ldm.sampling.solvers import scheduler
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
 Main = Callable[[list[str]], int]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end, short ones keep all cores busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
@@ -225,12 +233,12 @@ def launch(
 ) -> Callable[..., Forked]:
     """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in so many processes of their own; `finish` waits for them.
 
-    They are forks of one that has imported everything, so they start at once.
+    `more` are variables of their environment. They are forks of one that has imported everything, so they start at once.
     """
 
-    def start(*script: object, processes: int = 1) -> Forked:
+    def start(*script: object, processes: int = 1, more: Mapping[str, str] = MappingProxyType({})) -> Forked:
         output = tmp_path_factory.mktemp("outputs") / "output.txt"
-        children.append(Forked(script, processes, root, environment, output))
+        children.append(Forked(script, processes, root, {**environment, **more}, output))
         return children[-1]
 
     return start
@@ -296,25 +304,24 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def train(call: Callable[..., str], root: Path) -> Callable[..., str]:
-    """Calls train_ldm.py with configs/tiny.yaml, a run's folder and more; returns what it printed."""
+    """Calls train_ldm.py with the tiny configuration, a run's folder and more; returns what it printed."""
     import train_ldm
 
     def given(folder: Path, *more: str, status: int = 0) -> str:
-        return call(train_ldm.main, "--config", root / "configs/tiny.yaml", f"run.dir={folder}", *more, status=status)
+        return call(train_ldm.main, *TINY, f"run.dir={folder}", *more, status=status)
 
     return given
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """The folder of an uninterrupted run of configs/tiny.yaml.
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], finish: Callable[[Process], str]
+) -> Path:
+    """The folder of an uninterrupted run of the tiny configuration.
 
     Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
     """
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [
-        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", "run.preflight=true",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["train_ldm.py", *TINY, f"run.dir={folder}", "run.preflight=true"]
+    finish(Forked(command, 1, ROOT, environment, folder.parent / "output.txt"))
     return folder

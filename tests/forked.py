@@ -19,6 +19,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["imported"])
@@ -29,6 +31,13 @@ def start_server(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "scripts", root / "tests"))))
         forkserver.ensure_running()
+
+
+def of_accelerate(config: Path) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for two processes that one of its configurations describes."""
+    arguments = ["--config_file", str(config), "--num_processes", "2", "any.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    return {name: str(value) for name, value in prepare_multi_gpu_env(args).items()}
 
 
 class Forked:

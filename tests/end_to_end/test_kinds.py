@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiny import TINY
 
 import train_ldm
 from ldm.data import openmoji
@@ -41,12 +42,12 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture
 def trained(tiny_run: Path, tmp_path: Path):
-    """Trains stage two of configs/tiny.yaml with overrides, in the latents of its finished run."""
+    """Trains stage two of the tiny configuration with overrides, in the latents of its finished run."""
 
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
             [
-                "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", "run.tracker=none",
+                *TINY, f"run.dir={tmp_path / 'run'}", "run.tracker=none",
                 f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}", *overrides,
             ]
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import TINY
 
 import train_ldm
 
@@ -79,7 +80,7 @@ def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path, capsys
 def test_the_folder_of_another_configuration_is_refused_with_the_keys(
     root: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tiny_run}", "stage2.batch=32"]
+    given = [*TINY, f"run.dir={tiny_run}", "stage2.batch=32"]
     assert "stage2.batch: 16 → 32" in refused(capsys, train_ldm.main(given))
 
 

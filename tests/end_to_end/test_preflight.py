@@ -13,6 +13,8 @@ import psutil
 import pytest
 import torch
 from forked import Process
+from safetensors.torch import load_file
+from tiny import TINY
 
 import train_ldm
 from ldm.config.loader import Config, load
@@ -32,7 +34,7 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={folder}", "stage1.gan.layers=2",
+    given = [*TINY, "--dry-run", f"run.dir={folder}", "stage1.gan.layers=2",
              "stage1.gan.warmup=5", f"data.cache_dir={tiny_run / 'cache'}"]  # fmt: skip
     assert train_ldm.main(given) == 0
     said = capsys.readouterr().out
@@ -51,8 +53,9 @@ def test_a_start_measures_once_and_ends_with_the_same_weights(
     assert needs["stage2"]["needs"]["step"] > 0
     settings = load(root / "configs/tiny.yaml")
     state = 4 * 4 * settings.run.checkpoints_total_limit  # bytes of a parameter in that many checkpoints
-    assert needs["stage2"]["needs"]["disk"] > 1_600_000 * state
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tiny_run}"]
+    unet = load_file(tiny_run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert needs["stage2"]["needs"]["disk"] > sum(tensor.numel() for tensor in unet.values()) * state
+    given = [*TINY, "--dry-run", f"run.dir={tiny_run}"]
     assert train_ldm.main(given) == 0
     assert "measured" not in capsys.readouterr().out  # nothing is left to train
 
@@ -61,7 +64,7 @@ def test_where_memory_lacks_nothing_is_tried(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3_400_000))
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
+    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
              f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=1"]  # fmt: skip
     assert train_ldm.main(given) == 0
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
@@ -111,7 +114,7 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(environment, "TMPDIR", str(tmp_path))
     said = finish(
-        launch("train_ldm.py", "--config", "configs/tiny.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}",
+        launch("train_ldm.py", *TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
                f"data.cache_dir={tiny_run / 'cache'}", "--stage", "1", processes=2)
     )  # fmt: skip
     assert said.count("stage 1  kl") == said.count("measured stage1: ") == 1
@@ -159,7 +162,7 @@ def test_what_does_not_fit_is_named(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr(where, full)
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", "--stage", "2", f"run.dir={tmp_path / 'run'}",
+    given = [*TINY, "--dry-run", "--stage", "2", f"run.dir={tmp_path / 'run'}",
              f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={drawn}"]  # fmt: skip
     assert train_ldm.main(given) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -173,7 +176,7 @@ def test_what_does_not_fit_is_not_named_after_the_stage_before(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr("stage2_diffusion.train.use_attention", full)  # before there is a run
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
+    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
              f"data.cache_dir={tiny_run / 'cache'}"]  # fmt: skip
     assert train_ldm.main(given) == 2
     said = capsys.readouterr()

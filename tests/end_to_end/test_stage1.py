@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from forked import Process
 from safetensors.torch import load_file
+from tiny import TINY
 
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
@@ -85,7 +86,7 @@ def test_both_networks_survive_kill_9(
     train(tmp_path / "whole", *given)
     folder = tmp_path / "killed"
     for step in (8, 16):  # the discriminator has just begun; the autoencoder hears it
-        process = launch("train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", *given)
+        process = launch("train_ldm.py", *TINY, f"run.dir={folder}", *given)
         wait_for(folder / f"stage1/checkpoints/step-{step:06d}", process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()

@@ -14,6 +14,7 @@ import torch
 from forked import Process
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import TINY
 
 from ldm.config import loader
 from scripts import evaluate, txt2img
@@ -26,7 +27,6 @@ Finish = Callable[[Process], str]
 Wait = Callable[[Path, Process], None]
 Kill = Callable[[Process], None]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-TINY = ("train_ldm.py", "--config", "configs/tiny.yaml")
 
 
 def unet(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_kill_9_in_each_stage_and_the_same_command_again_give_the_uninterrupted_
     folder, cache = tmp_path / "run", f"data.cache_dir={tiny_run / 'cache'}"
     said = []
     for stage in ("stage1", "stage2"):
-        process = launch(*TINY, f"run.dir={folder}", cache)
+        process = launch("train_ldm.py", *TINY, f"run.dir={folder}", cache)
         wait_for(folder / stage / "checkpoints/step-000020", process)
         os.kill(process.pid, signal.SIGKILL)
         said.append(process.communicate()[0])
@@ -114,7 +114,7 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     more = [f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}"]
-    process = launch(*TINY, f"run.dir={folder}", *more)
+    process = launch("train_ldm.py", *TINY, f"run.dir={folder}", *more)
     wait_for(folder / "stage2/checkpoints/step-000010", process)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=100)
@@ -252,7 +252,7 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
         f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
         "stage2.steps=24", "stage2.checkpoint_every=4", "stage1.steps=2", "sample.prompts=[]", "run.log_every=1",
     ]  # fmt: skip
-    command = [*TINY, f"run.dir={tars / 'killed'}", *stream]
+    command = ["train_ldm.py", *TINY, f"run.dir={tars / 'killed'}", *stream]
     process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)
     kill(process)

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
-from forked import Forked, Process
+from forked import Forked, Process, of_accelerate
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config
@@ -243,13 +241,6 @@ TWO = ("ddp", "fsdp")
 BESIDE = "all that is learned beside the U-Net"
 
 
-def of_fsdp(root: Path) -> dict[str, str]:
-    """What `accelerate launch` sets for processes that share their weights."""
-    config = ["--config_file", str(root / "configs/accelerate/fsdp.yaml"), "--num_processes", "2"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*config, "any.py"]))
-    return prepare_multi_gpu_env(args)
-
-
 @pytest.fixture(scope="module")
 def trained(
     root: Path,
@@ -271,7 +262,7 @@ def trained(
         if name != "fsdp":
             shutil.copytree(folder / "fsdp/half", folder / name / "half")
         script = ["tests/stage2_diffusion/exactly.py", world, folder / name, runs, json.dumps(shared)]
-        own = of_fsdp(root) if name == "fsdp" else {}
+        own = of_accelerate(root / "configs/accelerate/fsdp.yaml") if name == "fsdp" else {}
         finish(Forked(script, world, root, environment | own, folder / f"{name}.txt"))
     return folder
 
