@@ -233,7 +233,7 @@ def launch(
 ) -> Callable[..., Forked]:
     """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in so many processes of their own; `finish` waits for them.
 
-    `more` are variables of their environment. They are forks of one that has imported everything, so they start at once.
+    `more` is added to their environment. They are forks of one that has imported everything, so they start at once.
     """
 
     def start(*script: object, processes: int = 1, more: Mapping[str, str] = MappingProxyType({})) -> Forked:

@@ -64,7 +64,7 @@ def test_where_memory_lacks_nothing_is_tried(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3_400_000))
-    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
+    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
              f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=1"]  # fmt: skip
     assert train_ldm.main(given) == 0
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
