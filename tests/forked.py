@@ -104,6 +104,7 @@ Process = subprocess.Popen[str] | Forked
 def _run(script: list[str], root: Path, environment: dict[str, str], output: Path) -> None:
     """In the fork: the arguments of Python, which are a file's or `-m` and a module's."""
     assert "imported" in sys.modules, "the server could not import it, and said nothing"
+    multiprocessing.set_start_method(None, force=True)  # of its own processes: the default, as in any other command
     os.setsid()  # Ctrl-C is for pytest
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):

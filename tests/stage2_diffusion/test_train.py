@@ -48,10 +48,10 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
 
 @pytest.mark.parametrize("target", DIFFUSERS_PREDICTION_TYPES)
 def test_every_target_is_learned_and_named_in_the_export(
-    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder
+    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
     settings, index = drawings(
-        f"stage2.prediction_type={target}", "stage2.steps=60", "stage2.channels=[16, 32]",
+        f"stage2.prediction_type={target}", "stage2.steps=30", "stage2.channels=[16, 32]", f"text.model={words}",
         "stage2.beta_schedule=cosine",
         "sample.prompts=[]",
     )  # fmt: skip
@@ -64,19 +64,25 @@ def test_every_target_is_learned_and_named_in_the_export(
     assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
 
 
+TASKS = [
+    ("[]", ()),
+    ("[class]", ()),
+    ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
+    ("[text, class]", ("stage2.init_from=ITSELF",)),
+    ("[text, upscale]", ()),
+    ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
+    ("[text, inpaint]", ("stage2.pooled_text=true",)),
+    ("[text, class, size, inpaint]", ("text.train=true", "stage2.uncond_embedding=learned")),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["disk", "none"])
 @pytest.mark.parametrize(
-    ("conditions", "more"),
+    ("conditions", "more", "cache"),
     [
-        ("[]", ()),
-        ("[class]", ()),
-        ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
-        ("[text, class]", ("stage2.init_from=ITSELF",)),
-        ("[text, upscale]", ()),
-        ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
-        ("[text, inpaint]", ("stage2.pooled_text=true",)),
-        ("[text, class, size, inpaint]", ("text.train=true", "stage2.uncond_embedding=learned")),
+        pytest.param(*task, cache, marks=pytest.mark.drill if (i + j) % 2 else ())  # with one of both each
+        for i, task in enumerate(TASKS)
+        for j, cache in enumerate(("disk", "none"))
     ],
 )
 def test_every_task_is_trained_shown_measured_and_exported(
