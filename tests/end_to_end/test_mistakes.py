@@ -81,7 +81,7 @@ def test_the_folder_of_another_configuration_is_refused_with_the_keys(
     root: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*TINY, f"run.dir={tiny_run}", "stage2.batch=32"]
-    assert "stage2.batch: 16 → 32" in refused(capsys, train_ldm.main(given))
+    assert "stage2.batch: 8 → 32" in refused(capsys, train_ldm.main(given))
 
 
 @pytest.mark.slow

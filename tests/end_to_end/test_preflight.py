@@ -40,7 +40,7 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
     assert train_ldm.main(given) == 0
     said = capsys.readouterr().out
     for stage in ("stage1", "stage2"):
-        measured = rf"measured {stage}: [\d,.]+ images/s in global batches of 16, [\d,.]+ [MG]B of memory .* of disk"
+        measured = rf"measured {stage}: [\d,.]+ images/s in global batches of 8, [\d,.]+ [MG]B of memory .* of disk"
         assert re.search(measured, said), said
     assert "cache: " not in said
     assert not folder.exists()
