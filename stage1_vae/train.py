@@ -164,7 +164,7 @@ def use_codes(
 def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
     """Normalises the averaged autoencoder's latents, measures it, and saves it."""
     train_set = data.select("train")
-    some = train_set.some(STATISTICS)
+    some = train_set.subset(STATISTICS)
     with run.averaged("the export"):
         trained = copy.deepcopy(vae)
     if config.stage1.train == "decoder":  # latents stay what they were

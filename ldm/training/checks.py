@@ -85,7 +85,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
     one, two = config.stage1, config.stage2
     accumulated("stage2", two, processes)
-    sharding.check(config, processes)
+    sharding.check(two, config.run.precision, processes)
     sources.check(config.data.source, config.data.streaming, two.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:

@@ -13,7 +13,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import SHARDED, gathered, sharded, whole, without_weights
+from ldm.distributed.sharding import SHARDED, full_tensor, gather_full_tensors, shard_like, without_weights
 from ldm.training.checkpoint import flatten_optimizer, unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
@@ -99,7 +99,7 @@ class Network:
     def clip_gradients(self) -> torch.Tensor:
         """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
         extra_norm = nn.utils.clip_grad_norm_(self._extra, self.clip)
-        norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self._together, self.clip))
         return torch.where(extra_norm.isfinite().to(norm.device), norm, torch.nan)
 
     def step(self, finite: bool) -> None:
@@ -114,18 +114,20 @@ class Network:
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         """Weights and buffers, the optimiser's tensors, its groups; all processes call it, the main one gets them."""
         tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-        return gathered(self.module.state_dict()), gathered(tensors), groups
+        return gather_full_tensors(self.module.state_dict()), gather_full_tensors(tensors), groups
 
     def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
         """Takes back what `state` gave, in this or another number of processes, sharded or not."""
         own = self.module.state_dict()
-        self.module.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+        self.module.load_state_dict(
+            {name: shard_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}
+        )
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = unflatten_optimizer(tensors, groups)
         for i, entry in state["state"].items():
             for name, value in entry.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
-                    entry[name] = sharded(value, parameters[i])
+                    entry[name] = shard_like(value, parameters[i])
         self.optimizer.load_state_dict(state)
         for parameter, entry in self.optimizer.optimizer.state.items():
             for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
@@ -141,7 +143,7 @@ class Network:
                 self.module.get_parameter(name).copy_(average)
             return self.module.eval()
         weights = self.module.state_dict() | averages
-        self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
+        self._built.load_state_dict({name: full_tensor(tensor) for name, tensor in weights.items()}, assign=True)
         return self._built.eval()
 
 

@@ -112,7 +112,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     """Trains a small configuration dry. UserError where memory lacks; after either, none is held."""
     small, cuda = _small(config, stage, folder), _on_gpu(config)
     if isinstance(data, Stream):
-        few: Index | Stream = data.reported_in(folder / "data-report.jsonl")
+        few: Index | Stream = data.with_report(folder / "data-report.jsonl")
     else:
         few = _few(data, getattr(config, stage).batch)
     reset_peak_memory(cuda)
@@ -142,7 +142,7 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
         stage: {"steps": STEPS},
     }
     if stage == "stage2":
-        changes[stage]["evaluate_pictures"] = HELD
+        changes[stage]["evaluate_images"] = HELD
     elif config.stage1.gan:  # as it is when the discriminator plays
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
@@ -221,7 +221,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
         return ""
     networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
-    if sharding.asked() != "fsdp":  # which divides them
+    if sharding.sharding_kind() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there = psutil.virtual_memory().available
     if least < there:
@@ -231,7 +231,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
 
 def _few(data: Index, batch: int) -> Index:
     """Pictures of one batch that are brought to the largest size, and some held-out ones."""
-    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD)
+    train, held = data.select("train"), data.select(*HELD_OUT).subset(HELD)
     size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
     return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
 
@@ -240,7 +240,7 @@ def _measured(config: Config, stage: str, data: Index | Stream) -> int:
     """Pictures of a validation, whose time goes with them; 1 where they are not known."""
     if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
         return 1
-    most = getattr(config, stage).evaluate_pictures
+    most = getattr(config, stage).evaluate_images
     return min(held, most) if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
 
 

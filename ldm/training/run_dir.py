@@ -40,7 +40,7 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".device_batch")
+FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_images", ".device_batch")
 
 
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:

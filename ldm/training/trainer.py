@@ -24,7 +24,7 @@ from ldm.config.loader import differences
 from ldm.config.schema import RunConfig, Training
 from ldm.data.sampler import Positions
 from ldm.data.stream import Stream
-from ldm.distributed.consensus import gathered
+from ldm.distributed.consensus import gather_objects
 from ldm.distributed.launch import (
     accelerator,
     accumulated,
@@ -131,7 +131,7 @@ class Run:
 
     def _check_contract(self) -> None:
         """UserError, on all processes, where one has other pictures or latents than the main one."""
-        for rank, theirs in enumerate(every := gathered(self.contract)):
+        for rank, theirs in enumerate(every := gather_objects(self.contract)):
             if changed := "; ".join(differences(every[0], theirs)):
                 raise UserError(
                     f"{self.stage}: process {rank} has other pictures, captions or latents than process 0 ({changed}); "

@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read(run: Path) -> Config:
     """A finished run's settings; UserError where no classifier can be trained for it."""
-    found = loader.of_run(run)
+    found = loader.load_run(run)
     if found.stage2.image:
         raise UserError(
             f"{run}: made for {', '.join(found.stage2.conditions)}; classifiers guide models that make whole pictures"
@@ -135,9 +135,9 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
 def usable(pictures: Index, out: Path) -> list[str]:
     """The classes of the pictures; UserError where they have none, or one, or too many pictures are bad."""
     report = out / "data-report.json"
-    if problem := pictures.verdict(report):
+    if problem := pictures.stop_reason(report):
         on_main(partial(make_dir, "--out", out))
-        on_main(partial(pictures.report, report))
+        on_main(partial(pictures.write_report, report))
         raise UserError(problem)
     classes = pictures.labels()
     if len(classes) < 2:
@@ -156,7 +156,7 @@ def claim(out: Path, run: Path, own: ClassifierConfig, contract: dict[str, Any])
         before = yaml.safe_load(file.read_text("utf-8"))
         if now.keys() != before.keys():
             raise UserError(f"--out: {out} is not a classifier's folder; give another one")
-        before["classifier"], _ = loader.renamed(ClassifierConfig, before["classifier"])
+        before["classifier"], _ = old_names.rename_keys(ClassifierConfig, before["classifier"])
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
             change for change in differences({**before, "run": str(run)}, now)
@@ -186,7 +186,7 @@ class Validation:
         self, own: ClassifierConfig, pictures: Index, autoencoder: Autoencoder, process: DiffusionProcess,
         device: torch.device, images: int,
     ):  # fmt: skip
-        held, self.process, self.seed = pictures.select(*HELD_OUT).some(own.evaluate_pictures), process, own.seed
+        held, self.process, self.seed = pictures.select(*HELD_OUT).subset(own.evaluate_images), process, own.seed
         self.batch = min(VALIDATION_BATCH, images)
         self.classes, numbers = pictures.labels(), range(len(held))
         batches = [

@@ -22,7 +22,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 import torch
 import yaml
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     args = parser.parse_intermixed_args(arguments)
-    of_run = loader.of_run(args.run)
+    of_run = loader.load_run(args.run)
     settings = loader.section(DistillConfig, args.overrides, "distill")
     if settings.guidance_to is None:
         twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)
@@ -115,7 +115,7 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
         old = yaml.safe_load(file.read_text("utf-8"))
         if "distill" not in old:
             raise UserError(f"--out: {folder} is a run of another kind; give another folder")
-        old["distill"], _ = loader.renamed(DistillConfig, old["distill"])
+        old["distill"], _ = old_names.rename_keys(DistillConfig, old["distill"])
         changed = [
             change for change in differences(old["distill"], new["distill"])
             if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)
@@ -200,7 +200,7 @@ def learn(
     conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
     held = held_out(model, everything, settings.batch, run.passes.images)
     if settings.blended and model.text and isinstance(data, Index):
-        captions = data.some(CAPTIONS)
+        captions = data.subset(CAPTIONS)
         lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def evaluate_if_due() -> None:
@@ -234,7 +234,7 @@ def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, ima
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index):
         return []
-    held = held.some(count)
+    held = held.subset(count)
     numbers = range(len(held))
     return [
         evaluation_batch(
