@@ -116,7 +116,7 @@ def test_classes_are_checked_with_how_many_pictures_they_have(
     rows = [{"file_name": f"{i}.png", "label": int(i > 0)} for i in range(7)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 0
-    assert "classes    2 of 1 1 4 6 6 pictures (percentiles)\n" in capsys.readouterr().out
+    assert "classes    2 of 1 1 4 6 6 images (percentiles)\n" in capsys.readouterr().out
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}')
     assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 1
     out = capsys.readouterr().out

@@ -665,7 +665,7 @@ def test_a_table_without_the_column_says_which_there_are(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     source = as_parquet(tmp_path / "data", pictures)
-    with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.column"):
+    with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.caption_column"):
         indexed(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
     as_csv(tmp_path / "csv", pictures)
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
