@@ -45,7 +45,7 @@ class Table:
         try:
             self.rows: Any = _load(path, kind, split, streaming, cache_dir)
             self._check_columns(path)
-            self._leave_encoded()
+            self._prepare_columns()
         except UserError:
             raise
         except Exception as error:  # the readers of datasets may raise anything
@@ -71,7 +71,7 @@ class Table:
                     f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                 )
 
-    def _leave_encoded(self) -> None:
+    def _prepare_columns(self) -> None:
         """Has texts read as bytes, since they may not be UTF-8, and images as they are stored; sets `classes`."""
         import datasets
 

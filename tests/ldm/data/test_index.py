@@ -112,9 +112,9 @@ def test_rows_are_taken_in_the_order_that_is_asked_for() -> None:
     column = pa.chunked_array([[], ["a", "b"], [], ["c"], ["d", "e", "f"]], pa.string())
     rng = np.random.default_rng(0)
     for asked in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
-        found = [value for part in index._taken(column, asked) for value in part.to_pylist()]
+        found = [value for part in index._take_rows(column, asked) for value in part.to_pylist()]
         assert found == ["abcdef"[i] for i in asked]
-    assert not list(index._taken(pa.chunked_array([], pa.string()), np.zeros(0, int)))
+    assert not list(index._take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
 
 
 # -------------------------------------------------------------------------------------------------- several processes
