@@ -201,12 +201,12 @@ def log_density(
 
 def _path(process: DiffusionProcess, steps: int | None, like: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """The variable of integration at each node, and the time that the denoiser is told there."""
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         nodes = torch.linspace(0, 1, (steps or 100) + 1, dtype=torch.float64)
         # At either end one of the targets is 0/0; the velocity is not, and is told a time just inside.
         return nodes.tolist(), nodes.clamp(1e-4, 1 - 1e-4).to(like)
     last = process.timesteps - 1
-    if process.target == "eps":  # which tells next to nothing of v in all but pure noise: v = (ε − σ·x_t) / α
+    if process.prediction_type == "eps":  # which tells next to nothing of v in all but pure noise: v = (ε − σ·x_t) / α
         last = max(1, int((process.chain().log_snr > -9).sum()) - 1)
     count = min(steps or process.timesteps, process.timesteps)
     times = torch.linspace(0, last, count).round().long().unique()
@@ -223,7 +223,7 @@ def _velocity(
     t = time.expand(len(x))
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        target = "flow" if process.target == "flow" else "v"
+        target = "flow" if process.prediction_type == "flow" else "v"
         velocity = process.convert(denoise(x, t), x, t, target)
         if probes is None:
             flat = velocity.flatten(1)

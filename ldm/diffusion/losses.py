@@ -72,15 +72,15 @@ def weights(
 
 def _eps_error(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
     """‖ε − ε̂‖² of a prediction whose own squared error is 1, `(N,)` float64: see `DiffusionProcess.predict_eps`."""
-    if process.target == "eps":
+    if process.prediction_type == "eps":
         return torch.ones(len(t), dtype=torch.float64, device=t.device)
     alpha, sigma = (value.double().flatten() for value in process.alpha_sigma(t, torch.float64))
-    return (alpha / sigma) ** 2 if process.target == "x0" else alpha**2
+    return (alpha / sigma) ** 2 if process.prediction_type == "x0" else alpha**2
 
 
 def _log_snr_slope(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
     """−d log-SNR / dt for t in [0, 1], `(N,)` float64: exact for a flow, by central differences on a chain."""
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         return 2 / (t * (1 - t)).double()
     log_snr = process.chain(t.device).log_snr
     if len(log_snr) < 2:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.parameterization import TARGETS, predict_eps, predict_x0, target_from
+from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
 
 __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
@@ -20,43 +20,54 @@ __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"
 class DiffusionProcess:
     """A forward process and the network's target.
 
-    `target`: `eps`, `x0`, `v` (over the discrete chain `schedule`) or `flow` (the straight path; `schedule` is unused).
+    `prediction_type` is `eps`, `x0` or `v`, over the discrete chain of `beta_schedule`, or `flow`, on the straight
+    path, where `beta_schedule` is unused.
+
     Times t are whole numbers in [0, `timesteps`) on the chain, and real numbers in (0, 1) for a flow, 1 being noise.
     Where the pictures are float64, so is the arithmetic; otherwise it is float32.
     """
 
-    target: str
-    schedule: str | tuple[float, ...] = "scaled_linear"
+    prediction_type: str
+    beta_schedule: str | tuple[float, ...] = "scaled_linear"
     """A name, or the betas themselves, `timesteps` of them."""
-    time_mean: float = 0.0
-    time_std: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     timesteps: int = TIMESTEPS
     """Steps T of the chain; a flow's network takes its time in as many."""
     zero_snr: bool = False
     """The chain ends in pure noise (arXiv 2305.08891); eps is refused then, for it says nothing about x_0 there."""
     shift: float = 1.0
     """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
-    times: str | None = None
+    timestep_sampling: str | None = None
     """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
     model_timesteps: tuple[int, ...] | None = None
     """What the network takes as the time of each step, where that is not the step's own number."""
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target: {self.target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-        if self.times not in (None, "uniform", "logit_normal"):
-            raise ValueError(f"times: {self.times!r} is not uniform or logit_normal")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type: {self.prediction_type!r} is not "
+                f"{', '.join(PREDICTION_TYPES[:-1])} or {PREDICTION_TYPES[-1]}"
+            )
+        if self.timestep_sampling not in (None, "uniform", "logit_normal"):
+            raise ValueError(f"timestep_sampling: {self.timestep_sampling!r} is not uniform or logit_normal")
         if self.shift <= 0:
             raise ValueError(f"shift: {self.shift} is no ratio of two sides; give more than 0")
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             return
-        if isinstance(self.schedule, tuple):
-            if len(self.schedule) != self.timesteps:
-                raise ValueError(f"schedule: {len(self.schedule)} betas for {self.timesteps} timesteps; give one each")
-        elif self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: {self.schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
-        if self.zero_snr and self.target == "eps":
-            raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
+        if isinstance(self.beta_schedule, tuple):
+            if len(self.beta_schedule) != self.timesteps:
+                raise ValueError(
+                    f"beta_schedule: {len(self.beta_schedule)} betas for {self.timesteps} timesteps; give one each"
+                )
+        elif self.beta_schedule not in SCHEDULES:
+            raise ValueError(
+                f"beta_schedule: {self.beta_schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
+            )
+        if self.zero_snr and self.prediction_type == "eps":
+            raise ValueError(
+                "prediction_type: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0"
+            )
 
     @classmethod
     def of(cls, stage: Stage2Config) -> DiffusionProcess:
@@ -78,23 +89,25 @@ class DiffusionProcess:
         beta = betas_of(self.chain().alpha_bar[kept])
         model_timesteps = tuple(kept if self.model_timesteps is None else [self.model_timesteps[i] for i in kept])
         return replace(
-            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0,
+            self, beta_schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0,
             model_timesteps=model_timesteps,
         )  # fmt: skip
 
     def chain(self, device: torch.device | None = None) -> Chain:
         """The tables of the discrete chain, β and ᾱ among them; ValueError for a flow, which has none."""
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             raise ValueError("a flow has no chain of steps; use eps, x0 or v")
-        return chain(self.schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
+        return chain(self.beta_schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
 
     def time(self, u: torch.Tensor) -> torch.Tensor:
         """Training times `(N,)` from uniform numbers u in [0, 1)."""
-        flow = self.target == "flow"
-        if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
+        flow = self.prediction_type == "flow"
+        if self.timestep_sampling == "logit_normal" or (
+            flow and self.timestep_sampling is None
+        ):  # arXiv 2403.03206, eq. 19
             # In float64, as in float32 the last bit of a sigmoid may depend on the batch that the sample is in.
             normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double())
-            u = torch.sigmoid(self.time_mean + self.time_std * normal).to(u.dtype)
+            u = torch.sigmoid(self.logit_mean + self.logit_std * normal).to(u.dtype)
         if flow:  # never 0 or 1, where log-SNR is infinite
             return shift_time(u, self.shift).clamp(1e-6, 1 - 1e-6)
         # A uniform number rounded to 1 in low precision must not leave the chain.
@@ -102,13 +115,13 @@ class DiffusionProcess:
 
     def model_time(self, t: torch.Tensor) -> torch.Tensor:
         """t as the network takes it: in [0, timesteps)."""
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             return t * self.timesteps
         return t if self.model_timesteps is None else torch.tensor(self.model_timesteps, device=t.device)[t]
 
     def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
-        if self.target == "flow":  # the straight path, arXiv 2209.03003, eq. 1
+        if self.prediction_type == "flow":  # the straight path, arXiv 2209.03003, eq. 1
             alpha, sigma = 1 - t, t
         else:  # α² = ᾱ_t, σ² = 1 - ᾱ_t: DDPM, eq. 4
             alpha_bar = self.chain(t.device).alpha_bar[t]
@@ -117,13 +130,13 @@ class DiffusionProcess:
 
     def log_snr(self, t: torch.Tensor) -> torch.Tensor:
         """log(α² / σ²) at t, `(N,)` float32, within ±20."""
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             return (-2 * torch.logit(t)).clamp(-20, 20).float()
         return self.chain(t.device).log_snr[t].float()
 
     def time_at(self, log_snr: torch.Tensor) -> torch.Tensor:
         """The time `(N,)` whose log-SNR is nearest to the one given."""
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             return torch.sigmoid(-log_snr / 2)
         table = self.chain(log_snr.device).log_snr
         return (table[None] - log_snr[:, None]).abs().argmin(1)
@@ -173,24 +186,28 @@ class DiffusionProcess:
         return share * large + (1 - share) * small
 
     def target_from(
-        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
+        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, prediction_type: str | None = None
     ) -> torch.Tensor:
-        """What the network should answer to (x_t, t), or what one with another `target` should."""
-        return target_from(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
+        """What the network should answer to (x_t, t), or what one with another `prediction_type` should."""
+        return target_from(prediction_type or self.prediction_type, x0, eps, *self.alpha_sigma(t, _precision(x0)))
 
     def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The picture that a prediction stands for: the inverse of `target_from`, given x_t."""
-        return predict_x0(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+        return predict_x0(self.prediction_type, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
     def predict_eps(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
-        return predict_eps(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+        return predict_eps(self.prediction_type, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
-    def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
-        """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
-        if target == self.target:
+    def convert(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, prediction_type: str
+    ) -> torch.Tensor:
+        """The same prediction as a network with another `prediction_type` (eps, x0, v, flow) would have made it."""
+        if prediction_type == self.prediction_type:
             return prediction
-        return self.target_from(self.predict_x0(prediction, x_t, t), self.predict_eps(prediction, x_t, t), t, target)
+        return self.target_from(
+            self.predict_x0(prediction, x_t, t), self.predict_eps(prediction, x_t, t), t, prediction_type
+        )
 
 
 def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:

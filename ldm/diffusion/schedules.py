@@ -14,7 +14,7 @@ SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "log_linear")
 LOG_SNR = (9.0, -9.0)  # of log_linear and of learned schedules, at the data and at noise
 
 
-def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def betas(beta_schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """β_t of a discrete noise schedule, `(timesteps,)` in (0, 1).
 
     `linear` and `scaled_linear` are defined for 1000 steps; other numbers scale β by 1000 / timesteps, so that the
@@ -23,22 +23,22 @@ def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.
     if timesteps < 1:
         raise ValueError(f"timesteps: {timesteps} is no number of steps; give 1 or more")
     scale = 1000 / timesteps
-    if schedule == "linear":  # DDPM, arXiv 2006.11239, section 4
+    if beta_schedule == "linear":  # DDPM, arXiv 2006.11239, section 4
         return (torch.linspace(1e-4, 0.02, timesteps, dtype=dtype) * scale).clamp(max=0.999)
-    if schedule == "scaled_linear":  # linear in sqrt(β); latent diffusion, arXiv 2112.10752
+    if beta_schedule == "scaled_linear":  # linear in sqrt(β); latent diffusion, arXiv 2112.10752
         root = torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=dtype)
         return (root.square() * scale).clamp(max=0.999)
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    if schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
+    if beta_schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-    elif schedule == "log_linear":  # log-SNR falls evenly; arXiv 2107.00630, section 3.2
+    elif beta_schedule == "log_linear":  # log-SNR falls evenly; arXiv 2107.00630, section 3.2
         alpha_bar = (LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * t).sigmoid()
         alpha_bar[0] = 1  # before the first step stands the picture itself
-    elif schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
+    elif beta_schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
         ends = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
         alpha_bar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
     else:
-        raise ValueError(f"schedule: {schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
+        raise ValueError(f"beta_schedule: {beta_schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).to(dtype)
 
 
@@ -101,10 +101,14 @@ class Chain(NamedTuple):
 
 @lru_cache
 def chain(
-    schedule: str | tuple[float, ...], timesteps: int, zero_snr: bool, shift: float, device: torch.device
+    beta_schedule: str | tuple[float, ...], timesteps: int, zero_snr: bool, shift: float, device: torch.device
 ) -> Chain:
     """The tables of a schedule, or of betas: shifted for resolution first, so that a zero terminal SNR stays zero."""
-    own = torch.tensor(schedule, dtype=torch.float64) if isinstance(schedule, tuple) else betas(schedule, timesteps)
+    own = (
+        torch.tensor(beta_schedule, dtype=torch.float64)
+        if isinstance(beta_schedule, tuple)
+        else betas(beta_schedule, timesteps)
+    )
     beta = shift_snr(own, shift)
     beta = zero_terminal_snr(beta) if zero_snr else beta
     alpha_bar = (1 - beta).cumprod(0)

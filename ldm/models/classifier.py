@@ -73,7 +73,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         cls, settings: ClassifierConfig, autoencoder: Autoencoder, process: DiffusionProcess, classes: list[str]
     ) -> NoisyClassifier:
         """One with random weights."""
-        betas = None if process.target == "flow" else tuple(process.chain().beta.tolist())
+        betas = None if process.prediction_type == "flow" else tuple(process.chain().beta.tolist())
         return cls(
             autoencoder.channels, tuple(classes), betas, autoencoder.encoder_fingerprint(), settings.channels,
             settings.layers, settings.attention, settings.attention_head_dim, settings.norm_num_groups,

@@ -43,6 +43,6 @@ def grid(process: DiffusionProcess, steps: int, device: torch.device | None = No
     solver = first_order(process)
     solver.set_timesteps(steps)
     model_time = solver.timesteps.to(device)
-    t = solver.sigmas[:-1].to(device) if process.target == "flow" else model_time
+    t = solver.sigmas[:-1].to(device) if process.prediction_type == "flow" else model_time
     alpha, sigma = process.alpha_sigma(t)
     return Grid(t, model_time, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))

@@ -67,7 +67,7 @@ def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> t
     return share * full + (1 - share) * guided
 
 
-def thresholded(denoise: PredictFn, target: str, percentile: float) -> PredictFn:
+def thresholded(denoise: PredictFn, prediction_type: str, percentile: float) -> PredictFn:
     """Dynamic thresholding of predicted pictures in pixel space; Imagen, arXiv 2205.11487, section 2.3.
 
     Beyond the `percentile` in (0, 1] of its absolute values, if that is more than 1, x_0 is cut off and scaled down.
@@ -75,16 +75,16 @@ def thresholded(denoise: PredictFn, target: str, percentile: float) -> PredictFn
 
     def thresholded_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         prediction, c = denoise(x, level), x.shape[1]
-        x0 = predict_x0(target, prediction[:, :c], x, level.alpha, level.sigma)
+        x0 = predict_x0(prediction_type, prediction[:, :c], x, level.alpha, level.sigma)
         s = x0.flatten(1).abs().float().quantile(percentile, dim=1).clamp(min=1)[:, None, None, None]
         x0 = x0.clamp(-s, s) / s
         eps = predict_eps("x0", x0, x, level.alpha, level.sigma)
-        return torch.cat([target_from(target, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
+        return torch.cat([target_from(prediction_type, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
 
     return thresholded_predict
 
 
-def by_classifier(denoise: PredictFn, target: str, gradient: Gradient, scale: float) -> PredictFn:
+def by_classifier(denoise: PredictFn, prediction_type: str, gradient: Gradient, scale: float) -> PredictFn:
     """Classifier guidance of deterministic solvers: ε − √(1 − ᾱ)·s·∇ log p(y | x_t); arXiv 2105.05233, Algorithm 2.
 
     In the terms of other targets: as x_0 = (x_t − σ·ε) / α moves with it, v and the straight path's velocity move by
@@ -96,6 +96,8 @@ def by_classifier(denoise: PredictFn, target: str, gradient: Gradient, scale: fl
         if level.alpha < NOTHING:
             return prediction
         change = -level.sigma * scale * gradient(x, level.t)
-        return prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(target, 1 / level.alpha) * change
+        return (
+            prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(prediction_type, 1 / level.alpha) * change
+        )
 
     return guided_predict

@@ -28,7 +28,7 @@ def guided_network(
         rescale=options.rescale, interval=options.interval, weaker=weaker,
     )  # fmt: skip
     if options.threshold is not None:
-        guided = thresholded(guided, model.target, options.threshold)
+        guided = thresholded(guided, model.prediction_type, options.threshold)
     if options.classifier is None or not options.classifier_scale:
         return guided, None
 
@@ -38,7 +38,7 @@ def guided_network(
 
     if prepared.solver.ancestral:
         return guided, (gradient, options.classifier_scale)
-    return by_classifier(guided, model.target, gradient, options.classifier_scale), None
+    return by_classifier(guided, model.prediction_type, gradient, options.classifier_scale), None
 
 
 def network_of(model: LatentDiffusion, unet: UNet) -> Network:

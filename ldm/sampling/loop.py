@@ -74,7 +74,7 @@ def sample(
             x = torch.where(kept.mask > 0, x, solver.noised(kept.x0, kept.eps, i + 1))
         if callback:
             known = prediction[:, : x.shape[1]], given, level.alpha, level.sigma
-            callback(Step(i + 1, len(solver.levels), predict_x0(solver.target, *known)))
+            callback(Step(i + 1, len(solver.levels), predict_x0(solver.prediction_type, *known)))
     return x
 
 

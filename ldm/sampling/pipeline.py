@@ -80,7 +80,7 @@ class LatentDiffusion:
         return self.autoencoder.factor * 2**halvings
 
     @property
-    def target(self) -> str:
+    def prediction_type(self) -> str:
         """What its network predicts: `eps`, `x0`, `v` or `flow`."""
         return "flow" if is_flow(self.scheduler.config) else PREDICTION_TYPE_OF[self.scheduler.config.prediction_type]
 

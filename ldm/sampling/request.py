@@ -205,4 +205,4 @@ def solver_for(model: LatentDiffusion, options: Sampling) -> Solver:
     most = rule.config.num_train_timesteps
     if steps > most and not is_flow(rule.config):
         raise UserError(f"steps: {steps}; the model's chain has {most}")
-    return Solver(rule, steps, model.device, model.target, options.eta)
+    return Solver(rule, steps, model.device, model.prediction_type, options.eta)

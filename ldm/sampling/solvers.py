@@ -56,9 +56,10 @@ def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, cli
     order, which on a straight path is the same step.
     """
     common: dict[str, Any] = {
-        "num_train_timesteps": process.timesteps, "prediction_type": DIFFUSERS_PREDICTION_TYPES[process.target],
+        "num_train_timesteps": process.timesteps,
+        "prediction_type": DIFFUSERS_PREDICTION_TYPES[process.prediction_type],
         "steps_offset": 1,
-    }  # fmt: skip
+    }
     own: dict[str, Any] = {}
     if solver in ("ddim", "ddpm"):
         own["clip_sample"] = clip
@@ -70,9 +71,9 @@ def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, cli
         own["algorithm_type"] = "sde-dpmsolver++"
     if solver == "lcm":
         own |= {"clip_sample": False, "set_alpha_to_one": True}
-    if process.target == "x0" and solver == "euler_a":
+    if process.prediction_type == "x0" and solver == "euler_a":
         raise UserError("solver: 'euler_a' can't be saved with x0, which diffusers' does not know; use another")
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         if solver not in STRAIGHT:
             raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(STRAIGHT)}")
         common |= {"use_flow_sigmas": True, "flow_shift": process.shift}
@@ -188,8 +189,10 @@ class Solver:
     schedulers that know chains alone sample it too; this translates between them and the network.
     """
 
-    def __init__(self, scheduler: Any, steps: int, device: torch.device, target: str | None = None, eta: float = 0.0):
-        """`target` is the network's, where the scheduler's differs; `eta` is ddim's share of ddpm's noise, 0 to 1."""
+    def __init__(
+        self, scheduler: Any, steps: int, device: torch.device, prediction_type: str | None = None, eta: float = 0.0
+    ):
+        """`prediction_type` is the network's, if the scheduler's differs; `eta` in [0, 1] scales ddim's noise."""
         self.scheduler = scheduler
         try:
             scheduler.set_timesteps(steps)  # on the CPU, where reading them waits for no device
@@ -200,8 +203,8 @@ class Solver:
         config = scheduler.config
         straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
         self._expected = "flow" if straight else PREDICTION_TYPE_OF[config.prediction_type]
-        self.target = target or self._expected
-        self.translated = self.target == "flow" and not (straight or is_flow(config))
+        self.prediction_type = prediction_type or self._expected
+        self.translated = self.prediction_type == "flow" and not (straight or is_flow(config))
         self.per_step = scheduler.order
         self._times = list(scheduler.timesteps)
         left = self._expected != "flow" and float(max(self._times)) >= config.num_train_timesteps
@@ -261,12 +264,16 @@ class Solver:
 
     def output(self, prediction: torch.Tensor, x: torch.Tensor, i: int) -> torch.Tensor:
         """The network's answer to `input`, `x`, as the scheduler expects it."""
-        if self.target == self._expected:
+        if self.prediction_type == self._expected:
             return prediction
         level, (alpha, sigma) = self.levels[i], self._alphas_sigmas[i]
         known = prediction, x, level.alpha, level.sigma
         return target_from(
-            self._expected, predict_x0(self.target, *known), predict_eps(self.target, *known), alpha, sigma
+            self._expected,
+            predict_x0(self.prediction_type, *known),
+            predict_eps(self.prediction_type, *known),
+            alpha,
+            sigma,
         )
 
     def step(

@@ -128,7 +128,7 @@ def _check_noise(config: Config) -> None:
     """Warns where noise levels are others than those that the U-Net to start from was trained with."""
     two, process = config.stage2, DiffusionProcess.of(config.stage2)
     theirs = unet.scheduler_of(str(two.init_from))
-    if theirs is None or process.target == "flow":
+    if theirs is None or process.prediction_type == "flow":
         return
     ours = process.chain().alpha_bar.float()
     if len(ours) != len(theirs.alphas_cumprod):

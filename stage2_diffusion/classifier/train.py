@@ -84,7 +84,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {own.half} holds no training picture of {settings.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(settings.stage2), times="uniform")  # as ADM draws them
+    process = replace(DiffusionProcess.of(settings.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(own.seed)
     model = NoisyClassifier.of(own, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)

@@ -90,7 +90,7 @@ class DistillationMethod(ABC):
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""
-        t = replace(self.process, times="uniform").time(u)
+        t = replace(self.process, timestep_sampling="uniform").time(u)
         return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     @abstractmethod

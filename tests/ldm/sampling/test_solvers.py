@@ -216,7 +216,7 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
 )  # fmt: skip
 def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProcess, solver: str) -> None:
     """diffusers' own tables, read back from a saved configuration, are those of the process."""
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         if solver not in STRAIGHT:
             return
         rule = scheduler(process, solver)
