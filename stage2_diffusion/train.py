@@ -34,7 +34,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
-    contract = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
+    contract = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint()}
 
     torch.manual_seed(seed)
     shape = (autoencoder.channels, config.data.size // autoencoder.factor, text.width if text else 0, len(classes))

@@ -123,13 +123,13 @@ class Autoencoder:
             encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else [])
         )
 
-    def contract(self, size: int) -> dict[str, Any]:
-        """What latents of pictures of `size` pixels are: shape, and the encoder that made them."""
+    def latent_fingerprint(self, size: int) -> dict[str, Any]:
+        """Identifies the latents of images of `size` pixels: their shape, and the SHA-256 of the encoder."""
         side = size // self.factor
         return {"shape": [self.channels, side, side], "autoencoder": self.encoder_fingerprint()}
 
     def save(self, folder: Path, **facts: Any) -> None:
-        """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
+        """Writes a diffusers folder and `latents.json` (the fingerprint and `facts`), complete or not at all."""
         with whole_folder(folder) as tmp_path:
             self.vae.save_pretrained(tmp_path)
             (tmp_path / STATISTICS).write_text(

@@ -89,7 +89,7 @@ def train(settings: Config, own: ClassifierConfig, run_folder: Path, out: Path) 
     model = NoisyClassifier.of(own, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
     contract = {
-        **autoencoder.contract(settings.data.size), "data": train_set.fingerprint(),
+        **autoencoder.latent_fingerprint(settings.data.size), "data": train_set.fingerprint(),
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
     }  # fmt: skip
     on_main(partial(claim, out, run_folder, own, contract))

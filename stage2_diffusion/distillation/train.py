@@ -184,7 +184,7 @@ def learn(
         use_attention(each, stage.attention_backend, device, DTYPES[precision(of_run.run)])
     training = settings.model_copy(update={"steps": settings.guidance_steps} if name == "guidance" else {})
     contract = {
-        **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
+        **model.autoencoder.latent_fingerprint(of_run.data.size), "data": data.fingerprint(),
         "teacher": tensors_sha256(lesson.teacher.state_dict()),
     }  # fmt: skip
     student = Denoiser(unet, Stage2Config(), lesson.null)  # by default, nothing beside the U-Net is trained

@@ -170,11 +170,11 @@ def test_another_decoder_makes_no_other_latents() -> None:
     with torch.no_grad():
         other.decoder.conv_out.bias += 1
     one, other = autoencoder.Autoencoder(one), autoencoder.Autoencoder(other)
-    assert one.contract(16) == other.contract(16)
+    assert one.latent_fingerprint(16) == other.latent_fingerprint(16)
     assert one.fingerprint() != other.fingerprint()
     with torch.no_grad():
         other.vae.quant_conv.bias += 1
-    assert one.contract(16) != other.contract(16)
+    assert one.latent_fingerprint(16) != other.latent_fingerprint(16)
 
 
 def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
