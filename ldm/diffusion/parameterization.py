@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-PREDICTION_TYPES = ("eps", "x0", "v", "flow")
+from ldm.diffusion.choices import unknown_choice
 
+PREDICTION_TYPES = ("eps", "x0", "v", "flow")
+DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+PREDICTION_TYPE_OF = {diffusers_name: name for name, diffusers_name in DIFFUSERS_PREDICTION_TYPES.items()}
 
 Coefficient = torch.Tensor | float
 
@@ -15,7 +18,7 @@ Coefficient = torch.Tensor | float
 def target_from(
     prediction_type: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """What a network with a target answers to x_t = α·x_0 + σ·ε, where it knows the picture and the noise."""
+    """The training target of a network with `prediction_type`, for x_t = α·x_0 + σ·ε."""
     if prediction_type == "eps":  # DDPM, eq. 14
         return eps
     if prediction_type == "x0":
@@ -23,16 +26,14 @@ def target_from(
     if prediction_type == "v":  # progressive distillation, arXiv 2202.00512, appendix D
         return alpha * eps - sigma * x0
     if prediction_type != "flow":
-        raise ValueError(
-            f"prediction_type: {prediction_type!r} is not {', '.join(PREDICTION_TYPES[:-1])} or {PREDICTION_TYPES[-1]}"
-        )
+        raise unknown_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     return eps - x0  # dx_t/dt of the straight path
 
 
 def predict_x0(
     prediction_type: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """x_0 by a prediction; α² + σ² = 1, but for `flow`, where α + σ = 1."""
+    """x_0 from a prediction. α² + σ² = 1; for `flow`, α + σ = 1."""
     if prediction_type == "eps":
         return (x_t - sigma * prediction) / alpha
     if prediction_type == "x0":
@@ -45,7 +46,7 @@ def predict_x0(
 def predict_eps(
     prediction_type: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """ε by a prediction, as `predict_x0` gives x_0."""
+    """ε from a prediction, with α and σ as in `predict_x0`."""
     if prediction_type == "eps":
         return prediction
     if prediction_type == "x0":
@@ -55,12 +56,6 @@ def predict_eps(
     return x_t + alpha * prediction
 
 
-DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
-
-
-PREDICTION_TYPE_OF = {theirs: ours for ours, theirs in DIFFUSERS_PREDICTION_TYPES.items()}
-
-
 def is_flow(config: Any) -> bool:
-    """Whether the configuration of a scheduler is of a flow."""
+    """Whether the configuration of a diffusers scheduler is a flow's."""
     return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == DIFFUSERS_PREDICTION_TYPES["flow"]

@@ -1,4 +1,4 @@
-"""Pictures ↔ normalised latents. The only place that knows how latents are scaled, and which architectures there are.
+"""Images ↔ normalised latents. The only place that knows how latents are scaled, and which architectures there are.
 
 Latents that leave here have mean 0 and standard deviation 1 as far as the autoencoder's own files can say it: an
 AutoencoderKL that we trained carries the statistics of each channel inside its 1×1 quant convolutions and has
@@ -27,7 +27,7 @@ from ldm.utils.errors import UserError
 STATISTICS = "latents.json"
 CERTAIN = -60.0  # log-variance of latents that are no distribution: a sample is the mean
 AT_ONCE = 2**21  # pixels that are computed together
-WHOLE, TILE = 1024, 512  # a picture of more than WHOLE² pixels is computed in tiles of TILE²
+WHOLE, TILE = 1024, 512  # an image of more than WHOLE² pixels is computed in tiles of TILE²
 
 
 class Identity(nn.Module):
@@ -163,7 +163,7 @@ def posterior(vae: Model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the latents of pictures, before normalisation."""
+    """Mean and log-variance of the latents of images, before normalisation."""
     if isinstance(vae, AutoencoderKL):
         distribution = vae.encode(pixels).latent_dist
         return distribution.mean, distribution.logvar
@@ -171,7 +171,7 @@ def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def build(stage: Stage1Config, size: int) -> Model:
-    """A new autoencoder with random weights, as `stage1` describes it, for pictures of `size` pixels."""
+    """A new autoencoder with random weights, as `stage1` describes it, for images of `size` pixels."""
     widths, levels = stage.channels, len(stage.channels)
     if stage.family == "identity":
         return Identity()
@@ -236,7 +236,7 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
     if not kind:
         raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
-        raise UserError(f"{key}: {name} is for pictures of {config['in_channels']} channels; ours have 3")
+        raise UserError(f"{key}: {name} is for images of {config['in_channels']} channels; ours have 3")
     if config.get("scaling_factor", 1.0) is None or config.get("vq_embed_dim") not in (None, config["latent_channels"]):
         raise UserError(
             f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
@@ -255,9 +255,9 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
 def statistics(
     vae: Model, batches: Iterable[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each latent channel, `(C,)` each, over all pictures and positions given.
+    """Mean and standard deviation of each latent channel, `(C,)` each, over all images and positions given.
 
-    `total` adds a tensor up over processes, each of which gives its own share of the pictures.
+    `total` adds a tensor up over processes, each of which gives its own share of the images.
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():

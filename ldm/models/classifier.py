@@ -1,4 +1,4 @@
-"""The classifier of classifier guidance: which class a noisy picture is of, and what would make it more of one."""
+"""The classifier of classifier guidance: which class a noisy image is of, and what would make it more of one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     """Logits of classes from x_t and t: the first half of a U-Net, and attention pooling (arXiv 2105.05233, section 4).
 
     x_t = α(t)·x_0 + σ(t)·ε of the process that it was trained on, whatever U-Nets of that process predict; t as U-Nets
-    are told it, in [0, timesteps). The pooling has no position embedding, so that pictures may have any shape.
+    are told it, in [0, timesteps). The pooling has no position embedding, so that images may have any shape.
 
     `classes` are their names, `betas` those of the chain, None for a flow's straight path; `autoencoder` is
     `Autoencoder.encoder_fingerprint` of the latents, of `in_channels` channels. The rest is as in `ClassifierConfig`.

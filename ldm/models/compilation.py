@@ -26,7 +26,7 @@ EACH = 8  # times that one block may be compiled: torch's own limit
 def compile_blocks(unet: UNet, dynamic: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles a U-Net's repeated blocks in place, each whole and by itself, when they are first called.
 
-    Blocks of the same shape share their code. A `dynamic` one is compiled once for pictures and batches of all sizes,
+    Blocks of the same shape share their code. A `dynamic` one is compiled once for images and batches of all sizes,
     another one for each size. What is between the blocks stays as it is: DDP sends the gradients of one block while the
     next one's are computed. What can't be compiled is an error of torch's, never a silent fallback.
 

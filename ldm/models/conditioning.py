@@ -1,4 +1,4 @@
-"""What a picture is made from besides noise, and how a U-Net of diffusers is told of it."""
+"""What an image is made from besides noise, and how a U-Net of diffusers is told of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ldm.diffusion.schedules import betas
 
-NUM_NOISE_LEVELS = 1000  # noise levels of a small picture that the U-Net can be told
+NUM_NOISE_LEVELS = 1000  # noise levels of a small image that the U-Net can be told
 NOISIEST = 350  # of them in training, as Stable Diffusion's upscaler
 
 
@@ -20,7 +20,7 @@ class Condition(NamedTuple):
     text: torch.Tensor | None = None
     """`(N, T, D)`: captions' token states."""
     label: torch.Tensor | None = None
-    """`(N,)` int64: the class, or, for super-resolution, the small picture's noise level."""
+    """`(N,)` int64: the class, or, for super-resolution, the small image's noise level."""
     sizes: torch.Tensor | None = None
     """`(N, 6)`: original height and width, the crop's top and left, height and width, in pixels; SDXL's order."""
     image: torch.Tensor | None = None
@@ -74,18 +74,18 @@ def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
 def mask_and_masked_latents(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
     """The inpainting model's input beside x_t, `(N, 1 + C, h, w)`, in the order of diffusers' pipeline.
 
-    mask `(N, 1, H, W)`, 1 where the picture is to be made; the latents `(N, C, h, w)` are those of the picture with
+    mask `(N, 1, H, W)`, 1 where the image is to be made; the latents `(N, C, h, w)` are those of the image with
     grey, 0, in the hole.
     """
     return torch.cat([F.interpolate(mask, masked_latents.shape[2:]), masked_latents], dim=1)
 
 
 def downsample(pixels: torch.Tensor, factor: int) -> torch.Tensor:
-    """Pictures `(N, 3, H, W)` shrunk `factor`-fold, each pixel the mean of those that it stands for."""
+    """Images `(N, 3, H, W)` shrunk `factor`-fold, each pixel the mean of those that it stands for."""
     return F.avg_pool2d(pixels, factor)
 
 
-def noise_augmented(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """A small picture with noise of a level `(N,)` in [0, 1000): what the upscaler is given (arXiv 2106.15282)."""
+def noise_augmented(image: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """A small image with noise of a level `(N,)` in [0, 1000): what the upscaler is given (arXiv 2106.15282)."""
     alpha_bar = (1 - betas("scaled_linear")).cumprod(0).to(level.device)[level].float()[:, None, None, None]
-    return alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * noise
+    return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise

@@ -32,9 +32,9 @@ WAIT = 10.0  # seconds that a server may be silent
 
 
 def lpips(net: str, side: int, device: torch.device | str = "cpu") -> Metric:
-    """LPIPS of each picture of a batch in [0, 1], arXiv 1801.03924; `net` is `vgg`, `alex` or `squeeze`.
+    """LPIPS of each image of a batch in [0, 1], arXiv 1801.03924; `net` is `vgg`, `alex` or `squeeze`.
 
-    UserError, of one line, where pictures of `side` pixels are too small for it, or where the weights can't be had:
+    UserError, of one line, where images of `side` pixels are too small for it, or where the weights can't be had:
     it names the file and where to put it.
     """
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
@@ -46,7 +46,7 @@ def lpips(net: str, side: int, device: torch.device | str = "cpu") -> Metric:
 
 
 def fid(device: torch.device | str = "cpu") -> Metric:
-    """Fréchet distance of Inception's 2048 features, arXiv 1706.08500, of uint8 pictures; UserError as for `lpips`."""
+    """Fréchet distance of Inception's 2048 features, arXiv 1706.08500, of uint8 images; UserError as for `lpips`."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchmetrics.image import FrechetInceptionDistance
 

@@ -159,7 +159,7 @@ def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(words)
         kind = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
         before = logging.get_verbosity()
-        logging.set_verbosity_error()  # CLIP's picture half, which is not loaded, would be listed
+        logging.set_verbosity_error()  # CLIP's image half, which is not loaded, would be listed
         try:
             model = kind.get(config.model_type, AutoModel).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32

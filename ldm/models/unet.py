@@ -33,7 +33,7 @@ SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 
 
 def inputs(stage: Stage2Config, channels: int) -> int:
     """Channels of the U-Net's input for latents of `channels`."""
-    if "inpaint" in stage.conditions:  # beside x_t: the mask, and the latents of the picture with the hole
+    if "inpaint" in stage.conditions:  # beside x_t: the mask, and the latents of the image with the hole
         return 2 * channels + 1
     return channels + 3 if "upscale" in stage.conditions else channels
 

@@ -1,12 +1,12 @@
-"""Tiled encode and decode: large pictures on little memory, equal to the whole function, with nothing to blend.
+"""Tiled encode and decode: large images on little memory, equal to the whole function, with nothing to blend.
 
 What is small runs whole: the low resolutions, and with them attention. Each larger level of resolution runs in tiles
 before the next begins. A tile is cut with a halo as wide as the receptive field of its level, so that its core is what
-the whole picture would give there; cores are cropped and placed side by side. At the picture's own borders there is no
-halo: the zeros that convolutions see there are the whole picture's too. Memory holds one tile's activations, and what
-goes into a level and comes out of it: at most the whole at half the picture's side.
+the whole image would give there; cores are cropped and placed side by side. At the image's own borders there is no
+halo: the zeros that convolutions see there are the whole image's too. Memory holds one tile's activations, and what
+goes into a level and comes out of it: at most the whole at half the image's side.
 
-GroupNorm needs the mean and variance of the whole picture (a tile's own would shift its colours). They are measured
+GroupNorm needs the mean and variance of the whole image (a tile's own would shift its colours). They are measured
 norm by norm: all tiles run as far as the first norm whose statistics are unknown. That is exact, and a level of n norms
 takes about n/2 + 1 times as long. Guessing all statistics at once and repeating is no faster for an error of a tenth of
 a grey level, and slower on plain backgrounds.
@@ -76,7 +76,7 @@ def encode(model: Any, pixels: torch.Tensor, tile: int) -> torch.Tensor:
 
 
 def _decoder(model: Any) -> tuple[list[Layer], list[int]]:
-    """The decoder's layers from the latents to the picture, and the channels of each level from the picture's."""
+    """The decoder's layers from the latents to the image, and the channels of each level from the image's."""
     _check(model)
     config, decoder = model.config, model.decoder
     if isinstance(model, AutoencoderTiny):
@@ -87,7 +87,7 @@ def _decoder(model: Any) -> tuple[list[Layer], list[int]]:
         last: list[Layer] = [partial(_dc_norm, decoder), decoder.conv_act, decoder.conv_out]
         return [partial(_dc_in, decoder), *blocks, *last], config.decoder_block_out_channels
     first: list[Layer | None] = [model.post_quant_conv, decoder.conv_in, decoder.mid_block]
-    if isinstance(model, VQModel):  # in strips: the distances to all codes at once may be larger than the picture
+    if isinstance(model, VQModel):  # in strips: the distances to all codes at once may be larger than the image
         first.insert(0, lambda z: torch.cat([model.quantize(strip)[0] for strip in z.split(16, dim=2)], dim=2))
     blocks = [layer for block in decoder.up_blocks for layer in _parts(block, block.upsamplers)]
     layers = [*first, *blocks, decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
@@ -95,7 +95,7 @@ def _decoder(model: Any) -> tuple[list[Layer], list[int]]:
 
 
 def _encoder(model: Any) -> tuple[list[Layer], list[int]]:
-    """The encoder's layers from the picture to the latents, and the channels of each level from the picture's."""
+    """The encoder's layers from the image to the latents, and the channels of each level from the image's."""
     _check(model)
     config, encoder = model.config, model.encoder
     if isinstance(model, AutoencoderTiny):
@@ -137,7 +137,7 @@ def _dc_out(encoder: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _levels(layers: list[Layer], level: int) -> defaultdict[int, list[Layer]]:
-    """The layers that work at 1/2^level of the picture's side, of each level; the first given is of `level`."""
+    """The layers that work at 1/2^level of the image's side, of each level; the first given is of `level`."""
     levels = defaultdict(list)
     for layer in layers:
         level -= isinstance(layer, Upsample2D | nn.Upsample | DCUpBlock2d)

@@ -1,4 +1,4 @@
-"""A model's network with all that pulls its predictions: classifier-free guidance, thresholding, a classifier."""
+"""A model's network with all that guides its predictions: classifier-free guidance, thresholding, a classifier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def guided_network(
     model: LatentDiffusion, prepared: Prepared, inputs: SamplingInputs
 ) -> tuple[PredictFn, tuple[Gradient, float] | None]:
-    """The guided prediction, and a classifier's gradient and scale where the solver's own means are to be moved."""
+    """The guided denoiser; for ddpm with a classifier also its gradient and scale, which move each step's mean."""
     options = inputs.options
     weaker = None if options.weaker is None else network_of(model, options.weaker)
     guided = classifier_free(
@@ -42,7 +42,7 @@ def guided_network(
 
 
 def network_of(model: LatentDiffusion, unet: UNet) -> Network:
-    """A U-Net in its own precision, from float32 to float32; an upscaler's in tiles of the size of training."""
+    """A U-Net computed in its own precision, float32 outside; an upscaler runs in tiles of its training size."""
     dtype = unet.dtype
 
     def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Faster inference, at the price of bits."""
+"""Faster inference, at the price of bit-exact results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def optimize(model: LatentDiffusion, precision: str, compile: str) -> None:
-    """Changes a model's networks in place; what can be asked for stands at `LatentDiffusion.optimize_for_inference`."""
+    """Changes a model's networks in place; `LatentDiffusion.optimize_for_inference` documents the options."""
     gpu = model.device.type == "cuda"
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _fast_bf16()
@@ -29,7 +29,7 @@ def optimize(model: LatentDiffusion, precision: str, compile: str) -> None:
     if compile not in ("no", "yes", "graphs") or (compile == "graphs" and not gpu):
         raise UserError(f"compile: {compile!r}; give no, yes or, on a GPU, graphs")
     use_attention(model.unet, "auto", model.device)
-    nn.Module.to(model.unet, PRECISIONS[precision])  # diffusers' warns of layers to be kept
+    nn.Module.to(model.unet, PRECISIONS[precision])  # diffusers' own `to` warns about layers to keep in float32
     if gpu:
         model.unet.to(memory_format=torch.channels_last)
         if precision == "bf16":

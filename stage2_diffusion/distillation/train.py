@@ -37,7 +37,7 @@ from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
-from ldm.sampling.few_steps import consistent, first_order
+from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.optimizer import DTYPES
@@ -156,14 +156,14 @@ def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentD
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
     if method == "consistency":
-        solver = consistent(process, settings.original_steps)
+        solver = lcm_scheduler(process, settings.original_steps)
         model = teach("consistency", Consistency(model.unet, *given), solver, settings.steps_to)
     else:
         if model.text:
             solver = scheduler(process, of_run.sample.solver, clip=model.autoencoder.factor == 1)
             model = teach("guidance", Guidance(model.unet, *given), solver, model.steps)
         for steps in settings.halvings():
-            model = teach(f"steps-{steps}", Halving(model.unet, *given, steps), first_order(process), steps)
+            model = teach(f"steps-{steps}", Halving(model.unet, *given, steps), first_order_scheduler(process), steps)
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 

@@ -130,7 +130,7 @@ def test_an_inpainting_model_is_told_nothing_of_what_is_in_the_hole(make: Make) 
     [
         ("unconditional", {"prompts": "a heart"}, "prompt: this model was trained without text; give labels, or count"),
         ("unconditional", {"labels": ["dog"]}, "labels: this model knows no classes; leave them out"),
-        ("unconditional", {"mask": hole()}, "mask: of no picture; give the image too"),
+        ("unconditional", {"mask": hole()}, "mask: of no image; give the image too"),
         ("unconditional", {"size": (20, 17)}, "size: 20x17; this model makes sides that are multiples of 4, 20x16 for"),
         ("unconditional", {"size": (16, 16), "image": picture(16)}, "size: is that of the image"),
         ("unconditional", {"image": picture(16), "strength": 1.1}, "strength: 1.1; give 0 to 1"),
@@ -148,12 +148,12 @@ def test_an_inpainting_model_is_told_nothing_of_what_is_in_the_hole(make: Make) 
         ("text and class", {"prompts": ["a"]}, "labels: none given"),
         ("text and class", {"labels": ["dog"]}, "prompt: an empty prompt"),
         ("sizes", {"prompts": ["a"], "labels": ["dog"]}, "labels: this model knows no classes"),
-        ("inpaint", {"prompts": ["a"], "image": picture(16)}, "mask: needed; this model completes a picture"),
-        ("inpaint", {"prompts": ["a"], "mask": hole()}, "image: needed; this model completes a picture"),
+        ("inpaint", {"prompts": ["a"], "image": picture(16)}, "mask: needed; this model completes an image"),
+        ("inpaint", {"prompts": ["a"], "mask": hole()}, "image: needed; this model completes an image"),
         (
             "inpaint",
             {"prompts": ["a"] * 3, "image": [picture(16)] * 2, "mask": hole()},
-            "image: 2 for 3 pictures; give one, or one each",
+            "image: 2 for 3 images; give one, or one each",
         ),
         ("inpaint", {"prompts": ["a"], "image": picture(20), "mask": hole()}, "mask: 16 × 16 pixels, but the picture"),
         (
@@ -162,7 +162,7 @@ def test_an_inpainting_model_is_told_nothing_of_what_is_in_the_hole(make: Make) 
             "mask: 8 × 8 pixels, but the picture",
         ),
         ("inpaint", {"prompts": ["a"] * 2, "image": [picture(16), picture(20)], "mask": hole()}, "image: of 2 sizes"),
-        ("upscale", {"prompts": ["a"]}, "image: needed; this model enlarges a picture"),
+        ("upscale", {"prompts": ["a"]}, "image: needed; this model enlarges an image"),
         ("upscale", {"prompts": ["a"], "image": picture(8), "mask": hole()}, "mask: leave it out"),
         ("upscale", {"prompts": ["a"], "image": picture(8), "noise_level": 350}, "noise_level: 350; give 0 to 349"),
     ],

@@ -121,7 +121,7 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
     metadata = {
         "format": "pt",
         "class": type(vae).__name__,
-        "latents": f"{config.latent_channels} channels, 1/{factor} of the picture's height and width",
+        "latents": f"{config.latent_channels} channels, 1/{factor} of the image's height and width",
         **{key: json.dumps(value) for key, value in known.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)

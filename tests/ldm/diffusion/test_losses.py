@@ -138,7 +138,7 @@ def test_unknown_names_are_refused() -> None:
     a = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="distance: 'l3' is not l2, l1 or huber"):
         distance("l3", a, a)
-    with pytest.raises(ValueError, match="weight: 'snr' is not uniform, min_snr"):
+    with pytest.raises(ValueError, match="loss_weighting: 'snr' is not uniform, min_snr"):
         weights("snr", DiffusionProcess("eps"), torch.tensor([1]))
 
 

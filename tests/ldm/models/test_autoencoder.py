@@ -192,7 +192,7 @@ def test_an_autoencoder_of_other_pictures_is_named(config: dict[str, object], tm
     small().save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | config))
-    with pytest.raises(UserError, match=r"stage1\.pretrained: .* (for pictures of 1 channels|has scaling_factor null)"):
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .* (for images of 1 channels|has scaling_factor null)"):
         autoencoder.load(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_a_perfect_classifier_at_scale_one_gives_the_class(name: str, target: st
     assert 0.4 < float((free > 0).float().mean()) < 0.6
     solver = solver_of(process, name, 1000 if name == "ddpm" else 250)
     if solver.ancestral:
-        found = sample(denoise, solver, ones, generators, pull=(gradient, 1.0))
+        found = sample(denoise, solver, ones, generators, classifier=(gradient, 1.0))
     else:
         found = sample(by_classifier(denoise, target, gradient, 1.0), solver, ones, generators)
     assert float(found.mean()) == pytest.approx(M, abs=0.05)
