@@ -23,13 +23,13 @@ from ldm.sampling.background_worker import BackgroundWorker
 from ldm.sampling.guided_network import guided_network
 from ldm.sampling.inpainting import Images, composite
 from ldm.sampling.loop import Step, sample
-from ldm.sampling.optimize import PRECISIONS, optimize
+from ldm.sampling.optimize import optimize
 from ldm.sampling.options import Sampling
 from ldm.sampling.prepare import prepare
 from ldm.sampling.request import AS_SAVED, Interpolation, SamplingInputs, SamplingRequest, Size
 from ldm.utils.errors import UserError
 
-__all__ = ["PRECISIONS", "Interpolation", "LatentDiffusion", "SamplingRequest"]
+__all__ = ["Interpolation", "LatentDiffusion", "SamplingRequest"]
 MAX_CACHED_PROMPTS = 1000
 
 

@@ -1,1 +1,1 @@
-"""One-line errors for people, crash-safe writes, random numbers by position."""
+"""One-line errors for people, crash-safe writes, random numbers by position, dtypes by precision."""
