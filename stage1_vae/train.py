@@ -171,8 +171,10 @@ def finish(config: Config, data: Index | Stream, run: Run, vae: Any) -> None:
         mean = std = None
         autoencoder = Autoencoder(trained)
     else:
-        mean, std = autoencoders.statistics(trained, evaluation.share(some, run, config.data.workers), run.total)
-        autoencoder = autoencoders.normalised(trained, mean, std)
+        mean, std = autoencoders.channel_statistics(
+            trained, evaluation.share(some, run, config.data.workers), run.total
+        )
+        autoencoder = autoencoders.normalize_latents(trained, mean, std)
     latents = evaluation.latent_report(some, autoencoder, run, config.data.workers)
     facts = evaluation.when_done(data, config, autoencoder, run)
     run.close()

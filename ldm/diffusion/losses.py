@@ -52,7 +52,7 @@ def weights(
 
     `sigmoid` is a function of log-SNR whatever the schedule, hence the slope. That is exact for uniform times; others
     multiply it by their density. Without the slope it would be `soft_min_snr` with γ = exp(bias). Use it with v, x0 or
-    flow: with eps the noisiest steps have weights of thousands, with which training diverges.
+    flow: with eps the noisiest steps have weights of thousands, with which training is unstable.
     """
     if kind == "uniform":
         return torch.ones(len(t), device=t.device)

@@ -15,6 +15,7 @@ from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predic
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
 
 __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
+CLOSED_FORM_TIMES = ("uniform", "logit_normal")  # values of `timestep_sampling`; `loss` needs a `LossSecondMoment`
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class DiffusionProcess:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise unknown_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        if self.timestep_sampling not in (None, "uniform", "logit_normal"):
-            raise unknown_choice("timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
+        if self.timestep_sampling not in (None, *CLOSED_FORM_TIMES):
+            raise unknown_choice("timestep_sampling", self.timestep_sampling, CLOSED_FORM_TIMES)
         if self.shift <= 0:
             raise ValueError(f"shift: {self.shift} is not a ratio of two sides; give more than 0")
         if self.prediction_type == "flow":
@@ -69,10 +70,15 @@ class DiffusionProcess:
     def of(cls, stage: Stage2Config) -> DiffusionProcess:
         """The process that `stage` describes. A learned schedule is log_linear here: it differs in training alone."""
         return cls(
-            stage.prediction_type, "log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
-            stage.logit_mean, stage.logit_std, stage.timesteps, stage.zero_snr, stage.shift,
-            stage.timestep_sampling if stage.timestep_sampling in ("uniform", "logit_normal") else None,
-        )  # fmt: skip
+            prediction_type=stage.prediction_type,
+            beta_schedule="log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
+            logit_mean=stage.logit_mean,
+            logit_std=stage.logit_std,
+            timesteps=stage.timesteps,
+            zero_snr=stage.zero_snr,
+            shift=stage.shift,
+            timestep_sampling=stage.timestep_sampling if stage.timestep_sampling in CLOSED_FORM_TIMES else None,
+        )
 
     def respaced(self, steps: int) -> DiffusionProcess:
         """The chain of `steps` of this chain's noise levels, the noisiest included, for the same network.
@@ -85,9 +91,13 @@ class DiffusionProcess:
         beta = betas_of(self.chain().alpha_bar[kept])
         model_timesteps = tuple(kept if self.model_timesteps is None else [self.model_timesteps[i] for i in kept])
         return replace(
-            self, beta_schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0,
+            self,
+            beta_schedule=tuple(beta.tolist()),
+            timesteps=steps,
+            zero_snr=False,
+            shift=1.0,
             model_timesteps=model_timesteps,
-        )  # fmt: skip
+        )
 
     def chain(self, device: torch.device | None = None) -> Chain:
         """The tables of the discrete chain, such as β and ᾱ; ValueError for a flow, which has none."""

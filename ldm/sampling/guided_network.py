@@ -24,9 +24,14 @@ def guided_network(
     options = inputs.options
     weaker = None if options.weaker is None else network_of(model, options.weaker)
     guided = classifier_free(
-        network_of(model, model.unet), prepared.condition, prepared.unconditional, guidance_scale(model, inputs),
-        rescale=options.rescale, interval=options.interval, weaker=weaker,
-    )  # fmt: skip
+        network_of(model, model.unet),
+        prepared.condition,
+        prepared.unconditional,
+        guidance_scale(model, inputs),
+        rescale=options.rescale,
+        interval=options.interval,
+        weaker=weaker,
+    )
     if options.threshold is not None:
         guided = thresholded(guided, model.prediction_type, options.threshold)
     if options.classifier is None or not options.classifier_scale:

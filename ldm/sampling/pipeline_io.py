@@ -131,9 +131,13 @@ def _pipeline(model: Model) -> DiffusionPipeline:
     if isinstance(vae, AutoencoderDC):  # the pipeline derives its scale factor from it
         vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
     parts: dict[str, Any] = {
-        "text_encoder": model.text.model, "tokenizer": model.text.tokenizer, "unet": model.unet,
-        "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None,
-    }  # fmt: skip
+        "text_encoder": model.text.model,
+        "tokenizer": model.text.tokenizer,
+        "unet": model.unet,
+        "scheduler": model.scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     if model.task == "inpaint":
         return StableDiffusionInpaintPipeline(vae=vae, **parts, requires_safety_checker=False)
     if model.task == "upscale":

@@ -146,9 +146,10 @@ def _with_image_channels(prepared: Prepared, channels: torch.Tensor, label: torc
     changes = {"image": channels} if label is None else {"image": channels, "label": label}
     null = prepared.unconditional
     return replace(
-        prepared, condition=prepared.condition._replace(**changes),
+        prepared,
+        condition=prepared.condition._replace(**changes),
         unconditional=null if null is None else null._replace(**changes),
-    )  # fmt: skip
+    )
 
 
 def _noise(model: LatentDiffusion, inputs: SamplingInputs) -> tuple[torch.Tensor, list[torch.Generator]]:

@@ -113,9 +113,8 @@ class SamplingRequest:
         solver_for(model, self.options)
         options = self.options
         if model.unet.config.get("time_cond_proj_dim") and (
-            options.weaker is not None or options.negative or options.rescale
-            or tuple(options.interval) != (0.0, 1.0)
-        ):  # fmt: skip
+            options.weaker is not None or options.negative or options.rescale or tuple(options.interval) != (0.0, 1.0)
+        ):
             raise UserError(
                 "guidance: the model was distilled, and takes the scale alone; leave out other guidance options"
             )

@@ -155,11 +155,11 @@ def test_an_inpainting_model_is_told_nothing_of_what_is_in_the_hole(make: Make) 
             {"prompts": ["a"] * 3, "image": [picture(16)] * 2, "mask": hole()},
             "image: 2 for 3 images; give one, or one each",
         ),
-        ("inpaint", {"prompts": ["a"], "image": picture(20), "mask": hole()}, "mask: 16 × 16 pixels, but the picture"),
+        ("inpaint", {"prompts": ["a"], "image": picture(20), "mask": hole()}, "mask: 16 × 16 pixels, but the image"),
         (
             "inpaint",
             {"prompts": ["a"], "image": picture(16), "mask": picture(8)},
-            "mask: 8 × 8 pixels, but the picture",
+            "mask: 8 × 8 pixels, but the image",
         ),
         ("inpaint", {"prompts": ["a"] * 2, "image": [picture(16), picture(20)], "mask": hole()}, "image: of 2 sizes"),
         ("upscale", {"prompts": ["a"]}, "image: needed; this model enlarges an image"),

@@ -125,7 +125,7 @@ def test_a_compiled_unet_answers_with_weights_that_stand_in_for_its_own() -> Non
 def test_without_buckets_blocks_are_compiled_for_one_size_and_what_is_too_often_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compilation, "EACH", 1)
+    monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", 1)
     model, plain, counter = network(), network(), CompileCounter()
     compile_blocks(model, dynamic=False, backend=counter)
     for _ in range(2):
