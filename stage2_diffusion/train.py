@@ -14,10 +14,11 @@ from ldm.data.index import Index
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join, on_main, precision
+from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
-from ldm.models.unet import build, load, use_attention
+from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.optimizer import DTYPES

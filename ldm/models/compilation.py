@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.unet import HalfPrecisionXFormers, UNet
+from ldm.models.attention import HalfPrecisionXFormers
+from ldm.models.unet import UNet
 from ldm.utils.errors import UserError
 
 BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention)  # nearly all of a U-Net's computation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ldm.models.unet import use_attention
+from ldm.models.attention import use_attention
 from ldm.utils.errors import UserError
 from ldm.utils.precision import DTYPES
 

@@ -18,7 +18,7 @@ from ldm.data import sources
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
-from ldm.models import autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -104,7 +104,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
-    unet.check_backend(two.attention_backend, on_gpu)
+    attention.check_backend(two.attention_backend, on_gpu)
     if two.compile and two.attention_backend == "xformers" and precision(config.run) != "no":  # float32 goes by sdpa
         raise UserError(compilation.NO_XFORMERS)
     if one.pretrained:

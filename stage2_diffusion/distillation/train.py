@@ -34,9 +34,10 @@ from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
+from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
+from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
