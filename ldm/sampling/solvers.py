@@ -72,7 +72,7 @@ def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, cli
     if solver == "lcm":
         options |= {"clip_sample": False, "set_alpha_to_one": True}
     if process.prediction_type == "x0" and solver == "euler_a":
-        raise UserError("solver: 'euler_a' can't be saved with x0, which diffusers' does not know; use another")
+        raise UserError("solver: 'euler_a' can't be saved with x0, which its scheduler does not know; use another")
     if process.prediction_type == "flow":
         if solver not in STRAIGHT:
             raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(STRAIGHT)}")
@@ -202,7 +202,7 @@ class Solver:
         except ValueError as error:
             raise UserError(f"steps: {steps}; {str(error).splitlines()[0]}") from None
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
-            _keep_real(scheduler)
+            _avoid_negative_root(scheduler)
         config = scheduler.config
         straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
         self._expected = "flow" if straight else PREDICTION_TYPE_OF[config.prediction_type]
@@ -308,7 +308,7 @@ def _alphas_sigmas(scheduler: Any, flow: bool) -> list[tuple[float, float]]:
     return [(float(alpha), float(sigma)) for alpha, sigma in pairs]
 
 
-def _keep_real(scheduler: EulerAncestralDiscreteScheduler) -> None:
+def _avoid_negative_root(scheduler: EulerAncestralDiscreteScheduler) -> None:
     """Moves its σ to float64 where rounding would make σ_to² − σ_up², whose root it takes, negative."""
     before, after = scheduler.sigmas[:-1], scheduler.sigmas[1:]
     up = (after**2 * (before**2 - after**2) / before**2) ** 0.5
