@@ -235,7 +235,7 @@ def _train_stage1(file: Path, overrides: list[str], row: Row) -> float:
 def tiles(args: argparse.Namespace, overrides: list[str], side: int = 2048) -> None:
     """Prints memory and seconds of decoding whole and in tiles, and how much they differ."""
     pictures, table = [], Report.of("decode", "pictures/s", args)
-    for name, whole in (("whole", 10**9), ("in tiles", autoencoder.WHOLE)):
+    for name, whole in (("whole", 10**9), ("in tiles", autoencoder.MAX_UNTILED_SIDE)):
         (seconds, picture), memory = apart(_decode, args.config, overrides, side, whole)
         pictures.append(picture)
         table.row(f"{side} px, {name}", 1 / seconds, f"{seconds:8.1f} s {memory.allocated:9,.0f} MB", memory)
@@ -250,7 +250,7 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
     pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     picture = images.to_tensor(crop_resize(pictures.load_image(0), (side, side))[0])[None]
     latents = vae.to(device).encode(picture)
-    autoencoder.WHOLE = whole
+    autoencoder.MAX_UNTILED_SIDE = whole
     forget_peak()
     began = time.perf_counter()
     pixels = vae.decode(latents).cpu()

@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
-from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
+from ldm.utils.precision import DTYPES
 
 
 def beside_diffusers(args: argparse.Namespace) -> None:
@@ -107,7 +108,7 @@ def _drawer(
     if row.who == "ours":
         model = copy.deepcopy(plain).to(device).optimize_for_inference(row.precision, compiled)
         return lambda prompts: model(prompts, batch=batch)
-    theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[row.precision], use_safetensors=True).to(device)
+    theirs = DiffusionPipeline.from_pretrained(name, dtype=DTYPES[row.precision], use_safetensors=True).to(device)
     theirs.set_progress_bar_config(disable=True)
 
     def draw(prompts: list[str]) -> None:

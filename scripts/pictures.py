@@ -37,9 +37,10 @@ from ldm.sampling import png_metadata
 from ldm.sampling.animation import Animation
 from ldm.sampling.loop import Step
 from ldm.sampling.options import Sampling
-from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion, SamplingRequest
+from ldm.sampling.pipeline import LatentDiffusion, SamplingRequest
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import Parser, UserError
+from ldm.utils.precision import DTYPES
 
 Needs = Callable[[LatentDiffusion, argparse.Namespace], dict[str, Any]]
 
@@ -76,7 +77,7 @@ def parser(name: str, about: str) -> Parser:
     how.add_argument("--classifier-scale", type=float, default=1.0, help="how hard it pulls; default: 1")
     speed = found.add_argument_group("speed")
     speed.add_argument("--batch", type=int, default=8, help="pictures drawn together; default: 8")
-    speed.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS),
+    speed.add_argument("--precision", default="auto", choices=("auto", *DTYPES),
                        help="of the U-Net; auto, the default, is bf16 where the device has it")  # fmt: skip
     speed.add_argument("--compile", default="no", choices=("no", "yes", "graphs"), help="graphs: CUDA graphs too")
     speed.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU where there is one")
@@ -127,7 +128,7 @@ def draw(args: argparse.Namespace, script: str, needs: Needs) -> None:
         mask=needed.get("mask"), size=needed.get("size"), options=Sampling(**how, **beside),
     ).check(model)  # fmt: skip
     model.optimize_for_inference(args.precision, args.compile)
-    args.precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.unet.dtype)
+    args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)
     if old and model.device.type == "cpu":
         torch.set_num_threads(old["threads"])
 

@@ -15,7 +15,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.evaluation.reconstruction import Figures, scales_of
-from ldm.models.autoencoder import Autoencoder, at_once, encoded
+from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import Report
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
@@ -54,8 +54,8 @@ def plain(vae: Any, device: torch.device) -> Rebuild:
     """Encoder and decoder of a model in training, without noise."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
-        parts = (part.to(device, vae.dtype) for part in at_once(x))
-        return torch.cat([vae.decode(encoded(vae, part)[0]).sample.float().cpu() for part in parts])
+        parts = (part.to(device, vae.dtype) for part in split_batch(x))
+        return torch.cat([vae.decode(encode_posterior(vae, part)[0]).sample.float().cpu() for part in parts])
 
     return rebuild
 

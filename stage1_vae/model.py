@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny, VQModel
 from torch import nn
 
 from ldm.config.schema import Stage1Config
-from ldm.models.autoencoder import encoded
+from ldm.models.autoencoder import encode_posterior
 from ldm.utils.rng import generator
 
 
@@ -79,7 +79,7 @@ class Reconstruction(nn.Module):
     def forward(self, x: torch.Tensor, eps: torch.Tensor, change: Change | None = None) -> Rebuilt:
         """x `(N, 3, H, W)` in [-1, 1], eps `(N, C, h, w)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            mean, logvar = encoded(self.vae, x)
+            mean, logvar = encode_posterior(self.vae, x)
         projected = self.project(mean) if hasattr(self, "project") else None
         if isinstance(self.vae, VQModel):
             codes, chosen = quantise(mean, self.vae.quantize.embedding.weight)

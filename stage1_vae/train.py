@@ -132,8 +132,10 @@ def finish(config: Config, data: Index | Stream, trainer: Trainer, vae: Any) -> 
         mean = std = None
         autoencoder = Autoencoder(trained)
     else:
-        mean, std = autoencoders.statistics(trained, evaluation.share(some, trainer, config.data.workers), trainer.sum)
-        autoencoder = autoencoders.normalised(trained, mean, std)
+        mean, std = autoencoders.channel_statistics(
+            trained, evaluation.share(some, trainer, config.data.workers), trainer.sum
+        )
+        autoencoder = autoencoders.normalize_latents(trained, mean, std)
     latents = evaluation.latent_report(some, autoencoder, trainer, config.data.workers)
     facts = evaluation.when_done(data, config, autoencoder, trainer)
     trainer.close()

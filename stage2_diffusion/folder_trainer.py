@@ -52,7 +52,7 @@ class FolderTrainer:
         **keys: Any,
     ):
         in_pixels = str(autoencoder) == "identity"
-        flow = process.target == "flow"
+        flow = process.prediction_type == "flow"
         tree: dict[str, dict[str, Any]] = {
             "run": {"dir": str(run), "precision": precision},
             "data": {"source": str(folder), "size": size, "cache": "none" if in_pixels else "disk"},
@@ -60,11 +60,12 @@ class FolderTrainer:
             "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
             "stage2": {
                 "conditions": list(conditions), **({} if "stage2__model" in keys else UNET),
-                "prediction_type": process.target, "timesteps": process.timesteps,
-                "zero_snr": process.zero_snr, "shift": process.shift, "timestep_sampling": process.times or "auto",
-                "logit_mean": process.time_mean, "logit_std": process.time_std, "steps": steps, "batch": batch,
-                "device_batch": device_batch, "lr": lr, "ema_decay": ema,
-                **({} if flow else {"beta_schedule": process.schedule}),
+                "prediction_type": process.prediction_type, "timesteps": process.timesteps,
+                "zero_snr": process.zero_snr, "shift": process.shift,
+                "timestep_sampling": process.timestep_sampling or "auto",
+                "logit_mean": process.logit_mean, "logit_std": process.logit_std,
+                "steps": steps, "batch": batch, "device_batch": device_batch, "lr": lr, "ema_decay": ema,
+                **({} if flow else {"beta_schedule": process.beta_schedule}),
             },
             "sample": {
                 "steps": 50 if flow else min(50, process.timesteps), "guidance": 1.0,

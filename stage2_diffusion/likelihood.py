@@ -59,19 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     several = args.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
     for steps in several:
-        if process.target != "flow" and not 1 <= steps <= process.timesteps:
+        if process.prediction_type != "flow" and not 1 <= steps <= process.timesteps:
             raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
     model = LatentDiffusion.load(args.run / "pipeline")
     found = Subject.of(settings, model, args.count)
     what = "held-out" if found.held_out else "training"
     print(f"{len(found.x0)} {what} pictures, {found.x0[0].numel():,} dimensions, {found.unit}")
-    if process.target != "flow":
+    if process.prediction_type != "flow":
         print_bounds(found, stage.variance == "learned", several)
     if args.ode_steps:
         probes = torch.sign(normal(0, "probe", range(len(found.x0)), found.x0.shape[1:]))[None].to(found.x0)
         log_p = likelihood.log_density(process, found.denoise(process), found.x0, args.ode_steps, probes)
         print(f"{args.ode_steps:>6} ODE       {-(log_p / found.x0[0].numel()).mean():8.3f} nats/dim of the density")
-    if process.target != "flow":
+    if process.prediction_type != "flow":
         print_variances(found, learned(args.run) if stage.beta_schedule == "learned" else None)
 
 

@@ -21,8 +21,9 @@ from ldm.data.cache import BATCH as ENCODING_BATCH
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
+from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
-from ldm.models.unet import UNet, inputs, use_attention
+from ldm.models.unet import UNet, inputs
 from ldm.training import checks
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak

@@ -1,1 +1,1 @@
-"""One-line errors, atomic writes, random numbers by position, memory and thread settings."""
+"""One-line errors, atomic writes, random numbers by position, dtypes by precision, memory and thread settings."""

@@ -84,12 +84,12 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {stage.half} holds no training image of {config.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(config.stage2), times="uniform")  # as ADM draws them
+    process = replace(DiffusionProcess.of(config.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(stage.seed)
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
     fingerprint = {
-        **autoencoder.contract(config.data.size), "data": train_set.fingerprint(),
+        **autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint(),
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
     }  # fmt: skip
     on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))

@@ -34,10 +34,11 @@ from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
+from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
-from ldm.sampling.few_steps import consistent, first_order
+from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
+from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.engine import DTYPES
@@ -156,14 +157,16 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
     if method == "consistency":
-        solver = consistent(process, options.original_steps)
+        solver = lcm_scheduler(process, options.original_steps)
         model = teach("consistency", Consistency(model.unet, *arguments), solver, options.steps_to)
     else:
         if model.text:
             solver = scheduler(process, config.sample.solver, clip=model.autoencoder.factor == 1)
             model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
         for steps in options.halvings():
-            model = teach(f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order(process), steps)
+            model = teach(
+                f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order_scheduler(process), steps
+            )
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
@@ -184,7 +187,7 @@ def learn(
         use_attention(network, stage.attention_backend, device, DTYPES[precision(config.run)])
     training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
     fingerprint = {
-        **model.autoencoder.contract(config.data.size), "data": data.fingerprint(),
+        **model.autoencoder.latent_fingerprint(config.data.size), "data": data.fingerprint(),
         "teacher": tensors_sha256(distillation.teacher.state_dict()),
     }  # fmt: skip
     student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained

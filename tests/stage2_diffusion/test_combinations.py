@@ -17,8 +17,8 @@ from ldm.config.schema import Config, Stage2Config
 from ldm.data.images import grid
 from ldm.data.index import Index
 from ldm.models import text_encoder
+from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder, build
-from ldm.models.unet import use_attention
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import SHEET_UNCONDITIONAL
 from ldm.training.model_card import write_card

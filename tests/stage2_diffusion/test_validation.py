@@ -35,7 +35,7 @@ def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Te
     """What diffusers' U-Net would be, of a prediction of x_0."""
 
     def answer(x: torch.Tensor, model_time: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        t = model_time / process.timesteps if process.target == "flow" else model_time
+        t = model_time / process.timesteps if process.prediction_type == "flow" else model_time
         alpha, sigma = process.alpha_sigma(t)
         x0 = predict(x, t)
         return (process.target_from(x0, (x - alpha * x0) / sigma, t),)
