@@ -2,7 +2,7 @@
 
     accelerate launch train_ldm.py --config configs/openmoji.yaml [stage2.lr=1e-3 …]
 
-One process or many, and plain `python train_ldm.py …`. The same command again continues where it stopped.
+Plain `python train_ldm.py …` works too, and `ldm-train …` from any folder. The same command again resumes the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stage2_diffusion.train import train as train_unet
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="train_ldm.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--stage", choices=("1", "2"), help="only this stage; default: both")
     parser.add_argument(

@@ -92,8 +92,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
     parser.add_argument("--label", default="", help="the step in these lines")
-    parser.add_argument("--baseline", "--beside", default="", metavar="ROW",  # --beside: former name
-                        help="ratios are to this row of an earlier call, from the file")  # fmt: skip
+    baseline = "ratios are to this row of an earlier call, from the file"
+    parser.add_argument("--baseline", "--beside", default="", metavar="ROW", help=baseline)  # --beside: former name
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     args = parser.parse_intermixed_args(arguments)
     for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):

@@ -169,8 +169,16 @@ class Report:
         if not self.file:
             return
         line = {
-            "step": results.parse_value(self.step), "what": self.what, "row": name, "value": value, "unit": self.unit,
-            "beside": baseline_name, "baseline": baseline, "ratio": ratio, **(memory or Memory(None, None))._asdict(),
-            **more, **results.machine(),
-        }  # fmt: skip
+            "step": results.parse_value(self.step),
+            "what": self.what,
+            "row": name,
+            "value": value,
+            "unit": self.unit,
+            "beside": baseline_name,
+            "baseline": baseline,
+            "ratio": ratio,
+            **(memory or Memory(None, None))._asdict(),
+            **more,
+            **results.machine(),
+        }
         results.append(self.file, line)

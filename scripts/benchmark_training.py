@@ -88,9 +88,12 @@ def _utilisation(flops: float, matmul_flops: float, precision: str) -> list[tupl
 
 
 def _describe(
-    flops: float, utilisation: list[tuple[str, float, float]], allocated: float, measured: dict[str, float],
+    flops: float,
+    utilisation: list[tuple[str, float, float]],
+    allocated: float,
+    measured: dict[str, float],
     precision: str,
-) -> str:  # fmt: skip
+) -> str:
     """The end of a row's line."""
     text = f"{flops / 1e9:10,.1f} GFLOP/s"
     for key, peak, share in utilisation:

@@ -52,12 +52,18 @@ def main() -> int:
     print(f"weights  {continued:.3g} between a run and a killed and continued one, {by_chance:.3g} between two runs")
     if args.json:
         line = {
-            "step": results.parse_value(args.label), "what": "resumed", "row": "killed and continued",
-            "value": continued, "unit": "largest difference of weights",
-            "beside": "two whole runs", "baseline": by_chance,
-            "ratio": continued / by_chance if by_chance else None, "allocated": None, "reserved": None,
+            "step": results.parse_value(args.label),
+            "what": "resumed",
+            "row": "killed and continued",
+            "value": continued,
+            "unit": "largest difference of weights",
+            "beside": "two whole runs",
+            "baseline": by_chance,
+            "ratio": continued / by_chance if by_chance else None,
+            "allocated": None,
+            "reserved": None,
             **results.machine(),
-        }  # fmt: skip
+        }
         results.append(args.json, line)
     if continued <= MAX_RATIO * by_chance:
         return 0

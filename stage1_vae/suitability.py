@@ -78,10 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     per_image = {subject.name: {k: v.tolist() for k, v in subject.figures.per_image.items()} for subject in subjects}
     report = {
-        "config": str(args.config), "data": settings.data.name, "split": split, "pictures": len(names),
-        "size": settings.data.size, "ms_ssim_scales": max_scales(side), "lpips_net": args.lpips_net,
-        "notes": notes, "models": facts, "names": names, "each": per_image,
-    }  # fmt: skip
+        "config": str(args.config),
+        "data": settings.data.name,
+        "split": split,
+        "pictures": len(names),
+        "size": settings.data.size,
+        "ms_ssim_scales": max_scales(side),
+        "lpips_net": args.lpips_net,
+        "notes": notes,
+        "models": facts,
+        "names": names,
+        "each": per_image,
+    }
     with whole_file(out / "report.json") as tmp_path:
         tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
     for file, rows in (("reconstructions.png", examples), ("worst.png", worst)):

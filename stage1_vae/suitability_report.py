@@ -60,9 +60,12 @@ def describe(subject: Subject, baselines: Mapping[int, Mapping[str, float]]) -> 
     """A subject's entry in `report.json`; `baselines` are the bicubic figures by factor."""
     means, figures, model = subject.figures.means(), subject.figures, subject.model
     facts = {
-        "model": subject.name, "factor": model.factor, "channels": model.channels, "figures": means,
+        "model": subject.name,
+        "factor": model.factor,
+        "channels": model.channels,
+        "figures": means,
         "broken": figures.broken,
-    }  # fmt: skip
+    }
     if isinstance(model, Bicubic):
         return facts
     action, reasons = recommend_action(means, baselines[model.factor], subject.std(), figures.broken)

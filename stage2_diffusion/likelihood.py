@@ -131,10 +131,14 @@ def print_bounds(task: EvaluationTask, learned_variance: bool, step_counts: Sequ
         chain = task.process.respaced(steps)
         for variance in ("small", "large", "learned")[: 3 if learned_variance else 2]:
             bound = likelihood.bound(
-                chain, task.denoise(chain, variance == "learned"), x0,
-                lambda t: normal(0, f"bound {t}", range(len(x0)), x0.shape[1:]).to(x0), variance,
-                "discrete" if task.in_pixel_space else "gaussian", 1.0 if task.in_pixel_space else LATENT_CLIP,
-            )  # fmt: skip
+                chain,
+                task.denoise(chain, variance == "learned"),
+                x0,
+                lambda t: normal(0, f"bound {t}", range(len(x0)), x0.shape[1:]).to(x0),
+                variance,
+                "discrete" if task.in_pixel_space else "gaussian",
+                1.0 if task.in_pixel_space else LATENT_CLIP,
+            )
             pixel_bits = ""
             if task.rebuilt is not None:
                 error = float((task.rebuilt - task.pixels).square().mean())

@@ -29,9 +29,13 @@ PrepareInputs = Callable[[LatentDiffusion, argparse.Namespace], dict[str, Any]]
 """Loads and checks a command's inputs for a model: `image`, `mask` and `size` of `LatentDiffusion`'s call."""
 
 UNET_INTERFACE = (
-    "in_channels", "out_channels", "cross_attention_dim", "num_class_embeds", "addition_embed_type",
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "num_class_embeds",
+    "addition_embed_type",
     "time_cond_proj_dim",
-)  # fmt: skip
+)
 """Keys of U-Net configurations that decide its inputs and outputs."""
 
 
@@ -78,10 +82,18 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         if drawn:
             prompts, labels = prompts_of(drawn), labels_of(drawn)
             model(
-                prompts, [job.seed for job in drawn], batch, labels=labels,
-                count=1 if prompts or labels else len(drawn), toward=interpolation_of(drawn),
-                callback=writer.on_step, ready=writer.write, **inputs, **options, **guides,
-            )  # fmt: skip
+                prompts,
+                [job.seed for job in drawn],
+                batch,
+                labels=labels,
+                count=1 if prompts or labels else len(drawn),
+                toward=interpolation_of(drawn),
+                callback=writer.on_step,
+                ready=writer.write,
+                **inputs,
+                **options,
+                **guides,
+            )
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish()
@@ -110,9 +122,14 @@ def _request(jobs: Sequence[Job], inputs: dict[str, Any], options: Sampling) -> 
     prompts, labels = prompts_of(jobs), labels_of(jobs)
     count = 1 if prompts or labels else len(jobs)
     return SamplingRequest(
-        prompts, labels=labels, count=count, image=inputs.get("image"), mask=inputs.get("mask"),
-        size=inputs.get("size"), options=options,
-    )  # fmt: skip
+        prompts,
+        labels=labels,
+        count=count,
+        image=inputs.get("image"),
+        mask=inputs.get("mask"),
+        size=inputs.get("size"),
+        options=options,
+    )
 
 
 def load_weaker_unet(model: LatentDiffusion, name: str) -> Any:

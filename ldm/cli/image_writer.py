@@ -75,9 +75,13 @@ class ImageWriter:
             number = self.own[start + i]
             job = self.jobs[number]
             recipe = {
-                **self.recipe, "prompt": job.prompt, "label": job.label, "seed": job.seed, "toward": job.toward,
+                **self.recipe,
+                "prompt": job.prompt,
+                "label": job.label,
+                "seed": job.seed,
+                "toward": job.toward,
                 "row": (row, len(batch)),
-            }  # fmt: skip
+            }
             self._pending.append(self._pool.submit(png_metadata.save, batch[row], self.paths[number], recipe))
         self._bar.update(len(rows))
         for future in self._pending:
