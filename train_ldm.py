@@ -28,7 +28,9 @@ from ldm.distributed.launch import join, on_main, training_processes
 from ldm.models import autoencoder, text_encoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.training import checks, memory_estimate, preflight
-from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
+from ldm.training.fingerprint import check_finished
+from ldm.training.model_card import write_card
+from ldm.training.run_dir import prepare_run_dir
 from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet
@@ -64,7 +66,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     data = load_data(settings, encoder)
     if not pipeline.exists():
-        on_main(lambda: checks.check_on_pictures(settings, next(dataset.iter_images(data, 2)), state.device))
+        on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
     for name in stages if settings.run.preflight else ():
@@ -118,7 +120,7 @@ def dry_run(settings: Config, stage: str | None) -> None:
     if state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
         if settings.run.device != "cpu" and "stage2" in unfinished_stages(settings, stage):
-            print(memory_estimate.bill(settings, state.num_processes), flush=True)
+            print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
     try:  # a dry run may come before data and text encoder are downloaded
         sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:
@@ -156,7 +158,7 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: TextEnc
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)
-    report = preflight.measured(settings, stage, data, train)
+    report = preflight.measure(settings, stage, data, train)
     if encoder:
         encoder.to(torch.device("cpu"))  # stage one, which may come first, needs its memory
     if PartialState().is_main_process:

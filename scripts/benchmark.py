@@ -42,7 +42,7 @@ from benchmark_data import compare_data_loading
 from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
 
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.utils.errors import Parser, UserError, command
 
 CONFIGURED = {

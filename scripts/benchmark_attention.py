@@ -14,7 +14,7 @@ from benchmark_rows import Report, parse_rows, peak, reset_peak, timed
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 
 ATTENTION_LAYERS = ((5, 1), (10, 2), (20, 4))

@@ -19,7 +19,7 @@ from ldm.models.conditioning import downsample
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.rng import generator
 from stage2_diffusion.masks import random_mask
@@ -37,7 +37,7 @@ class SheetInputs:
     """Samples in a frame."""
 
 
-def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
+def write_sheet(config: Config, run: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
     """`stage2/samples/step-….png`, with the EMA weights; every process generates its share.
 
     Text: the configured prompts, with a frame around held-out ones. Classes: one image each. Inpainting and
@@ -48,7 +48,7 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
     if on_main(path.exists) or (stage.text and not stage.image and not config.sample.prompts):
         return
     inputs = _image_inputs(config, model, data) if stage.image else _inputs(config, model, data)
-    with run.averaged("a sample sheet"):
+    with run.ema_weights("a sample sheet"):
         samples = _generate(model, run, config.run.seed, len(inputs.captions), inputs.arguments)
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _image_inputs(config: Config, model: LatentDiffusion, data: Index | Stream) 
     stage, size = config.stage2, config.data.size
     held_out = data.select("reconstruction")
     chosen = held_out if len(held_out) else data
-    numbers = range(min(sizes.SHEET_GIVEN, len(chosen)))
+    numbers = range(min(sizes.SHEET_INPUTS, len(chosen)))
     pixels = torch.stack([to_tensor(crop_resize(chosen.picture(i), (size, size))[0]) for i in numbers])
     captions = [chosen[i].captions[0] for i in numbers]
     arguments: dict[str, Any] = {"prompts": captions}
@@ -97,7 +97,9 @@ def _image_inputs(config: Config, model: LatentDiffusion, data: Index | Stream) 
     return SheetInputs(captions, arguments, sources)
 
 
-def _generate(model: LatentDiffusion, run: Run, seed: int, count: int, arguments: dict[str, Any]) -> list[Image.Image]:
+def _generate(
+    model: LatentDiffusion, run: Trainer, seed: int, count: int, arguments: dict[str, Any]
+) -> list[Image.Image]:
     """Images, number i from the noise of `seed + i`; all processes generate equally many, a few of them twice.
 
     With sharded weights a process that generates nothing would block the others.

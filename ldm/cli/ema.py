@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ldm.config.schema import WIDEST
-from ldm.training.ema import fit, snapshots, weighted_sum
+from ldm.training.ema import fit, read_snapshots, weighted_sum
 from ldm.utils.atomic_files import Tensors, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.out.parent.is_dir():
         raise UserError(f"--out: no folder {args.out.parent}; create it first")
     folder = args.run / "stage2" / "ema"
-    available = snapshots(folder)
+    available = read_snapshots(folder)
     if not available:
         raise UserError(f"{args.run}: no snapshots in {folder}; train with stage2.ema_widths=[0.05, 0.1]")
     if not (args.run / "pipeline").is_dir():

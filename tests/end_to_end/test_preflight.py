@@ -20,9 +20,10 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.training import preflight
 from ldm.training.preflight import ResourceEstimate
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from stage1_vae import train as stage1
+from stage1_vae.objective import Objective
 
 pytestmark = pytest.mark.slow
 Launch = Callable[..., subprocess.Popen[str]]
@@ -87,7 +88,7 @@ def train(*_):
 
 try:
     data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    preflight.measured(settings, "stage1", data, train)
+    preflight.measure(settings, "stage1", data, train)
 except UserError as error:
     print("said:", error, flush=True)
     sys.exit(2)
@@ -124,9 +125,9 @@ def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
     assert len(few.select(*HELD_OUT)) == 32
-    assert preflight._measured(settings, "stage1", index) == held
-    assert preflight._measured(settings, "stage2", index) == 80
-    assert preflight._measured(settings, "stage2", few) == 32 + 16
+    assert preflight._validation_images(settings, "stage1", index) == held
+    assert preflight._validation_images(settings, "stage2", index) == 80
+    assert preflight._validation_images(settings, "stage2", few) == 32 + 16
 
 
 def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> None:
@@ -187,7 +188,7 @@ def test_nothing_of_what_was_measured_is_left(
     drawings: Callable[..., tuple[Config, Index]], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     made: list[weakref.ref[object]] = []
-    start, loss = stage1.start, stage1.latent_losses
+    start, loss = stage1.start, Objective.add_latent_losses
 
     def started(*given: Any) -> Any:
         vae = start(*given)
@@ -199,19 +200,19 @@ def test_nothing_of_what_was_measured_is_left(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
         return loss(*given)
 
-    class Noted(Run):
+    class Noted(Trainer):
         def __init__(self, *given: Any, **options: Any):
             super().__init__(*given, **options)
             made.extend(map(weakref.ref, (self, *self.parameters, *self.ema.main.shadow_params)))
 
     monkeypatch.setattr(stage1, "start", started)
-    monkeypatch.setattr(stage1, "latent_losses", lost)
-    monkeypatch.setattr(stage1, "Run", Noted)
+    monkeypatch.setattr(Objective, "add_latent_losses", lost)
+    monkeypatch.setattr(stage1, "Trainer", Noted)
     settings, index = drawings(
         "stage1.channels=[16, 16]", "stage1.groups=8", "stage1.gan.layers=1", "stage1.gan.warmup=5"
     )
     with pytest.raises(UserError, match="a training step does not fit") if fails else nullcontext():
-        preflight.measured(settings, "stage1", index, stage1.train)
+        preflight.measure(settings, "stage1", index, stage1.train)
     assert len(made) > 10
     assert {each() for each in made} == {None}
     assert not (settings.run.dir / ".preflight").exists()
@@ -251,7 +252,7 @@ def test_a_sheet_counts_for_its_pictures_and_denoising_for_its_steps(
 
 def test_what_is_kept_does_not_count_for_other_sheets(root: Path) -> None:
     def about(stage: str, *overrides: str) -> dict[str, Any]:
-        return preflight._about(load(root / "configs/openmoji.yaml", list(overrides)), stage)
+        return preflight._cache_key(load(root / "configs/openmoji.yaml", list(overrides)), stage)
 
     for other in ("prompts=[]", "steps=3", "solver=euler", "guidance=1"):
         assert about("stage2", f"sample.{other}") != about("stage2")

@@ -22,7 +22,7 @@ from ldm.data.index import Index
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import trackers
 from ldm.training.trackers import INTERFACES, log_image
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage2_diffusion.samples import write_sheet
 
 
@@ -176,8 +176,8 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_get_the_sheet(
         log_image(accelerator.trackers, "samples", sheet, step)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "run.tracker: wandb did not take the picture 'samples' of step 40 (no route to host); training goes on, and "
-        "the picture is in the run's folder"
+        "run.tracker: wandb did not log the image 'samples' of step 40 (no route to host); training goes on, and "
+        "the image is in the run's folder"
     )
     assert [each.step for each in EventAccumulator(str(tmp_path / "stage1")).Reload().Images("samples")] == [40, 60]
 
@@ -194,7 +194,7 @@ def test_stage_twos_sheet_goes_to_the_tracker(
 ) -> None:
     settings, data = drawings("run.tracker=tensorboard", "stage2.conditions=[class]", "stage2.pooled_text=false")
     model = random_model("class")
-    run = Run(settings.run, settings.stage2, "stage2", model.unet)
+    run = Trainer(settings.run, settings.stage2, "stage2", model.unet)
     run.step = 7
     write_sheet(settings, run, model, data)
     (logged,) = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload().Images("samples")
