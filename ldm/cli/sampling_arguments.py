@@ -23,8 +23,8 @@ SAMPLING = (
 """Arguments that are fields of `ldm.sampling.options.Sampling`."""
 INPUT_IMAGES = ("image", "mask")
 MODELS = ("model", "weaker", "classifier")
-SHEETS = (".png", ".jpg", ".webp")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
+SHEET_SUFFIXES = (".png", ".jpg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
 
 def sampling_parser(description: str) -> Parser:
@@ -94,7 +94,7 @@ def check_arguments(args: argparse.Namespace, num_images: int) -> None:
 
 def _check_outputs(args: argparse.Namespace, num_images: int) -> None:
     suffix = args.out.suffix.lower()
-    if suffix in IMAGES and suffix != ".png":
+    if suffix in IMAGE_SUFFIXES and suffix != ".png":
         raise UserError(f"--out: {args.out} is no .png, the only format that keeps an image's settings; give one")
     if suffix == ".png" and num_images > 1:
         raise UserError(f"--out: {args.out} is one file for {num_images} images; give a folder, and --grid for a sheet")
@@ -109,8 +109,8 @@ def _check_outputs(args: argparse.Namespace, num_images: int) -> None:
             raise UserError(f"{option}: {path} is a folder; give a file")
         if path.resolve() in [source.resolve() for source in inputs]:
             raise UserError(f"{option}: {path} is an input image; give another name")
-    if args.grid and args.grid.suffix.lower() not in SHEETS:
-        raise UserError(f"--grid: {args.grid} is no {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
+    if args.grid and args.grid.suffix.lower() not in SHEET_SUFFIXES:
+        raise UserError(f"--grid: {args.grid} is no {', '.join(SHEET_SUFFIXES[:-1])} or {SHEET_SUFFIXES[-1]}")
     if args.animate:
         Animation.check(args.animate)
 
