@@ -104,7 +104,7 @@ def test_pictures_without_captions_are_checked_without_figures_of_captions(
     assert check_data.main(arguments(root, folder, "stage2.conditions=[]", "stage2.pooled_text=false")) == 0
     out = capsys.readouterr().out
     assert f"{folder}: a folder of pictures\n" in out
-    assert "images     10 good, 0 bad" in out
+    assert "pictures   10 good, 0 bad" in out
     assert "duplicates 1 are exact copies" in out
     assert "\ncaptions " not in out
     assert Image.open(folder.parent / "run/data-sheet.png").width > 800
