@@ -20,7 +20,7 @@ from ldm.config.schema import Config
 from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.evaluation.reconstruction import Figures, scales_of
+from ldm.evaluation.reconstruction import Figures, max_scales
 from ldm.models import autoencoder
 from ldm.models.autoencoder import Autoencoder
 from ldm.training.trainer import Trainer
@@ -44,7 +44,7 @@ def started(vae: Autoencoder) -> Callable[[Config], Trainer]:
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
     """The figures of all pictures, in this process alone."""
-    found = Figures(scales_of(min(min(size) for size in data.sizes)))
+    found = Figures(max_scales(min(min(size) for size in data.sizes)))
     for x in iter_images(data):
         found.add(x, vae.decode(vae.encode(x)))
     return found.means()
@@ -106,7 +106,7 @@ def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoenco
         figures = Figures()
         for x in iter_images(shapes, rank=rank, processes=2):
             figures.add(x, vae.decode(vae.encode(x)))
-        parts.append(figures.each["psnr"])
+        parts.append(figures.per_image["psnr"])
     assert float(torch.cat(parts).mean()) == pytest.approx(measured(shapes, vae)["psnr"], rel=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_the_sheet_goes_to_the_tracker(
     settings, data = drawings("run.tracker=tensorboard")
     run = started(settings)
     run.step = 7
-    evaluation.write_sheet(data, evaluation.plain(vae.vae, run.device), run)
+    evaluation.write_sheet(data, evaluation.rebuild_with(vae.vae, run.device), run)
     events = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload()
     (logged,) = events.Images("reconstructions")
     assert logged.step == 7
