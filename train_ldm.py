@@ -28,7 +28,9 @@ from ldm.distributed.launch import join, on_main, training_processes
 from ldm.models import autoencoder, text_encoder
 from ldm.models.text_encoder import TextEncoder
 from ldm.training import checks, memory_estimate, preflight
-from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
+from ldm.training.fingerprint import check_finished
+from ldm.training.model_card import write_card
+from ldm.training.run_dir import prepare_run_dir
 from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder
 from stage2_diffusion.train import train as train_unet

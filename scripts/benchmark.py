@@ -56,7 +56,7 @@ from ldm.data.index import Index
 from ldm.data.sampler import Positions, SampleSpec
 from ldm.distributed.launch import accelerator, join, precision
 from ldm.models import autoencoder, text_encoder, unet
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.training.throughput import TRAINING, forward_flops, matmul_peak
 from ldm.utils.errors import Parser, UserError, command
 from stage1_vae.train import train as train_autoencoder

@@ -14,7 +14,7 @@ from benchmark_rows import Report, forget_peak, peak, rows, timed
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 
 LEVELS = ((5, 1), (10, 2), (20, 4))

@@ -15,7 +15,7 @@ import benchmark_results as results
 import torch
 
 from ldm.training.dry_run import DryRun
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 

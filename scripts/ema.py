@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ldm.config.schema import WIDEST
-from ldm.training.ema import fit, snapshots, weighted_sum
+from ldm.training.ema import fit, read_snapshots, weighted_sum
 from ldm.utils.atomic_files import Tensors, whole_folder
 from ldm.utils.errors import Parser, UserError, command
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.out.parent.is_dir():
         raise UserError(f"--out: no folder {args.out.parent}; make it first")
     folder = args.run / "stage2" / "ema"
-    kept = snapshots(folder)
+    kept = read_snapshots(folder)
     if not kept:
         raise UserError(f"{args.run}: no snapshots in {folder}; a run with stage2.ema_widths=[0.05, 0.1] keeps some")
     if not (args.run / "pipeline").is_dir():

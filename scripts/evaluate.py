@@ -34,7 +34,7 @@ from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.prompt_following import by_pixels, following, nearest
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.training.run_dir import write_card
+from ldm.training.model_card import write_card
 from ldm.utils.errors import Parser, UserError, command
 
 

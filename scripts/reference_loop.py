@@ -25,7 +25,7 @@ from ldm.distributed.launch import accelerator, accumulated, join
 from ldm.models import unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import TextEncoder
-from ldm.training.optimizer import DTYPES
+from ldm.training.engine import DTYPES
 from ldm.training.throughput import Clock
 
 

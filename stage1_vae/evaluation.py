@@ -18,7 +18,7 @@ from ldm.evaluation.reconstruction import Figures, scales_of
 from ldm.models.autoencoder import Autoencoder, at_once, encoded
 from ldm.models.latent_statistics import Report
 from ldm.training.trackers import log_image
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 
 SHOWN = 8  # pictures of a sheet
@@ -34,7 +34,7 @@ def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
 
 
 @torch.no_grad()
-def figures(data: Index | Stream, rebuild: Rebuild, run: Run, workers: int) -> dict[str, float]:
+def figures(data: Index | Stream, rebuild: Rebuild, run: Trainer, workers: int) -> dict[str, float]:
     """PSNR, SSIM, MS-SSIM where there is room, and colour bias in 1/255, each the mean; every process has its share."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
     found = Figures(scales_of(min(sides)))
@@ -44,7 +44,7 @@ def figures(data: Index | Stream, rebuild: Rebuild, run: Run, workers: int) -> d
     return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
 
 
-def share(data: Index | Stream, run: Run, workers: int) -> Iterator[torch.Tensor]:
+def share(data: Index | Stream, run: Trainer, workers: int) -> Iterator[torch.Tensor]:
     """This process's pictures of all, in batches, read by its `workers`."""
     state = run.accelerator
     return iter_images(data, rank=state.process_index, processes=state.num_processes, workers=workers)
@@ -60,18 +60,18 @@ def plain(vae: Any, device: torch.device) -> Rebuild:
     return rebuild
 
 
-def while_training(data: Index | Stream, config: Config, run: Run, vae: Any) -> None:
+def while_training(data: Index | Stream, config: Config, run: Trainer, vae: Any) -> None:
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
-    with run.averaged("a validation"):
+    with run.ema_weights("a validation"):
         rebuild = plain(vae, run.device)
         if (held := held_out(data).get("held_out")) is not None:
             held = held.some(config.stage1.evaluate_pictures)
             found = figures(held, rebuild, run, config.data.workers)
-            run.log({f"held_out_{name}": value for name, value in found.items()})
+            run.log_values({f"held_out_{name}": value for name, value in found.items()})
         write_sheet(data, rebuild, run)
 
 
-def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, run: Run) -> dict[str, Any]:
+def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, run: Trainer) -> dict[str, Any]:
     """Figures of each held-out split, and a sheet of reconstructions where none of the last step stands."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +88,13 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, ru
     return found
 
 
-def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Run, workers: int) -> dict[str, Any]:
+def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Trainer, workers: int) -> dict[str, Any]:
     """Are the latents ready for diffusion? `stage1/latents.png`, and the facts; every process measures its share."""
     report = Report(autoencoder.channels)
     for x in share(data, run, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():
-        tensor.copy_(run.total(tensor))
+        tensor.copy_(run.sum(tensor))
     if run.is_main:
         report.plot(run.folder / "latents.png")
         for warning in report.warnings():
@@ -103,7 +103,7 @@ def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Run, work
 
 
 @torch.no_grad()
-def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Run) -> None:
+def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Trainer) -> None:
     """The first held-out pictures, or of all: originals, reconstructions, and differences, amplified about grey."""
     path = run.folder / "samples" / f"step-{run.step:06d}.png"
     if path.exists() or not run.is_main:

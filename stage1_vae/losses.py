@@ -1,9 +1,12 @@
-"""What the autoencoder is trained on. Everything is a mean, so the learning rate does not depend on the resolution."""
+"""The autoencoder's losses. Each is a mean, so that the learning rate does not depend on the resolution."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+Logs = dict[str, torch.Tensor]
+"""Scalars by name, for the metrics."""
 
 # ------------------------------------------------------------------------------------------------------ reconstruction
 
@@ -28,7 +31,7 @@ def gradient_loss(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 3) ->
 def likelihood(error: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of an absolute error under a Laplace distribution of scale exp(s): e / exp(s) + s.
 
-    Up to a constant. Its least value over s is where exp(s) = e.
+    Up to a constant. Its minimum over s is at exp(s) = e.
     """
     return error * (-logvar).exp() + logvar
 
@@ -39,7 +42,7 @@ def likelihood(error: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 def kl_loss(mean: torch.Tensor, logvar: torch.Tensor, free: float = 0.0) -> torch.Tensor:
     """KL(N(mean, exp logvar) ‖ N(0, 1)), mean over elements. Kingma & Welling, arXiv 1312.6114, appendix B.
 
-    `(N, C, h, w)` each → scalar. `free` nats an element, mean over each picture's channel, cost nothing and have no
+    `(N, C, h, w)` each → scalar. `free` nats an element, mean over each image's channel, cost nothing and have no
     gradient: free bits, Kingma et al., arXiv 1606.04934 (there over the batch, which processes would have to share).
     """
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
@@ -57,22 +60,22 @@ def vq_loss(z: torch.Tensor, codes: torch.Tensor, beta: float) -> torch.Tensor:
 def alignment_loss(
     z: torch.Tensor, projected: torch.Tensor, features: torch.Tensor, margin: float = 0.5, pair_margin: float = 0.25
 ) -> torch.Tensor:
-    """Latents like a pretrained encoder's features, place by place and in their likeness to one another.
+    """Aligns latents with a pretrained encoder's features, position by position and in their pairwise similarities.
 
     z `(N, C, h, w)`, the same projected to D channels `(N, D, h, w)`, features `(N, D, h, w)` → scalar. Yao et al.,
     arXiv 2501.01423, section 3.2: marginal cosine similarity, and marginal distance matrix similarity.
     """
-    place = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=1)).mean()
-    between = [F.normalize(each.flatten(2), dim=1) for each in (z, features)]  # (N, C, h·w), (N, D, h·w)
-    likeness = [each.transpose(1, 2) @ each for each in between]  # (N, h·w, h·w)
-    return place + F.relu((likeness[0] - likeness[1]).abs() - pair_margin).mean()
+    marginal = F.relu(1 - margin - F.cosine_similarity(projected, features, dim=1)).mean()
+    units = [F.normalize(x.flatten(2), dim=1) for x in (z, features)]  # (N, C, h·w), (N, D, h·w)
+    of_latents, of_features = (unit.transpose(1, 2) @ unit for unit in units)  # (N, h·w, h·w) each
+    return marginal + F.relu((of_latents - of_features).abs() - pair_margin).mean()
 
 
 # --------------------------------------------------------------------------------------------------------- adversarial
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the discriminator minimises; logits of any one shape.
+    """The discriminator's loss, of logits of any one shape.
 
     hinge: ½ E[max(0, 1 - D(x)) + max(0, 1 + D(x̂))], Lim & Ye, arXiv 1705.02894. vanilla, non_saturating: half the
     binary cross-entropy, Goodfellow et al., arXiv 1406.2661, eq. 1.
@@ -83,7 +86,7 @@ def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> tor
 
 
 def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the autoencoder minimises: -log D(x̂) (non_saturating), or the logit itself, -D(x̂) (hinge, vanilla)."""
+    """The autoencoder's loss: -log D(x̂) (non_saturating), or the logit itself, -D(x̂) (hinge, vanilla)."""
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
@@ -99,7 +102,7 @@ def r1_penalty(logits: torch.Tensor, real: torch.Tensor, scale: float = 1.0) -> 
 def adaptive_weight(gradients: torch.Tensor, cap: float) -> torch.Tensor:
     """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the decoder's last layer, at most `cap`: arXiv 2012.09841, eq. 7.
 
-    Both gradients are given, `(2, …)`, so that several processes can average them first.
+    `gradients` `(2, …)` are both, so that several processes can average them first.
     """
     reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
     return (reconstruction / (adversarial + 1e-6)).clamp_max(cap)

@@ -18,8 +18,8 @@ class Denoiser(nn.Module):
     """What a run of stage two trains, averages and keeps in checkpoints.
 
     `unet` always; a `null` embedding, the text `encoder`, the `schedule`, the `uncertainty` of each noise level and the
-    losses that `times` are drawn by, where the configuration asks for them. `empty` `(T, D)` is the embedding of the
-    empty caption by a frozen encoder; one that is given is trained.
+    losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` `(T, D)` is the
+    embedding of the empty caption by a frozen encoder; an `encoder` passed here is trained.
     """
 
     empty: torch.Tensor | None
@@ -51,16 +51,16 @@ class Denoiser(nn.Module):
 
     @property
     def extra_parameters(self) -> list[nn.Parameter]:
-        """What is trained beside the networks: it has no weight decay, and gradients of another size."""
-        beside = [module for module in (self.schedule, self.uncertainty) if module is not None]
-        return [p for module in beside for p in module.parameters()] + ([self.null] if self.null is not None else [])
+        """Trained parameters outside the networks: no weight decay, and gradients clipped separately."""
+        modules = [module for module in (self.schedule, self.uncertainty) if module is not None]
+        return [p for module in modules for p in module.parameters()] + ([self.null] if self.null is not None else [])
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, condition: Condition, dropped: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The U-Net's output for x `(N, C, h, w)` at the network's times t `(N,)`.
 
-        The captions of samples that are `dropped`, `(N,)` bool, are replaced by nothing. An encoder that is trained
+        The captions of `dropped` samples, `(N,)` bool, are replaced by the embedding of no caption. A trained encoder
         takes `condition.text` as tokens and mask, `(N, 2, chunks, L)` int64.
         """
         text = condition.text
@@ -68,10 +68,10 @@ class Denoiser(nn.Module):
             if self.text:
                 text = self.text.states(*text.unbind(1))
             if dropped is not None:
-                text = torch.where(dropped[:, None, None], self.nothing(), text)
+                text = torch.where(dropped[:, None, None], self.uncond_embedding(), text)
         return predict(self.unet, x, t, condition._replace(text=text))
 
-    def nothing(self) -> torch.Tensor:
+    def uncond_embedding(self) -> torch.Tensor:
         """The embedding of no caption, `(T, D)`."""
         return self.null if self.null is not None else self._empty()
 

@@ -1,4 +1,4 @@
-"""What is drawn and what is learned in a step, as `stage2` configures it: noise, times, losses."""
+"""The denoising objective, as `stage2` configures it: noise, timesteps, losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stage2_diffusion.denoiser import Denoiser
 
 
 class LearnedProcess:
-    """The forward process of a learned schedule; its times are the log-SNRs `(N,)`, which carry gradients to it."""
+    """The forward process of a learned schedule; its timesteps are log-SNRs `(N,)`, which carry gradients to it."""
 
     def __init__(self, schedule: LearnedSchedule, timesteps: int):
         self.schedule, self.timesteps = schedule, timesteps
@@ -34,19 +34,20 @@ class LearnedProcess:
 
 
 class Objective:
-    """Draws noise and times by position, and says what an output costs.
+    """Draws noise and timesteps by position, and computes losses.
 
-    `decoder` is of the bound in which a learned variance is trained: `discrete` for pixels, `gaussian` for latents.
+    `decoder` is that of the variational bound which trains a learned variance: `discrete` for pixels, `gaussian` for
+    latents.
     """
 
     def __init__(self, stage: Stage2Config, seed: int, model: Denoiser, decoder: str = "gaussian"):
         self.stage, self.seed, self.model, self.decoder = stage, seed, model, decoder
         self.process = DiffusionProcess.of(stage)
-        self.forward = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
-        self._seen: list[tuple[torch.Tensor, ...]] = []
+        self.noising = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
+        self._recorded: list[tuple[torch.Tensor, ...]] = []
 
-    def noise(self, x0: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise for positions n: what is to be recognised, and what x_t is made with; perturbation parts them."""
+    def draw_noise(self, x0: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise at positions n: the one to predict, and the one in x_t, which input perturbation makes another."""
         stage, seed = self.stage, self.seed
         eps = normal(seed, "noise", n, x0.shape[1:]).to(x0.device)
         if stage.noise_offset:
@@ -57,22 +58,22 @@ class Objective:
         xi = normal(seed, "perturbation", n, x0.shape[1:]).to(x0.device)
         return eps, perturbed(eps, xi, stage.input_perturbation)
 
-    def times(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The times of positions n, and what their losses are multiplied by for having been drawn unevenly."""
+    def draw_timesteps(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The timesteps of positions n, `(N,)`, and their losses' importance weights, where they are drawn unevenly."""
         stage = self.stage
         device = next(self.model.parameters()).device
         u = stratified(self.seed, "time", n, stage.batch) if stage.stratified else uniform(self.seed, "time", n)
         u = u.to(device)
-        return self.model.times.draw(u) if self.model.times else (self.forward.time(u), 1.0)
+        return self.model.times.draw(u) if self.model.times else (self.noising.time(u), 1.0)
 
     def losses(
         self, output: torch.Tensor, x0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """`(N,)` of outputs `(N, C, h, w)`, or 2C where the variance is learned, at times t `(N,)`."""
+        """`(N,)` of outputs `(N, C, h, w)`, or 2C where the variance is learned, at timesteps t `(N,)`."""
         stage = self.stage
-        if isinstance(self.forward, LearnedProcess):
-            losses = bound_integrand(output.float(), eps, self.forward.slope)
-            lower_variance(losses, t, self.forward.slope)
+        if isinstance(self.noising, LearnedProcess):
+            losses = bound_integrand(output.float(), eps, self.noising.slope)
+            lower_variance(losses, t, self.noising.slope)
             return losses
         if stage.variance == "learned":
             return hybrid_loss(self.process, output.float(), x0, x_t, eps, t, stage.vlb_weight, self.decoder)
@@ -83,14 +84,14 @@ class Objective:
         return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, **options)
 
     def record_losses(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
-        """Takes in what the times cost, for drawing by it; after a step's last pass, from all processes."""
+        """Remembers the losses of timesteps drawn by loss; after a step's last pass, those of all processes."""
         if not self.model.times:
             return
-        self._seen.append((n.to(t.device), t, losses.detach()))
+        self._recorded.append((n.to(t.device), t, losses.detach()))
         if accelerator.sync_gradients:
-            parts = [torch.cat(several) for several in zip(*self._seen, strict=True)]
+            parts = [torch.cat(tensors) for tensors in zip(*self._recorded, strict=True)]
             n, t, losses = (accelerator.gather(part) for part in parts)
             order = n.argsort()
             order = order[losses[order].isfinite()]
             self.model.times.update(t[order], losses[order])
-            self._seen = []
+            self._recorded = []

@@ -18,13 +18,13 @@ from ldm.models.conditioning import downsample
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.rng import generator
 from stage2_diffusion.masks import random_mask
 
 
-def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | Stream) -> None:
+def write_sheet(config: Config, run: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
     """`stage2/samples/step-….png`, with the EMA weights; every process draws its share.
 
     Text: the configured prompts, those that no training saw in a frame. Classes: one picture of each. Inpainting and
@@ -61,7 +61,7 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         prompts = given["labels"] = list(model.classes[: sizes.SHEET_CLASSES])
     else:
         prompts = [""] * sizes.SHEET_UNCONDITIONAL
-    with run.averaged("a sample sheet"):
+    with run.ema_weights("a sample sheet"):
         pictures = _drawn(model, run, config.run.seed, len(prompts), given)
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_sheet(config: Config, run: Run, model: LatentDiffusion, data: Index | 
         log_image(run.accelerator.trackers, "samples", sheet, run.step)
 
 
-def _drawn(model: LatentDiffusion, run: Run, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:
+def _drawn(model: LatentDiffusion, run: Trainer, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:
     """Picture i of all from the noise of `seed + i`; processes make equally many, some of them twice.
 
     Where weights are shared out too, a process that made none would keep the others waiting.

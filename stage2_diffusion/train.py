@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from ldm.data.dataset import sample_names, stage2_dataset
 from ldm.data.index import Index
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
+from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
@@ -20,8 +22,8 @@ from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
 from ldm.models.unet import build, load, use_attention
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.optimizer import DTYPES
-from ldm.training.trainer import Run
+from ldm.training.engine import DTYPES
+from ldm.training.trainer import Trainer
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective
@@ -30,12 +32,13 @@ from stage2_diffusion.validation import Validation
 
 
 def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
-    """Trains the U-Net on the pictures of split `train` and exports the pipeline with its EMA weights."""
+    """Trains the U-Net on the images of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
-    contract = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
+    device = join(config.run).device
 
+    # Weights, in the order in which random numbers are drawn for them.
     torch.manual_seed(seed)
     shape = (autoencoder.channels, config.data.size // autoencoder.factor, text.width if text else 0, len(classes))
     unet = load(stage, *shape) if stage.init_from else build(stage, *shape)
@@ -43,59 +46,77 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
-    encoder = text if config.text.train else None
-    null = text.encode([NULL_PROMPT])[0] if text and not encoder else None
-    denoiser = Denoiser(unet, stage, null, encoder)
-    device = join(config.run).device
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
+    trained_encoder, frozen_encoder = (text, None) if config.text.train else (None, text)
+    uncond = frozen_encoder.encode([NULL_PROMPT])[0] if frozen_encoder else None
+    denoiser = Denoiser(unet, stage, uncond, trained_encoder)
+
+    # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
     spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
+    fingerprint = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
     name = sample_names(train_set, spec)
-    run = Run(config.run, stage, "stage2", denoiser, contract, name=name, sharded=True)
+    trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
-    autoencoder.to(run.device)
+
+    autoencoder.to(device)
     if text:
-        text.to(run.device)
-    cache, frozen = CacheOptions.of(config.data, config.cache_dir), None if encoder else text
-    samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen, run.device, stage.image)
-    conditions = Conditions(config, autoencoder, encoder, len(classes))
+        text.to(device)
+    cache = CacheOptions.of(config.data, config.cache_dir)
+    samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen_encoder, device, stage.image)
+    conditions = Conditions(config, autoencoder, trained_encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
-    clip = autoencoder.factor == 1 and not stage.text  # diffusers' text-to-image pipelines switch it off when they load
-    model = LatentDiffusion(
-        text, unet, autoencoder,
-        scheduler(objective.process, config.sample.solver, stage.variance == "learned", clip),
-        config.sample.steps, config.sample.guidance, denoiser.null, tuple(classes),
-    )  # fmt: skip
+    model = pipeline_of(config, denoiser, autoencoder, text, objective.process, classes)
     validation = Validation(config, data, model, conditions, objective.process)
 
     def evaluate_if_due() -> None:
-        if run.due(config.sample.every):
-            write_sheet(config, run, model, data)
-        if run.due(stage.evaluate_every, last=True):
-            validation(run)
+        if trainer.due(config.sample.every):
+            write_sheet(config, trainer, model, data)
+        if trainer.due(stage.evaluate_every, last=True):
+            validation(trainer)
 
-    if run.step or stage.init_from:  # what a killed run still owes; what a fine-tune starts from
+    if trainer.step or stage.init_from:  # what a killed run did not finish; what a fine-tune starts from
         evaluate_if_due()
-    for batch in run.batches(samples.dataset, config.data.workers):
-        with run.accumulate():
+    for batch in trainer.batches(samples.dataset, config.data.workers):
+        with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)
-            condition, dropped, rates = conditions(batch, x0, states)  # classifier-free guidance needs some without
-            eps, added = objective.noise(x0, n)
-            t, importance = objective.times(n)
+            condition, dropped, rates = conditions(batch, x0, states)  # dropped for classifier-free guidance
+            eps, added = objective.draw_noise(x0, n)
+            t, importance = objective.draw_timesteps(n)
 
-            x_t = objective.forward.add_noise(x0, added, t)
-            prediction = run.model(x_t, objective.forward.model_time(t), condition, dropped)
+            x_t = objective.noising.add_noise(x0, added, t)
+            prediction = trainer.model(x_t, objective.noising.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
             loss = (importance * losses).mean()
-            run.track_nonfinite(n, losses[:, None])
-            run.backward(loss)
-            objective.record_losses(n, t, losses, run.accelerator)
-            run.update(loss=loss, **rates)
+
+            trainer.nonfinite.track_nonfinite(n, losses[:, None])
+            trainer.backward(loss)
+            objective.record_losses(n, t, losses, trainer.accelerator)
+            trainer.optimizer_step()
+            trainer.log(loss=loss, **rates)
+        trainer.checkpoint_if_due()
         evaluate_if_due()
 
-    trained = run.export_ema()
+    trained = trainer.export_ema()
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
-    write_sheet(config, run, model, data)
-    run.close()
+    write_sheet(config, trainer, model, data)
+    trainer.close()
     on_main(partial(model.save, config.run.dir / "pipeline"))  # last: where it stands, the stage is finished
+
+
+def pipeline_of(
+    config: Config,
+    denoiser: Denoiser,
+    autoencoder: Autoencoder,
+    text: TextEncoder | None,
+    process: DiffusionProcess,
+    classes: Sequence[str],
+) -> LatentDiffusion:
+    """The pipeline of the weights in training, which sheets are sampled with and which is exported."""
+    stage, sample = config.stage2, config.sample
+    clip = autoencoder.factor == 1 and not stage.text  # diffusers' text-to-image pipelines switch it off when they load
+    solver = scheduler(process, sample.solver, stage.variance == "learned", clip)
+    return LatentDiffusion(
+        text, denoiser.unet, autoencoder, solver, sample.steps, sample.guidance, denoiser.null, tuple(classes)
+    )

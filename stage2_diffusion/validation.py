@@ -1,5 +1,4 @@
-"""The loss by noise level, on pictures that were held out and on ones that were trained on: has it learned, or learned
-by heart?"""
+"""The loss by noise level, on held-out images and on ones trained on: does it generalise, or overfit?"""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import predict
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 
@@ -26,9 +25,9 @@ EVAL_LOG_SNRS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
 def velocity_error(
     process: DiffusionProcess, unet: Any, x0: torch.Tensor, eps: torch.Tensor, log_snr: float, condition: Any
 ) -> torch.Tensor:
-    """Mean squared error of the velocity v at a noise level, `(N,)`: one measure for every target, schedule and weight.
+    """Mean squared error of the velocity v at a noise level, `(N,)`: comparable over prediction types and schedules.
 
-    v is that of arXiv 2202.00512: with α² + σ² = 1, ‖v − v̂‖² = (1 + SNR)·‖x_0 − x̂_0‖². The trivial answers, x_0 = 0
+    v is that of arXiv 2202.00512: with α² + σ² = 1, ‖v − v̂‖² = (1 + SNR)·‖x_0 − x̂_0‖². The trivial predictions, x_0 = 0
     at noise and x_0 = x_t at the data, cost about 1.
     """
     t = process.time_at(torch.full((len(x0),), log_snr, device=x0.device))
@@ -39,9 +38,9 @@ def velocity_error(
 
 
 class Validation:
-    """Measures some held-out pictures and as many of training, always the same, with the same noise.
+    """Evaluates some held-out images and as many of training, always the same, with the same noise.
 
-    Held out are the splits `reconstruction` and `combination`; a stream has neither, and is not measured.
+    Held out are the splits `reconstruction` and `combination`; a stream has neither, and is not evaluated.
     """
 
     def __init__(
@@ -60,33 +59,34 @@ class Validation:
                 if len(part):
                     self.sets[name] = part.some(config.stage2.evaluate_pictures)
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Logs `held_out_loss` and `trained_on_loss`, means over the noise levels, and each level of the former."""
-        found, state = dict[str, float](), run.accelerator
+        values, accelerator = dict[str, float](), trainer.accelerator
         if not self.sets:
-            return found
-        with run.averaged("a validation"), torch.no_grad():
+            return values
+        with trainer.ema_weights("a validation"), torch.no_grad():
             for name, index in self.sets.items():
                 sums = torch.zeros(len(EVAL_LOG_SNRS) + 1, dtype=torch.float64)
-                batch = min(VALIDATION_BATCH, run.passes.images)
+                batch = min(VALIDATION_BATCH, trainer.passes.images)
                 starts = range(0, len(index), batch)
-                for first in range(0, len(starts), state.num_processes):
-                    mine = first + state.process_index
-                    start = starts[min(mine, len(starts) - 1)]  # a sharded U-Net is called by all, or by none
-                    measured = self._measured(index, range(start, min(start + batch, len(index))))
-                    if mine < len(starts):
-                        sums += measured
-                sums = run.total(sums)
-                errors = (sums[:-1] / sums[-1]).tolist()
-                found[f"{name}_loss"] = sum(errors) / len(errors)
+                for first in range(0, len(starts), accelerator.num_processes):
+                    own = first + accelerator.process_index
+                    start = starts[min(own, len(starts) - 1)]  # a sharded U-Net is called by all, or by none
+                    errors = self._errors(index, range(start, min(start + batch, len(index))))
+                    if own < len(starts):
+                        sums += errors
+                sums = trainer.sum(sums)
+                levels = (sums[:-1] / sums[-1]).tolist()
+                values[f"{name}_loss"] = sum(levels) / len(levels)
                 if name == "held_out":
-                    found |= {
-                        f"held_out_loss_at_{level:+.0f}": e for level, e in zip(EVAL_LOG_SNRS, errors, strict=True)
+                    values |= {
+                        f"held_out_loss_at_{log_snr:+.0f}": loss
+                        for log_snr, loss in zip(EVAL_LOG_SNRS, levels, strict=True)
                     }
-        run.log(found)
-        return found
+        trainer.log_values(values)
+        return values
 
-    def _measured(self, index: Index, numbers: range) -> torch.Tensor:
+    def _errors(self, index: Index, numbers: range) -> torch.Tensor:
         """Sums of the errors at each level, and their count."""
         model, stage = self.model, self.config.stage2
         assert model.text or not stage.text, "the configuration asks for text"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -89,7 +90,7 @@ def precision(config: RunConfig) -> str:
     return "bf16" if native else "no"
 
 
-def accelerator(config: RunConfig, passes: int = 1) -> Accelerator:
+def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = None) -> Accelerator:
     """accelerate, set up for this run's device and precision; `ldm.distributed.sharding` shards."""
     state = join(config)
     cpu = _on_cpu(config)
@@ -106,7 +107,7 @@ def accelerator(config: RunConfig, passes: int = 1) -> Accelerator:
             gradient_accumulation_steps=passes,
             kwargs_handlers=[ddp],
             log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=str(config.dir),
+            project_dir=str(project_dir or config.dir),
         )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.utils.atomic_files import Tensors, file_sha256, whole_folder
@@ -28,45 +27,30 @@ def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, A
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_state(folder)
     for name, expected in state["sha256"].items():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{name} is not what was written")
-    return {Path(name).stem: load_file(folder / name) for name in state["sha256"]}, state
+    parts = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
+    if "adversary" in parts:  # the discriminator, before 1.0
+        parts["discriminator"] = parts.pop("adversary")
+        parts["discriminator_optimizer"] = parts.pop("adversary_optimizer")
+        state["groups"]["discriminator_optimizer"] = state["groups"].pop("adversary_optimizer")
+    return parts, state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if "contract" in state:  # its name before 1.0
+        state["fingerprint"] = state.pop("contract")
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a stage's folder, oldest first."""
     numbered = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
     return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
-
-
-def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """An optimiser's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; whole numbers become int64."""
-    tensors: Tensors = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, each in value.items():
-                put(f"{name}.{key}", each)
-        else:
-            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
-
-    for i, entry in state["state"].items():
-        put(str(i), entry)
-    return tensors, state["param_groups"]
-
-
-def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        index, *path, key = name.split(".")
-        entry = state.setdefault(int(index), {})
-        for part in path:
-            entry = entry.setdefault(part, {})
-        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
-    return {"state": state, "param_groups": groups}
 
 
 class CheckpointManager:

@@ -1,4 +1,4 @@
-"""A network under DeepSpeed's ZeRO-2, which shares gradients and the optimiser's tensors out over the processes."""
+"""An engine on DeepSpeed's ZeRO-2, which shards gradients and the optimizer's tensors over the processes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import torch
 
 from ldm.distributed.sharding import on_main_cpu
-from ldm.training.checkpoint import unflatten_optimizer
-from ldm.training.optimizer import Network
+from ldm.training.engine import Engine
+from ldm.training.optimizer import unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-class ZeroNetwork(Network):
-    """Each process has all parameters, and AdamW's tensors of some; DeepSpeed's engine sums gradients, clips and steps.
+class ZeroEngine(Engine):
+    """Each process has all parameters, and AdamW's tensors of some; DeepSpeed sums gradients, clips and steps.
 
-    The engine's own mixed precision is off: it would train a bf16 copy of the network. Autocast is as without it.
+    DeepSpeed's own mixed precision is off: it would train a bf16 copy of the network. Autocast is as without it.
     """
 
     @property
     def has_gradients(self) -> bool:
-        return True  # the engine has taken them
+        return True  # DeepSpeed has taken them
 
     def backward(self, loss: torch.Tensor) -> None:
         self.ddp_model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
@@ -43,7 +43,7 @@ class ZeroNetwork(Network):
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's optimiser, around AdamW's."""
+        """DeepSpeed's optimizer, around AdamW's."""
         return self.optimizer.optimizer
 
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
@@ -73,12 +73,12 @@ class ZeroNetwork(Network):
             moments = {name: torch.zeros_like(part) for name in MOMENTS}
             adamw.state[part] = {"step": state[0]["step"].to(part.device), **moments}
         if state:
-            self._zero._lazy_init_hp_params_optimizer_state()  # where the engine looks for them; else at its first step
+            self._zero._lazy_init_hp_params_optimizer_state()  # where DeepSpeed looks for them; else at its first step
         for i, parameter in enumerate(self._in_order()):
             safe_set_full_fp32_param(parameter, parameter.detach())
             for name in MOMENTS if state else ():
                 safe_set_full_optimizer_state(parameter, state[i][name].to(parameter.device), name)
 
     def _in_order(self) -> list[torch.nn.Parameter]:
-        """The parameters in the optimiser's order."""
+        """The parameters in the optimizer's order."""
         return [parameter for group in self._zero.bit16_groups for parameter in group]

@@ -4,7 +4,7 @@
         train(config, data)
     first, second = dry_run.step_ends
 
-Stages know nothing of it. The `Run` that they make asks `current()` once, when it is made.
+Stages know nothing of it. The `Trainer` that they make asks `current()` once, when it is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Finished(Exception):  # noqa: N818 it is no error
 
 
 class DryRun:
-    """Within its `with` block a `Run` takes its steps, saves and exports nothing, and heeds no signals.
+    """Within its `with` block a `Trainer` takes its steps, saves and exports nothing, and heeds no signals.
 
     With `evaluate`, a validation and a sample sheet follow the last step. What is kept are numbers: neither the run nor
     any of its tensors, so that all memory is free after the block.
@@ -50,7 +50,7 @@ class DryRun:
     ) -> bool:
         assert self._token
         _current.reset(self._token)
-        assert kind, "a training ends its dry run in `Run.batches`"
+        assert kind, "a training ends its dry run in `Trainer.batches`"
         if kind is not Finished:  # the activity tells what failed
             return False
         self.begin(self.activity)

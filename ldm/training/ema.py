@@ -1,4 +1,4 @@
-"""Averages of the weights over a training run, and others that are put together from snapshots of these afterwards.
+"""Averages of the weights over a training run, and others that are combined from their snapshots afterwards.
 
 Power-function averages and post-hoc EMA: Karras et al., arXiv 2312.02696, section 3 and appendix C.
 """
@@ -6,7 +6,8 @@ Power-function averages and post-hoc EMA: Karras et al., arXiv 2312.02696, secti
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ldm.config.schema import Training
 from ldm.distributed.launch import on_main
@@ -55,7 +57,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Exchanges average and parameters, one tensor after the other: called twice, all is as it was."""
+        """Exchanges average and parameters, one tensor after the other: twice changes nothing."""
         for average, parameter in zip(self.shadow_params, parameters, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(average)
@@ -75,29 +77,29 @@ class PowerEMA(EMA):
 
 
 class Averages:
-    """The averages of a module's trained parameters, which are given in the order of `named`.
+    """The averages of a module's trained parameters, in the order of `named`.
 
     Each process averages what it has of a sharded parameter.
 
-    Where `ema_widths` are set, a power-function average of each; else an exponential one of decay `ema`. The first of
-    `models`, `main`, is what is sampled, measured and exported.
+    Where `ema_widths` are set, a power-function average of each; else an exponential one of decay `ema_decay`. The
+    first of `models`, `main`, is sampled, evaluated and exported.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training):
-        names, parameters = zip(*named, strict=True)
-        self.names: tuple[str, ...] = names
-        self.parameters: tuple[nn.Parameter, ...] = parameters
-        mine = self._local()
+        self.names: tuple[str, ...]
+        self.parameters: tuple[nn.Parameter, ...]
+        self.names, self.parameters = zip(*named, strict=True)
+        parameters = self._local()
         self.training, self.widths = training, training.ema_widths
-        self.models: list[EMA] = [PowerEMA(mine, width) for width in self.widths]
-        self.models = self.models or [EMA(mine, training.ema_decay)]
+        self.models: list[EMA] = [PowerEMA(parameters, width) for width in self.widths]
+        self.models = self.models or [EMA(parameters, training.ema_decay)]
         self.main = self.models[0]
         self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
         self._swapped = False
 
     @property
     def updates(self) -> int:
-        """Times that weights were taken in: steps, but for skipped ones."""
+        """Steps averaged over: all but skipped ones."""
         return int(self.main.optimization_step)
 
     def _local(self) -> list[torch.Tensor]:
@@ -112,11 +114,33 @@ class Averages:
         self.main.swap(self._local())
         self._swapped = not self._swapped
 
+    @contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[None]:
+        """Within it, `module` has the main average and is in evaluation mode."""
+        self.swap()
+        if isinstance(module, FSDPModule):  # parts of it are called by themselves
+            module.unshard()
+        module.eval()
+        try:
+            yield
+        finally:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+            self.swap()
+            module.train()
+
+    def of(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """The averages of a parameter: one, or one for each of `ema_widths`."""
+        i = next(i for i, p in enumerate(self.parameters) if p is parameter)
+        return [model.shadow_params[i] for model in self.models]
+
     def tensors(self, model: EMA) -> Tensors:
         """Averages by parameter name, sharded as the parameters are; swapped ones are in these."""
         averages = self._local() if self._swapped and model is self.main else model.shadow_params
-        found = zip(self.names, averages, self.parameters, strict=True)
-        return {name: joined(average.detach(), like) for name, average, like in found}
+        return {
+            name: joined(average.detach(), like)
+            for name, average, like in zip(self.names, averages, self.parameters, strict=True)
+        }
 
     def state(self) -> dict[str, Tensors]:
         """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`.
@@ -127,7 +151,7 @@ class Averages:
 
     @torch.no_grad()
     def load(self, parts: dict[str, Tensors], updates: int) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         for part, model in zip(self._parts, self.models, strict=True):
             for name, average, like in zip(self.names, model.shadow_params, self.parameters, strict=True):
                 average.copy_(local(sharded(parts[part][name], like)))
@@ -141,7 +165,7 @@ class Averages:
     def snapshot(self, folder: Path, step: int) -> None:
         """The main process writes `step-000500-0.05.safetensors` of each width, whole or not at all; all call it.
 
-        Its metadata are what a `Snapshot` tells. UserError, on all processes, where it can't be written.
+        Its metadata are the fields of a `Snapshot`. UserError, on all processes, where it can't be written.
         """
         for width, model in zip(self.widths, self.models, strict=True):
             tensors = gathered(self.tensors(model))
@@ -152,8 +176,8 @@ class Averages:
 def _write(path: Path, tensors: Tensors, facts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp_path:
-        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, tmp_path, {"average": facts})  # of several keys the order would change by chance
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, tmp_path, {"average": facts})  # of several keys the order would change by chance
 
 
 class Snapshot(NamedTuple):
@@ -165,17 +189,17 @@ class Snapshot(NamedTuple):
     width: float
 
 
-def snapshots(folder: Path) -> list[Snapshot]:
+def read_snapshots(folder: Path) -> list[Snapshot]:
     """Those in a folder, by step and width; UserError where one can't be read."""
-    found = []
+    snapshots: list[Snapshot] = []
     for path in folder.glob("step-*.safetensors"):
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {})["average"])
-            found.append(Snapshot(path, **facts))
+            snapshots.append(Snapshot(path, **facts))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a sound snapshot ({error}); move it away") from None
-    return sorted(found, key=lambda each: (each.step, each.width))
+    return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.width))
 
 
 def coefficients(t: np.ndarray, gamma: np.ndarray, t_r: float, gamma_r: float) -> np.ndarray:
@@ -193,13 +217,13 @@ def _inner(t_a: Numbers, gamma_a: Numbers, t_b: Numbers, gamma_b: Numbers) -> An
     return scale * (t / t_a) ** (gamma_a + 1) * (t / t_b) ** (gamma_b + 1) / t
 
 
-def fit(given: Sequence[Snapshot], width: float) -> tuple[np.ndarray, float]:
+def fit(snapshots: Sequence[Snapshot], width: float) -> tuple[np.ndarray, float]:
     """Shares `(n,)`, which add up to 1, of snapshots in the average of another width that ends where the last one does.
 
-    And by how much of its norm the wanted profile is missed; 0 is exact.
+    And by how much of its norm the profile is missed; 0 is exact.
     """
-    t = np.array([float(each.updates) for each in given])
-    gamma = np.array([exponent(each.width) for each in given])
+    t = np.array([float(snapshot.updates) for snapshot in snapshots])
+    gamma = np.array([exponent(snapshot.width) for snapshot in snapshots])
     t_r, gamma_r = t.max(), exponent(width)
     shares = coefficients(t, gamma, t_r, gamma_r)
     shares /= shares.sum()  # the paper's networks ignore the length of their weights, others don't

@@ -29,8 +29,8 @@ from ldm.models import autoencoder
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet, inputs, use_attention
 from ldm.training import checks
+from ldm.training.engine import DTYPES
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_pictures
-from ldm.training.optimizer import DTYPES
 
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
 

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 
 from ldm.utils.atomic_files import sync
 
+MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
+
 
 class MetricsLogger:
     """Sums scalars over the passes of many steps, and writes lines of metrics at `path`, on the main process."""
@@ -26,7 +28,7 @@ class MetricsLogger:
 
     def add(self, metrics: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Adds the scalars of one step, a mapping a pass."""
-        for name, value in (pair for of_pass in metrics for pair in of_pass.items()):
+        for name, value in (scalar for scalars in metrics for scalar in scalars.items()):
             self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -1,161 +1,20 @@
-"""A module in training: how it computes, its optimiser, and what a checkpoint keeps of both."""
+"""The optimizer, its learning rate's schedule, and its state as named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import MethodType
+import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import convert_to_fp32
-from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import SHARDED, gathered, sharded, whole, without_weights
-from ldm.training.checkpoint import flatten_optimizer, unflatten_optimizer
+from ldm.distributed.sharding import SHARDED
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What each precision multiplies in."""
 
-
-class Network:
-    """`module` is the network itself; `ddp_model` computes in the run's precision and adds gradients up over processes.
-
-    What a module names in `extra_parameters`, parameters of another kind than its network's, is not decayed, and its
-    gradients are clipped by themselves, so that large ones don't shorten the network's. It is not sharded either.
-    """
-
-    def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
-        self.module, self.lr, self.clip = module.to(accelerator.device), lr, training.max_grad_norm
-        self.accelerator, self.precision = accelerator, precision
-        self._sort()
-        # Scalars, a learned variance for one, have no natural value to decay to either.
-        decayed = [p for p in self._together if p.ndim]
-        free = [p for p in self._together if not p.ndim] + self._extra
-        groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
-        adamw = optimizer(training, groups, lr, accelerator)
-        self._built: nn.Module | None = None  # what `export_ema` fills, where the module can't become whole again
-        if accelerator.is_fsdp2:
-            self._prepare_to_shard()
-        self._use_autocast()
-        with _without_autocast(accelerator):  # of its own, which under DeepSpeed would be fp16, without a scaler
-            self.ddp_model, self.optimizer = accelerator.prepare(module, adamw)
-        if accelerator.is_fsdp2:  # its first forward does that, but a part's, in a validation, may come before
-            module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
-        self._sort()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, the same whatever spreads the network over the processes; nothing for `no`."""
-        dtype = DTYPES[self.precision]
-        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.precision != "no")
-
-    def _use_autocast(self) -> None:
-        """The module's forward is under autocast from here on, and gives float32."""
-        if self.precision == "no":
-            return
-        inner, autocast = type(self.module).forward, self.autocast
-
-        def forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-            with autocast():
-                output = inner(module, *arguments, **options)
-            return convert_to_fp32(output)
-
-        self.module.forward = MethodType(forward, self.module)  # a method, so that a copied module calls itself
-
-    def _sort(self) -> None:
-        """Finds the parameters that are trained; sharding replaces them."""
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        extra = {id(p) for p in getattr(self.module, "extra_parameters", ())}
-        self._extra = [p for p in self.parameters if id(p) in extra]
-        self._together = [p for p in self.parameters if id(p) not in extra]
-
-    def _prepare_to_shard(self) -> None:
-        self._built = without_weights(self.module)
-        self.accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(self._extra)]
-        for parameter in self._extra:
-            parameter.register_post_accumulate_grad_hook(self._reduce)
-
-    def _reduce(self, parameter: torch.Tensor) -> None:
-        if self.accelerator.sync_gradients:
-            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-
-    @property
-    def plain(self) -> nn.Module:
-        """The module, or a copy without weights, as one that is not sharded."""
-        return self._built or self.module
-
-    @property
-    def has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self.parameters)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Of this network's loss, or of another's."""
-        self.accelerator.backward(loss)
-
-    def clip_gradients(self) -> torch.Tensor:
-        """Norm of the gradients, shortened where it is larger than `clip`; NaN where one apart is not finite."""
-        extra_norm = nn.utils.clip_grad_norm_(self._extra, self.clip)
-        norm = whole(nn.utils.clip_grad_norm_(self._together, self.clip))
-        return torch.where(extra_norm.isfinite().to(norm.device), norm, torch.nan)
-
-    def step(self, finite: bool) -> None:
-        """Takes the optimiser's step; none where gradients are not finite."""
-        if finite:
-            self.optimizer.step()
-
-    def set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
-        """Weights and buffers, the optimiser's tensors, its groups; all processes call it, the main one gets them."""
-        tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-        return gathered(self.module.state_dict()), gathered(tensors), groups
-
-    def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
-        """Takes back what `state` gave, in this or another number of processes, sharded or not."""
-        own = self.module.state_dict()
-        self.module.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = unflatten_optimizer(tensors, groups)
-        for i, entry in state["state"].items():
-            for name, value in entry.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
-                    entry[name] = sharded(value, parameters[i])
-        self.optimizer.load_state_dict(state)
-        for parameter, entry in self.optimizer.optimizer.state.items():
-            for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-    @torch.no_grad()
-    def export_ema(self, averages: Tensors) -> nn.Module:
-        """The module as it was built, whole and computing in full precision, with averages of its parameters."""
-        if self._built is None:
-            self.module.__dict__.pop("forward", None)
-            for name, average in averages.items():
-                self.module.get_parameter(name).copy_(average)
-            return self.module.eval()
-        weights = self.module.state_dict() | averages
-        self._built.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
-        return self._built.eval()
-
-
-@contextmanager
-def _without_autocast(accelerator: Accelerator) -> Iterator[None]:
-    """Within it, accelerate prepares models without autocast."""
-    before, accelerator.native_amp = accelerator.native_amp, False
-    try:
-        yield
-    finally:
-        accelerator.native_amp = before
-
-
-def optimizer(
+def make_optimizer(
     training: Training, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
     """AdamW; UserError where the 8-bit one does not work with what accelerate is configured for."""
@@ -167,3 +26,43 @@ def optimizer(
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
+
+
+def lr_factor(step: int, training: Training) -> float:
+    """Share of the full learning rate, in [0, 1], at optimizer step `step`, from 0.
+
+    It rises linearly over `lr_warmup_steps`, then follows `lr_scheduler` down to 0 at `steps`.
+    """
+    rise = min(1.0, (step + 1) / max(1, training.lr_warmup_steps))
+    if training.lr_scheduler == "constant":
+        return rise
+    progress = max(0, step - training.lr_warmup_steps) / max(1, training.steps - training.lr_warmup_steps)
+    return rise * (1 - progress if training.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
+    """An optimizer's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; integers become int64."""
+    tensors: Tensors = {}
+
+    def flatten(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                flatten(f"{name}.{key}", child)
+        else:
+            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+
+    for i, entry in state["state"].items():
+        flatten(str(i), entry)
+    return tensors, state["param_groups"]
+
+
+def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, *path, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
+    return {"state": state, "param_groups": groups}

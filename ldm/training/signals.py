@@ -1,4 +1,4 @@
-"""What a run is asked for by signals while it trains: to save, or to save and end."""
+"""Signals to a run while it trains: SIGUSR1 saves, SIGINT and SIGTERM save and end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 ECHO = 3.0  # seconds within which a second signal is a launcher's echo of the first
 
 
@@ -17,18 +20,18 @@ class Interrupted(SystemExit):
 
 
 class SignalHandler:
-    """`end` is the signal that asks for the end, SIGINT or SIGTERM, or 0; `save` is SIGUSR1's wish for a checkpoint."""
+    """`end` is the signal that asks for the end, SIGINT or SIGTERM, or 0; `save` that SIGUSR1 asks for a checkpoint."""
 
     def __init__(self) -> None:
         self.end, self.save = 0, False
-        self._asked = 0.0
+        self._ended_at = 0.0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within it signals are taken in, where else they would end the process."""
-        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._asked_to_end)
+        """Within it signals set `end` and `save` instead of ending the process."""
+        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_end)
         if hasattr(signal, "SIGUSR1"):
-            handlers[signal.SIGUSR1] = self._asked_to_save
+            handlers[signal.SIGUSR1] = self._on_save
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -36,11 +39,19 @@ class SignalHandler:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _asked_to_end(self, number: int, _frame: FrameType | None) -> None:
+    def _on_end(self, number: int, _frame: FrameType | None) -> None:
         if not self.end:
-            self.end, self._asked = number, time.monotonic()
-        elif time.monotonic() - self._asked > ECHO:  # asked again: now
+            self.end, self._ended_at = number, time.monotonic()
+        elif time.monotonic() - self._ended_at > ECHO:  # a second one: now
             raise Interrupted(128 + number)
 
-    def _asked_to_save(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_save(self, _number: int, _frame: FrameType | None) -> None:
         self.save = True
+
+    def agree(self, finite: torch.Tensor, accelerator: Accelerator) -> tuple[bool, int, bool]:
+        """Over all processes, which all call it: is a step `finite`, which signal asks to end, does one ask to save?"""
+        if accelerator.num_processes == 1:
+            return bool(finite), self.end, self.save
+        flags = torch.stack([~finite, *torch.tensor([self.end, self.save], device=finite.device)])
+        nonfinite, end, save = accelerator.gather(flags[None]).amax(0).tolist()
+        return not nonfinite, end, bool(save)

@@ -30,7 +30,7 @@ weights' gradients are needed (arXiv 2001.08361, section 2.1)."""
 
 @torch.no_grad()
 def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of `module(*args, **kwargs)`, found from shapes alone; 0 where the forward depends on values.
+    """FLOPs of `module(*args, **kwargs)`, from shapes alone; 0 where the forward depends on values.
 
     Nothing is computed, no memory is taken for weights, and the module stays as it is. The same for every precision,
     attention backend and memory format, compiled or not; activations that are recomputed count once. Arguments are
@@ -38,7 +38,7 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """
     # Tensors with a shape, a type and a device, and no values. Entered as a mode, it would take tokens' values as well.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = next(each.device for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor))
+    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
@@ -49,11 +49,11 @@ def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     tensors = itertools.chain(module.parameters(), module.buffers())
     hollow = copy.deepcopy(module, {id(tensor): fake(tensor) for tensor in tensors}).eval()
     use_attention(hollow, "eager", torch.device("cpu"))  # the same products; xformers' own operators can't be counted
-    args, kwargs = tree_map_only(torch.Tensor, lambda given: fake(given.detach()), (args, kwargs))
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: fake(tensor.detach()), (args, kwargs))
     with FlopCounterMode(display=False) as counter:
         try:
             hollow(*args, **kwargs)
-        except RuntimeError:  # a value was asked for
+        except RuntimeError:  # it depends on a value
             return 0
     return int(counter.get_total_flops())
 
@@ -85,7 +85,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 class Clock:
-    """Keeps time between two lines of a log.
+    """Measures throughput between two lines of metrics.
 
         for batch in clock.waiting(loader):
             …
@@ -100,8 +100,20 @@ class Clock:
         self.now = now
         self.restart(flops, peak)
 
+    def count_flops(
+        self, model: nn.Module, unsharded: nn.Module, images: int, peak: float, ready: Callable[[], bool]
+    ) -> None:
+        """Counts FLOPs on `model`'s first forward of so many `images` once `ready()`, and restarts with them."""
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if ready():
+                hook.remove()
+                self.restart(TRAINING * forward_flops(unsharded, *args, **kwargs) / images, peak)
+
+        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+
     def restart(self, flops: float = 0.0, peak: float = 0.0) -> None:
-        """Begins anew, with what is known now."""
+        """Starts measuring anew."""
         self.flops, self.peak = flops, peak
         self._began, self._waited, self._images = self.now(), 0.0, 0
 

@@ -1,4 +1,4 @@
-"""What a student of few steps is asked, what its teacher would have it answer, and what a difference costs."""
+"""What a student of few steps is batch, what its teacher would have it answer, and what a difference costs."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.few_steps import consistent, grid
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal, uniform
 
 
 class DistillationBatch(NamedTuple):
-    """What a student is given of a batch of N."""
+    """A student's input, of N samples."""
 
     z: torch.Tensor
     """`(N, C, h, w)`: the noisy latents z_t."""
     at: torch.Tensor
-    """`(N,)`: times, or, of a halving, places in its grid."""
+    """`(N,)`: timesteps, or, in progressive distillation, indices of its grid."""
     model_time: torch.Tensor
-    """`(N,)`: the times as the network takes them."""
+    """`(N,)`: the timesteps as the network takes them."""
     condition: Condition
-    """With the scale of guidance, where the student hears one."""
+    """With the guidance scale, where the student is conditioned on it."""
 
 
 @dataclass
 class DistillationMethod(ABC):
-    """Of a teacher that is a U-Net of `process`; all that is drawn follows from positions.
+    """Distils a `teacher`, a U-Net of `process`; random numbers follow from positions.
 
-    `null` `(T, D)` is the embedding of no caption, `classes` the number of the class that is none; None where the model
-    has no such input.
+    `null` `(T, D)` is the embedding of no caption, `classes` the index of the null class; None where the model has no
+    such input.
     """
 
     teacher: UNet
@@ -60,11 +60,11 @@ class DistillationMethod(ABC):
         return self.null is not None
 
     def undropped(self, batch: Item) -> Item:
-        """A batch whose captions and classes all stay, where the student hears the scale of guidance instead."""
+        """A batch without caption dropout, where the student is conditioned on the guidance scale instead."""
         return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.guidance_conditioned else batch
 
     def make_batch(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> DistillationBatch:
-        """What is asked of latents x0 `(N, C, h, w)` at positions n."""
+        """What is batch of latents x0 `(N, C, h, w)` at positions n."""
         u = uniform(self.seed, "distill time", n).to(x0.device)
         eps = normal(self.seed, "distill noise", n, x0.shape[1:]).to(x0.device)
         if self.guidance_conditioned:
@@ -77,32 +77,34 @@ class DistillationMethod(ABC):
     def blended(self, n: torch.Tensor, condition: Condition) -> Condition:
         """Of captions in training, a share comes to lie between a picture's own and another one.
 
-        A teacher has an answer to any text; asked for training captions alone, a student of few steps forgets how it
+        A teacher has an answer to any text; batch for training captions alone, a student of few steps forgets how it
         combined them.
         """
         text = condition.text
         if text is None or self.others is None:
             return condition
-        draw = [uniform(self.seed, f"distill {name}", n).to(text.device) for name in ("other", "way", "blended")]
-        other = self.others[(draw[0] * len(self.others)).long().clamp(max=len(self.others) - 1)].to(text)
-        way = torch.where(draw[2] < self.settings.blended, draw[1], 0.0)[:, None, None].to(text)
-        return condition._replace(text=text + way * (other - text))
+        which, how_far, chosen = (
+            uniform(self.seed, f"distill {name}", n).to(text.device) for name in ("other", "way", "blended")
+        )
+        other = self.others[(which * len(self.others)).long().clamp(max=len(self.others) - 1)].to(text)
+        weight = torch.where(chosen < self.settings.blended, how_far, 0.0)[:, None, None].to(text)
+        return condition._replace(text=text + weight * (other - text))
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
-        """The same at times that follow from uniform numbers u `(N,)`: all noise levels alike."""
+        """The input at timesteps from uniform numbers u `(N,)`."""
         t = replace(self.process, times="uniform").time(u)
         return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     @abstractmethod
-    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
-        """What the student should find."""
+    def target(self, batch: DistillationBatch, trainer: Trainer) -> torch.Tensor:
+        """The teacher's output, which the student should predict."""
 
     @abstractmethod
-    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
-        """`(N,)`, of the student's output."""
+    def losses(self, prediction: torch.Tensor, batch: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
+        """The losses `(N,)` of the student's output."""
 
     def guided(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The output of a teacher that hears no guidance, guided by `condition.guidance`: ∅ + w·(c − ∅)."""
+        """The output of a teacher without guidance conditioning, guided by `condition.guidance`: ∅ + w·(c − ∅)."""
         w, condition = condition.guidance, condition._replace(guidance=None)
         if w is None or condition.text is None or self.null is None:
             return predict(self.teacher, z, model_time, condition).float()
@@ -119,10 +121,10 @@ class DistillationMethod(ABC):
 class Guidance(DistillationMethod):
     """One forward for two: the guided teacher's output, whatever the scale; arXiv 2210.03142, section 3.1."""
 
-    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
-        return self.guided(asked.z, asked.model_time, asked.condition)
+    def target(self, batch: DistillationBatch, trainer: Trainer) -> torch.Tensor:
+        return self.guided(batch.z, batch.model_time, batch.condition)
 
-    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
+    def losses(self, prediction: torch.Tensor, batch: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         return (prediction - target).square().flatten(1).mean(1)
 
 
@@ -141,29 +143,29 @@ class Halving(DistillationMethod):
         z = self.grid.alpha[i] * x0 + self.grid.sigma[i] * eps
         return DistillationBatch(z, i, self.grid.model_time[i], condition)
 
-    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
-        (_, model_time, alpha, sigma), half, i, middle = self.grid, self.half, asked.at, 2 * asked.at + 1
-        x0 = self.process.predict_x0(self._answer(asked.z, model_time[i], asked.condition), asked.z, self.grid.t[i])
-        z = ddim_step(x0, asked.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
-        x0 = self.process.predict_x0(self._answer(z, half.model_time[middle], asked.condition), z, half.t[middle])
+    def target(self, batch: DistillationBatch, trainer: Trainer) -> torch.Tensor:
+        (_, model_time, alpha, sigma), half, i, middle = self.grid, self.half, batch.at, 2 * batch.at + 1
+        x0 = self.process.predict_x0(self._predict(batch.z, model_time[i], batch.condition), batch.z, self.grid.t[i])
+        z = ddim_step(x0, batch.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
+        x0 = self.process.predict_x0(self._predict(z, half.model_time[middle], batch.condition), z, half.t[middle])
         z = ddim_step(x0, z, half.alpha[middle], half.sigma[middle], alpha[i + 1], sigma[i + 1])
-        return target_of_two(asked.z, z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
+        return target_of_two(batch.z, z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
 
-    def _answer(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def _predict(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
         return predict(self.teacher, z, model_time, condition).float()
 
-    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
-        i = asked.at
-        x0 = self.process.predict_x0(prediction, asked.z, self.grid.t[i])
+    def losses(self, prediction: torch.Tensor, batch: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
+        i = batch.at
+        x0 = self.process.predict_x0(prediction, batch.z, self.grid.t[i])
         weight = x0_weight(self.settings.loss, self.grid.alpha[i], self.grid.sigma[i])
         return (weight * (x0 - target).square()).flatten(1).mean(1)
 
 
 @dataclass
 class Consistency(DistillationMethod):
-    """The same picture from both ends of a teacher's step; arXiv 2310.04378, Algorithm 1."""
+    """The same x0 from both ends of a teacher's step; arXiv 2310.04378, Algorithm 1."""
 
-    can_be_sharded: ClassVar[bool] = False  # its averaged weights answer in each step
+    can_be_sharded: ClassVar[bool] = False  # its averaged weights are called in each step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,20 +177,20 @@ class Consistency(DistillationMethod):
         t = ((u * steps).long().clamp(max=steps - 1) + 1) * self.skip - 1
         return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
-    def target(self, asked: DistillationBatch, run: Run) -> torch.Tensor:
+    def target(self, batch: DistillationBatch, trainer: Trainer) -> torch.Tensor:
         """Of the averaged student, after the guided teacher's step."""
-        process, (z, t, model_time, condition) = self.process, asked
+        process, (z, t, model_time, condition) = self.process, batch
         before = (t - self.skip).clamp(min=0)
         x0 = process.predict_x0(self.guided(z, model_time, condition), z, t)
         z = ddim_step(x0, z, *process.alpha_sigma(t), *process.alpha_sigma(before))
-        averages = run.ema.tensors(run.ema.main)
-        answer = torch.func.functional_call(run.module, averages, (z, process.model_time(before), condition))
-        return self._consistent(answer.float(), z, before)
+        averages = trainer.ema.tensors(trainer.ema.main)
+        output = torch.func.functional_call(trainer.module, averages, (z, process.model_time(before), condition))
+        return self._consistent(output.float(), z, before)
 
-    def losses(self, prediction: torch.Tensor, asked: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
-        return pseudo_huber(self._consistent(prediction, asked.z, asked.at), target, self.settings.huber)
+    def losses(self, prediction: torch.Tensor, batch: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
+        return pseudo_huber(self._consistent(prediction, batch.z, batch.at), target, self.settings.huber)
 
     def _consistent(self, prediction: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """f(z, t), the picture at the end of the path through z: z itself at t = 0."""
+        """f(z, t), x0 at the end of the path through z: z itself at t = 0."""
         c_skip, c_out = self.solver.get_scalings_for_boundary_condition_discrete(t[:, None, None, None])  # section 4
         return c_skip * z + c_out * self.process.predict_x0(prediction, z, t)

@@ -1,4 +1,4 @@
-"""A finished run's model made into one of few steps: progressive distillation, or latent consistency.
+"""Distils a finished run's model into one of few steps: progressive distillation, or latent consistency.
 
     python -m stage2_diffusion.distillation.train runs/openmoji --out runs/openmoji-few [key=value …]
     python -m stage2_diffusion.distillation.train runs/openmoji --out runs/openmoji-lcm --method consistency
@@ -40,9 +40,9 @@ from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, with
 from ldm.sampling.few_steps import consistent, first_order
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.optimizer import DTYPES
-from ldm.training.run_dir import FREE_ENDS, about, make_dir
-from ldm.training.trainer import Run
+from ldm.training.engine import DTYPES
+from ldm.training.run_dir import FREE_ENDS, make_dir, provenance
+from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256, whole_file
 from ldm.utils.errors import Parser, UserError, command
 from stage2_diffusion.conditions import Conditions
@@ -61,55 +61,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     args = parser.parse_intermixed_args(arguments)
-    of_run = loader.of_run(args.run)
-    settings = loader.section(DistillConfig, args.overrides, "distill")
-    if settings.guidance_to is None:
-        twice = max(2 * of_run.sample.guidance, settings.guidance_from + 1)
-        settings = settings.model_copy(update={"guidance_to": twice})
-    check(of_run.stage2, settings, args.method)
-    with training_processes(of_run.run) as state:
+    config = loader.of_run(args.run)
+    options = loader.section(DistillConfig, args.overrides, "distill")
+    if options.guidance_to is None:
+        twice = max(2 * config.sample.guidance, options.guidance_from + 1)
+        options = options.model_copy(update={"guidance_to": twice})
+    check(config.stage2, options, args.method)
+    with training_processes(config.run) as state:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
         without_variance(teacher.unet, teacher.autoencoder.channels)
-        about_it = {
+        origin = {
             "run": str(args.run), "method": args.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
-            "distill": settings.model_dump(mode="json"),
+            "distill": options.model_dump(mode="json"),
         }  # fmt: skip
-        on_main(partial(claim, args.out, about_it))
+        on_main(partial(prepare_out_dir, args.out, origin))
         if not on_main((args.out / "pipeline").exists):
-            distill(of_run, settings, args.method, teacher, args.out)
+            distill(config, options, args.method, teacher, args.out)
         if state.is_main_process:
             print(f"finished: {args.out / 'pipeline'}")
 
 
-def check(stage: Stage2Config, settings: DistillConfig, method: str) -> None:
+def check(stage: Stage2Config, options: DistillConfig, method: str) -> None:
     """UserError where a model can't be distilled so."""
     if "upscale" in stage.conditions:
         raise UserError("stage2.conditions: diffusers' pipeline for upscale can't tell a student its scale of guidance")
     if method == "progressive":
         if stage.prediction_type == "eps":
             raise UserError(
-                "stage2.prediction_type: at pure noise 'eps' says nothing about the picture, so progressive "
-                "distillation can't learn it; use --method consistency, or a run with target v, x0 or flow"
+                "stage2.prediction_type: at pure noise 'eps' says nothing about the image, so progressive "
+                "distillation can't learn it; use --method consistency, or a run with prediction_type v, x0 or flow"
             )
         try:
-            settings.halvings()
+            options.halvings()
         except ValueError as error:
             raise UserError(f"distill: {error}") from None
-        if stage.prediction_type != "flow" and settings.steps_from > stage.timesteps:
+        if stage.prediction_type != "flow" and options.steps_from > stage.timesteps:
             raise UserError(
-                f"distill: steps_from: {settings.steps_from}, but stage2.timesteps are {stage.timesteps}; lower it"
+                f"distill: steps_from: {options.steps_from}, but stage2.timesteps are {stage.timesteps}; lower it"
             )
     elif stage.prediction_type == "flow":
         raise UserError("--method consistency: diffusers' LCMScheduler can't sample a flow; use --method progressive")
-    elif not settings.steps_to <= settings.original_steps <= stage.timesteps // 2:
+    elif not options.steps_to <= options.original_steps <= stage.timesteps // 2:
         raise UserError(
-            f"distill: original_steps: {settings.original_steps}; give steps_to, {settings.steps_to}, at least, and "
+            f"distill: original_steps: {options.original_steps}; give steps_to, {options.steps_to}, at least, and "
             f"half of stage2.timesteps, {stage.timesteps // 2}, at most"
         )
 
 
-def claim(folder: Path, new: dict[str, Any]) -> None:
-    """Makes the folder, or takes it up again; UserError where it was made from another model or otherwise."""
+def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
+    """Makes the folder, or continues it; UserError where it belongs to another model or method."""
     file = folder / "config.yaml"
     if file.exists():
         old = yaml.safe_load(file.read_text("utf-8"))
@@ -120,113 +120,117 @@ def claim(folder: Path, new: dict[str, Any]) -> None:
             change for change in differences(old["distill"], new["distill"])
             if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)
         ]  # fmt: skip
-        before, now = ({key: each[key] for key in ("method", "teacher")} for each in (old, new))
-        changed += differences(before, now)
+        origins = ("method", "teacher")
+        changed += differences({key: old[key] for key in origins}, {key: new[key] for key in origins})
         if changed:
             raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
         return
     make_dir("--out", folder)
     with whole_file(file) as tmp_path:
-        tmp_path.write_text(yaml.safe_dump({"about": about(), **new}, sort_keys=False), "utf-8")
+        tmp_path.write_text(yaml.safe_dump({"about": provenance(), **new}, sort_keys=False), "utf-8")
 
 
-def distill(of_run: Config, settings: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:
-    """Teaches one student after the other; each is exported, the last one as `pipeline` too."""
-    stage, process = of_run.stage2, DiffusionProcess.of(of_run.stage2)
-    device = join(of_run.run).device
+def distill(config: Config, options: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:
+    """Trains one student after the other; each is exported, the last one as `pipeline` too."""
+    stage, process = config.stage2, DiffusionProcess.of(config.stage2)
+    device = join(config.run).device
     model.to(device)
     data: Index | Stream
-    if of_run.data.streaming:
-        data = Stream(of_run.data, of_run.cache_dir, folder / "data-report.jsonl", stage.conditions)
+    if config.data.streaming:
+        data = Stream(config.data, config.cache_dir, folder / "data-report.jsonl", stage.conditions)
     else:
-        data = index.build(of_run.data, of_run.cache_dir, stage.conditions)
-    assert settings.guidance_to, "the command sets it"
+        data = index.build(config.data, config.cache_dir, stage.conditions)
+    assert options.guidance_to, "the command sets it"
     null = None
     if model.text:
         null = model.text.encode([NULL_PROMPT])[0] if model.null is None else model.null
-        within = min(max(model.guidance, settings.guidance_from), settings.guidance_to)
+        within = min(max(model.guidance, options.guidance_from), options.guidance_to)
         model = replace(model, guidance=within)
-    given = (process, settings, of_run.run.seed, null, len(model.classes) if stage.classes else None)
+    arguments = (process, options, config.run.seed, null, len(model.classes) if stage.classes else None)
 
-    def teach(name: str, lesson: DistillationMethod, solver: Any, steps: int) -> LatentDiffusion:
+    def teach(name: str, distillation: DistillationMethod, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not on_main(exported.exists):
-            unet = learn(of_run, settings, model, data, name, lesson, folder)
+            unet = learn(config, options, model, data, name, distillation, folder)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
     if method == "consistency":
-        solver = consistent(process, settings.original_steps)
-        model = teach("consistency", Consistency(model.unet, *given), solver, settings.steps_to)
+        solver = consistent(process, options.original_steps)
+        model = teach("consistency", Consistency(model.unet, *arguments), solver, options.steps_to)
     else:
         if model.text:
-            solver = scheduler(process, of_run.sample.solver, clip=model.autoencoder.factor == 1)
-            model = teach("guidance", Guidance(model.unet, *given), solver, model.steps)
-        for steps in settings.halvings():
-            model = teach(f"steps-{steps}", Halving(model.unet, *given, steps), first_order(process), steps)
+            solver = scheduler(process, config.sample.solver, clip=model.autoencoder.factor == 1)
+            model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
+        for steps in options.halvings():
+            model = teach(f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order(process), steps)
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
 def learn(
-    of_run: Config, settings: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
-    lesson: DistillationMethod, folder: Path,
+    config: Config, options: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
+    distillation: DistillationMethod, folder: Path,
 ) -> UNet:  # fmt: skip
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
-    stage, device, data = of_run.stage2, model.unet.device, everything.select("train")
-    unet = copy.deepcopy(lesson.teacher).requires_grad_(True)
-    if lesson.guidance_conditioned:
+    stage, device, data = config.stage2, model.unet.device, everything.select("train")
+    unet = copy.deepcopy(distillation.teacher).requires_grad_(True)
+    if distillation.guidance_conditioned:
         make_guidance_conditioned(unet)
-    if settings.gradient_checkpointing:
+    if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
-    for each in (unet, lesson.teacher):
-        use_attention(each, stage.attention_backend, device, DTYPES[precision(of_run.run)])
-    training = settings.model_copy(update={"steps": settings.guidance_steps} if name == "guidance" else {})
-    contract = {
-        **model.autoencoder.contract(of_run.data.size), "data": data.fingerprint(),
-        "teacher": tensors_sha256(lesson.teacher.state_dict()),
+    for network in (unet, distillation.teacher):
+        use_attention(network, stage.attention_backend, device, DTYPES[precision(config.run)])
+    training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
+    fingerprint = {
+        **model.autoencoder.contract(config.data.size), "data": data.fingerprint(),
+        "teacher": tensors_sha256(distillation.teacher.state_dict()),
     }  # fmt: skip
-    student = Denoiser(unet, Stage2Config(), lesson.null)  # by default, nothing beside the U-Net is trained
-    spec = SampleSpec.of(of_run.data, settings.batch, of_run.run.seed, stage.cond_dropout)
-    run = Run(
-        of_run.run.model_copy(update={"dir": folder}), training, name, student, contract,
-        name=sample_names(data, spec), sharded=lesson.can_be_sharded,
+    student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained
+    spec = SampleSpec.of(config.data, options.batch, config.run.seed, stage.cond_dropout)
+    trainer = Trainer(
+        config.run, training, name, student, fingerprint,
+        name=sample_names(data, spec), sharded=distillation.can_be_sharded, run_dir=folder,
     )  # fmt: skip
     if stage.compile:
-        compile_blocks(unet, dynamic=bool(of_run.data.buckets))
-    cache = CacheOptions.of(of_run.data, of_run.cache_dir)
-    samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, run.device, stage.image)
-    conditions = Conditions(of_run, model.autoencoder, None, len(model.classes))
-    held = held_out(model, everything, settings.batch, run.passes.images)
-    if settings.blended and model.text and isinstance(data, Index):
+        compile_blocks(unet, dynamic=bool(config.data.buckets))
+    cache = CacheOptions.of(config.data, config.cache_dir)
+    samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, trainer.device, stage.image)
+    conditions = Conditions(config, model.autoencoder, None, len(model.classes))
+    held = held_out(model, everything, options.batch, trainer.passes.images)
+    if options.blended and model.text and isinstance(data, Index):
         captions = data.some(CAPTIONS)
-        lesson.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
+        distillation.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def evaluate_if_due() -> None:
-        if held and run.due(settings.evaluate_every, last=True):
-            validate(run, lesson, conditions, held)
+        if held and trainer.due(options.evaluate_every, last=True):
+            validate(trainer, distillation, conditions, held)
 
-    if run.step:  # what a killed run still owes
+    if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in run.batches(samples.dataset, of_run.data.workers):
-        with run.accumulate():
+    for batch in trainer.batches(samples.dataset, config.data.workers):
+        with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)
-            condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-            asked = lesson.make_batch(n, x0, lesson.blended(n, condition))  # z_t, at a noise level and a scale
-            with torch.no_grad(), run.autocast():
-                target = lesson.target(asked, run)
+            condition, _, _ = conditions(distillation.undropped(batch), x0, states)
+            student_batch = distillation.make_batch(
+                n, x0, distillation.blended(n, condition)
+            )  # z_t and a scale of guidance
+            with torch.no_grad(), trainer.autocast():
+                target = distillation.target(student_batch, trainer)
 
-            prediction = run.model(asked.z, asked.model_time, asked.condition)
-            losses = lesson.losses(prediction.float(), asked, target)
+            prediction = trainer.model(student_batch.z, student_batch.model_time, student_batch.condition)
+            losses = distillation.losses(prediction.float(), student_batch, target)
             loss = losses.mean()
-            run.track_nonfinite(n, losses[:, None])
-            run.backward(loss)
-            run.update(loss=loss)
+            trainer.nonfinite.track_nonfinite(n, losses[:, None])
+            trainer.backward(loss)
+            trainer.optimizer_step()
+            trainer.log(loss=loss)
+        trainer.checkpoint_if_due()
         evaluate_if_due()
-    run.close()
-    return run.export_ema().unet
+    trainer.close()
+    return trainer.export_ema().unet
 
 
 def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, images: int) -> list[EvaluationBatch]:
@@ -245,18 +249,20 @@ def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, ima
 
 
 @torch.no_grad()
-def validate(run: Run, lesson: DistillationMethod, conditions: Conditions, held: Sequence[EvaluationBatch]) -> None:
+def validate(
+    trainer: Trainer, distillation: DistillationMethod, conditions: Conditions, held: Sequence[EvaluationBatch]
+) -> None:
     """Logs `held_out_loss`, of the averaged weights; every process measures all of it, which is little."""
     losses = []
-    with run.averaged("a validation"):
+    with trainer.ema_weights("a validation"):
         for batch, x0, _, states in held:
-            condition, _, _ = conditions(lesson.undropped(batch), x0, states)
-            asked = lesson.make_batch(batch["position"], x0, condition)
-            with run.autocast():
-                target = lesson.target(asked, run)
-                prediction = run.module(asked.z, asked.model_time, asked.condition)
-            losses.append(lesson.losses(prediction.float(), asked, target))
-    run.log({"held_out_loss": float(torch.cat(losses).mean())})
+            condition, _, _ = conditions(distillation.undropped(batch), x0, states)
+            student_batch = distillation.make_batch(batch["position"], x0, condition)
+            with trainer.autocast():
+                target = distillation.target(student_batch, trainer)
+                prediction = trainer.module(student_batch.z, student_batch.model_time, student_batch.condition)
+            losses.append(distillation.losses(prediction.float(), student_batch, target))
+    trainer.log_values({"held_out_loss": float(torch.cat(losses).mean())})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.training.checkpoint import checkpoints
-from ldm.training.trainer import MEASURED
+from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
 FAST = ("stage1.steps=12", "stage2.steps=12", "stage1.checkpoint_every=2", "stage2.checkpoint_every=2",

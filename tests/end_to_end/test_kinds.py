@@ -17,7 +17,7 @@ from ldm.data import openmoji
 from ldm.data.images import to_tensor
 from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.pipeline import LatentDiffusion
-from stage2_diffusion.trainer import Trainer
+from stage2_diffusion.folder_trainer import FolderTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
-    trainer = Trainer(
+    trainer = FolderTrainer(
         DiffusionProcess("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, device_batch=8, ema=0.9,
         precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
         stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,

@@ -20,9 +20,10 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.training import preflight
 from ldm.training.preflight import ResourceEstimate
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from stage1_vae import train as stage1
+from stage1_vae.objective import Objective
 
 pytestmark = pytest.mark.slow
 Launch = Callable[..., subprocess.Popen[str]]
@@ -187,7 +188,7 @@ def test_nothing_of_what_was_measured_is_left(
     drawings: Callable[..., tuple[Config, Index]], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     made: list[weakref.ref[object]] = []
-    start, loss = stage1.start, stage1.latent_losses
+    start, loss = stage1.start, Objective.add_latent_losses
 
     def started(*given: Any) -> Any:
         vae = start(*given)
@@ -199,14 +200,14 @@ def test_nothing_of_what_was_measured_is_left(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
         return loss(*given)
 
-    class Noted(Run):
+    class Noted(Trainer):
         def __init__(self, *given: Any, **options: Any):
             super().__init__(*given, **options)
             made.extend(map(weakref.ref, (self, *self.parameters, *self.ema.main.shadow_params)))
 
     monkeypatch.setattr(stage1, "start", started)
-    monkeypatch.setattr(stage1, "latent_losses", lost)
-    monkeypatch.setattr(stage1, "Run", Noted)
+    monkeypatch.setattr(Objective, "add_latent_losses", lost)
+    monkeypatch.setattr(stage1, "Trainer", Noted)
     settings, index = drawings(
         "stage1.channels=[16, 16]", "stage1.groups=8", "stage1.gan.layers=1", "stage1.gan.warmup=5"
     )

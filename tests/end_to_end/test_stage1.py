@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.trainer import MEASURED
+from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def test_two_processes_equal_one_with_the_discriminator_on(
     finish(launch("tests/end_to_end/exactly.py", 1, tmp_path / "one", *few))
     for model in ("kl", "vq"):
         (one, _), (other, _) = (checkpoint(tmp_path / name / model) for name in ("one", "two"))
-        assert one.keys() == other.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
+        assert one.keys() == other.keys() == {"model", "ema", "optimizer", "discriminator", "discriminator_optimizer"}
         for part, tensors in one.items():
             for name, tensor in tensors.items():
                 # Adam divides by the gradient's size, so where that is tiny rounding counts more than elsewhere
@@ -92,7 +92,7 @@ def test_both_networks_survive_kill_9(
         process.communicate()
     assert "stage1: continuing from step" in train(folder, *given)
     (whole, state), (parts, resumed) = checkpoint(tmp_path / "whole"), checkpoint(folder)
-    assert whole.keys() == {"model", "ema", "optimizer", "adversary", "adversary_optimizer"}
+    assert whole.keys() == {"model", "ema", "optimizer", "discriminator", "discriminator_optimizer"}
     for part, tensors in whole.items():
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in tensors.items()), part
     assert {**resumed, "metrics_bytes": 0} == {**state, "metrics_bytes": 0}  # speeds have more digits or fewer

@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from ldm.config.schema import GanConfig, RunConfig, Training
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage1_vae.adversarial import AdversarialLoss
 from stage1_vae.augment import augment
 from stage1_vae.discriminator import PatchDiscriminator
 
-PICTURES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 POSITIONS = torch.arange(4)
 
 
-def players(folder: Path, gan: GanConfig) -> tuple[AdversarialLoss, Run, nn.Module, nn.Module]:
-    """A game at its first step between a convolution and a small discriminator."""
+def players(folder: Path, gan: GanConfig) -> tuple[AdversarialLoss, Trainer, nn.Module, nn.Module]:
+    """The loss at its first step, of a convolution and a small discriminator."""
     torch.manual_seed(0)
-    painter, critic = nn.Conv2d(3, 3, 3, padding=1), PatchDiscriminator(16, 2)
+    decoder, critic = nn.Conv2d(3, 3, 3, padding=1), PatchDiscriminator(16, 2)
     config = RunConfig(dir=folder, precision="no", device="cpu", tracker="none")
-    run = Run(config, Training(steps=10), "stage1", painter, adversary=(critic, 1e-4))
-    return AdversarialLoss(gan, 10, 0, run), run, painter, critic
+    run = Trainer(config, Training(steps=10), "stage1", decoder, discriminator=(critic, 1e-4))
+    return AdversarialLoss(gan, 10, 0, run), run, decoder, critic
 
 
 def gradients(module: nn.Module) -> float:
@@ -31,45 +31,53 @@ def gradients(module: nn.Module) -> float:
 
 @pytest.mark.parametrize("loss", ["hinge", "vanilla", "non_saturating"])
 def test_each_side_leaves_no_gradient_in_the_other(tmp_path: Path, loss: str) -> None:
-    game, run, painter, critic = players(tmp_path, GanConfig(start=0, warmup=0, loss=loss, r1=1.0, augment=("color",)))
-    said: dict[str, torch.Tensor] = {}
-    fake = run.model(PICTURES)
-    run.backward(game.generator(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said))
-    assert gradients(painter) > 0
+    adversarial, run, decoder, critic = players(
+        tmp_path, GanConfig(start=0, warmup=0, loss=loss, r1=1.0, augment=("color",))
+    )
+    fake = run.model(IMAGES)
+    loss, logs = adversarial.generator(fake, (fake - IMAGES).abs().mean(), decoder.weight, POSITIONS)
+    run.backward(loss)
+    assert gradients(decoder) > 0
     assert all(p.grad is None for p in critic.parameters())
-    painter.zero_grad()
-    run.backward(game.discriminator(PICTURES, fake, POSITIONS, said))
+    decoder.zero_grad()
+    loss, discriminator_logs = adversarial.discriminator(IMAGES, fake, POSITIONS)
+    run.backward(loss)
     assert gradients(critic) > 0
-    assert all(p.grad is None for p in painter.parameters())
-    assert said.keys() == {"generator", "adaptive_weight", "discriminator", "discriminator_accuracy", "r1"}
+    assert all(p.grad is None for p in decoder.parameters())
+    assert (logs | discriminator_logs).keys() == {
+        "generator",
+        "adaptive_weight",
+        "discriminator",
+        "discriminator_accuracy",
+        "r1",
+    }
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer(tmp_path: Path) -> None:
-    game, run, painter, critic = players(tmp_path, GanConfig(start=0, warmup=0, ramp=1, weight=1.0, cap=1e9))
-    said: dict[str, torch.Tensor] = {}
+    adversarial, run, decoder, critic = players(tmp_path, GanConfig(start=0, warmup=0, ramp=1, weight=1.0, cap=1e9))
     norms = []
-    for judged in ("error", "verdict"):
-        painter.zero_grad()
-        fake = painter(PICTURES)
-        ((fake - PICTURES).abs().mean() if judged == "error" else -critic(fake).mean()).backward()
-        norms.append(painter.weight.grad.norm())
-    fake = run.model(PICTURES)
-    loss = game.generator(fake, (fake - PICTURES).abs().mean(), painter.weight, POSITIONS, said)
-    torch.testing.assert_close(said["adaptive_weight"], norms[0] / norms[1], rtol=1e-3, atol=0)
-    torch.testing.assert_close(loss, said["adaptive_weight"] * -critic(fake).mean())
+    for part in ("error", "generator"):
+        decoder.zero_grad()
+        fake = decoder(IMAGES)
+        ((fake - IMAGES).abs().mean() if part == "error" else -critic(fake).mean()).backward()
+        norms.append(decoder.weight.grad.norm())
+    fake = run.model(IMAGES)
+    loss, logs = adversarial.generator(fake, (fake - IMAGES).abs().mean(), decoder.weight, POSITIONS)
+    torch.testing.assert_close(logs["adaptive_weight"], norms[0] / norms[1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss, logs["adaptive_weight"] * -critic(fake).mean())
 
 
 def test_the_discriminator_learns_alone_and_then_its_weight_rises(tmp_path: Path) -> None:
-    game, *_ = players(tmp_path, GanConfig(start=0.4, warmup=2, ramp=4, weight=0.8))
-    assert [step for step in range(10) if game.plays(step)] == [4, 5, 6, 7, 8, 9]
-    assert [game.weight(step) for step in range(4, 12)] == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    adversarial, *_ = players(tmp_path, GanConfig(start=0.4, warmup=2, ramp=4, weight=0.8))
+    assert [step for step in range(10) if adversarial.active(step)] == [4, 5, 6, 7, 8, 9]
+    assert [adversarial.weight(step) for step in range(4, 12)] == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     later, *_ = players(tmp_path, GanConfig(start=7))
-    assert [step for step in range(10) if later.plays(step)] == [7, 8, 9]
+    assert [step for step in range(10) if later.active(step)] == [7, 8, 9]
 
 
-def test_without_a_game_nothing_is_played(tmp_path: Path) -> None:
+def test_without_a_configuration_it_is_never_active(tmp_path: Path) -> None:
     _, run, *_ = players(tmp_path, GanConfig())
-    assert not any(AdversarialLoss(None, 10, 0, run).plays(step) for step in range(11))
+    assert not any(AdversarialLoss(None, 10, 0, run).active(step) for step in range(11))
 
 
 def test_a_patch_is_seventy_pixels() -> None:
@@ -86,11 +94,11 @@ def test_a_patch_is_seventy_pixels() -> None:
 
 def test_augmentation_depends_on_the_position_only_and_lets_gradients_through() -> None:
     kinds = ("color", "translation", "cutout")
-    together = augment(PICTURES, kinds, 0, POSITIONS)
-    apart = torch.cat([augment(PICTURES[i : i + 1], kinds, 0, POSITIONS[i : i + 1]) for i in range(4)])
+    together = augment(IMAGES, kinds, 0, POSITIONS)
+    apart = torch.cat([augment(IMAGES[i : i + 1], kinds, 0, POSITIONS[i : i + 1]) for i in range(4)])
     assert torch.equal(together, apart)
-    assert not torch.equal(together, augment(PICTURES, kinds, 0, POSITIONS + 4))
-    x = PICTURES.clone().requires_grad_()
+    assert not torch.equal(together, augment(IMAGES, kinds, 0, POSITIONS + 4))
+    x = IMAGES.clone().requires_grad_()
     augment(x, kinds[1:], 0, POSITIONS).sum().backward()
     assert 0.4 < float((x.grad != 0).float().mean()) < 1  # what was cut out or pushed over the edge has none
 

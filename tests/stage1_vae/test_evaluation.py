@@ -23,7 +23,7 @@ from ldm.data.records import HELD_OUT
 from ldm.evaluation.reconstruction import Figures, scales_of
 from ldm.models import autoencoder
 from ldm.models.autoencoder import Autoencoder
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage1_vae import evaluation
 
 Drawings = Callable[..., tuple[Config, Index]]
@@ -37,9 +37,9 @@ def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]
 
 
 @pytest.fixture
-def started(vae: Autoencoder) -> Callable[[Config], Run]:
+def started(vae: Autoencoder) -> Callable[[Config], Trainer]:
     """The beginning of a run that trains `vae`."""
-    return lambda settings: Run(settings.run, settings.stage1, "stage1", vae.vae.requires_grad_(True))
+    return lambda settings: Trainer(settings.run, settings.stage1, "stage1", vae.vae.requires_grad_(True))
 
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
@@ -51,7 +51,7 @@ def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
 
 
 def test_no_more_held_out_pictures_are_measured_than_asked_for(
-    drawings: Drawings, started: Callable[[Config], Run], vae: Autoencoder
+    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
     settings, data = drawings("stage1.evaluate_pictures=5")
     held = data.select(*HELD_OUT)
@@ -66,7 +66,7 @@ def test_no_more_held_out_pictures_are_measured_than_asked_for(
 
 
 def test_figures_are_the_same_for_any_number_of_workers(
-    drawings: Drawings, started: Callable[[Config], Run], vae: Autoencoder
+    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
     found = []
     for workers in (0, 2):
@@ -131,7 +131,9 @@ def test_a_process_without_a_share_waits_for_the_others(
     assert found["psnr"] == pytest.approx(one["psnr"], rel=1e-4)
 
 
-def test_the_sheet_goes_to_the_tracker(drawings: Drawings, started: Callable[[Config], Run], vae: Autoencoder) -> None:
+def test_the_sheet_goes_to_the_tracker(
+    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
+) -> None:
     settings, data = drawings("run.tracker=tensorboard")
     run = started(settings)
     run.step = 7

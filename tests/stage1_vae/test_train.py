@@ -24,7 +24,8 @@ from ldm.models.autoencoder import build
 from ldm.models.autoencoder import load as load_autoencoder
 from ldm.utils.errors import UserError
 from stage1_vae.model import Reconstruction
-from stage1_vae.train import Errors, train
+from stage1_vae.objective import Objective
+from stage1_vae.train import train
 
 
 def test_training_rebuilds_its_pictures_and_normalises_latents(
@@ -58,13 +59,13 @@ def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
     stage = Stage1Config(channels=(16, 16), layers=1, norm_num_groups=8, l1=0, gradient=0, lpips=0.5, lpips_net="alex")
     model = Reconstruction(build(stage, 32), stage)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    said: dict[str, torch.Tensor] = {}
     rebuilt = model(x, torch.zeros(2, 4, 16, 16)).pixels.clamp(-1, 1)
-    loss = Errors(stage, 32, torch.device("cpu"))(rebuilt, x, said)
+    objective = Objective(stage, model, None, 32, torch.device("cpu"))
+    loss, logs = objective.reconstruction(rebuilt, x)
     loss.backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in model.vae.encoder.conv_in.parameters())
     reference = LearnedPerceptualImagePatchSimilarity("alex")(rebuilt.detach(), x)
-    torch.testing.assert_close(said["lpips"], reference)
+    torch.testing.assert_close(logs["lpips"], reference)
     torch.testing.assert_close(loss, 0.5 * reference)
 
 

@@ -21,7 +21,7 @@ from ldm.models.autoencoder import Autoencoder, build
 from ldm.models.unet import use_attention
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import SHEET_UNCONDITIONAL
-from ldm.training.run_dir import write_card
+from ldm.training.model_card import write_card
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]

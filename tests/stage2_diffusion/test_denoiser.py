@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ldm.config.schema import Stage2Config
 from ldm.models import text_encoder, unet
 from ldm.models.conditioning import Condition, predict
-from ldm.training.optimizer import Network
+from ldm.training.engine import Engine
 from stage2_diffusion.denoiser import Denoiser
 
 
@@ -81,7 +81,7 @@ def test_an_empty_caption_of_a_trained_encoder_is_encoded_anew_and_teaches_it(
     encoder: text_encoder.TextEncoder,
 ) -> None:
     denoiser = model(stage(), encoder, trained=True)
-    before = denoiser.nothing().detach()
+    before = denoiser.uncond_embedding().detach()
     torch.testing.assert_close(before, encoder.encode([""])[0])
     given = torch.stack(encoder.tokens(["cat"]), dim=1)
     condition = Condition(given, torch.tensor([3]))
@@ -90,7 +90,7 @@ def test_an_empty_caption_of_a_trained_encoder_is_encoded_anew_and_teaches_it(
         for parameter in encoder.model.parameters():
             if parameter.grad is not None:
                 parameter -= parameter.grad / parameter.grad.norm().clamp(min=1e-6)
-    assert not torch.allclose(denoiser.nothing(), before)
+    assert not torch.allclose(denoiser.uncond_embedding(), before)
 
 
 def test_the_encoders_dropout_is_off_whatever_the_mode(encoder: text_encoder.TextEncoder) -> None:
@@ -124,7 +124,7 @@ def test_what_is_learned_beside_the_networks_is_clipped_apart_and_not_decayed(
     denoiser = model(
         settings := stage(**{key: "learned", "weight_decay": 0.5, "max_grad_norm": 1.0}), encoder, trained=True
     )
-    network = Network(denoiser, 0.1, settings, Accelerator(cpu=True), "no")
+    network = Engine(denoiser, 0.1, settings, Accelerator(cpu=True), "no")
     beside = {name: p for name, p in denoiser.named_parameters() if not name.startswith(("unet.", "encoder."))}
     networks = [p for name, p in denoiser.named_parameters() if name not in beside and p.requires_grad]
     assert len(beside) == {"beta_schedule": 4, "loss_weighting": 2, "uncond_embedding": 1}[key]

@@ -16,7 +16,7 @@ from ldm.config.schema import Config
 from ldm.data.index import Index
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder
-from ldm.training.ema import fit, snapshots, weighted_sum
+from ldm.training.ema import fit, read_snapshots, weighted_sum
 from scripts import ema
 from stage2_diffusion.train import train
 
@@ -43,7 +43,7 @@ def test_a_run_s_model_comes_back_and_others_are_made(
     assert files(same) == files(run / "pipeline")
 
     call(ema.main, run, "--width", 0.15, "--step", 6, "--out", other)
-    kept = [each for each in snapshots(run / "stage2/ema") if each.step <= 6]
+    kept = [each for each in read_snapshots(run / "stage2/ema") if each.step <= 6]
     expected = weighted_sum([each.path for each in kept], fit(kept, 0.15)[0])
     found = {f"unet.{name}": t for name, t in load_file(other / "unet/diffusion_pytorch_model.safetensors").items()}
     encoder = load_file(other / "text_encoder/model.safetensors")

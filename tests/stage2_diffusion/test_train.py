@@ -22,7 +22,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints, read_checkpoint
-from ldm.training.trainer import MEASURED
+from ldm.training.metrics_logger import MEASURED
 from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 

@@ -18,7 +18,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
@@ -102,7 +102,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
     denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.encode([""])[0])
-    run = Run(settings.run, stage, "stage2", denoiser)
+    run = Trainer(settings.run, stage, "stage2", denoiser)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.zero_()  # the average is what was built
@@ -113,7 +113,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     chosen = {"held_out": index.select("combination").some(3), "trained_on": index.select("train").some(3)}
     assert [len(part) for part in chosen.values()] == [3, 3]
     errors = {}
-    with run.averaged("a test"), torch.no_grad():
+    with run.ema_weights("a test"), torch.no_grad():
         for name, part in chosen.items():
             table = torch.zeros(3, len(EVAL_LOG_SNRS))
             for k, entry in enumerate(part):
@@ -155,5 +155,5 @@ def test_without_held_out_pictures_nothing_is_measured(
     network = unet.build(stage, 4, 8, encoder.width)
     model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
     validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)
-    assert validation(Run(settings.run, stage, "stage2", Denoiser(network, stage, encoder.encode([""])[0]))) == {}
+    assert validation(Trainer(settings.run, stage, "stage2", Denoiser(network, stage, encoder.encode([""])[0]))) == {}
     assert not (settings.run.dir / "stage2/metrics.jsonl").exists()

@@ -17,7 +17,7 @@ from ldm.data.index import Index
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import dry_run
 from ldm.training.dry_run import DryRun
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage2_diffusion.samples import write_sheet
 
 
@@ -29,17 +29,19 @@ class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: int = 4) -> None:
     """As a stage does."""
     config = RunConfig(dir=folder, tracker="tensorboard", log_every=2)
-    run = Run(config, Training(steps=steps, batch=2, checkpoint_every=1, ema_widths=(0.1,), ema_snapshot_every=1),
+    run = Trainer(config, Training(steps=steps, batch=2, checkpoint_every=1, ema_widths=(0.1,), ema_snapshot_every=1),
               "stage2", nn.Linear(1, 1))  # fmt: skip
     made += [weakref.ref(run), *map(weakref.ref, (*run.parameters, *run.ema.main.shadow_params))]
     for batch in run.batches(Numbers()):
         with run.accumulate():
             loss = run.model(batch["x"]).square().mean()
             run.backward(loss)
-            run.update(loss=loss)
+            run.optimizer_step()
+            run.log(loss=loss)
+        run.checkpoint_if_due()
         if run.due(1):
             due.append(run.step)
-            with run.averaged("a validation"):
+            with run.ema_weights("a validation"):
                 pass
     raise AssertionError("past its steps is the export")
 
@@ -65,8 +67,8 @@ def test_a_dry_run_takes_its_steps_and_leaves_nothing(tmp_path: Path, evaluate: 
 
 def test_an_error_says_what_memory_was_needed_for_and_ends_the_block(tmp_path: Path) -> None:
     def train() -> None:
-        run = Run(RunConfig(dir=tmp_path), Training(steps=1, batch=1), "stage2", nn.Linear(1, 1))
-        with run.averaged("a sample sheet"):
+        run = Trainer(RunConfig(dir=tmp_path), Training(steps=1, batch=1), "stage2", nn.Linear(1, 1))
+        with run.ema_weights("a sample sheet"):
             raise torch.OutOfMemoryError
 
     measured = DryRun()
@@ -82,6 +84,6 @@ def test_of_a_sheet_what_grows_with_the_solvers_steps_is_told_apart(
     settings, data = drawings("stage2.conditions=[class]", "stage2.pooled_text=false")
     model = random_model("class")
     with pytest.raises(ZeroDivisionError), DryRun() as measured:
-        write_sheet(settings, Run(settings.run, settings.stage2, "stage2", model.unet), model, data)
+        write_sheet(settings, Trainer(settings.run, settings.stage2, "stage2", model.unet), model, data)
         raise ZeroDivisionError
     assert 0 < measured.denoising < measured.seconds["a sample sheet"]

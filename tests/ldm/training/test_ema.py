@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ldm.config.schema import WIDEST, Training
-from ldm.training.ema import EMA, Averages, PowerEMA, coefficients, exponent, fit, snapshots, weighted_sum
+from ldm.training.ema import EMA, Averages, PowerEMA, coefficients, exponent, fit, read_snapshots, weighted_sum
 from ldm.utils.errors import UserError
 
 
@@ -134,7 +134,7 @@ def test_swapped_averages_go_by_the_same_names() -> None:
 
 def test_snapshots_say_what_they_are_and_hold_the_averages_by_name(tmp_path: Path) -> None:
     averages = follow(walk(250), tmp_path, (0.1, 0.05))
-    found = snapshots(tmp_path)
+    found = read_snapshots(tmp_path)
     assert [each[1:] for each in found] == [(step, step, width) for step in (100, 200, 250) for width in (0.05, 0.1)]
     assert {path.name for path in tmp_path.iterdir()} >= {"step-000100-0.05.safetensors", "step-000250-0.1.safetensors"}
     for each, model in zip(found[-2:], reversed(averages.models), strict=True):
@@ -144,12 +144,12 @@ def test_snapshots_say_what_they_are_and_hold_the_averages_by_name(tmp_path: Pat
 def test_a_file_that_is_no_snapshot_is_named(tmp_path: Path) -> None:
     (tmp_path / "step-000001-0.1.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"step-000001-0\.1\.safetensors: not a sound snapshot"):
-        snapshots(tmp_path)
+        read_snapshots(tmp_path)
 
 
 def test_the_average_that_was_kept_comes_back(tmp_path: Path) -> None:
     follow(walk(1000), tmp_path, (0.05, 0.1))
-    found = snapshots(tmp_path)
+    found = read_snapshots(tmp_path)
     for last in (found[3], found[-2], found[-1]):
         kept = [each for each in found if each.step <= last.step]
         shares, off = fit(kept, last.width)
@@ -161,7 +161,7 @@ def test_the_average_that_was_kept_comes_back(tmp_path: Path) -> None:
 def test_another_width_is_as_near_to_the_tracked_one_as_its_profile(tmp_path: Path, width: float, least: float) -> None:
     history = walk(2000)
     follow(history, tmp_path, (0.05, 0.1))
-    found = snapshots(tmp_path)
+    found = read_snapshots(tmp_path)
     shares, off = fit(found, width)
     made = weighted_sum([each.path for each in found], shares)["layer.weight"]
     tracked = follow(history.double(), tmp_path / "tracked", (width,)).main.shadow_params[0]
@@ -211,5 +211,5 @@ def test_sharded_weights_are_averaged_and_kept_as_whole_ones_are(one_process: No
     for averages in both:
         averages.swap()
     assert torch.equal(sharded.full_tensor(), history[-1])
-    for a, b in zip(snapshots(tmp_path / "whole"), snapshots(tmp_path / "sharded"), strict=True):
+    for a, b in zip(read_snapshots(tmp_path / "whole"), read_snapshots(tmp_path / "sharded"), strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()

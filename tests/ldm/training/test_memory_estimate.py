@@ -26,7 +26,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, predict
 from ldm.training import checks, memory_estimate
 from ldm.training.memory_estimate import AsOnGPU, Living, of_moments, of_unet
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage2_diffusion.denoiser import Denoiser
 
 SHAPE: dict[str, Any] = {
@@ -160,10 +160,12 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
         "stage2.attention_head_dim=4",
     )  # fmt: skip
     shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
-    run = Run(one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384)))
+    run = Trainer(
+        one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384))
+    )
     for parameter in run.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    run._network.optimizer.step()
+    run._engine.optimizer.step()
 
     def taken(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -171,7 +173,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     found = {item.name: item.step for item in memory_estimate.bill(one).items}
     assert found["weights, float32"] == taken(run.parameters)
     assert found["gradients, float32"] == taken(p.grad for p in run.parameters)
-    states = run._network.optimizer.optimizer.state.values()
+    states = run._engine.optimizer.optimizer.state.values()
     assert found["moments of adamw"] == taken(tensor for state in states for tensor in state.values())
     assert found["2 averages of the weights"] == taken(p for model in run.ema.models for p in model.shadow_params)
     vae, encoder = checks.networks(one)[0], text_encoder.of(one.text)

@@ -22,7 +22,7 @@ from ldm.data.index import Index
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import trackers
 from ldm.training.trackers import INTERFACES, log_image
-from ldm.training.trainer import Run
+from ldm.training.trainer import Trainer
 from stage2_diffusion.samples import write_sheet
 
 
@@ -194,7 +194,7 @@ def test_stage_twos_sheet_goes_to_the_tracker(
 ) -> None:
     settings, data = drawings("run.tracker=tensorboard", "stage2.conditions=[class]", "stage2.pooled_text=false")
     model = random_model("class")
-    run = Run(settings.run, settings.stage2, "stage2", model.unet)
+    run = Trainer(settings.run, settings.stage2, "stage2", model.unet)
     run.step = 7
     write_sheet(settings, run, model, data)
     (logged,) = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload().Images("samples")

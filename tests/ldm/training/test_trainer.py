@@ -21,8 +21,10 @@ import ldm.training.trainer
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import checkpoints, read_checkpoint
-from ldm.training.optimizer import Network
-from ldm.training.trainer import MEASURED, Run, learning_rate
+from ldm.training.engine import Engine
+from ldm.training.metrics_logger import MEASURED
+from ldm.training.optimizer import lr_factor
+from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from ldm.utils.rng import normal
 
@@ -49,7 +51,7 @@ def train(
     workers: int = 0,
     keys: bool = False,
     **changes: object,
-) -> Run:
+) -> Trainer:
     """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
 
     It is sent to all processes, as a cluster or a launcher does.
@@ -66,7 +68,7 @@ def train(
         "checkpoint_every": 4,
         **changes,
     }
-    run = Run(
+    run = Trainer(
         RunConfig(
             dir=folder,
             precision="no",
@@ -88,10 +90,12 @@ def train(
                 output = torch.where(batch["position"][:, None] % 4 == 2, torch.inf, output)
             if run.step in steep:
                 output.register_hook(lambda gradient: gradient * torch.nan)
-            run.track_nonfinite(batch["position"], output)
+            run.nonfinite.track_nonfinite(batch["position"], output)
             loss = (output - batch["x"]).square().mean()
             run.backward(loss)
-            run.update(loss=loss)
+            run.optimizer_step()
+            run.log(loss=loss)
+        run.checkpoint_if_due()
         if run.step == stop:
             loaders = [str(child.pid) for child in psutil.Process().children() if workers]
             subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
@@ -104,7 +108,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
-def weights(run: Run) -> list[torch.Tensor]:
+def weights(run: Trainer) -> list[torch.Tensor]:
     return [
         *(p.detach().clone() for p in run.parameters),
         *(s for model in run.ema.models for s in model.shadow_params),
@@ -127,7 +131,7 @@ def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Pat
     pytest.importorskip("bitsandbytes", reason="pip install 'ldm[8bit]'")
     options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
     whole = train(tmp_path / "whole", **options)
-    moments = whole._network.optimizer.optimizer.state[whole.parameters[0]]
+    moments = whole._engine.optimizer.optimizer.state[whole.parameters[0]]
     assert moments["state1"].dtype == torch.uint8
     with pytest.raises(SystemExit):
         train(tmp_path / "parts", stop=6, **options)
@@ -204,7 +208,7 @@ def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path)
 def test_a_checkpoint_for_other_latents_is_refused_with_both_values(tmp_path: Path) -> None:
     train(tmp_path)
     with pytest.raises(UserError, match=r"\[4\].*\[8\]"):
-        Run(
+        Trainer(
             RunConfig(dir=tmp_path, precision="no", device="cpu", tracker="none"),
             Training(),
             "stage1",
@@ -244,7 +248,7 @@ def test_a_killed_run_ends_with_the_averages_and_snapshots_of_the_uninterrupted_
 def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> None:
     run = train(tmp_path, ema_widths=(0.2, 0.05))
     before, average = weights(run), run.ema.models[0].shadow_params[0].clone()
-    with run.averaged("a test"):
+    with run.ema_weights("a test"):
         assert torch.equal(run.module.weight, average)
         assert not torch.equal(run.module.weight, before[0])
     assert all(map(torch.equal, weights(run), before))
@@ -252,13 +256,13 @@ def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> No
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:
     training = Training(steps=110, lr_warmup_steps=10, lr_scheduler="cosine")
-    rates = [learning_rate(step, training) for step in range(111)]
+    rates = [lr_factor(step, training) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10 + 50] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-9)
-    assert learning_rate(1000, Training()) == 1.0
+    assert lr_factor(1000, Training()) == 1.0
     straight = Training(steps=110, lr_warmup_steps=10, lr_scheduler="linear")
-    assert [learning_rate(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
+    assert [lr_factor(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
 
 
 def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
@@ -267,8 +271,8 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
     """What is left equals a run in which the gradient of that step was never taken."""
     with_it = train(tmp_path / "with", bad=(5,))
     assert "a loss or gradient is not finite at step 6, of sample 22; the step is skipped" in capsys.readouterr().out
-    optimizer = with_it._network.optimizer.state_dict()["state"][0]
-    assert (with_it.step, with_it.skips.total, int(optimizer["step"])) == (12, 1, 11)
+    optimizer = with_it._engine.optimizer.state_dict()["state"][0]
+    assert (with_it.step, with_it.nonfinite.total, int(optimizer["step"])) == (12, 1, 11)
     assert all(tensor.isfinite().all() for tensor in weights(with_it))
     lines = metrics(tmp_path / "with")
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -337,7 +341,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
 
 def test_a_scale_that_is_too_high_is_lowered_and_not_counted(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
     run = train(tmp_path, steep=(2, 3))
-    assert (run.skips.total, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
+    assert (run.nonfinite.total, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
 
 
 def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
@@ -348,11 +352,16 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scale
 def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
     tmp_path: Path, scaled: torch.amp.GradScaler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Run.update
-    monkeypatch.setattr(Run, "update", lambda run, loss: update(run, loss=loss / (run.step != 5)))
+    backward = Trainer.backward
+
+    def overflown(run: Trainer, loss: torch.Tensor) -> None:
+        backward(run, loss)
+        run._losses[-1] = loss.detach() / (run.step != 5)
+
+    monkeypatch.setattr(Trainer, "backward", overflown)
     run = train(tmp_path)
-    steps = run._network.optimizer.state_dict()["state"][0]["step"]
-    assert (run.skips.total, int(steps), run.ema.updates) == (1, 11, 11)
+    steps = run._engine.optimizer.state_dict()["state"][0]["step"]
+    assert (run.nonfinite.total, int(steps), run.ema.updates) == (1, 11, 11)
 
 
 def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
@@ -361,11 +370,11 @@ def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
         def extra_parameters(self) -> list[nn.Parameter]:
             return [self.bias]
 
-    network = Network(Two(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
-    network.module(torch.ones(1, 2)).sum().backward()
-    assert network.clip_gradients().isfinite()
-    network.module.bias.grad.fill_(torch.nan)
-    assert not network.clip_gradients().isfinite()
+    engine = Engine(Two(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
+    engine.module(torch.ones(1, 2)).sum().backward()
+    assert engine.clip_gradients().isfinite()
+    engine.module.bias.grad.fill_(torch.nan)
+    assert not engine.clip_gradients().isfinite()
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -403,12 +412,12 @@ def test_processes_that_train_on_other_pictures_are_told_apart(
         "from pathlib import Path\n"
         "from torch import nn\n"
         "from ldm.utils.errors import UserError\n"
-        "from ldm.training.trainer import Run\n"
+        "from ldm.training.trainer import Trainer\n"
         "from ldm.config.schema import RunConfig, Training\n"
         "run = RunConfig(dir=Path(sys.argv[1]), device='cpu', precision='no', tracker='none')\n"
         "rank = os.environ['RANK']\n"
         "try:\n"
-        "    Run(run, Training(batch=4), 'stage2', nn.Linear(2, 2), {'data': rank})\n"
+        "    Trainer(run, Training(batch=4), 'stage2', nn.Linear(2, 2), {'data': rank})\n"
         "except UserError as error:\n"
         "    print(rank, 'said:', error, flush=True)\n"
     )

@@ -20,7 +20,7 @@ from ldm.data.index import Index
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.trainer import MEASURED
+from ldm.training.metrics_logger import MEASURED
 from stage2_diffusion.classifier import train
 
 KEYS = [

@@ -1,4 +1,4 @@
-"""`Trainer`: stage two from Python, for who has a folder of pictures and wants a diffusion model of them."""
+"""`FolderTrainer`: trains a diffusion model of a folder of images, from Python."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from ldm.distributed.launch import join
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import checks
-from ldm.training.run_dir import check_finished, prepare_run_dir, write_card
+from ldm.training.fingerprint import check_finished
+from ldm.training.model_card import write_card
+from ldm.training.run_dir import prepare_run_dir
 from stage2_diffusion.train import train
 
 UNET = {"channels": [64, 128, 256, 256], "attention_head_dim": 32, "attention": [False, False, True, True]}
 
 
-class Trainer:
-    """Trains a diffusion model of the pictures in a folder; unconditional and in pixel space unless told otherwise.
+class FolderTrainer:
+    """Trains a diffusion model of the images in a folder; by default unconditional and in pixel space.
 
-        trainer = Trainer(DiffusionProcess("eps", "cosine"), "pictures", size=64, batch=32, lr=1e-4, steps=20_000)
+        trainer = FolderTrainer(DiffusionProcess("eps", "cosine"), "images", size=64, batch=32, lr=1e-4, steps=20_000)
         model = trainer.train()
-        model(count=16)[0].save("picture.png")
+        model(count=16)[0].save("image.png")
 
-    `size` is the pictures' side in pixels, `batch` the global batch, of which a device computes `device_batch` at once;
-    `lr` the learning rate, `ema` the decay of the averaged weights, which are what comes out; `precision` is `auto`,
+    `size` is the images' side in pixels, `batch` the global batch, of which a device computes `device_batch` at once;
+    `lr` the learning rate, `ema` the decay of the averaged weights, which are exported; `precision` is `auto`,
     `no`, `bf16` or `fp16`. `autoencoder` is `identity`, or a diffusers folder for diffusion in its latents. `run` is
     the run's folder: the same call again continues there. `keys` are any others of the configuration, written
-    `stage2__model="unet-34m"`. ldm.utils.errors.UserError says in one line what can't be.
+    `stage2__model="unet-34m"`. UserError where they don't fit together.
     """
 
     def __init__(
@@ -76,22 +78,22 @@ class Trainer:
             section, _, name = loader.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
         loader.print_once(notes)
-        self.config = loader.parse(tree, "Trainer")
+        self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 
     def train(self) -> LatentDiffusion:
-        """Trains to the end, from where it stood, and returns the model; `RUN/pipeline` opens in plain diffusers."""
+        """Trains to the end, or continues, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)
         text = checks.check(self.config, state.num_processes)
         settings = prepare_run_dir(self.config)
         pipeline = settings.run.dir / "pipeline"
-        pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+        images = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
         if pipeline.exists():
-            check_finished(settings.run.dir / "stage2", {"data": pictures.select("train").fingerprint()})
+            check_finished(settings.run.dir / "stage2", {"data": images.select("train").fingerprint()})
         else:
             batches = (settings.stage1.batch, settings.stage2.batch)
-            check.before_training(pictures, settings.run.dir, text, settings.text.model, batches)
-            train(settings, pictures, autoencoder.load(self.autoencoder, "autoencoder"), text)
+            check.before_training(images, settings.run.dir, text, settings.text.model, batches)
+            train(settings, images, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:
                 write_card(settings)
         return LatentDiffusion.load(pipeline, state.device)
@@ -99,11 +101,11 @@ class Trainer:
 
 def _loaded(name: str | Path) -> dict[str, Any]:
     """The keys of stage one that describe an autoencoder that exists."""
-    found = autoencoder.load(name, "autoencoder")
-    family = next(key for key, kind in autoencoder.FAMILIES.items() if kind == type(found.vae).__name__)
+    loaded = autoencoder.load(name, "autoencoder")
+    family = next(key for key, kind in autoencoder.FAMILIES.items() if kind == type(loaded.vae).__name__)
     model = {"dc": "dc-f32", "vq": "vq-f4"}.get(family, family)
     width = 64
     return {
-        "model": model, "pretrained": str(name), "latent_channels": found.channels,
-        "channels": [width] * (found.factor.bit_length()),
+        "model": model, "pretrained": str(name), "latent_channels": loaded.channels,
+        "channels": [width] * (loaded.factor.bit_length()),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed import launch
-from ldm.training.optimizer import Network
+from ldm.training.engine import Engine
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_autocast_has_its_dtype_under_every_strategy(
 
     monkeypatch.setattr(torch, "autocast", autocast)
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType[strategy]
-    network = Network(nn.Linear(4, 4), 1e-3, Training(), accelerator, precision)
+    network = Engine(nn.Linear(4, 4), 1e-3, Training(), accelerator, precision)
     output = network.ddp_model(torch.randn(2, 4))
     assert output.dtype == torch.float32
     expected = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +66,7 @@ def test_autocast_has_its_dtype_under_every_strategy(
 def test_a_copy_of_the_module_computes_with_its_own_weights(accelerator: Accelerator) -> None:
     module = nn.Linear(4, 4)
     accelerator.state.device = PartialState().device = torch.device("cpu")
-    network = Network(module, 1e-3, Training(), accelerator, "bf16")
+    network = Engine(module, 1e-3, Training(), accelerator, "bf16")
     x, copied = torch.randn(2, 4), copy.deepcopy(network.ddp_model)
     nn.init.zeros_(copied.weight)
     nn.init.zeros_(copied.bias)

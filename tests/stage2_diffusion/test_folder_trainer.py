@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.errors import UserError
-from stage2_diffusion.trainer import Trainer
+from stage2_diffusion.folder_trainer import FolderTrainer
 
 KEYS = {
     "size": 16, "batch": 4, "steps": 2, "precision": "no", "run__tracker": "none", "run__device": "cpu",
@@ -22,7 +22,7 @@ KEYS = {
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
 }  # fmt: skip
-Make = Callable[..., Trainer]
+Make = Callable[..., FolderTrainer]
 
 
 def draw(path: Path) -> None:
@@ -41,8 +41,8 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(pictures: Path, tmp_path: Path) -> Make:
-    def made(process: DiffusionProcess, **keys: Any) -> Trainer:
-        return Trainer(process, pictures, run=tmp_path / "run", **{**KEYS, **keys})
+    def made(process: DiffusionProcess, **keys: Any) -> FolderTrainer:
+        return FolderTrainer(process, pictures, run=tmp_path / "run", **{**KEYS, **keys})
 
     return made
 
@@ -113,5 +113,5 @@ def test_a_wrong_argument_is_one_line(keys: dict[str, Any], says: str, make: Mak
 
 
 def test_a_named_unet_has_its_own_shape_but_for_the_keys_given(pictures: Path) -> None:
-    stage = Trainer(DiffusionProcess("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
+    stage = FolderTrainer(DiffusionProcess("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
     assert (stage.channels, stage.attention, stage.layers) == ((96, 192, 256), (False, True, True), 3)

@@ -1,0 +1,45 @@
+"""What a checkpoint was trained on, and what a run is refused for when it changed: data, autoencoder, latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldm.config.loader import differences
+from ldm.distributed.consensus import gathered
+from ldm.training.checkpoint import checkpoints, read_state
+from ldm.utils.errors import UserError
+
+Fingerprint = dict[str, Any]
+
+
+def check_same_on_all_processes(stage: str, fingerprint: Fingerprint) -> None:
+    """UserError, on all processes, where one has other images or latents than the main one."""
+    main, *others = gathered(fingerprint)
+    for rank, other in enumerate(others, 1):
+        if changed := "; ".join(differences(main, other)):
+            raise UserError(
+                f"{stage}: process {rank} has other images, captions or latents than process 0 ({changed}); "
+                "put data and autoencoder on a file system that all machines share"
+            )
+
+
+def check_same(checkpoint: Path, stored: Fingerprint, fingerprint: Fingerprint) -> None:
+    """UserError where a checkpoint to continue from was trained on other images or latents."""
+    if stored != fingerprint:
+        changed = "; ".join(differences(stored, fingerprint))
+        raise UserError(
+            f"{checkpoint}: its images, captions or latents were others ({changed}); "
+            "give back those that it was trained with, or start with --fresh"
+        )
+
+
+def check_finished(stage_dir: Path, fingerprint: Fingerprint) -> None:
+    """UserError where the finished stage in `stage_dir` was trained on other images, or with other latents."""
+    for checkpoint in checkpoints(stage_dir)[-1:]:
+        stored = read_state(checkpoint)["fingerprint"]
+        if changed := [name for name, value in fingerprint.items() if stored.get(name) != value]:
+            raise UserError(
+                f"{stage_dir.parent} is finished, but its {' and '.join(changed)} changed since; "
+                "give another run.dir, or --fresh to train beside it"
+            )

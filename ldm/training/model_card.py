@@ -1,0 +1,102 @@
+"""The model card of a finished run: `RUN/README.md`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ldm.config.schema import Config
+from ldm.data import openmoji
+from ldm.models.autoencoder import STATISTICS
+from ldm.utils.atomic_files import whole_file
+
+
+def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """`README.md` of a finished run: its data, settings, figures, and a sheet of samples.
+
+    `figures` are added to those of the autoencoder's own folder, a row each.
+    """
+    folder = config.run.dir
+    facts = folder / "autoencoder" / STATISTICS
+    held_out = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
+    rebuilt = {name: held_out[name] for name in ("psnr", "ssim") if name in held_out}
+    grids = list((folder / "stage2" / "samples").glob("step-*.png"))
+    if grids:
+        newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))
+        shutil.copy(newest, folder / "samples.png")
+    stage1, stage2 = config.stage1, config.stage2
+    autoencoder = "none: pixels" if stage1.needs_none else f"{stage1.model}, {stage1.steps} steps of {stage1.batch}"
+    unet = stage2.init_from or f"channels {list(stage2.channels)}"
+    schedule = "" if stage2.prediction_type == "flow" else f", {stage2.beta_schedule} schedule"
+    lines = [
+        f"# {folder.name}", "", f"{_kind(config)} {_usage(config)}", "",
+        *(["![samples](samples.png)", ""] if grids else []),
+        *(["Framed: prompts of held-out images.", ""] if grids and stage2.text and not stage2.image else []),
+        "| | |", "|---|---|",
+        f"| data | `{config.data.name}`, {config.data.size} px |",
+        f"| conditions | {', '.join(stage2.conditions) or 'none'} |",
+        *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if stage2.text else []),
+        f"| autoencoder | {stage1.pretrained or autoencoder} |",
+        f"| U-Net | {unet}, {stage2.steps} steps of {stage2.batch} |",
+        f"| process | {stage2.prediction_type}{schedule} |",
+        f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
+        *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
+        "",
+        *([openmoji.ATTRIBUTION, ""] if any(source.path in openmoji.SUBSETS for source in config.data.source) else []),
+        "All settings are in `config.yaml`.", "",
+    ]  # fmt: skip
+    with whole_file(folder / "README.md") as tmp_path:
+        tmp_path.write_text("\n".join(lines), "utf-8")
+
+
+def _kind(config: Config) -> str:
+    stage2, space = config.stage2, "latent" if config.stage1.factor > 1 else "pixel"
+    if stage2.image:
+        task = "inpaints images" if "inpaint" in stage2.conditions else f"upscales images {config.stage1.factor}-fold"
+        return f"A {space} diffusion model that {task}."
+    kind = "text-to-image" if stage2.text else "class-conditional" if stage2.classes else "unconditional"
+    return f"A {kind} {space} diffusion model."
+
+
+def _usage(config: Config) -> str:
+    """How the pipeline is used: in plain diffusers where its pipelines have arguments for the model's conditions."""
+    stage2, sample, folder = config.stage2, config.sample, config.run.dir / "pipeline"
+    prompt = json.dumps((sample.prompts or ("a red heart",))[0], ensure_ascii=False)
+    steps = f"num_inference_steps={sample.steps}"
+    guided = f"{steps}, guidance_scale={sample.guidance}"
+    call = {
+        "text": f"pipe({prompt}, {guided}).images[0]",
+        "": f"pipe({steps}).images[0]",
+        "text inpaint": f"pipe({prompt}, image=image, mask_image=mask, {guided}).images[0]",
+        "text upscale": f"pipe({prompt}, image=small, {guided}).images[0]",
+    }.get(" ".join(stage2.conditions))
+    decoded = not stage2.text or config.stage1.family in ("kl", "tiny")  # by diffusers' Stable Diffusion pipelines
+    needs_ldm = stage2.uncond_embedding == "learned" or config.text.chunks > 1 or not decoded
+    if call and not needs_ldm:
+        code = [
+            "from diffusers import DiffusionPipeline",
+            f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
+            call,
+        ]
+        return "\n".join(["The folder `pipeline` opens in plain diffusers:", "", "```python", *code, "```"])
+    arguments = {"text": prompt, "class": "labels=0", "inpaint": "image=image, mask=mask", "upscale": "image=small"}
+    keywords = ", ".join(arguments[name] for name in stage2.conditions if name in arguments)
+    code = [
+        "from ldm.sampling.pipeline import LatentDiffusion",
+        f'model = LatentDiffusion.load("{folder}")',
+        f"model({keywords})[0]",
+    ]
+    return "\n".join(["With `ldm` installed:", "", "```python", *code, "```"])
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    rows: list[tuple[str, float]] = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, float):
+            rows.append((prefix + name, value))
+    return rows
