@@ -66,7 +66,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     pictures = seen(settings, encoder)
     if not pipeline.exists():
-        on_main(lambda: checks.check_on_pictures(settings, next(dataset.iter_images(pictures, 2)), state.device))
+        on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(pictures, 2)), state.device))
     if stages and state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
     for each in stages if settings.run.preflight else ():
@@ -117,7 +117,7 @@ def dry_run(settings: Config, only: str | None) -> None:
     if state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
         if settings.run.device != "cpu" and "stage2" in left(settings, only):
-            print(memory_estimate.bill(settings, state.num_processes), flush=True)
+            print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
     try:  # what may not be here yet
         sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:
@@ -155,7 +155,7 @@ def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: Tex
         return train_unet(settings, pictures, vae, trained)
 
     given = made(settings)
-    found = preflight.measured(settings, stage, pictures, train)
+    found = preflight.measure(settings, stage, pictures, train)
     if encoder:
         encoder.to(torch.device("cpu"))  # stage one, which may come first, needs the room
     if PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""What a configuration would train: checked and counted before anything is trained."""
+"""A configuration checked, and its plan described, before anything is trained."""
 
 from __future__ import annotations
 
@@ -22,34 +22,41 @@ from ldm.models import autoencoder, compilation, feature_networks, text_encoder,
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
-"""Parameters of a text encoder that is not here: Stable Diffusion 1's."""
+"""Parameters of text encoders that need not be on this machine: Stable Diffusion 1's."""
 
 
 def describe(config: Config, processes: int = 1) -> str:
-    """The plan of a run: data, both stages with parameter counts and how batches are computed, what is not here yet."""
-    one, two, size = config.stage1, config.stage2, config.data.size
-    side = size // one.factor
+    """The plan of a run: data, both stages with parameter counts, how batches are computed, what is still missing."""
+    stage1, stage2, size = config.stage1, config.stage2, config.data.size
+    side = size // stage1.factor
     vae, network = networks(config)
-    words = text_facts(config.text) if two.text else NO_TEXT
-    for key, given in (("stage1.pretrained", one.pretrained), ("stage1.init_from", one.init_from)):
-        if given and Path(given).exists():
-            check_autoencoder(config, key, given)
-    trained = f"trained for {one.steps} steps of {one.batch}, lr {one.lr}"
-    if one.init_from:
-        trained = f"{one.train} of {one.init_from} {trained}"
-    made = f"loaded from {one.pretrained}" if one.pretrained else "nothing to train" if one.needs_none else trained
-    start = f", starting from {two.init_from}" if two.init_from else ""
+    text = text_encoder_sizes(config.text) if stage2.text else NO_TEXT
+    for key, name in (("stage1.pretrained", stage1.pretrained), ("stage1.init_from", stage1.init_from)):
+        if name and Path(name).exists():
+            check_autoencoder(config, key, name)
+    trained = f"trained for {stage1.steps} steps of {stage1.batch}, lr {stage1.lr}"
+    if stage1.init_from:
+        trained = f"{stage1.train} of {stage1.init_from} {trained}"
+    source = (
+        f"loaded from {stage1.pretrained}"
+        if stage1.pretrained
+        else "nothing to train"
+        if stage1.needs_none
+        else trained
+    )
+    start = f", starting from {stage2.init_from}" if stage2.init_from else ""
+    conditions = ", ".join(stage2.conditions) or "none"
     return "\n".join(
         [
             f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
             f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
-            f"text     {config.text.model}: {words.length} tokens × {words.width}" if two.text else "text     none",
-            f"stage 1  {one.model} autoencoder, {_millions(vae)} parameters, factor {one.factor}, "
-            f"latents {one.latent_channels} × {side} × {side}; {made}",
-            *([] if one.needs_none else _batch("stage1", one, processes)),
-            f"stage 2  U-Net, {_millions(network)} parameters, given {', '.join(two.conditions) or 'nothing'}, "
-            f"target {two.prediction_type}; {two.steps} steps of {two.batch}, lr {two.lr}{start}",
-            *_batch("stage2", two, processes),
+            f"text     {config.text.model}: {text.length} tokens × {text.width}" if stage2.text else "text     none",
+            f"stage 1  {stage1.model} autoencoder, {_millions(vae)} parameters, factor {stage1.factor}, "
+            f"latents {stage1.latent_channels} × {side} × {side}; {source}",
+            *([] if stage1.needs_none else _batch("stage1", stage1, processes)),
+            f"stage 2  U-Net, {_millions(network)} parameters, conditions: {conditions}, "
+            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, lr {stage2.lr}{start}",
+            *_batch("stage2", stage2, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
     )
@@ -73,140 +80,144 @@ def _batch(stage: str, training: Training, processes: int) -> list[str]:
 
 def networks(config: Config) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
-    one, two, size = config.stage1, config.stage2, config.data.size
-    width = text_facts(config.text).width if two.text else 0
+    stage1, stage2, size = config.stage1, config.stage2, config.data.size
+    width = text_encoder_sizes(config.text).width if stage2.text else 0
     with torch.device("meta"):
-        vae = autoencoder.build(one, size)
-    here = two.init_from and Path(two.init_from).exists()
-    return vae, (unet.load if here else unet.build_empty)(two, one.latent_channels, size // one.factor, width)
+        vae = autoencoder.build(stage1, size)
+    local = stage2.init_from and Path(stage2.init_from).exists()
+    return vae, (unet.load if local else unet.build_empty)(stage2, stage1.latent_channels, size // stage1.factor, width)
 
 
 def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
-    """Whatever can be known before training to stop a run later is a UserError here; returns the text encoder."""
-    one, two = config.stage1, config.stage2
-    accumulated("stage2", two, processes)
+    """UserError for whatever would stop the run later and can be known now; returns the text encoder."""
+    stage1, stage2 = config.stage1, config.stage2
+    accumulated("stage2", stage2, processes)
     sharding.check(config, processes)
-    sources.check(config.data.source, config.data.streaming, two.conditions)
+    sources.check(config.data.source, config.data.streaming, stage2.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:
         raise UserError("run.precision: fp16 needs a GPU; take bf16, or no")
-    if not one.needs_none:
-        accumulated("stage1", one, processes)
-        if one.init_from:
-            check_autoencoder(config, "stage1.init_from", one.init_from)
-        if one.lpips:
-            feature_networks.lpips(one.lpips_net, config.data.shortest // (4 if one.equivariance else 1))
-        if one.gan and one.gan.norm == "batch" and not on_gpu and processes > 1:
+    if not stage1.needs_none:
+        accumulated("stage1", stage1, processes)
+        if stage1.init_from:
+            check_autoencoder(config, "stage1.init_from", stage1.init_from)
+        if stage1.lpips:
+            feature_networks.lpips(stage1.lpips_net, config.data.shortest // (4 if stage1.equivariance else 1))
+        if stage1.gan and stage1.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
-    for key, stage in (("stage1", one), ("stage2", two)):
+    for key, stage in (("stage1", stage1), ("stage2", stage2)):
         if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
-    unet.check_backend(two.attention_backend, on_gpu)
-    if two.compile and two.attention_backend == "xformers" and precision(config.run) != "no":  # float32 goes by sdpa
+    unet.check_backend(stage2.attention_backend, on_gpu)
+    if stage2.compile and stage2.attention_backend == "xformers" and precision(config.run) != "no":
         raise UserError(compilation.NO_XFORMERS)
-    if one.pretrained:
-        check_autoencoder(config, "stage1.pretrained", one.pretrained)
-    encoder = text_encoder.of(config.text) if two.text else None
-    shape = one.latent_channels, config.data.size // one.factor, encoder.width if encoder else 0
-    if two.init_from:
-        unet.load(two, *shape)
-        if not (one.needs_none or one.init_from or (config.run.dir / "autoencoder").exists()):
+    if stage1.pretrained:
+        check_autoencoder(config, "stage1.pretrained", stage1.pretrained)
+    encoder = text_encoder.of(config.text) if stage2.text else None
+    shape = stage1.latent_channels, config.data.size // stage1.factor, encoder.width if encoder else 0
+    if stage2.init_from:
+        unet.load(stage2, *shape)
+        if not (stage1.needs_none or stage1.init_from or (config.run.dir / "autoencoder").exists()):
             raise UserError(
-                f"stage2.init_from: {two.init_from} was trained in the latents of its own autoencoder, and stage one "
-                "would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
+                f"stage2.init_from: {stage2.init_from} was trained in the latents of its own autoencoder, and stage "
+                "one would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
             )
         on_main(lambda: _check_noise(config))
     else:
-        unet.build_empty(two, *shape)
+        unet.build_empty(stage2, *shape)
     return encoder
 
 
 def _check_noise(config: Config) -> None:
-    """Warns where noise levels are others than those that the U-Net to start from was trained with."""
-    two, process = config.stage2, DiffusionProcess.of(config.stage2)
-    theirs = unet.scheduler_of(str(two.init_from))
-    if theirs is None or process.target == "flow":
+    """Warns where the noise schedule differs from the one that the U-Net to start from was trained with."""
+    stage2, process = config.stage2, DiffusionProcess.of(config.stage2)
+    pretrained = unet.scheduler_of(str(stage2.init_from))
+    if pretrained is None or process.target == "flow":
         return
-    ours = process.chain().alpha_bar.float()
-    if len(ours) != len(theirs.alphas_cumprod):
-        differ = f"{len(ours)} steps, not {len(theirs.alphas_cumprod)}"
-    elif (off := float((ours.sqrt() - theirs.alphas_cumprod.sqrt()).abs().max())) > 0.01:
+    alpha_bar = process.chain().alpha_bar.float()
+    if len(alpha_bar) != len(pretrained.alphas_cumprod):
+        differ = f"{len(alpha_bar)} steps, not {len(pretrained.alphas_cumprod)}"
+    elif (off := float((alpha_bar.sqrt() - pretrained.alphas_cumprod.sqrt()).abs().max())) > 0.01:
         differ = f"√ᾱ up to {off:.2f} apart"
     else:
         return
     print(
-        f"stage2.beta_schedule: noise levels other than those that {two.init_from} was trained with ({differ}); "
-        "is that meant? stage2.beta_schedule, .timesteps, .zero_snr and .shift decide them",
+        f"stage2.beta_schedule: {stage2.init_from} was trained with other noise levels ({differ}); "
+        "is that intended? stage2.beta_schedule, .timesteps, .zero_snr and .shift decide them",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
 def check_autoencoder(config: Config, key: str, name: str) -> None:
     """UserError where the autoencoder to load is not one as `stage1` describes it."""
-    one, loaded = config.stage1, autoencoder.load(name, key)
-    for described, configured, found in (
-        ("stage1.model", autoencoder.FAMILIES[one.family], type(loaded.vae).__name__),
-        ("stage1.latent_channels", one.latent_channels, loaded.channels),
-        ("stage1.channels (its factor)", one.factor, loaded.factor),
+    stage1, loaded = config.stage1, autoencoder.load(name, key)
+    for key_name, configured, actual in (
+        ("stage1.model", autoencoder.FAMILIES[stage1.family], type(loaded.vae).__name__),
+        ("stage1.latent_channels", stage1.latent_channels, loaded.channels),
+        ("stage1.channels (its factor)", stage1.factor, loaded.factor),
     ):
-        if configured != found:
-            raise UserError(f"{described}: {configured}, but {name} has {found}; set it to what is loaded")
+        if configured != actual:
+            raise UserError(f"{key_name}: {configured}, but {name} has {actual}; set it to that")
 
 
-def check_on_pictures(config: Config, pixels: torch.Tensor, device: torch.device) -> None:
-    """UserError where an autoencoder whose latents will be used is for values from 0 to 1, or gives what is not finite.
+def check_on_images(config: Config, pixels: torch.Tensor, device: torch.device) -> None:
+    """UserError where a pretrained autoencoder expects pixels in [0, 1], or its output is not finite.
 
-    `pixels` `(N, 3, H, W)` in [-1, 1]. One that gives them back worse than one colour would is only warned of.
+    `pixels` `(N, 3, H, W)` in [-1, 1]. Warns where it reconstructs them worse than a single colour would.
     """
 
     def error(rebuilt: torch.Tensor) -> float:
         return float((rebuilt.cpu() - pixels).square().mean())
 
-    one = config.stage1
-    key, name = ("stage1.pretrained", one.pretrained) if one.pretrained else ("stage1.init_from", one.init_from)
-    if not name or (one.init_from and one.train == "all"):
+    stage1 = config.stage1
+    key, name = (
+        ("stage1.pretrained", stage1.pretrained) if stage1.pretrained else ("stage1.init_from", stage1.init_from)
+    )
+    if not name or (stage1.init_from and stage1.train == "all"):
         return
     loaded = autoencoder.load(name, key).to(device)
-    found = error(loaded.decode(loaded.encode(pixels)))
-    other = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)
+    reconstructed = error(loaded.decode(loaded.encode(pixels)))
+    from_0_to_1 = error(loaded.decode(loaded.encode(pixels / 2 + 0.5)) * 2 - 1)
     flat = error(pixels.mean((2, 3), keepdim=True).expand_as(pixels))
-    said = f"{key}: {name} gives pictures back with a mean squared error of {found:.3g}"
-    if not math.isfinite(found):
-        raise UserError(f"{said}: its weights are broken; take another")
-    if other < min(found, flat) / 2:
-        raise UserError(f"{said}, and {other:.3g} if they are given from 0 to 1: it was trained so; take another")
-    if found > max(flat, 0.01):
-        print(f"{said}, and one colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True)
+    message = f"{key}: {name} reconstructs images with a mean squared error of {reconstructed:.3g}"
+    if not math.isfinite(reconstructed):
+        raise UserError(f"{message}: its weights are broken; take another")
+    if from_0_to_1 < min(reconstructed, flat) / 2:
+        raise UserError(f"{message}, and {from_0_to_1:.3g} with pixels in [0, 1]: it was trained so; take another")
+    if reconstructed > max(flat, 0.01):
+        print(
+            f"{message}, and a single colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True
+        )
 
 
-class TextFacts(NamedTuple):
-    """What is known of a text encoder before training; no parameters of one that is not here."""
+class TextEncoderSizes(NamedTuple):
+    """Of a text encoder before training; no parameters of one that is not on this machine."""
 
     width: int
     length: int | str
     frozen: int
     """Its parameters that are not trained."""
     trained: tuple[int, ...]
-    """The elements of each that is."""
+    """The elements of each trained one."""
 
 
-NO_TEXT = TextFacts(0, 0, 0, ())
+NO_TEXT = TextEncoderSizes(0, 0, 0, ())
 
 
 @cache
-def text_facts(wanted: TextConfig) -> TextFacts:
-    """What a configuration asks for; it is loaded where it is here, or where its width is not told."""
-    if wanted.width and not Path(wanted.model).is_dir():
-        length = wanted.max_tokens * wanted.chunks if wanted.max_tokens else "all its"
-        return TextFacts(wanted.width, length, 0 if wanted.train else CLIP.get(wanted.model, 0), ())
+def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
+    """Loads the text encoder where it is on this machine, or where `text.width` is not set."""
+    if config.width and not Path(config.model).is_dir():
+        length = config.max_tokens * config.chunks if config.max_tokens else "all its"
+        return TextEncoderSizes(config.width, length, 0 if config.train else CLIP.get(config.model, 0), ())
     with torch.device("cpu"):
-        found = text_encoder.of(wanted)
-    trained = tuple(p.numel() for p in found.trainable()) if wanted.train else ()
-    every = sum(p.numel() for p in found.model.parameters())
-    return TextFacts(found.width, found.length, every - sum(trained), trained)
+        encoder = text_encoder.of(config)
+    trained = tuple(p.numel() for p in encoder.trainable()) if config.train else ()
+    total = sum(p.numel() for p in encoder.model.parameters())
+    return TextEncoderSizes(encoder.width, encoder.length, total - sum(trained), trained)
 
 
 def _presence(config: Config) -> str:
@@ -215,7 +226,7 @@ def _presence(config: Config) -> str:
     except UserError as error:
         if any(Path(source.path).exists() for source in config.data.source):
             return f" ({error})"
-        return " (not here yet: a folder of captioned pictures goes there)"
+        return " (not here yet: a folder of captioned images goes there)"
     return ""
 
 

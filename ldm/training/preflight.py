@@ -1,4 +1,4 @@
-"""What a run will take, measured before it begins: two real steps on the largest pictures, a validation, a sheet."""
+"""Time and memory that a stage needs, measured before it starts: two real steps, a validation, a sheet."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
 STEPS = 2  # the first, which also warms up, isn't timed
-HELD = 32  # held-out pictures of the validation, at most
+HELD_OUT_IMAGES = 32  # of the validation, at most
 FILE = "preflight.json"
-Train = Callable[[Config, Any], None]  # configuration, pictures
+Train = Callable[[Config, Any], None]  # configuration, data
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What a stage takes: seconds and bytes; memory is that of one process, on its GPU where it has one."""
+    """What a stage needs, in seconds and bytes; memory is that of one process, on its GPU where it has one."""
 
     step: float
     validation: float
@@ -59,81 +59,88 @@ class ResourceEstimate:
     def describe(self, config: Config, stage: str, done: int = 0) -> str:
         """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
         t = getattr(config, stage)
-        left, looks, sheets = t.steps - done, _times(t.evaluate_every, t, done), _times(config.sample.every, t, done)
+        left, validations, sheets = (
+            t.steps - done,
+            _times(t.evaluate_every, t, done),
+            _times(config.sample.every, t, done),
+        )
         encoding = 0.0 if done else self.encoding
-        total = encoding + left * self.step + looks * self.validation + sheets * self.sheet
+        total = encoding + left * self.step + validations * self.validation + sheets * self.sheet
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
             f"{_bytes(self.memory)} of memory on {self.device}; "
             + (f"encoding takes {_time(encoding)}, " if encoding else "")
-            + f"{left} steps take {_time(left * self.step)}, {looks} × validation {_time(looks * self.validation)}"
+            + f"{left} steps take {_time(left * self.step)}, "
+            + f"{validations} × validation {_time(validations * self.validation)}"
             + (f", {sheets} × samples {_time(sheets * self.sheet)}" if self.sheet else "")
             + f": {_time(total)} in all, and {_bytes(self.disk)} of disk"
         )
 
 
-def measured(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
-    """What `stage` takes, from the run's folder where it was measured on the same machine; or why it can't be told.
+def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
+    """A line on what `stage` needs, or why it isn't measured. It is kept in the run's folder for the same machine.
 
     UserError where a step doesn't fit in the GPU's memory.
     """
     state = join(config.run)
-    about, done = _about(config, stage), _done(config, stage)
+    key, done = _cache_key(config, stage), _steps_done(config, stage)
     file = config.run.dir / FILE
-    known = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
-    if known.get(stage, {}).get("about") == about:
-        return ResourceEstimate(**known[stage]["needs"]).describe(config, stage, done)
-    if lacking := on_main(lambda: _lacks_memory(config, stage)):
-        return lacking
+    measured = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
+    if measured.get(stage, {}).get("about") == key:
+        return ResourceEstimate(**measured[stage]["needs"]).describe(config, stage, done)
+    if too_little := on_main(lambda: _lacks_memory(config, stage)):
+        return too_little
     folder = config.run.dir / ".preflight"  # where all machines of a run can see it
-    on_main(partial(shutil.rmtree, folder, ignore_errors=True))  # of one that was killed
+    on_main(partial(shutil.rmtree, folder, ignore_errors=True))  # of a killed one
     try:
-        found = _measure(config, stage, data, train, folder)
+        estimate = _measure(config, stage, data, train, folder)
         wait_for_everyone()  # not after an error, which the others may not have: they would never come
     finally:
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def keep() -> None:
+    def write() -> None:
         with whole_file(file) as tmp_path:
-            tmp_path.write_text(json.dumps({**known, stage: {"about": about, "needs": asdict(found)}}, indent=1) + "\n")
+            tmp_path.write_text(
+                json.dumps({**measured, stage: {"about": key, "needs": asdict(estimate)}}, indent=1) + "\n"
+            )
 
-    on_main(keep)
-    return found.describe(config, stage, done)
+    on_main(write)
+    return estimate.describe(config, stage, done)
 
 
-def _done(config: Config, stage: str) -> int:
-    """Steps that the stage's last checkpoint has behind it."""
+def _steps_done(config: Config, stage: str) -> int:
+    """Steps of the stage's last checkpoint."""
     last = checkpoints(config.run.dir / stage)[-1:]
     return int(last[0].name.removeprefix("step-")) if last else 0
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:
-    """Trains a small configuration dry. UserError where memory lacks; after either, none is held."""
+    """Dry-runs a small configuration. UserError where memory runs out; no memory is held afterwards."""
     small, cuda = _small(config, stage, folder), _on_gpu(config)
     if isinstance(data, Stream):
         few: Index | Stream = data.reported_in(folder / "data-report.jsonl")
     else:
         few = _few(data, getattr(config, stage).batch)
     reset_peak_memory(cuda)
-    lacking = ""
+    out_of_memory = ""
     dry_run = DryRun()
     try:
-        with dry_run, redirect_stdout(io.StringIO()):  # what it says is said again when it counts
+        with dry_run, redirect_stdout(io.StringIO()):  # the real run prints it again
             train(small, few)
     except torch.OutOfMemoryError as error:  # whose traceback holds all tensors, and ends with this block
-        lacking = _too_large(config, stage, dry_run.activity, str(error))
+        out_of_memory = _too_large(config, stage, dry_run.activity, str(error))
     peak = peak_memory(cuda).reserved
     gc.collect()  # networks and their hooks refer to each other
     if cuda:
         torch.cuda.empty_cache()
-    if lacking:
-        raise UserError(lacking)
+    if out_of_memory:
+        raise UserError(out_of_memory)
     return _estimate(config, stage, data, small, few, dry_run, max(gather_object([peak])))
 
 
 def _small(config: Config, stage: str, folder: Path) -> Config:
-    """A few steps, then a validation and a sheet of what is drawn together; all that is written lies in `folder`."""
+    """A few steps, then a validation and a sheet of one batch; writes only to `folder`."""
     sample, processes = config.sample, join(config.run).num_processes
     changes: dict[str, dict[str, Any]] = {
         "run": {"dir": folder, "tracker": "none", "log_every": STEPS},
@@ -142,7 +149,7 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
         stage: {"steps": STEPS},
     }
     if stage == "stage2":
-        changes[stage]["evaluate_pictures"] = HELD
+        changes[stage]["evaluate_pictures"] = HELD_OUT_IMAGES
     elif config.stage1.gan:  # as it is when the discriminator plays
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
@@ -152,11 +159,11 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
 def _estimate(
     config: Config, stage: str, data: Index | Stream, small: Config, few: Index | Stream, dry_run: DryRun, memory: int
 ) -> ResourceEstimate:
-    """What the whole stage takes, from what the small configuration took."""
+    """What the whole stage needs, from what the small configuration took."""
     t, seconds, processes = getattr(config, stage), dry_run.seconds, join(config.run).num_processes
     cache = small.run.dir / "cache"
     written = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the pictures
+    share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the images
     # weights, two moments and the averages in each checkpoint; the weights once more in what is exported
     states = (3 + max(1, len(t.ema_widths))) * (config.run.checkpoints_total_limit + 1) + 1
     if t.ema_widths:
@@ -164,7 +171,9 @@ def _estimate(
     first, second = dry_run.step_ends  # the first one warms up
     return ResourceEstimate(
         step=second - first,
-        validation=seconds["a validation"] * _measured(config, stage, data) / _measured(small, stage, few),
+        validation=seconds["a validation"]
+        * _validation_images(config, stage, data)
+        / _validation_images(small, stage, few),
         sheet=_sheet(config, small, seconds["a sample sheet"], dry_run.denoising, processes),
         encoding=seconds["encoding the data"] * share / _encoders(config, data, processes) if written else 0.0,
         memory=memory,
@@ -174,23 +183,23 @@ def _estimate(
 
 
 def _sheet(config: Config, small: Config, seconds: float, denoising: float, processes: int) -> float:
-    """Seconds of a whole sheet: each solver step more takes what the later ones of the small sheet's took."""
+    """Seconds of a full sheet: each further solver step takes as long as the small sheet's later ones."""
     steps, tried = config.sample.steps, small.sample.steps
     if steps > tried:
         seconds += denoising * (steps - tried) / (tried - 1)
-    if not sheet_of_prompts(config):  # all of whose pictures were drawn
+    if not sheet_of_prompts(config):  # all of whose images were sampled
         return seconds
-    full, drawn = (-(-len(each.sample.prompts) // processes) for each in (config, small))
-    return seconds * full / max(1, drawn)
+    full, sampled = (-(-len(c.sample.prompts) // processes) for c in (config, small))
+    return seconds * full / max(1, sampled)
 
 
 def _times(every: int, training: Training, done: int) -> int:
-    """How often what comes every so many steps, and after the last one, is still to come."""
+    """How often something due `every` so many steps, and after the last one, is still due."""
     return (training.steps - 1) // every - done // every + 1
 
 
 def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
-    """Processes that encode the data side by side; each takes whole files of the cache."""
+    """Processes that encode the data in parallel; each writes complete files of the cache."""
     if not isinstance(data, Index):
         return 1
     files = -(-len(data) * len(cache.variants_of(Augmentation.of(config.data), data)) // cache.PER_FILE)
@@ -198,10 +207,10 @@ def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
 
 
 def _too_large(config: Config, stage: str, activity: str, error: str) -> str:
-    """What does not fit into a GPU's memory, and what to do."""
+    """The error line: what does not fit in a GPU's memory, and what to do."""
     lower = f"lower {stage}.device_batch"
     remedies = {
-        "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or share it by FSDP",
+        "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or shard it with FSDP",
         "a training step": f"{lower}, or set {stage}.gradient_checkpointing=true",
         "encoding the data": "free the GPU of other programs, or take a smaller data.size",
     }
@@ -216,36 +225,36 @@ def _too_large(config: Config, stage: str, activity: str, error: str) -> str:
 
 
 def _lacks_memory(config: Config, stage: str) -> str:
-    """On a CPU, where a step that does not fit ends the process without a word: why it isn't tried."""
+    """On a CPU, where a step that does not fit kills the process silently: why it isn't tried."""
     if _on_gpu(config):
         return ""
     networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
     if sharding.asked() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    there = psutil.virtual_memory().available
-    if least < there:
+    available = psutil.virtual_memory().available
+    if least < available:
         return ""
-    return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(there)} are free here"
+    return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(available)} are free here"
 
 
 def _few(data: Index, batch: int) -> Index:
-    """Pictures of one batch that are brought to the largest size, and some held-out ones."""
-    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD)
+    """A batch of the images that are resized to the largest size, and some held-out ones."""
+    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD_OUT_IMAGES)
     size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
     return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
 
 
-def _measured(config: Config, stage: str, data: Index | Stream) -> int:
-    """Pictures of a validation, whose time goes with them; 1 where they are not known."""
+def _validation_images(config: Config, stage: str, data: Index | Stream) -> int:
+    """How many images a validation has, for its time is proportional; 1 where that is not known."""
     if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
         return 1
     most = getattr(config, stage).evaluate_pictures
     return min(held, most) if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
 
 
-def _about(config: Config, stage: str) -> dict[str, Any]:
-    """What the measured depends on."""
+def _cache_key(config: Config, stage: str) -> dict[str, Any]:
+    """What the measurement depends on."""
     keys = dump(config)
     parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
     parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}

@@ -88,7 +88,7 @@ def train(*_):
 
 try:
     data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    preflight.measured(settings, "stage1", data, train)
+    preflight.measure(settings, "stage1", data, train)
 except UserError as error:
     print("said:", error, flush=True)
     sys.exit(2)
@@ -125,9 +125,9 @@ def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
     assert len(few.select(*HELD_OUT)) == 32
-    assert preflight._measured(settings, "stage1", index) == held
-    assert preflight._measured(settings, "stage2", index) == 80
-    assert preflight._measured(settings, "stage2", few) == 32 + 16
+    assert preflight._validation_images(settings, "stage1", index) == held
+    assert preflight._validation_images(settings, "stage2", index) == 80
+    assert preflight._validation_images(settings, "stage2", few) == 32 + 16
 
 
 def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> None:
@@ -212,7 +212,7 @@ def test_nothing_of_what_was_measured_is_left(
         "stage1.channels=[16, 16]", "stage1.groups=8", "stage1.gan.layers=1", "stage1.gan.warmup=5"
     )
     with pytest.raises(UserError, match="a training step does not fit") if fails else nullcontext():
-        preflight.measured(settings, "stage1", index, stage1.train)
+        preflight.measure(settings, "stage1", index, stage1.train)
     assert len(made) > 10
     assert {each() for each in made} == {None}
     assert not (settings.run.dir / ".preflight").exists()
@@ -252,7 +252,7 @@ def test_a_sheet_counts_for_its_pictures_and_denoising_for_its_steps(
 
 def test_what_is_kept_does_not_count_for_other_sheets(root: Path) -> None:
     def about(stage: str, *overrides: str) -> dict[str, Any]:
-        return preflight._about(load(root / "configs/openmoji.yaml", list(overrides)), stage)
+        return preflight._cache_key(load(root / "configs/openmoji.yaml", list(overrides)), stage)
 
     for other in ("prompts=[]", "steps=3", "solver=euler", "guidance=1"):
         assert about("stage2", f"sample.{other}") != about("stage2")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.training.checkpoint import flatten_optimizer, read_checkpoint, unflatten_optimizer, write_checkpoint
+from ldm.training.checkpoint import read_checkpoint, write_checkpoint
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
@@ -20,13 +20,12 @@ def test_a_checkpoint_comes_back_whole_or_is_named_damaged(tmp_path: Path, damag
         read_checkpoint(tmp_path / "c")
 
 
-def test_an_optimizer_goes_through_named_tensors() -> None:
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    before = optimizer.state_dict()
-    after = unflatten_optimizer(*flatten_optimizer(before))
-    assert after["param_groups"] == before["param_groups"]
-    for i, entry in before["state"].items():
-        assert all(torch.equal(entry[name], after["state"][i][name]) for name in entry)
+def test_a_checkpoint_of_version_0_has_its_parts_under_the_new_names(tmp_path: Path) -> None:
+    tensors = {"0.exp_avg": torch.ones(1)}
+    parts = {"model": tensors, "adversary": tensors, "adversary_optimizer": tensors}
+    old = {"step": 7, "contract": {"data": "a"}, "groups": {"optimizer": [], "adversary_optimizer": [{"lr": 1.0}]}}
+    write_checkpoint(tmp_path / "c", parts, old)
+    back, state = read_checkpoint(tmp_path / "c")
+    assert back.keys() == {"model", "discriminator", "discriminator_optimizer"}
+    assert state["fingerprint"] == {"data": "a"} and "contract" not in state
+    assert state["groups"] == {"optimizer": [], "discriminator_optimizer": [{"lr": 1.0}]}

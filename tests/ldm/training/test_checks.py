@@ -120,7 +120,7 @@ def test_an_autoencoder_that_gives_no_numbers_is_refused(root: Path, tmp_path: P
     folder = saved(tmp_path, float("inf"))
     settings = tiny(root, f"stage1={{{keys.format(folder)}, channels: [16, 32], groups: 8}}")
     with pytest.raises(UserError, match=r"stage1\..*: its weights are broken"):
-        checks.check_on_pictures(settings, PIXELS, torch.device("cpu"))
+        checks.check_on_images(settings, PIXELS, torch.device("cpu"))
 
 
 def test_an_autoencoder_for_values_from_0_to_1_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +128,16 @@ def test_an_autoencoder_for_values_from_0_to_1_is_refused(root: Path, monkeypatc
     monkeypatch.setattr(ours, "decode", lambda z: z.clamp(0, 1))  # as if its last layer were a sigmoid
     monkeypatch.setattr(autoencoder, "load", lambda *_: ours)
     with pytest.raises(UserError, match=r"stage1\.pretrained: .* if they are given from 0 to 1"):
-        checks.check_on_pictures(tiny(root, "stage1.pretrained=theirs"), PIXELS, torch.device("cpu"))
+        checks.check_on_images(tiny(root, "stage1.pretrained=theirs"), PIXELS, torch.device("cpu"))
 
 
 def test_an_autoencoder_that_gives_back_other_pictures_is_warned_of(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path)
-    checks.check_on_pictures(tiny(root, f"stage1.init_from={folder}"), PIXELS, torch.device("cpu"))  # it will learn
+    checks.check_on_images(tiny(root, f"stage1.init_from={folder}"), PIXELS, torch.device("cpu"))  # it will learn
     assert not capsys.readouterr().err
-    checks.check_on_pictures(tiny(root, f"stage1.pretrained={folder}"), PIXELS, torch.device("cpu"))
+    checks.check_on_images(tiny(root, f"stage1.pretrained={folder}"), PIXELS, torch.device("cpu"))
     assert "one colour would have" in capsys.readouterr().err
 
 

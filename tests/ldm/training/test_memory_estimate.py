@@ -24,8 +24,9 @@ from ldm.config.schema import Stage2Config
 from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, predict
-from ldm.training import checks, memory_estimate
-from ldm.training.memory_estimate import AsOnGPU, Living, of_moments, of_unet
+from ldm.training import checks, memory_estimate, memory_tracker
+from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
+from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
 from stage2_diffusion.denoiser import Denoiser
 
@@ -87,7 +88,7 @@ def test_what_is_counted_after_a_forward_is_what_autograd_really_saves(again: bo
         saved.pop(tensor.untyped_storage().data_ptr(), None)
 
     without = network("meta", stage, again)
-    with Living(given(without)) as living, AsOnGPU("no"):
+    with MemoryTracker(given(without)) as living, AsOnGPU("no"):
         x, t, condition = inputs("meta", stage)
         output = predict(without, x, t, condition)
     assert living.now == [0, sum(saved.values())]
@@ -114,7 +115,7 @@ class Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return memory_estimate._FusedAttention.apply(*args[:3])
+            return memory_tracker._FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
@@ -127,7 +128,7 @@ class Attention(TorchFunctionMode):
 def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, Any]) -> None:
     stage = Stage2Config(**SHAPE, **keys)
     net = network("meta", stage)
-    with Living(given(net)) as counted, AsOnGPU(precision):
+    with MemoryTracker(given(net)) as counted, AsOnGPU(precision):
         x = inputs("meta", stage)
         output = predict(net, *x)
         during = list(counted.now)
@@ -135,10 +136,10 @@ def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, An
         cuda = {id(p): torch.nn.Parameter(torch.empty_like(p, device="cuda")) for p in net.parameters()}
         net = copy.deepcopy(net, cuda)
         torch.set_autocast_enabled("cuda", True)  # `torch.autocast` refuses where there is no GPU
-        torch.set_autocast_dtype("cuda", memory_estimate.DTYPES[precision])
+        torch.set_autocast_dtype("cuda", memory_tracker.DTYPES[precision])
         torch.autocast_increment_nesting()
         try:
-            with Living(net.parameters()) as autocast, Attention():
+            with MemoryTracker(net.parameters()) as autocast, Attention():
                 y = inputs("cuda", stage)
                 expected = predict(net, *y)
                 cached = list(autocast.now)
@@ -170,7 +171,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     def taken(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    found = {item.name: item.step for item in memory_estimate.bill(one).items}
+    found = {item.name: item.step for item in estimate_memory(one).rows}
     assert found["weights, float32"] == taken(run.parameters)
     assert found["gradients, float32"] == taken(p.grad for p in run.parameters)
     states = run._engine.optimizer.optimizer.state.values()
@@ -189,13 +190,13 @@ def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None
 
 def test_a_text_encoder_that_is_trained_has_gradients_but_for_what_no_state_depends_on(root: Path, words: Path) -> None:
     frozen, trained = (
-        memory_estimate.bill(settings(root, "tiny", f"text.model={words}", "text.max_tokens=8", f"text.train={train}"))
+        estimate_memory(settings(root, "tiny", f"text.model={words}", "text.max_tokens=8", f"text.train={train}"))
         for train in ("false", "true")
     )
     encoder = text_encoder.load(str(words), 8)
     pooler = sum(p.numel() for p in encoder.model.pooler.parameters())
     every = sum(p.numel() for p in encoder.model.parameters())
-    found = [{item.name: item.step for item in each.items} for each in (frozen, trained)]
+    found = [{item.name: item.step for item in each.rows} for each in (frozen, trained)]
     assert [each["text encoder"] for each in found] == [4 * every, 4 * pooler]
     assert found[1]["gradients, float32"] - found[0]["gradients, float32"] == 4 * (every - pooler)
     assert any("activations of the text encoder" in note for note in trained.notes)
@@ -214,7 +215,7 @@ def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoenc
     tiny = settings(root, "tiny", "data.size=16", "stage1.channels=[16, 16]")
     peaks = []
     for function, shape in ((vae.moments, (3, 3, 16, 16)), (vae.decode, (2, 4, 8, 8))):
-        with Living(vae.vae.parameters()) as real:
+        with MemoryTracker(vae.vae.parameters()) as real:
             function(torch.zeros(shape))
         peaks.append(sum(real.peak))
     with torch.device("meta"):
@@ -234,7 +235,7 @@ def test_every_autoencoder_can_be_counted(root: Path, model: str) -> None:
 
 @pytest.mark.parametrize("conditions", ["[]", "[class]", "[text, class]", "[text, size]", "[text, inpaint]"])
 def test_whatever_pictures_are_made_from_can_be_counted(root: Path, conditions: str) -> None:
-    found = memory_estimate.bill(settings(root, "tiny", f"stage2.conditions={conditions}", "stage2.pooled_text=false"))
+    found = estimate_memory(settings(root, "tiny", f"stage2.conditions={conditions}", "stage2.pooled_text=false"))
     assert found.step > 0 and found.between > 0
 
 
@@ -244,13 +245,13 @@ def test_whatever_pictures_are_made_from_can_be_counted(root: Path, conditions: 
 )
 def test_as_many_pictures_are_counted_as_a_sheet_has(root: Path, conditions: str, processes: int, drawn: int) -> None:
     keys = f"stage2.conditions={conditions}", "stage2.pooled_text=false", "sample.prompts=[a, b, c]"
-    assert memory_estimate._together(settings(root, "tiny", *keys), processes, images=16)[2] == drawn
+    assert memory_estimate._batch_sizes(settings(root, "tiny", *keys), processes, images=16)[2] == drawn
 
 
 def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
-    one, two = (memory_estimate.bill(settings(root), processes) for processes in (1, 2))
-    kept = {item.name: item.between for item in two.items}["gradients, float32"]
-    assert kept > 0 and "gradients, float32" in [item.name for item in one.items if not item.between]
+    one, two = (estimate_memory(settings(root), processes) for processes in (1, 2))
+    kept = {item.name: item.between for item in two.rows}["gradients, float32"]
+    assert kept > 0 and "gradients, float32" in [item.name for item in one.rows if not item.between]
 
 
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
@@ -260,8 +261,8 @@ def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -
     shape = tiny.stage1.latent_channels, tiny.data.size // tiny.stage1.factor
     unet.build(tiny.stage2, *shape).save_pretrained(tmp_path)
     assert (
-        memory_estimate.bill(settings(root, "tiny", *keys, f"stage2.init_from={tmp_path}")).items
-        == memory_estimate.bill(tiny).items
+        estimate_memory(settings(root, "tiny", *keys, f"stage2.init_from={tmp_path}")).rows
+        == estimate_memory(tiny).rows
     )
 
 
@@ -269,14 +270,14 @@ def test_without_a_cache_pictures_are_encoded_in_a_step(root: Path) -> None:
     keys = "stage1.channels=[64, 64]", "stage2.channels=[8, 16]", "stage2.attention=[false, true]"
     few = "stage2.norm_num_groups=4", "stage2.attention_head_dim=4", "stage2.batch=2", "stage1.norm_num_groups=8"
     cached, uncached = (
-        memory_estimate.bill(settings(root, "tiny", *keys, *few, f"data.cache={kind}")) for kind in ("disk", "none")
+        estimate_memory(settings(root, "tiny", *keys, *few, f"data.cache={kind}")) for kind in ("disk", "none")
     )
     assert uncached.step > cached.step
     assert uncached.between == cached.between
 
 
 def test_the_configuration_for_24_gb_takes_less_than_22(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = memory_estimate.bill(settings(root, "sd-512-24gb"))
+    found = estimate_memory(settings(root, "sd-512-24gb"))
     with capsys.disabled():
         print(f"\n{found}")
     assert max(found.step, found.between) < 22e9  # bytes; the card has 24 · 2^30, 25.8e9

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ldm.config import loader
-from ldm.training.run_dir import prepare_run_dir, write_card
+from ldm.training.run_dir import prepare_run_dir
 from ldm.utils.errors import UserError
 
 
@@ -59,12 +59,3 @@ def test_a_folder_that_can_not_be_written_is_named(root: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir: can't write"):
         prepare_run_dir(loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'file/run'}"]))
-
-
-def test_the_card_names_data_figures_and_licence(settings: loader.Config) -> None:
-    prepare_run_dir(settings)
-    write_card(settings, {"psnr": 28.0, "held-out": {"top1": 0.5}})
-    card = (settings.run.dir / "README.md").read_text()
-    assert "CC BY-SA 4.0" in card
-    assert "| psnr | 28.000 |" in card
-    assert "| held-out top1 | 0.500 |" in card

@@ -23,7 +23,6 @@ from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.engine import Engine
 from ldm.training.metrics_logger import MEASURED
-from ldm.training.optimizer import lr_factor
 from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from ldm.utils.rng import normal
@@ -252,17 +251,6 @@ def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> No
         assert torch.equal(run.module.weight, average)
         assert not torch.equal(run.module.weight, before[0])
     assert all(map(torch.equal, weights(run), before))
-
-
-def test_the_learning_rate_rises_holds_and_falls() -> None:
-    training = Training(steps=110, lr_warmup_steps=10, lr_scheduler="cosine")
-    rates = [lr_factor(step, training) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10 + 50] == pytest.approx(0.5)
-    assert rates[110] == pytest.approx(0, abs=1e-9)
-    assert lr_factor(1000, Training()) == 1.0
-    straight = Training(steps=110, lr_warmup_steps=10, lr_scheduler="linear")
-    assert [lr_factor(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
 
 
 def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
