@@ -94,6 +94,6 @@ def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
     """Some pictures, of those that nothing is trained on where there are some, their captions and classes."""
     held = data.select("reconstruction")
     chosen = held if len(held) else data
-    numbers = range(min(sizes.SHEET_GIVEN, len(chosen)))
+    numbers = range(min(sizes.SHEET_INPUTS, len(chosen)))
     pixels = [to_tensor(crop_resize(chosen.picture(i), (size, size))[0]) for i in numbers]
     return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]

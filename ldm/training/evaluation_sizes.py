@@ -1,17 +1,17 @@
-"""How many pictures stage two draws and measures, and how many of them together.
+"""How many images stage two samples for a sheet and validates on, and how many at once.
 
-The stage does so, the preflight measures it, and the memory estimate counts it.
+Shared by the stage, its preflight and the memory estimate.
 """
 
 from __future__ import annotations
 
 from ldm.config.schema import Config
 
-VALIDATION_BATCH = 32  # pictures measured together, where a device computes as many at once
-SHEET_BATCH = 8  # pictures of a sheet drawn together, where a device computes as many at once
-SHEET_GIVEN = 8  # pictures of a sheet that are given, to be completed or enlarged, at most
+VALIDATION_BATCH = 32  # images, at most, validated at once
+SHEET_BATCH = 8  # images, at most, of a sheet sampled at once
+SHEET_INPUTS = 8  # input images of a sheet, to be inpainted or upscaled, at most
 SHEET_CLASSES = 64  # classes that a sheet shows, at most
-SHEET_UNCONDITIONAL = 16  # pictures of a sheet where nothing is asked for
+SHEET_UNCONDITIONAL = 16  # images of a sheet of an unconditional model
 
 
 def sheet_of_prompts(config: Config) -> bool:
@@ -19,10 +19,10 @@ def sheet_of_prompts(config: Config) -> bool:
     return config.stage2.text and not config.stage2.image
 
 
-def sheet_pictures(config: Config, classes: int = SHEET_CLASSES) -> int:
-    """Pictures of a sheet, at most: of so many classes."""
+def sheet_images(config: Config, classes: int = SHEET_CLASSES) -> int:
+    """Images of a sheet, at most."""
     if config.stage2.image:
-        return SHEET_GIVEN
+        return SHEET_INPUTS
     if config.stage2.text:
         return len(config.sample.prompts)
     return min(classes, SHEET_CLASSES) if config.stage2.classes else SHEET_UNCONDITIONAL

@@ -24,7 +24,7 @@ from ldm.models import autoencoder
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet, inputs, use_attention
 from ldm.training import checks
-from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_pictures
+from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
 
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
@@ -127,7 +127,7 @@ def _batch_sizes(config: Config, processes: int, images: int) -> tuple[int, int,
     """Images encoded at once; those that the U-Net computes between steps, guided ones twice; those decoded at once;
     and whether that happens while the next ones are sampled."""
     stage, sample = config.stage2, config.sample
-    share = -(-sheet_pictures(config) // processes)
+    share = -(-sheet_images(config) // processes)
     batch = min(SHEET_BATCH, images, share)
     guided = sample.guidance != 1 and (stage.text or stage.classes)
     sampled = max(2 * batch if guided else batch, min(VALIDATION_BATCH, images))

@@ -19,7 +19,7 @@ from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 # Keys that change neither a run's numbers nor their meaning: a run may be continued with other values.
-FREE = (
+CHANGEABLE = (
     "run.dir",
     "run.preflight",
     "run.checkpoints_total_limit",
@@ -33,54 +33,56 @@ FREE = (
     "data.max_bad",
     "sample.",
 )
-FREE_ENDS = (".checkpoint_every", ".ema_snapshot_every", ".evaluate_every", ".evaluate_pictures", ".device_batch")
+CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_pictures", "device_batch")
 
 
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
-    """Makes the run's folder, or takes it up again, and writes `config.yaml`.
+    """Makes the run's folder, or continues the one there, and writes `config.yaml`.
 
     UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
-    alone and the first free one of `DIR-2`, `DIR-3`, … is taken: the configuration that comes back names it.
+    alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names it.
     """
     join(config.run)
-    folder = on_main(lambda: _claim(config, config.run.dir, fresh))
+    folder = on_main(lambda: _prepare(config, config.run.dir, fresh))
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
 
 
-def _claim(config: Config, folder: Path, fresh: bool) -> Path:
-    file = folder / "config.yaml"
-    if file.exists() and fresh:
+def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
+    if (folder / "config.yaml").exists() and fresh:
         folder = _make_next(folder)
-        file = folder / "config.yaml"
         print(f"This run is in {folder}; to continue it, give run.dir={folder} without --fresh.", file=sys.stderr)
-    known: dict[str, Any] = {}
+    file, origin = folder / "config.yaml", None
     if file.exists():
-        begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
-        free = FREE if begun else (*FREE, "stage2.", "text.")
-        ends: tuple[str, ...] = FREE_ENDS
-        gan = config.stage1.gan
-        by_batch = gan and (gan.adaptive or gan.norm == "batch")
-        if by_batch or config.stage1.family == "vq":  # weighed, normalised or revived by what is computed together
-            free = (*free, "stage2.device_batch")
-            ends = tuple(end for end in FREE_ENDS if end != ".device_batch")
         written = yaml.safe_load(file.read_text("utf-8"))
-        known, old = written["about"] if begun else {}, _with_defaults(written["configuration"])
-        changed = [
-            change for change in differences(old, dump(config))
-            if not change.startswith(free) and not change.partition(":")[0].endswith(ends)
-        ]  # fmt: skip
-        if changed:
+        stage2_begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
+        origin = written["about"] if stage2_begun else None
+        if changed := _fixed_changes(_with_defaults(written["configuration"]), config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
     make_dir("run.dir", folder)
-    known = known or provenance()
+    tree = {"about": origin or provenance(), "configuration": dump(config)}
     with whole_file(file) as tmp_path:
-        tmp_path.write_text(yaml.safe_dump({"about": known, "configuration": dump(config)}, sort_keys=False), "utf-8")
+        tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
     if config.data.cache_dir:
         make_dir("data.cache_dir", config.data.cache_dir)
     return folder
+
+
+def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:
+    """Differences from a run's configuration in keys that may not change any more."""
+    prefixes = CHANGEABLE if stage2_begun else (*CHANGEABLE, "stage2.", "text.")
+    names = set(CHANGEABLE_IN_STAGES)
+    gan = config.stage1.gan
+    if config.stage1.family == "vq" or (gan and (gan.adaptive or gan.norm == "batch")):
+        names.remove("device_batch")  # stage one's loss depends on what is computed together
+        prefixes = (*prefixes, "stage2.device_batch")
+    return [
+        change
+        for change in differences(old, dump(config))
+        if not (change.startswith(prefixes) or change.partition(":")[0].rpartition(".")[2] in names)
+    ]
 
 
 def provenance() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures for experiment trackers: accelerate has one way to log numbers, but each tracker its own for pictures."""
+"""Images for experiment trackers: accelerate has one way to log numbers, but each tracker its own for images."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tqdm import tqdm
 
-_failed: set[str] = set()  # trackers whose failure was told
+_failed: set[str] = set()  # trackers whose failure was reported
 
 
 def log_image(trackers: Iterable[GeneralTracker], name: str, image: Image.Image, step: int) -> None:
-    """Hands an RGB picture to each of a process's trackers; accelerate gives some to the main process only.
+    """Logs an RGB image to each of a process's trackers; accelerate gives some to the main process only.
 
     Metrics of the same step may come before or after it, those of earlier steps only before: wandb drops them. A
-    tracker that fails is named in a line, once, and training goes on; one that is not in `INTERFACES` is passed over.
+    tracker that fails is named in a line, once, and training goes on; one that is not in `INTERFACES` is skipped.
     """
     for tracker in trackers:
         if tracker.name not in INTERFACES:
             continue
         try:
             INTERFACES[tracker.name](tracker, name, image, step)
-        except Exception as error:  # whatever its library raises: a network that is down is no reason to stop
+        except Exception as error:  # whatever its library raises: a failing tracker doesn't stop a run
             if tracker.name not in _failed:
                 _failed.add(tracker.name)
                 reason = " ".join(str(error).split()) or repr(error)
                 tqdm.write(
-                    f"run.tracker: {tracker.name} did not take the picture {name!r} of step {step} ({reason}); "
-                    "training goes on, and the picture is in the run's folder",
+                    f"run.tracker: {tracker.name} did not log the image {name!r} of step {step} ({reason}); "
+                    "training goes on, and the image is in the run's folder",
                     file=sys.stderr,
                 )
 

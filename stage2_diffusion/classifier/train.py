@@ -39,7 +39,7 @@ from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
-from ldm.training.run_dir import FREE_ENDS, make_dir
+from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file, whole_folder
 from ldm.utils.errors import Parser, UserError, command
@@ -162,7 +162,7 @@ def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: 
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
             change for change in differences({**before, "run": str(run)}, now)
-            if begun and not change.partition(":")[0].endswith(FREE_ENDS)
+            if begun and change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
         ]  # fmt: skip
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")

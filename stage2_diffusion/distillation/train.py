@@ -41,7 +41,7 @@ from ldm.sampling.few_steps import consistent, first_order
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.engine import DTYPES
-from ldm.training.run_dir import FREE_ENDS, make_dir, provenance
+from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir, provenance
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256, whole_file
 from ldm.utils.errors import Parser, UserError, command
@@ -118,7 +118,7 @@ def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
         old["distill"], _ = loader.renamed(DistillConfig, old["distill"])
         changed = [
             change for change in differences(old["distill"], new["distill"])
-            if not f".{change.partition(':')[0]}".endswith(FREE_ENDS)
+            if change.partition(":")[0] not in CHANGEABLE_IN_STAGES
         ]  # fmt: skip
         origins = ("method", "teacher")
         changed += differences({key: old[key] for key in origins}, {key: new[key] for key in origins})

@@ -127,7 +127,7 @@ def test_an_autoencoder_for_values_from_0_to_1_is_refused(root: Path, monkeypatc
     ours = autoencoder.load("identity")
     monkeypatch.setattr(ours, "decode", lambda z: z.clamp(0, 1))  # as if its last layer were a sigmoid
     monkeypatch.setattr(autoencoder, "load", lambda *_: ours)
-    with pytest.raises(UserError, match=r"stage1\.pretrained: .* if they are given from 0 to 1"):
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .* with pixels in \[0, 1\]"):
         checks.check_on_images(tiny(root, "stage1.pretrained=theirs"), PIXELS, torch.device("cpu"))
 
 
@@ -138,7 +138,7 @@ def test_an_autoencoder_that_gives_back_other_pictures_is_warned_of(
     checks.check_on_images(tiny(root, f"stage1.init_from={folder}"), PIXELS, torch.device("cpu"))  # it will learn
     assert not capsys.readouterr().err
     checks.check_on_images(tiny(root, f"stage1.pretrained={folder}"), PIXELS, torch.device("cpu"))
-    assert "one colour would have" in capsys.readouterr().err
+    assert "a single colour would have" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:

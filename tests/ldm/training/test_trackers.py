@@ -176,8 +176,8 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_get_the_sheet(
         log_image(accelerator.trackers, "samples", sheet, step)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "run.tracker: wandb did not take the picture 'samples' of step 40 (no route to host); training goes on, and "
-        "the picture is in the run's folder"
+        "run.tracker: wandb did not log the image 'samples' of step 40 (no route to host); training goes on, and "
+        "the image is in the run's folder"
     )
     assert [each.step for each in EventAccumulator(str(tmp_path / "stage1")).Reload().Images("samples")] == [40, 60]
 
