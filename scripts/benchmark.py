@@ -248,7 +248,7 @@ def _decode(file: Path, overrides: list[str], side: int, whole: int) -> tuple[fl
     device = accelerator(settings.run).device
     vae = _vae(settings)
     pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    picture = images.to_tensor(crop_resize(pictures.picture(0), (side, side))[0])[None]
+    picture = images.to_tensor(crop_resize(pictures.load_image(0), (side, side))[0])[None]
     latents = vae.to(device).encode(picture)
     autoencoder.WHOLE = whole
     forget_peak()

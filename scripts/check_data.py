@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check_index(settings: loader.Config) -> int:
     stage, folder = settings.stage2, settings.run.dir
     found = index.build(settings.data, settings.cache_dir, stage.conditions)
-    found.report(folder / "data-report.json")
-    for _, bad in zip(range(20), found.bad(), strict=False):
+    found.write_report(folder / "data-report.json")
+    for _, bad in zip(range(20), found.bad_samples(), strict=False):
         print(f"bad        {bad}")
     if found.bad_count() > 20:
         print(f"bad        … and {found.bad_count() - 20:,} more in {folder / 'data-report.json'}")
@@ -56,7 +56,7 @@ def check_index(settings: loader.Config) -> int:
         spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
         check.sheet(found.select("train"), spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
-    if problem := found.verdict(folder / "data-report.json"):
+    if problem := found.stop_reason(folder / "data-report.json"):
         print(f"training would stop: {problem}")
         return 1
     print("training can begin")
@@ -67,10 +67,10 @@ def check_stream(settings: loader.Config) -> int:
     """The beginning of a stream stands for all of it."""
     data, report = settings.data, settings.run.dir / "data-report.jsonl"
     stream = Stream(data, settings.cache_dir, report, settings.stage2.conditions)
-    print("\n".join(stream.sources.says()), f"shards     {len(stream):,}", sep="\n")
+    print("\n".join(stream.sources.describe()), f"shards     {len(stream):,}", sep="\n")
     good = bad = 0
     shown = list[tuple[torch.Tensor, str]]()
-    for found in stream.beginning(BEGINNING):
+    for found in stream.first_samples(BEGINNING):
         if isinstance(found, BadSample):
             print(f"bad        {found}")
             bad += 1
@@ -78,7 +78,7 @@ def check_stream(settings: loader.Config) -> int:
             good += 1
             if len(shown) < 32:
                 shown.append(found)
-    print(f"pictures   {good:,} good, {bad:,} bad among the first")
+    print(f"images     {good:,} good, {bad:,} bad among the first")
     if shown:
         pictures = images.to_pil(torch.stack([pixels for pixels, _ in shown]))
         images.grid(pictures, [caption for _, caption in shown], columns=8).save(settings.run.dir / "data-sheet.png")

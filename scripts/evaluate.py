@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": args.seed}
 
     square = (settings.data.size, settings.data.size)
-    real = torch.stack([images.to_tensor(crop_resize(records.picture(i), square)[0]) for i in range(len(records))])
+    real = torch.stack([images.to_tensor(crop_resize(records.load_image(i), square)[0]) for i in range(len(records))])
     features = {"pixels": by_pixels, "latents": lambda x: _latents(model, x)}
     known = {by: of(real) for by, of in features.items()}
     pictures: dict[int, torch.Tensor] = {}  # by the number of the real one that its prompt describes
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _settings(run: Path) -> Config:
     """The configuration of a finished run that is told prompts."""
-    settings = loader.of_run(run)
+    settings = loader.load_run(run)
     if settings.stage2.conditions != ("text",):
         told = ", ".join(settings.stage2.conditions) or "nothing"
         raise UserError(

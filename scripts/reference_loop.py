@@ -43,7 +43,7 @@ class Decoded(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
-        picture: Image.Image = self.pictures.picture(i)
+        picture: Image.Image = self.pictures.load_image(i)
         return self.transform(picture.convert("RGB")), random.choice(self.pictures[i].captions)
 
 

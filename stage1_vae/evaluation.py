@@ -65,7 +65,7 @@ def while_training(data: Index | Stream, config: Config, run: Trainer, vae: Any)
     with run.ema_weights("a validation"):
         rebuild = plain(vae, run.device)
         if (held := held_out(data).get("held_out")) is not None:
-            held = held.some(config.stage1.evaluate_pictures)
+            held = held.subset(config.stage1.evaluate_images)
             found = figures(held, rebuild, run, config.data.workers)
             run.log_values({f"held_out_{name}": value for name, value in found.items()})
         write_sheet(data, rebuild, run)
@@ -79,7 +79,7 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, ru
 
     write_sheet(data, rebuild, run)
     found: dict[str, Any] = {
-        name: figures(part.some(config.stage1.evaluate_pictures), rebuild, run, config.data.workers)
+        name: figures(part.subset(config.stage1.evaluate_images), rebuild, run, config.data.workers)
         for name, part in held_out(data).items()
     }
     if run.is_main:

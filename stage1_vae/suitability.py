@@ -132,7 +132,7 @@ def choose(settings: Config, splits: Sequence[str] | None, count: int) -> tuple[
         chosen, splits = found.select("train"), ["train"]
         notes = ["the data has no held-out pictures: these are training pictures, and figures flatter"]
     of = f"of {len(chosen):,} in " if count < len(chosen) else ""
-    return chosen.some(count), of + ", ".join(splits), notes
+    return chosen.subset(count), of + ", ".join(splits), notes
 
 
 def _fits(name: str, factor: int, settings: Config) -> None:
@@ -159,7 +159,7 @@ def batches(
     """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)` in [-1, 1], with their names."""
     batch = min(64, max(1, 2**19 // size**2))
     if isinstance(data, Stream):
-        good = (found for found in data.beginning(count) if not isinstance(found, BadSample))
+        good = (found for found in data.first_samples(count) if not isinstance(found, BadSample))
         for part in iter(lambda: list(itertools.islice(good, batch)), []):
             yield torch.stack([pixels for pixels, _ in part]).to(device), [("", caption) for _, caption in part]
             bar.update(len(part))

@@ -125,7 +125,7 @@ def update_codes(config: Config, trainer: Trainer, model: Reconstruction, rebuil
 def finish(config: Config, data: Index | Stream, trainer: Trainer, vae: Any) -> None:
     """Normalises the latents of the averaged autoencoder, evaluates and saves it."""
     train_set = data.select("train")
-    some = train_set.some(STATISTICS_IMAGES)
+    some = train_set.subset(STATISTICS_IMAGES)
     with trainer.ema_weights("the export"):
         trained = copy.deepcopy(vae)
     if config.stage1.train == "decoder":  # latents stay the same

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.data import check, index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join
@@ -75,9 +75,9 @@ class FolderTrainer:
             tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         notes: list[str] = []
         for key, value in keys.items():
-            section, _, name = loader.current_key(key.replace("__", ".", 1), notes).partition(".")
+            section, _, name = old_names.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
-        loader.print_once(notes)
+        old_names.print_notes(notes)
         self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 

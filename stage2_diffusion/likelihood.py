@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option, number, least in (("--count", args.count, 1), ("--ode-steps", args.ode_steps, 0)):
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
-    settings = loader.of_run(args.run)
+    settings = loader.load_run(args.run)
     stage, process = settings.stage2, DiffusionProcess.of(settings.stage2)
     if stage.image:
         raise UserError(
@@ -100,7 +100,7 @@ class Subject:
     def of(cls, settings: Config, model: LatentDiffusion, count: int) -> Subject:
         everything = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
         held = everything.select(*HELD_OUT)
-        chosen = (held if len(held) else everything).some(count)
+        chosen = (held if len(held) else everything).subset(count)
         batch, mean, log_variance, states = evaluation_batch(
             chosen, range(len(chosen)), model.autoencoder, model.text, model.classes, model.unet.device
         )

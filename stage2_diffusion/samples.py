@@ -95,5 +95,5 @@ def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
     held = data.select("reconstruction")
     chosen = held if len(held) else data
     numbers = range(min(sizes.SHEET_INPUTS, len(chosen)))
-    pixels = [to_tensor(crop_resize(chosen.picture(i), (size, size))[0]) for i in numbers]
+    pixels = [to_tensor(crop_resize(chosen.load_image(i), (size, size))[0]) for i in numbers]
     return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]

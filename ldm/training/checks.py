@@ -92,7 +92,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     """UserError for whatever would stop the run later and can be known now; returns the text encoder."""
     stage1, stage2 = config.stage1, config.stage2
     accumulated("stage2", stage2, processes)
-    sharding.check(config, processes)
+    sharding.check(stage2, config.run.precision, processes)
     sources.check(config.data.source, config.data.streaming, stage2.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:

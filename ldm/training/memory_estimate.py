@@ -119,7 +119,7 @@ def _not_counted(config: Config, text: checks.TextEncoderSizes) -> Iterator[str]
         yield "matrices of all pairs, which stage2.attention_backend=eager keeps"
     if config.stage2.compile:
         yield "what stage2.compile saves"
-    if kind := sharding.asked():
+    if kind := sharding.sharding_kind():
         yield f"what {kind} shards over the processes, or takes for it"
 
 

@@ -33,7 +33,7 @@ CHANGEABLE = (
     "data.max_bad",
     "sample.",
 )
-CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_pictures", "device_batch")
+CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_images", "device_batch")
 
 
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:

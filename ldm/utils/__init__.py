@@ -1,1 +1,1 @@
-"""One-line errors for people, crash-safe writes, random numbers by position."""
+"""One-line errors, atomic writes, random numbers by position, memory and thread settings."""

@@ -1,4 +1,4 @@
-"""How a command speaks to the person who typed it."""
+"""Errors of commands, reported in one line."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
-    """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+    """A mistake that the user can mend: the message names the key or file, the value and the fix, in one line."""
 
 
 def cant_write(error: BaseException) -> str:
-    """Why nothing could be written, and the remedy; empty where the error is another one."""
+    """The reason and remedy of an error of writing; empty for other errors."""
     number = getattr(error, "errno", None)
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])  # its library tells the number in its text alone
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])  # safetensors has it in the text only
     if number in FULL:
         return f"{os.strerror(number)}; make room, and the same command continues"
     return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
 
 
-def left_alone(error: BaseException | None) -> bool:
-    """Whether it, or one that came before it, says that another process no longer answers."""
+def lost_process(error: BaseException | None) -> bool:
+    """Whether the error, or one that caused it, means that another process no longer responds."""
     while error:
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no error class
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong argument is one line, like every other error."""
+    """An argument parser that reports a wrong argument in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -56,17 +56,16 @@ class Command(Protocol):
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
-    """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
+    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
-        diffusers.utils.logging.disable_progress_bar()  # theirs, over reading a file, would hide ours
+        diffusers.utils.logging.disable_progress_bar()  # of loading a file, which would interrupt our own
         transformers.utils.logging.disable_progress_bar()
         try:
             return main(arguments) or 0
         except UserError as error:
-            text = str(error).rpartition("ldm.utils.errors.UserError: ")[
-                2
-            ]  # from a loader's process it comes as a traceback
+            # A loader's worker passes it on as a traceback.
+            text = str(error).rpartition("ldm.utils.errors.UserError: ")[2]
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
             return 2
         except torch.OutOfMemoryError as error:
@@ -77,7 +76,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
             )
             return 2
         except RuntimeError as error:
-            if not left_alone(error):
+            if not lost_process(error):
                 raise
             print(
                 "error: another process of this run has ended, and may have said why; the last checkpoint stands, and "
@@ -86,7 +85,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
             )
             return 2
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # or while reading
+            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # may be of reading
                 raise
             print(f"error: can't write {getattr(error, 'filename', None) or 'a file'}: {reason}", file=sys.stderr)
             return 2

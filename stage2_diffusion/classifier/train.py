@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read(run: Path) -> Config:
     """A finished run's configuration; UserError where no classifier can be trained for it."""
-    config = loader.of_run(run)
+    config = loader.load_run(run)
     if config.stage2.image:
         raise UserError(
             f"{run}: made for {', '.join(config.stage2.conditions)}; classifiers guide models of complete images"
@@ -137,9 +137,9 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
 def usable(images: Index, out: Path) -> list[str]:
     """The classes of the images; UserError where they have none, or one, or too many images are bad."""
     report = out / "data-report.json"
-    if problem := images.verdict(report):
+    if problem := images.stop_reason(report):
         on_main(partial(make_dir, "--out", out))
-        on_main(partial(images.report, report))
+        on_main(partial(images.write_report, report))
         raise UserError(problem)
     classes = images.labels()
     if len(classes) < 2:
@@ -158,7 +158,7 @@ def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: 
         before = yaml.safe_load(file.read_text("utf-8"))
         if now.keys() != before.keys():
             raise UserError(f"--out: {out} is not a classifier's folder; give another one")
-        before["classifier"], _ = loader.renamed(ClassifierConfig, before["classifier"])
+        before["classifier"], _ = old_names.rename_keys(ClassifierConfig, before["classifier"])
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
             change for change in differences({**before, "run": str(run)}, now)
@@ -193,7 +193,7 @@ class Validation:
         device: torch.device,
         batch: int,
     ):
-        held = images.select(*HELD_OUT).some(stage.evaluate_pictures)
+        held = images.select(*HELD_OUT).subset(stage.evaluate_images)
         self.process, self.seed = process, stage.seed
         self.batch = min(VALIDATION_BATCH, batch)
         self.classes, numbers = images.labels(), range(len(held))

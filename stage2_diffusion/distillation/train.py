@@ -22,7 +22,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 import torch
 import yaml
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     args = parser.parse_intermixed_args(arguments)
-    config = loader.of_run(args.run)
+    config = loader.load_run(args.run)
     options = loader.section(DistillConfig, args.overrides, "distill")
     if options.guidance_to is None:
         twice = max(2 * config.sample.guidance, options.guidance_from + 1)
@@ -115,7 +115,7 @@ def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
         old = yaml.safe_load(file.read_text("utf-8"))
         if "distill" not in old:
             raise UserError(f"--out: {folder} is a run of another kind; give another folder")
-        old["distill"], _ = loader.renamed(DistillConfig, old["distill"])
+        old["distill"], _ = old_names.rename_keys(DistillConfig, old["distill"])
         changed = [
             change for change in differences(old["distill"], new["distill"])
             if change.partition(":")[0] not in CHANGEABLE_IN_STAGES
@@ -200,7 +200,7 @@ def learn(
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
     held = held_out(model, everything, options.batch, trainer.passes.images)
     if options.blended and model.text and isinstance(data, Index):
-        captions = data.some(CAPTIONS)
+        captions = data.subset(CAPTIONS)
         distillation.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def evaluate_if_due() -> None:
@@ -238,7 +238,7 @@ def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, ima
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index):
         return []
-    held = held.some(count)
+    held = held.subset(count)
     numbers = range(len(held))
     return [
         evaluation_batch(

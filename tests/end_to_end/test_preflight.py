@@ -121,7 +121,7 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 
 
 def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[Config, Index]]) -> None:
-    settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_pictures=40")
+    settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_images=40")
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
     assert len(few.select(*HELD_OUT)) == 32

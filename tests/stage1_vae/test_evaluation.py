@@ -53,14 +53,14 @@ def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
 def test_no_more_held_out_pictures_are_measured_than_asked_for(
     drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
-    settings, data = drawings("stage1.evaluate_pictures=5")
+    settings, data = drawings("stage1.evaluate_images=5")
     held = data.select(*HELD_OUT)
     assert len(held) > 5
     run = started(settings)
     evaluation.while_training(data, settings, run, vae.vae)
     line = json.loads((run.folder / "metrics.jsonl").read_text())
     found = evaluation.when_done(data, settings, vae, run)["held_out"]
-    for name, value in measured(held.some(5), vae).items():
+    for name, value in measured(held.subset(5), vae).items():
         assert line[f"held_out_{name}"] == found[name] == pytest.approx(value, rel=1e-4)
     assert found["psnr"] != pytest.approx(measured(held, vae)["psnr"], rel=1e-4)
 
@@ -70,7 +70,7 @@ def test_figures_are_the_same_for_any_number_of_workers(
 ) -> None:
     found = []
     for workers in (0, 2):
-        settings, data = drawings("stage1.evaluate_pictures=20", f"data.workers={workers}")
+        settings, data = drawings("stage1.evaluate_images=20", f"data.workers={workers}")
         run = started(settings)
         found.append(evaluation.when_done(data, settings, vae, run))
     assert found[0] == found[1]
@@ -120,14 +120,14 @@ def test_a_process_without_a_share_waits_for_the_others(
 ) -> None:
     given = [
         f"run.dir={tmp_path / 'run'}", f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
-        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_pictures=1", "stage1.steps=2",
+        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_images=1", "stage1.steps=2",
         "run.preflight=false",
     ]  # fmt: skip
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py")
     finish(launch(*two, "--config", "configs/tiny.yaml", "--stage", "1", *given))
     found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
     data = indexed(loader.load(root / "configs/tiny.yaml", given))
-    one = measured(data.select(*HELD_OUT).some(1), autoencoder.load(tmp_path / "run/autoencoder"))
+    one = measured(data.select(*HELD_OUT).subset(1), autoencoder.load(tmp_path / "run/autoencoder"))
     assert found["psnr"] == pytest.approx(one["psnr"], rel=1e-4)
 
 

@@ -83,7 +83,7 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     pixels = autoencoder == "identity"
     settings, index = few(
         f"stage2.conditions=[{conditions}]", *process.split(), "stage2.steps=1", "stage2.batch=2",
-        "stage2.evaluate_pictures=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
+        "stage2.evaluate_images=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
         "stage2.attention_head_dim=4",
         f"stage1={STAGES[autoencoder]}",
     )  # fmt: skip

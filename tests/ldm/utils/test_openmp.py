@@ -30,14 +30,14 @@ NO_TORCH = ("ema.py", "benchmark_results.py", "resume_drill.py")  # commands tha
 def test_threads_spin_unless_the_cores_are_busy_or_a_person_decided(
     busy: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*openmp.CHOSEN, "OMP_NUM_THREADS"):
+    for name in (*openmp.USER_SETTINGS, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it comes back
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(openmp, "busy_cores", lambda: busy)
-    openmp.wait_asleep_where_busy()
+    openmp.disable_spinning_if_busy()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
@@ -81,12 +81,12 @@ def test_what_other_cores_do_is_no_reason_to_wait_asleep(tmp_path: Path, monkeyp
     monkeypatch.setattr(time, "sleep", lambda _: file.write_text(after))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    for name in (*openmp.CHOSEN, "OMP_NUM_THREADS"):
+    for name in (*openmp.USER_SETTINGS, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it comes back
         monkeypatch.delenv(name)
     measured = partial(openmp.busy_cores, file=file)
     monkeypatch.setattr(openmp, "busy_cores", measured)
-    openmp.wait_asleep_where_busy()
+    openmp.disable_spinning_if_busy()
     assert "GOMP_SPINCOUNT" not in os.environ
 
 

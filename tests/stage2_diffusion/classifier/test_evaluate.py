@@ -18,7 +18,7 @@ from stage2_diffusion.classifier import train as training
 KEYS = [
     "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
     "norm_num_groups=4",
-    "evaluate_pictures=8",
+    "evaluate_images=8",
 ]  # fmt: skip
 
 
