@@ -34,19 +34,19 @@ def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
 
 
 @torch.no_grad()
-def figures(data: Index | Stream, rebuild: Rebuild, run: Trainer, workers: int) -> dict[str, float]:
+def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
     """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
     own = Figures(max_scales(min(sides)))
-    for x in share(data, run, workers):
+    for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
     return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
 
 
-def share(data: Index | Stream, run: Trainer, workers: int) -> Iterator[torch.Tensor]:
+def share(data: Index | Stream, trainer: Trainer, workers: int) -> Iterator[torch.Tensor]:
     """This process's share of the images, in batches, read by its `workers`."""
-    state = run.accelerator
+    state = trainer.accelerator
     return iter_images(data, rank=state.process_index, processes=state.num_processes, workers=workers)
 
 
@@ -60,56 +60,56 @@ def rebuild_with(vae: Any, device: torch.device) -> Rebuild:
     return rebuild
 
 
-def while_training(data: Index | Stream, config: Config, run: Trainer, vae: Any) -> None:
+def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: Any) -> None:
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
-    with run.ema_weights("a validation"):
-        rebuild = rebuild_with(vae, run.device)
+    with trainer.ema_weights("a validation"):
+        rebuild = rebuild_with(vae, trainer.device)
         if (held := held_out(data).get("held_out")) is not None:
             held = held.subset(config.stage1.evaluate_images)
-            means = figures(held, rebuild, run, config.data.workers)
-            run.log_values({f"held_out_{name}": value for name, value in means.items()})
-        write_sheet(data, rebuild, run)
+            means = figures(held, rebuild, trainer, config.data.workers)
+            trainer.log_values({f"held_out_{name}": value for name, value in means.items()})
+        write_sheet(data, rebuild, trainer)
 
 
-def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, run: Trainer) -> dict[str, Any]:
+def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
     """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
 
-    write_sheet(data, rebuild, run)
+    write_sheet(data, rebuild, trainer)
     by_split: dict[str, Any] = {
-        name: figures(split.subset(config.stage1.evaluate_images), rebuild, run, config.data.workers)
+        name: figures(split.subset(config.stage1.evaluate_images), rebuild, trainer, config.data.workers)
         for name, split in held_out(data).items()
     }
-    if run.is_main:
+    if trainer.is_main:
         for name, values in by_split.items():
             print(f"stage1: {name} rebuilt, psnr {values['psnr']:.2f} dB, ssim {values['ssim']:.4f}", flush=True)
     return by_split
 
 
-def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Trainer, workers: int) -> dict[str, Any]:
+def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Trainer, workers: int) -> dict[str, Any]:
     """Are the latents ready for diffusion? Draws `stage1/latents.png`; returns the facts. Processes share the work."""
     report = Report(autoencoder.channels)
-    for x in share(data, run, workers):
+    for x in share(data, trainer, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():
-        tensor.copy_(run.sum(tensor))
-    if run.is_main:
-        report.plot(run.folder / "latents.png")
+        tensor.copy_(trainer.sum(tensor))
+    if trainer.is_main:
+        report.plot(trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()
 
 
 @torch.no_grad()
-def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Trainer) -> None:
+def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> None:
     """`stage1/samples/step-….png`: originals, reconstructions and amplified differences of the first held-out images.
 
     Data without held-out images shows its first ones.
     """
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    if path.exists() or not run.is_main:
+    path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
+    if path.exists() or not trainer.is_main:
         return
     data = held_out(data).get("held_out", data)
     candidates = data if isinstance(data, Stream) else data.first(8 * SHEET_IMAGES)
@@ -121,4 +121,4 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Trainer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp_path:
         sheet.save(tmp_path, "PNG")
-    log_image(run.accelerator.trackers, "reconstructions", sheet, run.step)
+    log_image(trainer.accelerator.trackers, "reconstructions", sheet, trainer.step)

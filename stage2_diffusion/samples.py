@@ -37,26 +37,26 @@ class SheetInputs:
     """Samples in a frame."""
 
 
-def write_sheet(config: Config, run: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
+def write_sheet(config: Config, trainer: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
     """`stage2/samples/step-….png`, with the EMA weights; every process generates its share.
 
     Text: the configured prompts, with a frame around held-out ones. Classes: one image each. Inpainting and
     super-resolution: the inputs, then the results.
     """
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
+    path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
     stage = config.stage2
     if on_main(path.exists) or (stage.text and not stage.image and not config.sample.prompts):
         return
     inputs = _image_inputs(config, model, data) if stage.image else _inputs(config, model, data)
-    with run.ema_weights("a sample sheet"):
-        samples = _generate(model, run, config.run.seed, len(inputs.captions), inputs.arguments)
-    if run.is_main:
+    with trainer.ema_weights("a sample sheet"):
+        samples = _generate(model, trainer, config.run.seed, len(inputs.captions), inputs.arguments)
+    if trainer.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         captions = ["input"] * len(inputs.sources) + inputs.captions
         sheet = grid(inputs.sources + samples, captions, columns=8, marked=inputs.marked)
         with whole_file(path) as tmp_path:
             sheet.save(tmp_path, "PNG")
-        log_image(run.accelerator.trackers, "samples", sheet, run.step)
+        log_image(trainer.accelerator.trackers, "samples", sheet, trainer.step)
 
 
 def _inputs(config: Config, model: LatentDiffusion, data: Index | Stream) -> SheetInputs:
@@ -98,13 +98,13 @@ def _image_inputs(config: Config, model: LatentDiffusion, data: Index | Stream) 
 
 
 def _generate(
-    model: LatentDiffusion, run: Trainer, seed: int, count: int, arguments: dict[str, Any]
+    model: LatentDiffusion, trainer: Trainer, seed: int, count: int, arguments: dict[str, Any]
 ) -> list[Image.Image]:
     """Images, number i from the noise of `seed + i`; all processes generate equally many, a few of them twice.
 
     With sharded weights a process that generates nothing would block the others.
     """
-    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = -(-count // processes)
     own = [i % count for i in range(rank * share, (rank + 1) * share)]
     own_arguments: dict[str, Any] = {
@@ -112,7 +112,7 @@ def _generate(
         for name, values in arguments.items()
     }
     per_prompt = 1 if "prompts" in arguments or "labels" in arguments else share  # an unconditional call is one prompt
-    batch = min(sizes.SHEET_BATCH, run.passes.images)
-    callback = run.dry_run.evaluated if run.dry_run else None
+    batch = min(sizes.SHEET_BATCH, trainer.passes.images)
+    callback = trainer.dry_run.evaluated if trainer.dry_run else None
     images = model(seed=[seed + i for i in own], count=per_prompt, batch=batch, callback=callback, **own_arguments)
     return list(gather_object(images))[:count]
