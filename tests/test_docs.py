@@ -223,7 +223,7 @@ def test_the_page_of_architecture_names_every_room(root: Path) -> None:
 
 
 def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
-    keys = {"image_dir", *kohya.SIZES, *kohya.CAPTIONS, *kohya.INSTEAD}
+    keys = {"image_dir", *kohya.SIZE_KEYS, *kohya.CAPTION_KEYS, *kohya.REPLACEMENTS}
     assert {key for key in keys if f"`{key}`" not in PAGE} == set()
 
 
