@@ -36,24 +36,43 @@ from ldm.utils.errors import Parser, command
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 LARGE: dict[str, Any] = {
-    "pictures": 256, "side": 512, "steps": 10,
+    "pictures": 256,
+    "side": 512,
+    "steps": 10,
     "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "stage2": ["stage2.batch=32", "stage2.device_batch=32", "data.workers=8"],
     "stage1": ["data.size=256", "stage1.batch=16", "data.workers=8"],
     "tiny": [],
-}  # fmt: skip
+}
 TINY: dict[str, Any] = {
-    "pictures": 16, "side": 32, "steps": 2,
+    "pictures": 16,
+    "side": 32,
+    "steps": 2,
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "stage2": [
-        "data.size=32", "text.width=32", "stage1.channels=[8, 8, 8, 8]", "stage1.norm_num_groups=4", "stage1.layers=1",
-        "stage2.channels=[8, 8]", "stage2.attention=[true, false]", "stage2.attention_head_dim=8", "stage2.layers=1",
-        "stage2.norm_num_groups=4", "stage2.batch=8", "stage2.device_batch=8", "data.workers=0",
+        "data.size=32",
+        "text.width=32",
+        "stage1.channels=[8, 8, 8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.layers=1",
+        "stage2.channels=[8, 8]",
+        "stage2.attention=[true, false]",
+        "stage2.attention_head_dim=8",
+        "stage2.layers=1",
+        "stage2.norm_num_groups=4",
+        "stage2.batch=8",
+        "stage2.device_batch=8",
+        "data.workers=0",
     ],
-    "stage1": ["data.size=32", "stage1.channels=[8, 8]", "stage1.norm_num_groups=4", "stage1.batch=8",
-    "data.workers=0"],
+    "stage1": [
+        "data.size=32",
+        "stage1.channels=[8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.batch=8",
+        "data.workers=0",
+    ],
     "tiny": ["data.size=16", "stage1.steps=10", "stage2.steps=20"],
-}  # fmt: skip
+}
 
 
 @command

@@ -88,9 +88,11 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
 def provenance() -> dict[str, Any]:
     """What makes a run: command, commit and versions."""
     return {
-        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "git_commit": _commit(),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }  # fmt: skip
+    }
 
 
 def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
