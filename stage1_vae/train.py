@@ -148,7 +148,7 @@ def finish(config: Config, data: Index | Stream, trainer: Trainer, vae: Any) -> 
         lambda: autoencoder.save(
             config.run.dir / "autoencoder",
             steps=trainer.step,
-            **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)},
+            **{"shards" if isinstance(data, Stream) else "images": len(train_set)},
             **facts,
             raw_mean=None if mean is None else mean.tolist(),
             raw_std=None if std is None else std.tolist(),

@@ -61,8 +61,8 @@ def sampling_parser(description: str) -> Parser:
     speed.add_argument("--compile", default="no", choices=("no", "yes", "graphs"), help="graphs: with CUDA graphs")
     speed.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     out = parser.add_argument_group("output")
-    folder = "a folder, or a .png for a single image; default: pictures"
-    out.add_argument("--out", type=Path, default=Path("pictures"), help=folder)
+    folder = "a folder, or a .png for a single image; default: images"
+    out.add_argument("--out", type=Path, default=Path("images"), help=folder)
     out.add_argument("--grid", type=Path, help="a sheet of all images with their captions, .png")
     out.add_argument("--animate", type=Path, help="the denoising of the first batch: .gif, .webp or .mp4")
     return parser

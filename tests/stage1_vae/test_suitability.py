@@ -92,7 +92,7 @@ def test_several_autoencoders_stand_in_one_table_and_missing_weights_stop_nothin
     assert "note: rFID: weights-inception-2015-12-05-6726825d.pth is not in" in out
     assert f"{fine}: retrain" in out
     facts = written(tmp_path / "out")
-    assert facts["pictures"] == 12
+    assert facts["images"] == 12
     assert [each["model"] for each in facts["models"]][:2] == [str(fine), str(coarse)]  # type: ignore[attr-defined]
     for name in ("reconstructions.png", "worst.png"):
         with Image.open(tmp_path / "out" / name) as sheet:
