@@ -2,7 +2,7 @@
 
     accelerate launch train_ldm.py --config configs/openmoji.yaml [stage2.lr=1e-3 …]
 
-One process or many, and plain `python train_ldm.py …`. The same command again continues where it stopped.
+Plain `python train_ldm.py …` works too, and `ldm-train …` from any folder. The same command again resumes the run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="train_ldm.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--stage", choices=("1", "2"), help="only this stage; default: both")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be trained, and what it would take, and train nothing"
+        "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
-    parser.add_argument("--fresh", action="store_true", help="leave a used run folder alone and start beside it")
+    parser.add_argument("--fresh", action="store_true", help="start in a new folder beside a used one")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
-    """Trains what is still to be trained of one stage, `1` or `2`, or of both."""
+    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both."""
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
@@ -65,64 +65,67 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
     from stage2_diffusion.train import train as train_unet
 
     disable_progress_bars()
-    encoder = checks.check(settings, state.num_processes)  # what stage two needs, before stage one takes its hours
+    encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
-    pipeline, stages = folder / "pipeline", left(settings, stage)
+    pipeline, stages = folder / "pipeline", unfinished_stages(settings, stage)
     if "stage1" in stages and stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
-    pictures = seen(settings, encoder)
+    data = load_data(settings, encoder)
     if not pipeline.exists():
-        on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(pictures, 2)), state.device))
+        on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
-    for each in stages if settings.run.preflight else ():
-        measure(settings, each, pictures, encoder)
+    for name in stages if settings.run.preflight else ():
+        measure(settings, name, data, encoder)
 
     if "stage1" in stages:
-        train_autoencoder(settings, pictures)
+        train_autoencoder(settings, data)
     if stage != "1":
         if "stage2" in stages:
-            train_unet(settings, pictures, autoencoder.load(made(settings)), encoder)
+            train_unet(settings, data, autoencoder.load(autoencoder_path(settings)), encoder)
         else:
-            check_finished(folder / "stage2", {"data": pictures.select("train").fingerprint()})
+            check_finished(folder / "stage2", {"data": data.select("train").fingerprint()})
         if state.is_main_process and not (folder / "README.md").exists():
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {pipeline if stage != '1' else made(settings)}")
+        print(f"finished: {pipeline if stage != '1' else autoencoder_path(settings)}")
 
 
-def left(settings: Config, stage: str | None) -> list[str]:
-    """The stages that are still to be trained, of the one that was asked for or of both."""
-    one = not settings.stage1.needs_none and not (settings.run.dir / "autoencoder").exists()
-    two = stage != "1" and not (settings.run.dir / "pipeline").exists()
-    return ["stage1"] * one + ["stage2"] * two
+def unfinished_stages(settings: Config, stage: str | None) -> list[str]:
+    """`stage1`, `stage2`, both or neither. Stage two needs stage one, so `stage` 2 does not exclude it."""
+    stages = []
+    if not settings.stage1.needs_none and not (settings.run.dir / "autoencoder").exists():
+        stages.append("stage1")
+    if stage != "1" and not (settings.run.dir / "pipeline").exists():
+        stages.append("stage2")
+    return stages
 
 
-def made(settings: Config) -> str | Path:
-    """The autoencoder whose latents stage two is trained in."""
-    one = settings.stage1
-    return one.pretrained or ("identity" if one.needs_none else settings.run.dir / "autoencoder")
+def autoencoder_path(settings: Config) -> str | Path:
+    """The autoencoder in whose latents stage two trains."""
+    stage = settings.stage1
+    return stage.pretrained or ("identity" if stage.needs_none else settings.run.dir / "autoencoder")
 
 
-def seen(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
-    """The pictures, which have been looked at."""
+def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
+    """The data set, after the checks that need all its samples."""
     from ldm.data import check, index
     from ldm.data.stream import Stream
 
-    data, folder, conditions = settings.data, settings.run.dir, settings.stage2.conditions
-    pictures: Index | Stream
-    if data.streaming:
-        pictures = Stream(data, settings.cache_dir, folder / "data-report.jsonl", conditions)
+    folder, conditions = settings.run.dir, settings.stage2.conditions
+    data: Index | Stream
+    if settings.data.streaming:
+        data = Stream(settings.data, settings.cache_dir, folder / "data-report.jsonl", conditions)
     else:
-        pictures = index.build(data, settings.cache_dir, conditions)
+        data = index.build(settings.data, settings.cache_dir, conditions)
     batches = (settings.stage1.batch, settings.stage2.batch)
-    check.before_training(pictures, folder, encoder, settings.text.model, batches)
-    return pictures
+    check.before_training(data, folder, encoder, settings.text.model, batches)
+    return data
 
 
-def dry_run(settings: Config, only: str | None) -> None:
-    """Says what would be trained, and measures it where data and text encoder are here; makes no run's folder."""
+def dry_run(settings: Config, stage: str | None) -> None:
+    """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder."""
     from ldm.data import sources
     from ldm.distributed.launch import join, on_main
     from ldm.models import text_encoder
@@ -132,9 +135,9 @@ def dry_run(settings: Config, only: str | None) -> None:
     state = join(settings.run)
     if state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
-        if settings.run.device != "cpu" and "stage2" in left(settings, only):
+        if settings.run.device != "cpu" and "stage2" in unfinished_stages(settings, stage):
             print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
-    try:  # what may not be here yet
+    try:  # a dry run may come before data and text encoder are downloaded
         sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:
             text_encoder.of(settings.text)
@@ -143,22 +146,22 @@ def dry_run(settings: Config, only: str | None) -> None:
             print(f"not measured: {error}")
         return
     encoder = checks.check(settings, state.num_processes)
-    stages = left(settings, only)
-    beside = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
+    stages = unfinished_stages(settings, stage)
+    tmp_path = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
     try:
         if not settings.run.dir.exists():
-            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": beside})})
-        pictures = seen(settings, encoder)
-        for stage in stages:
-            measure(settings, stage, pictures, encoder)
+            settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
+        data = load_data(settings, encoder)
+        for name in stages:
+            measure(settings, name, data, encoder)
         state.wait_for_everyone()
     finally:
         if state.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: TextEncoder | None) -> None:
-    """Says what a stage takes: two of its steps are tried, with a random autoencoder where none is trained yet."""
+def measure(settings: Config, stage: str, data: Index | Stream, encoder: TextEncoder | None) -> None:
+    """Prints the cost of `stage1` or `stage2`, from two steps; an untrained autoencoder has random weights."""
     import torch
     from accelerate import PartialState
 
@@ -167,22 +170,22 @@ def measure(settings: Config, stage: str, pictures: Index | Stream, encoder: Tex
     from stage1_vae.train import train as train_autoencoder
     from stage2_diffusion.train import train as train_unet
 
-    def train(settings: Config, pictures: Index | Stream) -> None:
+    def train(settings: Config, data: Index | Stream) -> None:
         if stage == "stage1":
-            return train_autoencoder(settings, pictures)
-        if given == "identity" or settings.stage1.pretrained or Path(given).exists():
-            vae = autoencoder.load(given)
+            return train_autoencoder(settings, data)
+        if path == "identity" or settings.stage1.pretrained or Path(path).exists():
+            vae = autoencoder.load(path)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
-        trained = copy.deepcopy(encoder) if settings.text.train else encoder  # or it would have learned
-        return train_unet(settings, pictures, vae, trained)
+        text = copy.deepcopy(encoder) if settings.text.train else encoder  # the two steps change it
+        return train_unet(settings, data, vae, text)
 
-    given = made(settings)
-    found = preflight.measure(settings, stage, pictures, train)
+    path = autoencoder_path(settings)
+    report = preflight.measure(settings, stage, data, train)
     if encoder:
-        encoder.to(torch.device("cpu"))  # stage one, which may come first, needs the room
+        encoder.to(torch.device("cpu"))  # stage one, which may come first, needs its memory
     if PartialState().is_main_process:
-        print(found, flush=True)
+        print(report, flush=True)
 
 
 if __name__ == "__main__":

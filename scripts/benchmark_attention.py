@@ -1,4 +1,4 @@
-"""How fast attention's kernels are, and whether they agree: `scripts/benchmark.py attention`."""
+"""Speed and agreement of attention kernels: `scripts/benchmark.py attention`."""
 
 from __future__ import annotations
 
@@ -10,74 +10,76 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from benchmark_rows import Report, forget_peak, peak, rows, timed
+from benchmark_rows import Report, parse_rows, peak, reset_peak, timed
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
 from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 
-LEVELS = ((5, 1), (10, 2), (20, 4))
-"""Heads of 64 channels, and pixels of the latents along a position's side, where `unet-860m` has attention."""
+ATTENTION_LAYERS = ((5, 1), (10, 2), (20, 4))
+"""Heads of 64 channels, and downsampling of the latents, of each resolution at which `unet-860m` has attention."""
 REPEATS = 10
+MAX_DIFFERENCE = 0.05  # of the largest value, between kernels
 
 
-def attention(args: argparse.Namespace) -> None:
-    """Prints a line a kernel: FLOP/s of forward and backward, and how far what they give is from the first's."""
+def compare_attention_kernels(args: argparse.Namespace) -> None:
+    """Prints a line per kernel: FLOP/s of forward and backward, and its results' difference from the first kernel's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = args.precision or precision(RunConfig())
+    default = args.precision or precision(RunConfig())
     kernels: dict[str, Callable[..., torch.Tensor]] = {
         "eager": _eager,
         "sdpa": F.scaled_dot_product_attention,
         "xformers": _xformers,
     }
-    table, first = Report.of("attention", "GFLOP/s", args), None
-    for row in rows(args.rows or ("sdpa,xformers" if device.type == "cuda" else "eager,sdpa"), tuple(kernels), chosen):
-        if row.who == "xformers" and not importlib.util.find_spec("xformers"):
+    report, first = Report.of("attention", "GFLOP/s", args), None
+    names = args.rows or ("sdpa,xformers" if device.type == "cuda" else "eager,sdpa")
+    for row in parse_rows(names, tuple(kernels), default):
+        if row.subject == "xformers" and not importlib.util.find_spec("xformers"):
             raise UserError("--rows: xformers is not installed; pip install it, or leave it out")
-        forget_peak()
-        seconds, found = _attended(kernels[row.who], args, DTYPES[row.precision], device)
-        first = found if first is None else first
-        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, first, strict=True))
-        # two products forward; of the backward, one that is computed again and two for each
+        reset_peak()
+        seconds, tensors = _run(kernels[row.subject], args, DTYPES[row.precision], device)
+        first = tensors if first is None else first
+        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(tensors, first, strict=True))
+        # 7 matrix products: two of the forward; in the backward one of these again, and two for each of them
         flops = sum(7 * 2 * 64 * args.batch * math.prod(shape) for shape in _shapes(args.size))
-        table.row(row.name, flops / seconds / 1e9, f"off by {off:.2g}", peak(), difference=off)
-        if not off <= 0.05:
+        report.row(row.name, flops / seconds / 1e9, f"off by {off:.2g}", peak(), difference=off)
+        if not off <= MAX_DIFFERENCE:
             raise UserError(
                 f"--rows: {row.name} is off by {off:.2g} of the largest value; its version may not fit torch's"
             )
 
 
 def _shapes(size: int) -> list[tuple[int, int, int]]:
-    """Heads, queries and keys, in self-attention and in attention to 77 tokens, of pictures of `size` pixels a side."""
-    positions = [(heads, (size // 8 // side) ** 2) for heads, side in LEVELS]
+    """Heads, queries and keys of self-attention and of attention to 77 tokens, for images of `size` pixels a side."""
+    positions = [(heads, (size // 8 // downsampling) ** 2) for heads, downsampling in ATTENTION_LAYERS]
     return [(heads, n, keys) for heads, n in positions for keys in (n, 77)]
 
 
-def _attended(
+def _run(
     kernel: Callable[..., torch.Tensor], args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
-    """Seconds of forward and backward on all shapes, the best of some rounds; their results and gradients."""
-    found: list[torch.Tensor] = []
+    """Seconds of forward and backward on all shapes, in the fastest round; the results and gradients."""
+    results: list[torch.Tensor] = []
     total = 0.0
     for heads, queries, keys in _shapes(args.size):
         generator = torch.Generator(device).manual_seed(0)
         shapes = [(args.batch, heads, n, 64) for n in (queries, keys, keys, queries)]
-        *taken, error = (torch.randn(s, device=device, dtype=dtype, generator=generator) for s in shapes)
-        both = partial(_forward_and_backward, kernel, [each.requires_grad_() for each in taken], error)
-        found += [each.float().cpu() for each in both(1)]
+        *qkv, grad_output = (torch.randn(s, device=device, dtype=dtype, generator=generator) for s in shapes)
+        step = partial(_forward_and_backward, kernel, [tensor.requires_grad_() for tensor in qkv], grad_output)
+        results += [tensor.float().cpu() for tensor in step(1)]
         repeats = REPEATS if device.type == "cuda" else 1
-        total += min(timed(partial(both, repeats)) for _ in range(args.rounds)) / repeats
-    return total, found
+        total += min(timed(partial(step, repeats)) for _ in range(args.rounds)) / repeats
+    return total, results
 
 
 def _forward_and_backward(
-    kernel: Callable[..., torch.Tensor], taken: list[torch.Tensor], error: torch.Tensor, repeats: int
+    kernel: Callable[..., torch.Tensor], qkv: list[torch.Tensor], grad_output: torch.Tensor, repeats: int
 ) -> list[torch.Tensor]:
-    """Result and gradients of the last of so many repetitions."""
+    """Result and gradients of the last of `repeats` repetitions."""
     for _ in range(repeats):
-        out = kernel(*taken)
-        gradients = torch.autograd.grad(out, taken, error)
+        out = kernel(*qkv)
+        gradients = torch.autograd.grad(out, qkv, grad_output)
     return [out.detach(), *gradients]
 
 
@@ -88,5 +90,5 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     from xformers.ops import memory_efficient_attention
 
-    turned = (each.transpose(1, 2) for each in (q, k, v))  # it takes heads after positions
-    return memory_efficient_attention(*turned).transpose(1, 2)  # type: ignore[no-any-return]
+    transposed = (tensor.transpose(1, 2) for tensor in (q, k, v))  # xformers has positions before heads
+    return memory_efficient_attention(*transposed).transpose(1, 2)  # type: ignore[no-any-return]

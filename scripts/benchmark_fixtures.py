@@ -1,11 +1,11 @@
-"""Makes what a benchmark needs where there is no network, with random weights and pictures, from a seed.
+"""Creates what benchmarks need without a network: models with random weights, and random images, from a seed.
 
     python scripts/benchmark_fixtures.py FOLDER
 
-`text` a text encoder of CLIP-L's width, `vae` a KL autoencoder of factor 8, `pictures` 256 JPEGs of 512 pixels with
+`text` a text encoder of CLIP-L's width, `vae` a KL autoencoder of factor 8, `images` 256 JPEGs of 512 pixels with
 captions, `pipeline` a text-to-image pipeline of Stable Diffusion's size and 10 steps; and configurations:
 `stage2.yaml`, which is configs/sd-512.yaml on these, `stage1.yaml`, a kl-f8 at 256 pixels, and `tiny.yaml`, which is
-configs/tiny.yaml on these pictures. 4 GB; with `--smoke` all of it is tiny. A folder that is complete is left alone.
+configs/tiny.yaml on these images. 4 GB; with `--smoke` everything is tiny. A complete folder is left alone.
 """
 
 from __future__ import annotations
@@ -36,64 +36,83 @@ from ldm.utils.errors import Parser, command
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 LARGE: dict[str, Any] = {
-    "pictures": 256, "side": 512, "steps": 10,
+    "images": 256,
+    "side": 512,
+    "steps": 10,
     "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "stage2": ["stage2.batch=32", "stage2.device_batch=32", "data.workers=8"],
     "stage1": ["data.size=256", "stage1.batch=16", "data.workers=8"],
     "tiny": [],
-}  # fmt: skip
+}
 TINY: dict[str, Any] = {
-    "pictures": 16, "side": 32, "steps": 2,
+    "images": 16,
+    "side": 32,
+    "steps": 2,
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "stage2": [
-        "data.size=32", "text.width=32", "stage1.channels=[8, 8, 8, 8]", "stage1.norm_num_groups=4", "stage1.layers=1",
-        "stage2.channels=[8, 8]", "stage2.attention=[true, false]", "stage2.attention_head_dim=8", "stage2.layers=1",
-        "stage2.norm_num_groups=4", "stage2.batch=8", "stage2.device_batch=8", "data.workers=0",
+        "data.size=32",
+        "text.width=32",
+        "stage1.channels=[8, 8, 8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.layers=1",
+        "stage2.channels=[8, 8]",
+        "stage2.attention=[true, false]",
+        "stage2.attention_head_dim=8",
+        "stage2.layers=1",
+        "stage2.norm_num_groups=4",
+        "stage2.batch=8",
+        "stage2.device_batch=8",
+        "data.workers=0",
     ],
-    "stage1": ["data.size=32", "stage1.channels=[8, 8]", "stage1.norm_num_groups=4", "stage1.batch=8",
-    "data.workers=0"],
+    "stage1": [
+        "data.size=32",
+        "stage1.channels=[8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.batch=8",
+        "data.workers=0",
+    ],
     "tiny": ["data.size=16", "stage1.steps=10", "stage2.steps=20"],
-}  # fmt: skip
+}
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmark_fixtures.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="where they are made")
-    parser.add_argument("--smoke", action="store_true", help="tiny ones, to try the commands that take them")
+    parser.add_argument("folder", type=Path, help="created; it gets the files")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and images, to try the commands with")
     args = parser.parse_args(arguments)
-    make(args.folder.resolve(), TINY if args.smoke else LARGE)
+    create_fixtures(args.folder.resolve(), TINY if args.smoke else LARGE)
 
 
-def make(folder: Path, sizes: dict[str, Any]) -> None:
-    """What is missing of it; the configurations come last."""
+def create_fixtures(folder: Path, sizes: dict[str, Any]) -> None:
+    """Writes all fixtures; the configurations come last, so that their presence marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tiny.yaml").exists():
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where drawing 10^9 numbers takes no time
-    pictures(folder / "pictures", sizes["pictures"], sizes["side"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # drawing 10^9 numbers is fast on a GPU
+    save_images(folder / "images", sizes["images"], sizes["side"])
     save_text_encoder(folder / "text", sizes["text"], device)
-    given = [f"data.source={folder}/pictures", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
+    shared = [f"data.source={folder}/images", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
     cached = [f"stage1.pretrained={folder}/vae", f"data.cache_dir={folder}/cache", "data.buckets=null"]
-    settings = loader.load(ROOT / "configs/sd-512.yaml", [*given, *cached, *sizes["stage2"]])
+    settings = loader.load(ROOT / "configs/sd-512.yaml", [*shared, *cached, *sizes["stage2"]])
     torch.manual_seed(0)
     with device:
         vae = Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
     vae.save(folder / "vae")
-    pipeline(settings, vae, device, sizes["steps"]).save(folder / "pipeline")
+    random_pipeline(settings, vae, device, sizes["steps"]).save(folder / "pipeline")
     kl = ["stage1.model=kl-f8", "stage1.pretrained=null", "data.buckets=null"]
-    written = {
-        "stage1": loader.load(ROOT / "configs/sd-512.yaml", [*given, *kl, *sizes["stage1"]]),
+    configs = {
+        "stage1": loader.load(ROOT / "configs/sd-512.yaml", [*shared, *kl, *sizes["stage1"]]),
         "stage2": settings,
-        "tiny": loader.load(ROOT / "configs/tiny.yaml", [*given, *sizes["tiny"]]),
+        "tiny": loader.load(ROOT / "configs/tiny.yaml", [*shared, *sizes["tiny"]]),
     }
-    for name, each in written.items():
-        tree = each.model_dump(mode="json", exclude_none=True)  # a section that is null takes no keys
+    for name, config in configs.items():
+        tree = config.model_dump(mode="json", exclude_none=True)  # overrides can't set keys of a section that is null
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), "utf-8")
 
 
-def pictures(folder: Path, count: int, side: int) -> None:
-    """JPEGs of coarse noise, which are as large as photographs, each with a caption in a file beside it."""
+def save_images(folder: Path, count: int, side: int) -> None:
+    """JPEGs of coarse noise, whose files are as large as photographs', and a caption file for each."""
     folder.mkdir(exist_ok=True)
     for i in range(count):
         rng = np.random.default_rng(i)
@@ -103,8 +122,8 @@ def pictures(folder: Path, count: int, side: int) -> None:
         (folder / f"{i:03}.txt").write_text(" ".join(words))
 
 
-def save_text_encoder(folder: Path, shape: dict[str, int], device: torch.device) -> None:
-    """A CLIP text encoder with random weights, which knows letters and digits."""
+def save_text_encoder(folder: Path, sizes: dict[str, int], device: torch.device) -> None:
+    """A CLIP text encoder with random weights, whose tokens are letters and digits."""
     folder.mkdir(exist_ok=True)
     names = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
@@ -114,11 +133,11 @@ def save_text_encoder(folder: Path, shape: dict[str, int], device: torch.device)
     ends = {"bos_token_id": len(names) - 2, "eos_token_id": len(names) - 1}
     torch.manual_seed(0)
     with device:
-        CLIPTextModel(CLIPTextConfig(vocab_size=len(names), **shape, **ends)).save_pretrained(folder)
+        CLIPTextModel(CLIPTextConfig(vocab_size=len(names), **sizes, **ends)).save_pretrained(folder)
 
 
-def pipeline(settings: Config, vae: Autoencoder, device: torch.device, steps: int) -> LatentDiffusion:
-    """Random weights in stage two's shapes, as one of eps."""
+def random_pipeline(settings: Config, vae: Autoencoder, device: torch.device, steps: int) -> LatentDiffusion:
+    """A pipeline of stage two's U-Net with random weights, which predicts eps."""
     encoder, side = text_encoder.of(settings.text), settings.data.size // vae.factor
     torch.manual_seed(0)
     with device:

@@ -1,4 +1,4 @@
-"""The file in which measurements stand, a line of JSON each; needs nothing but Python.
+"""The file of measurements, a line of JSON each; needs nothing but Python.
 
     python scripts/benchmark_results.py FILE step=3 what=step status=failed "error=out of memory"
     python scripts/benchmark_results.py FILE
@@ -29,37 +29,36 @@ def read(file: Path) -> list[Line]:
 
 def machine() -> Line:
     """The device and the versions that every figure depends on."""
-    import torch  # here: the command line has no need of it
+    import torch  # here, because the command line works without it
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def newest(file: Path, what: str, row: str) -> float | None:
-    """The value of the last such line that was measured on this machine's kind."""
+    """The value of the last such line that was measured on the same kind of machine."""
     here = machine()
-    found = [
+    values = [
         line["value"]
         for line in read(file)
         if (line.get("what"), line.get("row")) == (what, row) and {key: line.get(key) for key in here} == here
     ]
-    return found[-1] if found else None
+    return values[-1] if values else None
 
 
 def table(lines: list[Line]) -> str:
-    """A row a measurement, and what became of each step; by step, the newest last."""
+    """A row per measurement and per step's status; sorted by step, the newest last."""
     rows = [("step", "what", "row", "value", "", "ratio", "MB allocated", "reserved")]
     for line in sorted(lines, key=lambda line: str(line.get("step", "")).zfill(2)):
         if "status" in line:
-            said = f"{line['status']} in {line.get('seconds', 0):.0f} s"
-            why = line.get("error") or line.get("why") or ""
-            rows.append((str(line["step"]), line["name"], said + (f": {why}" if why else ""), "", "", "", "", ""))
+            status = f"{line['status']} in {line.get('seconds', 0):.0f} s"
+            if reason := line.get("error") or line.get("why"):
+                status += f": {reason}"
+            rows.append((str(line["step"]), line["name"], status, "", "", "", "", ""))
         else:
-            shown = [
-                _figure(line.get(key), f) for key, f in (("ratio", ".2f"), ("allocated", ",.0f"), ("reserved", ",.0f"))
-            ]
-            value = _figure(line["value"], ",.4g")
-            rows.append((str(line.get("step", "")), line["what"], line["row"], value, line["unit"], *shown))
+            value, ratio = _format(line["value"], ",.4g"), _format(line.get("ratio"), ".2f")
+            memory = [_format(line.get(key), ",.0f") for key in ("allocated", "reserved")]
+            rows.append((str(line.get("step", "")), line["what"], line["row"], value, line["unit"], ratio, *memory))
     measured = [row for row in rows if row[3]]
     widths = [max(len(row[i]) for row in measured) for i in range(len(rows[0]))]
     return "\n".join(
@@ -67,12 +66,12 @@ def table(lines: list[Line]) -> str:
     )
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
-def parsed(text: str) -> Any:
-    """A number where the text is one, else itself."""
+def parse_value(text: str) -> Any:
+    """A number if the text is one, else the text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -81,7 +80,7 @@ def parsed(text: str) -> Any:
 
 def main(file: str, *pairs: str) -> None:
     if pairs:
-        append(Path(file), {key: parsed(value) for key, _, value in (pair.partition("=") for pair in pairs)})
+        append(Path(file), {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in pairs)})
     else:
         print(table(read(Path(file))))
 

@@ -1,4 +1,4 @@
-"""How fast pictures are drawn, beside diffusers: `scripts/benchmark.py sample`."""
+"""Speed of sampling against diffusers: `scripts/benchmark.py sample`."""
 
 from __future__ import annotations
 
@@ -14,60 +14,62 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark_rows import Memory, Report, Row, forget_peak, rows, timed
+from benchmark_rows import Memory, Report, Row, parse_rows, reset_peak, timed
 from diffusers import DiffusionPipeline
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
-from ldm.sampling.pipeline import PRECISIONS, LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
+from ldm.utils.precision import DTYPES
+
+Sampler = Callable[[list[str]], Any]  # prompts → images
 
 
-def beside_diffusers(args: argparse.Namespace) -> None:
-    """Prints a line each of diffusers' pipeline and of ours, in float32 and in our scripts' precision.
+def compare_sampling(args: argparse.Namespace) -> None:
+    """Prints a line per row: by default diffusers' pipeline and ours, in float32 and in our scripts' precision.
 
-    The best of some rounds in which all take turns, so that what else the machine does is in none alone.
+    A row's time is its fastest round. The rows take turns, so that other load on the machine hits all of them.
     """
     name, batch, count = args.model, args.batch, args.count or args.batch
-    plain = LatentDiffusion.load(name, "cpu")
-    if not plain.text or plain.task != "generate":
-        raise UserError(f"--model: {name} makes no pictures from text alone; give one that does")
+    model = LatentDiffusion.load(name, "cpu")
+    if not model.text or model.task != "generate":
+        raise UserError(f"--model: {name} generates no images from text alone; name a text-to-image model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = args.precision or precision(RunConfig())
-    asked = rows(args.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), chosen)
-    memory, drawers = MemoryByRow(), dict[Row, Callable[[list[str]], Any]]()
-    for row in asked:
+    default = args.precision or precision(RunConfig())
+    rows = parse_rows(args.rows or "diffusers-no,ours-no,diffusers,ours", ("diffusers", "ours"), default)
+    memory, samplers = MemoryByRow(), dict[Row, Sampler]()
+    for row in rows:
         with memory.measured(row):
-            drawers[row] = _drawer(row, name, plain, device, batch, args.compile)
+            samplers[row] = _sampler(row, name, model, device, batch, args.compile)
     print(
-        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {plain.side} px, {plain.steps} "
-        f"steps of {type(plain.scheduler).__name__}, guidance {plain.guidance}",
+        f"machine  {os.cpu_count()} cores, {device}, {torch.get_num_threads()} threads; {model.side} px, {model.steps} "
+        f"steps of {type(model.scheduler).__name__}, guidance {model.guidance}",
         flush=True,
     )
-    best: dict[tuple[Row, int], float] = {}
-    for turn in range(args.rounds + 1):  # the first, in which caches and kernels are made, is beaten by the others
-        for (row, drawn), number in itertools.product(drawers.items(), dict.fromkeys((1, count))):
+    fastest: dict[tuple[Row, int], float] = {}
+    for turn in range(args.rounds + 1):  # the first is slower: it fills caches and compiles kernels
+        for (row, sampler), number in itertools.product(samplers.items(), dict.fromkeys((1, count))):
             with memory.measured(row, number):
-                best[row, number] = min(_seconds(drawn, number, turn), best.get((row, number), math.inf))
+                fastest[row, number] = min(_seconds(sampler, number, turn), fastest.get((row, number), math.inf))
     for number in dict.fromkeys((1, count)):
-        what = "one picture" if number == 1 else ("" if number == batch else f"{number} in ") + f"batches of {batch}"
-        table = Report.of(f"sampling {what}", "img/s", args)
-        for row in asked:
-            took = best[row, number]
-            title = row.name + (f", {args.compile}" if row.who == "ours" and args.compile != "no" else "")
-            table.row(title, number / took, f"{took:8.3f} s", memory.peak(row, number), seconds=took)
-        both = {
-            row.precision for row in asked if {Row(who, row.precision) for who in ("diffusers", "ours")} <= {*asked}
-        }
-        for each in sorted(both):
-            ratio = best[Row("diffusers", each), number] / best[Row("ours", each), number]
-            print(f"sampling {what} in the same precision, {each}: ours is {ratio:.2f} × diffusers", flush=True)
+        what = "one image" if number == 1 else ("" if number == batch else f"{number} in ") + f"batches of {batch}"
+        report = Report.of(f"sampling {what}", "img/s", args)
+        for row in rows:
+            seconds = fastest[row, number]
+            title = row.name + (f", {args.compile}" if row.subject == "ours" and args.compile != "no" else "")
+            report.row(title, number / seconds, f"{seconds:8.3f} s", memory.peak(row, number), seconds=seconds)
+        for dtype in sorted({row.precision for row in rows}):
+            pair = Row("diffusers", dtype), Row("ours", dtype)
+            if {*pair} <= {*rows}:
+                ratio = fastest[pair[0], number] / fastest[pair[1], number]
+                print(f"sampling {what} in the same precision, {dtype}: ours is {ratio:.2f} × diffusers", flush=True)
 
 
 class MemoryByRow:
-    """Peaks of each row on a GPU, without what the other rows' pipelines hold there: all stay between their turns.
+    """Each row's peak on a GPU, without the other rows' pipelines, which stay there between their turns.
 
-    What the allocator reserves it shares, and a process's memory is not any row's: both are left out.
+    The allocator's reserve and a process's memory belong to all rows together: both are left out.
     """
 
     def __init__(self) -> None:
@@ -76,12 +78,12 @@ class MemoryByRow:
 
     @contextmanager
     def measured(self, row: Row, number: int = 0) -> Iterator[None]:
-        """Within it, nothing but this row's code allocates; its pipeline is made so, too."""
+        """Measures its body, in which only this row's code may allocate; a row's pipeline must be loaded in one too."""
         if not torch.cuda.is_available():
             yield
             return
         others = self._allocated() - self._held.get(row, 0)
-        forget_peak()
+        reset_peak()
         yield
         self._peaks[row, number] = torch.cuda.max_memory_allocated() - others
         self._held[row] = self._allocated() - others
@@ -92,30 +94,28 @@ class MemoryByRow:
 
     @staticmethod
     def _allocated() -> int:
-        gc.collect()  # or what one row left behind would be freed in another's turn
+        gc.collect()  # or one row's garbage would be freed in another's turn
         return torch.cuda.memory_allocated()
 
 
-def _drawer(
-    row: Row, name: str, plain: LatentDiffusion, device: torch.device, batch: int, compiled: str
-) -> Callable[[list[str]], Any]:
-    """What draws pictures of prompts, so many at once."""
+def _sampler(row: Row, name: str, model: LatentDiffusion, device: torch.device, batch: int, compiled: str) -> Sampler:
+    """The row's pipeline, as a function of prompts."""
     if row.overrides:
-        raise UserError(
-            f"--rows: {row.name!r} has keys of a configuration, which a finished pipeline has not; drop them"
-        )
-    if row.who == "ours":
-        model = copy.deepcopy(plain).to(device).optimize_for_inference(row.precision, compiled)
-        return lambda prompts: model(prompts, batch=batch)
-    theirs = DiffusionPipeline.from_pretrained(name, dtype=PRECISIONS[row.precision], use_safetensors=True).to(device)
-    theirs.set_progress_bar_config(disable=True)
+        raise UserError(f"--rows: {row.name!r} has configuration keys, which a finished pipeline lacks; drop them")
+    if row.subject == "ours":
+        optimized = copy.deepcopy(model).to(device).optimize_for_inference(row.precision, compiled)
+        return lambda prompts: optimized(prompts, batch=batch)
+    dtype = DTYPES[row.precision]
+    pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
+    pipeline.set_progress_bar_config(disable=True)
 
-    def draw(prompts: list[str]) -> None:
+    def sample(prompts: list[str]) -> None:
         for start in range(0, len(prompts), batch):
-            theirs(prompts[start : start + batch], num_inference_steps=plain.steps, guidance_scale=plain.guidance)
+            pipeline(prompts[start : start + batch], num_inference_steps=model.steps, guidance_scale=model.guidance)
 
-    return draw
+    return sample
 
 
-def _seconds(drawn: Callable[[list[str]], Any], number: int, turn: int) -> float:
-    return timed(partial(drawn, [f"picture {i} of turn {turn}" for i in range(number)]))  # none is known from before
+def _seconds(sampler: Sampler, number: int, turn: int) -> float:
+    prompts = [f"picture {i} of turn {turn}" for i in range(number)]  # new ones: encoded prompts may be cached
+    return timed(partial(sampler, prompts))

@@ -36,7 +36,7 @@ INTRODUCTIONS = {
     "stage2": "Stage two trains the U-Net. [The U-Net](../guides/unet.md) explains them.",
     "sample": "How sample sheets are drawn, and what the exported pipeline remembers.",
 }
-COMMANDS = {  # sections that a command of its own reads, keys without a prefix: `steps=3000`
+COMMANDS = {  # sections with a command of their own, whose keys have no prefix: `steps=3000`
     "distillation": (
         DistillConfig,
         "Keys of `python -m stage2_diffusion.distillation.train`, given without a section: `steps_to=8 lr=6e-4`. "
@@ -54,16 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="generate_reference.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
     check = parser.parse_args(arguments).check
-    stale = [name for name, text in pages().items() if _read(FOLDER / name) != text]
-    stale += sorted(path.name for path in FOLDER.glob("*.md") if path.name not in pages())
+    current = pages()
+    stale = [name for name, text in current.items() if _read(FOLDER / name) != text]
+    stale += sorted(path.name for path in FOLDER.glob("*.md") if path.name not in current)
     if check:
         for name in stale:
             print(f"docs/reference/{name} is out of date; run python scripts/generate_reference.py")
         return 1 if stale else 0
     FOLDER.mkdir(exist_ok=True)
     for name in stale:
-        if name in pages():
-            (FOLDER / name).write_text(pages()[name], "utf-8")
+        if name in current:
+            (FOLDER / name).write_text(current[name], "utf-8")
         else:
             (FOLDER / name).unlink()
         print(f"docs/reference/{name}")
@@ -72,16 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pages() -> dict[str, str]:
     """Each page's text by its file name."""
-    made = {
+    by_file = {
         f"{name}.md": _page(f"Keys of `{name}`", INTRODUCTIONS[name], _tables(field.annotation, f"{name}."))
         for name, field in Config.model_fields.items()
     }
     for name, (section, introduction) in COMMANDS.items():
-        made[f"{name}.md"] = _page(f"Keys of the {name}", introduction, _tables(section, ""))
-    made["presets.md"] = _presets()
-    made["sampling-options.md"] = _sampling()
-    made["README.md"] = _index()
-    return made
+        by_file[f"{name}.md"] = _page(f"Keys of the {name}", introduction, _tables(section, ""))
+    by_file["presets.md"] = _presets()
+    by_file["sampling-options.md"] = _sampling()
+    by_file["README.md"] = _index()
+    return by_file
 
 
 def _index() -> str:
@@ -129,7 +130,7 @@ def _page(title: str, introduction: str, parts: Iterable[str]) -> str:
 
 
 def _tables(section: Any, prefix: str) -> Iterator[str]:
-    """The section's table, then those of the sections in it."""
+    """The section's table, then its nested sections' tables."""
     rows, nested = [], []
     for name, field in section.model_fields.items():
         key = prefix + name
@@ -146,7 +147,7 @@ def _tables(section: Any, prefix: str) -> Iterator[str]:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that a key holds, or holds a list of."""
+    """The section in a key's type: itself, or of a list; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(_section_in, get_args(annotation))), None)
@@ -157,9 +158,9 @@ def _type(annotation: Any, key: str, limits: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return _type(inside[0], key, inside[1:])
     if origin in (Union, types.UnionType):
-        return " or ".join("`null`" if each is types.NoneType else _type(each, key, limits) for each in inside)
+        return " or ".join("`null`" if kind is types.NoneType else _type(kind, key, limits) for kind in inside)
     if origin is Literal:
-        return ", ".join(f"`{_yaml(each)}`" for each in inside)
+        return ", ".join(f"`{_yaml(choice)}`" for choice in inside)
     if origin is tuple and inside[-1] is not Ellipsis:
         return f"list of {len(inside)}: {_type(inside[0], key)}"
     if origin is tuple:
@@ -173,11 +174,11 @@ def _type(annotation: Any, key: str, limits: Sequence[Any] = ()) -> str:
 def _bounds(metadata: Sequence[Any]) -> str:
     """` > 0`, ` ≥ 0, < 1`: the limits that pydantic checks."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    found: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
     for entry in metadata:
-        for each in getattr(entry, "metadata", [entry]):  # a Field, or one limit of annotated_types
-            found |= {sign: getattr(each, name) for name, sign in signs.items() if hasattr(each, name)}
-    return " " + ", ".join(f"{sign} {limit}" for sign, limit in found.items()) if found else ""
+        for limit in getattr(entry, "metadata", [entry]):  # of a Field several, else one of annotated_types
+            bounds |= {sign: getattr(limit, name) for name, sign in signs.items() if hasattr(limit, name)}
+    return " " + ", ".join(f"{sign} {value}" for sign, value in bounds.items()) if bounds else ""
 
 
 def _attribute_docstrings(owner: type) -> dict[str, str]:
@@ -191,7 +192,7 @@ def _attribute_docstrings(owner: type) -> dict[str, str]:
 
 
 def _yaml(value: Any) -> str:
-    """A value as one writes it in a configuration."""
+    """A value as it is written in a configuration."""
     if isinstance(value, (str, Path)):
         return str(value) or '""'
     return json.dumps(value)

@@ -33,17 +33,17 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TO
 [[ -z $smoke ]] || export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1
 fixtures=${FIXTURES:-$out/fixtures${smoke:+-smoke}}
 
-stop() { # what runs is in groups of its own, which hear no Ctrl-C
-  local each
-  for each in "$scratch"/pid-*; do [[ ! -e $each ]] || kill "$(<"$each")"; done
+stop() { # steps run in process groups of their own, which get no Ctrl-C
+  local pid_file
+  for pid_file in "$scratch"/pid-*; do [[ ! -e $pid_file ]] || kill "$(<"$pid_file")"; done
   exit 130
 }
 
-asked() { ((first <= $1 && $1 <= last)); }
+selected() { ((first <= $1 && $1 <= last)); }
 
 line() { "$python" "$root/scripts/benchmark_results.py" "$results" "$@"; }
 
-skip() { # NUMBER NAME WHY
+skip() { # NUMBER NAME REASON
   line "step=$1" "name=$2" status=skipped seconds=0 "why=$3"
 }
 
@@ -52,31 +52,31 @@ run() { # NUMBER SECONDS NAME SCRIPT ARGUMENTS…
     try "$@"
     return
   fi
-  while (($(jobs -rp | wc -l) > 1)); do wait -n; done # two at a time, of those that need no other's figures
+  while (($(jobs -rp | wc -l) > 1)); do wait -n; done # two at a time: from step 3 on none needs another's figures
   try "$@" &
 }
 
 try() {
-  local number=$1 limit=$(($2 * patience)) name=$3 began=$SECONDS said=$scratch/said-$1 status error
+  local number=$1 limit=$(($2 * patience)) name=$3 start=$SECONDS log=$scratch/stderr-$1 status error
   shift 3
   echo "== step $number: $name"
-  timeout -k 5 $limit "$python" "$root/scripts/$1" "${@:2}" 2>"$said" &
+  timeout -k 5 $limit "$python" "$root/scripts/$1" "${@:2}" 2>"$log" &
   echo $! >"$scratch/pid-$number"
   wait $!
   status=$?
   rm -f "$scratch/pid-$number"
   if ((status == 0)); then
-    line "step=$number" "name=$name" status=passed "seconds=$((SECONDS - began))"
+    line "step=$number" "name=$name" status=passed "seconds=$((SECONDS - start))"
     return
   fi
   touch "$scratch/failed"
-  { echo "== step $number: $name" && tr '\r' '\n' <"$said"; } | tee -a "$out/errors.log" | tail -n 20 >&2
-  error=$(tr '\r' '\n' <"$said" | grep -vE '^ *$|resource_tracker|warnings.warn' | tail -n 1)
+  { echo "== step $number: $name" && tr '\r' '\n' <"$log"; } | tee -a "$out/errors.log" | tail -n 20 >&2
+  error=$(tr '\r' '\n' <"$log" | grep -vE '^ *$|resource_tracker|warnings.warn' | tail -n 1)
   case $status in
-    124) error="took more than $limit s; the last it said: $error" ;;
-    137) error="killed after $((SECONDS - began)) of $limit s; the last it said: $error" ;;
+    124) error="took more than $limit s; the last line: $error" ;;
+    137) error="killed after $((SECONDS - start)) of $limit s; the last line: $error" ;;
   esac
-  line "step=$number" "name=$name" status=failed "seconds=$((SECONDS - began))" "error=${error:0:500}"
+  line "step=$number" "name=$name" status=failed "seconds=$((SECONDS - start))" "error=${error:0:500}"
 }
 
 measure() { # NUMBER SECONDS NAME SUBJECT ARGUMENTS…
@@ -90,58 +90,58 @@ train() { # NUMBER SECONDS NAME ROWS ARGUMENTS…
 if [[ -n $smoke ]]; then
   xformers='' half=no patience=10 steps=4 small=(--batch 1 --rounds 1 --size 64) few=(--batch 2 --rounds 1)
 else
-  about='import importlib.util as u, torch; print(torch.cuda.is_available(), bool(u.find_spec("xformers")))'
-  found=$("$python" -c "$about")
-  [[ $found == True* ]] || { echo "error: torch finds no GPU; --smoke tries the steps on a CPU" >&2; exit 2; }
-  xformers=${found#True } half=fp16 patience=1 steps=12 small=(--batch 32) few=(--batch 16 --rounds 2)
+  probe='import importlib.util as u, torch; print(torch.cuda.is_available(), bool(u.find_spec("xformers")))'
+  devices=$("$python" -c "$probe")
+  [[ $devices == True* ]] || { echo "error: torch finds no GPU; --smoke tries the steps on a CPU" >&2; exit 2; }
+  xformers=${devices#True } half=fp16 patience=1 steps=12 small=(--batch 32) few=(--batch 16 --rounds 2)
 fi
 
-if asked 0 || [[ ! -f $fixtures/tiny.yaml ]]; then
+if selected 0 || [[ ! -f $fixtures/tiny.yaml ]]; then
   run 0 45 'fixtures' benchmark_fixtures.py "$fixtures" ${smoke:+--smoke}
 fi
-if asked 1; then
+if selected 1; then
   kernels=sdpa
   [[ -z $smoke ]] || kernels=eager,sdpa
   [[ $xformers != True ]] || kernels=sdpa,xformers
   measure 1 20 'kernels of attention' attention --precision bf16 --rows $kernels "${small[@]}"
 fi
-if asked 2; then train 2 95 'the reference and ours' reference-bf16,ours-bf16; fi
-if asked 3; then
+if selected 2; then train 2 95 'the reference and ours' reference-bf16,ours-bf16; fi
+if selected 3; then
   innermost=ours-bf16+stage2.channels_last=true
   if [[ -n $smoke ]]; then
-    train 3 125 'channels last' $innermost --beside 'ours, bf16'
+    train 3 125 'channels last' $innermost --baseline 'ours, bf16'
     skip 3 'compiled' 'needs CUDA'
   else
-    train 3 125 'channels last, and compiled' "$innermost,$innermost+stage2.compile=true" --beside 'ours, bf16'
+    train 3 125 'channels last, and compiled' "$innermost,$innermost+stage2.compile=true" --baseline 'ours, bf16'
   fi
 fi
-if asked 4; then
+if selected 4; then
   if [[ $xformers == True ]]; then
-    train 4 45 'xformers' ours-bf16+stage2.attention_backend=xformers --beside 'ours, bf16'
+    train 4 45 'xformers' ours-bf16+stage2.attention_backend=xformers --baseline 'ours, bf16'
   elif [[ -n $smoke ]]; then
-    train 4 45 'sdpa' ours-bf16+stage2.attention_backend=sdpa --beside 'ours, bf16'
+    train 4 45 'sdpa' ours-bf16+stage2.attention_backend=sdpa --baseline 'ours, bf16'
   else
     skip 4 'xformers' 'xformers is not installed'
   fi
 fi
-if asked 5; then train 5 45 "${half/no/float32}" ours-$half --beside 'ours, bf16'; fi
-if asked 6; then train 6 45 '4 at a pass' ours-bf16+stage2.device_batch=4 --beside 'ours, bf16' --steps 6; fi
+if selected 5; then train 5 45 "${half/no/float32}" ours-$half --baseline 'ours, bf16'; fi
+if selected 6; then train 6 45 '4 at a pass' ours-bf16+stage2.device_batch=4 --baseline 'ours, bf16' --steps 6; fi
 sample=(sample --model "$fixtures/pipeline")
-if asked 7; then
-  measure 7 45 'sampling beside diffusers' "${sample[@]}" --rows diffusers-bf16,ours-bf16 "${few[@]}"
+if selected 7; then
+  measure 7 45 'sampling against diffusers' "${sample[@]}" --rows diffusers-bf16,ours-bf16 "${few[@]}"
 fi
-if asked 8; then
+if selected 8; then
   compile=graphs
   [[ -z $smoke ]] || compile=no
-  measure 8 55 'one picture with CUDA graphs' "${sample[@]}" --rows ours-bf16 --count 1 --compile $compile \
-    --beside 'diffusers, bf16'
+  measure 8 55 'one image with CUDA graphs' "${sample[@]}" --rows ours-bf16 --count 1 --compile $compile \
+    --baseline 'diffusers, bf16'
 fi
-if asked 9; then
+if selected 9; then
   rows=plain-bf16,discriminator-bf16
   [[ -z $smoke ]] || rows=discriminator-no+stage1.gan.channels=4
   measure 9 50 'stage one' stage1 --config "$fixtures/stage1.yaml" --steps $((2 * steps / 3 + 2)) --rows $rows
 fi
-if asked 10; then
+if selected 10; then
   run 10 45 'killed and continued' resume_drill.py "$scratch/drill" --config "$fixtures/tiny.yaml" \
     --json "$results" --label 10
 fi

@@ -1,8 +1,8 @@
-"""What the common example trainer does in each step, to measure ours against: `scripts/benchmark.py train`.
+"""The common example trainer's loop, the reference of `scripts/benchmark.py train`.
 
-The loop of diffusers' examples/text_to_image/train_text_to_image.py with its defaults and `--use_ema`: pictures are
-decoded and resized for every batch, and encoded, as are the captions; attention, AdamW and EMA are as they come; each
-step's loss is asked for, twice. Left out are its checkpoints, trackers and the learning rate's schedule, which is
+It is the loop of diffusers' examples/text_to_image/train_text_to_image.py with its defaults and `--use_ema`: images are
+decoded, resized and encoded for every batch, captions are encoded for every batch; attention, AdamW and EMA have their
+defaults; each step's loss is read twice. It has no checkpoints, no trackers and no learning rate schedule, which is
 constant there.
 """
 
@@ -29,34 +29,32 @@ from ldm.training.engine import DTYPES
 from ldm.training.throughput import Clock
 
 
-class Decoded(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
-    """Pictures `(3, size, size)` in [-1, 1], each with one of its captions."""
+class ImageTextDataset(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
+    """Images `(3, size, size)` in [-1, 1], each with one of its captions."""
 
-    def __init__(self, pictures: Index, size: int):
-        self.pictures = pictures
-        self.transform = transforms.Compose([
-            transforms.Resize(size, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(size),
-            transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
-        ])  # fmt: skip
+    def __init__(self, index: Index, size: int):
+        self.index = index
+        crop = [transforms.Resize(size, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(size)]
+        self.transform = transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
-        picture: Image.Image = self.pictures.picture(i)
-        return self.transform(picture.convert("RGB")), random.choice(self.pictures[i].captions)
+        image: Image.Image = self.index.load_image(i)
+        return self.transform(image.convert("RGB")), random.choice(self.index[i].captions)
 
 
-def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder) -> list[dict[str, float]]:
-    """Trains a U-Net and forgets it; returns a line each `run.log_every` steps: step, time and a `Clock`'s figures, and
-    fp16's skipped steps and loss scale.
+def train(settings: Config, data: Index, vae: Autoencoder, text: TextEncoder) -> list[dict[str, float]]:
+    """Trains a U-Net and discards it; returns a line of metrics every `run.log_every` steps.
 
-    Of the configuration it takes the U-Net, pictures, batches, precision and loader processes.
+    A line has step, time, a `Clock`'s figures, and fp16's skipped steps and loss scale. The configuration's U-Net,
+    images, batches, precision and loader processes are used; its other keys are not.
     """
     stage, size = settings.stage2, settings.data.size
     passes = accumulated("stage2", stage, join(settings.run).num_processes)
     run, count = accelerator(settings.run, passes.steps), passes.images
-    torch.set_float32_matmul_precision("highest")  # as torch comes
+    torch.set_float32_matmul_precision("highest")  # torch's default
     torch.backends.cudnn.benchmark = False
     model: Any = unet.build(stage, vae.channels, size // vae.factor, text.width).train()
     if stage.gradient_checkpointing:
@@ -66,17 +64,17 @@ def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder
 
     def collate(samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
         pixels, captions = zip(*samples, strict=True)
-        cut = {"padding": "max_length", "max_length": text.piece, "truncation": True}
-        ids = text.tokenizer(captions, **cut, return_tensors="pt")
+        options = {"padding": "max_length", "max_length": text.piece, "truncation": True}
+        ids = text.tokenizer(captions, **options, return_tensors="pt")
         return {"pixels": torch.stack(pixels), "ids": ids.input_ids}
 
-    sampler = torch.utils.data.RandomSampler(pictures, replacement=True, num_samples=stage.steps * stage.batch)
+    sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=stage.steps * stage.batch)
     loader: Any = torch.utils.data.DataLoader(
-        Decoded(pictures, size), count, sampler=sampler, collate_fn=collate, num_workers=settings.data.workers
+        ImageTextDataset(data, size), count, sampler=sampler, collate_fn=collate, num_workers=settings.data.workers
     )
     model, optimizer, loader = run.prepare(model, optimizer, loader)
     ema.to(run.device)
-    dtype = DTYPES[run.mixed_precision]  # of what is frozen
+    dtype = DTYPES[run.mixed_precision]  # of the frozen models
     vae.vae.to(run.device, dtype)
     text.model.to(run.device, dtype)
     noise_scheduler, clock, lines, step, skipped = DDPMScheduler(), Clock(), [], 0, 0
@@ -102,7 +100,7 @@ def train(settings: Config, pictures: Index, vae: Autoencoder, text: TextEncoder
             skipped += run.optimizer_step_was_skipped
             if step % settings.run.log_every == 0:
                 scale = float(run.scaler.get_scale()) if run.scaler else 1.0
-                told = {"loss_scale": scale, "skipped": skipped}
-                lines.append({"step": step, "time": time.time(), **clock.read(), **told})
+                fp16 = {"loss_scale": scale, "skipped": skipped}
+                lines.append({"step": step, "time": time.time(), **clock.read(), **fp16})
         loss.detach().item()
     return lines

@@ -1,4 +1,4 @@
-"""Features of a pretrained vision transformer, which latents can be drawn towards."""
+"""Features of a pretrained vision transformer, to which latents can be aligned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from ldm.utils.errors import UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where the encoder brings none of its own
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where the encoder has none of its own
 
 
 class Features(nn.Module):
@@ -41,8 +41,8 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Pictures `(N, 3, H, W)` in [-1, 1] → features `(N, D, height, width)`."""
-        mean, std = (x.new_tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        """Images `(N, 3, H, W)` in [-1, 1] → features `(N, D, height, width)`."""
+        mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True) / 2 + 0.5
         tokens = self.model(pixel_values=(x - mean) / std).last_hidden_state  # (N, T, D), class tokens first
         grid = tokens[:, tokens.shape[1] - self.patches**2 :].transpose(1, 2).unflatten(2, (self.patches, -1))
@@ -50,5 +50,5 @@ class Features(nn.Module):
 
 
 def _has_processor(name: str) -> bool:
-    found = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    return found is not None
+    path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    return path is not None

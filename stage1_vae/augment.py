@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what the discriminator sees, so that it does not learn a small set by heart."""
+"""Differentiable augmentation of the discriminator's input, so that it does not overfit a small data set."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ldm.utils.rng import uniform
 
 
 def augment(x: torch.Tensor, kinds: tuple[str, ...], seed: int, positions: torch.Tensor) -> torch.Tensor:
-    """What the discriminator sees of pictures `(N, 3, H, W)`: differentiable, drawn from each sample's position.
+    """Augments images `(N, 3, H, W)` differentiably, with random numbers from each sample's position.
 
-    Zhao et al., arXiv 2006.10738: brightness, saturation and contrast; shifts of up to an eighth; a square of half the
-    side cut out. A real picture and its reconstruction are changed alike.
+    DiffAugment, Zhao et al., arXiv 2006.10738. `kinds`: `color` changes brightness, saturation and contrast;
+    `translation` shifts by up to an eighth of the side; `cutout` erases a square of half the side. A real image and its
+    reconstruction have the same position and are changed alike.
     """
     n, _, height, width = x.shape
 
@@ -31,8 +32,8 @@ def augment(x: torch.Tensor, kinds: tuple[str, ...], seed: int, positions: torch
         right = ((draw("right") * 2 - 1) * width / 8).round().long().view(n, 1)
         y, x_ = (rows + down).clamp(-1, height) + 1, (columns + right).clamp(-1, width) + 1  # (N, H), (N, W)
         padded = F.pad(x, (1, 1, 1, 1))  # what is shifted in is 0
-        each = torch.arange(n, device=x.device).view(n, 1, 1)
-        x = padded.permute(0, 2, 3, 1)[each, y[:, :, None], x_[:, None, :]].permute(0, 3, 1, 2)
+        sample = torch.arange(n, device=x.device).view(n, 1, 1)
+        x = padded.permute(0, 2, 3, 1)[sample, y[:, :, None], x_[:, None, :]].permute(0, 3, 1, 2)
     if "cutout" in kinds:
         top = (draw("top") * (height + 1)).floor() - height // 4
         left = (draw("left") * (width + 1)).floor() - width // 4

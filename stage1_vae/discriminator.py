@@ -1,4 +1,4 @@
-"""The second player: it looks at patches and says how real each is."""
+"""The patch discriminator: logits of how real each patch of an image is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 class PatchDiscriminator(nn.Sequential):
-    """`(N, 3, H, W)` → logits `(N, 1, h, w)`, one a patch: Isola et al., arXiv 1611.07004, section 3.2.2.
+    """`(N, 3, H, W)` → logits `(N, 1, h, w)`, one per patch: PatchGAN, Isola et al., arXiv 1611.07004, section 3.2.2.
 
-    Three layers judge patches of 70 pixels. Its norms are GroupNorm, which does not mix the pictures of a batch, or
-    batch norm over all processes.
+    With three layers a patch has 70 pixels. `norm`: `group` does not mix the images of a batch; `batch` is batch norm
+    over all processes.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group"):
@@ -23,7 +23,7 @@ class PatchDiscriminator(nn.Sequential):
                 nn.LeakyReLU(0.2),
             ]
         super().__init__(*parts, nn.Conv2d(widths[-1], 1, 4, 1, 1))
-        for module in self.modules():  # pix2pix's start
+        for module in self.modules():  # pix2pix's initialization
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 

@@ -1,4 +1,4 @@
-"""What is looked at while the autoencoder trains, and when it is done: held-out figures, sheets of reconstructions."""
+"""Evaluation of the autoencoder during and after training: held-out figures, sheets of reconstructions."""
 
 from __future__ import annotations
 
@@ -14,107 +14,111 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import Figures, scales_of
-from ldm.models.autoencoder import Autoencoder, at_once, encoded
+from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import Report
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 
-SHOWN = 8  # pictures of a sheet
-AMPLIFIED = 4  # how much larger than it is a difference is drawn
+SHEET_IMAGES = 8
+AMPLIFICATION = 4  # of differences on sheets
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
 def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
-    """What stage one never sees: each held-out split that there is, and all of them together."""
-    found = {name: data.select(name) for name in HELD_OUT}
-    found["held_out"] = data.select(*HELD_OUT)
-    return {name: part for name, part in found.items() if len(part)}
+    """What stage one never trains on: each held-out split that has images, and all of them as `held_out`."""
+    splits = {name: data.select(name) for name in HELD_OUT}
+    splits["held_out"] = data.select(*HELD_OUT)
+    return {name: split for name, split in splits.items() if len(split)}
 
 
 @torch.no_grad()
-def figures(data: Index | Stream, rebuild: Rebuild, run: Trainer, workers: int) -> dict[str, float]:
-    """PSNR, SSIM, MS-SSIM where there is room, and colour bias in 1/255, each the mean; every process has its share."""
+def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
+    """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
-    found = Figures(scales_of(min(sides)))
-    for x in share(data, run, workers):
-        found.add(x, rebuild(x).float().cpu())
-    parts = [part for part in gather_object([found.each]) if part]
+    own = Figures(max_scales(min(sides)))
+    for x in share(data, trainer, workers):
+        own.add(x, rebuild(x).float().cpu())
+    parts = [part for part in gather_object([own.per_image]) if part]
     return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
 
 
-def share(data: Index | Stream, run: Trainer, workers: int) -> Iterator[torch.Tensor]:
-    """This process's pictures of all, in batches, read by its `workers`."""
-    state = run.accelerator
+def share(data: Index | Stream, trainer: Trainer, workers: int) -> Iterator[torch.Tensor]:
+    """This process's share of the images, in batches, read by its `workers`."""
+    state = trainer.accelerator
     return iter_images(data, rank=state.process_index, processes=state.num_processes, workers=workers)
 
 
-def plain(vae: Any, device: torch.device) -> Rebuild:
-    """Encoder and decoder of a model in training, without noise."""
+def rebuild_with(vae: Any, device: torch.device) -> Rebuild:
+    """Encoder and decoder of a model in training, without the posterior's noise."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
-        parts = (part.to(device, vae.dtype) for part in at_once(x))
-        return torch.cat([vae.decode(encoded(vae, part)[0]).sample.float().cpu() for part in parts])
+        parts = (part.to(device, vae.dtype) for part in split_batch(x))
+        return torch.cat([vae.decode(encode_posterior(vae, part)[0]).sample.float().cpu() for part in parts])
 
     return rebuild
 
 
-def while_training(data: Index | Stream, config: Config, run: Trainer, vae: Any) -> None:
+def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: Any) -> None:
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
-    with run.ema_weights("a validation"):
-        rebuild = plain(vae, run.device)
+    with trainer.ema_weights("a validation"):
+        rebuild = rebuild_with(vae, trainer.device)
         if (held := held_out(data).get("held_out")) is not None:
-            held = held.some(config.stage1.evaluate_pictures)
-            found = figures(held, rebuild, run, config.data.workers)
-            run.log_values({f"held_out_{name}": value for name, value in found.items()})
-        write_sheet(data, rebuild, run)
+            held = held.subset(config.stage1.evaluate_images)
+            means = figures(held, rebuild, trainer, config.data.workers)
+            trainer.log_values({f"held_out_{name}": value for name, value in means.items()})
+        write_sheet(data, rebuild, trainer)
 
 
-def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, run: Trainer) -> dict[str, Any]:
-    """Figures of each held-out split, and a sheet of reconstructions where none of the last step stands."""
+def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
+    """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
 
-    write_sheet(data, rebuild, run)
-    found: dict[str, Any] = {
-        name: figures(part.some(config.stage1.evaluate_pictures), rebuild, run, config.data.workers)
-        for name, part in held_out(data).items()
+    write_sheet(data, rebuild, trainer)
+    by_split: dict[str, Any] = {
+        name: figures(split.subset(config.stage1.evaluate_images), rebuild, trainer, config.data.workers)
+        for name, split in held_out(data).items()
     }
-    if run.is_main:
-        for name, values in found.items():
+    if trainer.is_main:
+        for name, values in by_split.items():
             print(f"stage1: {name} rebuilt, psnr {values['psnr']:.2f} dB, ssim {values['ssim']:.4f}", flush=True)
-    return found
+    return by_split
 
 
-def latent_report(data: Index | Stream, autoencoder: Autoencoder, run: Trainer, workers: int) -> dict[str, Any]:
-    """Are the latents ready for diffusion? `stage1/latents.png`, and the facts; every process measures its share."""
+def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Trainer, workers: int) -> dict[str, Any]:
+    """Are the latents ready for diffusion? Draws `stage1/latents.png`; returns the facts. Processes share the work."""
     report = Report(autoencoder.channels)
-    for x in share(data, run, workers):
+    for x in share(data, trainer, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():
-        tensor.copy_(run.sum(tensor))
-    if run.is_main:
-        report.plot(run.folder / "latents.png")
+        tensor.copy_(trainer.sum(tensor))
+    if trainer.is_main:
+        report.plot(trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()
 
 
 @torch.no_grad()
-def write_sheet(data: Index | Stream, rebuild: Rebuild, run: Trainer) -> None:
-    """The first held-out pictures, or of all: originals, reconstructions, and differences, amplified about grey."""
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    if path.exists() or not run.is_main:
+def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> None:
+    """`stage1/samples/step-….png`: originals, reconstructions and amplified differences of the first held-out images.
+
+    Data without held-out images shows its first ones.
+    """
+    path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
+    if path.exists() or not trainer.is_main:
         return
     data = held_out(data).get("held_out", data)
-    x = max(iter_images(data if isinstance(data, Stream) else data.first(8 * SHOWN), SHOWN), key=len)  # of one size
+    candidates = data if isinstance(data, Stream) else data.first(8 * SHEET_IMAGES)
+    x = max(iter_images(candidates, SHEET_IMAGES), key=len)  # a batch has one size; take the fullest
     rebuilt = rebuild(x).float().cpu()
-    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFIED}-fold": (rebuilt - x) / 2 * AMPLIFIED}
-    pictures = [picture for row in rows.values() for picture in to_pil(row)]
-    sheet = grid(pictures, [name for name, row in rows.items() for _ in row], columns=len(x))
+    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFICATION}-fold": (rebuilt - x) / 2 * AMPLIFICATION}
+    images = [image for row in rows.values() for image in to_pil(row)]
+    sheet = grid(images, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp_path:
         sheet.save(tmp_path, "PNG")
-    log_image(run.accelerator.trackers, "reconstructions", sheet, run.step)
+    log_image(trainer.accelerator.trackers, "reconstructions", sheet, trainer.step)

@@ -1,4 +1,4 @@
-"""The autoencoder as it trains: one forward through encoder and decoder, where gradients of all processes meet."""
+"""The autoencoder in training: one forward through encoder and decoder, so that DDP can wrap both."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from diffusers import AutoencoderTiny, VQModel
 from torch import nn
 
 from ldm.config.schema import Stage1Config
-from ldm.models.autoencoder import encoded
+from ldm.models.autoencoder import encode_posterior
 from ldm.utils.rng import generator
 
 
 class Change(NamedTuple):
-    """What is done to pictures and latents alike: quarter turns, and a height and width, in latents, to shrink to."""
+    """A change of images and latents alike: quarter turns, then the size to shrink to."""
 
     turns: int
-    height: int
+    height: int  # in latents
     width: int
 
     def __call__(self, x: torch.Tensor, factor: int = 1) -> torch.Tensor:
@@ -33,7 +33,7 @@ class Change(NamedTuple):
 def draw_change(share: float, seed: int, step: int, height: int, width: int) -> Change | None:
     """For a `share` of the steps, a turn and a scale in [¼, 1] of latents `height` × `width`; for all processes alike.
 
-    EQ-VAE, Kouzelis et al., arXiv 2502.09509, section 3: latents that turn and shrink with their picture have less
+    EQ-VAE, Kouzelis et al., arXiv 2502.09509, section 3: latents that turn and shrink with their image have less
     detail that only the decoder understands, and are easier to generate.
     """
     rng = generator(seed, "change", step)
@@ -45,20 +45,20 @@ def draw_change(share: float, seed: int, step: int, height: int, width: int) -> 
 
 class Rebuilt(NamedTuple):
     pixels: torch.Tensor  # (N, 3, H, W), changed like the latents
-    mean: torch.Tensor  # (N, C, h, w), as the encoder gives it
+    mean: torch.Tensor  # (N, C, h, w), of the encoder's posterior
     logvar: torch.Tensor
-    codes: torch.Tensor | None  # (N, C, h, w): of VQ the nearest code at each place
-    chosen: torch.Tensor | None  # (N·h·w,): and its number
-    projected: torch.Tensor | None  # (N, D, h, w): as wide as the features that the latents are drawn to
+    codes: torch.Tensor | None  # (N, C, h, w): with VQ, the nearest code at each position
+    chosen: torch.Tensor | None  # (N·h·w,): the codes' indices
+    projected: torch.Tensor | None  # (N, D, h, w): as wide as the features that the latents are aligned to
 
 
 class Reconstruction(nn.Module):
     """Encoder, latents, decoder, and the few parameters that only training has.
 
-    With `stage.train: decoder` the encoder is not trained. `features`: channels of what latents are aligned to.
+    With `stage.train: decoder` the encoder is frozen. `features`: channels of the features that latents are aligned to.
     """
 
-    used: torch.Tensor
+    used: torch.Tensor  # (K,): how often each code was chosen since the last revival
 
     def __init__(self, vae: Any, stage: Stage1Config, features: int = 0):
         super().__init__()
@@ -70,16 +70,14 @@ class Reconstruction(nn.Module):
         if stage.learn_variance:
             self.logvar = nn.Parameter(torch.zeros(()))
         if isinstance(vae, VQModel):
-            self.register_buffer(
-                "used", torch.zeros(vae.config.num_vq_embeddings, dtype=torch.int64)
-            )  # since the last revival
+            self.register_buffer("used", torch.zeros(vae.config.num_vq_embeddings, dtype=torch.int64))
         if features:
             self.project = nn.Conv2d(vae.config.latent_channels, features, 1, bias=False)
 
     def forward(self, x: torch.Tensor, eps: torch.Tensor, change: Change | None = None) -> Rebuilt:
         """x `(N, 3, H, W)` in [-1, 1], eps `(N, C, h, w)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            mean, logvar = encoded(self.vae, x)
+            mean, logvar = encode_posterior(self.vae, x)
         projected = self.project(mean) if hasattr(self, "project") else None
         if isinstance(self.vae, VQModel):
             codes, chosen = quantise(mean, self.vae.quantize.embedding.weight)
@@ -92,7 +90,7 @@ class Reconstruction(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weights that pixels come out of."""
+        """The weights of the decoder's last convolution."""
         decoder = self.vae.decoder
         layer = decoder.layers[-1] if isinstance(self.vae, AutoencoderTiny) else decoder.conv_out
         weight: nn.Parameter = layer.weight
@@ -100,10 +98,10 @@ class Reconstruction(nn.Module):
 
 
 def quantise(z: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest code, `(N, C, h, w)`, of each place of z, and its number, `(N·h·w,)`; codebook `(K, C)`."""
-    places = z.permute(0, 2, 3, 1)  # (N, h, w, C)
-    chosen = torch.cdist(places.reshape(-1, z.shape[1]).float(), codebook.float()).argmin(1)
-    return F.embedding(chosen, codebook).view(places.shape).permute(0, 3, 1, 2), chosen
+    """The nearest code at each position of z, `(N, C, h, w)`, and its index, `(N·h·w,)`; codebook `(K, C)`."""
+    vectors = z.permute(0, 2, 3, 1)  # (N, h, w, C)
+    chosen = torch.cdist(vectors.reshape(-1, z.shape[1]).float(), codebook.float()).argmin(1)
+    return F.embedding(chosen, codebook).view(vectors.shape).permute(0, 3, 1, 2), chosen
 
 
 @torch.no_grad()
@@ -114,16 +112,16 @@ def revive(
     step: int,
     averages: Callable[[nn.Parameter], list[torch.Tensor]],
 ) -> int:
-    """Places codes that nothing chose since the last time on latents of this batch; returns how many.
+    """Replaces codes that were not chosen since the last call by random latents of this batch; returns how many.
 
-    mean `(N, C, h, w)` is that of the global batch, the same in all processes. `averages` gives those of a parameter,
-    which follow. Dhariwal et al., arXiv 2005.00341, section 3.1.
+    mean `(N, C, h, w)` is that of the global batch, the same in all processes. `averages` returns the moving averages
+    of a parameter, which change with it. Dhariwal et al., arXiv 2005.00341, section 3.1.
     """
     codebook = model.vae.quantize.embedding.weight
     dead = (model.used == 0).nonzero().flatten()
-    places = mean.permute(0, 2, 3, 1).reshape(-1, mean.shape[1])
-    drawn = torch.from_numpy(generator(seed, "revive", step).integers(len(places), size=len(dead)))
+    vectors = mean.permute(0, 2, 3, 1).reshape(-1, mean.shape[1])
+    drawn = torch.from_numpy(generator(seed, "revive", step).integers(len(vectors), size=len(dead)))
     for target in (codebook, *averages(codebook)):
-        target[dead] = places[drawn.to(places.device)].to(target.dtype)
+        target[dead] = vectors[drawn.to(vectors.device)].to(target.dtype)
     model.used.zero_()
     return len(dead)

@@ -1,9 +1,9 @@
-"""How well autoencoders suit a data set: figures on its held-out pictures, and what to do with each autoencoder.
+"""How well autoencoders suit a data set: figures on its held-out images, and what to do with each autoencoder.
 
     python stage1_vae/suitability.py --config configs/openmoji.yaml --model RUN/autoencoder [--model ANOTHER …]
 
-Prints a table with a row a model and a verdict on each: keep, tune the decoder, or retrain. Writes `report.json` (all
-figures, of each picture too), `reconstructions.png` and `worst.png` to `--out`.
+Prints a table with a row per model, and a recommendation: keep, tune the decoder, or retrain. Writes `report.json`
+(all figures, also per image), `reconstructions.png` and `worst.png` to `--out`.
 """
 
 from __future__ import annotations
@@ -31,69 +31,79 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT, BadSample
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
-from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, scales_of
+from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, max_scales
 from ldm.models import autoencoder, feature_networks
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import Parser, UserError, command
-from stage1_vae.suitability_report import Name, Row, Subject, describe, plain, sheet, table, verdicts
+from stage1_vae.suitability_report import ImageName, Row, Subject, describe, draw_sheet, recommendations, table, to_json
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-ROWS = 8  # pictures of reconstructions.png
-SETTLED = 2048  # pictures from which on rFID says something: as many as Inception has features
+NUM_EXAMPLES = 8  # images on reconstructions.png
+MIN_FID_IMAGES = 2048  # rFID of fewer is mostly noise: Inception has as many features
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = _arguments(arguments)
-    settings = loader.load(given.config, given.overrides)
+    args = _parse(arguments)
+    settings = loader.load(args.config, args.overrides)
     device = join(settings.run).device
     sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
-    models = {name: autoencoder.load(name, "--model").to(device) for name in dict.fromkeys(given.model)}
+    models = {name: autoencoder.load(name, "--model").to(device) for name in dict.fromkeys(args.model)}
     for name, model in models.items():
-        _fits(name, model.factor, settings)
-    out = _folder(given.out, given.model[0])
-    data, which, notes = choose(settings, given.split, given.count)
-    side = _shortest(data, settings)
-    subjects, more = _subjects(models, side, given.lpips_net, device)
-    notes += more
+        _check_sizes(name, model.factor, settings)
+    out = _make_out_dir(args.out, args.model[0])
+    data, split, notes = choose_images(settings, args.split, args.count)
+    side = _shortest_side(data, settings)
+    subjects, missing = _subjects(models, side, args.lpips_net, device)
+    notes += missing
 
     with tqdm(
         total=None if isinstance(data, Stream) else len(data), desc="reconstructing", unit=" img", leave=False
     ) as bar:
-        names, some, worst = measure(batches(data, settings.data.size, given.count, device, bar), subjects, given.worst)
+        parts = batches(data, settings.data.size, args.count, device, bar)
+        names, examples, worst = measure(parts, subjects, args.worst)
     if not names:
-        raise UserError(f"data.source: no usable picture in {settings.data.name}; scripts/check_data.py says why")
-    if len(names) < SETTLED and subjects[0].figures.fid is not None:
-        notes.append(f"rFID of {len(names):,} pictures is mostly noise; it says something from about {SETTLED:,} on")
+        raise UserError(f"data.source: no usable image in {settings.data.name}; scripts/check_data.py says why")
+    if len(names) < MIN_FID_IMAGES and subjects[0].figures.fid is not None:
+        notes.append(f"rFID of {len(names):,} images is mostly noise; about {MIN_FID_IMAGES:,} are needed")
     baselines = {s.model.factor: s.figures.means() for s in subjects if isinstance(s.model, Bicubic)}
     facts = [describe(subject, baselines) for subject in subjects]
-    title = f"{len(names):,} pictures ({which}) of {settings.data.name} at {settings.data.size} px"
+    title = f"{len(names):,} images ({split}) of {settings.data.name} at {settings.data.size} px"
     unit = "bias: mean of rebuilt less real, in 1/255"
-    print("\n".join([title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *verdicts(facts), ""]))
+    lines = [title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *recommendations(facts), ""]
+    print("\n".join(lines))
 
-    each = {subject.name: {k: v.tolist() for k, v in subject.figures.each.items()} for subject in subjects}
+    per_image = {subject.name: {k: v.tolist() for k, v in subject.figures.per_image.items()} for subject in subjects}
     report = {
-        "config": str(given.config), "data": settings.data.name, "split": which, "pictures": len(names),
-        "size": settings.data.size, "ms_ssim_scales": scales_of(side), "lpips_net": given.lpips_net,
-        "notes": notes, "models": facts, "names": names, "each": each,
-    }  # fmt: skip
+        "config": str(args.config),
+        "data": settings.data.name,
+        "split": split,
+        "images": len(names),
+        "size": settings.data.size,
+        "ms_ssim_scales": max_scales(side),
+        "lpips_net": args.lpips_net,
+        "notes": notes,
+        "models": facts,
+        "names": names,
+        "each": per_image,
+    }
     with whole_file(out / "report.json") as tmp_path:
-        tmp_path.write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    for file, shown in (("reconstructions.png", some), ("worst.png", worst)):
-        sheet(shown, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
+        tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for file, rows in (("reconstructions.png", examples), ("worst.png", worst)):
+        draw_sheet(rows, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
     print(f"wrote {out}/report.json, reconstructions.png and worst.png")
 
 
-def _arguments(arguments: Sequence[str] | None) -> Namespace:
-    parser = Parser(prog="evaluate.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--config", required=True, type=Path, help="says which pictures, and at which size")
+def _parse(arguments: Sequence[str] | None) -> Namespace:
+    parser = Parser(prog="suitability.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True, type=Path, help="names the images and their size")
     parser.add_argument("--model", required=True, action="append", metavar="PATH_OR_ID", help="may be given repeatedly")
     parser.add_argument("--out", type=Path, help="default: evaluation/ in the first model's run, or here")
-    parser.add_argument("--count", type=int, default=SETTLED, help="pictures at most (default: %(default)s)")
-    parser.add_argument("--worst", type=int, default=8, help="pictures on worst.png (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=MIN_FID_IMAGES, help="images at most (default: %(default)s)")
+    parser.add_argument("--worst", type=int, default=8, help="images on worst.png (default: %(default)s)")
     parser.add_argument(
         "--split", action="append", choices=("train", *HELD_OUT), help="may be given repeatedly; default: held out"
     )
@@ -108,45 +118,45 @@ def _arguments(arguments: Sequence[str] | None) -> Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------------------------ which pictures
+# ------------------------------------------------------------------------------------------------------ choosing images
 
 
-def choose(settings: Config, splits: Sequence[str] | None, count: int) -> tuple[Index | Stream, str, list[str]]:
-    """The pictures to measure on, in words too, and what is to be said of them: held-out ones where there are any."""
+def choose_images(settings: Config, splits: Sequence[str] | None, count: int) -> tuple[Index | Stream, str, list[str]]:
+    """The images to measure on, a description of them, and notes; held-out images if there are any."""
     if settings.data.streaming:
         if splits:
             raise UserError("--split: a stream has no splits; leave it out")
-        note = "a stream has no held-out pictures: these may have been trained on, and figures flatter"
+        note = "a stream has no held-out images: these may be training images, so the figures flatter"
         report = settings.run.dir / "data-report.jsonl"
         return Stream(settings.data, settings.cache_dir, report, settings.stage2.conditions), "the first", [note]
-    found = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    if not len(found):
-        raise UserError(f"data.source: no usable picture in {settings.data.name}; scripts/check_data.py says why")
+    data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+    if not len(data):
+        raise UserError(f"data.source: no usable image in {settings.data.name}; scripts/check_data.py says why")
     splits = splits or HELD_OUT
-    chosen = found.select(*splits)
+    chosen = data.select(*splits)
     notes = []
     if not len(chosen):
-        there = sorted(set(found.column("split").tolist()))
-        if set(splits) != set(HELD_OUT) or "train" not in there:
-            raise UserError(f"--split: no picture of {' or '.join(splits)}; the data has {', '.join(there)}")
-        chosen, splits = found.select("train"), ["train"]
-        notes = ["the data has no held-out pictures: these are training pictures, and figures flatter"]
-    of = f"of {len(chosen):,} in " if count < len(chosen) else ""
-    return chosen.some(count), of + ", ".join(splits), notes
+        existing = sorted(set(data.column("split").tolist()))
+        if set(splits) != set(HELD_OUT) or "train" not in existing:
+            raise UserError(f"--split: no image in {' or '.join(splits)}; the data has {', '.join(existing)}")
+        chosen, splits = data.select("train"), ["train"]
+        notes = ["the data has no held-out images: these are training images, so the figures flatter"]
+    total = f"of {len(chosen):,} in " if count < len(chosen) else ""
+    return chosen.subset(count), total + ", ".join(splits), notes
 
 
-def _fits(name: str, factor: int, settings: Config) -> None:
-    """UserError where pictures of these sizes are not a whole number of an autoencoder's latents."""
+def _check_sizes(name: str, factor: int, settings: Config) -> None:
+    """UserError if the configured sizes are not multiples of the autoencoder's factor."""
     data = settings.data
     for key, value in (("data.size", data.size), ("data.buckets.step", data.buckets.step if data.buckets else factor)):
         if value % factor:
             step = math.lcm(factor, settings.stage1.factor)
-            better = step * max(1, round(value / step))
-            raise UserError(f"{key}: {value} is not a multiple of {factor}, the factor of {name}; {better} would be")
+            multiple = step * max(1, round(value / step))
+            raise UserError(f"{key}: {value} is not a multiple of {factor}, the factor of {name}; {multiple} would be")
 
 
-def _shortest(data: Index | Stream, settings: Config) -> int:
-    """The shortest side of any picture, in pixels."""
+def _shortest_side(data: Index | Stream, settings: Config) -> int:
+    """The shortest side of any image, in pixels."""
     side = settings.data.size if isinstance(data, Stream) else min(min(size) for size in data.sizes)
     if side < KERNEL:
         raise UserError(f"data.size: sides of {side} px are less than SSIM's window of {KERNEL}; make it larger")
@@ -155,17 +165,17 @@ def _shortest(data: Index | Stream, settings: Config) -> int:
 
 def batches(
     data: Index | Stream, size: int, count: int, device: torch.device, bar: tqdm[Any]
-) -> Iterator[tuple[torch.Tensor, list[Name]]]:
-    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)` in [-1, 1], with their names."""
+) -> Iterator[tuple[torch.Tensor, list[ImageName]]]:
+    """Every image once, centre cropped, in batches of one size, `(N, 3, H, W)` in [-1, 1], with their names."""
     batch = min(64, max(1, 2**19 // size**2))
     if isinstance(data, Stream):
-        good = (found for found in data.beginning(count) if not isinstance(found, BadSample))
+        good = (sample for sample in data.first_samples(count) if not isinstance(sample, BadSample))
         for part in iter(lambda: list(itertools.islice(good, batch)), []):
             yield torch.stack([pixels for pixels, _ in part]).to(device), [("", caption) for _, caption in part]
             bar.update(len(part))
         return
-    names = list(zip(data.column("key").tolist(), (several[0] for several in data.captions()), strict=True))
-    order = iter(np.concatenate(list(data.by_size().values())).tolist())  # which `iter_images` has too
+    names = list(zip(data.column("key").tolist(), (captions[0] for captions in data.captions()), strict=True))
+    order = iter(np.concatenate(list(data.by_size().values())).tolist())  # the order of `iter_images`
     for x in iter_images(data, batch):
         yield x.to(device), [names[i] for i in itertools.islice(order, len(x))]
         bar.update(len(x))
@@ -177,11 +187,11 @@ def batches(
 def _subjects(
     models: Mapping[str, Autoencoder], side: int, net: str, device: torch.device
 ) -> tuple[list[Subject], list[str]]:
-    """A row for each model and for the baseline of each factor, with the metrics that can be had; why others can't."""
-    scales, notes = scales_of(side), []
+    """A subject per model and per factor's bicubic baseline, with every available metric; notes on missing metrics."""
+    scales, notes = max_scales(side), []
     if scales < 5:
-        left = f"has {scales} of its 5 scales" if scales else "is left out"
-        notes.append(f"MS-SSIM {left}: there are sides of {side} px, and it needs 176")
+        effect = f"has {scales} of its 5 scales" if scales else "is left out"
+        notes.append(f"MS-SSIM {effect}: there are sides of {side} px, and it needs 176")
     lpips: Metric | None = None
     fids: list[Metric | None] = [None] * len(models)
     try:
@@ -201,30 +211,32 @@ def _subjects(
 
 
 def measure(
-    parts: Iterable[tuple[torch.Tensor, list[Name]]], subjects: Sequence[Subject], worst: int
-) -> tuple[list[Name], list[Row], list[Row]]:
-    """Rebuilds all pictures with all subjects.
+    parts: Iterable[tuple[torch.Tensor, list[ImageName]]], subjects: Sequence[Subject], num_worst: int
+) -> tuple[list[ImageName], list[Row], list[Row]]:
+    """Rebuilds all images with all subjects.
 
-    Returns their names, rows of some, always the same, and of those that the first subject rebuilt worst, worst first.
+    Returns the images' names, rows of random examples (always the same), and rows of those that the first subject
+    rebuilt worst, the worst first.
     """
-    names: list[Name] = []
-    some: list[Row] = []
-    lowest: list[Row] = []
-    luck = np.random.default_rng(0)
+    names: list[ImageName] = []
+    examples: list[Row] = []
+    worst: list[Row] = []
+    rng = np.random.default_rng(0)
     for x, part in parts:
         rebuilt, psnr = zip(*(subject.rebuild(x) for subject in subjects), strict=True)
-        drawn = torch.from_numpy(luck.random(len(part)))
-        for rows, rank, most in ((some, drawn, ROWS), (lowest, psnr[0].nan_to_num(-math.inf, math.inf), worst)):
-            for i in rank.argsort()[:most].tolist():
+        random = torch.from_numpy(rng.random(len(part)))
+        lowest = psnr[0].nan_to_num(-math.inf, math.inf)
+        for rows, rank, count in ((examples, random, NUM_EXAMPLES), (worst, lowest, num_worst)):
+            for i in rank.argsort()[:count].tolist():
                 rows.append(Row(float(rank[i]), len(names) + i, torch.stack([x[i], *(y[i] for y in rebuilt)]).cpu()))
             rows.sort(key=lambda row: row.rank)
-            del rows[most:]
+            del rows[count:]
         names += part
-    return names, some, lowest
+    return names, examples, worst
 
 
-def _folder(out: Path | None, model: str) -> Path:
-    """Where the report goes: where it should, or `evaluation` in the run that a model came from, or here."""
+def _make_out_dir(out: Path | None, model: str) -> Path:
+    """Creates the report's folder: `--out`, else `evaluation/` in the run that the model came from, else in the cwd."""
     if not out:
         runs = (folder for folder in Path(model).parents if (folder / "config.yaml").is_file())
         out = (next(runs, Path()) if Path(model).exists() else Path()) / "evaluation"

@@ -1,4 +1,4 @@
-"""What is said of autoencoders that were measured: rows of a table, verdicts, sheets of pictures."""
+"""The report on measured autoencoders: a table of figures, recommendations, sheets of images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ import torch
 from PIL import Image
 
 from ldm.data import images
-from ldm.evaluation.reconstruction import Bicubic, Figures, verdict
+from ldm.evaluation.reconstruction import Bicubic, Figures, recommend_action
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latent_statistics import Report
 
-Name = tuple[str, str]  # a picture's key and its caption
+ImageName = tuple[str, str]  # key, caption
 
-AMPLIFIED = 4  # times that differences are shown stronger
+AMPLIFICATION = 4  # of differences on sheets
 COLUMNS = {
-    "psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".3f"), "ms_ssim": ("MS-SSIM", ".3f"), "lpips": ("LPIPS", ".3f"),
-    "rfid": ("rFID", ".1f"), "red": ("R bias", "+z.1f"), "green": ("G bias", "+z.1f"), "blue": ("B bias", "+z.1f"),
-}  # fmt: skip
+    "psnr": ("PSNR dB", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "ms_ssim": ("MS-SSIM", ".3f"),
+    "lpips": ("LPIPS", ".3f"),
+    "rfid": ("rFID", ".1f"),
+    "red": ("R bias", "+z.1f"),
+    "green": ("G bias", "+z.1f"),
+    "blue": ("B bias", "+z.1f"),
+}
 PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae-ft-mse
     4: "KL-f4 27.5 dB (ImageNet)",
     8: "KL-f8 of Stable Diffusion 23.4 dB, SSIM 0.69, its ft-MSE 24.5 dB, SSIM 0.71 (COCO)",
@@ -28,14 +34,14 @@ PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae
 
 
 class Subject:
-    """A row of the table: an autoencoder, or the bicubic one, and what was found of it."""
+    """A row of the table: an autoencoder, or the bicubic baseline, with its figures and latent statistics."""
 
     def __init__(self, name: str, model: Autoencoder | Bicubic, figures: Figures):
         self.name, self.model, self.figures = name, model, figures
         self.latents = Report(model.channels)
 
     def rebuild(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Measures a batch, `(N, 3, H, W)`; returns it rebuilt, and the PSNR of each picture, `(N,)`."""
+        """Measures a batch, `(N, 3, H, W)`; returns its reconstruction and the PSNR per image, `(N,)`."""
         z = self.model.encode(x)
         finite = z.flatten(1).isfinite().all(1)
         if finite.any():
@@ -44,39 +50,43 @@ class Subject:
         return rebuilt, self.figures.add(x, rebuilt)["psnr"]
 
     def std(self) -> torch.Tensor:
-        """Of each latent channel, `(C,)`; NaN where no latent was finite."""
+        """Standard deviation per latent channel, `(C,)`; NaN if no latent was finite."""
         return self.latents.std() if self.latents.count else torch.full((self.model.channels,), torch.nan)
 
 
 class Row(NamedTuple):
-    """A picture of a sheet: its place there, its number among all, the original and as each subject rebuilt it."""
+    """An image on a sheet, with its reconstructions."""
 
-    rank: float
-    number: int
-    pictures: torch.Tensor  # (1 + subjects, 3, H, W)
+    rank: float  # rows are sorted by it
+    number: int  # of the image in the data
+    images: torch.Tensor  # (1 + subjects, 3, H, W): the original, then each subject's reconstruction
 
 
 def describe(subject: Subject, baselines: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """What `report.json` says of a subject; `baselines` are the bicubic figures by factor."""
+    """A subject's entry in `report.json`; `baselines` are the bicubic figures by factor."""
     means, figures, model = subject.figures.means(), subject.figures, subject.model
     facts = {
-        "model": subject.name, "factor": model.factor, "channels": model.channels, "figures": means,
+        "model": subject.name,
+        "factor": model.factor,
+        "channels": model.channels,
+        "figures": means,
         "broken": figures.broken,
-    }  # fmt: skip
+    }
     if isinstance(model, Bicubic):
         return facts
-    answer, reasons = verdict(means, baselines[model.factor], subject.std(), figures.broken)
+    action, reasons = recommend_action(means, baselines[model.factor], subject.std(), figures.broken)
     latents = subject.latents.facts() if subject.latents.count else {}
-    return {**facts, "latents": latents, "verdict": answer, "reasons": reasons}
+    return {**facts, "latents": latents, "verdict": action, "reasons": reasons}
 
 
 def table(facts: Sequence[Mapping[str, Any]]) -> str:
-    """A row a model, a column a figure."""
-    columns = [key for key in COLUMNS if any(key in each["figures"] for each in facts)]
+    """A row per model, a column per figure."""
+    columns = [key for key in COLUMNS if any(key in entry["figures"] for entry in facts)]
     rows = [["model", "factor", "channels", *(COLUMNS[key][0] for key in columns)]]
-    for each in facts:
-        figures = (f"{each['figures'][key]:{COLUMNS[key][1]}}" if key in each["figures"] else "–" for key in columns)
-        rows.append([each["model"], str(each["factor"]), str(each["channels"]), *figures])
+    for entry in facts:
+        values = entry["figures"]
+        cells = (f"{values[key]:{COLUMNS[key][1]}}" if key in values else "–" for key in columns)
+        rows.append([entry["model"], str(entry["factor"]), str(entry["channels"]), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -86,43 +96,44 @@ def table(facts: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def verdicts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+def recommendations(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines: what to do with each autoencoder, the reasons, and published figures of the same factors."""
     lines = []
-    for each in facts:
-        if "verdict" in each:
-            lines += ["", f"{each['model']}: {each['verdict']}", *(f"  - {reason}" for reason in each["reasons"])]
-    known = [PUBLISHED[f] for f in sorted({each["factor"] for each in facts}) if f in PUBLISHED]
-    return lines + (["", f"published, at 256 px: {'; '.join(known)}"] if known else [])
+    for entry in facts:
+        if "verdict" in entry:
+            lines += ["", f"{entry['model']}: {entry['verdict']}", *(f"  - {reason}" for reason in entry["reasons"])]
+    published = [PUBLISHED[f] for f in sorted({entry["factor"] for entry in facts}) if f in PUBLISHED]
+    return lines + (["", f"published, at 256 px: {'; '.join(published)}"] if published else [])
 
 
-def sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence[Name]) -> Image.Image:
-    """A line a picture: the original, then of each model the reconstruction and its difference from it, amplified."""
-    pictures, captions = [], []
-    side = max(128, *(size for row in rows for size in row.pictures.shape[2:]))
-    room = side // 7  # letters that fit below a picture
+def draw_sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence[ImageName]) -> Image.Image:
+    """A line per image: the original, then each model's reconstruction and its amplified difference from it."""
+    cells, captions = [], []
+    side = max(128, *(size for row in rows for size in row.images.shape[2:]))
+    max_letters = side // 7  # that fit below an image
 
     def tail(text: str) -> str:
-        return text if len(text) <= room else f"…{text[-room + 1 :]}"
+        return text if len(text) <= max_letters else f"…{text[-max_letters + 1 :]}"
 
     for row in rows:
         key, caption = names[row.number]
-        pictures.append(row.pictures[0])
+        cells.append(row.images[0])
         captions.append(f"{tail(key)}: {caption}" if key else caption)
-        for subject, rebuilt in zip(subjects, row.pictures[1:], strict=False):  # the bicubic ones come last
-            psnr, ssim = (float(subject.figures.each[figure][row.number]) for figure in ("psnr", "ssim"))
+        for subject, rebuilt in zip(subjects, row.images[1:], strict=False):  # the bicubic ones come last
+            psnr, ssim = (float(subject.figures.per_image[name][row.number]) for name in ("psnr", "ssim"))
             rebuilt = rebuilt.nan_to_num(-1)
-            pictures += [rebuilt, AMPLIFIED * (rebuilt - row.pictures[0])]
+            cells += [rebuilt, AMPLIFICATION * (rebuilt - row.images[0])]
             figures = f"{psnr:.1f} dB, SSIM {ssim:.2f}" if math.isfinite(ssim) else "not finite"
-            captions += [f"{tail(subject.name)} {figures}", f"{AMPLIFIED}x the difference"]
-    return images.grid([images.to_pil(x[None])[0] for x in pictures], captions, columns=1 + 2 * len(subjects))
+            captions += [f"{tail(subject.name)} {figures}", f"{AMPLIFICATION}x the difference"]
+    return images.grid([images.to_pil(x[None])[0] for x in cells], captions, columns=1 + 2 * len(subjects))
 
 
-def plain(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity; figures to six digits."""
+def to_json(value: Any) -> Any:
+    """The value without NaN and infinity, which JSON lacks: they become null. Figures are rounded to six digits."""
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: to_json(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [to_json(entry) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

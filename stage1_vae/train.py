@@ -41,9 +41,14 @@ def train(config: Config, data: Index | Stream) -> None:
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     trainer = Trainer(
-        config.run, stage, "stage1", model, {"data": train_set.fingerprint()},
-        discriminator(stage), sample_names(train_set, spec),
-    )  # fmt: skip
+        config.run,
+        stage,
+        "stage1",
+        model,
+        {"data": train_set.fingerprint()},
+        discriminator(stage),
+        sample_names(train_set, spec),
+    )
     objective = Objective(stage, model, features, config.data.shortest, trainer.device)
     adversarial = AdversarialLoss(stage.gan, stage.steps, seed, trainer)
 
@@ -125,26 +130,31 @@ def update_codes(config: Config, trainer: Trainer, model: Reconstruction, rebuil
 def finish(config: Config, data: Index | Stream, trainer: Trainer, vae: Any) -> None:
     """Normalises the latents of the averaged autoencoder, evaluates and saves it."""
     train_set = data.select("train")
-    some = train_set.some(STATISTICS_IMAGES)
+    some = train_set.subset(STATISTICS_IMAGES)
     with trainer.ema_weights("the export"):
         trained = copy.deepcopy(vae)
     if config.stage1.train == "decoder":  # latents stay the same
         mean = std = None
         autoencoder = Autoencoder(trained)
     else:
-        mean, std = autoencoders.statistics(trained, evaluation.share(some, trainer, config.data.workers), trainer.sum)
-        autoencoder = autoencoders.normalised(trained, mean, std)
+        mean, std = autoencoders.channel_statistics(
+            trained, evaluation.share(some, trainer, config.data.workers), trainer.sum
+        )
+        autoencoder = autoencoders.normalize_latents(trained, mean, std)
     latents = evaluation.latent_report(some, autoencoder, trainer, config.data.workers)
     facts = evaluation.when_done(data, config, autoencoder, trainer)
     trainer.close()
     on_main(
         lambda: autoencoder.save(
             config.run.dir / "autoencoder",
-            steps=trainer.step, **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
-            raw_mean=None if mean is None else mean.tolist(), raw_std=None if std is None else std.tolist(),
+            steps=trainer.step,
+            **{"shards" if isinstance(data, Stream) else "images": len(train_set)},
+            **facts,
+            raw_mean=None if mean is None else mean.tolist(),
+            raw_std=None if std is None else std.tolist(),
             latents=latents,
         )
-    )  # fmt: skip
+    )
 
 
 def encoder_sha256(vae: Any) -> str:

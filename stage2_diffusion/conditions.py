@@ -1,4 +1,4 @@
-"""What the U-Net is told of each sample in training, and what is left out for classifier-free guidance."""
+"""The U-Net's conditions in training, and their dropout for classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stage2_diffusion.masks import random_mask
 
 
 class Conditions:
-    """Makes the conditions of a batch, as `stage2.conditions` lists them; all that is drawn follows from positions.
+    """Builds a batch's conditions, as `stage2.conditions` lists them; random draws depend on positions only.
 
-    `encoder` is given where it is trained along: the text is then tokens. `classes` is the number of classes.
+    Pass an `encoder` only if it trains along with the U-Net: the text is then tokens. `classes` is their number.
     """
 
     def __init__(self, config: Config, autoencoder: Autoencoder, encoder: TextEncoder | None, classes: int):
@@ -26,7 +26,7 @@ class Conditions:
     def __call__(
         self, batch: Item, x0: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[Condition, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """The condition of latents x0 `(N, C, h, w)`, whose caption is dropped `(N,)`, and the rates of dropping."""
+        """The condition of latents x0 `(N, C, h, w)`; a mask `(N,)` of dropped captions; dropout rates to log."""
         stage, n, device = self.stage, batch["position"], x0.device
         rates: dict[str, torch.Tensor] = {}
         sizes = image = label = dropped = None
@@ -50,20 +50,24 @@ class Conditions:
         return Condition(text, label, sizes, image), dropped if stage.text else None, rates
 
     def _sizes(self, batch: Item, x0: torch.Tensor) -> torch.Tensor:
-        """Sizes and the crop's corner stand as (width, height) and (left, top) in a batch; SDXL tells them reversed."""
-        now = torch.tensor(x0.shape[2:], device=x0.device) * self.autoencoder.factor
-        known = [batch["original_size"].flip(1), batch["crop"].flip(1), now.expand(len(x0), 2)]
-        return torch.cat(known, dim=1).float()
+        """SDXL's size conditions, `(N, 6)`: original size, crop's corner, target size, each as (height, width)."""
+        target_size = torch.tensor(x0.shape[2:], device=x0.device) * self.autoencoder.factor
+        # a batch has (width, height) and (left, top)
+        sizes = [batch["original_size"].flip(1), batch["crop"].flip(1), target_size.expand(len(x0), 2)]
+        return torch.cat(sizes, dim=1).float()
 
     def _inpaint_channels(self, pixels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        mask = torch.stack([random_mask(generator(self.seed, "hole", int(i)), *pixels.shape[2:]) for i in n]).to(
-            pixels.device
-        )
+        height, width = pixels.shape[2:]
+        masks = [random_mask(generator(self.seed, "hole", int(i)), height, width) for i in n]
+        mask = torch.stack(masks).to(pixels.device)
         return mask_and_masked_latents(mask, self.autoencoder.encode(pixels * (1 - mask)))
 
     def _low_res(self, pixels: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The small picture with noise, so that what an autoencoder or a camera does to it matters less."""
-        picture = downsample(pixels, self.autoencoder.factor)
+        """The downsampled images with noise, and its level `(N,)`.
+
+        Noise augmentation makes the model robust to the artefacts of real low-resolution images.
+        """
+        low_res = downsample(pixels, self.autoencoder.factor)
         level = (uniform(self.seed, "small noise level", n) * NOISIEST).long().to(pixels.device)
-        noise = normal(self.seed, "small noise", n, picture.shape[1:]).to(pixels.device)
-        return noise_augmented(picture, noise, level), level
+        noise = normal(self.seed, "small noise", n, low_res.shape[1:]).to(pixels.device)
+        return noise_augmented(low_res, noise, level), level

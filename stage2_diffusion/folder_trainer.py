@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.data import check, index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join
@@ -52,32 +52,42 @@ class FolderTrainer:
         **keys: Any,
     ):
         in_pixels = str(autoencoder) == "identity"
-        flow = process.target == "flow"
+        flow = process.prediction_type == "flow"
         tree: dict[str, dict[str, Any]] = {
             "run": {"dir": str(run), "precision": precision},
             "data": {"source": str(folder), "size": size, "cache": "none" if in_pixels else "disk"},
             "text": {},
             "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
             "stage2": {
-                "conditions": list(conditions), **({} if "stage2__model" in keys else UNET),
-                "prediction_type": process.target, "timesteps": process.timesteps,
-                "zero_snr": process.zero_snr, "shift": process.shift, "timestep_sampling": process.times or "auto",
-                "logit_mean": process.time_mean, "logit_std": process.time_std, "steps": steps, "batch": batch,
-                "device_batch": device_batch, "lr": lr, "ema_decay": ema,
-                **({} if flow else {"beta_schedule": process.schedule}),
+                "conditions": list(conditions),
+                **({} if "stage2__model" in keys else UNET),
+                "prediction_type": process.prediction_type,
+                "timesteps": process.timesteps,
+                "zero_snr": process.zero_snr,
+                "shift": process.shift,
+                "timestep_sampling": process.timestep_sampling or "auto",
+                "logit_mean": process.logit_mean,
+                "logit_std": process.logit_std,
+                "steps": steps,
+                "batch": batch,
+                "device_batch": device_batch,
+                "lr": lr,
+                "ema_decay": ema,
+                **({} if flow else {"beta_schedule": process.beta_schedule}),
             },
             "sample": {
-                "steps": 50 if flow else min(50, process.timesteps), "guidance": 1.0,
+                "steps": 50 if flow else min(50, process.timesteps),
+                "guidance": 1.0,
                 "solver": "euler" if flow else "ddim",
             },
-        }  # fmt: skip
+        }
         if "micro_batches" in keys:  # what device_batch once was
             tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         notes: list[str] = []
         for key, value in keys.items():
-            section, _, name = loader.current_key(key.replace("__", ".", 1), notes).partition(".")
+            section, _, name = old_names.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
-        loader.print_once(notes)
+        old_names.print_notes(notes)
         self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 
@@ -106,6 +116,8 @@ def _loaded(name: str | Path) -> dict[str, Any]:
     model = {"dc": "dc-f32", "vq": "vq-f4"}.get(family, family)
     width = 64
     return {
-        "model": model, "pretrained": str(name), "latent_channels": loaded.channels,
+        "model": model,
+        "pretrained": str(name),
+        "latent_channels": loaded.channels,
         "channels": [width] * (loaded.factor.bit_length()),
-    }  # fmt: skip
+    }

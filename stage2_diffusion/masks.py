@@ -1,4 +1,4 @@
-"""Holes for training an inpainting model: boxes, brush strokes, a missing side, now and then the whole picture."""
+"""Random masks for training an inpainting model: boxes, brush strokes, a missing side, sometimes everything."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 
 
 def random_mask(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
-    """A mask `(1, height, width)` of 0 and 1, 1 where the picture is to be made; at least one pixel is 1."""
-    picture = Image.new("L", (width, height))
-    draw, kind = ImageDraw.Draw(picture), rng.random()
-    if kind < 0.1:  # nothing is left, so that the model can also make a whole picture
+    """A mask `(1, height, width)` of 0 and 1; 1 marks pixels to generate, at least one of them."""
+    image = Image.new("L", (width, height))
+    draw, kind = ImageDraw.Draw(image), rng.random()
+    if kind < 0.1:  # everything, so that the model can also generate complete images
         draw.rectangle((0, 0, width, height), fill=1)
     elif kind < 0.25:  # a side is missing: outpainting
         share, side = rng.uniform(0.2, 0.7), rng.integers(4)
@@ -30,7 +30,7 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> torch.Tens
             draw.line([tuple(point) for point in points], fill=1, width=thick, joint="curve")
             for x, y in points:
                 draw.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=1)
-    mask = torch.from_numpy(np.array(picture, dtype=np.float32))[None]
+    mask = torch.from_numpy(np.array(image, dtype=np.float32))[None]
     if not mask.any():
         mask[:, height // 2, width // 2] = 1
     return mask

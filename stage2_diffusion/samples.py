@@ -1,7 +1,8 @@
-"""Sheets of samples while stage two trains: what a look tells, that figures don't."""
+"""Sample sheets while stage two trains: they show what metrics miss."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,76 +25,94 @@ from ldm.utils.rng import generator
 from stage2_diffusion.masks import random_mask
 
 
-def write_sheet(config: Config, run: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
-    """`stage2/samples/step-….png`, with the EMA weights; every process draws its share.
+@dataclass
+class SheetInputs:
+    """What a sheet shows: the captions of its samples, and the model's arguments for them, an entry per sample."""
 
-    Text: the configured prompts, those that no training saw in a frame. Classes: one picture of each. Inpainting and
-    super-resolution: what was given above what was made of it.
+    captions: list[str]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    sources: list[Image.Image] = field(default_factory=list)
+    """The images that samples complete or enlarge; shown before the samples."""
+    marked: list[int] = field(default_factory=list)
+    """Samples in a frame."""
+
+
+def write_sheet(config: Config, trainer: Trainer, model: LatentDiffusion, data: Index | Stream) -> None:
+    """`stage2/samples/step-….png`, with the EMA weights; every process generates its share.
+
+    Text: the configured prompts, with a frame around held-out ones. Classes: one image each. Inpainting and
+    super-resolution: the inputs, then the results.
     """
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    stage, prompts = config.stage2, list(config.sample.prompts)
-    if on_main(path.exists) or (stage.text and not stage.image and not prompts):
+    path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
+    stage = config.stage2
+    if on_main(path.exists) or (stage.text and not stage.image and not config.sample.prompts):
         return
-    shown: list[Image.Image] = []
-    marked: list[int] = []
-    given: dict[str, Any] = {}  # a model's arguments, of each of the pictures
-    if stage.image:
-        assert isinstance(data, Index), "the configuration allows no stream here"
-        pixels, prompts, of = _given(data, config.data.size)
-        if stage.classes:
-            given["labels"] = [each if each in model.classes else 0 for each in of]
-        if "inpaint" in stage.conditions:
-            masks = [random_mask(generator(config.run.seed, "sheet", i), *pixels.shape[2:]) for i in range(len(pixels))]
-            given |= {"image": pixels, "mask": torch.stack(masks)}
-            shown = to_pil(pixels * (1 - given["mask"]))
-        else:
-            given["image"] = downsample(pixels, model.autoencoder.factor)
-            side = config.data.size
-            shown = [each.resize((side, side), Image.Resampling.NEAREST) for each in to_pil(given["image"])]
-        given["prompts"] = prompts
-    elif stage.text:
-        given["prompts"] = prompts
-        if stage.classes:
-            given["labels"] = [model.classes[i % len(model.classes)] for i in range(len(prompts))]
-        unseen = {caption for captions in data.select("combination").captions() for caption in captions}
-        marked = [i for i, prompt in enumerate(prompts) if prompt in unseen]
-    elif stage.classes:
-        prompts = given["labels"] = list(model.classes[: sizes.SHEET_CLASSES])
-    else:
-        prompts = [""] * sizes.SHEET_UNCONDITIONAL
-    with run.ema_weights("a sample sheet"):
-        pictures = _drawn(model, run, config.run.seed, len(prompts), given)
-    if run.is_main:
+    inputs = _image_inputs(config, model, data) if stage.image else _inputs(config, model, data)
+    with trainer.ema_weights("a sample sheet"):
+        samples = _generate(model, trainer, config.run.seed, len(inputs.captions), inputs.arguments)
+    if trainer.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet = grid(shown + pictures, ["given"] * len(shown) + prompts, columns=8, marked=marked)
+        captions = ["input"] * len(inputs.sources) + inputs.captions
+        sheet = grid(inputs.sources + samples, captions, columns=8, marked=inputs.marked)
         with whole_file(path) as tmp_path:
             sheet.save(tmp_path, "PNG")
-        log_image(run.accelerator.trackers, "samples", sheet, run.step)
+        log_image(trainer.accelerator.trackers, "samples", sheet, trainer.step)
 
 
-def _drawn(model: LatentDiffusion, run: Trainer, seed: int, count: int, given: dict[str, Any]) -> list[Image.Image]:
-    """Picture i of all from the noise of `seed + i`; processes make equally many, some of them twice.
-
-    Where weights are shared out too, a process that made none would keep the others waiting.
-    """
-    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    share = -(-count // processes)
-    mine = [i % count for i in range(rank * share, (rank + 1) * share)]
-    of_mine: dict[str, Any] = {
-        name: values[mine] if isinstance(values, torch.Tensor) else [values[i] for i in mine]
-        for name, values in given.items()
-    }
-    of_each = 1 if "prompts" in given or "labels" in given else share  # or in all, where nothing is asked for
-    batch = min(sizes.SHEET_BATCH, run.passes.images)
-    callback = run.dry_run.evaluated if run.dry_run else None
-    pictures = model(seed=[seed + i for i in mine], count=of_each, batch=batch, callback=callback, **of_mine)
-    return list(gather_object(pictures))[:count]
+def _inputs(config: Config, model: LatentDiffusion, data: Index | Stream) -> SheetInputs:
+    """Of a model that generates from text, from classes, or from noise alone."""
+    stage, prompts = config.stage2, list(config.sample.prompts)
+    if stage.text:
+        arguments: dict[str, Any] = {"prompts": prompts}
+        if stage.classes:
+            arguments["labels"] = [model.classes[i % len(model.classes)] for i in range(len(prompts))]
+        held_out = {caption for captions in data.select("combination").captions() for caption in captions}
+        return SheetInputs(prompts, arguments, marked=[i for i, prompt in enumerate(prompts) if prompt in held_out])
+    if stage.classes:
+        labels = list(model.classes[: sizes.SHEET_CLASSES])
+        return SheetInputs(labels, {"labels": labels})
+    return SheetInputs([""] * sizes.SHEET_UNCONDITIONAL)
 
 
-def _given(data: Index, size: int) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Some pictures, of those that nothing is trained on where there are some, their captions and classes."""
-    held = data.select("reconstruction")
-    chosen = held if len(held) else data
+def _image_inputs(config: Config, model: LatentDiffusion, data: Index | Stream) -> SheetInputs:
+    """Of a model that completes or enlarges images: held-out ones, or training images if none are held out."""
+    assert isinstance(data, Index), "the configuration allows no stream here"
+    stage, size = config.stage2, config.data.size
+    held_out = data.select("reconstruction")
+    chosen = held_out if len(held_out) else data
     numbers = range(min(sizes.SHEET_INPUTS, len(chosen)))
-    pixels = [to_tensor(crop_resize(chosen.picture(i), (size, size))[0]) for i in numbers]
-    return torch.stack(pixels), [chosen[i].captions[0] for i in numbers], [chosen[i].label for i in numbers]
+    pixels = torch.stack([to_tensor(crop_resize(chosen.load_image(i), (size, size))[0]) for i in numbers])
+    captions = [chosen[i].captions[0] for i in numbers]
+    arguments: dict[str, Any] = {"prompts": captions}
+    if stage.classes:
+        labels = [chosen[i].label for i in numbers]
+        arguments["labels"] = [label if label in model.classes else 0 for label in labels]
+    if "inpaint" in stage.conditions:
+        height, width = pixels.shape[2:]
+        masks = [random_mask(generator(config.run.seed, "sheet", i), height, width) for i in numbers]
+        arguments |= {"image": pixels, "mask": torch.stack(masks)}
+        return SheetInputs(captions, arguments, to_pil(pixels * (1 - arguments["mask"])))
+    arguments["image"] = downsample(pixels, model.autoencoder.factor)
+    sources = [image.resize((size, size), Image.Resampling.NEAREST) for image in to_pil(arguments["image"])]
+    return SheetInputs(captions, arguments, sources)
+
+
+def _generate(
+    model: LatentDiffusion, trainer: Trainer, seed: int, count: int, arguments: dict[str, Any]
+) -> list[Image.Image]:
+    """Images, number i from the noise of `seed + i`; all processes generate equally many, a few of them twice.
+
+    With sharded weights a process that generates nothing would block the others.
+    """
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    share = -(-count // processes)
+    own = [i % count for i in range(rank * share, (rank + 1) * share)]
+    own_arguments: dict[str, Any] = {
+        name: values[own] if isinstance(values, torch.Tensor) else [values[i] for i in own]
+        for name, values in arguments.items()
+    }
+    per_prompt = 1 if "prompts" in arguments or "labels" in arguments else share  # an unconditional call is one prompt
+    batch = min(sizes.SHEET_BATCH, trainer.passes.images)
+    callback = trainer.dry_run.evaluated if trainer.dry_run else None
+    images = model(seed=[seed + i for i in own], count=per_prompt, batch=batch, callback=callback, **own_arguments)
+    return list(gather_object(images))[:count]

@@ -16,10 +16,11 @@ from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision
+from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
-from ldm.models.unet import build, load, use_attention
+from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.engine import DTYPES
@@ -53,7 +54,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
     spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
-    fingerprint = {**autoencoder.contract(config.data.size), "data": train_set.fingerprint()}
+    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint()}
     name = sample_names(train_set, spec)
     trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
     if stage.compile:

@@ -57,7 +57,7 @@ class Validation:
         if isinstance(data, Index) and isinstance(held, Index) and len(held):
             for name, part in (("held_out", held), ("trained_on", data.select("train"))):
                 if len(part):
-                    self.sets[name] = part.some(config.stage2.evaluate_pictures)
+                    self.sets[name] = part.subset(config.stage2.evaluate_images)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Logs `held_out_loss` and `trained_on_loss`, means over the noise levels, and each level of the former."""

@@ -27,7 +27,7 @@ def images_of(index: Index, config: Config, batch: int) -> ImageDataset:
 
 def streamed(config: Config) -> Stream:
     stream = Stream(config.data, config.cache_dir, config.run.dir / "data-report.jsonl", config.stage2.conditions)
-    return stream.sampled(spec_of(config))
+    return stream.with_spec(spec_of(config))
 
 
 def cached(

@@ -26,7 +26,7 @@ def test_an_example_is_short(block: str) -> None:
 
 
 def test_a_solver_is_added_and_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(solvers.KINDS, "deis", None)  # so that it is gone afterwards
+    monkeypatch.setitem(solvers.SCHEDULERS, "deis", None)  # so that it is gone afterwards
     run(SOLVER)
 
 

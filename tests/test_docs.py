@@ -20,7 +20,7 @@ import train_ldm
 from ldm.config import kohya, loader
 from ldm.config.presets import AUTOENCODERS, PROCESSES, UNETS
 from ldm.config.schema import SOLVERS, SPACINGS, Config
-from ldm.data.sources import SAYS
+from ldm.data.sources import KINDS
 from ldm.sampling.options import Sampling
 from scripts import check_data, generate_reference
 
@@ -141,8 +141,8 @@ def test_every_block_runs_and_prints_what_the_page_shows(
 
 
 def test_the_page_shows_how_every_kind_is_found() -> None:
-    shown = {says for _, blocks in sections().items() for _, text in blocks for says in SAYS.values() if says in text}
-    assert shown == set(SAYS.values())
+    shown = {says for _, blocks in sections().items() for _, text in blocks for says in KINDS.values() if says in text}
+    assert shown == set(KINDS.values())
 
 
 def test_the_reference_is_what_the_schema_says(root: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_page_of_architecture_names_every_room(root: Path) -> None:
 
 
 def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
-    keys = {"image_dir", *kohya.SIZES, *kohya.CAPTIONS, *kohya.INSTEAD}
+    keys = {"image_dir", *kohya.SIZE_KEYS, *kohya.CAPTION_KEYS, *kohya.REPLACEMENTS}
     assert {key for key in keys if f"`{key}`" not in PAGE} == set()
 
 

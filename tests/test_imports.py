@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 STAGES = {"stage1_vae", "stage2_diffusion"}
-ROOMS = ["utils", "config", "distributed", "diffusion", "models", "data", "sampling", "training", "evaluation"]
+ROOMS = ["utils", "config", "distributed", "diffusion", "models", "data", "sampling", "training", "evaluation", "cli"]
 
 
 def imported(file: Path) -> set[str]:

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,8 +14,26 @@ def test_every_command_of_the_package_can_be_called(root: Path) -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
     for target in settings["project"]["scripts"].values():
         module, _, function = target.partition(":")
-        assert module in settings["tool"]["setuptools"]["py-modules"]
-        assert callable(getattr(importlib.import_module(module), function))
+        packaged = module in settings["tool"]["setuptools"]["py-modules"] or module.startswith("ldm.")
+        assert packaged and callable(getattr(importlib.import_module(module), function)), target
+
+
+def test_every_sampling_script_is_a_command_too(root: Path) -> None:
+    commands = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    modules = {path.stem for path in (root / "ldm/cli").glob("*.py") if "\ndef main(" in path.read_text("utf-8")}
+    assert {*commands.values()} == {"train_ldm:main", *(f"ldm.cli.{module}:main" for module in modules)}
+    for module in modules:
+        assert f"from ldm.cli.{module} import main" in (root / f"scripts/{module}.py").read_text("utf-8")
+
+
+def test_a_command_runs_from_any_folder(root: Path, tmp_path: Path) -> None:
+    """As its entry point calls it."""
+    code = "import sys; from ldm.cli.ema import main; sys.argv[0] = '/usr/bin/ldm-ema'; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code, "run", "--width", "2", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --width: 2.0; give more than 0 and less than 0.2887\n"
 
 
 def test_the_workflow_runs_the_same_checks(root: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a configuration may ask for, and whether it fits together."""
+"""The configuration: its schema, the rules between keys, presets, and how it is loaded."""

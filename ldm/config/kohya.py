@@ -1,4 +1,4 @@
-"""kohya's TOML data-set file, for those who already own one: read and checked.
+"""Reads and checks kohya's TOML data-set file.
 
 Its image sizes become `data.size` and `data.buckets`. An unsupported key is an error that names its replacement.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm.utils.errors import UserError
 
-SIZES = {
+SIZE_KEYS = {
     "resolution": (int, list),
     "enable_bucket": bool,
     "bucket_reso_steps": int,
@@ -23,8 +23,7 @@ SIZES = {
     "bucket_no_upscale": bool,
 }
 
-
-CAPTIONS: dict[str, Any] = {
+CAPTION_KEYS: dict[str, Any] = {
     "caption_extension": str,
     "shuffle_caption": bool,
     "keep_tokens": int,
@@ -34,15 +33,14 @@ CAPTIONS: dict[str, Any] = {
     "class_tokens": str,
 }
 
-
-INSTEAD = {
+REPLACEMENTS = {
     "batch_size": "set stage2.batch",
     "color_aug": "the latents are cached; leave it out",
     "random_crop": "set data.crop=random",
     "keep_tokens_separator": "use keep_tokens",
     "metadata_file": "give the folder of a metadata.jsonl as data.source",
-    "is_reg": "give regularisation pictures as a subset of their own",
-    "enable_wildcard": "write one caption a picture",
+    "is_reg": "give regularisation images as a subset of their own",
+    "enable_wildcard": "write one caption an image",
 }
 
 
@@ -50,7 +48,7 @@ INSTEAD = {
 class Subset:
     folder: Path
     num_repeats: int = 1
-    caption_extension: str = ""  # empty: the usual ones
+    caption_extension: str = ""  # empty: .txt or .caption
     shuffle_caption: bool = False
     keep_tokens: int = 0
     caption_dropout_rate: float | None = None
@@ -59,13 +57,13 @@ class Subset:
 
 
 def settings(file: Path) -> dict[str, Any]:
-    """`size` and `buckets` as keys of the section `data`, where the file sets them."""
-    tree = _tree(file)
-    found = [dict(_chosen(SIZES, tree.get("general", {}), dataset)) for dataset in tree["datasets"]]
-    for other in found[1:]:
-        if other != found[0]:
-            raise UserError(f"{file}: data sets of several sizes ({found[0]}, {other}); make a file of each")
-    sizes = found[0]
+    """The keys `size` and `buckets` of the section `data`, where the file sets them."""
+    tree = _read(file)
+    sizes_of = [dict(_innermost(SIZE_KEYS, tree.get("general", {}), dataset)) for dataset in tree["datasets"]]
+    sizes = sizes_of[0]
+    for other in sizes_of[1:]:
+        if other != sizes:
+            raise UserError(f"{file}: data sets of several sizes ({sizes}, {other}); make a file of each")
     data: dict[str, Any] = {}
     if "resolution" in sizes:
         sides = sizes["resolution"] if isinstance(sizes["resolution"], list) else [sizes["resolution"]]
@@ -84,26 +82,26 @@ def settings(file: Path) -> dict[str, Any]:
 
 def subsets(file: Path) -> list[Subset]:
     """The subsets with their settings, inherited from their data set and from `[general]`."""
-    tree = _tree(file)
-    found = []
+    tree = _read(file)
+    result = []
     for dataset in tree["datasets"]:
         for subset in dataset["subsets"]:
             if not isinstance(subset.get("image_dir"), str):
                 raise UserError(f"{file}: a subset without image_dir; name its folder")
-            chosen = dict(_chosen(CAPTIONS, tree.get("general", {}), dataset, subset))
-            found.append(Subset(file.parent / Path(subset["image_dir"]).expanduser(), **chosen))
-    return found
+            options = dict(_innermost(CAPTION_KEYS, tree.get("general", {}), dataset, subset))
+            result.append(Subset(file.parent / Path(subset["image_dir"]).expanduser(), **options))
+    return result
 
 
-def _tree(file: Path) -> dict[str, Any]:
-    """The file, each key known and of its type, or a UserError that names the key and the nearest known one."""
+def _read(file: Path) -> dict[str, Any]:
+    """The parsed file; UserError where a key is unknown, with the nearest known one, or of the wrong type."""
     try:
         tree = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"data.source: no file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: not valid TOML ({error})") from None
-    inherited = {**SIZES, **CAPTIONS}
+    inherited = {**SIZE_KEYS, **CAPTION_KEYS}
     _check(file, "", tree, {"general": dict, "datasets": list})
     _check(file, "general: ", tree.get("general", {}), inherited)
     if not tree.get("datasets"):
@@ -113,32 +111,32 @@ def _tree(file: Path) -> dict[str, Any]:
         if not dataset.get("subsets"):
             raise UserError(f"{file}: a data set without [[datasets.subsets]]; give at least one, with image_dir")
         for subset in dataset["subsets"]:
-            _check(file, "subsets: ", subset, {**CAPTIONS, "image_dir": str})
+            _check(file, "subsets: ", subset, {**CAPTION_KEYS, "image_dir": str})
     return tree
 
 
-def _check(file: Path, place: str, section: Any, known: Mapping[str, Any]) -> None:
+def _check(file: Path, prefix: str, section: Any, known: Mapping[str, Any]) -> None:
     if not isinstance(section, dict):
-        raise UserError(f"{file}: {place}{section!r}; write a table of keys")
+        raise UserError(f"{file}: {prefix}{section!r}; write a table of keys")
     for key, value in section.items():
-        if key in INSTEAD:
-            raise UserError(f"{file}: {place}{key} has no meaning here; {INSTEAD[key]}")
+        if key in REPLACEMENTS:
+            raise UserError(f"{file}: {prefix}{key} has no meaning here; {REPLACEMENTS[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise UserError(f"{file}: {place}{key!r} is unknown or has no meaning here; the nearest is {close[0]!r}")
+            raise UserError(f"{file}: {prefix}{key!r} is unknown or has no meaning here; the nearest is {close[0]!r}")
         kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(f"{file}: {place}{key}: {value!r}; give {names}")
+            raise UserError(f"{file}: {prefix}{key}: {value!r}; give {names}")
         least = 1 if key == "num_repeats" or key.endswith(("steps", "reso")) or key == "resolution" else 0
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
-            raise UserError(f"{file}: {place}{key}: {value!r}; give {least} or more")
+            raise UserError(f"{file}: {prefix}{key}: {value!r}; give {least} or more")
         if key == "caption_dropout_rate" and value >= 1:
-            raise UserError(f"{file}: {place}{key}: {value!r}; give less than 1")
+            raise UserError(f"{file}: {prefix}{key}: {value!r}; give less than 1")
 
 
-def _chosen(keys: Mapping[str, Any], *sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of each key that is set, its innermost value."""
+def _innermost(keys: Mapping[str, Any], *sections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The innermost value of each key that is set; `sections` go from the outermost to the innermost."""
     for key in keys:
         values = [section[key] for section in sections if key in section]
         if values:

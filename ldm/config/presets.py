@@ -1,4 +1,4 @@
-"""Named sets of values for keys of the configuration; a key that is given beside the name stands above the set's."""
+"""Presets: named sets of values for keys of the configuration. A key that is set explicitly overrides its preset."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 Presets = dict[str, dict[str, Any]]
 
-# Before the first hyphen stands the family: diffusers' AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC, or none.
+# The family comes before the first hyphen: diffusers' AutoencoderKL, VQModel, AutoencoderTiny, AutoencoderDC, or none.
 AUTOENCODERS: Presets = {
     "kl": {},
     # Rombach et al., arXiv 2112.10752, table 8
@@ -27,7 +27,7 @@ AUTOENCODERS: Presets = {
 }
 
 SMALL, DEEP = [False, True, True], [True, True, True, False]
-UNETS: Presets = {  # by parameters, with captions' states of 384 channels (the first) or 768
+UNETS: Presets = {  # by parameters, with text embeddings of 384 channels (unet-5m) or 768
     "custom": {},
     "unet-5m": {
         "channels": [32, 96, 128], "layers": 1, "attention": [False, False, True], "attention_head_dim": 8,
@@ -36,7 +36,7 @@ UNETS: Presets = {  # by parameters, with captions' states of 384 channels (the 
     "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "attention_head_dim": 32},
     "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
     "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "attention_head_dim": 32},
-    "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, but for heads
+    "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, except for the heads
 }  # fmt: skip
 
 PROCESSES: Presets = {
@@ -68,4 +68,4 @@ PRESETS = (
         ),
     ),
 )  # fmt: skip
-"""Section, key that names a set, the sets, and all keys that a set decides."""
+"""Section, key that names a preset, its presets, and all keys that a preset may set."""

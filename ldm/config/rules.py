@@ -1,6 +1,6 @@
-"""Which values go together: a function a rule, each a ValueError that names the keys, the values and what would do.
+"""Rules between keys of the configuration. Each is a function that raises ValueError with keys, values and a fix.
 
-The schema checks a section by its rules when it is made, and the whole configuration by `CONFIG`.
+Creating a section checks the rules of the section; creating a `Config` checks `CONFIG`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pi
 
 
 def check(section: Checked, rules: Iterable[Callable[[Any], None]]) -> Checked:
-    """The section, if it keeps to the rules."""
+    """Applies the rules to a section and returns it."""
     for rule in rules:
         rule(section)
     return section
 
 
 def divides(key: str, value: int, divisor: int, reason: str) -> None:
-    """ValueError, with the nearest multiple, where `value` is none of `divisor`."""
+    """ValueError, with the nearest multiple, where `divisor` does not divide `value`."""
     if value % divisor:
         nearest = max(1, round(value / divisor)) * divisor
         raise ValueError(f"{key}: {value} is not a multiple of {divisor} ({reason}); {nearest} would be")
@@ -91,7 +91,7 @@ def alignment_trains_the_encoder(stage1: Stage1Config) -> None:
         raise ValueError("align: draws the latents of an encoder that train: decoder leaves as it is; drop one")
 
 
-def discriminator_is_heard(stage1: Stage1Config) -> None:
+def discriminator_is_used(stage1: Stage1Config) -> None:
     if not (gan := stage1.gan):
         return
     start = int(gan.start * stage1.steps) if gan.start < 1 else int(gan.start)
@@ -101,7 +101,7 @@ def discriminator_is_heard(stage1: Stage1Config) -> None:
             "autoencoder would never hear it; lower gan.start or gan.warmup"
         )
     if stage1.equivariance == 1:
-        raise ValueError("equivariance: 1 leaves no step to the discriminator, which sees whole pictures; lower it")
+        raise ValueError("equivariance: 1 leaves no step to the discriminator, which sees whole images; lower it")
     if gan.norm == "batch" and gan.r1:
         raise ValueError("gan.r1: batch norm over processes has no second derivative; gan.norm=group has")
 
@@ -113,7 +113,7 @@ STAGE1 = (
     checkpointing_suits_autoencoder,
     channels_suit_autoencoder,
     alignment_trains_the_encoder,
-    discriminator_is_heard,
+    discriminator_is_used,
 )
 
 
@@ -124,44 +124,47 @@ def conditions_go_together(stage2: Stage2Config) -> None:
     if {"inpaint", "upscale"} <= set(stage2.conditions):
         raise ValueError("conditions: a model has one task; give inpaint or upscale")
     if "upscale" in stage2.conditions and stage2.classes:
-        raise ValueError("conditions: upscale tells its noise level where classes would stand; drop class")
+        raise ValueError("conditions: upscale passes its noise level as the class label; drop class")
     for key in stage2.conditions:
         if key in ("size", "inpaint", "upscale") and not stage2.text:
-            raise ValueError(f"conditions: {key} needs text beside it; give [text, {key}]")
+            raise ValueError(f"conditions: {key} needs text; give [text, {key}]")
 
 
-def keys_of_text_have_text(stage2: Stage2Config) -> None:
+def text_keys_need_text(stage2: Stage2Config) -> None:
     for key, is_set in (
-        ("pooled_text", stage2.pooled_text), ("uncond_embedding", stage2.uncond_embedding == "learned"),
-    ):  # fmt: skip
+        ("pooled_text", stage2.pooled_text),
+        ("uncond_embedding", stage2.uncond_embedding == "learned"),
+    ):
         if is_set and not stage2.text:
             raise ValueError(f"{key}: there is no text in conditions, {list(stage2.conditions)}; leave it out")
 
 
-def keys_of_a_chain_have_a_chain(stage2: Stage2Config) -> None:
+def chain_keys_exclude_flow(stage2: Stage2Config) -> None:
     if stage2.prediction_type != "flow":
         return
     for key, is_set in (
-        ("zero_snr", stage2.zero_snr), ("variance", stage2.variance == "learned"),
-        ("timestep_sampling", stage2.timestep_sampling == "loss"), ("beta_schedule", stage2.beta_schedule == "learned"),
-    ):  # fmt: skip
+        ("zero_snr", stage2.zero_snr),
+        ("variance", stage2.variance == "learned"),
+        ("timestep_sampling", stage2.timestep_sampling == "loss"),
+        ("beta_schedule", stage2.beta_schedule == "learned"),
+    ):
         if is_set:
             value = getattr(stage2, key)
             raise ValueError(f"{key}: {value!r} is for a chain of steps, which flow is not; leave it out")
-    if stage2.timesteps != 1000:  # which samplers round to whole numbers
-        raise ValueError(f"timesteps: {stage2.timesteps}; flow tells the U-Net its time in thousandths, leave it out")
+    if stage2.timesteps != 1000:  # samplers round model times to integers
+        raise ValueError(f"timesteps: {stage2.timesteps}; flow passes its time in thousandths, leave it out")
 
 
 def sampling_by_loss_has_a_plain_loss(stage2: Stage2Config) -> None:
     if stage2.loss_weighting == "learned" and stage2.timestep_sampling == "loss":
         raise ValueError(
-            "timestep_sampling: loss means little where loss_weighting is learned, which makes all alike; drop one"
+            "timestep_sampling: loss has little effect where loss_weighting is learned, which makes all alike; drop one"
         )
 
 
 def zero_snr_predicts_more_than_eps(stage2: Stage2Config) -> None:
     if stage2.zero_snr and stage2.prediction_type == "eps":
-        raise ValueError("zero_snr: pure noise says nothing about eps; set prediction_type to v or x0")
+        raise ValueError("zero_snr: eps can't be learned at pure noise; set prediction_type to v or x0")
 
 
 def learned_variance_has_a_plain_loss(stage2: Stage2Config) -> None:
@@ -173,9 +176,16 @@ def learned_schedule_has_a_plain_loss(stage2: Stage2Config) -> None:
     if stage2.beta_schedule != "learned":
         return
     for key, plain in (
-        ("prediction_type", "eps"), ("loss", "l2"), ("loss_weighting", "uniform"), ("timestep_sampling", "auto"),
-        ("variance", "fixed"), ("zero_snr", False), ("shift", 1.0), ("noise_offset", 0.0), ("input_perturbation", 0.0),
-    ):  # fmt: skip
+        ("prediction_type", "eps"),
+        ("loss", "l2"),
+        ("loss_weighting", "uniform"),
+        ("timestep_sampling", "auto"),
+        ("variance", "fixed"),
+        ("zero_snr", False),
+        ("shift", 1.0),
+        ("noise_offset", 0.0),
+        ("input_perturbation", 0.0),
+    ):
         if getattr(stage2, key) != plain:
             raise ValueError(
                 f"beta_schedule: learned minimises the bound's variance, which is defined with {key}={plain}; "
@@ -190,16 +200,17 @@ def gamma_has_its_weighting(stage2: Stage2Config) -> None:
 
 def chain_is_long_enough(stage2: Stage2Config) -> None:
     for key, is_set in (
-        ("loss_weighting 'sigmoid'", stage2.loss_weighting == "sigmoid"), ("zero_snr", stage2.zero_snr),
-    ):  # fmt: skip
+        ("loss_weighting 'sigmoid'", stage2.loss_weighting == "sigmoid"),
+        ("zero_snr", stage2.zero_snr),
+    ):
         if is_set and stage2.timesteps < 2:
             raise ValueError(f"timesteps: {key} needs 2 at least")
 
 
 STAGE2 = (
     conditions_go_together,
-    keys_of_text_have_text,
-    keys_of_a_chain_have_a_chain,
+    text_keys_need_text,
+    chain_keys_exclude_flow,
     sampling_by_loss_has_a_plain_loss,
     zero_snr_predicts_more_than_eps,
     learned_variance_has_a_plain_loss,
@@ -239,9 +250,11 @@ CLASSIFIER = (classifier_levels_fit,)
 
 def size_is_whole_latents(config: Config) -> None:
     divides(
-        "data.size", config.data.size, config.stage1.factor,
+        "data.size",
+        config.data.size,
+        config.stage1.factor,
         f"2 per level after the first of stage1.channels, {config.stage1.channels}",
-    )  # fmt: skip
+    )
 
 
 def tracker_is_known(config: Config) -> None:
@@ -272,9 +285,7 @@ def buckets_hold_whole_latents(config: Config) -> None:
     data = config.data
     if not (buckets := data.buckets):
         return
-    divides(
-        "data.buckets.step", buckets.step, config.stage1.factor, "2 per level after the first of stage1.channels"
-    )  # fmt: skip
+    divides("data.buckets.step", buckets.step, config.stage1.factor, "2 per level after the first of stage1.channels")
     low, high = data.shortest, buckets.largest or data.size * 2
     if not buckets.step <= low <= data.size <= high:
         raise ValueError(
@@ -314,11 +325,11 @@ def unet_levels_fit(config: Config) -> None:
 def images_are_large_enough(config: Config) -> None:
     stage1, shortest = config.stage1, config.data.shortest
     if stage1.equivariance and shortest < 32:
-        raise ValueError(f"stage1.equivariance: shrinks pictures to a quarter of {shortest} px; they need 32")
+        raise ValueError(f"stage1.equivariance: shrinks images to a quarter of {shortest} px; they need 32")
     if stage1.gan and shortest < (least := 3 * 2**stage1.gan.layers):
         raise ValueError(
             f"stage1.gan.layers: {stage1.gan.layers} need sides of {least} px, and the shortest has {shortest}; "
-            "fewer layers, or larger pictures"
+            "fewer layers, or larger images"
         )
 
 
@@ -380,7 +391,7 @@ def solver_suits_prediction(config: Config) -> None:
 def prompts_are_not_empty(config: Config) -> None:
     for prompt in config.sample.prompts if config.stage2.text else ():
         if not prompt.strip():
-            raise ValueError("sample.prompts: an empty prompt; write what the picture shows")
+            raise ValueError("sample.prompts: an empty prompt; write what the image shows")
 
 
 CONFIG = (

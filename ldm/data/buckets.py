@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that images are brought to."""
+"""Aspect-ratio buckets: the sizes that images are resized to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ldm.data.images import Size
 
 
 class Buckets:
-    """The sizes that pictures are brought to: one square, or sizes of about the same area and various aspect ratios.
+    """The sizes that images are resized to: one square, or sizes of about the same area and various aspect ratios.
 
-    `sizes` are all of them, ordered by aspect ratio; where pictures are not upscaled, smaller ones are made as needed.
+    `sizes` lists them, ordered by aspect ratio. With `upscale: false`, small images get smaller sizes besides these.
     """
 
     def __init__(self, size: int, config: BucketConfig | None = None):
@@ -26,7 +26,7 @@ class Buckets:
         self.sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda wh: (wh[0] / wh[1], wh)))
 
     def of(self, width: int, height: int) -> Size:
-        """The size of the bucket for a picture of `width × height` pixels: the one of the nearest aspect ratio."""
+        """The bucket, of the nearest aspect ratio, for an image of `width × height` pixels."""
         ratio = math.log(width / height)
         best = min(self.sizes, key=lambda wh: (abs(ratio - math.log(wh[0] / wh[1])), -wh[0] * wh[1]))
         if self.config and not self.config.upscale:

@@ -1,4 +1,4 @@
-"""What is in a data set, told before it costs hours: sizes, captions that don't fit, duplicates, how it will be cut."""
+"""A report on a data set before training: sizes, crops, captions that are too long, classes, duplicates."""
 
 from __future__ import annotations
 
@@ -23,58 +23,63 @@ from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 QUANTILES = (0, 5, 50, 95, 100)
-NEAR = 3  # of 64 bits that the perceptual hashes of near duplicates differ in
-SHOWN = 5  # examples of each kind
+NEAR_DUPLICATE_BITS = 3  # of the 64 of a perceptual hash, by which near duplicates differ at most
+MAX_EXAMPLES = 5  # of each kind
 
 
 def facts(index: Index, text: TextEncoder | None, text_name: str = "") -> dict[str, Any]:
-    """The facts of an index as plain data; kept beside it, and read from there as long as nothing changed.
+    """Statistics of an index as plain data. They are stored beside it, and read from there until something changes.
 
-    Captions and classes have some where the index is of a model that is conditioned on them; without captions, `text`
+    They have captions and classes where the index was built for a model with these conditions; without captions, `text`
     may be None. `text_name` is what `text` was loaded from.
     """
     text = text if "text" in index.sources.conditions else None
     key = f"{index.fingerprint()[:16]}-{index.data.size}-{text.length if text else 0}"
-    asked = {
-        "buckets": index.data.model_dump()["buckets"], "text": [text_name, text.chunks] if text else None,
+    settings = {
+        "buckets": index.data.model_dump()["buckets"],
+        "text": [text_name, text.chunks] if text else None,
         "bad": index.bad_count(),
-    }  # fmt: skip
+    }
     file = index.sources.cache / f"check-{key}.json"
-    if file.exists() and (known := json.loads(file.read_text("utf-8")))["asked"] == asked:
-        return dict(known)
+    if file.exists() and (stored := json.loads(file.read_text("utf-8"))).get("settings") == settings:
+        return dict(stored)
     result = {
-        "asked": asked, "pictures": len(index), "bad": index.bad_count(), **_sizes(index),
-        **(_captions(index, text) if text else {}), **(_classes(index) if "class" in index.sources.conditions else {}),
+        "settings": settings,
+        "images": len(index),
+        "bad": index.bad_count(),
+        **_sizes(index),
+        **(_captions(index, text) if text else {}),
+        **(_classes(index) if "class" in index.sources.conditions else {}),
         **_duplicates(index),
-    }  # fmt: skip
+    }
     with whole_file(file) as tmp_path:
         tmp_path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return result
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The facts as a page of text."""
+    """The statistics as text."""
     duplicates, buckets = result["duplicates"], result["buckets"]
-    most = max(count for _, count in buckets)
+    largest = max(count for _, count in buckets)
     lines = [
-        f"pictures   {result['pictures']:,} good, {result['bad']:,} bad",
+        f"images     {result['images']:,} good, {result['bad']:,} bad",
         f"shorter    {_spread(result['shorter'])} px (percentiles 0, 5, 50, 95, 100)",
         f"longer     {_spread(result['longer'])} px",
-        f"upscaled   {result['upscaled']:,} are smaller than what they are brought to",
+        f"upscaled   {result['upscaled']:,} are smaller than their bucket",
         f"cropped    {result['cropped']:.1%} of the area on average",
         *(
-            f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / most))} {count:,}"
+            f"{'buckets' if i == 0 else '':10} {size:>11} {'█' * max(1, round(30 * count / largest))} {count:,}"
             for i, (size, count) in enumerate(buckets)
         ),
     ]
     if captions := result.get("captions"):
         lines += [
             f"captions   {captions['distinct']:,} distinct, {_spread(captions['tokens'])} tokens (percentiles); "
-            f"{captions['cut']:,} are longer than {captions['room']} and lose {captions['lost']:,} in all",
+            f"{captions['truncated']:,} are longer than {captions['max_tokens']} and lose {captions['lost']:,} in all",
             *(f"             loses {lost}: {caption}" for caption, lost in captions["longest"]),
         ]
     if classes := result.get("classes"):
-        lines.append(f"classes    {classes['distinct']:,} of {_spread(classes['pictures'])} pictures (percentiles)")
+        lines.append(f"classes    {classes['distinct']:,} of {_spread(classes['images'])} images (percentiles)")
     lines += [
         f"duplicates {duplicates['exact']:,} are exact copies, {duplicates['near']:,} look like another",
         *(f"             {kind}: {a} and {b}" for kind, a, b in duplicates["pairs"]),
@@ -83,19 +88,19 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:
-    """A sample of each of the first steps as the model sees it, cropped and mirrored, with its caption or class."""
+    """A grid of a sample of each of the first steps, cropped and mirrored as in training, with caption or class."""
     plan = SamplePlan(index, spec)
     samples = {n: plan[n] for n in range(0, count * spec.batch, spec.batch)}
-    pictures = [to_pil(plan.pixels(n, sample)[0][None])[0] for n, sample in samples.items()]
-    return grid(pictures, [sample.caption or sample.entry.label for sample in samples.values()], columns=8)
+    images = [to_pil(plan.pixels(n, sample)[0][None])[0] for n, sample in samples.items()]
+    return grid(images, [sample.caption or sample.entry.label for sample in samples.values()], columns=8)
 
 
 def _sizes(index: Index) -> dict[str, Any]:
     width, height = index.column("width").astype(float), index.column("height").astype(float)
     sizes = index.sizes
-    to = np.array(sizes, float).reshape(-1, 2)
-    scale = np.maximum(to[:, 0] / width, to[:, 1] / height)
-    kept = to.prod(1) / (width * height * scale**2)
+    target = np.array(sizes, float).reshape(-1, 2)
+    scale = np.maximum(target[:, 0] / width, target[:, 1] / height)
+    kept = target.prod(1) / (width * height * scale**2)
     return {
         "shorter": _quantiles(np.minimum(width, height)),
         "longer": _quantiles(np.maximum(width, height)),
@@ -107,28 +112,31 @@ def _sizes(index: Index) -> dict[str, Any]:
 
 def _captions(index: Index, text: TextEncoder) -> dict[str, Any]:
     lengths: list[int] = []
-    seen: set[int] = set()  # hashes: the captions themselves are not kept
+    seen: set[int] = set()  # hashes, which take less memory than the captions
     longest: list[tuple[int, str]] = []
     captions = itertools.chain.from_iterable(index.captions())
-    while several := list(itertools.islice(captions, 1024)):
-        fresh = {caption: hash(caption) for caption in several if hash(caption) not in seen}
-        seen.update(fresh.values())
-        counted = text.count_tokens(list(fresh))
-        lengths += counted
-        longest = sorted([*longest, *zip(counted, fresh, strict=True)], reverse=True)[:SHOWN]
+    while batch := list(itertools.islice(captions, 1024)):
+        new = {caption: hash(caption) for caption in batch if hash(caption) not in seen}
+        seen.update(new.values())
+        counts = text.count_tokens(list(new))
+        lengths += counts
+        longest = sorted([*longest, *zip(counts, new, strict=True)], reverse=True)[:MAX_EXAMPLES]
     tokens = np.array(lengths)
     return {
         "captions": {
-            "distinct": len(tokens), "tokens": _quantiles(tokens), "room": text.length,
-            "cut": int((tokens > text.length).sum()), "lost": int((tokens - text.length).clip(0).sum()),
+            "distinct": len(tokens),
+            "tokens": _quantiles(tokens),
+            "max_tokens": text.length,
+            "truncated": int((tokens > text.length).sum()),
+            "lost": int((tokens - text.length).clip(0).sum()),
             "longest": [[caption, count - text.length] for count, caption in longest if count > text.length],
         }
-    }  # fmt: skip
+    }
 
 
 def _classes(index: Index) -> dict[str, Any]:
-    pictures = np.array(list(Counter(index.column("label").tolist()).values()))
-    return {"classes": {"distinct": len(pictures), "pictures": _quantiles(pictures)}}
+    counts = np.array(list(Counter(index.column("label").tolist()).values()))
+    return {"classes": {"distinct": len(counts), "images": _quantiles(counts)}}
 
 
 def _duplicates(index: Index) -> dict[str, Any]:
@@ -136,8 +144,8 @@ def _duplicates(index: Index) -> dict[str, Any]:
     _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
     copies = np.flatnonzero(first[group] != np.arange(len(sha256)))
     near = near_duplicates(index.column("phash")[first])
-    pairs = [("copies", int(first[group[i]]), int(i)) for i in copies[:SHOWN]]
-    pairs += [("alike", int(first[a]), int(first[b])) for a, b in near[:SHOWN]]
+    pairs = [("copies", int(first[group[i]]), int(i)) for i in copies[:MAX_EXAMPLES]]
+    pairs += [("alike", int(first[a]), int(first[b])) for a, b in near[:MAX_EXAMPLES]]
     return {
         "duplicates": {
             "exact": len(copies),
@@ -147,11 +155,11 @@ def _duplicates(index: Index) -> dict[str, Any]:
     }
 
 
-def near_duplicates(hashes: np.ndarray, apart: int = NEAR, window: int = 64) -> np.ndarray:
-    """Pairs `(M, 2)` of places in `hashes` `(N,)` uint64 that differ in at most `apart` < 4 bits.
+def near_duplicates(hashes: np.ndarray, max_bits: int = NEAR_DUPLICATE_BITS, window: int = 64) -> np.ndarray:
+    """Pairs `(M, 2)` of indices into `hashes` `(N,)` uint64 that differ in at most `max_bits` < 4 bits.
 
-    Such a pair agrees in one of four bands of 16 bits. Each is compared with up to `window` others of its band, so
-    within more than that many look-alikes not every pair is listed.
+    Such a pair agrees in one of four bands of 16 bits. Each hash is compared with the next `window` ones of equal band,
+    so of more duplicates than that, not every pair is listed.
     """
     pairs: list[np.ndarray] = []
     for band in range(4):
@@ -162,7 +170,7 @@ def near_duplicates(hashes: np.ndarray, apart: int = NEAR, window: int = 64) -> 
             same = keys[a] == keys[b]
             if not same.any():
                 break
-            close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= apart)
+            close = same & (np.bitwise_count(hashes[a] ^ hashes[b]) <= max_bits)
             pairs.append(np.sort(np.stack([a[close], b[close]], axis=1), axis=1))
     joined = np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
     return np.unique(joined, axis=0)
@@ -179,22 +187,22 @@ def _spread(quantiles: list[int]) -> str:
 def before_training(
     index: Index | Stream, run_dir: Path, text: TextEncoder | None, text_name: str, batches: Sequence[int]
 ) -> None:
-    """Prints the facts and writes `data-report.json` to the run's folder; UserError where too many are bad.
+    """Prints the statistics and writes the run's `data-report.json`; UserError where too many samples are bad.
 
-    A stream is read as it is trained on; what is bad in it is named then. `batches` are the stages' global batches,
-    which its shards have to fill.
+    A stream is only read in training, which reports its bad samples. `batches` are the stages' global batches, whose
+    lanes its shards have to fill.
     """
     if isinstance(index, Stream):
         for batch in batches:
             index.lanes(batch, PartialState().num_processes)
         if PartialState().is_main_process:
-            print("\n".join(index.sources.says()), f"shards   {len(index):,}", sep="\n", flush=True)
+            print("\n".join(index.sources.describe()), f"shards   {len(index):,}", sep="\n", flush=True)
         return
     report = run_dir / "data-report.json"
     main = PartialState().is_main_process
     if main:
-        index.report(report)
-    if problem := index.verdict(report):
+        index.write_report(report)
+    if problem := index.stop_reason(report):
         raise UserError(problem)
     if main:
         print(describe(facts(index, text, text_name)), flush=True)

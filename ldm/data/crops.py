@@ -1,4 +1,4 @@
-"""Which part of an image is seen, and how it is brought to the size of its bucket."""
+"""Which part of an image is used, and how it is resized to the size of its bucket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.data.images import Size, to_tensor
 class Augmentation:
     """What varies between two samples of the same image: which crop, mirrored or not.
 
-    `crops` is the number of random crops that a cache holds, None for the centre; a source's own `flip` overrides ours.
+    `crops` is the number of random crops in a cache, None for the centre crop. A source may override `flip`.
     """
 
     crops: int | None = None
@@ -29,7 +29,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image is brought to its latent: the size, which random crop of it (-1: the centre), mirrored or not."""
+    """A crop of an image: its size, the number of the random crop (-1: the centre), mirrored or not."""
 
     size: Size
     number: int = -1
@@ -37,16 +37,16 @@ class Crop:
 
     def pixels(self, image: Image.Image, sha256: bytes) -> torch.Tensor:
         """`(3, H, W)` in [-1, 1]."""
-        part, _ = crop_resize(image, self.size, *self._corner(sha256))
-        return to_tensor(ImageOps.mirror(part) if self.flip else part)
+        cropped, _ = crop_resize(image, self.size, *self._uv(sha256))
+        return to_tensor(ImageOps.mirror(cropped) if self.flip else cropped)
 
     def corner(self, original: Size, sha256: bytes) -> Size:
         """The crop's left and top, in pixels of the resized image, which is mirrored first."""
-        u, v = self._corner(sha256)
+        u, v = self._uv(sha256)
         return crop_box(original, self.size, 1 - u if self.flip else u, v)[1]
 
-    def _corner(self, sha256: bytes) -> tuple[float, float]:
-        """Where a crop lies follows from its number and the image's content, so that several runs can share a cache."""
+    def _uv(self, sha256: bytes) -> tuple[float, float]:
+        """The position follows from the crop's number and the image's content, so that runs can share a cache."""
         if self.number < 0:
             return 0.5, 0.5
         u, v = np.random.default_rng([self.number, *sha256]).random(2)
@@ -56,8 +56,8 @@ class Crop:
 def crop_resize(image: Image.Image, size: Size, u: float = 0.5, v: float = 0.5) -> tuple[Image.Image, Size]:
     """The largest part of an image with the aspect ratio of `size`, resized to it (Lanczos, antialiased).
 
-    `u`, `v` in [0, 1] place it across and down what does not fit; 0.5 is the centre. Also returns the crop's left and
-    top, in pixels of the resized image.
+    `u`, `v` in [0, 1] are its horizontal and vertical position in the image; 0.5 is the centre. Also returns the crop's
+    left and top, in pixels of the resized image.
     """
     box, corner = crop_box(image.size, size, u, v)
     return (image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, box=box)), corner
@@ -68,6 +68,6 @@ def crop_box(original: Size, size: Size, u: float, v: float) -> tuple[tuple[floa
     scale = max(size[0] / original[0], size[1] / original[1])
     width, height = size[0] / scale, size[1] / scale
     left, top = max(0.0, u * (original[0] - width)), max(0.0, v * (original[1] - height))
-    # Rounding may lead a box a hair outside, which Pillow refuses.
+    # Rounding may put a box slightly outside, which Pillow refuses.
     box = (left, top, min(left + width, original[0]), min(top + height, original[1]))
     return box, (round(left * scale), round(top * scale))

@@ -1,21 +1,22 @@
-"""What a run shows at each position: which picture, cut where, mirrored or not, under which caption.
+"""The training samples by position: which image, which crop of it, mirrored or not, with which caption.
 
-All of it is drawn from (seed, position), so it is the same for any number of processes and loader workers, and for
-latents from the cache as for latents encoded on the fly.
+Everything is drawn from (seed, position), so samples are the same for any number of processes and loader workers, and
+for cached latents as for latents encoded on the fly.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 from PIL import ImageOps
 
-from ldm.data.cache import Cache, CacheOptions, build
+from ldm.data import cache
+from ldm.data.cache import Cache, CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.images import Size, to_tensor
 from ldm.data.index import Entry, Index
@@ -30,7 +31,7 @@ Item = dict[str, Any]
 
 
 class PlannedSample(NamedTuple):
-    """What is shown at one position of a run."""
+    """What is drawn for one position of a run."""
 
     number: int  # of the entry
     entry: Entry
@@ -47,30 +48,31 @@ class SamplePlan:
         self.classes = {label: number for number, label in enumerate(index.labels())}
 
     def __getitem__(self, n: int) -> PlannedSample:
-        number, seed, varied = self.order[n], self.spec.seed, self.spec.augmentation
+        number, seed, augmentation = self.order[n], self.spec.seed, self.spec.augmentation
         entry = self.index[number]
         caption = entry.captions[int(generator(seed, "caption", n).integers(len(entry.captions)))]
-        mirrored = varied.flip if entry.flip is None else entry.flip
-        flip = mirrored and bool(generator(seed, "flip", n).random() < 0.5)
-        crop = -1 if varied.crops is None else int(generator(seed, "crop", n).integers(varied.crops))
+        may_flip = augmentation.flip if entry.flip is None else entry.flip
+        flip = may_flip and bool(generator(seed, "flip", n).random() < 0.5)
+        crops = augmentation.crops
+        crop = -1 if crops is None else int(generator(seed, "crop", n).integers(crops))
         return PlannedSample(number, entry, Crop(self.sizes[number], crop, flip), caption)
 
     def pixels(self, n: int, sample: PlannedSample) -> tuple[torch.Tensor, Size]:
         """The image of a sample, `(3, H, W)` in [-1, 1], and the crop's left and top in the resized image.
 
-        A random crop lies somewhere else at each position; only the cache has few of them.
+        Random crops differ at each position; only the cache is limited to a few of each image.
         """
-        image, crop, sha256 = self.index.picture(sample.number), sample.crop, sample.entry.sha256
+        image, crop, sha256 = self.index.load_image(sample.number), sample.crop, sample.entry.sha256
         if crop.number < 0:
             return crop.pixels(image, sha256), crop.corner(image.size, sha256)
         u, v = generator(self.spec.seed, "corner", n).random(2)
         if crop.flip:
             image = ImageOps.mirror(image)
-        part, corner = crop_resize(image, crop.size, float(u), float(v))
-        return to_tensor(part), corner
+        cropped, corner = crop_resize(image, crop.size, float(u), float(v))
+        return to_tensor(cropped), corner
 
-    def facts(self, n: int, sample: PlannedSample) -> Item:
-        """What else a model may be told: position, original width and height, class; and its caption's dropout."""
+    def conditions(self, n: int, sample: PlannedSample) -> Item:
+        """Position, original width and height, class, and the dropout of the conditions."""
         dropout = self.spec.cond_dropout if sample.entry.dropout is None else sample.entry.dropout
         return {
             "position": torch.tensor(n),
@@ -89,73 +91,75 @@ class ImageDataset(torch.utils.data.Dataset[Item]):
     def __getitem__(self, n: int) -> Item:
         sample = self.plan[n]
         pixels, corner = self.plan.pixels(n, sample)
-        return {
-            **self.plan.facts(n, sample), "pixels": pixels, "caption": sample.caption, "crop": torch.tensor(corner),
-        }  # fmt: skip
+        item = {**self.plan.conditions(n, sample), "pixels": pixels, "crop": torch.tensor(corner)}
+        return {**item, "caption": sample.caption}
 
 
 def sample_names(data: Index | Stream, spec: SampleSpec) -> Callable[[int], str]:
-    """What to call the sample at a position, for people."""
+    """Names the sample at a position in messages."""
     if isinstance(data, Stream):
         return "sample {}".format
-    plan = cache(lambda: SamplePlan(data, spec))  # made when it is asked for
+    plan = functools.cache(lambda: SamplePlan(data, spec))  # made when a name is first needed
     return lambda n: f"sample {n}, {plan()[n].entry.key}"
 
 
 def stage1_dataset(data: Index | Stream, spec: SampleSpec) -> ImageDataset | Stream:
     """The samples of stage one: images."""
-    return data.sampled(spec) if isinstance(data, Stream) else ImageDataset(data, spec)
+    return data.with_spec(spec) if isinstance(data, Stream) else ImageDataset(data, spec)
 
 
 def iter_images(
     data: Index | Stream, batch: int = 64, rank: int = 0, processes: int = 1, workers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Every picture once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones.
+    """Every image once, centre cropped, in batches of one size, `(N, 3, H, W)`; of a stream, the first ones.
 
-    Each of several processes gets its share of them, as many as any other, or one fewer. Pictures are read by as many
-    `workers`, a stream's here; batches are the same for any number.
+    Each process gets an equal share of the images, or one fewer. Loader processes, `workers`, read the images of an
+    index; batches are the same for any number of them.
     """
     if isinstance(data, Stream):
         yield from itertools.islice(data.iter_images(batch), rank, None, processes)
         return
-    parts: list[list[int]] = []
-    dealt = 0  # like cards, one size after the other, so that sizes of few pictures don't all go to the first process
-    for all_of_it in data.by_size().values():
-        mine = all_of_it[(rank - dealt) % processes :: processes].tolist()
-        parts += [mine[start : start + batch] for start in range(0, len(mine), batch)]
-        dealt += len(all_of_it)
-    order = [i for part in parts for i in part]
+    batches: list[list[int]] = []
+    dealt = 0  # over all sizes, so that sizes of few images do not all go to process 0
+    for entries in data.by_size().values():
+        share = entries[(rank - dealt) % processes :: processes].tolist()
+        batches += [share[start : start + batch] for start in range(0, len(share), batch)]
+        dealt += len(entries)
+    order = [i for numbers in batches for i in numbers]
     if not order:
         return
-    read = iter(
-        torch.utils.data.DataLoader(
-            _Cropped(data), batch_size=None, sampler=order, num_workers=min(workers, len(order)),
-            worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),  # its own: it draws seeds of workers
-        )
-    )  # fmt: skip
-    for part in parts:
-        yield torch.stack(list(itertools.islice(read, len(part))))
+    loader = torch.utils.data.DataLoader(
+        _CenterCropDataset(data),
+        batch_size=None,
+        sampler=order,
+        num_workers=min(workers, len(order)),
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # its own, because it draws the workers' seeds
+    )
+    images = iter(loader)
+    for numbers in batches:
+        yield torch.stack(list(itertools.islice(images, len(numbers))))
 
 
-class _Cropped(torch.utils.data.Dataset[torch.Tensor]):
+class _CenterCropDataset(torch.utils.data.Dataset[torch.Tensor]):
     def __init__(self, index: Index):
         self.index, self.sizes = index, index.sizes
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return Crop(self.sizes[i]).pixels(self.index.picture(i), b"")
+        return Crop(self.sizes[i]).pixels(self.index.load_image(i), b"")
 
 
-# --------------------------------------------------------------------------------------------- the samples of stage two
+# ------------------------------------------------------------------------------------------------- samples of stage two
 
 
 class Stage2Dataset(NamedTuple):
-    """The samples of stage two: a data set, and what makes latents and embeddings of its batches.
+    """The samples of stage two: a data set, and the function that encodes its batches.
 
         for batch in run.batches(samples.dataset):
             x0, text = samples.encode(batch)
 
-    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device. Embeddings are None where there is
-    no frozen text encoder; captions are in `batch["caption"]` then.
+    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device. Without a frozen text encoder,
+    embeddings are None, and the captions are in `batch["caption"]`.
     """
 
     dataset: torch.utils.data.Dataset[Item] | Stream
@@ -163,20 +167,24 @@ class Stage2Dataset(NamedTuple):
 
 
 def stage2_dataset(
-    data: Index | Stream, spec: SampleSpec, cache: CacheOptions | None, autoencoder: Autoencoder,
-    text: TextEncoder | None, device: torch.device, with_pixels: bool = False,
-) -> Stage2Dataset:  # fmt: skip
-    """Latents and embeddings from the cache, which is filled first, or without one encoded for each batch.
+    data: Index | Stream,
+    spec: SampleSpec,
+    cache_options: CacheOptions | None,
+    autoencoder: Autoencoder,
+    text: TextEncoder | None,
+    device: torch.device,
+    with_pixels: bool = False,
+) -> Stage2Dataset:
+    """Latents and embeddings from the cache, which is completed first, or, without one, encoded batch by batch.
 
-    `text` is None where captions are not read, or by an encoder that is trained. Samples have their `pixels` too where
-    there is no cache or `with_pixels` asks for them, as a model does that is conditioned on an image.
+    `text` is None where captions are not read, or where their encoder is trained. Samples have `pixels` where there is
+    no cache, or with `with_pixels`, which a model needs that is conditioned on an image.
     """
-    if cache:
+    if cache_options:
         assert isinstance(data, Index), "the configuration allows a stream no cache"
-        kept = build(data, spec.augmentation, cache, autoencoder, text)
-        return Stage2Dataset(
-            _CachedDataset(data, spec, kept, with_pixels), lambda batch: (batch["latent"], batch.get("text"))
-        )
+        built = cache.build(data, spec.augmentation, cache_options, autoencoder, text)
+        dataset = _CachedDataset(data, spec, built, with_pixels)
+        return Stage2Dataset(dataset, lambda batch: (batch["latent"], batch.get("text")))
 
     def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor | None]:
         mean, logvar = autoencoder.moments(batch["pixels"])
@@ -185,7 +193,7 @@ def stage2_dataset(
             mean = mean + (0.5 * logvar).exp() * eps
         return mean, text.encode(batch["caption"]) if text else None
 
-    return Stage2Dataset(data.sampled(spec) if isinstance(data, Stream) else ImageDataset(data, spec), encode)
+    return Stage2Dataset(data.with_spec(spec) if isinstance(data, Stream) else ImageDataset(data, spec), encode)
 
 
 class _CachedDataset(torch.utils.data.Dataset[Item]):
@@ -199,23 +207,23 @@ class _CachedDataset(torch.utils.data.Dataset[Item]):
         if spec.latents == "sample":
             mean = mean + (0.5 * logvar).exp() * normal(spec.seed, "latent", [n], mean.shape)[0]
         corner = crop.corner((sample.entry.width, sample.entry.height), sha256)
-        item = {**self.plan.facts(n, sample), "crop": torch.tensor(corner), "latent": mean}
+        item = {**self.plan.conditions(n, sample), "crop": torch.tensor(corner), "latent": mean}
         if self.cache.text:
             item["text"] = self.cache.embedding(sample.caption)
         else:
             item["caption"] = sample.caption
         if self.with_pixels:
-            item["pixels"] = crop.pixels(self.plan.index.picture(sample.number), sha256)
+            item["pixels"] = crop.pixels(self.plan.index.load_image(sample.number), sha256)
         return item
 
 
-# ------------------------------------------------------------------------------------------------- what is measured on
+# --------------------------------------------------------------------------------------------------------- evaluation
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch to measure on, `batch` as a data set gives it, with the posterior of its latents, `(N, C, h, w)` each.
+    """A batch to evaluate on: its items as of a data set, and the posterior of its latents, `(N, C, h, w)` each.
 
-    `text` `(N, T, D)` is None where no text encoder was given.
+    `text` `(N, T, D)` is None without a text encoder.
     """
 
     batch: Item
@@ -225,27 +233,29 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batch(
-    index: Index, numbers: Sequence[int], autoencoder: Autoencoder, text: TextEncoder | None, classes: Sequence[str],
+    index: Index,
+    numbers: Sequence[int],
+    autoencoder: Autoencoder,
+    text: TextEncoder | None,
+    classes: Sequence[str],
     device: torch.device,
-) -> EvaluationBatch:  # fmt: skip
-    """Entries of an index, always the same way: squares about the centre, the first caption, no condition dropped.
+) -> EvaluationBatch:
+    """Entries of an index without randomness: centre crops, the first caption, no condition dropped.
 
-    Their numbers are their positions, from which a measurement's noise follows. `classes` are the model's; an entry of
-    none of them has class -1. All but the positions is on the device.
+    Their numbers are their positions, from which the noise of an evaluation follows. `classes` are the model's; an
+    entry of another class has class -1. Everything but the positions is on the device.
     """
     square, entries = (index.data.size, index.data.size), [index[i] for i in numbers]
-    cropped = [crop_resize(index.picture(i), square) for i in numbers]
-    known = {label: number for number, label in enumerate(classes)}
+    cropped = [crop_resize(index.load_image(i), square) for i in numbers]
+    class_numbers = {label: number for number, label in enumerate(classes)}
     batch: Item = {
         "pixels": torch.stack([to_tensor(image) for image, _ in cropped]),
         "dropout": torch.zeros(len(entries)),
-        "class": torch.tensor([known.get(entry.label, -1) for entry in entries]),
+        "class": torch.tensor([class_numbers.get(entry.label, -1) for entry in entries]),
         "original_size": torch.tensor([(entry.width, entry.height) for entry in entries]),
         "crop": torch.tensor([corner for _, corner in cropped]),
     }
-    batch = {
-        "position": torch.tensor(list(numbers)), "caption": [entry.captions[0] for entry in entries],
-        **send_to_device(batch, device),
-    }  # fmt: skip
+    batch = send_to_device(batch, device)
+    batch |= {"position": torch.tensor(list(numbers)), "caption": [entry.captions[0] for entry in entries]}
     states = text.encode(batch["caption"]) if text else None
     return EvaluationBatch(batch, *autoencoder.moments(batch["pixels"]), states)

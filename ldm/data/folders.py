@@ -1,4 +1,4 @@
-"""Folders of pictures: captions in one metadata file, in a file beside each picture, or in the name of the folder.
+"""Folders of images: captions in one metadata file, in a file beside each image, or in the name of the folder.
 
 Nothing outside the folder is read, whatever a metadata file or a symbolic link says.
 """
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldm.data.records import (
-    PICTURES,
+    IMAGE_SUFFIXES,
     BadSample,
     BadSampleError,
     ImageLocation,
@@ -34,21 +34,21 @@ SIDECARS = (".txt", ".caption")
 
 
 def metadata(folder: Path, options: ReadOptions) -> Records:
-    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: `file_name`, captions in a column, classes in another."""
+    """A folder with `metadata.jsonl`, `.csv` or `.parquet`: columns of file names, captions and classes."""
     column = options.column
     file = next(folder / name for name in METADATA if (folder / name).exists())
-    if isinstance(wrong := _inside(folder, file.name), str):
-        raise UserError(f"{file}: {wrong}; write it into the folder")
+    if isinstance(reason := _inside(folder, file.name), str):
+        raise UserError(f"{file}: {reason}; write it into the folder")
     for number, row in _rows(file, options):
-        place = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
+        key = f"{file} {'row' if file.suffix == '.parquet' else 'line'} {number}"
         if isinstance(row, str):
-            yield BadSample(place, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
+            yield BadSample(key, row, f'write {{"file_name": "a.png", "{column}": "…"}}')
         elif not isinstance(name := row.get("file_name"), str) or not name:
-            yield BadSample(place, "it has no file_name", "name the picture, relative to the folder")
+            yield BadSample(key, "it has no file_name", "name the image, relative to the folder")
         else:
             path = _inside(folder, name)
             if isinstance(path, str):
-                yield BadSample(f"{place}, {name!r}", path, f"name a file inside {folder}")
+                yield BadSample(f"{key}, {name!r}", path, f"name a file inside {folder}")
                 continue
             try:
                 if options.captions and column not in row:
@@ -56,27 +56,25 @@ def metadata(folder: Path, options: ReadOptions) -> Records:
                 captions = captions_of(row.get(column), options)
                 label = label_of(row.get(options.label)) if options.label is not None else ""
             except BadSampleError as error:
-                yield BadSample(f"{place}, {name!r}", *error.args)
+                yield BadSample(f"{key}, {name!r}", *error.args)
                 continue
             yield Record(name, ImageLocation(str(path)), captions, label)
 
 
-def sidecars(
-    folder: Path, options: ReadOptions, extensions: tuple[str, ...] = SIDECARS, otherwise: str = ""
-) -> Records:
-    """A folder, with those in it, of pictures with a caption file beside each: `a.jpg` and `a.txt` or `a.caption`.
+def sidecars(folder: Path, options: ReadOptions, extensions: tuple[str, ...] = SIDECARS, default: str = "") -> Records:
+    """A folder and its subfolders of images, each with a caption file: `a.jpg` and `a.txt` or `a.caption`.
 
-    `otherwise` is the caption of a picture that has none. Where classes are wanted, the folder is one.
+    `default` is the caption of an image that has none. Where classes are read, a subfolder is one.
     """
     for directory, names in walk(folder):
-        here = set(names)
+        present = set(names)
         for name in names:
             stem = Path(name).stem
-            if not is_picture(name):
+            if not is_image_file(name):
                 continue
             key = str((directory / name).relative_to(folder))
             path = _inside(folder, key)
-            sidecar = next((stem + extension for extension in extensions if stem + extension in here), None)
+            sidecar = next((stem + extension for extension in extensions if stem + extension in present), None)
             if isinstance(path, str):
                 yield BadSample(key, path, f"copy it into {folder}")
                 continue
@@ -86,8 +84,8 @@ def sidecars(
                     if isinstance(file, str):
                         raise BadSampleError(f"its caption file {sidecar}: {file}", f"copy it into {folder}")
                     captions = captions_of(file.read_bytes(), options)
-                elif otherwise or not options.captions:
-                    captions = captions_of(otherwise, options._replace(lines=False))
+                elif default or not options.captions:
+                    captions = captions_of(default, options._replace(lines=False))
                 else:
                     raise BadSampleError("it has no caption", f"write one into {stem}{extensions[0]} beside it")
             except BadSampleError as error:
@@ -96,15 +94,15 @@ def sidecars(
             except OSError as error:
                 yield BadSample(key, f"can't read {sidecar}: {error.strerror}", "let it be read")
                 continue
-            in_folder = options.label is not None and directory != folder
-            yield Record(key, ImageLocation(str(path)), captions, Path(key).parts[0] if in_folder else "")
+            in_class = options.label is not None and directory != folder
+            yield Record(key, ImageLocation(str(path)), captions, Path(key).parts[0] if in_class else "")
 
 
 def classes(folder: Path, template: str, options: ReadOptions) -> Records:
-    """A folder of folders of pictures, each named after what its pictures show; `template` makes it a caption."""
+    """A folder of class folders; the caption is the folder's name in `template`, whose `{}` it replaces."""
     for directory, names in walk(folder):
         for name in names:
-            if not is_picture(name):
+            if not is_image_file(name):
                 continue
             key = str((directory / name).relative_to(folder))
             path = _inside(folder, key)
@@ -121,16 +119,16 @@ def classes(folder: Path, template: str, options: ReadOptions) -> Records:
                     yield BadSample(key, *error.args)
 
 
-def is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in PICTURES
+def is_image_file(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each directory and the names of its files, sorted; hidden ones and links to directories are left out."""
-    for place, directories, names in os.walk(folder, onerror=_unreadable):
-        names += [name for name in directories if is_picture(name)]  # which are told to be no files
+    """Each directory and the names of its files, sorted, without hidden ones and links to directories."""
+    for directory, directories, names in os.walk(folder, onerror=_unreadable):
+        names += [name for name in directories if is_image_file(name)]  # reported as bad: no files
         directories[:] = sorted(name for name in directories if not name.startswith((".", "__MACOSX")))
-        yield Path(place), sorted(name for name in names if not name.startswith("."))
+        yield Path(directory), sorted(name for name in names if not name.startswith("."))
 
 
 def _unreadable(error: OSError) -> None:
@@ -138,7 +136,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _inside(folder: Path, name: str) -> Path | str:
-    """The file `name` of the folder, or what is wrong with it."""
+    """The path of the file `name` of the folder, or the reason why it can't be used."""
     try:
         name.encode()  # an index holds text: names of other bytes can't be written to it
         path = (folder / name).resolve()
@@ -150,7 +148,7 @@ def _inside(folder: Path, name: str) -> Path | str:
 
 
 def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Number, from 1, and content of each row, or what is wrong with it; UserError where the file is no table."""
+    """Number, from 1, and content of each row, or the reason why it is bad; UserError where the file is no table."""
     try:
         if file.suffix == ".jsonl":
             with file.open("rb") as handle:
@@ -161,7 +159,7 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
                 names = table.schema_arrow.names
-                _has_columns(file, names, options)
+                _check_columns(file, names, options)
                 columns = [name for name in names if name in ("file_name", options.column, options.label)]
                 number = 0
                 for batch in table.iter_batches(4096, columns=columns):
@@ -175,7 +173,7 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
-            _has_columns(file, list(reader.fieldnames or []), options)
+            _check_columns(file, list(reader.fieldnames or []), options)
             while True:
                 try:
                     row = next(reader, None)
@@ -200,20 +198,20 @@ def _json_row(line: bytes) -> dict[str, Any] | str:
 
 
 def _raw(strings: pa.Array) -> pa.Array:
-    """Strings, or lists of them, as bytes, since they may be no UTF-8."""
-    kind = strings.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    """Strings, or lists of them, as bytes, since they may not be UTF-8."""
+    arrow_type = strings.type
+    if pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type):
         return strings.cast(pa.large_binary())
-    if pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+    if pa.types.is_list(arrow_type) and pa.types.is_string(arrow_type.value_type):
         return strings.cast(pa.list_(pa.binary()))
     return strings
 
 
-def _has_columns(file: Path, names: list[str], options: ReadOptions) -> None:
-    for name, instead in (
+def _check_columns(file: Path, names: list[str], options: ReadOptions) -> None:
+    for name, alternative in (
         ("file_name", ""),
         (options.column if options.captions else None, ", or name the one with captions in data.source.caption_column"),
         (options.label, ", or name the one with classes in data.source.label"),
     ):
         if name is not None and name not in names:
-            raise UserError(f"{file}: no column {name!r} among {', '.join(names) or 'none'}; add it{instead}")
+            raise UserError(f"{file}: no column {name!r} among {', '.join(names) or 'none'}; add it{alternative}")

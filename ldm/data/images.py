@@ -1,8 +1,4 @@
-"""Picture files as tensors, and tensors as pictures.
-
-A picture is decoded (turned as its EXIF says, any mode made RGB), then the part that is kept is resized to the size of
-its bucket in one antialiased step.
-"""
+"""Image files to tensors, and tensors to images."""
 
 from __future__ import annotations
 
@@ -16,98 +12,94 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 
 from ldm.data.records import BadSampleError
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd EXIF, which are read all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and odd EXIF, which are read anyway
 
 Size = tuple[int, int]  # width, height
-# What is decoded, whatever a file is called: for others, PostScript for one, Pillow starts programs.
+# What is decoded, whatever a file is called. For others, such as PostScript, Pillow would start external programs.
 Image.init()
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-    if name in Image.OPEN  # some builds of Pillow lack some
+    if name in Image.OPEN  # builds of Pillow differ
 )
 
 
 def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:
-    """An encoded picture as RGB: its first frame, turned as its EXIF says, transparency over `background`.
+    """An encoded image as RGB: its first frame, rotated by its EXIF, transparency over `background`.
 
-    Raises BadSampleError where it is empty, cut off, no picture, incredibly large, or smaller than `min_side` pixels.
+    Raises BadSampleError where it is empty, truncated, no image, a decompression bomb, or smaller than `min_side`
+    pixels.
     """
     if not data:
         raise BadSampleError("the file is empty", "fetch it anew, or remove it")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
-            picture = _rgb(ImageOps.exif_transpose(opened), background)
+            image = _rgb(ImageOps.exif_transpose(opened), background)
     except Image.DecompressionBombError as error:
         raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
     except UnidentifiedImageError:
         raise BadSampleError(f"it is none of {', '.join(FORMATS)}", "convert or remove it") from None
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        raise BadSampleError(
-            f"it can't be decoded ({' '.join(str(error).split())})", "fetch it anew, or remove it"
-        ) from None
-    if min(picture.size) < min_side:
-        raise BadSampleError(
-            f"it is {picture.width} × {picture.height} px, and data.min_side is {min_side}", "use a larger one"
-        )
-    return picture
+    except Exception as error:  # damaged files make decoders raise anything
+        reason = f"it can't be decoded ({' '.join(str(error).split())})"
+        raise BadSampleError(reason, "fetch it anew, or remove it") from None
+    if min(image.size) < min_side:
+        reason = f"it is {image.width} × {image.height} px, and data.min_side is {min_side}"
+        raise BadSampleError(reason, "use a larger one")
+    return image
 
 
-def _rgb(picture: Image.Image, background: str) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        values = np.asarray(picture)
-        scale = 1 if picture.mode == "I" and values.max() <= 255 else 257  # 32-bit files of 8-bit values are common
-        picture = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
-    elif picture.mode == "F":
-        values = np.nan_to_num(np.asarray(picture))
-        values = values * 255 if values.max() <= 1 else values  # white is 1, where nothing is more
-        picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
+def _rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        values = np.asarray(image)
+        scale = 1 if image.mode == "I" and values.max() <= 255 else 257  # 32-bit files of 8-bit values are common
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        values = values * 255 if values.max() <= 1 else values  # [0, 1], or already [0, 255]
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, ImageColor.getrgb(background)), rgba).convert("RGB")
 
 
-# ---------------------------------------------------------------------------------------------------- buckets
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """`(3, H, W)` float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
-    """Pictures of a `(N, 3, H, W)` tensor in [-1, 1]; what lies outside is clipped."""
+    """The images of a `(N, 3, H, W)` tensor in [-1, 1]; values outside are clipped."""
     bytes_ = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
     return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def grid(
-    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
 ) -> Image.Image:
-    """A sheet of captioned pictures, those in `marked` in a frame; small pictures are enlarged to be seen."""
-    side = max(128, *(max(picture.size) for picture in pictures))
+    """A grid of captioned images, those whose numbers are in `marked` framed; small images are enlarged."""
+    side = max(128, *(max(image.size) for image in images))
     pad, line = 12, 15
     font = ImageFont.load_default(12)
     lines = [_wrap(caption, side, font) for caption in captions]
     height = side + pad + 6 + line * max(map(len, lines))
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + pad) + pad, rows * height + pad), "white")
-    pen = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     marked = set(marked)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         x, y = pad + i % columns * (side + pad), pad + i // columns * height
-        shown = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
-        left, top = x + (side - shown.width) // 2, y + side - shown.height
-        sheet.paste(shown, (left, top))
+        thumbnail = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
+        left, top = x + (side - thumbnail.width) // 2, y + side - thumbnail.height
+        sheet.paste(thumbnail, (left, top))
         if i in marked:
-            right, bottom = left + shown.width, top + shown.height
-            pen.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline="#e8590c", width=2)
+            right, bottom = left + thumbnail.width, top + thumbnail.height
+            draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline="#e8590c", width=2)
         for j, text in enumerate(lines[i]):
-            pen.text((x + side / 2, y + side + 6 + j * line), text, fill="#333", font=font, anchor="ma")
+            draw.text((x + side / 2, y + side + 6 + j * line), text, fill="#333", font=font, anchor="ma")
     return sheet
 
 

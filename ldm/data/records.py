@@ -1,4 +1,4 @@
-"""What sources yield: pictures with captions, and what is wrong with those that can't be used."""
+"""What sources yield: records of images with captions, and bad samples with the reason."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-PICTURES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 class ImageLocation(NamedTuple):
-    """Where a picture's bytes are: a whole file or URL, `size` bytes of one from `start`, or row `start` of a table."""
+    """Where an image's bytes are: a whole file or URL, `size` bytes of it from `start`, or row `start` of a table."""
 
     file: str
     start: int = 0
-    size: int = -1  # -1: the whole file; -2: a row of the `datasets` table that the source `file` opens
+    size: int = -1  # -1: the whole file; TABLE_ROW: a row of the table that source number `file` opens
 
 
 HELD_OUT = ("reconstruction", "combination")  # the splits that stage one never sees
@@ -24,16 +24,16 @@ TABLE_ROW = -2
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its captions; a single empty one where it has none and needs none.
+    """One image with its captions; a single empty one where it has none and needs none.
 
-    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its
-    caption joins parts that training only shows apart). It comes `repeats` times an epoch; `weight` is how often it is
-    drawn beside another's 1. `flip` and `dropout` are the source's own, where it has them. `attributes` is what a
-    source knows of the picture besides its caption: OpenMoji's people have `role` and `tone`.
+    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its caption
+    combines parts that training only shows separately). An epoch has it `repeats` times; `weight` is how often it is
+    drawn relative to one of weight 1. `flip` and `dropout` override the configuration's, where a source sets them.
+    `attributes` is what a source knows of the image besides its caption: OpenMoji's people have `role` and `tone`.
     """
 
     key: str
-    where: ImageLocation
+    location: ImageLocation
     captions: tuple[str, ...]
     label: str = ""  # its class
     split: str = "train"
@@ -49,7 +49,7 @@ class Record:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A picture or a line that can't be used: its name, what is wrong with it, and how to mend it."""
+    """An image or a line that can't be used: its name, the reason, and how to mend it."""
 
     key: str
     reason: str
@@ -64,32 +64,33 @@ class BadSample:
 
 
 Records = Iterator[Record | BadSample]
+Sample = tuple[Record, bytes] | BadSample  # the bytes are the encoded image
 
 
 class BadSampleError(ValueError):
-    """A picture or caption that can't be used; the arguments are the reason and how to mend it."""
+    """An image or caption that can't be used; the arguments are the reason and how to mend it."""
 
 
 class ReadOptions(NamedTuple):
-    """What is read of a picture besides its bytes, and where it stands."""
+    """Which captions and classes are read, and from where."""
 
     column: str = "text"
     """Column, or key of a JSON, with captions."""
     lines: bool = False
     """Each line of a string is a caption."""
     captions: bool = True
-    """A picture without a caption is bad; otherwise it has an empty one."""
+    """An image without a caption is bad; otherwise it has an empty one."""
     label: str | None = None
     """Column, or key of a JSON, with the class; None: classes are not read."""
 
 
 def captions_of(value: Any, options: ReadOptions) -> tuple[str, ...]:
-    """Captions from a string or a list of strings, white space tidied; BadSampleError where one is missing or no text.
+    """Captions from a string or a list of strings, white space normalised; BadSampleError for a missing or bad one.
 
-    Where none are wanted, those that are missing or empty are left out; if that is all, `("",)`.
+    Where captions are optional, empty ones are left out; without any, the result is `("",)`.
     """
     lines = options.lines
-    value = [_decoded(item) for item in value] if isinstance(value, list) else _decoded(value)
+    value = [_decoded(text) for text in value] if isinstance(value, list) else _decoded(value)
     if isinstance(value, str):
         value = value.splitlines() if lines else [value]
         if lines:
@@ -100,20 +101,20 @@ def captions_of(value: Any, options: ReadOptions) -> tuple[str, ...]:
         raise BadSampleError("it has no caption", "give it one")
     if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
         raise BadSampleError(f"its caption is {_short(value)}", "give a string or a list of strings")
-    tidy = tuple(" ".join(caption.split()) for caption in value)
+    captions = tuple(" ".join(caption.split()) for caption in value)
     if not options.captions:
-        tidy = tuple(filter(None, tidy)) or ("",)
-    elif not all(tidy):
-        raise BadSampleError("its caption is empty", "write what the picture shows")
-    for caption in tidy:
+        captions = tuple(filter(None, captions)) or ("",)
+    elif not all(captions):
+        raise BadSampleError("its caption is empty", "write what the image shows")
+    for caption in captions:
         _check_text(caption, "caption")
-    return tidy
+    return captions
 
 
 def label_of(value: Any, names: Sequence[str] = ()) -> str:
-    """A class from a string or an integer, white space tidied; "" where there is none; BadSampleError for the rest.
+    """A class from a string or an integer, white space normalised; "" for none; BadSampleError for anything else.
 
-    `names` are what integers stand for, where they have names; -1 is then none, as `datasets` has it.
+    `names` are the names of integer classes, where they have some; -1 then means no class, as in `datasets`.
     """
     value = _decoded(value, "class")
     if value is None or (value == -1 and names):
@@ -129,9 +130,9 @@ def label_of(value: Any, names: Sequence[str] = ()) -> str:
 
 
 def _check_text(text: str, what: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # what a reader puts for bytes that are no UTF-8
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are not UTF-8
         raise BadSampleError(f"the {what} is not UTF-8", "save the file as UTF-8")
-    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8
         raise BadSampleError(f"the {what} has NULs in it", "save the file as UTF-8")
 
 
@@ -141,13 +142,12 @@ def _decoded(value: Any, what: str = "caption") -> Any:
     try:
         return value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSampleError(
-            f"the {what} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8"
-        ) from None
+        reason = f"the {what} is not UTF-8 ({error.reason} at byte {error.start})"
+        raise BadSampleError(reason, "save it as UTF-8") from None
 
 
 def _one_line(text: str) -> str:
-    """The text without what a terminal or a file of UTF-8 can't show."""
+    """The text with every unprintable character escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,6 +1,6 @@
-"""Which sample is the n-th of the run, and which random numbers belong to it: pure functions of (seed, n).
+"""Which sample is the n-th of the run: a pure function of (seed, n).
 
-Nothing here remembers anything, so one process or eight, killed and resumed or not, train on the same numbers.
+It depends on no history, so one process or eight, interrupted and resumed or not, train on the same samples.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ldm.data.crops import Augmentation
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What, beside the data and the position in the run, decides what a sample is.
+    """What a sample depends on besides the data and its position in the run.
 
-    `batch` positions in a row share a bucket; everything that is drawn follows from `seed`. `cond_dropout` is the share
-    of samples without conditions where their source says none. A latent is a `sample` of its posterior, or the `mean`.
+    `batch` consecutive positions share a bucket; all random numbers follow from `seed`. `cond_dropout` is the share of
+    samples without conditions, unless a source sets its own. A latent is a `sample` of its posterior, or its `mean`.
     """
 
     batch: int
@@ -38,10 +38,10 @@ class SampleSpec:
 class Order:
     """The endless sequence of sample indices of a run, in batches of one bucket.
 
-    An epoch shows each index `repeats` times; with unequal weights it is as long, and an index comes
+    An epoch has each index `repeats` times. With unequal weights it is as long, and has an index
     `weight / mean(weights)` times as often, rounded up or down (systematic resampling). `buckets` gives each index a
-    name; all samples of a step (`batch` consecutive positions) have the same. A bucket whose samples don't fill its
-    last batch of an epoch begins its next round early: after k epochs, every picture has been shown k times at least.
+    name; all samples of a step (`batch` consecutive positions) have the same one. A bucket whose samples don't fill its
+    last batch of an epoch begins its next round early: after k epochs, every image has been used k times at least.
     """
 
     def __init__(
@@ -62,37 +62,36 @@ class Order:
         self.rounds = [_Round(indices, weights, self.size, seed, ())]
         if buckets is not None and len(names := sorted(set(buckets), key=repr)) > 1:
             numbers = dict(zip(names, range(len(names)), strict=True))
-            of = np.array([numbers[name] for name in buckets])[indices]
+            bucket_of = np.array([numbers[name] for name in buckets])[indices]
             per_weight = self.size / weights.sum()
-            self.rounds = [
-                _Round(
-                    indices[of == b], weights[of == b], max(1, round(weights[of == b].sum() * per_weight)), seed, (b,)
-                )
-                for b in range(len(names))
-            ]
-        self._plan: tuple[int, np.ndarray] | None = None  # an epoch, and the bucket of each of its batches
+            self.rounds = []
+            for bucket in range(len(names)):
+                members = bucket_of == bucket
+                size = max(1, round(weights[members].sum() * per_weight))
+                self.rounds.append(_Round(indices[members], weights[members], size, seed, (bucket,)))
+        self._epoch_plan: tuple[int, np.ndarray] | None = None  # an epoch, and the bucket of each of its batches
 
     def __getitem__(self, n: int) -> int:
         """The index, in [0, len(weights)), of the run's n-th sample."""
         if len(self.rounds) == 1:
             return self.rounds[0][n]
-        step, place = divmod(n, self.batch)
+        step, offset = divmod(n, self.batch)
         epoch = self.epoch(step)
-        if self._plan is None or self._plan[0] != epoch:
+        if self._epoch_plan is None or self._epoch_plan[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch, *b"batches"])
             counts = [self._batches(r, epoch + 1) - self._batches(r, epoch) for r in self.rounds]
-            self._plan = epoch, rng.permutation(np.repeat(np.arange(len(counts)), counts))
-        at = step - self.first_step(epoch)
-        bucket = int(self._plan[1][at])
-        done = self._batches(self.rounds[bucket], epoch) + int((self._plan[1][:at] == bucket).sum())
-        return self.rounds[bucket][done * self.batch + place]
+            self._epoch_plan = epoch, rng.permutation(np.repeat(np.arange(len(counts)), counts))
+        plan, step_in_epoch = self._epoch_plan[1], step - self.first_step(epoch)
+        bucket = int(plan[step_in_epoch])
+        done = self._batches(self.rounds[bucket], epoch) + int((plan[:step_in_epoch] == bucket).sum())
+        return self.rounds[bucket][done * self.batch + offset]
 
     def first_step(self, epoch: int) -> int:
-        """The step that an epoch begins with."""
+        """The first step of an epoch."""
         return sum(self._batches(r, epoch) for r in self.rounds)
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step: the last one that begins no later."""
+        """The epoch of a step."""
         low, high = 0, step * self.batch // sum(r.size for r in self.rounds) + 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -100,30 +99,30 @@ class Order:
         return low
 
     def _batches(self, bucket: _Round, epochs: int) -> int:
-        """Batches of a bucket in the first epochs."""
+        """The number of batches of a bucket in the first `epochs` epochs."""
         return -(-epochs * bucket.size // self.batch)
 
 
 class _Round:
-    """The endless sequence of some indices: `size` draws show each of them once, or as its weight says."""
+    """The endless sequence of the indices of a bucket: a round of `size` draws has each once, or as its weight says."""
 
     def __init__(self, indices: np.ndarray, weights: np.ndarray, size: int, seed: int, name: tuple[int, ...]):
         self.indices, self.size, self.seed, self.name = indices, size, seed, name
-        self._cumulated = np.cumsum(weights) / np.sum(weights) * size
-        self._drawn: tuple[int, np.ndarray] | None = None
+        self._cumulative = np.cumsum(weights) / np.sum(weights) * size
+        self._drawn: tuple[int, np.ndarray] | None = None  # the number of a round, and its draws
 
     def __getitem__(self, n: int) -> int:
-        number, place = divmod(n, self.size)
+        number, offset = divmod(n, self.size)
         if self._drawn is None or self._drawn[0] != number:
             rng = np.random.default_rng([self.seed, number, *self.name])
             points = np.arange(self.size) + rng.uniform(1e-6, 1 - 1e-6)
-            drawn = np.minimum(np.searchsorted(self._cumulated, points), len(self.indices) - 1)
+            drawn = np.minimum(np.searchsorted(self._cumulative, points), len(self.indices) - 1)
             self._drawn = number, rng.permutation(self.indices[drawn])
-        return int(self._drawn[1][place])
+        return int(self._drawn[1][offset])
 
 
 class Positions(torch.utils.data.Sampler[list[int]]):
-    """A batch sampler: the positions of one process's share of each pass, from `first_step` to `steps`.
+    """A batch sampler: the positions that one process computes in each pass, from `first_step` to `steps`.
 
     Step s, pass a, process r takes samples `s·batch + (a·processes + r)·share …`, `share` of them: the global batch is
     the same set for any number of processes and passes.
@@ -132,9 +131,7 @@ class Positions(torch.utils.data.Sampler[list[int]]):
     def __init__(self, first_step: int, steps: int, batch: int, passes: int, rank: int, processes: int):
         share = batch // (passes * processes)
         self._starts = [
-            step * batch + (micro * processes + rank) * share
-            for step in range(first_step, steps)
-            for micro in range(passes)
+            step * batch + (i * processes + rank) * share for step in range(first_step, steps) for i in range(passes)
         ]
         self._share = share
 

@@ -1,4 +1,4 @@
-"""What a prediction's error costs: the distance, its weight by noise level, and the learned variance's share."""
+"""Training losses: the distance, its weight by noise level, and the term that trains a learned variance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.diffusion.choices import unknown_choice
 from ldm.diffusion.likelihood import decoder_nll, step_kl
 from ldm.diffusion.process import DiffusionProcess
 
@@ -23,14 +24,14 @@ def distance(kind: str, prediction: torch.Tensor, target: torch.Tensor, delta: f
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()  # half precision can't hold a mean of many squares
     if kind == "l2":
-        each = F.mse_loss(prediction, target, reduction="none")
+        errors = F.mse_loss(prediction, target, reduction="none")
     elif kind == "l1":
-        each = F.l1_loss(prediction, target, reduction="none")
+        errors = F.l1_loss(prediction, target, reduction="none")
     elif kind == "huber":
-        each = F.huber_loss(prediction, target, reduction="none", delta=delta)
+        errors = F.huber_loss(prediction, target, reduction="none", delta=delta)
     else:
-        raise ValueError(f"distance: {kind!r} is not {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}")
-    return each.flatten(1).mean(1)
+        raise unknown_choice("distance", kind, DISTANCES)
+    return errors.flatten(1).mean(1)
 
 
 def weights(
@@ -38,19 +39,20 @@ def weights(
 ) -> torch.Tensor:
     """Weight of each sample's loss by its noise level, `(N,)` float32, finite and not negative.
 
-    A weight is defined on the ε error and carried to the process's own target, whose error is a known multiple of it,
-    so that the same name means the same objective for every target. `uniform` alone is 1 on each target itself.
+    A weight is defined on the error of ε. What the process predicts has an error that is a known multiple of it, and
+    the weight is converted, so that the same name means the same objective for every prediction type. `uniform` alone
+    is 1 on the error of the prediction itself.
 
-    | kind | on the ε error | source |
+    | kind | on the error of ε | source |
     |---|---|---|
     | `min_snr` | min(1, γ / SNR) | arXiv 2303.09556; γ 5 by default |
     | `soft_min_snr` | γ / (SNR + γ) | arXiv 2401.11605; γ 5 by default |
     | `p2` | 1 / (k + SNR)^γ | arXiv 2204.00227; k and γ 1 by default |
     | `sigmoid` | sigmoid(bias − log SNR) · (−d log SNR / dt) | arXiv 2303.00848, 2410.19324 |
 
-    `sigmoid` weighs by log-SNR whatever the schedule, hence the slope: exactly so for uniform times, others multiply it
-    by their density. Without the slope it would be `soft_min_snr` with γ = exp(bias). Take it with v, x0 or flow: on
-    eps the noisiest steps weigh thousands, which an untrained network doesn't bear.
+    `sigmoid` is a function of log-SNR whatever the schedule, hence the slope. That is exact for uniform times; others
+    multiply it by their density. Without the slope it would be `soft_min_snr` with γ = exp(bias). Use it with v, x0 or
+    flow: with eps the noisiest steps have weights of thousands, with which training is unstable.
     """
     if kind == "uniform":
         return torch.ones(len(t), device=t.device)
@@ -66,34 +68,34 @@ def weights(
     elif kind == "sigmoid":
         of_eps = torch.sigmoid(bias - log_snr) * _log_snr_slope(process, t)
     else:
-        raise ValueError(f"weight: {kind!r} is not {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
+        raise unknown_choice("loss_weighting", kind, WEIGHTS)
     return (of_eps * _eps_error(process, t)).float()
 
 
 def _eps_error(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
-    """‖ε − ε̂‖² of a prediction whose own squared error is 1, `(N,)` float64: see `DiffusionProcess.predict_eps`."""
-    if process.target == "eps":
+    """‖ε − ε̂‖² where the prediction's squared error is 1, `(N,)` float64: see `DiffusionProcess.predict_eps`."""
+    if process.prediction_type == "eps":
         return torch.ones(len(t), dtype=torch.float64, device=t.device)
     alpha, sigma = (value.double().flatten() for value in process.alpha_sigma(t, torch.float64))
-    return (alpha / sigma) ** 2 if process.target == "x0" else alpha**2
+    return (alpha / sigma) ** 2 if process.prediction_type == "x0" else alpha**2
 
 
 def _log_snr_slope(process: DiffusionProcess, t: torch.Tensor) -> torch.Tensor:
     """−d log-SNR / dt for t in [0, 1], `(N,)` float64: exact for a flow, by central differences on a chain."""
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         return 2 / (t * (1 - t)).double()
     log_snr = process.chain(t.device).log_snr
     if len(log_snr) < 2:
-        raise ValueError("weight: 'sigmoid' needs 2 timesteps at least, to see how fast the noise grows")
+        raise ValueError("loss_weighting: 'sigmoid' needs 2 timesteps at least, to see how fast the noise grows")
     (slope,) = torch.gradient(log_snr, spacing=1 / process.timesteps)
     return -slope[t]
 
 
 class Uncertainty(nn.Module):
-    """Learns how large the loss is at each noise level, so that all levels pull alike: EDM2, arXiv 2312.02696.
+    """Learns how large the loss is at each noise level, so that all levels contribute alike: EDM2, arXiv 2312.02696.
 
-    log-SNR `(N,)` to u `(N,)`; `weighted` gives loss·exp(−u) + u, least where exp(u) is the expected loss. Begins at
-    u = 0, where the loss is as it was. Only for training; its parameters belong to the optimiser, not to the model.
+    log-SNR `(N,)` to u `(N,)`. `weighted` returns loss·exp(−u) + u, which is minimal where exp(u) is the expected loss.
+    It starts at u = 0, where the loss is unchanged. For training alone: it is no part of the exported model.
     """
 
     frequencies: torch.Tensor
@@ -101,16 +103,16 @@ class Uncertainty(nn.Module):
 
     def __init__(self, features: int = 128):
         super().__init__()
-        # Cosines of random frequencies; fixed numbers, so that a run's seed doesn't change what the module can learn.
+        # Cosines of random frequencies from a fixed seed, so that the run's seed doesn't change what can be learned.
         g = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", torch.randn(features, generator=g) * 2 * math.pi)
         self.register_buffer("phases", torch.rand(features, generator=g) * 2 * math.pi)
         self.weight, self.bias = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(()))
 
     def forward(self, log_snr: torch.Tensor) -> torch.Tensor:
-        at = log_snr.float()[:, None] / -8  # a quarter of log σ, as EDM tells its network the noise
-        features = math.sqrt(2) * torch.cos(at * self.frequencies + self.phases)
-        return (features * self.weight).sum(1) + self.bias  # no matrix product, which autocast would round
+        c_noise = log_snr.float()[:, None] / -8  # log(σ) / 4, EDM's table 1
+        features = math.sqrt(2) * torch.cos(c_noise * self.frequencies + self.phases)
+        return (features * self.weight).sum(1) + self.bias  # not a matrix product, which autocast would round
 
     def weighted(self, loss: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         """`(N,)` losses to `(N,)`."""
@@ -128,7 +130,7 @@ def training_loss(
     weight: str = "uniform",
     **options: float,
 ) -> torch.Tensor:
-    """Each sample's loss, `(N,)`; its mean is what is trained on. `options` are those of `weights`."""
+    """Each sample's loss, `(N,)`; training minimises its mean. `options` are those of `weights`."""
     return weights(weight, process, t, **options) * distance(kind, prediction, process.target_from(x0, eps, t))
 
 
@@ -144,16 +146,16 @@ def hybrid_loss(
 ) -> torch.Tensor:
     """Each sample's loss for a network with learned variance, `(N,)`: simple + share·bound; Improved DDPM, eq. 16.
 
-    `output` `(N, 2C, h, w)` is the prediction and the variance's interpolation. The bound is T times its term at t, in
-    bits per dimension, with the mean detached, so that it teaches the variance alone. `decoder` as `likelihood.bound`
-    takes it: `discrete` for pixels in [−1, 1], `gaussian` for latents.
+    `output` `(N, 2C, h, w)` is the prediction and the interpolation v of the variance. The bound is T times its term at
+    t, in bits per dimension, with the mean detached, so that it trains the variance alone. `decoder` is `discrete` for
+    pixels in [−1, 1], `gaussian` for latents.
     """
     prediction, v = output.chunk(2, dim=1)
     log_variance = process.learned_log_variance(v, t)
-    guess = process.predict_x0(prediction.detach(), x_t, t)
-    mean, _, _ = process.posterior(guess, x_t, t)
-    step = step_kl(process, mean, log_variance, x0, x_t, t)
-    first = (t == 0).view(-1, *[1] * (step.ndim - 1))
-    terms = torch.where(first, decoder_nll(decoder, x0, mean, log_variance), step)
+    predicted_x0 = process.predict_x0(prediction.detach(), x_t, t)
+    mean, _, _ = process.posterior(predicted_x0, x_t, t)
+    kl = step_kl(process, mean, log_variance, x0, x_t, t)
+    first = (t == 0).view(-1, *[1] * (kl.ndim - 1))
+    terms = torch.where(first, decoder_nll(decoder, x0, mean, log_variance), kl)
     bound = terms.flatten(1).mean(1) / math.log(2)
     return distance("l2", prediction, process.target_from(x0, eps, t)) + share * process.timesteps * bound

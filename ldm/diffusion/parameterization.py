@@ -6,59 +6,56 @@ from typing import Any
 
 import torch
 
-TARGETS = ("eps", "x0", "v", "flow")
+from ldm.diffusion.choices import unknown_choice
 
+PREDICTION_TYPES = ("eps", "x0", "v", "flow")
+DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
+PREDICTION_TYPE_OF = {diffusers_name: name for name, diffusers_name in DIFFUSERS_PREDICTION_TYPES.items()}
 
 Coefficient = torch.Tensor | float
 
 
 def target_from(
-    target: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    prediction_type: str, x0: torch.Tensor, eps: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """What a network with a target answers to x_t = α·x_0 + σ·ε, where it knows the picture and the noise."""
-    if target == "eps":  # DDPM, eq. 14
+    """The training target of a network with `prediction_type`, for x_t = α·x_0 + σ·ε."""
+    if prediction_type == "eps":  # DDPM, eq. 14
         return eps
-    if target == "x0":
+    if prediction_type == "x0":
         return x0
-    if target == "v":  # progressive distillation, arXiv 2202.00512, appendix D
+    if prediction_type == "v":  # progressive distillation, arXiv 2202.00512, appendix D
         return alpha * eps - sigma * x0
-    if target != "flow":
-        raise ValueError(f"target: {target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    if prediction_type != "flow":
+        raise unknown_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     return eps - x0  # dx_t/dt of the straight path
 
 
 def predict_x0(
-    target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    prediction_type: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """x_0 by a prediction; α² + σ² = 1, but for `flow`, where α + σ = 1."""
-    if target == "eps":
+    """x_0 from a prediction. α² + σ² = 1; for `flow`, α + σ = 1."""
+    if prediction_type == "eps":
         return (x_t - sigma * prediction) / alpha
-    if target == "x0":
+    if prediction_type == "x0":
         return prediction
-    if target == "v":
+    if prediction_type == "v":
         return alpha * x_t - sigma * prediction
     return x_t - sigma * prediction
 
 
 def predict_eps(
-    target: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
+    prediction_type: str, prediction: torch.Tensor, x_t: torch.Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> torch.Tensor:
-    """ε by a prediction, as `predict_x0` gives x_0."""
-    if target == "eps":
+    """ε from a prediction, with α and σ as in `predict_x0`."""
+    if prediction_type == "eps":
         return prediction
-    if target == "x0":
+    if prediction_type == "x0":
         return (x_t - alpha * prediction) / sigma
-    if target == "v":
+    if prediction_type == "v":
         return alpha * prediction + sigma * x_t
     return x_t + alpha * prediction
 
 
-DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
-
-
-PREDICTION_TYPE_OF = {theirs: ours for ours, theirs in DIFFUSERS_PREDICTION_TYPES.items()}
-
-
 def is_flow(config: Any) -> bool:
-    """Whether the configuration of a scheduler is of a flow."""
+    """Whether the configuration of a diffusers scheduler is a flow's."""
     return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == DIFFUSERS_PREDICTION_TYPES["flow"]

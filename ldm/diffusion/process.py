@@ -1,6 +1,6 @@
-"""The mathematics of diffusion: how pictures become noise, and what the network learns to predict. Pure functions.
+"""The forward process: how images become noise, and what the network learns to predict. Pure functions.
 
-Everywhere x_t = α(t)·x_0 + σ(t)·ε with ε ~ N(0, 1).
+Throughout, x_t = α(t)·x_0 + σ(t)·ε with ε ~ N(0, 1).
 """
 
 from __future__ import annotations
@@ -10,65 +10,78 @@ from dataclasses import dataclass, replace
 import torch
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.parameterization import TARGETS, predict_eps, predict_x0, target_from
+from ldm.diffusion.choices import unknown_choice
+from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
 
 __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
+CLOSED_FORM_TIMES = ("uniform", "logit_normal")  # values of `timestep_sampling`; `loss` needs a `LossSecondMoment`
 
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """A forward process and the network's target.
+    """A forward process, and what the network predicts.
 
-    `target`: `eps`, `x0`, `v` (over the discrete chain `schedule`) or `flow` (the straight path; `schedule` is unused).
+    `prediction_type` is `eps`, `x0` or `v`, over the discrete chain of `beta_schedule`, or `flow`, on the straight
+    path, where `beta_schedule` is unused.
+
     Times t are whole numbers in [0, `timesteps`) on the chain, and real numbers in (0, 1) for a flow, 1 being noise.
-    Where the pictures are float64, so is the arithmetic; otherwise it is float32.
+    Where the images are float64, so is the arithmetic; otherwise it is float32.
     """
 
-    target: str
-    schedule: str | tuple[float, ...] = "scaled_linear"
+    prediction_type: str
+    beta_schedule: str | tuple[float, ...] = "scaled_linear"
     """A name, or the betas themselves, `timesteps` of them."""
-    time_mean: float = 0.0
-    time_std: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     timesteps: int = TIMESTEPS
-    """Steps T of the chain; a flow's network takes its time in as many."""
+    """Steps T of the chain; a flow's time in [0, 1] reaches its network multiplied by T."""
     zero_snr: bool = False
-    """The chain ends in pure noise (arXiv 2305.08891); eps is refused then, for it says nothing about x_0 there."""
+    """The chain ends in pure noise (arXiv 2305.08891). ValueError with `eps`, which says nothing about x_0 there."""
     shift: float = 1.0
-    """Ratio of this resolution's side to the one that the schedule was made for; more is noisier."""
-    times: str | None = None
-    """`uniform` or `logit_normal` training times; by default a flow's are logit-normal and a chain's uniform."""
+    """Side of the images over the side that the schedule was made for; larger is noisier."""
+    timestep_sampling: str | None = None
+    """`uniform` or `logit_normal` training times; None: logit-normal for a flow, uniform for a chain."""
     model_timesteps: tuple[int, ...] | None = None
-    """What the network takes as the time of each step, where that is not the step's own number."""
+    """The time that the network gets at each step; None: the step's own number."""
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target: {self.target!r} is not {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-        if self.times not in (None, "uniform", "logit_normal"):
-            raise ValueError(f"times: {self.times!r} is not uniform or logit_normal")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise unknown_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.timestep_sampling not in (None, *CLOSED_FORM_TIMES):
+            raise unknown_choice("timestep_sampling", self.timestep_sampling, CLOSED_FORM_TIMES)
         if self.shift <= 0:
-            raise ValueError(f"shift: {self.shift} is no ratio of two sides; give more than 0")
-        if self.target == "flow":
+            raise ValueError(f"shift: {self.shift} is not a ratio of two sides; give more than 0")
+        if self.prediction_type == "flow":
             return
-        if isinstance(self.schedule, tuple):
-            if len(self.schedule) != self.timesteps:
-                raise ValueError(f"schedule: {len(self.schedule)} betas for {self.timesteps} timesteps; give one each")
-        elif self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: {self.schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
-        if self.zero_snr and self.target == "eps":
-            raise ValueError("target: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0")
+        if isinstance(self.beta_schedule, tuple):
+            if len(self.beta_schedule) != self.timesteps:
+                raise ValueError(
+                    f"beta_schedule: {len(self.beta_schedule)} betas for {self.timesteps} timesteps; give one each"
+                )
+        elif self.beta_schedule not in SCHEDULES:
+            raise unknown_choice("beta_schedule", self.beta_schedule, SCHEDULES)
+        if self.zero_snr and self.prediction_type == "eps":
+            raise ValueError(
+                "prediction_type: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0"
+            )
 
     @classmethod
     def of(cls, stage: Stage2Config) -> DiffusionProcess:
-        """The process that a configuration describes; a learned schedule is log_linear but for training's times."""
+        """The process that `stage` describes. A learned schedule is log_linear here: it differs in training alone."""
         return cls(
-            stage.prediction_type, "log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
-            stage.logit_mean, stage.logit_std, stage.timesteps, stage.zero_snr, stage.shift,
-            stage.timestep_sampling if stage.timestep_sampling in ("uniform", "logit_normal") else None,
-        )  # fmt: skip
+            prediction_type=stage.prediction_type,
+            beta_schedule="log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
+            logit_mean=stage.logit_mean,
+            logit_std=stage.logit_std,
+            timesteps=stage.timesteps,
+            zero_snr=stage.zero_snr,
+            shift=stage.shift,
+            timestep_sampling=stage.timestep_sampling if stage.timestep_sampling in CLOSED_FORM_TIMES else None,
+        )
 
     def respaced(self, steps: int) -> DiffusionProcess:
-        """The chain of `steps` of this one's noise levels, the noisiest among them, for the same network.
+        """The chain of `steps` of this chain's noise levels, the noisiest included, for the same network.
 
         Improved DDPM, arXiv 2102.09672, section 4: the likelihood and the samples of few steps.
         """
@@ -78,37 +91,43 @@ class DiffusionProcess:
         beta = betas_of(self.chain().alpha_bar[kept])
         model_timesteps = tuple(kept if self.model_timesteps is None else [self.model_timesteps[i] for i in kept])
         return replace(
-            self, schedule=tuple(beta.tolist()), timesteps=steps, zero_snr=False, shift=1.0,
+            self,
+            beta_schedule=tuple(beta.tolist()),
+            timesteps=steps,
+            zero_snr=False,
+            shift=1.0,
             model_timesteps=model_timesteps,
-        )  # fmt: skip
+        )
 
     def chain(self, device: torch.device | None = None) -> Chain:
-        """The tables of the discrete chain, β and ᾱ among them; ValueError for a flow, which has none."""
-        if self.target == "flow":
+        """The tables of the discrete chain, such as β and ᾱ; ValueError for a flow, which has none."""
+        if self.prediction_type == "flow":
             raise ValueError("a flow has no chain of steps; use eps, x0 or v")
-        return chain(self.schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
+        return chain(self.beta_schedule, self.timesteps, self.zero_snr, self.shift, device or torch.device("cpu"))
 
     def time(self, u: torch.Tensor) -> torch.Tensor:
         """Training times `(N,)` from uniform numbers u in [0, 1)."""
-        flow = self.target == "flow"
-        if self.times == "logit_normal" or (flow and self.times is None):  # arXiv 2403.03206, eq. 19
-            # In float64, as in float32 the last bit of a sigmoid may depend on the batch that the sample is in.
+        flow = self.prediction_type == "flow"
+        if self.timestep_sampling == "logit_normal" or (
+            flow and self.timestep_sampling is None
+        ):  # arXiv 2403.03206, eq. 19
+            # In float64: in float32 the last bit of a sigmoid may depend on the batch that the sample is in.
             normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6).double())
-            u = torch.sigmoid(self.time_mean + self.time_std * normal).to(u.dtype)
+            u = torch.sigmoid(self.logit_mean + self.logit_std * normal).to(u.dtype)
         if flow:  # never 0 or 1, where log-SNR is infinite
             return shift_time(u, self.shift).clamp(1e-6, 1 - 1e-6)
         # A uniform number rounded to 1 in low precision must not leave the chain.
         return (u * self.timesteps).long().clamp(max=self.timesteps - 1)
 
     def model_time(self, t: torch.Tensor) -> torch.Tensor:
-        """t as the network takes it: in [0, timesteps)."""
-        if self.target == "flow":
+        """The time that the network gets for t, in [0, timesteps)."""
+        if self.prediction_type == "flow":
             return t * self.timesteps
         return t if self.model_timesteps is None else torch.tensor(self.model_timesteps, device=t.device)[t]
 
     def alpha_sigma(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """α(t) and σ(t), `(N, 1, 1, 1)` each; `dtype` is that of a chain's, a flow's is t's."""
-        if self.target == "flow":  # the straight path, arXiv 2209.03003, eq. 1
+        """α(t) and σ(t), `(N, 1, 1, 1)` each, in `dtype` on a chain; a flow's keep the dtype of t."""
+        if self.prediction_type == "flow":  # the straight path, arXiv 2209.03003, eq. 1
             alpha, sigma = 1 - t, t
         else:  # α² = ᾱ_t, σ² = 1 - ᾱ_t: DDPM, eq. 4
             alpha_bar = self.chain(t.device).alpha_bar[t]
@@ -117,13 +136,13 @@ class DiffusionProcess:
 
     def log_snr(self, t: torch.Tensor) -> torch.Tensor:
         """log(α² / σ²) at t, `(N,)` float32, within ±20."""
-        if self.target == "flow":
+        if self.prediction_type == "flow":
             return (-2 * torch.logit(t)).clamp(-20, 20).float()
         return self.chain(t.device).log_snr[t].float()
 
     def time_at(self, log_snr: torch.Tensor) -> torch.Tensor:
-        """The time `(N,)` whose log-SNR is nearest to the one given."""
-        if self.target == "flow":
+        """The time `(N,)` whose log-SNR is nearest to `log_snr` `(N,)`."""
+        if self.prediction_type == "flow":
             return torch.sigmoid(-log_snr / 2)
         table = self.chain(log_snr.device).log_snr
         return (table[None] - log_snr[:, None]).abs().argmin(1)
@@ -134,9 +153,9 @@ class DiffusionProcess:
         return alpha * x0 + sigma * eps
 
     def add_step(self, x_before: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t, a draw of q(x_t | x_{t-1}), given x_{t-1} and a step's own noise; DDPM, eq. 2.
+        """x_t, a draw of q(x_t | x_{t-1}), from x_{t-1} and the noise of this step alone; DDPM, eq. 2.
 
-        Shapes `(N, C, h, w)`, t `(N,)`; before step 0 stands the picture.
+        Shapes `(N, C, h, w)`, t `(N,)`; for t = 0, x_{t-1} is the image.
         """
         beta = _wide(self.chain(t.device).beta[t])
         return (1 - beta).sqrt().to(_precision(x_before)) * x_before + beta.sqrt().to(_precision(x_before)) * eps
@@ -146,7 +165,7 @@ class DiffusionProcess:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q(x_{t-1} | x_t, x_0): mean `(N, C, h, w)`, variance, clipped log-variance `(N, 1, 1, 1)`; DDPM, eqs. 6, 7.
 
-        At t = 0 the mean is x_0 and the variance 0. Its logarithm is taken from t = 1 there, as Improved DDPM does.
+        At t = 0 the mean is x_0 and the variance 0; the log-variance is that of t = 1, as in Improved DDPM's code.
         """
         beta, alpha_bar, before, _, variance, log_variance = (table[t] for table in self.chain(t.device))
         of_x0 = beta * before.sqrt() / (1 - alpha_bar)
@@ -158,54 +177,58 @@ class DiffusionProcess:
     def log_variances(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """log β̃_t, clipped, and log β_t: the reverse step's least and greatest log-variance, `(N, 1, 1, 1)` each.
 
-        They are the right ones for data that is a point and data that is standard normal; DDPM, section 3.2.
+        They are optimal for data that is a single point and for standard normal data; DDPM, section 3.2.
         """
         table = self.chain(t.device)
         return _wide(table.log_variance[t]).to(dtype), _wide(table.beta[t].log()).to(dtype)
 
     def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Log-variance of the reverse step from the network's second half of channels; Improved DDPM, eq. 15.
+        """Log-variance of the reverse step from the second half of the network's channels; Improved DDPM, eq. 15.
 
-        v `(N, C, h, w)`, −1 standing for log β̃ and 1 for log β, to the same shape.
+        v `(N, C, h, w)` to the same shape: v = −1 is log β̃, v = 1 is log β.
         """
         small, large = self.log_variances(t, _precision(v))
-        share = (v + 1) / 2
-        return share * large + (1 - share) * small
+        weight = (v + 1) / 2
+        return weight * large + (1 - weight) * small
 
     def target_from(
-        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, target: str | None = None
+        self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, prediction_type: str | None = None
     ) -> torch.Tensor:
-        """What the network should answer to (x_t, t), or what one with another `target` should."""
-        return target_from(target or self.target, x0, eps, *self.alpha_sigma(t, _precision(x0)))
+        """The network's training target at (x_t, t), or that of a network with another `prediction_type`."""
+        return target_from(prediction_type or self.prediction_type, x0, eps, *self.alpha_sigma(t, _precision(x0)))
 
     def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The picture that a prediction stands for: the inverse of `target_from`, given x_t."""
-        return predict_x0(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+        """x_0 from the network's prediction at (x_t, t): the inverse of `target_from`."""
+        return predict_x0(self.prediction_type, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
     def predict_eps(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The noise that a prediction stands for, given x_t; at zero terminal SNR it is x_t itself."""
-        return predict_eps(self.target, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
+        """ε from the network's prediction at (x_t, t); at zero terminal SNR it is x_t itself."""
+        return predict_eps(self.prediction_type, prediction, x_t, *self.alpha_sigma(t, _precision(x_t)))
 
-    def convert(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, target: str) -> torch.Tensor:
-        """The same prediction as a network with another `target` (eps, x0, v, flow) would have made it."""
-        if target == self.target:
+    def convert(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, prediction_type: str
+    ) -> torch.Tensor:
+        """The prediction in terms of another `prediction_type` (eps, x0, v, flow)."""
+        if prediction_type == self.prediction_type:
             return prediction
-        return self.target_from(self.predict_x0(prediction, x_t, t), self.predict_eps(prediction, x_t, t), t, target)
+        return self.target_from(
+            self.predict_x0(prediction, x_t, t), self.predict_eps(prediction, x_t, t), t, prediction_type
+        )
 
 
 def offset_noise(eps: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Noise whose mean varies too: ε + strength·offset, with offset `(N, C, 1, 1)` standard normal.
 
-    Teaches brightness where the schedule doesn't end in pure noise (Guttenberg, "Diffusion with offset noise", 2023,
-    who takes 0.1); zero terminal SNR does so without bias. It is both x_t's noise and the target's.
+    Lets a model learn dark and bright images where the schedule doesn't end in pure noise (Guttenberg, "Diffusion with
+    offset noise", 2023, strength 0.1); zero terminal SNR does so without bias. Both x_t and the target use this noise.
     """
     return eps + strength * offset
 
 
 def perturbed(eps: torch.Tensor, xi: torch.Tensor, strength: float) -> torch.Tensor:
-    """Noise for x_t only, ε + strength·ξ, while the target keeps ε: input perturbation, arXiv 2301.11706 (0.1 there).
+    """Noise for x_t alone, ε + strength·ξ, where the target keeps ε: input perturbation, arXiv 2301.11706 (0.1 there).
 
-    The network meets in training the errors that it makes itself in sampling. ξ is standard normal, as ε.
+    Training then shows the network errors like those that it makes in sampling. ξ is standard normal, as ε is.
     """
     return eps + strength * xi
 
@@ -215,5 +238,5 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 
 def _precision(x: torch.Tensor) -> torch.dtype:
-    """Of the coefficients that meet x: half precision would lose the small ones."""
+    """The dtype of coefficients that multiply x: half precision would lose the small ones."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

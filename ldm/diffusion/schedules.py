@@ -1,4 +1,4 @@
-"""Noise schedules: how much of the picture is left after t steps. Pure functions, float64 unless told otherwise."""
+"""Noise schedules: how much of the image is left after t steps. Pure functions, in float64 by default."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-TIMESTEPS = 1000  # of the discrete chain; a flow's time is in thousandths too when the network sees it
+from ldm.diffusion.choices import unknown_choice
+
+TIMESTEPS = 1000  # of the discrete chain; a flow's network gets its time in thousandths too
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "log_linear")
-LOG_SNR = (9.0, -9.0)  # of log_linear and of learned schedules, at the data and at noise
+LOG_SNR = (9.0, -9.0)  # of log_linear and learned schedules, first at the data, then at the noise
 
 
-def betas(schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def betas(beta_schedule: str, timesteps: int = TIMESTEPS, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """β_t of a discrete noise schedule, `(timesteps,)` in (0, 1).
 
-    `linear` and `scaled_linear` are defined for 1000 steps; other numbers scale β by 1000 / timesteps, so that the
-    chain ends in the same noise. `dtype` is that of the arithmetic: float32 gives diffusers' betas bit for bit.
+    `linear` and `scaled_linear` are defined for 1000 steps; for other numbers β is scaled by 1000 / timesteps, so that
+    the chain ends in the same noise. `dtype` is that of the arithmetic: float32 gives diffusers' betas bit for bit.
     """
     if timesteps < 1:
-        raise ValueError(f"timesteps: {timesteps} is no number of steps; give 1 or more")
+        raise ValueError(f"timesteps: {timesteps} is not a number of steps; give 1 or more")
     scale = 1000 / timesteps
-    if schedule == "linear":  # DDPM, arXiv 2006.11239, section 4
+    if beta_schedule == "linear":  # DDPM, arXiv 2006.11239, section 4
         return (torch.linspace(1e-4, 0.02, timesteps, dtype=dtype) * scale).clamp(max=0.999)
-    if schedule == "scaled_linear":  # linear in sqrt(β); latent diffusion, arXiv 2112.10752
+    if beta_schedule == "scaled_linear":  # linear in sqrt(β); latent diffusion, arXiv 2112.10752
         root = torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=dtype)
         return (root.square() * scale).clamp(max=0.999)
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    if schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
+    if beta_schedule == "cosine":  # Improved DDPM, arXiv 2102.09672, eq. 17, with β clipped at 0.999
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-    elif schedule == "log_linear":  # log-SNR falls evenly; arXiv 2107.00630, section 3.2
+    elif beta_schedule == "log_linear":  # log-SNR falls evenly; arXiv 2107.00630, section 3.2
         alpha_bar = (LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * t).sigmoid()
-        alpha_bar[0] = 1  # before the first step stands the picture itself
-    elif schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
+        alpha_bar[0] = 1  # before the first step is the image itself
+    elif beta_schedule == "sigmoid":  # arXiv 2212.11972, from -3 to 3 at temperature 1
         ends = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
         alpha_bar = (ends[1] - (6 * t - 3).sigmoid()) / (ends[1] - ends[0])
     else:
-        raise ValueError(f"schedule: {schedule!r} is not {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
+        raise unknown_choice("beta_schedule", beta_schedule, SCHEDULES)
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).to(dtype)
 
 
 def zero_terminal_snr(beta: torch.Tensor) -> torch.Tensor:
     """β of the same chain, shifted and scaled so that the last step is pure noise; arXiv 2305.08891, algorithm 1.
 
-    `(T,)` in (0, 1), T at least 2, to the same shape in (0, 1]: ᾱ_0 is kept, ᾱ_{T-1} is exactly 0.
+    `(T,)` in (0, 1), T at least 2, to the same shape in (0, 1]. ᾱ_0 is kept, ᾱ_{T-1} is exactly 0.
     """
     if len(beta) < 2:
         raise ValueError("zero terminal SNR needs 2 steps at least: the first keeps its noise, the last is all noise")
@@ -55,13 +57,13 @@ def zero_terminal_snr(beta: torch.Tensor) -> torch.Tensor:
 
 
 def shift_snr(beta: torch.Tensor, ratio: float) -> torch.Tensor:
-    """β of the chain whose log-SNR is lower by 2·log(ratio), for pictures `ratio` times as large; arXiv 2301.11093.
+    """β of the chain whose log-SNR is lower by 2·log(ratio), for images `ratio` times as large; arXiv 2301.11093.
 
-    A picture of twice the side averages noise over four times the pixels; ratio 2 gives it back the noise that the
-    small one saw. `(T,)` in (0, 1], to the same; ratio > 0, 1 changes nothing.
+    An image of twice the side averages noise over four times the pixels; ratio 2 makes up for that. `(T,)` in (0, 1] to
+    the same; ratio > 0, where 1 changes nothing.
     """
     if ratio <= 0:
-        raise ValueError(f"shift: {ratio} is no ratio of two sides; give more than 0")
+        raise ValueError(f"shift: {ratio} is not a ratio of two sides; give more than 0")
     if ratio == 1:
         return beta
     alpha_bar = (1 - beta).cumprod(0)
@@ -69,17 +71,17 @@ def shift_snr(beta: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def shift_time(t: torch.Tensor, ratio: float) -> torch.Tensor:
-    """A flow's time with the noise of a picture `ratio` times as large; arXiv 2403.03206, eq. 23.
+    """A flow's time with the noise of an image `ratio` times as large; arXiv 2403.03206, eq. 23.
 
-    t in [0, 1], 1 being noise, to the same. `ratio` > 0 is sqrt(m/n) of the two numbers of pixels.
+    t in [0, 1], 1 being noise, to the same. `ratio` > 0 is sqrt(m/n), m and n being the two numbers of pixels.
     """
     if ratio <= 0:
-        raise ValueError(f"shift: {ratio} is no ratio of two sides; give more than 0")
+        raise ValueError(f"shift: {ratio} is not a ratio of two sides; give more than 0")
     return t if ratio == 1 else ratio * t / (1 + (ratio - 1) * t)
 
 
 def betas_of(alpha_bar: torch.Tensor) -> torch.Tensor:
-    """β_t = 1 − ᾱ_t / ᾱ_{t-1}, `(T,)`: the inverse of the cumulated product."""
+    """β_t = 1 − ᾱ_t / ᾱ_{t-1}, `(T,)`: the inverse of the cumulative product."""
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
@@ -90,21 +92,25 @@ class Chain(NamedTuple):
     alpha_bar: torch.Tensor
     """ᾱ_t = ∏ (1 − β_s) over s ≤ t; DDPM, below eq. 3."""
     alpha_bar_before: torch.Tensor
-    """ᾱ_{t-1}, the first being 1."""
+    """ᾱ_{t-1}; the first is 1."""
     log_snr: torch.Tensor
-    """log(ᾱ_t / (1 − ᾱ_t)), within ±20: at zero terminal SNR the last would be −∞."""
+    """log(ᾱ_t / (1 − ᾱ_t)), clamped to ±20: at zero terminal SNR the last would be −∞."""
     variance: torch.Tensor
-    """β̃_t, that of q(x_{t-1} | x_t, x_0); DDPM, eq. 7. The first is 0."""
+    """β̃_t, the variance of q(x_{t-1} | x_t, x_0); DDPM, eq. 7. The first is 0."""
     log_variance: torch.Tensor
-    """log β̃_t, the first being that of the second, as in Improved DDPM's code."""
+    """log β̃_t; the first is replaced by the second, as in Improved DDPM's code."""
 
 
 @lru_cache
 def chain(
-    schedule: str | tuple[float, ...], timesteps: int, zero_snr: bool, shift: float, device: torch.device
+    beta_schedule: str | tuple[float, ...], timesteps: int, zero_snr: bool, shift: float, device: torch.device
 ) -> Chain:
-    """The tables of a schedule, or of betas: shifted for resolution first, so that a zero terminal SNR stays zero."""
-    own = torch.tensor(schedule, dtype=torch.float64) if isinstance(schedule, tuple) else betas(schedule, timesteps)
+    """The tables of a named schedule, or of given betas: shifted first, so that a zero terminal SNR stays zero."""
+    own = (
+        torch.tensor(beta_schedule, dtype=torch.float64)
+        if isinstance(beta_schedule, tuple)
+        else betas(beta_schedule, timesteps)
+    )
     beta = shift_snr(own, shift)
     beta = zero_terminal_snr(beta) if zero_snr else beta
     alpha_bar = (1 - beta).cumprod(0)
@@ -119,8 +125,8 @@ class LearnedSchedule(nn.Module):
     """A noise schedule that is trained: log-SNR as a monotone network of the time; arXiv 2107.00630, appendix H.
 
     t `(N,)` in [0, 1], 1 being noise, to log-SNR `(N,)`, falling from `log_snr_max` at 0 to `log_snr_min` at 1. The
-    ends are fixed: the bound does not depend on what lies between them, only its variance does, which is what the
-    schedule is trained to lower.
+    ends are fixed. What lies between them changes the variance of the bound's estimate alone, never its mean; the
+    schedule is trained to minimise that variance.
     """
 
     def __init__(self, log_snr_max: float = LOG_SNR[0], log_snr_min: float = LOG_SNR[1], width: int = 128):
@@ -128,7 +134,7 @@ class LearnedSchedule(nn.Module):
         if not log_snr_max > log_snr_min:
             raise ValueError(f"log-SNR must fall with time; it goes from {log_snr_max} to {log_snr_min}")
         self.log_snr_max, self.log_snr_min = log_snr_max, log_snr_min
-        # Weights enter by their absolute values, which makes the network monotone.
+        # Absolute values of the weights make the network monotone.
         self.slope = nn.Parameter(torch.ones(()))
         self.inner = nn.Parameter(torch.linspace(1, 10, width))
         self.bias = nn.Parameter(-torch.linspace(1, 10, width) * torch.linspace(0, 1, width))
@@ -140,8 +146,8 @@ class LearnedSchedule(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         low, high = self._rise(torch.zeros_like(t[:1])), self._rise(torch.ones_like(t[:1]))
-        share = (self._rise(t) - low) / (high - low)
-        return self.log_snr_max + (self.log_snr_min - self.log_snr_max) * share
+        normalized = (self._rise(t) - low) / (high - low)
+        return self.log_snr_max + (self.log_snr_min - self.log_snr_max) * normalized
 
     def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log-SNR at uniform times u `(N,)`, and −d log-SNR / dt, `(N,)` each; both carry gradients to the schedule."""
@@ -152,12 +158,12 @@ class LearnedSchedule(nn.Module):
         return log_snr, -slope
 
     def chain_time(self, log_snr: torch.Tensor, timesteps: int) -> torch.Tensor:
-        """Where a log-SNR stands on the chain `log_linear` of so many steps: real numbers in [-1, timesteps - 1].
+        """The time of a log-SNR on the `log_linear` chain of `timesteps` steps: real numbers in [-1, timesteps - 1].
 
-        That is what the network is told, so that it samples on this chain whatever schedule it was trained with.
+        The network gets this time, so that it can be sampled on that chain whatever schedule it was trained with.
         """
-        share = (log_snr - self.log_snr_max) / (self.log_snr_min - self.log_snr_max)
-        return share * timesteps - 1
+        normalized = (log_snr - self.log_snr_max) / (self.log_snr_min - self.log_snr_max)
+        return normalized * timesteps - 1
 
 
 def alpha_sigma(log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,16 +175,16 @@ def alpha_sigma(log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def bound_integrand(prediction: torch.Tensor, eps: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     """The continuous-time bound's integrand, nats per dimension, `(N,)`: ½·(−dλ/dt)·mean (ε − ε̂)².
 
-    Its mean over uniform t is the diffusion term of the bound whatever the schedule; arXiv 2107.00630, section 5.
+    Its mean over uniform t is the diffusion term of the bound, for every schedule; arXiv 2107.00630, section 5.
     """
     return 0.5 * slope * (eps - prediction).square().flatten(1).mean(1)
 
 
 def lower_variance(losses: torch.Tensor, *drawn: torch.Tensor) -> None:
-    """Turns the gradient of the losses `(N,)` in what a schedule drew, `(N,)` each, into that of their squares.
+    """Makes a backward pass of losses `(N,)` train a schedule on their squares: `drawn` are its outputs, `(N,)` each.
 
-    A schedule doesn't change the bound's mean; so what minimises the mean square minimises the variance. The network's
-    gradient stays that of the loss: both in one backward pass (arXiv 2107.00630, appendix I.2).
+    A schedule doesn't change the bound's mean, so minimising the mean square minimises the variance. The network's
+    gradient stays that of the loss, and one backward pass does both (arXiv 2107.00630, appendix I.2).
     """
     values = losses.detach()
     for tensor in drawn:

@@ -1,1 +1,1 @@
-"""How many processes there are, and who does what."""
+"""The processes of a run: launch, agreement, gradient accumulation, sharding."""

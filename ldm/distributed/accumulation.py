@@ -1,4 +1,4 @@
-"""How a global batch is shared by processes and by passes one after the other."""
+"""Gradient accumulation: how a global batch is divided among processes and passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Accumulation(NamedTuple):
-    """How an optimiser step's batch is computed: `steps` passes one after the other, of `images` on each device."""
+    """How the batch of an optimiser step is computed: in `steps` passes, of `images` on each device."""
 
     steps: int
     images: int
@@ -16,7 +16,7 @@ class Accumulation(NamedTuple):
 def accumulation(batch: int, processes: int, device_batch: int | None = None) -> Accumulation:
     """The fewest equal passes that complete a global batch with at most `device_batch` images on a device at once.
 
-    ValueError, naming the nearest batch that would do, where the processes can't share the batch evenly.
+    ValueError, naming the nearest batch that would do, where the batch can't be divided evenly among the processes.
     """
     if batch % processes:
         nearest = max(1, round(batch / processes)) * processes

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, so that none goes on by itself or waits for one that has given up."""
+"""Agreement of a run's processes, so that none continues alone, or waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -16,49 +16,54 @@ from ldm.utils.errors import FULL, UserError, cant_write
 
 Result = TypeVar("Result")
 
-# Seconds between looks for a file, 77 in all: a machine may go on for 60 with the listing of a folder that it has.
+# Seconds between checks for a file, 77 in all: a machine may cache the listing of a network folder for 60.
 WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 21.0, 25.0)
 
 
-def gathered(value: Result) -> list[Result]:
-    """The value of each process, in their order, on all of them."""
+def gather_objects(value: Result) -> list[Result]:
+    """The value of each process, by rank, on all processes."""
     return list(gather_object([value]))
 
 
 def on_all(action: Callable[[], Result]) -> Result:
-    """What `action` gives on this process; UserError on all of them where one can't do it, or has no room to write."""
-    results, mistake = [], ""
+    """Runs `action` on every process and returns its result; a UserError or full disk of one is raised on all."""
+    results, message = [], ""
     try:
         results = [action()]
     except UserError as error:
-        mistake = str(error)
+        message = str(error)
     except OSError as error:
         if error.errno not in FULL:
             raise
-        mistake = f"can't write {error.filename or 'a file'}: {cant_write(error)}"
-    if mistakes := list(filter(None, gathered(mistake))):
-        raise UserError(mistakes[0])
+        message = f"can't write {error.filename or 'a file'}: {cant_write(error)}"
+    if messages := list(filter(None, gather_objects(message))):
+        raise UserError(messages[0])
     return results[0]
 
 
-def seen_by_all(files: Sequence[Path], sees: Callable[[Path], bool]) -> list[Path]:
-    """Those of the files that are there, once every process sees them, as `sees` tells.
+def wait_until_visible(files: Sequence[Path], is_visible: Callable[[Path], bool]) -> list[Path]:
+    """Waits until every process sees the files, and returns those that exist.
 
-    What no process sees was removed. UserError, on all, where one goes on not seeing what another does.
+    A file that no process sees was removed. UserError, on all processes, where one still does not see a file after
+    `WAITS` that another sees.
     """
     unseen = list(files)
     for wait in (*WAITS, None):
-        unseen = [file for file in unseen if not sees(file)]
-        looks = gathered((socket.gethostname(), unseen))
-        removed = set(looks[0][1]).intersection(*(missed for _, missed in looks))
-        lacking = [(file, rank, host) for rank, (host, missed) in enumerate(looks) for file in set(missed) - removed]
+        unseen = [file for file in unseen if not is_visible(file)]
+        reports = gather_objects((socket.gethostname(), unseen))
+        removed = set(reports[0][1]).intersection(*(unseen_there for _, unseen_there in reports))
+        lacking = [
+            (file, rank, host)
+            for rank, (host, unseen_there) in enumerate(reports)
+            for file in set(unseen_there) - removed
+        ]
         if not lacking:
             return [file for file in files if file not in removed]
         if wait:
             time.sleep(wait)
             for folder in {file.parent for file in unseen}:
                 with suppress(OSError):
-                    os.scandir(folder).close()  # NFS asks its server anew when a folder is opened
+                    os.scandir(folder).close()  # opening a folder has NFS ask its server again
     file, rank, host = min(lacking)
     raise UserError(
         f"data.cache_dir: process {rank}, on {host}, can't see {file}, which another process sees; "

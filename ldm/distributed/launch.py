@@ -1,4 +1,4 @@
-"""The processes of a run and what each computes on, found by accelerate."""
+"""The processes of a run and their devices, as accelerate finds them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ from ldm.utils.errors import UserError
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(hours=12)  # that the other processes wait while one encodes a data set or draws samples
+TIMEOUT = timedelta(hours=12)  # of the others, while one encodes a data set or draws samples
 
 
 def join(config: RunConfig) -> PartialState:
-    """The processes of this run, found by accelerate from what torchrun or `accelerate launch` told them."""
+    """Joins the processes that torchrun or `accelerate launch` started."""
     with unsharded():
-        state = PartialState(cpu=_on_cpu(config), timeout=PATIENCE)
+        state = PartialState(cpu=_on_cpu(config), timeout=TIMEOUT)
     if not hasattr(state, "unsharded"):
         state.unsharded = state.distributed_type
-    told = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != told:  # each would train alone, and write over the others
-        raise UserError(f"{told} processes were started, but accelerate joined {state.num_processes}; use torchrun")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != world_size:  # each would train alone, and overwrite the others
+        raise UserError(
+            f"{world_size} processes were started, but accelerate joined {state.num_processes}; use torchrun"
+        )
     return state
 
 
@@ -49,13 +51,13 @@ def training_processes(config: RunConfig) -> Iterator[PartialState]:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     state = join(config)
     yield state
-    state.wait_for_everyone()  # not after an error, which the others may not have: they would never come
+    state.wait_for_everyone()  # not after an error: the others may have none, and never arrive
     state.destroy_process_group()  # or gloo's threads may abort the process as it ends
 
 
 @cache
 def say_idle_cores(processes: int) -> None:
-    """A line, once, where cores idle: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
+    """Prints a hint, once, where cores are idle: by default `accelerate launch` gives a CPU process one thread."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // processes
     if torch.get_num_threads() == 1 < share:
@@ -67,7 +69,7 @@ def say_idle_cores(processes: int) -> None:
 
 
 def on_main(action: Callable[[], Result]) -> Result:
-    """What `action` gives on the main process, on all of them; also its UserError, or the others would wait on."""
+    """Runs `action` on the main process and returns its result, or raises its UserError, on all processes."""
     state = PartialState()
     outcome: list[Any] = [None, None]
     if state.is_main_process:
@@ -82,7 +84,7 @@ def on_main(action: Callable[[], Result]) -> Result:
 
 
 def precision(config: RunConfig) -> str:
-    """`no`, `bf16` or `fp16`: what `run.precision` comes to on this machine."""
+    """`no`, `bf16` or `fp16`: `run.precision`, with `auto` resolved for this machine."""
     if config.precision != "auto":
         return config.precision
     cpu = _on_cpu(config)
@@ -91,16 +93,16 @@ def precision(config: RunConfig) -> str:
 
 
 def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = None) -> Accelerator:
-    """accelerate, set up for this run's device and precision; `ldm.distributed.sharding` shards."""
+    """accelerate for this run's device and precision, without sharding, which `ldm.distributed.sharding` does."""
     state = join(config)
     cpu = _on_cpu(config)
-    if not cpu:  # float32 that is left: TF32 in matrix products, as it is in convolutions; the fastest convolutions
+    if not cpu:  # the rest of float32: TF32 in matrix products, as in convolutions; the fastest convolutions
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    # Buffers are the same in all processes already; gradients in the buckets themselves save a copy of them.
+    # Buffers are equal in all processes already. Gradients as views of the buckets save a copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    state.distributed_type = state.unsharded  # a run before this one may have been sharded
-    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(passes)):  # it comes first
+    state.distributed_type = state.unsharded  # an earlier run of this process may have been sharded
+    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(passes)):  # takes precedence
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision(config),
@@ -112,9 +114,9 @@ def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = N
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """In a data loader's process: a signal to all of a run's processes is for the run, which needs data until it saved.
+    """For a data loader's worker: ignores signals to the whole process group, so that the run has data until it saved.
 
-    torch ends the process at a SIGTERM, and the run with it before it could save. One of the parent's own still does.
+    By default torch ends a worker at a SIGTERM, and with it the run. A SIGTERM of the parent itself still ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
@@ -130,12 +132,12 @@ def leave_signals_to_parent(_worker: int) -> None:
 
 
 def unsharded() -> AbstractContextManager[None]:
-    """Within it, accelerate takes no notice of a configuration for FSDP or DeepSpeed."""
+    """A context in which accelerate ignores its configuration for FSDP or DeepSpeed."""
     return patch_environment(**dict.fromkeys(KINDS, "false"))  # type: ignore[no-any-return]
 
 
 def accumulated(stage: str, training: Training, processes: int) -> Accumulation:
-    """How a stage's batch is computed by so many processes; UserError where they can't share it evenly."""
+    """The passes of a stage's batch; UserError where it can't be divided evenly among the processes."""
     try:
         return accumulation(training.batch, processes, training.device_batch)
     except ValueError as error:

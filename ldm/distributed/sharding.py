@@ -1,7 +1,7 @@
-"""Training of which each process holds a part: FSDP or DeepSpeed, as accelerate's configuration asks for them.
+"""Sharded training, by FSDP or DeepSpeed, as accelerate's configuration says.
 
-Under FSDP parameters, gradients and the optimiser's tensors are parts of tensors (`DTensor`s). Here they become whole
-ones, which is what checkpoints hold, and whole ones become parts.
+Under FSDP, parameters, gradients and the optimiser's tensors are `DTensor`s. The functions here convert them to full
+tensors, which checkpoints hold, and back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ldm.config.schema import Config, Stage2Config, Training
+from ldm.config.schema import Stage2Config, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
@@ -26,74 +26,70 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 KINDS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}  # what `accelerate launch` sets
 
 
-def asked() -> str:
-    """`fsdp`, `deepspeed` or nothing: what accelerate's configuration asks for."""
+def sharding_kind() -> str:
+    """`fsdp`, `deepspeed` or "": what accelerate's configuration says."""
     return next((kind for key, kind in KINDS.items() if os.environ.get(key, "false").lower() == "true"), "")
 
 
-def check(config: Config, processes: int = 1) -> None:
-    """UserError where accelerate's configuration asks for what does not work here."""
-    if asked() == "fsdp":
-        _check_fsdp(config.stage2)
-    elif asked() == "deepspeed":
-        _check_deepspeed(config, processes)
+def check(training: Stage2Config, precision: str, processes: int = 1) -> None:
+    """UserError where accelerate's configuration has an unsupported setting; `precision` is `run.precision`."""
+    if sharding_kind() == "fsdp":
+        _check_fsdp(training)
+    elif sharding_kind() == "deepspeed":
+        _check_deepspeed(training, precision, processes)
 
 
-def _check_fsdp(stage: Stage2Config) -> None:
-    for key, needed, why in (
+def _check_fsdp(training: Stage2Config) -> None:
+    for key, supported, reason in (
         ("version", "2", "version 1 is not supported"),
         ("offload_params", "false", "parameters stay where they are computed with"),
         ("activation_checkpointing", "false", "stage2.gradient_checkpointing=true does the same"),
     ):
-        found = os.environ.get(f"FSDP_{key.upper()}", "1" if key == "version" else "false").lower()
-        if found != needed:
-            raise UserError(f"fsdp_{key}: {found} in accelerate's configuration; {why}, set it to {needed}")
-    if stage.channels_last:
-        raise UserError("stage2.channels_last: FSDP cuts weights along their first side alone; set it to false")
+        value = os.environ.get(f"FSDP_{key.upper()}", "1" if key == "version" else "false").lower()
+        if value != supported:
+            raise UserError(f"fsdp_{key}: {value} in accelerate's configuration; {reason}, set it to {supported}")
+    if training.channels_last:
+        raise UserError("stage2.channels_last: FSDP splits weights along their first dimension alone; set it to false")
 
 
-def _check_deepspeed(config: Config, processes: int) -> None:
+def _check_deepspeed(training: Stage2Config, precision: str, processes: int) -> None:
     if not is_deepspeed_available():
         raise UserError("accelerate's configuration asks for DeepSpeed, which is not here; pip install deepspeed")
-    ours, theirs = config.stage2, DeepSpeedPlugin().deepspeed_config
-    passes = accumulation(ours.batch, processes, ours.device_batch).steps
-    zero = theirs["zero_optimization"]
-    for key, found, needed in (
+    deepspeed = DeepSpeedPlugin().deepspeed_config
+    passes = accumulation(training.batch, processes, training.device_batch).steps
+    zero = deepspeed["zero_optimization"]
+    for key, value, supported in (
         ("zero_stage", zero["stage"], 2),
         ("offload_optimizer_device", zero.get("offload_optimizer", {}).get("device", "none"), "none"),
-        ("fp16.enabled", theirs.get("fp16", {}).get("enabled", False), False),
-        ("bf16.enabled", theirs.get("bf16", {}).get("enabled", False), False),
+        ("fp16.enabled", deepspeed.get("fp16", {}).get("enabled", False), False),
+        ("bf16.enabled", deepspeed.get("bf16", {}).get("enabled", False), False),
     ):
-        if found != needed:
-            raise UserError(f"{key}: {found} in DeepSpeed's configuration; only {needed} is supported")
-    for key, configured, found in (
-        ("gradient_clipping", "stage2.max_grad_norm", ours.max_grad_norm),
+        if value != supported:
+            raise UserError(f"{key}: {value} in DeepSpeed's configuration; only {supported} is supported")
+    for key, source, value in (
+        ("gradient_clipping", "stage2.max_grad_norm", training.max_grad_norm),
         ("gradient_accumulation_steps", "the passes of stage2.device_batch", passes),
     ):
-        if theirs.get(key, "auto") not in ("auto", found):
-            raise UserError(f"{key}: {theirs[key]} in DeepSpeed's configuration, {found} in {configured}; make it auto")
-    if config.run.precision == "fp16":
+        if deepspeed.get(key, "auto") not in ("auto", value):
+            raise UserError(f"{key}: {deepspeed[key]} in DeepSpeed's configuration, {value} in {source}; make it auto")
+    if precision == "fp16":
         raise UserError("run.precision: fp16 needs DDP or FSDP here, not DeepSpeed; take bf16")
-    for key, given in (
-        ("beta_schedule", ours.beta_schedule),
-        ("loss_weighting", ours.loss_weighting),
-        ("uncond_embedding", ours.uncond_embedding),
-    ):
-        if given == "learned":
+    for key in ("beta_schedule", "loss_weighting", "uncond_embedding"):
+        if getattr(training, key) == "learned":
             raise UserError(f"stage2.{key}: learned is clipped by itself, which DeepSpeed can't do; take FSDP or DDP")
 
 
 def shard(accelerator: Accelerator, training: Training, passes: Accumulation) -> None:
-    """Has an accelerator spread what it prepares over the processes, where accelerate's configuration says so.
+    """Has an accelerator shard the modules that it prepares, where accelerate's configuration says so.
 
-    accelerate itself does that on accelerators only; its own preparation works on CPUs as well. Parameters stay in full
-    precision, and the forward pass is under autocast, as it is with DDP: accelerate's defaults would round the noise
-    levels, which are among the inputs, to bf16.
+    accelerate alone does so on GPUs only, although its preparation works on CPUs. Parameters stay in full precision and
+    the forward pass runs under autocast, as with DDP: accelerate's defaults would round the noise levels, which are
+    inputs, to bf16.
     """
-    if not accelerator.use_distributed or not asked():
+    if not accelerator.use_distributed or not sharding_kind():
         return
     state = accelerator.state
-    if asked() == "fsdp":
+    if sharding_kind() == "fsdp":
         kind = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             cpu_ram_efficient_loading=False, mixed_precision_policy=MixedPrecisionPolicy()
@@ -102,9 +98,10 @@ def shard(accelerator: Accelerator, training: Training, passes: Accumulation) ->
         kind = DistributedType.DEEPSPEED
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.deepspeed_plugins.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": passes.images, "gradient_accumulation_steps": passes.steps,
+            "train_micro_batch_size_per_gpu": passes.images,
+            "gradient_accumulation_steps": passes.steps,
             "gradient_clipping": training.max_grad_norm,
-        }  # fmt: skip
+        }
         state.deepspeed_plugins.select(_from_accelerator_state=True)
         accelerator.deepspeed_engine_wrapped = None
     state.distributed_type = PartialState().distributed_type = kind  # as accelerate leaves it
@@ -116,42 +113,42 @@ def without_weights(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)  # type: ignore[arg-type]
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor, in the same memory; all of it where it is not sharded."""
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor, in the same memory; the tensor itself where it is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
-    mine: torch.Tensor = tensor.to_local()
-    return mine.detach().requires_grad_(tensor.requires_grad)
+    local: torch.Tensor = tensor.to_local()
+    return local.detach().requires_grad_(tensor.requires_grad)
 
 
-def joined(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The inverse: what each process has, as one tensor that is sharded like `like`."""
+def from_local(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse: the tensor, sharded like `like`, of which each process passes its shard."""
     if not isinstance(like, DTensor):
         return tensor
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def sharded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor that every process has whole, sharded like `like`."""
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A full tensor, which every process passes, sharded like `like`."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, on its device; every process has to call it."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor, on its device; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Whole tensors by name. Every process has to call it; what was sharded, only the main one gets."""
-    found: Tensors = {}
+def gather_full_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Full tensors by name. Every process has to call it; only the main one gets those that were sharded."""
+    full: Tensors = {}
     for name, tensor in tensors.items():
-        found |= on_main_cpu(name, whole(tensor)) if isinstance(tensor, DTensor) else {name: tensor}
-    return found
+        full |= on_main_cpu(name, full_tensor(tensor)) if isinstance(tensor, DTensor) else {name: tensor}
+    return full
 
 
 def on_main_cpu(name: str, tensor: torch.Tensor) -> Tensors:
-    """A named tensor, in the main process's memory, and in no other's."""
+    """The tensor by its name, in CPU memory, on the main process; nothing on the others."""
     return {name: tensor.cpu()} if PartialState().is_main_process else {}

@@ -1,1 +1,1 @@
-"""Figures for what a model makes."""
+"""Metrics of what a model generates."""

@@ -1,4 +1,4 @@
-"""Does the picture follow the prompt? Each generated picture is matched with the nearest real one of the whole set."""
+"""Does an image follow its prompt? Each generated image is compared with the nearest real images of the data set."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from ldm.data.openmoji import TONES
 from ldm.data.records import Record
 
 
-def by_pixels(pictures: torch.Tensor) -> torch.Tensor:
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """`(N, 3, H, W)` → `(N, 768)`: average-pooled to 16 × 16."""
-    return F.adaptive_avg_pool2d(pictures.clamp(-1, 1), 16).flatten(1)
+    return F.adaptive_avg_pool2d(images.clamp(-1, 1), 16).flatten(1)
 
 
-def nearest(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> torch.Tensor:
-    """Indices `(N, k)` of the nearest real pictures, nearest first; Euclidean, features `(N, D)` and `(M, D)`."""
+def nearest_neighbors(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> torch.Tensor:
+    """Indices `(N, k)` of the nearest real images, nearest first; Euclidean, features `(N, D)` and `(M, D)`."""
     return torch.cdist(generated, real).topk(min(k, len(real)), largest=False).indices
 
 
-def following(found: torch.Tensor, wanted: Sequence[int], records: Sequence[Record] | Index) -> dict[str, float]:
-    """Shares, in [0, 1], of generated pictures whose nearest real ones, `found` `(N, k)`, are what was asked for.
+def prompt_following(
+    neighbors: torch.Tensor, targets: Sequence[int], records: Sequence[Record] | Index
+) -> dict[str, float]:
+    """Shares, in [0, 1], of generated images whose nearest real images, `neighbors` `(N, k)`, fit the prompt.
 
-    `wanted[i]` is the index in `records` of the picture that prompt i describes. top1, top5: it is the nearest, among
-    the k nearest. For people also role, role with the tone exact, and role with the tone exact or adjacent.
+    `targets[i]` is the index in `records` of the image that prompt i describes. top1: the target is the nearest;
+    top5: it is among the k nearest. Prompts for people also have role (the nearest image shows the same role),
+    role+tone (and exactly the same tone), and role+tone near (and the same or an adjacent tone).
     """
-    target = torch.as_tensor(wanted)
-    hits = found.cpu() == target[:, None]
+    hits = neighbors.cpu() == torch.as_tensor(targets)[:, None]
     scores = {"top1": float(hits[:, 0].float().mean()), "top5": float(hits.any(1).float().mean())}
-    pairs = ((records[int(f)].attributes, records[w].attributes) for f, w in zip(found[:, 0], wanted, strict=True))
-    people = [(got, want) for got, want in pairs if want.get("role")]
+    nearest = [records[int(i)].attributes for i in neighbors[:, 0]]
+    described = [records[i].attributes for i in targets]
+    people = [pair for pair in zip(nearest, described, strict=True) if pair[1].get("role")]
     if people:
-        role = torch.tensor([got.get("role") == want["role"] for got, want in people])
-        apart = torch.tensor([_tones_apart(got, want) for got, want in people])
-        for name, right in (
-            ("role", role),
-            ("role+tone", role & (apart == 0)),
-            ("role+tone near", role & (apart <= 1)),
-        ):
-            scores[name] = float(right.float().mean())
+        same_role = torch.tensor([neighbor.get("role") == target["role"] for neighbor, target in people])
+        distance = torch.tensor([_tone_distance(neighbor, target) for neighbor, target in people])
+        scores["role"] = float(same_role.float().mean())
+        scores["role+tone"] = float((same_role & (distance == 0)).float().mean())
+        scores["role+tone near"] = float((same_role & (distance <= 1)).float().mean())
     return scores
 
 
-def _tones_apart(got: Mapping[str, str], want: Mapping[str, str]) -> int:
-    if got.get("tone") not in TONES or want["tone"] not in TONES:
-        return 0 if got.get("tone") == want["tone"] else len(TONES)
-    return abs(TONES.index(got["tone"]) - TONES.index(want["tone"]))
+def _tone_distance(neighbor: Mapping[str, str], target: Mapping[str, str]) -> int:
+    """Steps between two skin tones; where either is none of the five: 0 if they are equal, else more than any."""
+    if neighbor.get("tone") not in TONES or target["tone"] not in TONES:
+        return 0 if neighbor.get("tone") == target["tone"] else len(TONES)
+    return abs(TONES.index(neighbor["tone"]) - TONES.index(target["tone"]))

@@ -1,8 +1,8 @@
-"""Pictures ↔ normalised latents. The only place that knows how latents are scaled, and which architectures there are.
+"""Images ↔ normalised latents. No other module knows how latents are scaled, or which architectures there are.
 
-Latents that leave here have mean 0 and standard deviation 1 as far as the autoencoder's own files can say it: an
-AutoencoderKL that we trained carries the statistics of each channel inside its 1×1 quant convolutions and has
-`scaling_factor` 1, so that every program that reads diffusers folders decodes it rightly.
+Latents have mean 0 and standard deviation 1 as far as the autoencoder's own files can express it: an AutoencoderKL that
+was trained here holds the statistics of each channel in its 1×1 quant convolutions, with `scaling_factor` 1, so that
+every program that reads diffusers folders decodes it correctly.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ldm.utils.atomic_files import tensors_sha256, whole_folder
 from ldm.utils.errors import UserError
 
 STATISTICS = "latents.json"
-CERTAIN = -60.0  # log-variance of latents that are no distribution: a sample is the mean
-AT_ONCE = 2**21  # pixels that are computed together
-WHOLE, TILE = 1024, 512  # a picture of more than WHOLE² pixels is computed in tiles of TILE²
+DETERMINISTIC = -60.0  # log-variance of latents that are no distribution: a sample equals the mean
+MAX_PIXELS = 2**21  # of the images that are computed together
+MAX_UNTILED_SIDE, TILE = 1024, 512  # an image of more than MAX_UNTILED_SIDE² pixels is computed in tiles of TILE²
 
 
 class Identity(nn.Module):
-    """Latents that are the pixels: diffusion in pixel space."""
+    """The autoencoder of pixel-space diffusion: its latents are the pixels."""
 
     config = SimpleNamespace(scaling_factor=1.0, shift_factor=None, latent_channels=3)
     device, dtype = torch.device("cpu"), torch.float32
@@ -47,23 +47,24 @@ FAMILIES["identity"] = "Identity"
 Model: TypeAlias = Any  # one of these, or Identity
 
 
-def at_once(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A batch `(N, C, H, W)` in parts that fit into memory together."""
-    return pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
+def split_batch(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A batch `(N, C, H, W)` in parts of at most `MAX_PIXELS` pixels, or of one image."""
+    return pixels.split(max(1, MAX_PIXELS // pixels[0, 0].numel()))
 
 
 class Autoencoder:
-    """An autoencoder as two functions, `encode` and `decode`, and the facts that others need of it."""
+    """An autoencoder with `encode` and `decode` for normalised latents, their shape, and its fingerprints."""
 
     def __init__(self, vae: Model):
         if isinstance(vae, AutoencoderKL) and (vae.config.shift_factor or vae.config.latents_mean):
-            # diffusers' StableDiffusionPipeline ignores both, the convolutions don't
-            one = torch.ones(vae.config.latent_channels)
-            known = vae.config.latents_mean
-            vae = fold(vae, *map(torch.tensor, (known, vae.config.latents_std))) if known else vae
-            vae = fold(vae, one * vae.config.shift_factor, one) if vae.config.shift_factor else vae
+            # diffusers' StableDiffusionPipeline ignores both; folded into the convolutions they take effect
+            if vae.config.latents_mean:
+                vae = fold(vae, torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std))
+            if vae.config.shift_factor:
+                ones = torch.ones(vae.config.latent_channels)
+                vae = fold(vae, ones * vae.config.shift_factor, ones)
         self.vae = vae.eval().requires_grad_(False)
-        self._encoder = ""  # its fingerprint, where its weights are no longer what was loaded
+        self._encoder = ""  # fingerprint of the loaded encoder, once `bfloat16` has changed its weights
         self.channels: int = vae.config.latent_channels
         self.factor: int = factor(vae)
         self.scale: float = vae.config.scaling_factor
@@ -76,31 +77,33 @@ class Autoencoder:
 
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of the normalised posterior, each as `encode` gives the mean."""
+        """Mean and log-variance of the normalised posterior, each of the shape of `encode`'s result."""
         pixels = pixels.to(self.vae.device, self.vae.dtype)
-        parts = [self._moments(part) for part in at_once(pixels)]
-        mean, logvar = (torch.cat(each).float() for each in zip(*parts, strict=True))
+        parts = [self._moments(part) for part in split_batch(pixels)]
+        mean, logvar = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
         return (mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)
 
     def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(self.vae, Identity):
-            return pixels, torch.full_like(pixels, CERTAIN)
-        if pixels[0, 0].numel() > WHOLE**2:
+            return pixels, torch.full_like(pixels, DETERMINISTIC)
+        if pixels[0, 0].numel() > MAX_UNTILED_SIDE**2:
             h = vae_tiling.encode(self.vae, pixels, TILE)
             return posterior(self.vae, h)
-        return encoded(self.vae, pixels)
+        return encode_posterior(self.vae, pixels)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, about [-1, 1]."""
+        """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, roughly in [-1, 1]."""
         z = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
         area = z[0, 0].numel() * self.factor**2
-        return torch.cat([self._decode(part, area) for part in z.split(max(1, AT_ONCE // area))]).float()
+        return torch.cat([self._decode(part, area) for part in z.split(max(1, MAX_PIXELS // area))]).float()
 
     def _decode(self, z: torch.Tensor, area: int) -> torch.Tensor:
         if isinstance(self.vae, Identity):
             return z
-        pixels: torch.Tensor = vae_tiling.decode(self.vae, z, TILE) if area > WHOLE**2 else self.vae.decode(z).sample
+        pixels: torch.Tensor = (
+            vae_tiling.decode(self.vae, z, TILE) if area > MAX_UNTILED_SIDE**2 else self.vae.decode(z).sample
+        )
         return pixels
 
     def to(self, device: torch.device) -> Autoencoder:
@@ -108,7 +111,7 @@ class Autoencoder:
         return self
 
     def bfloat16(self) -> None:
-        """Computes in it from here on; what caches and classifiers are bound to stays what was loaded."""
+        """Computes in bfloat16 from now on. `encoder_fingerprint` stays that of the loaded weights."""
         self._encoder = self.encoder_fingerprint()
         if not isinstance(self.vae, Identity):
             self.vae.to(torch.bfloat16)
@@ -118,18 +121,18 @@ class Autoencoder:
         return tensors_sha256(self.vae.state_dict(), self.scale, *([self.shift] if self.shift else []))
 
     def encoder_fingerprint(self) -> str:
-        """SHA-256 of all that makes latents: what caches and checkpoints are bound to. Decoders may change."""
+        """SHA-256 of all that determines latents, which caches and checkpoints depend on; not of the decoder."""
         return self._encoder or tensors_sha256(
             encoder_tensors(self.vae), self.scale, *([self.shift] if self.shift else [])
         )
 
-    def contract(self, size: int) -> dict[str, Any]:
-        """What latents of pictures of `size` pixels are: shape, and the encoder that made them."""
+    def latent_fingerprint(self, size: int) -> dict[str, Any]:
+        """Identifies the latents of images of `size` pixels: their shape, and the SHA-256 of the encoder."""
         side = size // self.factor
         return {"shape": [self.channels, side, side], "autoencoder": self.encoder_fingerprint()}
 
     def save(self, folder: Path, **facts: Any) -> None:
-        """Writes a diffusers folder and `latents.json` (contract, facts given), whole or not at all."""
+        """Writes a diffusers folder and `latents.json` (fingerprint and `facts`), complete or not at all."""
         with whole_folder(folder) as tmp_path:
             self.vae.save_pretrained(tmp_path)
             (tmp_path / STATISTICS).write_text(
@@ -137,11 +140,11 @@ class Autoencoder:
             )
 
 
-# ------------------------------------------------------------------------------------------- what the architectures do
+# -------------------------------------------------------------------------------------------------------- architectures
 
 
 def factor(vae: Model) -> int:
-    """Pixels along a side per latent."""
+    """Pixels per latent, along one side."""
     if isinstance(vae, Identity):
         return 1
     if isinstance(vae, AutoencoderDC):
@@ -150,20 +153,20 @@ def factor(vae: Model) -> int:
 
 
 def encoder_tensors(vae: Model) -> dict[str, torch.Tensor]:
-    """The weights of everything that makes latents."""
+    """The weights that latents depend on."""
     return {name: t for name, t in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
 
 
 def posterior(vae: Model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the latents from what an encoder gives, before normalisation."""
+    """Mean and log-variance of the latents from an encoder's output h, before normalisation."""
     if isinstance(vae, AutoencoderKL):
         mean, logvar = h.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
-    return h, torch.full_like(h, CERTAIN)
+    return h, torch.full_like(h, DETERMINISTIC)
 
 
-def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the latents of pictures, before normalisation."""
+def encode_posterior(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents of images, before normalisation."""
     if isinstance(vae, AutoencoderKL):
         distribution = vae.encode(pixels).latent_dist
         return distribution.mean, distribution.logvar
@@ -171,41 +174,54 @@ def encoded(vae: Model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def build(stage: Stage1Config, size: int) -> Model:
-    """A new autoencoder with random weights, as `stage1` describes it, for pictures of `size` pixels."""
+    """An autoencoder with random weights, as `stage` describes it, for images of `size` × `size` pixels."""
     widths, levels = stage.channels, len(stage.channels)
     if stage.family == "identity":
         return Identity()
     if stage.family == "tiny":
         blocks = (stage.layers,) * (levels - 1)
         return AutoencoderTiny(
-            encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=stage.latent_channels,
-            num_encoder_blocks=(1, *blocks), num_decoder_blocks=(*blocks, 1),
-        )  # fmt: skip
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            latent_channels=stage.latent_channels,
+            num_encoder_blocks=(1, *blocks),
+            num_decoder_blocks=(*blocks, 1),
+        )
     if stage.family == "dc":  # linear attention in the deeper half
-        deep = levels // 2
-        scales = ((),) * (levels - deep) + ((5,),) * deep
-        types = ("ResBlock",) * (levels - deep) + ("EfficientViTBlock",) * deep
+        attending = levels // 2
+        scales = ((),) * (levels - attending) + ((5,),) * attending
+        types = ("ResBlock",) * (levels - attending) + ("EfficientViTBlock",) * attending
         return AutoencoderDC(
-            latent_channels=stage.latent_channels, encoder_block_types=types, decoder_block_types=types,
-            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
-            encoder_layers_per_block=(stage.layers,) * levels, decoder_layers_per_block=(stage.layers,) * levels,
-            encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
-        )  # fmt: skip
-    shape: dict[str, Any] = {
-        "block_out_channels": widths, "layers_per_block": stage.layers, "latent_channels": stage.latent_channels,
-        "down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "norm_num_groups": stage.norm_num_groups, "mid_block_add_attention": stage.mid_attention, "sample_size": size,
+            latent_channels=stage.latent_channels,
+            encoder_block_types=types,
+            decoder_block_types=types,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=(stage.layers,) * levels,
+            decoder_layers_per_block=(stage.layers,) * levels,
+            encoder_qkv_multiscales=scales,
+            decoder_qkv_multiscales=scales,
+        )
+    config: dict[str, Any] = {
+        "block_out_channels": widths,
+        "layers_per_block": stage.layers,
+        "latent_channels": stage.latent_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": stage.norm_num_groups,
+        "mid_block_add_attention": stage.mid_attention,
+        "sample_size": size,
         "scaling_factor": 1.0,
-    }  # fmt: skip
-    return VQModel(**shape, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**shape)
+    }
+    return VQModel(**config, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**config)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
 def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
-    """Loads an autoencoder: a diffusers folder (of a whole pipeline too), one `.safetensors` in the original layout, a
-    Hub id, or `identity`. UserError, naming `key`, where there is none."""
+    """Loads an autoencoder from a diffusers folder, its own or a pipeline's, a `.safetensors` file in the original
+    layout, or a Hub id; `identity` is pixel space. UserError, naming `key`, if it can't."""
     path = Path(name)
     if str(name) == "identity":
         return Autoencoder(Identity())
@@ -215,8 +231,8 @@ def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
         return Autoencoder(_diffusers(str(name), path, key))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        said = reason if str(name) in reason else f"can't load an autoencoder from {str(name)!r}: {reason}"
-        raise UserError(said if said.startswith(key) else f"{key}: {said}") from None
+        message = reason if str(name) in reason else f"can't load an autoencoder from {str(name)!r}: {reason}"
+        raise UserError(message if message.startswith(key) else f"{key}: {message}") from None
 
 
 def _diffusers(name: str, folder: Path, key: str) -> Model:
@@ -228,21 +244,21 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
     except OSError:
         if folder.is_dir():
             raise
-        subfolder = "vae"  # the id of a whole pipeline on the Hub
+        subfolder = "vae"  # the id of a pipeline on the Hub
         config = AutoencoderKL.load_config(name, subfolder=subfolder)
     if not isinstance(config, dict):
-        raise UserError(f"{key}: {folder}/config.json is no autoencoder's")
+        raise UserError(f"{key}: {folder}/config.json is not an autoencoder's")
     kind = KINDS.get(config.get("_class_name", ""))
     if not kind:
         raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
-        raise UserError(f"{key}: {name} is for pictures of {config['in_channels']} channels; ours have 3")
+        raise UserError(f"{key}: {name} is for images of {config['in_channels']} channels; ours have 3")
     if config.get("scaling_factor", 1.0) is None or config.get("vq_embed_dim") not in (None, config["latent_channels"]):
         raise UserError(
             f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
         )
-    vae, found = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+    vae, loading_info = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+    if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:
         raise UserError(
             f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"
         )
@@ -252,18 +268,18 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
 # ------------------------------------------------------------------------------------------------------- normalisation
 
 
-def statistics(
+def channel_statistics(
     vae: Model, batches: Iterable[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each latent channel, `(C,)` each, over all pictures and positions given.
+    """Mean and standard deviation of each latent channel, `(C,)` each, over all images and positions of `batches`.
 
-    `total` adds a tensor up over processes, each of which gives its own share of the pictures.
+    `total` sums a tensor over processes, each of which has its own share of the images.
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():
-        for pixels in (part for batch in batches for part in at_once(batch)):
+        for pixels in (part for batch in batches for part in split_batch(batch)):
             z = (
-                encoded(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
+                encode_posterior(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
             )  # (C, N·h·w)
             sums += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
     count, linear, squares = total(sums)
@@ -271,11 +287,11 @@ def statistics(
     return mean.float(), (squares / count - mean.square()).clamp_min(1e-12).sqrt().float()
 
 
-def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder:
+def normalize_latents(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder:
     """The same autoencoder with latents of mean 0 and deviation 1, as far as its architecture can express it.
 
-    AutoencoderKL: each channel, by its convolutions. VQModel: the mean of each channel, but one scale, since scaling
-    channels apart would change which code is nearest. AutoencoderTiny and AutoencoderDC: one scale.
+    AutoencoderKL: each channel, by its convolutions. VQModel: the mean of each channel, but one scale for all, because
+    different scales would change which code is nearest. AutoencoderTiny and AutoencoderDC: one scale.
     """
     if isinstance(vae, AutoencoderKL):
         vae.register_to_config(scaling_factor=1.0)
@@ -295,7 +311,7 @@ def normalised(vae: Model, mean: torch.Tensor, std: torch.Tensor) -> Autoencoder
 
 
 def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> AutoencoderKL:
-    """The same autoencoder with latents `(z - mean) / std`, by its quant convolutions, which it gets if it has none.
+    """The same autoencoder with latents `(z - mean) / std`, by its quant convolutions, which are added if it has none.
 
     quant_conv ends in (mean, log-variance): m' = (m - mean) / std, and lv' = lv - 2 log std.
     post_quant_conv begins on z: W'·z' + b' = W·(std·z' + mean) + b.
@@ -304,7 +320,9 @@ def fold(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> Autoencod
     config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True}
     config |= {"shift_factor": 0.0, "latents_mean": None, "latents_std": None}
     folded = AutoencoderKL.from_config(config)
-    nn.Module.to(folded, vae.dtype)  # diffusers' own warns of layers that it keeps in float32, of which there are none
+    nn.Module.to(
+        folded, vae.dtype
+    )  # diffusers' own `to` warns about layers to keep in float32, of which there are none
     folded.load_state_dict(vae.state_dict(), strict=False)
     mean, std = mean.to(vae.dtype), std.to(vae.dtype)
     with torch.no_grad():

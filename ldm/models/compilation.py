@@ -15,35 +15,36 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models.unet import HalfPrecisionXFormers, UNet
+from ldm.models.attention import HalfPrecisionXFormers
+from ldm.models.unet import UNet
 from ldm.utils.errors import UserError
 
-BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention)  # nearly all that a U-Net computes
+BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention)  # nearly all of a U-Net's computation
 NO_XFORMERS = "stage2.compile: xformers' kernels can't be compiled; set stage2.attention_backend=sdpa"
-EACH = 8  # times that one block may be compiled: torch's own limit
+RECOMPILE_LIMIT = 8  # per block: torch's own default
 
 
 def compile_blocks(unet: UNet, dynamic: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles a U-Net's repeated blocks in place, each whole and by itself, when they are first called.
+    """Compiles a U-Net's repeated blocks in place, each as one graph, at their first call.
 
-    Blocks of the same shape share their code. A `dynamic` one is compiled once for pictures and batches of all sizes,
-    another one for each size. What is between the blocks stays as it is: DDP sends the gradients of one block while the
-    next one's are computed. What can't be compiled is an error of torch's, never a silent fallback.
+    Blocks of the same shape share their code. With `dynamic` a block is compiled once for images and batches of all
+    sizes, otherwise once per size. The code between blocks is not compiled, so that DDP sends the gradients of one
+    block while it computes the next one's. A block that can't be compiled raises torch's error, without a fallback.
 
-    It goes with FSDP if called after sharding. Evaluate within `torch.compiler.set_stance("force_eager")`. UserError
-    where attention can't be compiled.
+    With FSDP, call it after sharding. Evaluate within `torch.compiler.set_stance("force_eager")`. UserError if
+    attention can't be compiled.
     """
     if any(isinstance(m, Attention) and isinstance(m.processor, HalfPrecisionXFormers) for m in unet.modules()):
         raise UserError(NO_XFORMERS)
-    # For the rest of the process. DDP's optimiser is for one graph of the whole network, which it splits.
+    # For the rest of the process. DDP's optimiser splits one graph of the whole network, of which there is none here.
     torch._dynamo.config.optimize_ddp = False
-    if dynamic:  # two sides that are equal in the first batch need not be in the next
+    if dynamic:  # height and width, equal in the first batch, may differ in the next
         torch.fx.experimental._config.use_duck_shape = False
     if unet.is_gradient_checkpointing:
         unet.enable_gradient_checkpointing(_recomputed)
     blocks = list(_blocks(unet))
-    # All blocks of a class count as one, so that more must be allowed than torch does.
-    options: dict[str, Any] = {"recompile_limit": EACH * len(blocks)}
+    # torch counts compilations per forward method, which all blocks of a class share.
+    options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT * len(blocks)}
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:  # torch < 2.12, for all threads
         torch._dynamo.config.recompile_limit = options.pop("recompile_limit")
     for block in blocks:
@@ -51,7 +52,7 @@ def compile_blocks(unet: UNet, dynamic: bool = True, backend: str | Callable[...
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost blocks within which nothing is sharded by itself."""
+    """The outermost blocks that contain no module that is sharded by itself."""
     for child in module.children():
         if isinstance(child, BLOCKS) and not any(isinstance(m, FSDPModule) for m in child.modules() if m is not child):
             yield child
@@ -60,5 +61,5 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recomputed(module: nn.Module, *arguments: Any) -> Any:
-    """diffusers' own way of gradient checkpointing, of whose caches dynamo warns."""
+    """Gradient checkpointing as in diffusers, whose own function makes dynamo warn about its caches."""
     return checkpoint(module, *arguments, use_reentrant=False)

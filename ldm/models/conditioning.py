@@ -1,4 +1,4 @@
-"""What a picture is made from besides noise, and how a U-Net of diffusers is told of it."""
+"""What a U-Net is conditioned on, and how diffusers' U-Nets take it."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ import torch.nn.functional as F
 
 from ldm.diffusion.schedules import betas
 
-NUM_NOISE_LEVELS = 1000  # noise levels of a small picture that the U-Net can be told
-NOISIEST = 350  # of them in training, as Stable Diffusion's upscaler
+NUM_NOISE_LEVELS = 1000  # of an upscaler's low-resolution input, as its U-Net's class embedding knows them
+NOISIEST = 350  # training uses the levels below it, as Stable Diffusion's upscaler does
 
 
 class Condition(NamedTuple):
-    """What a batch of N is conditioned on; None where the model has no such input."""
+    """What a batch of N is conditioned on; None for inputs that the model does not have."""
 
     text: torch.Tensor | None = None
     """`(N, T, D)`: captions' token states."""
     label: torch.Tensor | None = None
-    """`(N,)` int64: the class, or, for super-resolution, the small picture's noise level."""
+    """`(N,)` int64: the class, or, for an upscaler, the noise level of the low-resolution image."""
     sizes: torch.Tensor | None = None
     """`(N, 6)`: original height and width, the crop's top and left, height and width, in pixels; SDXL's order."""
     image: torch.Tensor | None = None
-    """`(N, C, h, w)`: stands beside x_t in the U-Net's input."""
+    """`(N, C, h, w)`: concatenated to x_t."""
     guidance: torch.Tensor | None = None
-    """`(N,)`: the scale of guidance that a distilled U-Net answers with by itself."""
+    """`(N,)`: the guidance scale of a guidance-distilled U-Net."""
 
     def to(self, dtype: torch.dtype) -> Condition:
-        """The same with text and image in the precision of a network; numbers that become sinusoids keep theirs."""
-        text, image = (None if each is None else each.to(dtype) for each in (self.text, self.image))
+        """The same with text and image in `dtype`; numbers that become sinusoids keep their precision."""
+        text, image = (None if tensor is None else tensor.to(dtype) for tensor in (self.text, self.image))
         return self._replace(text=text, image=image)
 
     def of(self, *others: Condition) -> Condition:
-        """The batch of this condition and others, one after the other."""
-        parts = zip(self, *others, strict=True)
-        return Condition(*(None if several[0] is None else torch.cat(several) for several in parts))
+        """This condition and others, concatenated along the batch."""
+        fields = zip(self, *others, strict=True)
+        return Condition(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
 
 
 def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The output of diffusers' UNet2DConditionModel or UNet2DModel for x `(N, C, h, w)` at times t, `(N,)` or one."""
-    given: dict[str, Any] = {}
+    """The output of diffusers' UNet2DConditionModel or UNet2DModel for x `(N, C, h, w)` at t, `(N,)` or a scalar."""
+    inputs: dict[str, Any] = {}
     if condition.text is not None:
-        given["encoder_hidden_states"] = condition.text
+        inputs["encoder_hidden_states"] = condition.text
     if condition.label is not None:
-        given["class_labels"] = condition.label
+        inputs["class_labels"] = condition.label
     if condition.guidance is not None:
         width = unet.config.time_cond_proj_dim
-        given["timestep_cond"] = guidance_embedding(condition.guidance, width).to(x.dtype)
+        inputs["timestep_cond"] = guidance_embedding(condition.guidance, width).to(x.dtype)
     if condition.sizes is not None:
-        assert condition.text is not None, "the configuration allows sizes beside text alone"
-        wanted = unet.config.projection_class_embeddings_input_dim
-        ids = 6 * unet.config.addition_time_embed_dim
-        pooled = condition.text.mean(1) if wanted > ids else condition.text[:, 0, :0]
-        given["added_cond_kwargs"] = {"time_ids": condition.sizes, "text_embeds": pooled}
+        assert condition.text is not None, "the configuration allows sizes only with text"
+        time_ids_dim = 6 * unet.config.addition_time_embed_dim
+        takes_pooled_text = unet.config.projection_class_embeddings_input_dim > time_ids_dim
+        pooled = condition.text.mean(1) if takes_pooled_text else condition.text[:, 0, :0]
+        inputs["added_cond_kwargs"] = {"time_ids": condition.sizes, "text_embeds": pooled}
     if condition.image is not None:
         x = torch.cat([x, condition.image], dim=1)
-    return unet(x, t, **given, return_dict=False)[0]  # type: ignore[no-any-return]
+    return unet(x, t, **inputs, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
-    """Scales of guidance `(N,)` as a distilled U-Net is told them, `(N, width)`; arXiv 2210.03142, section 3.1.
+    """The embedding `(N, width)` of guidance scales `(N,)` for a distilled U-Net; arXiv 2210.03142, section 3.1.
 
     Sinusoids of scale − 1, as diffusers' pipelines compute them.
     """
@@ -72,20 +72,20 @@ def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def mask_and_masked_latents(mask: torch.Tensor, masked_latents: torch.Tensor) -> torch.Tensor:
-    """The inpainting model's input beside x_t, `(N, 1 + C, h, w)`, in the order of diffusers' pipeline.
+    """What an inpainting model's input has after x_t, `(N, 1 + C, h, w)`, in the order of diffusers' pipeline.
 
-    mask `(N, 1, H, W)`, 1 where the picture is to be made; the latents `(N, C, h, w)` are those of the picture with
-    grey, 0, in the hole.
+    `mask` `(N, 1, H, W)` is 1 where to generate; `masked_latents` `(N, C, h, w)` are those of the image with grey, 0,
+    inside the mask.
     """
     return torch.cat([F.interpolate(mask, masked_latents.shape[2:]), masked_latents], dim=1)
 
 
 def downsample(pixels: torch.Tensor, factor: int) -> torch.Tensor:
-    """Pictures `(N, 3, H, W)` shrunk `factor`-fold, each pixel the mean of those that it stands for."""
+    """Images `(N, 3, H, W)` at 1/`factor` of their side, by averaging pixels."""
     return F.avg_pool2d(pixels, factor)
 
 
-def noise_augmented(picture: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """A small picture with noise of a level `(N,)` in [0, 1000): what the upscaler is given (arXiv 2106.15282)."""
+def noise_augmented(image: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """An upscaler's input: a low-resolution image with noise of `level` `(N,)` in [0, 1000); arXiv 2106.15282."""
     alpha_bar = (1 - betas("scaled_linear")).cumprod(0).to(level.device)[level].float()[:, None, None, None]
-    return alpha_bar.sqrt() * picture + (1 - alpha_bar).sqrt() * noise
+    return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise

@@ -1,7 +1,7 @@
-"""The networks that LPIPS and FID look through, and where their weights are found.
+"""The feature networks of LPIPS and FID, and their weights.
 
-The weights are files in torch.hub's cache. One that is not there is fetched, unless Hugging Face's libraries were told
-to stay offline (`HF_HUB_OFFLINE=1`), which counts here too.
+The weights are files in torch.hub's cache. A missing file is downloaded, unless `HF_HUB_OFFLINE=1` is set, which
+applies here too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Wei
 
 from ldm.utils.errors import UserError
 
-if TYPE_CHECKING:  # torchmetrics takes a second to import, so only what measures imports it
+if TYPE_CHECKING:  # torchmetrics takes a second to import
     from torchmetrics import Metric
 
 BACKBONES: dict[str, str] = {
@@ -27,60 +27,64 @@ BACKBONES: dict[str, str] = {
     "alex": AlexNet_Weights.DEFAULT.url,
     "squeeze": SqueezeNet1_1_Weights.DEFAULT.url,
 }
-LEAST = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels of a side that a backbone has still one position left of
-WAIT = 10.0  # seconds that a server may be silent
+MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels; smaller images leave the last layer without a position
+TIMEOUT = 10.0  # seconds that a server may be silent
 
 
 def lpips(net: str, side: int, device: torch.device | str = "cpu") -> Metric:
-    """LPIPS of each picture of a batch in [0, 1], arXiv 1801.03924; `net` is `vgg`, `alex` or `squeeze`.
+    """LPIPS of each image of a batch in [0, 1], arXiv 1801.03924; `net` is `vgg`, `alex` or `squeeze`.
 
-    UserError, of one line, where pictures of `side` pixels are too small for it, or where the weights can't be had:
-    it names the file and where to put it.
+    UserError if images of `side` pixels are too small for it, or if the weights can't be downloaded; it names the file
+    and where to put it.
     """
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
-    if side < LEAST[net]:
-        raise UserError(f"LPIPS: sides of {side} px are too small for {net}, which needs {LEAST[net]}")
+    if side < MIN_SIDE[net]:
+        raise UserError(f"LPIPS: sides of {side} px are too small for {net}, which needs {MIN_SIDE[net]}")
     path = _file("LPIPS", BACKBONES[net], "torchvision's")
-    return _made(path, lambda: LearnedPerceptualImagePatchSimilarity(net, "none", normalize=True)).to(device)
+    return _load_metric(path, lambda: LearnedPerceptualImagePatchSimilarity(net, "none", normalize=True)).to(device)
 
 
 def fid(device: torch.device | str = "cpu") -> Metric:
-    """Fréchet distance of Inception's 2048 features, arXiv 1706.08500, of uint8 pictures; UserError as for `lpips`."""
+    """Fréchet distance of Inception's 2048 features, arXiv 1706.08500, of uint8 images; UserError as for `lpips`."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchmetrics.image import FrechetInceptionDistance
 
     path = _file("rFID", URL_INCEPTION_V3, "torch-fidelity's")
-    return _made(path, lambda: FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path))).to(device)
+    return _load_metric(path, lambda: FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path))).to(
+        device
+    )
 
 
 def _file(metric: str, url: str, whose: str) -> Path:
-    """The file of torch.hub's cache that has the name at the end of `url`; it is fetched where it's missing."""
+    """The file of torch.hub's cache for `url`, downloaded if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rpartition("/")[2]
     if path.exists():
         return path
-    why = "HF_HUB_OFFLINE is set"
+    reason = "HF_HUB_OFFLINE is set"
     if not huggingface_hub.is_offline_mode():
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(WAIT)  # torch.hub would wait for ever
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
         try:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
             return path
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or another file than named
-            why = " ".join(str(error).split())
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, or a wrong checksum
+            reason = " ".join(str(error).split())
         finally:
-            socket.setdefaulttimeout(patience)
+            socket.setdefaulttimeout(timeout)
     raise UserError(
-        f"{metric}: {path.name} is not in {folder} and can't be downloaded ({why}); put it there, it is {whose}: {url}"
+        f"{metric}: {path.name} is not in {folder} and can't be downloaded ({reason}); "
+        f"put it there, it is {whose}: {url}"
     )
 
 
-def _made(path: Path, make: Callable[[], Metric]) -> Metric:
+def _load_metric(path: Path, build: Callable[[], Metric]) -> Metric:
+    """`build()` once the weights in `path` have proved to be tensors alone; UserError otherwise."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # theirs would execute what a pickle holds
-        return make()
+        torch.load(path, map_location="cpu", weights_only=True)  # torchmetrics would execute any code in a pickle
+        return build()
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not the weights that it should be ({reason}); remove it, and it is fetched") from None

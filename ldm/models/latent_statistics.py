@@ -1,8 +1,8 @@
 """The latent report: are these latents ready for diffusion?
 
 A diffusion model starts from white Gaussian noise of variance 1. Latents are easiest to reach from there if their
-channels have mean 0 and standard deviation 1, carry different things, look Gaussian, and none is dead. The report is
-made of sums, so that it can be taken in batches and added up over processes.
+channels have mean 0 and standard deviation 1, are uncorrelated and nearly Gaussian, and none is dead. The report
+consists of sums, so that it can be updated in batches and added up over processes.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ldm.utils.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RANGE = 6.0  # histograms reach from -RANGE to RANGE; what lies outside counts in the first and last bin
+RANGE = 6.0  # histograms span -RANGE to RANGE; values outside count in the first and last bin
 BINS = 96
-FREQUENCIES = 16  # rings of the spectrum, about 1/16, 2/16 … 1 of Nyquist's frequency
-DEAD = 0.05  # of the median channel's standard deviation
-ENOUGH = 2000  # values; a histogram of fewer is rough by chance
-CORRELATED, FAR, MEAN, STD = 0.9, 0.15, 0.5, (0.5, 2.0)  # beyond these a channel is named in a warning
+FREQUENCIES = 16  # rings of the spectrum, at 1/16, 2/16 … 1 of the Nyquist frequency
+MIN_RELATIVE_STD = 0.05  # a channel below this share of the median channel's standard deviation is dead
+MIN_VALUES = 2000  # the histogram of fewer values is far from Gaussian by chance
+MAX_CORRELATION, MAX_DISTANCE, MAX_MEAN, STD_RANGE = 0.9, 0.15, 0.5, (0.5, 2.0)  # beyond these there is a warning
 
 
 class Report:
-    """Facts about normalised latents `(N, C, h, w)`, gathered batch by batch."""
+    """Statistics of normalised latents `(N, C, h, w)`, collected batch by batch."""
 
     def __init__(self, channels: int):
         c = channels
         self.channels = c
-        self.count = torch.zeros((), dtype=torch.int64)  # of values in a channel: the sum of N·h·w
+        self.count = torch.zeros((), dtype=torch.int64)  # values per channel: the sum of N·h·w
         self.total = torch.zeros(c, dtype=torch.float64)
         self.products = torch.zeros(c, c, dtype=torch.float64)  # sum of x·xᵀ over all positions
         self.histogram = torch.zeros(c, BINS, dtype=torch.int64)
         self.power = torch.zeros(c, FREQUENCIES, dtype=torch.float64)
-        self.waves = torch.zeros(FREQUENCIES, dtype=torch.int64)  # how many coefficients `power` is the sum of
+        self.waves = torch.zeros(FREQUENCIES, dtype=torch.int64)  # number of coefficients in each sum of `power`
 
     def add(self, latents: torch.Tensor) -> None:
-        """Takes in a batch, `(N, C, h, w)`; h and w may differ between batches. UserError if a value is not finite."""
+        """Adds a batch `(N, C, h, w)`; h and w may differ between batches. UserError if a value is not finite."""
         x = latents.detach().cpu().double()
         if not x.isfinite().all():
             raise UserError("latents: a value is not finite, so the autoencoder is broken or its dtype too narrow")
@@ -55,22 +55,22 @@ class Report:
 
         power = torch.fft.fft2(x, norm="ortho").abs().square().sum(0).flatten(1)  # (C, h·w)
         vertical, horizontal = (torch.fft.fftfreq(n, dtype=torch.float64) * 2 for n in x.shape[2:])
-        radius = torch.hypot(vertical[:, None], horizontal).flatten()  # as share of Nyquist's frequency
-        ring = (radius > 0) & (radius <= 1)
-        place = (radius[ring] * FREQUENCIES + 0.5).long().clamp_min(1) - 1
-        self.power.index_add_(1, place, power[:, ring])
-        self.waves += len(x) * place.bincount(minlength=FREQUENCIES)
+        radius = torch.hypot(vertical[:, None], horizontal).flatten()  # as share of the Nyquist frequency
+        inside = (radius > 0) & (radius <= 1)
+        ring = (radius[inside] * FREQUENCIES + 0.5).long().clamp_min(1) - 1
+        self.power.index_add_(1, ring, power[:, inside])
+        self.waves += len(x) * ring.bincount(minlength=FREQUENCIES)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The sums themselves, on the CPU: sum each over processes, in place, and the report is that of all."""
+        """The sums, on the CPU. Summed over processes, in place, they make this the report of all processes."""
         names = ("count", "total", "products", "histogram", "power", "waves")
         return {name: getattr(self, name) for name in names}
 
     def merge(self, other: Report) -> None:
         """Adds another report's latents to this one's."""
-        theirs = other.tensors()
+        other_tensors = other.tensors()
         for name, tensor in self.tensors().items():
-            tensor += theirs[name]
+            tensor += other_tensors[name]
 
     def mean(self) -> torch.Tensor:
         """Mean of each channel, `(C,)`."""
@@ -87,51 +87,58 @@ class Report:
         return r.clamp(-1, 1).fill_diagonal_(1)
 
     def distance(self) -> torch.Tensor:
-        """How un-Gaussian each channel is, `(C,)`: total variation distance of its histogram from the Gaussian of its
-        mean and standard deviation, 0 (the same) to 1 (they share nothing). A constant channel has 0."""
+        """How far from Gaussian each channel is, `(C,)`: total variation distance of its histogram from the Gaussian
+        with its mean and standard deviation, 0 (equal) to 1 (disjoint). A constant channel has 0."""
         edges = torch.linspace(-RANGE, RANGE, BINS + 1, dtype=torch.float64)[1:-1]
         below = torch.special.ndtr((edges - self.mean()[:, None]) / self.std()[:, None].clamp_min(1e-12))
-        zero, one = torch.zeros(self.channels, 1), torch.ones(self.channels, 1)
-        gaussian = torch.cat([zero, below, one], 1).diff(dim=1)  # the outer bins hold the tails, as the histogram's do
+        zeros, ones = torch.zeros(self.channels, 1), torch.ones(self.channels, 1)
+        gaussian = torch.cat([zeros, below, ones], 1).diff(
+            dim=1
+        )  # the outer bins hold the tails, as the histogram's do
         distance = (self.histogram / self.count - gaussian).abs().sum(1) / 2
         return distance.where(self.std() > 1e-6, 0.0)
 
     def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frequencies `(F,)` as share of Nyquist's, and power there, `(C, F)`; NaN where no latent was that large.
+        """Frequencies `(F,)` as share of Nyquist's, and their power `(C, F)`; NaN where all latents were too small.
 
-        White noise of variance v has power v at every frequency. The constant and the corners are left out.
+        White noise of variance v has power v at every frequency. The mean and the corners are left out.
         """
         return torch.arange(1, FREQUENCIES + 1) / FREQUENCIES, self.power / self.waves
 
     def dead(self) -> list[int]:
-        """Channels that carry nothing: constant, or below 0.05 of the median channel's standard deviation."""
+        """Channels without content: constant, or below 0.05 of the median channel's standard deviation."""
         std = self.std()
-        return ((std <= 1e-6) | (std < DEAD * std.quantile(0.5))).nonzero().flatten().tolist()
+        return ((std <= 1e-6) | (std < MIN_RELATIVE_STD * std.quantile(0.5))).nonzero().flatten().tolist()
 
     def warnings(self) -> list[str]:
-        """What would make diffusion harder, one sentence each, with the channel and the figure."""
+        """What would make diffusion harder: a sentence each, with the channel and the figure."""
         mean, std, distance, r = self.mean(), self.std(), self.distance(), self.correlation()
-        dead, said = self.dead(), []
+        dead, messages = self.dead(), []
         for c in range(self.channels):
             if c in dead:
-                said.append(
+                messages.append(
                     f"channel {c} is dead: its std is {std[c]:.2g}, the median channel's {std.quantile(0.5):.2g}"
                 )
                 continue
-            if abs(mean[c]) > MEAN:
-                said.append(f"channel {c} is off centre: its mean is {mean[c]:.2f}, beyond ±{MEAN}")
-            if not STD[0] <= std[c] <= STD[1]:
-                said.append(f"channel {c} is out of scale: its std is {std[c]:.2f}, outside [{STD[0]}, {STD[1]}]")
-            if distance[c] > FAR and self.count >= ENOUGH:
-                said.append(
-                    f"channel {c} is far from Gaussian: total variation distance {distance[c]:.2f}, above {FAR}"
+            if abs(mean[c]) > MAX_MEAN:
+                messages.append(f"channel {c} is off centre: its mean is {mean[c]:.2f}, beyond ±{MAX_MEAN}")
+            if not STD_RANGE[0] <= std[c] <= STD_RANGE[1]:
+                messages.append(
+                    f"channel {c} is out of scale: its std is {std[c]:.2f}, outside [{STD_RANGE[0]}, {STD_RANGE[1]}]"
+                )
+            if distance[c] > MAX_DISTANCE and self.count >= MIN_VALUES:
+                messages.append(
+                    f"channel {c} is far from Gaussian: total variation distance {distance[c]:.2f}, "
+                    f"above {MAX_DISTANCE}"
                 )
         alive = [c for c in range(self.channels) if c not in dead]
         pairs = sorted(
-            (-abs(float(r[a, b])), a, b) for a in alive for b in alive if a < b and abs(r[a, b]) > CORRELATED
+            (-abs(float(r[a, b])), a, b) for a in alive for b in alive if a < b and abs(r[a, b]) > MAX_CORRELATION
         )
-        said += [f"channels {a} and {b} are strongly correlated: r = {r[a, b]:.2f}" for _, a, b in pairs[:5]]
-        return said + ([f"{len(pairs) - 5} more pairs of channels are strongly correlated"] if len(pairs) > 5 else [])
+        messages += [f"channels {a} and {b} are strongly correlated: r = {r[a, b]:.2f}" for _, a, b in pairs[:5]]
+        return messages + (
+            [f"{len(pairs) - 5} more pairs of channels are strongly correlated"] if len(pairs) > 5 else []
+        )
 
     def facts(self) -> dict[str, Any]:
         """The report as a small JSON object; figures to four digits, a frequency without power as null."""
@@ -151,7 +158,7 @@ class Report:
 
     def plot(self, path: Path) -> None:
         """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
-        import matplotlib  # slow to import: only where something is drawn
+        import matplotlib  # slow to import, so only to plot
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -178,14 +185,14 @@ class Report:
             canvas.print_figure(tmp_path, format="png")
 
     def _covariance(self) -> torch.Tensor:
-        assert self.count > 0, "a report of no latents"
+        assert self.count > 0, "a report without latents"
         mean = self.mean()
         covariance = self.products / self.count - torch.outer(mean, mean)
         floor = covariance.diagonal().clamp_min(0)  # rounding can leave a constant channel below 0
         return covariance.diagonal_scatter(floor)
 
     def _plot_histograms(self, axis: Axes, colours: list[Any]) -> None:
-        edges, many = torch.linspace(-RANGE, RANGE, BINS + 1), self.channels > 10  # too many to name
+        edges, many = torch.linspace(-RANGE, RANGE, BINS + 1), self.channels > 10  # too many for the legend
         centres, density = (edges[1:] + edges[:-1]) / 2, self.histogram / self.count * (BINS / (2 * RANGE))
         for c, colour in enumerate(colours):
             axis.plot(centres, density[c], color=colour, lw=1.2, label=f"{'_' * many}channel {c}")

@@ -1,4 +1,4 @@
-"""An OpenCLIP text tower → transformers' `CLIPTextModel` and `CLIPTokenizer`, so that nothing after it is special."""
+"""An OpenCLIP text tower → transformers' `CLIPTextModel` and `CLIPTokenizer`, so that no other code treats it apart."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.utils.errors import UserError
 
-# What a tower's configuration may say, because CLIPTextModel can say it too or token states don't depend on it.
-SAME = {
+# Keys of a tower's configuration that CLIPTextModel has too, or that don't change the token states.
+SUPPORTED = {
     "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id", "pool_type", "proj_bias",
     "proj_type", "output_tokens", "act_kwargs", "norm_kwargs",
 }  # fmt: skip
-WHOLE = ("local-dir", "hf-hub")  # schemas under which OpenCLIP finds configuration and weights together
+MODEL_SCHEMAS = ("local-dir", "hf-hub")  # prefixes of names that hold both configuration and weights
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def load(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Encoder and tokenizer of `ARCH:WEIGHTS`, `local-dir:FOLDER` or `hf-hub:ID`, as OpenCLIP understands them.
+    """Encoder and tokenizer of `ARCH:WEIGHTS`, `local-dir:FOLDER` or `hf-hub:ID`, which are OpenCLIP's names.
 
-    WEIGHTS is a tag of OpenCLIP or a safetensors file. UserError where there is no such tower, where it is not CLIP's
-    causal transformer over CLIP's vocabulary, and where weights were trained with the other GELU.
+    WEIGHTS is one of OpenCLIP's tags or a safetensors file. UserError if there is no such tower, if it is not CLIP's
+    causal transformer over CLIP's vocabulary, and if the weights were trained with another GELU.
     """
     try:
         import open_clip
@@ -34,88 +34,108 @@ def load(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
             f"text.model: open_clip:{name} needs the package open_clip_torch; install the extra 'open-clip'"
         ) from None
     schema, _, rest = name.partition(":")
-    whole = schema in WHOLE
+    has_weights = schema in MODEL_SCHEMAS
     if schema == "local-dir" and not any(Path(rest).glob("*.safetensors")):
         raise UserError(f"text.model: {rest!r} holds no .safetensors; weights are read from nothing else here")
-    if not whole:
+    if not has_weights:
         _check_architecture(name, schema, open_clip)
     try:
-        config = open_clip.get_model_config(name if whole else schema)
+        config = open_clip.get_model_config(name if has_weights else schema)
         text = config["text_cfg"]
-    except Exception as error:  # OpenCLIP's own checks let out anything
+    except Exception as error:  # OpenCLIP's own checks raise all kinds
         raise _failed(name, error) from None
-    words = open_clip.SimpleTokenizer()
-    _check_tower(name, text, words.vocab_size, open_clip.CLIPTextCfg())
-    if not whole:
+    simple_tokenizer = open_clip.SimpleTokenizer()
+    _check_tower(name, text, simple_tokenizer.vocab_size, open_clip.CLIPTextCfg())
+    if not has_weights:
         _check_weights(schema, rest, bool(config.get("quick_gelu")), open_clip)
     try:
-        model = open_clip.create_model(*([name] if whole else [schema, rest]), require_pretrained=True)
+        model = open_clip.create_model(*([name] if has_weights else [schema, rest]), require_pretrained=True)
     except Exception as error:
         raise _failed(name, error) from None
-    tower = getattr(model, "text", model)  # CustomTextCLIP's, or CLIP, which holds the tower's parts itself
-    return convert(tower), tokenizer(words, tower.context_length)
+    tower = getattr(model, "text", model)  # CustomTextCLIP has a `text`; CLIP itself holds the tower's modules
+    return convert(tower), tokenizer(simple_tokenizer, tower.context_length)
 
 
 def convert(tower: Any) -> CLIPTextModel:
     """The same encoder as `CLIPTextModel`: its last hidden state is the tower's token states after `ln_final`."""
     blocks = tower.transformer.resblocks
     act = blocks[0].mlp.gelu
-    words, width = tower.token_embedding.weight.shape
+    hidden_act = "quick_gelu"
+    if isinstance(act, nn.GELU):
+        hidden_act = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[act.approximate]
+    vocab_size, width = tower.token_embedding.weight.shape
     config = CLIPTextConfig(
-        vocab_size=words, hidden_size=width, intermediate_size=blocks[0].mlp.c_fc.out_features,
-        num_hidden_layers=len(blocks), num_attention_heads=blocks[0].attn.num_heads,
-        max_position_embeddings=tower.context_length, layer_norm_eps=tower.ln_final.eps,
-        hidden_act={"none": "gelu", "tanh": "gelu_pytorch_tanh"}[act.approximate]
-        if isinstance(act, nn.GELU) else "quick_gelu",
-        pad_token_id=0, bos_token_id=words - 2, eos_token_id=words - 1,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        max_position_embeddings=tower.context_length,
+        layer_norm_eps=tower.ln_final.eps,
+        hidden_act=hidden_act,
+        pad_token_id=0,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+    )
     tensors = {
         "embeddings.token_embedding.weight": tower.token_embedding.weight,
         "embeddings.position_embedding.weight": tower.positional_embedding,
-        **_both("final_layer_norm", tower.ln_final),
+        **_weight_and_bias("final_layer_norm", tower.ln_final),
     }
     for i, block in enumerate(blocks):
         layer = f"encoder.layers.{i}"
         for kind, tensor in (("weight", block.attn.in_proj_weight), ("bias", block.attn.in_proj_bias)):
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                tensors[f"{layer}.self_attn.{part}_proj.{kind}"] = third
-        tensors |= _both(f"{layer}.self_attn.out_proj", block.attn.out_proj)
-        tensors |= _both(f"{layer}.layer_norm1", block.ln_1) | _both(f"{layer}.layer_norm2", block.ln_2)
-        tensors |= _both(f"{layer}.mlp.fc1", block.mlp.c_fc) | _both(f"{layer}.mlp.fc2", block.mlp.c_proj)
+            for letter, projection in zip("qkv", tensor.chunk(3), strict=True):
+                tensors[f"{layer}.self_attn.{letter}_proj.{kind}"] = projection
+        tensors |= _weight_and_bias(f"{layer}.self_attn.out_proj", block.attn.out_proj)
+        tensors |= _weight_and_bias(f"{layer}.layer_norm1", block.ln_1) | _weight_and_bias(
+            f"{layer}.layer_norm2", block.ln_2
+        )
+        tensors |= _weight_and_bias(f"{layer}.mlp.fc1", block.mlp.c_fc) | _weight_and_bias(
+            f"{layer}.mlp.fc2", block.mlp.c_proj
+        )
     model = CLIPTextModel(config)
     model.load_state_dict(tensors)
     return model
 
 
-def tokenizer(words: Any, length: int) -> CLIPTokenizer:
+def tokenizer(simple_tokenizer: Any, length: int) -> CLIPTokenizer:
     """OpenCLIP's `SimpleTokenizer` as a CLIPTokenizer that pads with id 0, without its repairs of broken Unicode."""
-    vocabulary = {words.decoder[i]: i for i in range(words.vocab_size - 2)}
-    vocabulary |= {BOS: words.sot_token_id, EOS: words.eot_token_id}
+    vocabulary = {simple_tokenizer.decoder[i]: i for i in range(simple_tokenizer.vocab_size - 2)}
+    vocabulary |= {BOS: simple_tokenizer.sot_token_id, EOS: simple_tokenizer.eot_token_id}
     return CLIPTokenizer(
-        vocab=vocabulary, merges=list(words.bpe_ranks), model_max_length=length, pad_token=words.decoder[0],
-        split_special_tokens=True,  # id 0 is "!": otherwise every one in a caption would be padding
-    )  # fmt: skip
+        vocab=vocabulary,
+        merges=list(simple_tokenizer.bpe_ranks),
+        model_max_length=length,
+        pad_token=simple_tokenizer.decoder[0],
+        split_special_tokens=True,  # id 0 is "!": otherwise each "!" in a caption would be padding
+    )
 
 
-def _both(name: str, layer: Any) -> dict[str, torch.Tensor]:
+def _weight_and_bias(name: str, layer: Any) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
 
 
 def _check_architecture(name: str, architecture: str, open_clip: Any) -> None:
-    known = open_clip.list_models()
-    if architecture not in known:
-        close = difflib.get_close_matches(architecture, known, n=1)
+    architectures = open_clip.list_models()
+    if architecture not in architectures:
+        close = difflib.get_close_matches(architecture, architectures, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "open_clip.list_models() lists them"
         raise UserError(f"text.model: open_clip:{name}: OpenCLIP has no architecture {architecture!r}; {hint}")
 
 
-def _check_tower(name: str, text: dict[str, Any], words: int, plain: Any) -> None:
-    odd = [f"{key}: {value}" for key, value in text.items() if key not in SAME and value != getattr(plain, key, None)]
-    if text.get("vocab_size", words) != words:
-        odd.append(f"vocab_size: {text['vocab_size']}")
-    if odd:
+def _check_tower(name: str, text: dict[str, Any], vocab_size: int, defaults: Any) -> None:
+    differences = [
+        f"{key}: {value}"
+        for key, value in text.items()
+        if key not in SUPPORTED and value != getattr(defaults, key, None)
+    ]
+    if text.get("vocab_size", vocab_size) != vocab_size:
+        differences.append(f"vocab_size: {text['vocab_size']}")
+    if differences:
         raise UserError(
-            f"text.model: the text tower of {name} is not CLIP's ({', '.join(odd)}); take one that is, as of ViT-H-14"
+            f"text.model: the text tower of {name} is not CLIP's ({', '.join(differences)}); take one that is, as of "
+            "ViT-H-14"
         )
 
 
@@ -130,7 +150,7 @@ def _check_weights(architecture: str, weights: str, quick_gelu: bool, open_clip:
             f"text.model: {weights!r} is neither a file nor a tag of {architecture}; give a .safetensors"
             + (f" or one of {', '.join(tags)}" if tags else "")
         )
-    elif bool(tag.get("quick_gelu")) != quick_gelu:  # OpenCLIP would only warn, and give other states
+    elif bool(tag.get("quick_gelu")) != quick_gelu:  # OpenCLIP would only warn, and compute other states
         other = architecture.removesuffix("-quickgelu") if quick_gelu else f"{architecture}-quickgelu"
         raise UserError(
             f"text.model: {weights} of {architecture} was trained with{'out' * quick_gelu} QuickGELU; "
@@ -139,5 +159,5 @@ def _check_weights(architecture: str, weights: str, quick_gelu: bool, open_clip:
 
 
 def _failed(name: str, error: Exception) -> UserError:
-    said = " ".join(str(error).split())[:200]
-    return UserError(f"text.model: OpenCLIP can't load {name!r}: {type(error).__name__}: {said}")
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"text.model: OpenCLIP can't load {name!r}: {type(error).__name__}: {reason}")

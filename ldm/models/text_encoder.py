@@ -1,8 +1,7 @@
 """Prompts → token embeddings for cross-attention, through transformers.
 
-One key covers BERT-like encoders (MiniLM), CLIP, OpenCLIP and T5. Embeddings are the last layer's token states,
-padded to one length, exactly as diffusers' `StableDiffusionPipeline` computes them, so an exported model sees the same
-numbers.
+BERT-like encoders (MiniLM), CLIP, OpenCLIP and T5. Embeddings are the last layer's token states, padded to one length,
+exactly as diffusers' `StableDiffusionPipeline` computes them, so that an exported model gets the same numbers.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ NULL_PROMPT = ""  # its embedding is the unconditional one
 
 
 class TextEncoder:
-    """A text encoder, frozen until `trainable`: `width` channels for each of `length` tokens, those of all pieces.
+    """A text encoder, frozen until `trainable` is called: captions to `length` token states of `width` channels.
 
-    A caption has `chunks` pieces, by default as many as the model's configuration remembers, else 1. Each begins, ends
-    and is padded as a caption of its own.
+    A caption is split into `chunks` pieces; by default as many as the model's configuration records, else 1. Each piece
+    has its own first and last token and its own padding. `length` counts the tokens of all pieces.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, chunks: int | None = None):
-        remembered = getattr(model.config, "chunks", 1)
-        self.chunks: int = chunks or remembered
-        if self.chunks != remembered:
+        recorded = getattr(model.config, "chunks", 1)
+        self.chunks: int = chunks or recorded
+        if self.chunks != recorded:
             model.config.chunks = self.chunks
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -53,7 +52,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 64) -> torch.Tensor:
-        """`(N, length, width)` float32. What does not fit into `length` tokens is cut."""
+        """`(N, length, width)` float32. Text beyond `length` tokens is cut off."""
         parts = (prompts[i : i + batch] for i in range(0, len(prompts), batch))
         return torch.cat([self.states(*self.tokens(part)) for part in parts])
 
@@ -61,27 +60,27 @@ class TextEncoder:
         """Ids and their mask (0 at padding), `(N, chunks, piece)` int64 each. Unused pieces are empty captions."""
         options = {"padding": "max_length", "max_length": self.piece, "truncation": True, "return_tensors": "pt"}
         if self.chunks == 1:
-            found = self.tokenizer(list(prompts), **options)
-            ids, mask = found.input_ids[:, None], found.attention_mask[:, None]
+            tokens = self.tokenizer(list(prompts), **options)
+            ids, mask = tokens.input_ids[:, None], tokens.attention_mask[:, None]
         else:
-            found = self.tokenizer([*prompts, NULL_PROMPT], return_overflowing_tokens=True, **options)
-            of = found.overflow_to_sample_mapping  # (P,), the caption of each piece, ascending
-            number = torch.arange(len(of)) - torch.searchsorted(of, of)  # (P,), among the caption's pieces
-            kept = (of < len(prompts)) & (number < self.chunks)
+            tokens = self.tokenizer([*prompts, NULL_PROMPT], return_overflowing_tokens=True, **options)
+            caption = tokens.overflow_to_sample_mapping  # (P,), the caption of each piece, ascending
+            piece = torch.arange(len(caption)) - torch.searchsorted(caption, caption)  # (P,), its index in the caption
+            kept = (caption < len(prompts)) & (piece < self.chunks)
             ids, mask = (
-                tensor[-1].repeat(len(prompts), self.chunks, 1).index_put((of[kept], number[kept]), tensor[kept])
-                for tensor in (found.input_ids, found.attention_mask)
+                tensor[-1].repeat(len(prompts), self.chunks, 1).index_put((caption[kept], piece[kept]), tensor[kept])
+                for tensor in (tokens.input_ids, tokens.attention_mask)
             )
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`(N, length, width)` float32 of what `tokens` gives, with gradients where they are on."""
-        seen = mask.flatten(0, 1) if getattr(self.model.config, "use_attention_mask", False) else None
-        states = self.model(ids.flatten(0, 1), attention_mask=seen)[0].float()
+        """`(N, length, width)` float32 from the result of `tokens`, with gradients if they are enabled."""
+        attention_mask = mask.flatten(0, 1) if getattr(self.model.config, "use_attention_mask", False) else None
+        states = self.model(ids.flatten(0, 1), attention_mask=attention_mask)[0].float()
         return states.unflatten(0, ids.shape[:2]).flatten(1, 2)
 
     def trainable(self) -> list[nn.Parameter]:
-        """Turns on gradients of the parameters that the states depend on, and returns these. Dropout stays off."""
+        """Enables gradients for the parameters that the states depend on, and returns them. Dropout stays off."""
         self.model.requires_grad_(True)
         with torch.enable_grad():
             self.states(*self.tokens([NULL_PROMPT])).sum().backward()
@@ -91,14 +90,14 @@ class TextEncoder:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, uncut, with those that begin and end its pieces; what exceeds `length` is lost."""
+        """Tokens of each prompt before truncation, with the special tokens of its pieces; `encode` uses `length`."""
         added = self.tokenizer.num_special_tokens_to_add()
         counts = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
         pieces = [min(self.chunks, max(1, math.ceil((count - added) / (self.piece - added)))) for count in counts]
-        return [count + added * (several - 1) for count, several in zip(counts, pieces, strict=True)]
+        return [count + added * (number - 1) for count, number in zip(counts, pieces, strict=True)]
 
     def unread(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `length` tokens; empty where all of it is read."""
+        """The end of a prompt that does not fit into `length` tokens; empty if all of it fits."""
         room = self.chunks * (self.piece - self.tokenizer.num_special_tokens_to_add())
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return str(self.tokenizer.decode(ids[room:])).strip()
@@ -108,24 +107,24 @@ class TextEncoder:
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of weights, length and chunks: what caches of embeddings are bound to."""
+        """SHA-256 of weights, length and chunks, on which cached embeddings depend."""
         return tensors_sha256(self.model.state_dict(), self.piece, *([self.chunks] if self.chunks > 1 else []))
 
 
 def of(config: TextConfig) -> TextEncoder:
-    """The encoder that a configuration asks for, frozen."""
+    """The encoder of a configuration, frozen."""
     return load(config.model, config.max_tokens, config.width, skip_layers=config.skip_layers, chunks=config.chunks)
 
 
 def load(
     name: str, max_tokens: int | None = None, width: int | None = None, *, skip_layers: int = 0, chunks: int = 1
 ) -> TextEncoder:
-    """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that carries it.
+    """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that contains it.
 
-    Of a whole diffusers pipeline, these are its parts. `open_clip:` before a name gives a text tower of
-    OpenCLIP. The model has `skip_layers` fewer layers than what is loaded; its last norm stays. UserError where there
-    is neither, where `width` is given and is not the encoder's, where all-MiniLM-L6-v2 is not the published file, and
-    where a key asks for what the encoder has not.
+    From a diffusers pipeline it takes the pipeline's own. `open_clip:` before a name loads a text tower of OpenCLIP.
+    The last `skip_layers` layers are removed; the final norm stays. UserError if nothing can be loaded, if the
+    encoder's width is not `width`, if the file of all-MiniLM-L6-v2 is not the published one, and for options that the
+    encoder can't satisfy.
     """
     if name.startswith(OPEN_CLIP):
         model, tokenizer = open_clip.load(name.removeprefix(OPEN_CLIP))
@@ -134,51 +133,51 @@ def load(
     if width and width != model.config.hidden_size:
         raise UserError(f"text.width: {width}, but {name} has {model.config.hidden_size}; set it to that")
     if skip_layers:
-        _skip(model, skip_layers, name)
+        _remove_layers(model, skip_layers, name)
     positions = getattr(model.config, "max_position_embeddings", 512)
-    own = min(tokenizer.model_max_length, positions)  # a tokenizer that says nothing says 10**30
+    default = min(tokenizer.model_max_length, positions)  # 10**30 for a tokenizer without a maximum
     if max_tokens and max_tokens > positions:
         raise UserError(f"text.max_tokens: {max_tokens} is more than the {positions} positions of {name}")
     if chunks > 1 and not tokenizer.is_fast:
         raise UserError(f"text.chunks: {chunks}, but {name} has a slow tokenizer, which can't divide captions; set 1")
-    tokenizer.model_max_length = max_tokens or own
-    if not isinstance(model, CLIPTextModel):  # CLIP was trained with its padding visible
+    tokenizer.model_max_length = max_tokens or default
+    if not isinstance(model, CLIPTextModel):  # CLIP was trained without a mask for padding
         model.config.use_attention_mask = True
     return TextEncoder(model, tokenizer, chunks)
 
 
 def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
     folder = _folder(name)
-    words = folder
-    if parts := _parts(folder):
-        if parts.get("text_encoder_2", [None])[0] or not parts.get("text_encoder", [None])[0]:
+    tokenizer_folder = folder
+    if components := _pipeline_components(folder):
+        if components.get("text_encoder_2", [None])[0] or not components.get("text_encoder", [None])[0]:
             raise UserError(f"text.model: the pipeline {name} has no text encoder, or several; give one that has one")
-        folder, words = folder / "text_encoder", folder / "tokenizer"
+        folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(words)
-        kind = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()  # CLIP's picture half, which is not loaded, would be listed
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        classes = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would list all weights of CLIP's image tower as unused
         try:
-            model = kind.get(config.model_type, AutoModel).from_pretrained(
+            model = classes.get(config.model_type, AutoModel).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32
             )
         finally:
-            logging.set_verbosity(before)
+            logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"text.model: can't load a text encoder from {name!r}: {str(error).splitlines()[0]}") from None
     return model, tokenizer
 
 
-def _parts(folder: Path) -> dict[str, Any]:
-    """The parts of a diffusers pipeline's folder, by name; empty where it is none."""
+def _pipeline_components(folder: Path) -> dict[str, Any]:
+    """The components of a diffusers pipeline's folder, by name; empty for another folder."""
     index = folder / "model_index.json"
     return dict(json.loads(index.read_text("utf-8"))) if index.exists() else {}
 
 
-def _skip(model: PreTrainedModel, count: int, name: str) -> None:
-    """Drops a model's last `count` layers, and from its configuration too, so that it is saved without them."""
+def _remove_layers(model: PreTrainedModel, count: int, name: str) -> None:
+    """Removes a model's last `count` layers, also from its configuration, so that it is saved without them."""
     total = model.config.num_hidden_layers
     if count >= total:
         raise UserError(f"text.skip_layers: {count} of the {total} layers of {name} leave none; at most {total - 1}")
@@ -188,7 +187,7 @@ def _skip(model: PreTrainedModel, count: int, name: str) -> None:
 
 
 def _folder(name: str) -> Path:
-    """The local folder of a model's files; downloads them where it must."""
+    """The local folder of a model's files; downloads them if necessary."""
     folder = Path(name)
     if folder.is_file():
         raise UserError(
@@ -202,8 +201,12 @@ def _folder(name: str) -> Path:
         else:
             try:
                 files = ["*.json", "*.txt", "*.model", "*.safetensors"]
-                if _parts(Path(snapshot_download(name, allow_patterns="model_index.json"))):  # not all of a pipeline
-                    files = [f"{part}/{kind}" for part in ("text_encoder", "tokenizer") for kind in files]
+                if _pipeline_components(
+                    Path(snapshot_download(name, allow_patterns="model_index.json"))
+                ):  # not the whole pipeline
+                    files = [
+                        f"{component}/{pattern}" for component in ("text_encoder", "tokenizer") for pattern in files
+                    ]
                 folder = Path(snapshot_download(name, allow_patterns=files))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
                 raise UserError(
@@ -212,9 +215,9 @@ def _folder(name: str) -> Path:
                 ) from None
     if MINILM.endswith("/" + Path(name).name):
         with (folder / "model.safetensors").open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != MINILM_SHA256:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != MINILM_SHA256:
             raise UserError(
-                f"text.model: {folder}/model.safetensors has SHA-256 {found}, not {MINILM_SHA256}; fetch it anew"
+                f"text.model: {folder}/model.safetensors has SHA-256 {sha256}, not {MINILM_SHA256}; fetch it anew"
             )
     return folder

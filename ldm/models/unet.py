@@ -1,52 +1,43 @@
-"""Configuration → diffusers' UNet2DConditionModel."""
+"""diffusers' U-Nets, built from a configuration or loaded, and the changes that tasks make to them."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    XFormersAttnProcessor,
-)
 from torch import nn
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES
+from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES, PREDICTION_TYPE_OF
 from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
 from ldm.models.convert.autoencoder import PICKLES
 from ldm.utils.errors import UserError
 
-UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel where no text is read
-GUIDANCE = 256  # sinusoids by which a distilled U-Net is told its scale of guidance, as in arXiv 2310.04378
-SIZES = 6  # numbers that tell size and crop, each as a sinusoidal embedding of 256 channels, as in SDXL
+UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel without text
+GUIDANCE_DIM = 256  # channels of the guidance scale's embedding in a distilled U-Net, as in arXiv 2310.04378
+NUM_SIZES, SIZE_DIM = 6, 256  # size and crop are 6 numbers, each with a sinusoidal embedding, as in SDXL
 
 
 def inputs(stage: Stage2Config, channels: int) -> int:
     """Channels of the U-Net's input for latents of `channels`."""
-    if "inpaint" in stage.conditions:  # beside x_t: the mask, and the latents of the picture with the hole
+    if "inpaint" in stage.conditions:  # x_t, the mask, and the latents of the masked image
         return 2 * channels + 1
     return channels + 3 if "upscale" in stage.conditions else channels
 
 
 def outputs(stage: Stage2Config, channels: int) -> int:
-    """Channels of its output: twice the latents' where it tells the variance too."""
+    """Channels of the U-Net's output: twice the latents' if it predicts the variance too."""
     return 2 * channels if stage.variance == "learned" else channels
 
 
 def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
-    """A U-Net with random weights that denoises `(N, channels, side, side)`; UserError where its levels don't fit.
+    """A U-Net with random weights for latents `(N, channels, side, side)`; UserError if its levels don't divide them.
 
-    One more class than `classes` stands for none of them. Without text it is a UNet2DModel, with self-attention only.
+    It has one more class than `classes`, for no class. Without text it is a UNet2DModel, with self-attention alone.
     """
     halvings = len(stage.channels) - 1
     if side % 2**halvings:
@@ -54,32 +45,38 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
             f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is "
             f"{side}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
         )
-    shape: dict[str, Any] = {
-        "sample_size": side, "in_channels": inputs(stage, channels), "out_channels": outputs(stage, channels),
-        "block_out_channels": stage.channels, "layers_per_block": stage.layers,
+    config: dict[str, Any] = {
+        "sample_size": side,
+        "in_channels": inputs(stage, channels),
+        "out_channels": outputs(stage, channels),
+        "block_out_channels": stage.channels,
+        "layers_per_block": stage.layers,
         "resnet_time_scale_shift": "scale_shift" if stage.scale_shift else "default",
-        "norm_num_groups": stage.norm_num_groups, "num_class_embeds": classes + 1 if stage.classes else None,
-    }  # fmt: skip
+        "norm_num_groups": stage.norm_num_groups,
+        "num_class_embeds": classes + 1 if stage.classes else None,
+    }
     if not stage.text:
         down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
         return UNet2DModel(
-            **shape, down_block_types=tuple(down),
+            **config,
+            down_block_types=tuple(down),
             up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-            attention_head_dim=stage.attention_head_dim, add_attention=stage.mid_attention,
-        )  # fmt: skip
+            attention_head_dim=stage.attention_head_dim,
+            add_attention=stage.mid_attention,
+        )
     if "upscale" in stage.conditions:
-        shape["num_class_embeds"] = NUM_NOISE_LEVELS
+        config["num_class_embeds"] = NUM_NOISE_LEVELS
     if stage.sizes:
-        width = SIZES * 256 + (text_width if stage.pooled_text else 0)
-        shape |= {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": width,
-        }  # fmt: skip
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_DIM,
+            "projection_class_embeddings_input_dim": NUM_SIZES * SIZE_DIM + (text_width if stage.pooled_text else 0),
+        }
     elif stage.pooled_text:
-        shape |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8}
+        config |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8}
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in stage.attention]
     return UNet2DConditionModel(
-        **shape,
+        **config,
         down_block_types=tuple(down),
         mid_block_type="UNetMidBlock2DCrossAttn" if stage.mid_attention else "UNetMidBlock2D",
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
@@ -90,30 +87,14 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
 
 
 def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
-    """The U-Net of `stage2.init_from`, of the architecture that it has there, with the inputs that it lacks added.
+    """The U-Net of `stage2.init_from`, in its own architecture, with the inputs added that it lacks.
 
-    UserError where it does not fit latents, text, classes (0: not known yet) or target.
+    UserError if it does not fit the latents, text, classes (0: not known yet) or prediction type.
     """
-    name, target = str(stage.init_from), stage.prediction_type
+    name = str(stage.init_from)
     kind = UNet2DConditionModel if stage.text else UNet2DModel
-    path = Path(name)
-    if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()):
-        try:
-            unet, predicts = single_file_unet.read(path, stage.attention_head_dim, stage.norm_num_groups)
-        except UserError as error:
-            raise UserError(f"stage2.init_from: {error}") from None
-    else:
-        unet, predicts = _from_diffusers(name, kind), None
-    if type(unet) is not kind:
-        raise UserError(f"stage2.init_from: {name} has a {type(unet).__name__}; stage2.conditions need {kind.__name__}")
-    if not predicts and (scheduler := scheduler_of(name)):
-        predicts = scheduler.config.prediction_type
-    if predicts not in (None, DIFFUSERS_PREDICTION_TYPES[target]):
-        own = next((ours for ours, theirs in DIFFUSERS_PREDICTION_TYPES.items() if theirs == predicts), "another")
-        raise UserError(
-            f"stage2.prediction_type: {target!r}, but {name} was trained to predict {own!r}; "
-            f"set stage2.prediction_type={own}"
-        )
+    unet, predicts = _from_file_or_diffusers(name, kind, stage)
+    _check_prediction_type(stage.prediction_type, name, predicts)
     halvings = len(unet.config.block_out_channels) - 1
     if side % 2**halvings:
         raise UserError(
@@ -125,30 +106,61 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
         for layer in unet.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
-    unet.register_to_config(sample_size=side)  # convolutions take any; this is what sampling starts from
+    unet.register_to_config(sample_size=side)  # convolutions take any size; this is the default of sampling
     labels = classes + 1 if stage.classes else NUM_NOISE_LEVELS if "upscale" in stage.conditions else None
     if stage.classes and not classes:
         labels = unet.config.num_class_embeds
-    wanted = {
-        "in_channels": inputs(stage, channels), "out_channels": outputs(stage, channels), "num_class_embeds": labels,
-    }  # fmt: skip
-    if unet.config.in_channels == channels:  # other inputs are another task's
-        widen(unet, wanted)
-    for key, what in (
+    required = {
+        "in_channels": inputs(stage, channels),
+        "out_channels": outputs(stage, channels),
+        "num_class_embeds": labels,
+    }
+    if unet.config.in_channels == channels:  # with other inputs it was trained for another task
+        widen(unet, required)
+    for key, source in (
         ("in_channels", "the latents' and the conditions'"),
         ("out_channels", "the autoencoder's latent channels"),
         ("num_class_embeds", "the classes of data.source, one more,"),
     ):
-        has, needed = unet.config.get(key), wanted[key]
-        if has != needed:
-            raise UserError(f"stage2.init_from: {name} has {key} {has}, but {what} are {needed}; use its own")
+        actual = unet.config.get(key)
+        if actual != required[key]:
+            raise UserError(
+                f"stage2.init_from: {name} has {key} {actual}, but {source} are {required[key]}; use its own"
+            )
     if stage.text:
         _check_text(unet, stage, name, text_width)
     return unet
 
 
+def _from_file_or_diffusers(name: str, kind: type[UNet], stage: Stage2Config) -> tuple[UNet, str | None]:
+    """A U-Net of class `kind`, and diffusers' name of what it predicts, None if nothing says so."""
+    path, predicts = Path(name), None
+    if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()):
+        try:
+            unet, predicts = single_file_unet.read(path, stage.attention_head_dim, stage.norm_num_groups)
+        except UserError as error:
+            raise UserError(f"stage2.init_from: {error}") from None
+    else:
+        unet = _from_diffusers(name, kind)
+    if type(unet) is not kind:
+        raise UserError(f"stage2.init_from: {name} has a {type(unet).__name__}; stage2.conditions need {kind.__name__}")
+    if not predicts and (scheduler := scheduler_of(name)):
+        predicts = scheduler.config.prediction_type
+    return unet, predicts
+
+
+def _check_prediction_type(prediction_type: str, name: str, predicts: str | None) -> None:
+    """UserError if the loaded U-Net predicts something else, by diffusers' name `predicts`."""
+    if predicts not in (None, DIFFUSERS_PREDICTION_TYPES[prediction_type]):
+        trained = PREDICTION_TYPE_OF.get(str(predicts), "another")
+        raise UserError(
+            f"stage2.prediction_type: {prediction_type!r}, but {name} was trained to predict {trained!r}; "
+            f"set stage2.prediction_type={trained}"
+        )
+
+
 def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
-    """The U-Net of a pipeline's folder, of a folder of a U-Net alone, or of either on the Hub."""
+    """The U-Net in a pipeline's folder, in its own folder, or in either on the Hub."""
     key, folder = "stage2.init_from", Path(name)
     subfolder = None if folder.is_dir() and not (folder / "unet").is_dir() else "unet"
     try:
@@ -157,16 +169,17 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
         except OSError:
             if folder.is_dir():
                 raise
-            config, subfolder = kind.load_config(name), None  # the id of a U-Net alone on the Hub
+            config, subfolder = kind.load_config(name), None  # a Hub id of a U-Net alone
         if config.get("_class_name", kind.__name__) != kind.__name__:
             raise UserError(f"{key}: {name} has a {config['_class_name']}; stage2.conditions need {kind.__name__}")
-        unet, found = kind.from_pretrained(
+        unet, loading_info = kind.from_pretrained(
             name, subfolder=subfolder, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(said if said.startswith(key) else f"{key}: can't load a U-Net from {name!r}: {said}") from None
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"]]:
+        reason = str(error).splitlines()[0]
+        message = reason if reason.startswith(key) else f"{key}: can't load a U-Net from {name!r}: {reason}"
+        raise UserError(message) from None
+    if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:
         raise UserError(
             f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"
         )
@@ -174,177 +187,84 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
 
 
 def scheduler_of(name: str) -> DDIMScheduler | None:
-    """The noise levels and the prediction type of the pipeline that a U-Net is from; None where it is alone."""
+    """The scheduler of the pipeline that a U-Net belongs to: noise levels, prediction type. None for a U-Net alone."""
     folder = Path(name).parent if Path(name).is_file() else Path(name)
     if folder.is_dir():
         name = str(folder.parent if folder.name == "unet" else folder)
     try:
         return DDIMScheduler.from_config(DDIMScheduler.load_config(name, subfolder="scheduler"))
-    except (OSError, ValueError, NotImplementedError):  # the last of a schedule that DDIM doesn't have
+    except (OSError, ValueError, NotImplementedError):  # NotImplementedError for a schedule that DDIM doesn't have
         return None
 
 
 def _check_text(unet: UNet, stage: Stage2Config, name: str, width: int) -> None:
-    """UserError where a U-Net is to be told other things in words, sizes or embeddings than it was trained with."""
-    config, has = unet.config, unet.config.cross_attention_dim
+    """UserError if a U-Net was trained with other text embeddings or sizes than `stage` has."""
+    config, cross_attention_dim = unet.config, unet.config.cross_attention_dim
     kind, sizes = config.addition_embed_type, config.addition_embed_type == "text_time"
-    pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim if sizes else 0
-    if kind not in (None, "text", "text_time") or config.class_embed_type or pooled not in (0, has):
+    pooled = config.projection_class_embeddings_input_dim - NUM_SIZES * config.addition_time_embed_dim if sizes else 0
+    if kind not in (None, "text", "text_time") or config.class_embed_type or pooled not in (0, cross_attention_dim):
         raise UserError(
             f"stage2.init_from: {name} reads more than one text encoder's token states and sizes (SDXL has two "
             "encoders, and their pooled states); such a U-Net is not trained here"
         )
-    if has != width:
+    if cross_attention_dim != width:
         raise UserError(
-            f"text.model: has {width} channels, but {name} was trained with cross_attention_dim {has}; set text.model "
-            "to the encoder that it was trained with"
+            f"text.model: has {width} channels, but {name} was trained with cross_attention_dim {cross_attention_dim}; "
+            "set text.model to the encoder that it was trained with"
         )
     if sizes != stage.sizes:
         raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
 
 
 def build_empty(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
-    """The same as `build` without memory for weights: for its shapes."""
+    """The same as `build` on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
         return build(stage, channels, side, text_width, classes)
 
 
 @torch.no_grad()
-def widen(unet: UNet, wanted: Mapping[str, Any]) -> None:
-    """Gives a U-Net the input channels, the output for a variance and the class embedding that `wanted` has and it
-    lacks, with weights that are 0: it answers as before."""
+def widen(unet: UNet, required: Mapping[str, Any]) -> None:
+    """Adds the input channels, the output for a variance and the class embedding that `required` has and a U-Net lacks.
+
+    The new weights are 0, so its predictions don't change. `required` has diffusers' keys `in_channels`,
+    `out_channels`, `num_class_embeds`.
+    """
 
     def wider(old: nn.Conv2d, key: str, inputs: int, outputs: int) -> nn.Conv2d:
         new = nn.Conv2d(inputs, outputs, 3, padding=1).to(old.weight)
-        for name, theirs in old.named_parameters():
+        for name, old_parameter in old.named_parameters():
             parameter = new.get_parameter(name).zero_()
-            parameter[tuple(slice(n) for n in theirs.shape)] = theirs
-        unet.register_to_config(**{key: wanted[key]})
+            parameter[tuple(slice(n) for n in old_parameter.shape)] = old_parameter
+        unet.register_to_config(**{key: required[key]})
         return new
 
     first, last = unet.conv_in, unet.conv_out
-    if wanted["in_channels"] > first.in_channels:
-        unet.conv_in = wider(first, "in_channels", wanted["in_channels"], first.out_channels)
-    if wanted["out_channels"] == 2 * last.out_channels:
-        unet.conv_out = wider(last, "out_channels", last.in_channels, wanted["out_channels"])
-    if wanted["num_class_embeds"] and unet.class_embedding is None:
-        unet.class_embedding = nn.Embedding(wanted["num_class_embeds"], unet.time_embedding.linear_2.out_features)
+    if required["in_channels"] > first.in_channels:
+        unet.conv_in = wider(first, "in_channels", required["in_channels"], first.out_channels)
+    if required["out_channels"] == 2 * last.out_channels:
+        unet.conv_out = wider(last, "out_channels", last.in_channels, required["out_channels"])
+    if required["num_class_embeds"] and unet.class_embedding is None:
+        unet.class_embedding = nn.Embedding(required["num_class_embeds"], unet.time_embedding.linear_2.out_features)
         unet.class_embedding.to(first.weight).weight.zero_()
-        unet.register_to_config(num_class_embeds=wanted["num_class_embeds"])
+        unet.register_to_config(num_class_embeds=required["num_class_embeds"])
 
 
 @torch.no_grad()
 def make_guidance_conditioned(unet: UNet) -> None:
-    """Gives a UNet2DConditionModel the input for a scale of guidance, with weights that are 0: it answers as before."""
+    """Adds an input for the guidance scale to a UNet2DConditionModel; weights of 0 leave its predictions unchanged."""
     if unet.config.time_cond_proj_dim is None:
         first = unet.time_embedding.linear_1
-        unet.time_embedding.cond_proj = nn.Linear(GUIDANCE, first.in_features, bias=False).to(first.weight)
+        unet.time_embedding.cond_proj = nn.Linear(GUIDANCE_DIM, first.in_features, bias=False).to(first.weight)
         unet.time_embedding.cond_proj.weight.zero_()
-        unet.register_to_config(time_cond_proj_dim=GUIDANCE)
+        unet.register_to_config(time_cond_proj_dim=GUIDANCE_DIM)
 
 
 @torch.no_grad()
 def without_variance(unet: UNet, channels: int) -> None:
-    """Leaves out what a U-Net tells of the reverse step's variance, beyond the first `channels` of its output."""
+    """Removes a U-Net's prediction of the variance: the channels of its output beyond the first `channels`."""
     last = unet.conv_out
     if last.out_channels > channels:
         unet.conv_out = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding).to(last.weight)
         for new, old in zip(unet.conv_out.parameters(), last.parameters(), strict=True):
             new.copy_(old[:channels])
         unet.register_to_config(out_channels=channels)
-
-
-def check_backend(backend: str, gpu: bool) -> None:
-    """UserError where an attention backend can't work here."""
-    if backend == "xformers" and not (gpu and importlib.util.find_spec("xformers")):
-        raise UserError("stage2.attention_backend: xformers needs a GPU and pip install 'ldm[xformers]'; use auto")
-
-
-class HalfPrecisionXFormers(XFormersAttnProcessor):
-    """xformers' attention under autocast and in half-precision networks, and torch's own in float32.
-
-    Most of xformers' kernels take half precision alone; those for float32 are of GPUs up to compute capability 9.0.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_float32 = AttnProcessor2_0()
-
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-        half = hidden_states.dtype != torch.float32 or torch.is_autocast_enabled(hidden_states.device.type)
-        compute = super().__call__ if half else self.in_float32
-        return compute(attn, hidden_states, *given, **options)  # type: ignore[no-any-return]
-
-
-def use_attention(unet: UNet, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Chooses how attention is computed; `dtype` is what training computes in.
-
-    xformers' kernels are used in half precision alone, and are first held against torch's own attention: UserError
-    where they give something else.
-    """
-    check_backend(backend, device.type == "cuda")
-    eager = backend == "eager" or (backend == "auto" and device.type == "cpu")
-    processor: type[Any] = AttnProcessor if eager else AttnProcessor2_0
-    if backend == "xformers":
-        if dtype == torch.float32:
-            _say_float32()
-        else:
-            processor = HalfPrecisionXFormers
-    for layer in unet.modules():
-        if isinstance(layer, Attention):
-            layer.set_processor(processor())
-            layer.upcast_softmax = eager  # float32, as in sdpa; on a CPU bf16's takes six times as long
-    if processor is HalfPrecisionXFormers:
-        check_kernels(unet, device, dtype)
-
-
-@cache
-def _say_float32() -> None:
-    """A line, once, where xformers is asked for and has nothing to do."""
-    if not (dist.is_initialized() and dist.get_rank()):
-        print(
-            "stage2.attention_backend: xformers computes in half precision, and this run in float32, so that sdpa is "
-            "used; run.precision=bf16 or fp16 would use it",
-            flush=True,
-        )  # fmt: skip
-
-
-def check_kernels(unet: UNet, device: torch.device, dtype: torch.dtype) -> None:
-    """UserError where the U-Net's first attention layer gives something else than torch's own attention.
-
-    Compared are output and gradient, under autocast to `dtype` as in training, on a small example.
-    """
-    layer = next((m for m in unet.modules() if isinstance(m, Attention)), None)
-    if layer is None:
-        return
-    used, residual, g = layer.processor, layer.residual_connection, torch.Generator().manual_seed(0)
-    states = torch.randn(2, 64, layer.to_q.in_features, generator=g).to(device, layer.to_q.weight.dtype)
-    other = torch.randn(2, 64, layer.to_k.in_features, generator=g).to(states)
-    given = {} if layer.to_k.in_features == layer.to_q.in_features else {"encoder_hidden_states": other}
-
-    def computed() -> tuple[torch.Tensor, torch.Tensor]:
-        x = states.clone().requires_grad_()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = layer(x, **given).float()
-        (gradient,) = torch.autograd.grad(output.square().sum(), x)
-        return output.detach().cpu(), gradient.float().cpu()
-
-    layer.residual_connection = False  # beside the input, attention's own share would be small
-    try:
-        found = computed()
-    except RuntimeError as error:  # no kernel for this GPU, this precision or heads of this size
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-        raise UserError(
-            f"stage2.attention_backend: xformers can't compute it in {str(dtype)[6:]} here: {said}; use sdpa"
-        ) from None
-    layer.set_processor(AttnProcessor2_0())
-    expected = computed()
-    layer.set_processor(used)
-    layer.residual_connection = residual
-    for name, ours, theirs in zip(("output", "gradient"), found, expected, strict=True):
-        off, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        if not off <= max(0.01, 4 * torch.finfo(dtype).eps) * scale:  # two ways of rounding are up to 1.5 eps apart
-            raise UserError(
-                f"stage2.attention_backend: xformers is off by {off:.2g} of {scale:.2g} in its {name} here; its "
-                "version may not fit torch's; use sdpa"
-            )

@@ -1,4 +1,4 @@
-"""The denoising of pictures as a film: a frame a step, of what the network sees through the noise."""
+"""Animations of denoising: one frame per step, which shows the x_0 that the network predicts there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ldm.sampling.loop import Step
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
-KINDS = (".gif", ".webp", ".mp4")
-STEP, END = 80, 1500  # milliseconds that a frame is shown, and the last one
+FORMATS = (".gif", ".webp", ".mp4")
+FRAME_MS, LAST_FRAME_MS = 80, 1500  # how long each frame is shown, in milliseconds
 
 
 class Animation:
-    """Takes in steps, then writes a `.gif`, `.webp` or `.mp4` of the pictures side by side, with captions."""
+    """Collects steps, then writes a `.gif`, `.webp` or `.mp4` of the images side by side, with captions."""
 
     def __init__(self, path: Path, autoencoder: Autoencoder, captions: Sequence[str]):
         self.path, self.autoencoder, self.captions = path, autoencoder, captions
@@ -27,9 +27,9 @@ class Animation:
 
     @staticmethod
     def check(path: Path) -> None:
-        """UserError where such a file can't be written here."""
-        if path.suffix.lower() not in KINDS:
-            raise UserError(f"--animate: {path} is none of {', '.join(KINDS)}")
+        """UserError if such a file can't be written on this machine."""
+        if path.suffix.lower() not in FORMATS:
+            raise UserError(f"--animate: {path} is none of {', '.join(FORMATS)}")
         if path.suffix.lower() == ".mp4":
             try:
                 import imageio_ffmpeg  # noqa: F401
@@ -40,30 +40,30 @@ class Animation:
         """Adds a frame."""
         self.show(to_pil(self.autoencoder.decode(step.x0)))
 
-    def show(self, pictures: Sequence[Image.Image]) -> None:
-        """Adds a frame of pictures that are made already."""
-        self._frames.append(grid(pictures, self.captions, columns=min(4, len(pictures))))
+    def show(self, images: Sequence[Image.Image]) -> None:
+        """Adds a frame of finished images."""
+        self._frames.append(grid(images, self.captions, columns=min(4, len(images))))
 
     def write(self) -> None:
-        """Writes the file, whole or not at all."""
-        kind = self.path.suffix.lower()
-        times = [STEP] * (len(self._frames) - 1) + [END]
+        """Writes the file, complete or not at all."""
+        suffix = self.path.suffix.lower()
+        durations = [FRAME_MS] * (len(self._frames) - 1) + [LAST_FRAME_MS]
         with whole_file(self.path) as tmp_path:
-            if kind == ".mp4":
-                self._film(tmp_path, times)
+            if suffix == ".mp4":
+                self._write_mp4(tmp_path, durations)
             else:
                 first, *rest = self._frames
-                first.save(tmp_path, kind[1:].upper(), save_all=True, append_images=rest, duration=times, loop=0)
+                first.save(tmp_path, suffix[1:].upper(), save_all=True, append_images=rest, duration=durations, loop=0)
 
-    def _film(self, path: Path, times: Sequence[int]) -> None:
+    def _write_mp4(self, path: Path, durations: Sequence[int]) -> None:
         from imageio_ffmpeg import write_frames
 
-        width, height = (side + side % 2 for side in self._frames[0].size)  # which its colours want
-        film = write_frames(str(path), (width, height), fps=1000 / STEP, output_params=["-f", "mp4"])
-        film.send(None)
-        for frame, time in zip(self._frames, times, strict=True):
-            whole = Image.new("RGB", (width, height), "white")
-            whole.paste(frame)
-            for _ in range(round(time / STEP)):
-                film.send(np.asarray(whole).tobytes())
-        film.close()
+        width, height = (side + side % 2 for side in self._frames[0].size)  # its chroma subsampling needs even sides
+        writer = write_frames(str(path), (width, height), fps=1000 / FRAME_MS, output_params=["-f", "mp4"])
+        writer.send(None)
+        for frame, duration in zip(self._frames, durations, strict=True):
+            padded = Image.new("RGB", (width, height), "white")
+            padded.paste(frame)
+            for _ in range(round(duration / FRAME_MS)):
+                writer.send(np.asarray(padded).tobytes())
+        writer.close()

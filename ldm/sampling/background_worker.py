@@ -1,4 +1,4 @@
-"""Work that is done beside the steps of a GPU: on a thread and a stream of its own."""
+"""Work that runs alongside the steps of a GPU, on its own thread and CUDA stream."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Result = TypeVar("Result")
 
 
 class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
-    """`submit` returns at once on a GPU; on a CPU, whose cores are busy with the steps, when it is done.
+    """Runs submitted work.
 
-    At the end of the block all of it is done.
+    On a GPU `submit` returns at once; on a CPU, whose cores the steps use, it returns when the work is done. The end of
+    the `with` block waits for all of it.
     """
 
     def __init__(self, device: torch.device):
@@ -33,7 +34,7 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
             self._thread.shutdown()
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """`work(*arguments)`, after all that the GPU has been asked for so far."""
+        """Runs `work(*arguments)` after everything that is queued on the GPU so far."""
         if self._gpu:
             submitted = torch.cuda.Event()
             submitted.record(torch.cuda.current_stream(self._device))
@@ -47,5 +48,5 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker"]):
             self._stream.wait_event(submitted)
             for argument in arguments:
                 if isinstance(argument, torch.Tensor) and argument.is_cuda:
-                    argument.record_stream(self._stream)  # its memory isn't used again before it has been read
+                    argument.record_stream(self._stream)  # keeps its memory until this stream has read it
             return work(*arguments)

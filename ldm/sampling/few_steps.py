@@ -1,4 +1,4 @@
-"""The schedulers of distilled models, and the noise levels that they visit."""
+"""The schedulers of distilled models, and the noise levels that they evaluate."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.solvers import scheduler
 
 
-def first_order(process: DiffusionProcess) -> DPMSolverMultistepScheduler:
-    """DDIM for a chain, Euler's step for a flow: DPM-Solver++ of first order is either.
+def first_order_scheduler(process: DiffusionProcess) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of first order: it is DDIM for a chain, and Euler's method for a flow.
 
-    Its steps end exactly where the next ones begin. Those of diffusers' DDIMScheduler do so only where their number
-    divides the chain's, and its last one may stop short of the picture.
+    Each of its steps ends exactly where the next one begins. With diffusers' DDIMScheduler that holds only where the
+    number of steps divides that of the chain, and its last step may stop short of the image.
     """
     return DPMSolverMultistepScheduler.from_config(scheduler(process, "dpm++").config, solver_order=1)
 
 
-def consistent(process: DiffusionProcess, original_steps: int) -> LCMScheduler:
-    """The sampler of a consistency model that was distilled from so many steps of the chain."""
+def lcm_scheduler(process: DiffusionProcess, original_steps: int) -> LCMScheduler:
+    """The scheduler of a consistency model that was distilled from `original_steps` steps of the chain."""
     config = scheduler(process, "ddim").config
     return LCMScheduler.from_config(config, original_inference_steps=original_steps, clip_sample=False)
 
 
 class Grid(NamedTuple):
-    """The noise levels that `first_order` visits in N steps, noisiest first."""
+    """The noise levels that `first_order_scheduler` evaluates in N steps, noisiest first."""
 
     t: torch.Tensor
     """`(N,)`: times of the process."""
     model_time: torch.Tensor
-    """`(N,)`: the same as the network takes them."""
+    """`(N,)`: the times that the network gets there."""
     alpha: torch.Tensor
-    """`(N + 1, 1, 1, 1)`, as σ: the last level, α = 1 and σ = 0, is the picture."""
+    """`(N + 1, 1, 1, 1)`, as σ is; the last level, α = 1 and σ = 0, is the image."""
     sigma: torch.Tensor
 
 
 def grid(process: DiffusionProcess, steps: int, device: torch.device | None = None) -> Grid:
-    """The grid of `steps` steps; that of half as many is every other level of it, for a chain up to rounding."""
-    solver = first_order(process)
+    """The grid of `steps` steps. Half as many steps use every other level of it (on a chain, up to rounding)."""
+    solver = first_order_scheduler(process)
     solver.set_timesteps(steps)
     model_time = solver.timesteps.to(device)
-    t = solver.sigmas[:-1].to(device) if process.target == "flow" else model_time
+    t = solver.sigmas[:-1].to(device) if process.prediction_type == "flow" else model_time
     alpha, sigma = process.alpha_sigma(t)
     return Grid(t, model_time, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))

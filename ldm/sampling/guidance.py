@@ -1,4 +1,4 @@
-"""What pulls a sample towards what was asked for. Functions from denoisers to denoisers."""
+"""Guidance: functions that turn one denoiser into another, which follows the condition more closely."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.sampling.solvers import Level
 
 PredictFn = Callable[[torch.Tensor, Level], torch.Tensor]  # (x_t, level) → prediction
 Network = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]  # (x_t, t, condition) → prediction
-NOTHING = 1e-3  # α below which a picture can't be seen through its noise
+MIN_ALPHA = 1e-3  # below it x_t is all noise, and shows no class
 Gradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) → ∇ log p(y | x_t), as x_t
 
 
@@ -28,11 +28,11 @@ def classifier_free(
 ) -> PredictFn:
     """Classifier-free guidance, arXiv 2207.12598, in Imagen's form: ε_∅ + scale·(ε_c − ε_∅). Scale 1 is one forward.
 
-    `network(x, t, condition)`; `null` is the condition without what guidance pulls towards, None where nothing does.
-    `scale` may be `(N,)`, one a picture. `rescale` φ brings the prediction's deviation back, by that share, to what it
-    is without guidance (arXiv 2305.08891, section 3.4). Only levels whose share of noise lies within `interval` are
-    guided (arXiv 2404.07724). With a `weaker` network, a worse version of the same one, what is pulled away from is its
-    prediction with the same condition: autoguidance (arXiv 2406.02507, eq. 3).
+    `network(x, t, condition)`; `null` is the unconditional condition, None if there is none. `scale` may be `(N,)`, one
+    per image. `rescale` φ in [0, 1] moves the standard deviation of the guided prediction back towards that of the
+    conditional one (arXiv 2305.08891, section 3.4). Only levels whose share of noise lies within `interval` are guided
+    (arXiv 2404.07724). With a `weaker` network, a worse version of the same one, its conditional prediction takes the
+    place of the unconditional one: autoguidance (arXiv 2406.02507, eq. 3).
     """
     if isinstance(scale, torch.Tensor):
         scale = float(scale[0]) if bool((scale == scale[0]).all()) else scale[:, None, None, None]
@@ -54,48 +54,50 @@ def classifier_free(
         guided = unconditional + scale * (conditional - unconditional)
         if not rescale:
             return guided
-        c = x.shape[1]  # beyond them stands a learned variance
+        c = x.shape[1]  # channels beyond c are a learned variance
         return torch.cat([rescaled(guided[:, :c], conditional[:, :c], rescale), guided[:, c:]], dim=1)
 
     return denoise
 
 
-def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
-    """Predictions with the deviation of those that were not guided, by a share; arXiv 2305.08891, eqs. 15 and 16."""
+def rescaled(guided: torch.Tensor, conditional: torch.Tensor, phi: float) -> torch.Tensor:
+    """Guided predictions with the deviation of the conditional ones, mixed by φ; arXiv 2305.08891, eqs. 15 and 16."""
     dims = tuple(range(1, guided.ndim))
     full = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
-    return share * full + (1 - share) * guided
+    return phi * full + (1 - phi) * guided
 
 
-def thresholded(denoise: PredictFn, target: str, percentile: float) -> PredictFn:
-    """Dynamic thresholding of predicted pictures in pixel space; Imagen, arXiv 2205.11487, section 2.3.
+def thresholded(denoise: PredictFn, prediction_type: str, percentile: float) -> PredictFn:
+    """Dynamic thresholding of the predicted x_0 in pixel space; Imagen, arXiv 2205.11487, section 2.3.
 
-    Beyond the `percentile` in (0, 1] of its absolute values, if that is more than 1, x_0 is cut off and scaled down.
+    s is the `percentile`, in (0, 1], of x_0's absolute values, at least 1; x_0 is clamped to [−s, s] and divided by s.
     """
 
     def thresholded_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         prediction, c = denoise(x, level), x.shape[1]
-        x0 = predict_x0(target, prediction[:, :c], x, level.alpha, level.sigma)
+        x0 = predict_x0(prediction_type, prediction[:, :c], x, level.alpha, level.sigma)
         s = x0.flatten(1).abs().float().quantile(percentile, dim=1).clamp(min=1)[:, None, None, None]
         x0 = x0.clamp(-s, s) / s
         eps = predict_eps("x0", x0, x, level.alpha, level.sigma)
-        return torch.cat([target_from(target, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
+        return torch.cat([target_from(prediction_type, x0, eps, level.alpha, level.sigma), prediction[:, c:]], dim=1)
 
     return thresholded_predict
 
 
-def by_classifier(denoise: PredictFn, target: str, gradient: Gradient, scale: float) -> PredictFn:
+def by_classifier(denoise: PredictFn, prediction_type: str, gradient: Gradient, scale: float) -> PredictFn:
     """Classifier guidance of deterministic solvers: ε − √(1 − ᾱ)·s·∇ log p(y | x_t); arXiv 2105.05233, Algorithm 2.
 
-    In the terms of other targets: as x_0 = (x_t − σ·ε) / α moves with it, v and the straight path's velocity move by
-    1 / α as much as ε. In pure noise, which shows no class, nothing is pulled.
+    In terms of the other prediction types: x_0 = (x_t − σ·ε) / α changes with ε, so v and the flow's velocity change by
+    1 / α as much as ε. In pure noise, which shows no class, nothing changes.
     """
 
     def guided_predict(x: torch.Tensor, level: Level) -> torch.Tensor:
         prediction = denoise(x, level)[:, : x.shape[1]]
-        if level.alpha < NOTHING:
+        if level.alpha < MIN_ALPHA:
             return prediction
         change = -level.sigma * scale * gradient(x, level.t)
-        return prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(target, 1 / level.alpha) * change
+        return (
+            prediction + {"eps": 1.0, "x0": -level.sigma / level.alpha}.get(prediction_type, 1 / level.alpha) * change
+        )
 
     return guided_predict

@@ -1,4 +1,4 @@
-"""A model's network with all that pulls its predictions: classifier-free guidance, thresholding, a classifier."""
+"""A model's network with all that guides its predictions: classifier-free guidance, thresholding, a classifier."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 def guided_network(
     model: LatentDiffusion, prepared: Prepared, inputs: SamplingInputs
 ) -> tuple[PredictFn, tuple[Gradient, float] | None]:
-    """The guided prediction, and a classifier's gradient and scale where the solver's own means are to be moved."""
+    """The guided denoiser; for ddpm with a classifier also its gradient and scale, which move each step's mean."""
     options = inputs.options
     weaker = None if options.weaker is None else network_of(model, options.weaker)
     guided = classifier_free(
-        network_of(model, model.unet), prepared.condition, prepared.unconditional, guidance_scale(model, inputs),
-        rescale=options.rescale, interval=options.interval, weaker=weaker,
-    )  # fmt: skip
+        network_of(model, model.unet),
+        prepared.condition,
+        prepared.unconditional,
+        guidance_scale(model, inputs),
+        rescale=options.rescale,
+        interval=options.interval,
+        weaker=weaker,
+    )
     if options.threshold is not None:
-        guided = thresholded(guided, model.target, options.threshold)
+        guided = thresholded(guided, model.prediction_type, options.threshold)
     if options.classifier is None or not options.classifier_scale:
         return guided, None
 
@@ -38,11 +43,11 @@ def guided_network(
 
     if prepared.solver.ancestral:
         return guided, (gradient, options.classifier_scale)
-    return by_classifier(guided, model.target, gradient, options.classifier_scale), None
+    return by_classifier(guided, model.prediction_type, gradient, options.classifier_scale), None
 
 
 def network_of(model: LatentDiffusion, unet: UNet) -> Network:
-    """A U-Net in its own precision, from float32 to float32; an upscaler's in tiles of the size of training."""
+    """A U-Net computed in its own precision, float32 outside; an upscaler runs in tiles of its training size."""
     dtype = unet.dtype
 
     def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The pictures that a call is given, as tensors, and those that it makes of them."""
+"""The input images and masks of a call as tensors, and the composition of inpainted images."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from PIL import Image
 from ldm.data.images import to_pil, to_tensor
 from ldm.utils.errors import UserError
 
-Pictures = torch.Tensor | Image.Image | Sequence[Image.Image]
+Images = torch.Tensor | Image.Image | Sequence[Image.Image]
 
 
-def pixels(name: str, pictures: Pictures, number: int) -> torch.Tensor:
-    """`(number, C, H, W)`: pictures in [-1, 1]; tensors as they are."""
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if len(pictures) not in (1, number):
-        raise UserError(f"{name}: {len(pictures)} for {number} pictures; give one, or one each")
-    if not isinstance(pictures, torch.Tensor):
-        if len(sizes := {picture.size for picture in pictures}) > 1:
+def image_batch(name: str, images: Images, number: int) -> torch.Tensor:
+    """`(number, C, H, W)` in [-1, 1]; tensors keep their values. UserError, naming the option `name`, for a misfit."""
+    if isinstance(images, Image.Image):
+        images = [images]
+    if len(images) not in (1, number):
+        raise UserError(f"{name}: {len(images)} for {number} images; give one, or one each")
+    if not isinstance(images, torch.Tensor):
+        if len(sizes := {image.size for image in images}) > 1:
             raise UserError(f"{name}: of {len(sizes)} sizes; bring all to one")
-        pictures = torch.stack([to_tensor(picture.convert("RGB")) for picture in pictures])
-    return pictures.expand(number, *pictures.shape[1:])
+        images = torch.stack([to_tensor(image.convert("RGB")) for image in images])
+    return images.expand(number, *images.shape[1:])
 
 
-def masks_from(mask: Pictures, number: int) -> torch.Tensor:
-    """`(number, 1, H, W)`: 1 where the picture is to be made. A tensor's values are in [0, 1]."""
-    found = pixels("mask", mask, number)
-    return ((found if isinstance(mask, torch.Tensor) else found / 2 + 0.5)[:, :1] >= 0.5).float()
+def mask_batch(mask: Images, number: int) -> torch.Tensor:
+    """`(number, 1, H, W)`: 1 where the image is to be generated, 0 elsewhere. A tensor's values are in [0, 1]."""
+    values = image_batch("mask", mask, number)
+    return ((values if isinstance(mask, torch.Tensor) else values / 2 + 0.5)[:, :1] >= 0.5).float()
 
 
-def widened(image: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Images `(N, C, H, W)` with their edges repeated, so that both sides are multiples."""
+def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Images `(N, C, H, W)` with their right and lower edges repeated until both sides are multiples of `multiple`."""
     return F.pad(image, (0, -image.shape[3] % multiple, 0, -image.shape[2] % multiple), mode="replicate")
 
 
-def pasted(made: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> list[Image.Image]:
-    """Pictures that are `made` where the mask `(N, 1, H, W)` is 1, and the image, bit for bit, where it is 0."""
+def composite(generated: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> list[Image.Image]:
+    """`generated` where the mask `(N, 1, H, W)` is 1, and `image`, bit for bit, where it is 0."""
     return [
-        Image.fromarray(np.where(where[0].permute(1, 2, 0).numpy() > 0, np.array(new), np.array(old)))
-        for new, old, where in zip(to_pil(made), to_pil(image), mask.split(1), strict=True)
+        Image.fromarray(np.where(inside[0].permute(1, 2, 0).numpy() > 0, np.array(new), np.array(old)))
+        for new, old, inside in zip(to_pil(generated), to_pil(image), mask.split(1), strict=True)
     ]

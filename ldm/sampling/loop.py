@@ -1,4 +1,4 @@
-"""From noise to latents: the loop, and what is done within it to fill holes and to go beyond the network's size."""
+"""From noise to latents: the sampling loop, with inpainting inside it, and networks in tiles for larger images."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ldm.sampling.solvers import Solver
 
 
 class Step(NamedTuple):
-    """What a callback gets after each evaluation of the network."""
+    """Progress, for a callback, after one evaluation of the network."""
 
     number: int
-    """1 for the first, `total` for the last; solvers of second order take two of them a step."""
+    """From 1 to `total`; second-order solvers evaluate the network twice per step."""
     total: int
     x0: torch.Tensor
-    """The latents as the network sees them through the noise, `(N, C, h, w)`."""
+    """The latents that the network predicts from x_t, `(N, C, h, w)`."""
 
 
 class InpaintMask(NamedTuple):
-    """What inpainting with any model keeps: latents `(N, C, h, w)` where the mask `(N, 1, h, w)` is 0, with noise."""
+    """For inpainting with any model: latents `(N, C, h, w)` to keep where `mask` `(N, 1, h, w)` is 0, and noise."""
 
     x0: torch.Tensor
     mask: torch.Tensor
@@ -35,7 +35,7 @@ class InpaintMask(NamedTuple):
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
-    """`(len(seeds), *shape)`; each picture's noise follows from its own seed, whatever the batch."""
+    """`(len(seeds), *shape)`; the noise of an image depends on its own seed alone, in any batch."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
@@ -48,41 +48,43 @@ def sample(
     *,
     x0: torch.Tensor | None = None,
     first: int = 0,
-    kept: InpaintMask | None = None,
-    pull: tuple[Gradient, float] | None = None,
+    inpaint: InpaintMask | None = None,
+    classifier: tuple[Gradient, float] | None = None,
     callback: Callable[[Step], None] | None = None,
 ) -> torch.Tensor:
     """Solves the reverse process from standard normal `noise` `(N, C, h, w)`; returns x_0.
 
-    From the step `first` on it starts from `x0` with noise. `generators`, one a picture, feed solvers that add noise.
-    `kept` is put back after every step (RePaint without its returns, arXiv 2201.09865, eq. 8). `pull`, a classifier's
-    gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1). `callback` is called after every
-    evaluation.
+    With `x0`, it starts at the step `first` from x0 with that step's noise. `generators`, one per image, are for
+    solvers that add noise. `inpaint` restores the known latents after every step (RePaint without resampling, arXiv
+    2201.09865, eq. 8). `classifier`, a gradient and its scale, moves ddpm's means (arXiv 2105.05233, Algorithm 1).
+    `callback` is called after every evaluation of the network.
     """
     x = solver.begin(noise, x0, first)
     for i in range(first * solver.per_step, len(solver.levels)):
-        level, given = solver.levels[i], solver.input(x, i)
-        prediction = denoise(given, level)
-        if not solver.ancestral:  # a learned variance has no meaning to the others
+        level, model_input = solver.levels[i], solver.input(x, i)
+        prediction = denoise(model_input, level)
+        if not solver.ancestral:  # the other solvers don't use a learned variance
             prediction = prediction[:, : x.shape[1]]
-        output = solver.output(prediction, given, i)
+        output = solver.output(prediction, model_input, i)
         x = solver.step(output, i, x, generators)
-        if pull:
-            gradient, scale = pull
-            x = x + scale * solver.variance(output, i) * solver.slope(i) * gradient(given, level.t)
-        if kept:
-            x = torch.where(kept.mask > 0, x, solver.noised(kept.x0, kept.eps, i + 1))
+        if classifier:
+            gradient, scale = classifier
+            x = x + scale * solver.variance(output, i) * solver.slope(i) * gradient(model_input, level.t)
+        if inpaint:
+            x = torch.where(inpaint.mask > 0, x, solver.noised(inpaint.x0, inpaint.eps, i + 1))
         if callback:
-            known = prediction[:, : x.shape[1]], given, level.alpha, level.sigma
-            callback(Step(i + 1, len(solver.levels), predict_x0(solver.target, *known)))
+            predicted_x0 = predict_x0(
+                solver.prediction_type, prediction[:, : x.shape[1]], model_input, level.alpha, level.sigma
+            )
+            callback(Step(i + 1, len(solver.levels), predicted_x0))
     return x
 
 
 def in_tiles(network: Network, side: int, overlap: float = 0.25) -> Network:
-    """A network on latents of any size, from one that knows squares of `side`: overlapping tiles, blended each time.
+    """Extends a network for squares of `side` latents to any size: it predicts overlapping tiles, which are blended.
 
-    Tiles overlap by at least that share of `side`, and count the less the nearer their edge is; what stands beside x_t
-    is cut alike (MultiDiffusion, arXiv 2302.08113, eq. 5).
+    Tiles overlap by at least the share `overlap` of `side`; their weight falls towards their edges. The condition's
+    image is cropped in the same way (MultiDiffusion, arXiv 2302.08113, eq. 5).
     """
 
     @cache
@@ -99,11 +101,11 @@ def in_tiles(network: Network, side: int, overlap: float = 0.25) -> Network:
         weight = torch.zeros(h, w, device=x.device)
         for top, left in itertools.product(_starts(h, tall, overlap), _starts(w, wide, overlap)):
             part = (..., slice(top, top + tall), slice(left, left + wide))
-            beside = None if condition.image is None else condition.image[part]
-            found = network(x[part], t, condition._replace(image=beside))
+            image = None if condition.image is None else condition.image[part]
+            prediction = network(x[part], t, condition._replace(image=image))
             if total is None:
-                total = found.new_zeros(*found.shape[:2], h, w)
-            total[part] += window * found
+                total = prediction.new_zeros(*prediction.shape[:2], h, w)
+            total[part] += window * prediction
             weight[part] += window
         assert total is not None, "there is at least one tile"
         return total / weight
@@ -112,19 +114,19 @@ def in_tiles(network: Network, side: int, overlap: float = 0.25) -> Network:
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin that cover a length evenly and overlap by at least that share."""
+    """Where tiles start that cover `length` evenly and overlap by at least the share `overlap`."""
     count = 1 if tile >= length else math.ceil((length - tile) / (tile * (1 - overlap))) + 1
     return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
 
 
 def _ramp(length: int, rise: float) -> torch.Tensor:
-    """Weights that rise from the ends of a tile."""
+    """Weights `(length,)` that rise linearly from both ends of a tile to 1."""
     distance = torch.arange(length) + 0.5
     return (torch.minimum(distance, length - distance) / max(rise, 1.0)).clamp(max=1.0)
 
 
-def between(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
-    """Noise a share of the way from one to another, `(C, h, w)`: spherical, so that it stays noise."""
+def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """Noise a share of the way from a to b, `(C, h, w)`: spherical interpolation, which keeps its norm."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = cosine.double().acos()
     if angle < 1e-4:

@@ -1,4 +1,4 @@
-"""A model ↔ a folder of diffusers' pipelines, which plain diffusers opens too."""
+"""A model ↔ the folder of a diffusers pipeline, which plain diffusers opens too."""
 
 from __future__ import annotations
 
@@ -33,73 +33,78 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.utils.atomic_files import whole_folder
 from ldm.utils.errors import UserError
 
-FACTS, NULL = "ldm.json", "null.safetensors"  # what a pipeline's folder has beside what plain diffusers reads
-KNOWN = (
+FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
+PIPELINES = (
     StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
     StableDiffusionUpscalePipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, LDMPipeline,
 )  # fmt: skip
 Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
-UPSCALER = 0.08333  # the only latent scale that diffusers' StableDiffusionUpscalePipeline leaves alone
+UPSCALER_SCALING_FACTOR = 0.08333  # the only one that diffusers' StableDiffusionUpscalePipeline does not replace
 
 
 def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
-    """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError where it is of no known kind.
+    """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError for an unknown kind of pipeline.
 
-    Weights are read from safetensors only. `option` named it, as errors say.
+    Weights are read from safetensors only. Errors name `option`, the flag or key that `name` came from.
     """
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it says of errors stands in ours
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # our own error repeats what it logs
     try:
-        parts = DiffusionPipeline.load_config(str(name))
-        none = {"vae": None} if parts.get("vae") == [None, None] else {}  # diffusion on pixels
-        given = {"safety_checker": None} if "safety_checker" in parts else {}
-        if "text_encoder" in parts:  # by itself, since a pipeline draws weights that are missing at random
-            given["text_encoder"] = _encoder(str(name), parts["text_encoder"][1])
-        pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **none, **given)
+        config = DiffusionPipeline.load_config(str(name))
+        components: dict[str, Any] = {"vae": None} if config.get("vae") == [None, None] else {}  # diffusion on pixels
+        if "safety_checker" in config:
+            components["safety_checker"] = None
+        if "text_encoder" in config:  # by itself: a pipeline would initialise missing weights at random
+            components["text_encoder"] = _text_encoder(str(name), config["text_encoder"][1])
+        pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **components)
         facts, null = _facts(Path(name))
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {said}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {reason}") from None
     finally:
-        logging.set_verbosity(before)
-    if not isinstance(pipeline, KNOWN):
-        known = ", ".join(kind.__name__ for kind in KNOWN)
+        logging.set_verbosity(verbosity)
+    if not isinstance(pipeline, PIPELINES):
+        known = ", ".join(kind.__name__ for kind in PIPELINES)
         raise UserError(f"{option}: {name} is a {type(pipeline).__name__}; known are {known}")
     if "prediction_type" not in pipeline.scheduler.config:
-        rule = type(pipeline.scheduler).__name__
+        scheduler = type(pipeline.scheduler).__name__
         raise UserError(
-            f"{option}: {name} comes with {rule}, which these pipelines of diffusers can't run; save another"
+            f"{option}: {name} comes with {scheduler}, which these pipelines of diffusers can't run; save another"
         )
     encoder = getattr(pipeline, "text_encoder", None)
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
-    for part in (pipeline.unet, vae):
-        if lacking := [key for key, tensor in part.state_dict().items() if tensor.is_meta]:
-            raise UserError(f"{option}: {name} lacks {lacking[0]} and {len(lacking) - 1} more weights; fetch it anew")
+    for module in (pipeline.unet, vae):
+        if missing := [key for key, tensor in module.state_dict().items() if tensor.is_meta]:
+            raise UserError(f"{option}: {name} lacks {missing[0]} and {len(missing) - 1} more weights; fetch it anew")
     return {
-        "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None, "unet": pipeline.unet.eval(),
-        "autoencoder": Autoencoder(vae), "scheduler": pipeline.scheduler, "null": null,
+        "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None,
+        "unet": pipeline.unet.eval(),
+        "autoencoder": Autoencoder(vae),
+        "scheduler": pipeline.scheduler,
+        "null": null,
         "classes": tuple(facts.get("classes", ())),
-        **_usual(pipeline), **{key: facts[key] for key in ("steps", "guidance") if key in facts},
-    }  # fmt: skip
+        **_default_options(pipeline),
+        **{key: facts[key] for key in ("steps", "guidance") if key in facts},
+    }
 
 
-def _encoder(name: str, kind: str) -> Any:
-    """The text encoder of a pipeline; ValueError where its files lack weights."""
-    before = text_logging.get_verbosity()
+def _text_encoder(name: str, class_name: str) -> Any:
+    """The text encoder of a pipeline; ValueError if its files lack weights."""
+    verbosity = text_logging.get_verbosity()
     text_logging.set_verbosity(text_logging.CRITICAL)
     try:
-        found, about = getattr(transformers, kind).from_pretrained(
+        encoder, loading_info = getattr(transformers, class_name).from_pretrained(
             name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
         )
     finally:
-        text_logging.set_verbosity(before)
-    if missing := sorted(about["missing_keys"]):
+        text_logging.set_verbosity(verbosity)
+    if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"its text encoder lacks {missing[0]} and {len(missing) - 1} more")
-    return found
+    return encoder
 
 
-def _usual(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Steps and guidance of a kind of model, where its folder does not say."""
+def _default_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Steps and guidance for the pipeline's class, where its folder does not record them."""
     if isinstance(pipeline, LatentConsistencyModelPipeline):
         return {"steps": 4, "guidance": 8.5}
     if isinstance(pipeline, DDPMPipeline):
@@ -108,7 +113,7 @@ def _usual(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def write(model: Model, folder: Path) -> None:
-    """Writes a folder that plain diffusers opens, as the pipeline of the model's task, and what `read` needs beside."""
+    """Writes a folder that plain diffusers opens as the pipeline of the model's task; extra files are for `read`."""
     with whole_folder(folder) as tmp_path:
         _pipeline(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
@@ -123,27 +128,31 @@ def _pipeline(model: Model) -> DiffusionPipeline:
         if vae is None:
             return DDPMPipeline(unet=model.unet, scheduler=model.scheduler)
         return LDMPipeline(vqvae=vae, unet=model.unet, scheduler=model.scheduler)
-    if isinstance(vae, AutoencoderDC):  # the pipeline counts levels by it
+    if isinstance(vae, AutoencoderDC):  # the pipeline derives its scale factor from it
         vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
     parts: dict[str, Any] = {
-        "text_encoder": model.text.model, "tokenizer": model.text.tokenizer, "unet": model.unet,
-        "scheduler": model.scheduler, "safety_checker": None, "feature_extractor": None,
-    }  # fmt: skip
+        "text_encoder": model.text.model,
+        "tokenizer": model.text.tokenizer,
+        "unet": model.unet,
+        "scheduler": model.scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     if model.task == "inpaint":
         return StableDiffusionInpaintPipeline(vae=vae, **parts, requires_safety_checker=False)
     if model.task == "upscale":
         if isinstance(vae, AutoencoderKL):
-            ours, none = model.autoencoder.scale, torch.zeros(model.autoencoder.channels)
-            vae = fold(vae, none, torch.full_like(none, UPSCALER / ours))
-            vae.register_to_config(scaling_factor=UPSCALER)
-        low = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
+            zeros = torch.zeros(model.autoencoder.channels)
+            vae = fold(vae, zeros, torch.full_like(zeros, UPSCALER_SCALING_FACTOR / model.autoencoder.scale))
+            vae.register_to_config(scaling_factor=UPSCALER_SCALING_FACTOR)
+        low_res_scheduler = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
         return StableDiffusionUpscalePipeline(
-            vae=vae, **parts, low_res_scheduler=low, watermarker=None, max_noise_level=NOISIEST
+            vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=NOISIEST
         )
     return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
 
 
 def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """What `write` wrote for `read`; nothing in a folder that others made, or of the Hub."""
+    """The facts and null embedding that `write` saved; none in other people's folders or on the Hub."""
     facts = dict(json.loads((folder / FACTS).read_text("utf-8"))) if (folder / FACTS).exists() else {}
     return facts, load_file(folder / NULL)["null"] if (folder / NULL).exists() else None

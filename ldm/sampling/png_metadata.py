@@ -1,4 +1,4 @@
-"""What remakes a picture, kept in the picture: a text chunk of its PNG."""
+"""The recipe that reproduces an image, saved in a text chunk of its PNG."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 KEY, VERSION = "ldm", 1
-NEEDED = {"script", "model", "weights", "prompt", "label", "seed", "toward", "row", "threads", "device", "torch"}
+REQUIRED = {"script", "model", "weights", "prompt", "label", "seed", "toward", "row", "threads", "device", "torch"}
 
 
-def save(picture: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
-    """Writes a PNG, whole or not at all, with the recipe in it."""
+def save(image: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
+    """Writes a PNG with the recipe in it, complete or not at all."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(KEY, json.dumps({"version": VERSION, **recipe}, ensure_ascii=False))
     with whole_file(path) as tmp_path:
-        picture.save(tmp_path, "PNG", pnginfo=chunk)
+        image.save(tmp_path, "PNG", pnginfo=chunk)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The recipe of a picture; UserError where it has none, or one of a later version."""
+    """The recipe of an image; UserError if it has none, or one of a later version."""
     try:
         with Image.open(path) as opened:
             text = opened.info.get(KEY)
@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"--again: {path} does not say how it was made; give a PNG as these scripts write it")
     try:
         recipe = dict(json.loads(text))
-        if recipe.get("version") == VERSION and (missing := NEEDED - recipe.keys()):
+        if recipe.get("version") == VERSION and (missing := REQUIRED - recipe.keys()):
             raise ValueError(missing)
     except (ValueError, TypeError):
         raise UserError(f"--again: what {path} says of how it was made is damaged; give another PNG") from None
@@ -47,6 +47,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file that a picture was made from."""
+    """SHA-256 of a file that an image was made from."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

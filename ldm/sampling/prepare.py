@@ -1,4 +1,4 @@
-"""One function a task: from what a user gave to what the sampling loop starts from and is conditioned on."""
+"""One function per task: turns the inputs of a call into the start and the conditions of the sampling loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ldm.models.conditioning import Condition, mask_and_masked_latents, noise_augmented
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.sampling.loop import InpaintMask, between, initial_noise
+from ldm.sampling.loop import InpaintMask, initial_noise, slerp
 from ldm.sampling.request import SamplingInputs, label_numbers, solver_for
 from ldm.sampling.solvers import Solver
 
@@ -27,20 +27,20 @@ class Prepared:
     noise: torch.Tensor
     """`(N, C, h, w)`."""
     generators: list[torch.Generator]
-    """One an image, each past the draw that made its noise."""
+    """One per image, each advanced past the draw that made its noise."""
     condition: Condition
     unconditional: Condition | None = None
-    """The same without what guidance pulls towards; None where nothing is asked for."""
+    """The condition that guidance leads away from; None for an unconditional model."""
     classifier_label: torch.Tensor | None = None
-    """`(N,)`: the classes that a classifier pulls to."""
+    """`(N,)`: the classes that a classifier guides to."""
     x0: torch.Tensor | None = None
-    """Latents of an image, which are noised up to the step `first`."""
+    """Latents of an image, which start at the step `first` with its noise."""
     first: int = 0
-    kept: InpaintMask | None = None
+    inpaint: InpaintMask | None = None
 
 
 def prepare(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """By the model's task and what is given."""
+    """Chooses the function by the model's task and the inputs."""
     if model.task == "upscale":
         return prepare_upscaling(model, inputs)
     if inputs.mask is not None:
@@ -51,14 +51,14 @@ def prepare(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
 
 
 def prepare_unconditional(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """From noise alone; a classifier may pull it to labels."""
+    """From noise alone; a classifier may guide it to labels."""
     noise, generators = _noise(model, inputs)
     label = None if inputs.options.classifier is None else label_numbers(model, inputs.labels, inputs.options)
     return Prepared(solver_for(model, inputs.options), noise, generators, Condition(), classifier_label=label)
 
 
 def prepare_class_conditional(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """From noise and a class; the last embedding, one after the classes, is no class."""
+    """From noise and a class; the embedding after those of the classes stands for no class."""
     prepared, label = prepare_unconditional(model, inputs), label_numbers(model, inputs.labels, inputs.options)
     assert label is not None, "the request was checked"
     condition = Condition(label=label)
@@ -80,7 +80,7 @@ def prepare_text_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Pre
         height, width = (n * model.autoencoder.factor for n in prepared.noise.shape[2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=text.device).float()
         condition = condition._replace(sizes=sizes.expand(len(text), 6))
-    if model.unet.config.get("time_cond_proj_dim"):  # distilled: it answers as guided, in one forward
+    if model.unet.config.get("time_cond_proj_dim"):  # distilled: its prediction is guided already, in one forward
         scale = torch.as_tensor(guidance_scale(model, inputs), dtype=torch.float32, device=model.device)
         return replace(prepared, condition=condition._replace(guidance=scale.expand(len(text))), unconditional=None)
     label = None if prepared.unconditional is None else prepared.unconditional.label
@@ -101,29 +101,31 @@ def prepare_image_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Pr
 
 
 def prepare_inpainting(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """An image whose masked part is made anew: seen by a model trained for it, put back after each step otherwise."""
+    """Generates the masked part of an image. A model trained for it gets the rest as input; else steps restore it."""
     assert inputs.image is not None and inputs.mask is not None, "the request was checked"
     prepared = prepare_image_to_image(model, inputs)
     image, mask = inputs.image.to(model.device), inputs.mask.to(model.device)
     assert prepared.x0 is not None
     if model.task == "inpaint":
-        return _beside(prepared, mask_and_masked_latents(mask, model.autoencoder.encode(image * (mask < 0.5))))
+        return _with_image_channels(
+            prepared, mask_and_masked_latents(mask, model.autoencoder.encode(image * (mask < 0.5)))
+        )
     return replace(
-        prepared, kept=InpaintMask(prepared.x0, F.max_pool2d(mask, model.autoencoder.factor), prepared.noise)
+        prepared, inpaint=InpaintMask(prepared.x0, F.max_pool2d(mask, model.autoencoder.factor), prepared.noise)
     )
 
 
 def prepare_upscaling(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """A low-resolution image, with noise of a level that the model is conditioned on; arXiv 2106.15282."""
+    """A low-resolution image with noise, whose level the model is conditioned on; arXiv 2106.15282."""
     assert inputs.image is not None, "the request was checked"
     prepared, image = _prepare_generation(model, inputs), inputs.image.to(model.device)
     level = torch.full((len(inputs.seeds),), inputs.options.noise_level, device=model.device)
     eps = torch.stack([torch.randn(image.shape[1:], generator=generator) for generator in prepared.generators])
-    return _beside(prepared, noise_augmented(image, eps.to(model.device), level), level)
+    return _with_image_channels(prepared, noise_augmented(image, eps.to(model.device), level), level)
 
 
 def guidance_scale(model: LatentDiffusion, inputs: SamplingInputs) -> float | torch.Tensor:
-    """One for all, or one an image, `(N,)`."""
+    """The guidance scale: one for all, or one per image, `(N,)`."""
     scale = model.guidance if inputs.options.guidance is None else inputs.options.guidance
     if not isinstance(scale, Sequence):
         return float(scale)
@@ -131,7 +133,7 @@ def guidance_scale(model: LatentDiffusion, inputs: SamplingInputs) -> float | to
 
 
 def _prepare_generation(model: LatentDiffusion, inputs: SamplingInputs) -> Prepared:
-    """Noise and conditions, before what an image adds."""
+    """Noise, text and class; what an image adds comes later."""
     if model.text and inputs.prompts is not None:
         return prepare_text_to_image(model, inputs)
     if inputs.labels is not None and inputs.options.classifier is None:
@@ -139,18 +141,19 @@ def _prepare_generation(model: LatentDiffusion, inputs: SamplingInputs) -> Prepa
     return prepare_unconditional(model, inputs)
 
 
-def _beside(prepared: Prepared, channels: torch.Tensor, label: torch.Tensor | None = None) -> Prepared:
-    """The same with channels beside x_t, and a label for both conditions."""
+def _with_image_channels(prepared: Prepared, channels: torch.Tensor, label: torch.Tensor | None = None) -> Prepared:
+    """Adds channels that are concatenated to x_t, and a label, to both conditions."""
     changes = {"image": channels} if label is None else {"image": channels, "label": label}
     null = prepared.unconditional
     return replace(
-        prepared, condition=prepared.condition._replace(**changes),
+        prepared,
+        condition=prepared.condition._replace(**changes),
         unconditional=null if null is None else null._replace(**changes),
-    )  # fmt: skip
+    )
 
 
 def _noise(model: LatentDiffusion, inputs: SamplingInputs) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Every image's noise follows from its own seed; so do its generator's further draws."""
+    """The noise of an image, and later draws of its generator, depend on its own seed alone."""
     factor = model.autoencoder.factor
     if inputs.image is not None:
         height, width = (n * model.upscale_factor for n in inputs.image.shape[2:])
@@ -159,16 +162,16 @@ def _noise(model: LatentDiffusion, inputs: SamplingInputs) -> tuple[torch.Tensor
     shape = model.autoencoder.channels, height // factor, width // factor
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     noise = initial_noise(shape, inputs.seeds)
-    for generator in generators:  # their first draw made the noise above
+    for generator in generators:  # `initial_noise` drew the same numbers: advance past them
         torch.randn(shape, generator=generator)
     if inputs.toward:
         pairs = zip(noise, initial_noise(shape, inputs.toward.seeds), inputs.toward.shares, strict=True)
-        noise = torch.stack([between(*pair) for pair in pairs])
+        noise = torch.stack([slerp(*pair) for pair in pairs])
     return noise.to(model.device), generators
 
 
 def _text(model: LatentDiffusion, inputs: SamplingInputs) -> torch.Tensor:
-    """`(N, T, D)`: the prompts' embeddings, a share of the way to other ones where that is asked for."""
+    """`(N, T, D)`: the prompts' embeddings, interpolated towards those of `toward` if it is set."""
     assert inputs.prompts is not None
     text = model.embedded(inputs.prompts)
     if inputs.toward and inputs.toward.prompts is not None:
@@ -178,7 +181,7 @@ def _text(model: LatentDiffusion, inputs: SamplingInputs) -> torch.Tensor:
 
 
 def _negative_text(model: LatentDiffusion, inputs: SamplingInputs, text: torch.Tensor) -> torch.Tensor:
-    """`(N, T, D)`: the negative prompts' embeddings; of none, the trained one where the model has it."""
+    """`(N, T, D)`: the negative prompts' embeddings; a trained null embedding replaces that of the empty prompt."""
     negative = inputs.options.negative
     prompts = [negative] if isinstance(negative, str) else negative
     null = model.embedded(prompts)

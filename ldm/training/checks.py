@@ -18,7 +18,7 @@ from ldm.data import sources
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
-from ldm.models import autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -92,7 +92,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     """UserError for whatever would stop the run later and can be known now; returns the text encoder."""
     stage1, stage2 = config.stage1, config.stage2
     accumulated("stage2", stage2, processes)
-    sharding.check(config, processes)
+    sharding.check(stage2, config.run.precision, processes)
     sources.check(config.data.source, config.data.streaming, stage2.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:
@@ -111,7 +111,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
-    unet.check_backend(stage2.attention_backend, on_gpu)
+    attention.check_backend(stage2.attention_backend, on_gpu)
     if stage2.compile and stage2.attention_backend == "xformers" and precision(config.run) != "no":
         raise UserError(compilation.NO_XFORMERS)
     if stage1.pretrained:
@@ -135,7 +135,7 @@ def _check_noise(config: Config) -> None:
     """Warns where the noise schedule differs from the one that the U-Net to start from was trained with."""
     stage2, process = config.stage2, DiffusionProcess.of(config.stage2)
     pretrained = unet.scheduler_of(str(stage2.init_from))
-    if pretrained is None or process.target == "flow":
+    if pretrained is None or process.prediction_type == "flow":
         return
     alpha_bar = process.chain().alpha_bar.float()
     if len(alpha_bar) != len(pretrained.alphas_cumprod):
@@ -147,8 +147,9 @@ def _check_noise(config: Config) -> None:
     print(
         f"stage2.beta_schedule: {stage2.init_from} was trained with other noise levels ({differ}); "
         "is that intended? stage2.beta_schedule, .timesteps, .zero_snr and .shift decide them",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def check_autoencoder(config: Config, key: str, name: str) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ldm.config.schema import Training
 from ldm.distributed.launch import on_main
-from ldm.distributed.sharding import gathered, joined, local, sharded
+from ldm.distributed.sharding import from_local, gather_full_tensors, shard_like, to_local
 from ldm.utils.atomic_files import Tensors, whole_file
 from ldm.utils.errors import UserError
 
@@ -103,7 +103,7 @@ class Averages:
         return int(self.main.optimization_step)
 
     def _local(self) -> list[torch.Tensor]:
-        return [local(p) for p in self.parameters]
+        return [to_local(p) for p in self.parameters]
 
     def step(self) -> None:
         for model in self.models:
@@ -138,7 +138,7 @@ class Averages:
         """Averages by parameter name, sharded as the parameters are; swapped ones are in these."""
         averages = self._local() if self._swapped and model is self.main else model.shadow_params
         return {
-            name: joined(average.detach(), like)
+            name: from_local(average.detach(), like)
             for name, average, like in zip(self.names, averages, self.parameters, strict=True)
         }
 
@@ -147,14 +147,16 @@ class Averages:
 
         All processes call it, the main one gets them.
         """
-        return {part: gathered(self.tensors(model)) for part, model in zip(self._parts, self.models, strict=True)}
+        return {
+            part: gather_full_tensors(self.tensors(model)) for part, model in zip(self._parts, self.models, strict=True)
+        }
 
     @torch.no_grad()
     def load(self, parts: dict[str, Tensors], updates: int) -> None:
         """Restores what `state` returned."""
         for part, model in zip(self._parts, self.models, strict=True):
             for name, average, like in zip(self.names, model.shadow_params, self.parameters, strict=True):
-                average.copy_(local(sharded(parts[part][name], like)))
+                average.copy_(to_local(shard_like(parts[part][name], like)))
             model.optimization_step = updates
 
     def due(self, step: int) -> bool:
@@ -168,7 +170,7 @@ class Averages:
         Its metadata are the fields of a `Snapshot`. UserError, on all processes, where it can't be written.
         """
         for width, model in zip(self.widths, self.models, strict=True):
-            tensors = gathered(self.tensors(model))
+            tensors = gather_full_tensors(self.tensors(model))
             facts = json.dumps({"step": step, "updates": self.updates, "width": width})
             on_main(partial(_write, folder / f"step-{step:06d}-{width}.safetensors", tensors, facts))
 

@@ -13,7 +13,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import gathered, sharded, whole, without_weights
+from ldm.distributed.sharding import full_tensor, gather_full_tensors, shard_like, without_weights
 from ldm.training.optimizer import flatten_optimizer, make_optimizer, unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 
@@ -98,7 +98,7 @@ class Engine:
     def clip_gradients(self) -> torch.Tensor:
         """Clips to `max_grad_norm` and returns the norm before; NaN where an extra parameter's is not finite."""
         extra_norm = nn.utils.clip_grad_norm_(self._extra, self.max_grad_norm)
-        norm = whole(nn.utils.clip_grad_norm_(self._network, self.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self._network, self.max_grad_norm))
         return torch.where(extra_norm.isfinite().to(norm.device), norm, torch.nan)
 
     def step(self, finite: bool) -> None:
@@ -113,18 +113,20 @@ class Engine:
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         """Weights and buffers, the optimizer's tensors, its groups; all processes call it, the main one gets them."""
         tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-        return gathered(self.module.state_dict()), gathered(tensors), groups
+        return gather_full_tensors(self.module.state_dict()), gather_full_tensors(tensors), groups
 
     def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
         """Restores what `state` returned, in this or another number of processes, sharded or not."""
         own = self.module.state_dict()
-        self.module.load_state_dict({name: sharded(tensor, own.get(name, tensor)) for name, tensor in weights.items()})
+        self.module.load_state_dict(
+            {name: shard_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}
+        )
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = unflatten_optimizer(tensors, groups)
         for i, entry in state["state"].items():
             for name, value in entry.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
-                    entry[name] = sharded(value, parameters[i])
+                    entry[name] = shard_like(value, parameters[i])
         self.optimizer.load_state_dict(state)
         for parameter, entry in self.optimizer.optimizer.state.items():
             for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
@@ -140,7 +142,7 @@ class Engine:
                 self.module.get_parameter(name).copy_(average)
             return self.module.eval()
         weights = self.module.state_dict() | averages
-        self._unsharded.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
+        self._unsharded.load_state_dict({name: full_tensor(tensor) for name, tensor in weights.items()}, assign=True)
         return self._unsharded.eval()
 
 

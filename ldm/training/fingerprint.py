@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.loader import differences
-from ldm.distributed.consensus import gathered
+from ldm.distributed.consensus import gather_objects
 from ldm.training.checkpoint import checkpoints, read_state
 from ldm.utils.errors import UserError
 
@@ -15,7 +15,7 @@ Fingerprint = dict[str, Any]
 
 def check_same_on_all_processes(stage: str, fingerprint: Fingerprint) -> None:
     """UserError, on all processes, where one has other images or latents than the main one."""
-    main, *others = gathered(fingerprint)
+    main, *others = gather_objects(fingerprint)
     for rank, other in enumerate(others, 1):
         if changed := "; ".join(differences(main, other)):
             raise UserError(

@@ -21,8 +21,9 @@ from ldm.data.cache import BATCH as ENCODING_BATCH
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
+from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
-from ldm.models.unet import UNet, inputs, use_attention
+from ldm.models.unet import UNet, inputs
 from ldm.training import checks
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
@@ -98,14 +99,17 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         Row("weights, float32", weights, weights),
         Row("gradients, float32", weights, weights if processes > 1 else 0),  # DDP keeps what it sums them in
         Row(f"moments of {stage.optimizer}", moments, moments),
-        Row("average of the weights" if averages == 1 else f"{averages} averages of the weights",
-             averages * weights, averages * weights),
+        Row(
+            "average of the weights" if averages == 1 else f"{averages} averages of the weights",
+            averages * weights,
+            averages * weights,
+        ),
         Row("text encoder", frozen, frozen),
         Row("autoencoder", vaes, vaes),
         Row(f"weights in {precision}, during a pass", training.copies, 0),
         Row(f"activations of {passes.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
-    )  # fmt: skip
+    )
     return MemoryEstimate(tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text)))
 
 
@@ -119,7 +123,7 @@ def _not_counted(config: Config, text: checks.TextEncoderSizes) -> Iterator[str]
         yield "matrices of all pairs, which stage2.attention_backend=eager keeps"
     if config.stage2.compile:
         yield "what stage2.compile saves"
-    if kind := sharding.asked():
+    if kind := sharding.sharding_kind():
         yield f"what {kind} shards over the processes, or takes for it"
 
 
@@ -172,9 +176,12 @@ def of_unet(
 
     def recompute(block: nn.Module, *args: Any) -> Any:
         return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=False,
+            block,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), AsOnGPU(precision)),
-        )  # fmt: skip
+        )
 
     unet.train(training)
     use_attention(unet, "sdpa", torch.device("cpu"))

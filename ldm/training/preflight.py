@@ -119,7 +119,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     """Dry-runs a small configuration. UserError where memory runs out; no memory is held afterwards."""
     small, cuda = _small(config, stage, folder), _on_gpu(config)
     if isinstance(data, Stream):
-        few: Index | Stream = data.reported_in(folder / "data-report.jsonl")
+        few: Index | Stream = data.with_report(folder / "data-report.jsonl")
     else:
         few = _few(data, getattr(config, stage).batch)
     reset_peak_memory(cuda)
@@ -149,7 +149,7 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
         stage: {"steps": STEPS},
     }
     if stage == "stage2":
-        changes[stage]["evaluate_pictures"] = HELD_OUT_IMAGES
+        changes[stage]["evaluate_images"] = HELD_OUT_IMAGES
     elif config.stage1.gan:  # as it is when the discriminator plays
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
@@ -230,7 +230,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
         return ""
     networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
-    if sharding.asked() != "fsdp":  # which divides them
+    if sharding.sharding_kind() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = psutil.virtual_memory().available
     if least < available:
@@ -240,7 +240,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
 
 def _few(data: Index, batch: int) -> Index:
     """A batch of the images that are resized to the largest size, and some held-out ones."""
-    train, held = data.select("train"), data.select(*HELD_OUT).some(HELD_OUT_IMAGES)
+    train, held = data.select("train"), data.select(*HELD_OUT).subset(HELD_OUT_IMAGES)
     size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
     return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
 
@@ -249,7 +249,7 @@ def _validation_images(config: Config, stage: str, data: Index | Stream) -> int:
     """How many images a validation has, for its time is proportional; 1 where that is not known."""
     if not isinstance(data, Index) or not (held := len(data.select(*HELD_OUT))):
         return 1
-    most = getattr(config, stage).evaluate_pictures
+    most = getattr(config, stage).evaluate_images
     return min(held, most) if stage == "stage1" else min(held, most) + min(len(data.select("train")), most)
 
 
@@ -263,8 +263,9 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
         parts["sample"] = {name: keys["sample"][name] for name in ("steps", "guidance", "solver", "prompts")}
     return {
         "configuration": hashlib.sha256(json.dumps([stage, parts], sort_keys=True).encode()).hexdigest(),
-        "machine": _machine(join(config.run).num_processes, _on_gpu(config)), "torch": torch.__version__,
-    }  # fmt: skip
+        "machine": _machine(join(config.run).num_processes, _on_gpu(config)),
+        "torch": torch.__version__,
+    }
 
 
 def _on_gpu(config: Config) -> bool:

@@ -33,7 +33,7 @@ CHANGEABLE = (
     "data.max_bad",
     "sample.",
 )
-CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_pictures", "device_batch")
+CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_images", "device_batch")
 
 
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
@@ -88,9 +88,11 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
 def provenance() -> dict[str, Any]:
     """What makes a run: command, commit and versions."""
     return {
-        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "git_commit": _commit(),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }  # fmt: skip
+    }
 
 
 def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.models.unet import use_attention
+from ldm.models.attention import use_attention
 
 Item = TypeVar("Item")
 

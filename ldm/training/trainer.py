@@ -131,9 +131,12 @@ class Trainer:
         start, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[self.precision])
         self._clock.restart()
         self._clock.count_flops(  # after the first line of metrics; dry runs end before
-            self.model, self._engine.unsharded, self.passes.images, peak,
+            self.model,
+            self._engine.unsharded,
+            self.passes.images,
+            peak,
             lambda: self.step >= start + self.config.log_every,
-        )  # fmt: skip
+        )
         self.model.train()
         try:
             with nullcontext() if self.dry_run else self._signals.installed():

@@ -1,1 +1,1 @@
-"""One-line errors for people, crash-safe writes, random numbers by position."""
+"""One-line errors, atomic writes, random numbers by position, dtypes by precision, memory and thread settings."""

@@ -1,4 +1,4 @@
-"""Files and folders that stand whole or not at all."""
+"""Files and folders that are written completely or not at all, and checksums."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ Tensors = dict[str, torch.Tensor]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written becomes `path` at the end, and nothing does after an error.
+    """A temporary path to write to, which is moved to `path` at the end, unless there was an error.
 
-    UserError where there is no room, or may not be written.
+    UserError where the disk is full, or the folder may not be written.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    tmp_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with _writing(path):
-            yield beside
-            sync(beside)
-            beside.replace(path)
+            yield tmp_path
+            sync(tmp_path)
+            tmp_path.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder, which exists when it is given; an older one goes only when the new one is written."""
-    beside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
+    """The same for a folder, which is created. An older one is deleted only when the new one is complete."""
+    tmp_path, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
     try:
         with _writing(folder):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            yield beside
-            for path in (*beside.rglob("*"), beside):
+            shutil.rmtree(tmp_path, ignore_errors=True)
+            tmp_path.mkdir(parents=True)
+            yield tmp_path
+            for path in (*tmp_path.rglob("*"), tmp_path):
                 sync(path)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.replace(old)
-            beside.replace(folder)
+            tmp_path.replace(folder)
             sync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says in a line where and why writing failed."""
+    """Turns an error of writing into a UserError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -67,7 +67,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def tensors_sha256(tensors: Tensors, *more: object) -> str:
-    """SHA-256 over names and bytes of tensors, and over `more` as text."""
+    """SHA-256 of the names and bytes of tensors, and of the representation of `more`."""
     digest = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -81,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
+    """Waits until the file or folder is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -1,4 +1,4 @@
-"""How a command speaks to the person who typed it."""
+"""Errors of commands, reported in one line."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
-    """A mistake that its reader can mend: the message names the key or file, the value and the fix, in one line."""
+    """A mistake that the user can mend: the message names the key or file, the value and the fix, in one line."""
 
 
 def cant_write(error: BaseException) -> str:
-    """Why nothing could be written, and the remedy; empty where the error is another one."""
+    """The reason and remedy of an error of writing; empty for other errors."""
     number = getattr(error, "errno", None)
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])  # its library tells the number in its text alone
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])  # safetensors has it in the text only
     if number in FULL:
         return f"{os.strerror(number)}; make room, and the same command continues"
     return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
 
 
-def left_alone(error: BaseException | None) -> bool:
-    """Whether it, or one that came before it, says that another process no longer answers."""
+def lost_process(error: BaseException | None) -> bool:
+    """Whether the error, or one that caused it, means that another process no longer responds."""
     torch = sys.modules.get("torch")
     distributed: type | tuple[()] = torch.distributed.DistError if torch else ()
     while error:
-        if isinstance(error, distributed) or "gloo/transport" in str(error):  # gloo has no class for it
+        if isinstance(error, distributed) or "gloo/transport" in str(error):  # gloo has no error class
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong argument is one line, like every other error."""
+    """An argument parser that reports a wrong argument in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -65,7 +65,7 @@ def _explained(error: Exception) -> str:
             f"the GPU's memory is full ({str(error).split('. ')[0]}); compute fewer images at once "
             "(device_batch, --batch), or set gradient_checkpointing=true; the same command continues"
         )
-    if isinstance(error, RuntimeError) and left_alone(error):
+    if isinstance(error, RuntimeError) and lost_process(error):
         return (
             "another process of this run has ended, and may have said why; the last checkpoint stands, and "
             "the same command continues."
@@ -83,7 +83,7 @@ class Command(Protocol):
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
-    """Turns `main(arguments)` into one that returns an exit status: 2 after a UserError, which is shown as one line."""
+    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
         disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, drawn from (seed, stream, position) and never from what came before."""
+"""Random numbers of a sample, drawn from (seed, stream, position) and never from history."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def generator(seed: int, stream: str, n: int) -> np.random.Generator:
-    """A generator for sample n of a named stream, independent of that of every other (seed, stream, n)."""
+    """The generator of sample n of a named stream, independent of those of all other (seed, stream, n)."""
     return np.random.default_rng([seed, n, *stream.encode()])
 
 

@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read(run: Path) -> Config:
     """A finished run's configuration; UserError where no classifier can be trained for it."""
-    config = loader.of_run(run)
+    config = loader.load_run(run)
     if config.stage2.image:
         raise UserError(
             f"{run}: made for {', '.join(config.stage2.conditions)}; classifiers guide models of complete images"
@@ -84,14 +84,15 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {stage.half} holds no training image of {config.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(config.stage2), times="uniform")  # as ADM draws them
+    process = replace(DiffusionProcess.of(config.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(stage.seed)
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
     fingerprint = {
-        **autoencoder.contract(config.data.size), "data": train_set.fingerprint(),
+        **autoencoder.latent_fingerprint(config.data.size),
+        "data": train_set.fingerprint(),
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
-    }  # fmt: skip
+    }
     on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))
     if (out / "model").exists():
         on_main(lambda: print(f"finished: {out / 'model'}"))
@@ -137,9 +138,9 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
 def usable(images: Index, out: Path) -> list[str]:
     """The classes of the images; UserError where they have none, or one, or too many images are bad."""
     report = out / "data-report.json"
-    if problem := images.verdict(report):
+    if problem := images.stop_reason(report):
         on_main(partial(make_dir, "--out", out))
-        on_main(partial(images.report, report))
+        on_main(partial(images.write_report, report))
         raise UserError(problem)
     classes = images.labels()
     if len(classes) < 2:
@@ -158,12 +159,13 @@ def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: 
         before = yaml.safe_load(file.read_text("utf-8"))
         if now.keys() != before.keys():
             raise UserError(f"--out: {out} is not a classifier's folder; give another one")
-        before["classifier"], _ = loader.renamed(ClassifierConfig, before["classifier"])
+        before["classifier"], _ = old_names.rename_keys(ClassifierConfig, before["classifier"])
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
-            change for change in differences({**before, "run": str(run)}, now)
+            change
+            for change in differences({**before, "run": str(run)}, now)
             if begun and change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
-        ]  # fmt: skip
+        ]
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
     make_dir("--out", out)
@@ -193,7 +195,7 @@ class Validation:
         device: torch.device,
         batch: int,
     ):
-        held = images.select(*HELD_OUT).some(stage.evaluate_pictures)
+        held = images.select(*HELD_OUT).subset(stage.evaluate_images)
         self.process, self.seed = process, stage.seed
         self.batch = min(VALIDATION_BATCH, batch)
         self.classes, numbers = images.labels(), range(len(held))

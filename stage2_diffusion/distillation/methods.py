@@ -10,11 +10,11 @@ import torch
 
 from ldm.config.schema import DistillConfig
 from ldm.data.dataset import Item
-from ldm.diffusion.distillation import ddim_step, pseudo_huber, target_of_two, x0_weight
+from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_huber, x0_weight
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
-from ldm.sampling.few_steps import consistent, grid
+from ldm.sampling.few_steps import grid, lcm_scheduler
 from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal, uniform
 
@@ -75,10 +75,10 @@ class DistillationMethod(ABC):
         return self.noisy(u, x0, eps, condition)
 
     def blended(self, n: torch.Tensor, condition: Condition) -> Condition:
-        """Of captions in training, a share comes to lie between a picture's own and another one.
+        """Moves the embeddings of a share of the captions towards another caption's.
 
-        A teacher has an answer to any text; batch for training captions alone, a student of few steps forgets how it
-        combined them.
+        A teacher responds to any text; distilled on training captions alone, a student of few steps forgets how to
+        combine them.
         """
         text = condition.text
         if text is None or self.others is None:
@@ -92,7 +92,7 @@ class DistillationMethod(ABC):
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         """The input at timesteps from uniform numbers u `(N,)`."""
-        t = replace(self.process, times="uniform").time(u)
+        t = replace(self.process, timestep_sampling="uniform").time(u)
         return DistillationBatch(self.process.add_noise(x0, eps, t), t, self.process.model_time(t), condition)
 
     @abstractmethod
@@ -149,7 +149,7 @@ class Halving(DistillationMethod):
         z = ddim_step(x0, batch.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
         x0 = self.process.predict_x0(self._predict(z, half.model_time[middle], batch.condition), z, half.t[middle])
         z = ddim_step(x0, z, half.alpha[middle], half.sigma[middle], alpha[i + 1], sigma[i + 1])
-        return target_of_two(batch.z, z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
+        return progressive_target(batch.z, z, alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
 
     def _predict(self, z: torch.Tensor, model_time: torch.Tensor, condition: Condition) -> torch.Tensor:
         return predict(self.teacher, z, model_time, condition).float()
@@ -169,7 +169,7 @@ class Consistency(DistillationMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.solver = consistent(self.process, self.settings.original_steps)
+        self.solver = lcm_scheduler(self.process, self.settings.original_steps)
         self.skip = self.process.timesteps // self.settings.original_steps  # k, as LCMScheduler counts it
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:

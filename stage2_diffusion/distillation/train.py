@@ -22,7 +22,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 import torch
 import yaml
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.loader import differences
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
@@ -34,10 +34,11 @@ from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
+from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, use_attention, without_variance
-from ldm.sampling.few_steps import consistent, first_order
+from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
+from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.engine import DTYPES
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps_to=8")
     args = parser.parse_intermixed_args(arguments)
-    config = loader.of_run(args.run)
+    config = loader.load_run(args.run)
     options = loader.section(DistillConfig, args.overrides, "distill")
     if options.guidance_to is None:
         twice = max(2 * config.sample.guidance, options.guidance_from + 1)
@@ -71,9 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
         without_variance(teacher.unet, teacher.autoencoder.channels)
         origin = {
-            "run": str(args.run), "method": args.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
+            "run": str(args.run),
+            "method": args.method,
+            "teacher": tensors_sha256(teacher.unet.state_dict()),
             "distill": options.model_dump(mode="json"),
-        }  # fmt: skip
+        }
         on_main(partial(prepare_out_dir, args.out, origin))
         if not on_main((args.out / "pipeline").exists):
             distill(config, options, args.method, teacher, args.out)
@@ -115,11 +118,12 @@ def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
         old = yaml.safe_load(file.read_text("utf-8"))
         if "distill" not in old:
             raise UserError(f"--out: {folder} is a run of another kind; give another folder")
-        old["distill"], _ = loader.renamed(DistillConfig, old["distill"])
+        old["distill"], _ = old_names.rename_keys(DistillConfig, old["distill"])
         changed = [
-            change for change in differences(old["distill"], new["distill"])
+            change
+            for change in differences(old["distill"], new["distill"])
             if change.partition(":")[0] not in CHANGEABLE_IN_STAGES
-        ]  # fmt: skip
+        ]
         origins = ("method", "teacher")
         changed += differences({key: old[key] for key in origins}, {key: new[key] for key in origins})
         if changed:
@@ -156,21 +160,28 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
     if method == "consistency":
-        solver = consistent(process, options.original_steps)
+        solver = lcm_scheduler(process, options.original_steps)
         model = teach("consistency", Consistency(model.unet, *arguments), solver, options.steps_to)
     else:
         if model.text:
             solver = scheduler(process, config.sample.solver, clip=model.autoencoder.factor == 1)
             model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
         for steps in options.halvings():
-            model = teach(f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order(process), steps)
+            model = teach(
+                f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order_scheduler(process), steps
+            )
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
 def learn(
-    config: Config, options: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
-    distillation: DistillationMethod, folder: Path,
-) -> UNet:  # fmt: skip
+    config: Config,
+    options: DistillConfig,
+    model: LatentDiffusion,
+    everything: Index | Stream,
+    name: str,
+    distillation: DistillationMethod,
+    folder: Path,
+) -> UNet:
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, device, data = config.stage2, model.unet.device, everything.select("train")
     unet = copy.deepcopy(distillation.teacher).requires_grad_(True)
@@ -184,15 +195,22 @@ def learn(
         use_attention(network, stage.attention_backend, device, DTYPES[precision(config.run)])
     training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
     fingerprint = {
-        **model.autoencoder.contract(config.data.size), "data": data.fingerprint(),
+        **model.autoencoder.latent_fingerprint(config.data.size),
+        "data": data.fingerprint(),
         "teacher": tensors_sha256(distillation.teacher.state_dict()),
-    }  # fmt: skip
+    }
     student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained
     spec = SampleSpec.of(config.data, options.batch, config.run.seed, stage.cond_dropout)
     trainer = Trainer(
-        config.run, training, name, student, fingerprint,
-        name=sample_names(data, spec), sharded=distillation.can_be_sharded, run_dir=folder,
-    )  # fmt: skip
+        config.run,
+        training,
+        name,
+        student,
+        fingerprint,
+        name=sample_names(data, spec),
+        sharded=distillation.can_be_sharded,
+        run_dir=folder,
+    )
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
     cache = CacheOptions.of(config.data, config.cache_dir)
@@ -200,7 +218,7 @@ def learn(
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
     held = held_out(model, everything, options.batch, trainer.passes.images)
     if options.blended and model.text and isinstance(data, Index):
-        captions = data.some(CAPTIONS)
+        captions = data.subset(CAPTIONS)
         distillation.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
 
     def evaluate_if_due() -> None:
@@ -238,7 +256,7 @@ def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, ima
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index):
         return []
-    held = held.some(count)
+    held = held.subset(count)
     numbers = range(len(held))
     return [
         evaluation_batch(

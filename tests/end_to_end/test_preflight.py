@@ -123,7 +123,7 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 
 
 def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[Config, Index]]) -> None:
-    settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_pictures=40")
+    settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_images=40")
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
     assert len(few.select(*HELD_OUT)) == 32
@@ -151,7 +151,7 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     [
         ("stage2_diffusion.train.Objective.losses", "a training step", "lower stage2.device_batch, or set"),
         ("stage2_diffusion.validation.Validation._measured", "a validation", "lower stage2.device_batch, which"),
-        ("stage2_diffusion.samples._drawn", "a sample sheet", "lower stage2.device_batch, which it follows"),
+        ("stage2_diffusion.samples._generate", "a sample sheet", "lower stage2.device_batch, which it follows"),
         ("ldm.data.cache.CropDataset.__getitem__", "encoding the data", "free the GPU of other programs"),
     ],
 )

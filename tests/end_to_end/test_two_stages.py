@@ -206,7 +206,7 @@ def test_other_ways_to_draw_are_measured_and_change_nothing_in_the_run(
     before = {path: path.read_bytes() for path in tiny_run.glob("*.*")}
     sheet = tmp_path / "sheet.png"
     said = call(evaluate.main, tiny_run, "--count", 4, "--solver", "ddim", "--steps", 2, "--sheet", sheet)
-    assert "pictures and the real ones of their prompts: Fréchet" in said
+    assert "images and the real ones of their prompts: Fréchet" in said
     call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline")
     assert {path: path.read_bytes() for path in tiny_run.glob("*.*")} == before
     assert Image.open(sheet).width > 8 * 128

@@ -16,6 +16,7 @@ import benchmark_fixtures
 import benchmark_results
 import benchmark_rows
 import benchmark_sampling
+import benchmark_training
 import pytest
 import torch
 
@@ -68,7 +69,7 @@ def test_the_chosen_row_alone_is_measured_and_appended_as_json(
     benchmark_results.append(file, earlier)
     said = call(
         main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, "--rows", "ours-no+stage2.device_batch=4",
-        "--json", file, "--label", 6, "--beside", "reference, no", f"data.source={pictures}", *SMALLEST,
+        "--json", file, "--label", 6, "--baseline", "reference, no", f"data.source={pictures}", *SMALLEST,
     )  # fmt: skip
     assert len(re.findall("^training ", said, re.MULTILINE)) == 1
     kept, line = benchmark_results.read(file)
@@ -80,14 +81,14 @@ def test_the_chosen_row_alone_is_measured_and_appended_as_json(
 
 
 def test_a_measured_run_writes_no_weights(
-    benchmark: Any, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
+    drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
     settings, pictures = drawings(
         f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]",
         "stage2.norm_num_groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
         "run.log_every=1",
     )  # fmt: skip
-    lines = benchmark.our_loop(settings, pictures, vae, text_encoder.of(settings.text))
+    lines = benchmark_training.our_loop(settings, pictures, vae, text_encoder.of(settings.text))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     left = [path for path in settings.run.dir.rglob("*") if path.is_file() and "cache" not in path.parts]
     assert left == []
@@ -105,18 +106,22 @@ def test_stage_ones_rows_can_be_chosen(
 
 
 def test_rows_name_whose_code_its_precision_and_keys_of_their_own() -> None:
-    rows = benchmark_rows.rows("reference-no,ours,ours-fp16+stage2.compile=true,ours", ("reference", "ours"), "bf16")
+    rows = benchmark_rows.parse_rows(
+        "reference-no,ours,ours-fp16+stage2.compile=true,ours", ("reference", "ours"), "bf16"
+    )
     assert [row.name for row in rows] == ["reference, no", "ours, bf16", "ours, fp16, compile=true"]
     for wrong in ("theirs", "ours-int8", "ours+compile"):
         with pytest.raises(UserError, match=r"^--rows: .* a row is reference or ours"):
-            benchmark_rows.rows(wrong, ("reference", "ours"), "bf16")
+            benchmark_rows.parse_rows(wrong, ("reference", "ours"), "bf16")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system can't forget a peak")
 def test_a_row_that_is_measured_in_this_process_has_its_own_peak() -> None:
     bytearray(b"x") * (256 << 20)
     before = benchmark_rows.peak().allocated
-    ((_, found, memory),) = benchmark_rows.each_apart(lambda row: row.who, [benchmark_rows.Row("ours", "no")])
+    ((_, found, memory),) = benchmark_rows.each_in_subprocess(
+        lambda row: row.subject, [benchmark_rows.Row("ours", "no")]
+    )
     assert found == "ours"
     assert 0 < memory.allocated < before - 100
 
@@ -146,13 +151,13 @@ def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_pat
         return {str(path.relative_to(folder)): path.read_bytes() for path in made}
 
     for name in ("a", "b"):
-        benchmark_fixtures.make(tmp_path / name, benchmark_fixtures.TINY)
+        benchmark_fixtures.create_fixtures(tmp_path / name, benchmark_fixtures.TINY)
     a = files(tmp_path / "a")
     assert a == files(tmp_path / "b")
     assert {"pictures/000.jpg", "vae/diffusion_pytorch_model.safetensors", "text/model.safetensors"} <= a.keys()
-    (tmp_path / "a/pictures/000.jpg").unlink()
-    benchmark_fixtures.make(tmp_path / "a", benchmark_fixtures.TINY)
-    assert not (tmp_path / "a/pictures/000.jpg").exists()
+    (tmp_path / "a/images/000.jpg").unlink()
+    benchmark_fixtures.create_fixtures(tmp_path / "a", benchmark_fixtures.TINY)
+    assert not (tmp_path / "a/images/000.jpg").exists()
 
 
 def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: Callable[..., str], root: Path) -> None:
@@ -168,7 +173,7 @@ def test_sampling_is_measured_beside_diffusers_pipeline(
     file = tmp_path / "results.jsonl"
     given = ("--model", tiny_run / "pipeline", "--batch", 2, "--count", 3, "--rounds", 1, "--precision", "no")
     printed = call(main, "sample", *given, "--json", file)
-    for what in ("one picture", "3 in batches of 2"):
+    for what in ("one image", "3 in batches of 2"):
         for who in ("diffusers, no", "ours, no"):
             assert re.search(rf"^sampling {what} {who} +[\d.]+ img/s +[\d.]+ × +[\d.]+ s$", printed, re.MULTILINE)
         assert re.search(rf"^sampling {what} in the same precision, no: ours is [\d.]+ ×", printed, re.MULTILINE)
@@ -209,20 +214,20 @@ def test_a_rows_memory_is_its_own_whatever_other_pipelines_are_there(
     monkeypatch.setattr(benchmark_sampling.LatentDiffusion, "load", lambda *_: model)
 
     def drawer(row: benchmark_rows.Row, *_: Any) -> Callable[[list[str]], None]:
-        weights, a_picture, kept = {"diffusers": (1000, 100, 0), "ours": (500, 30, 7)}[row.who]
+        weights, a_picture, kept = {"diffusers": (1000, 100, 0), "ours": (500, 30, 7)}[row.subject]
         gpu.use(weights, besides=weights)
         turns = itertools.count()
         return lambda prompts: gpu.use(0 if next(turns) else kept, besides=a_picture * len(prompts))
 
-    monkeypatch.setattr(benchmark_sampling, "_drawer", drawer)
+    monkeypatch.setattr(benchmark_sampling, "_sampler", drawer)
     given = ("--model", "any", "--batch", 4, "--rounds", 2, "--precision", "no", "--rows", asked, "--json", file)
     call(main, "sample", *given)
     found = {
         (line["row"], line["what"]): (line["allocated"], line["reserved"]) for line in benchmark_results.read(file)
     }
-    ours = {("ours, no", "sampling one picture"): (537, None), ("ours, no", "sampling batches of 4"): (627, None)}
+    ours = {("ours, no", "sampling one image"): (537, None), ("ours, no", "sampling batches of 4"): (627, None)}
     theirs = {
-        ("diffusers, no", "sampling one picture"): (1100, None),
+        ("diffusers, no", "sampling one image"): (1100, None),
         ("diffusers, no", "sampling batches of 4"): (1400, None),
     }
     assert found == (ours | theirs if "diffusers" in asked else ours)

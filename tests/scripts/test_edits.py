@@ -180,7 +180,7 @@ def test_a_changed_picture_is_made_again_bit_for_bit_from_the_same_files_alone(
     for option, path in files.items():
         kept = path.read_bytes()
         Image.new("RGB", (16, 16)).save(path)
-        assert f"--again: {path} is another picture" in refused(call, MAINS[name], "--again", one, "--out", again)
+        assert f"--again: {path} is not the input" in refused(call, MAINS[name], "--again", one, "--out", again)
         path.unlink()
         assert f"{option}: no file {path}" in refused(call, MAINS[name], "--again", one, "--out", again)
         (tmp_path / "moved.png").write_bytes(kept)
@@ -206,11 +206,11 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
         (img2img, ("text",), ("--image", "a.png", "--strength", 2), "strength: 2.0; give 0 to 1"),
         (img2img, ("text",), ("--image", "a.png", "--size", 15), "size: 15x15; this model makes"),
         (img2img, ("text",), ("--image", "a.png", "--solver", "lcm", "--spacing", "linspace"), "lcm has its own"),
-        (img2img, ("text", "inpaint"), ("--image", "a.png"), "completes pictures; give one that makes them"),
-        (img2img, ("text", "upscale"), ("--image", "a.png"), "enlarges pictures; give one that makes them"),
+        (img2img, ("text", "inpaint"), ("--image", "a.png"), "completes images; give a text-to-image model"),
+        (img2img, ("text", "upscale"), ("--image", "a.png"), "enlarges images; give a text-to-image model"),
         (inpaint, ("text",), ("--image", "a.png"), "--image, --mask: both are needed"),
         (inpaint, ("text",), ("--mask", "a.png"), "--image, --mask: both are needed"),
-        (inpaint, ("text",), ("--image", "a.png", "--mask", "b.png"), "--mask: 8 × 8 pixels, but the picture has 16 ×"),
+        (inpaint, ("text",), ("--image", "a.png", "--mask", "b.png"), "--mask: 8 × 8 pixels, but the image has 16 ×"),
         (inpaint, ("text",), ("--image", "a.png", "--mask", "no.png"), "--mask: no.png: it is none of"),
         (inpaint, ("text",), ("--image", "big.png", "--mask", "big.png"), "trained on 16; give --size 16"),
         (inpaint, ("text",), ("--image", "a.png", "--mask", "a.png", "--strength", -1), "strength: -1.0; give 0 to 1"),
@@ -220,9 +220,9 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
             ("--image", "a.png", "--mask", "a.png", "--size", "0"),
             "--size: '0'; give 512, or 640x512",
         ),
-        (inpaint, ("text", "upscale"), ("--image", "a.png", "--mask", "a.png"), "enlarges pictures"),
+        (inpaint, ("text", "upscale"), ("--image", "a.png", "--mask", "a.png"), "enlarges images"),
         (upscale, ("text",), ("--image", "a.png"), "does not enlarge; train one"),
-        (upscale, ("text", "upscale"), (), "--image: none given; name the small picture"),
+        (upscale, ("text", "upscale"), (), "--image: none given; name the small image"),
         (upscale, ("text", "upscale"), ("--image", "a.png", "--noise-level", 350), "noise_level: 350; give 0 to 349"),
         (upscale, ("text", "upscale"), ("--image", "a.png", "--size", 16), "unrecognized arguments: --size"),
     ],

@@ -187,7 +187,7 @@ def test_two_processes_make_what_one_makes(
     several = launch("scripts/txt2img.py", *model, *three, "--out", tmp_path / "several",
                      "--grid", tmp_path / "sheet.png", "--animate", tmp_path / "film.gif", processes=2)  # fmt: skip
     call(txt2img.main, *model, *three, "--out", tmp_path / "alone")
-    assert f"3 pictures in {tmp_path / 'several'}" in finish(several)
+    assert f"3 images in {tmp_path / 'several'}" in finish(several)
     again = launch(
         "scripts/txt2img.py", "--again", made(tmp_path / "several")[2], "--out", tmp_path / "again", processes=2
     )
@@ -378,9 +378,9 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
         ((), ("--threshold", 0.9), "threshold: is for pixels"),
         ((), ("--interval", 0.9, 0.1), "interval: 0.9 to 0.1"),
         ((), ("--between", -1), "--between: -1; give 0 or more"),
-        ((), ("--between", 1), "--between: leads from a picture to the next"),
-        ((), ("--count", 2, "--out", "x.png"), "x.png is one picture of 2; give a folder"),
-        (("text",), ("--prompt", "a", "b", "--out", "x.png"), "x.png is one picture of 2; give a folder"),
+        ((), ("--between", 1), "--between: needs two images"),
+        ((), ("--count", 2, "--out", "x.png"), "x.png is one file for 2 images; give a folder"),
+        (("text",), ("--prompt", "a", "b", "--out", "x.png"), "x.png is one file for 2 images; give a folder"),
         ((), ("--out", "x.jpg"), "x.jpg is no .png"),
         ((), ("--out", "none/x.png"), "--out: no folder"),
         ((), ("--out", "empty.txt"), "--out:"),
@@ -390,15 +390,15 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
         ((), ("--animate", "x.avi"), "x.avi is none of .gif, .webp, .mp4"),
         ((), ("--device", "gpu"), "--device: gpu:"),
         ((), ("--precision", "fp16"), "precision: fp16 is for GPUs"),
-        ((), ("--classifier", "none"), "--classifier: pulls to a class; name it with --label"),
+        ((), ("--classifier", "none"), "--classifier: guides to a class; name it with --label"),
         ((), ("--classifier", "none", "--label", "dog"), "classifier: can't load one from"),
         ((), ("--weaker", "none"), "--weaker: can't load a pipeline"),
         ((), ("--again", "none.png"), "--again: no file none.png"),
         ((), ("--again", "empty.txt"), "--again: can't read empty.txt"),
         ((), ("--again", "plain.png"), "plain.png does not say how it was made"),
         ((), ("--again", "odd.png"), "odd.png"),
-        (("text", "inpaint"), ("--prompt", "a"), "needs a picture; use inpaint.py"),
-        (("text", "upscale"), ("--prompt", "a"), "needs a picture; use upscale.py"),
+        (("text", "inpaint"), ("--prompt", "a"), "needs an image; use inpaint.py"),
+        (("text", "upscale"), ("--prompt", "a"), "needs an image; use upscale.py"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
@@ -428,7 +428,7 @@ def test_words_that_would_not_be_read_are_shown(call: Call, saved: Saved, tmp_pa
     model = ("--model", saved("text"), "--out", tmp_path / "out")
     said = refused(call, txt2img.main, *model, "--prompt", long)
     assert "--prompt: 'one two three" in said
-    assert "8 tokens that are read; not read would be 'seven eight nine'" in said
+    assert "8 tokens; ignored would be 'seven eight nine'" in said
     assert "--negative: 'one two" in refused(call, txt2img.main, *model, "--prompt", "a", "--negative", long)
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ from ldm.config.schema import Config
 from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.evaluation.reconstruction import Figures, scales_of
+from ldm.evaluation.reconstruction import Figures, max_scales
 from ldm.models import autoencoder
 from ldm.models.autoencoder import Autoencoder
 from ldm.training.trainer import Trainer
@@ -44,7 +44,7 @@ def started(vae: Autoencoder) -> Callable[[Config], Trainer]:
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
     """The figures of all pictures, in this process alone."""
-    found = Figures(scales_of(min(min(size) for size in data.sizes)))
+    found = Figures(max_scales(min(min(size) for size in data.sizes)))
     for x in iter_images(data):
         found.add(x, vae.decode(vae.encode(x)))
     return found.means()
@@ -53,14 +53,14 @@ def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
 def test_no_more_held_out_pictures_are_measured_than_asked_for(
     drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
-    settings, data = drawings("stage1.evaluate_pictures=5")
+    settings, data = drawings("stage1.evaluate_images=5")
     held = data.select(*HELD_OUT)
     assert len(held) > 5
     run = started(settings)
     evaluation.while_training(data, settings, run, vae.vae)
     line = json.loads((run.folder / "metrics.jsonl").read_text())
     found = evaluation.when_done(data, settings, vae, run)["held_out"]
-    for name, value in measured(held.some(5), vae).items():
+    for name, value in measured(held.subset(5), vae).items():
         assert line[f"held_out_{name}"] == found[name] == pytest.approx(value, rel=1e-4)
     assert found["psnr"] != pytest.approx(measured(held, vae)["psnr"], rel=1e-4)
 
@@ -70,7 +70,7 @@ def test_figures_are_the_same_for_any_number_of_workers(
 ) -> None:
     found = []
     for workers in (0, 2):
-        settings, data = drawings("stage1.evaluate_pictures=20", f"data.workers={workers}")
+        settings, data = drawings("stage1.evaluate_images=20", f"data.workers={workers}")
         run = started(settings)
         found.append(evaluation.when_done(data, settings, vae, run))
     assert found[0] == found[1]
@@ -106,7 +106,7 @@ def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoenco
         figures = Figures()
         for x in iter_images(shapes, rank=rank, processes=2):
             figures.add(x, vae.decode(vae.encode(x)))
-        parts.append(figures.each["psnr"])
+        parts.append(figures.per_image["psnr"])
     assert float(torch.cat(parts).mean()) == pytest.approx(measured(shapes, vae)["psnr"], rel=1e-6)
 
 
@@ -120,13 +120,13 @@ def test_a_process_without_a_share_waits_for_the_others(
 ) -> None:
     given = [
         f"run.dir={tmp_path / 'run'}", f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
-        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_pictures=1", "stage1.steps=2",
+        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_images=1", "stage1.steps=2",
         "run.preflight=false",
     ]  # fmt: skip
     finish(launch("train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", *given, processes=2))
     found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
     data = indexed(loader.load(root / "configs/tiny.yaml", given))
-    one = measured(data.select(*HELD_OUT).some(1), autoencoder.load(tmp_path / "run/autoencoder"))
+    one = measured(data.select(*HELD_OUT).subset(1), autoencoder.load(tmp_path / "run/autoencoder"))
     assert found["psnr"] == pytest.approx(one["psnr"], rel=1e-4)
 
 
@@ -136,7 +136,7 @@ def test_the_sheet_goes_to_the_tracker(
     settings, data = drawings("run.tracker=tensorboard")
     run = started(settings)
     run.step = 7
-    evaluation.write_sheet(data, evaluation.plain(vae.vae, run.device), run)
+    evaluation.write_sheet(data, evaluation.rebuild_with(vae.vae, run.device), run)
     events = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload()
     (logged,) = events.Images("reconstructions")
     assert logged.step == 7

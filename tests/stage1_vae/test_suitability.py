@@ -85,13 +85,13 @@ def test_several_autoencoders_stand_in_one_table_and_missing_weights_stop_nothin
     assert lines[head].split()[:5] == ["model", "factor", "channels", "PSNR", "dB"]
     assert [line.split()[0] for line in lines[head + 1 : head + 5]] == [str(fine), str(coarse), "bicubic", "bicubic"]
     assert lines[head + 2].split()[1:3] == ["4", "4"]
-    assert "12 pictures (of 73 in reconstruction, combination) of openmoji-demo at 24 px" in out
+    assert "12 images (of 73 in reconstruction, combination) of openmoji-demo at 24 px" in out
     assert "note: MS-SSIM has 2 of its 5 scales: there are sides of 24 px" in out
     assert "note: LPIPS: vgg16-397923af.pth is not in" in out
     assert "note: rFID: weights-inception-2015-12-05-6726825d.pth is not in" in out
     assert f"{fine}: retrain" in out
     facts = written(tmp_path / "out")
-    assert facts["pictures"] == 12
+    assert facts["images"] == 12
     assert [each["model"] for each in facts["models"]][:2] == [str(fine), str(coarse)]  # type: ignore[attr-defined]
     for name in ("reconstructions.png", "worst.png"):
         with Image.open(tmp_path / "out" / name) as sheet:
@@ -116,14 +116,14 @@ def test_figures_are_of_the_held_out_pictures_and_the_worst_are_the_worst(
     x = next(iter_images(held, 8))
     names = [(f"picture {i}", "") for i in range(8)]
     parts = [(x[:3], names[:3]), (x[3:], names[3:])]
-    given, some, worst = suitability.measure(parts, [subject], 3)
-    psnr = subject.figures.each["psnr"]
+    measured, some, worst = suitability.measure(parts, [subject], 3)
+    psnr = subject.figures.per_image["psnr"]
     assert [row.number for row in worst] == psnr.argsort()[:3].tolist()
-    assert given == names
+    assert measured == names
     assert len(some) == 8
     for row in worst:
-        torch.testing.assert_close(row.pictures[0], x[row.number])
-        assert reconstruction([(row.pictures[:1], row.pictures[1:])])["psnr"] == pytest.approx(float(psnr[row.number]))
+        torch.testing.assert_close(row.images[0], x[row.number])
+        assert reconstruction([(row.images[:1], row.images[1:])])["psnr"] == pytest.approx(float(psnr[row.number]))
 
 
 def test_the_identity_is_kept(report: Report, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_values_that_are_not_finite_are_reported(report: Report, shared: Path, t
     status, out, _ = report("--model", tmp_path / "broken", "--count", 5, "--out", tmp_path / "out")
     assert status == 0
     assert "broken: retrain" in out
-    assert "5 pictures came back with values that are not finite" in out
+    assert "5 reconstructions have values that are not finite" in out
     assert written(tmp_path / "out")["models"][0]["broken"] == 5  # type: ignore[index]
 
 
@@ -161,8 +161,8 @@ def test_buckets_and_a_data_set_without_held_out_pictures(
         "--model", shared / "coarse", f"data.source={folder}", "data.buckets={step: 4, smallest: 16}", "--worst", 1
     )
     assert status == 0
-    assert "7 pictures (train)" in out
-    assert "note: the data has no held-out pictures" in out
+    assert "7 images (train)" in out
+    assert "note: the data has no held-out images" in out
     facts = written(tmp_path / "evaluation")
     assert sorted(facts["names"]) == [[f"{i:02}.png", f"picture: {i}"] for i in range(7)]  # type: ignore[call-overload]
 
@@ -174,7 +174,7 @@ def test_a_stream_is_measured_from_its_beginning(
     given = [f"data.source={tmp_path / 'a.tar'}", "data.streaming=true", "data.cache=none", "--count", 4]
     status, out, _ = report("--model", shared / "coarse", *given)
     assert status == 0
-    assert "4 pictures (the first)" in out
+    assert "4 images (the first)" in out
     assert report("--model", shared / "coarse", *given, "--split", "train")[0] == 2
 
 
@@ -191,7 +191,7 @@ def test_rfid_of_few_pictures_is_said_to_be_noise(
 
     monkeypatch.setattr(suitability.feature_networks, "fid", lambda _: FrechetInceptionDistance(Distance()))
     _, out, _ = report("--model", shared / "coarse", "--count", 4, "--out", shared / "rfid")
-    assert "rFID of 4 pictures is mostly noise" in out
+    assert "rFID of 4 images is mostly noise" in out
     assert "rFID" in next(line for line in out.splitlines() if line.startswith("model "))
 
 
@@ -226,8 +226,8 @@ def test_a_split_that_is_not_there_is_named(shared: Path, root: Path, tmp_path: 
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "a.png")
     (folder / "a.txt").write_text("black")
     settings = loader.load(root / "configs/tiny.yaml", [f"data.source={folder}", f"data.cache_dir={tmp_path}"])
-    with pytest.raises(UserError, match="--split: no picture of combination; the data has train"):
-        suitability.choose(settings, ["combination"], 5)
+    with pytest.raises(UserError, match="--split: no image in combination; the data has train"):
+        suitability.choose_images(settings, ["combination"], 5)
 
 
 @pytest.mark.slow

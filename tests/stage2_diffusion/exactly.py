@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldm.config import loader
 from ldm.data import index
 from ldm.distributed.launch import join
-from ldm.distributed.sharding import local
+from ldm.distributed.sharding import to_local
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder, build
 from stage2_diffusion.denoiser import Denoiser
@@ -40,7 +40,7 @@ def in_float64(forward: Any) -> Any:
 def watch(module: torch.nn.Module, _: Any) -> None:
     if isinstance(module, Denoiser) and module.training:
         parameters = [p for p in module.parameters() if p.requires_grad]
-        shares[name] = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+        shares[name] = sum(to_local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
 
 
 world, folder, runs, overrides = sys.argv[1:]

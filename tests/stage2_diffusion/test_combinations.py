@@ -17,8 +17,8 @@ from ldm.config.schema import Config, Stage2Config
 from ldm.data.images import grid
 from ldm.data.index import Index
 from ldm.models import text_encoder
+from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder, build
-from ldm.models.unet import use_attention
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.evaluation_sizes import SHEET_UNCONDITIONAL
 from ldm.training.model_card import write_card
@@ -83,7 +83,7 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     pixels = autoencoder == "identity"
     settings, index = few(
         f"stage2.conditions=[{conditions}]", *process.split(), "stage2.steps=1", "stage2.batch=2",
-        "stage2.evaluate_pictures=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
+        "stage2.evaluate_images=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
         "stage2.attention_head_dim=4",
         f"stage1={STAGES[autoencoder]}",
     )  # fmt: skip

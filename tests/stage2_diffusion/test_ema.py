@@ -39,7 +39,7 @@ def test_a_run_s_model_comes_back_and_others_are_made(
     train(settings, index, vae, text_encoder.of(settings.text))
     run, same, other = tmp_path / "run", tmp_path / "same", tmp_path / "other"
     said = call(ema.main, run, "--width", 0.1, "--out", same)
-    assert "width 0.1 at step 8, of 8 snapshots; its profile is missed by 0.00%" in said
+    assert "width 0.1 at step 8, of 8 snapshots; its profile is off by 0.00%" in said
     assert files(same) == files(run / "pipeline")
 
     call(ema.main, run, "--width", 0.15, "--step", 6, "--out", other)
@@ -73,7 +73,7 @@ def test_mistakes_are_one_line(few: Few, vae: Autoencoder, call: Callable[..., s
         ("nan", (), "--width: nan; give more than 0"),
         (0.01, (), "can't be made of 8 snapshots of widths 0.1, 0.2 up to step 8"),
         (0.1, ("--step", 9), "--step: 9 has no snapshot"),
-        (0.1, ("--step", 3), "the nearest that has is 2"),
+        (0.1, ("--step", 3), "the nearest is 2"),
         (0.1, ("--out", run), f"--out: {run} exists already"),
         (0.1, ("--out", "/dev/null/out"), "--out: no folder /dev/null;"),
     ):

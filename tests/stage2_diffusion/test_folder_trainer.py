@@ -63,7 +63,7 @@ def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pi
         (DiffusionProcess("eps", "linear", timesteps=25), "DDIMScheduler", 25),
         (DiffusionProcess("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
         (DiffusionProcess("flow"), "DPMSolverMultistepScheduler", 50),
-        (DiffusionProcess("flow", times="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
+        (DiffusionProcess("flow", timestep_sampling="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
     ],
 )
 def test_every_process_is_trained_and_sampled(process: DiffusionProcess, kind: str, steps: int, make: Make) -> None:

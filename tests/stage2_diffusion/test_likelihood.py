@@ -47,7 +47,7 @@ def test_every_kind_of_run_gets_its_table(
     assert status == 0, said.err
     lines = [line for line in said.out.splitlines() if not line.startswith("data ")]
     dimensions, unit = ("768", "bits/dim") if name == "pixels" else ("256", "nats/dim")
-    assert lines[0] == f"3 held-out pictures, {dimensions} dimensions, {unit}"
+    assert lines[0] == f"3 held-out images, {dimensions} dimensions, {unit}"
     rows = [
         line.split() for line in lines if line.split()[1] in ("small", "large", "learned") and len(line.split()) < 7
     ]
@@ -65,7 +65,7 @@ def test_every_kind_of_run_gets_its_table(
     assert "nan" not in said.out
 
 
-def random_schedule(seed: int) -> likelihood.Levels:
+def random_schedule(seed: int) -> likelihood.NoiseLevels:
     torch.manual_seed(seed)
     schedule = LearnedSchedule()
     with torch.no_grad():
@@ -75,8 +75,10 @@ def random_schedule(seed: int) -> likelihood.Levels:
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
-@pytest.mark.parametrize("levels", [likelihood.evenly, likelihood.by_cosine, random_schedule(0), random_schedule(1)])
-def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likelihood.Levels) -> None:
+@pytest.mark.parametrize(
+    "levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(0), random_schedule(1)]
+)
+def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likelihood.NoiseLevels) -> None:
     """½∫(1 − σ²)dλ = ½∫sigmoid(λ)dλ between the ends, for standard normal data, whose ε̂ is σ·x_t."""
     process = DiffusionProcess(target, "log_linear", timesteps=4000)
 
@@ -85,7 +87,7 @@ def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likel
         return process.target_from(alpha * x, sigma * x, t)
 
     x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = likelihood.one_draw_bounds(process, best, x0, levels)
+    found = likelihood.one_sample_bounds(process, best, x0, levels)
     assert found.shape == (64, 64)
     high, low = (torch.nn.functional.softplus(torch.tensor(end)) for end in LOG_SNR)
     sampling = float(found.std()) / math.sqrt(found.numel())
@@ -93,10 +95,10 @@ def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likel
     assert sampling < 0.2
 
 
-@pytest.mark.parametrize("levels", [likelihood.evenly, likelihood.by_cosine, random_schedule(2)])
-def test_a_schedule_falls_from_end_to_end_by_its_slope(levels: likelihood.Levels) -> None:
+@pytest.mark.parametrize("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(2)])
+def test_a_schedule_falls_from_end_to_end_by_its_slope(levels: likelihood.NoiseLevels) -> None:
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    if levels not in (likelihood.evenly, likelihood.by_cosine):
+    if levels not in (likelihood.log_linear_levels, likelihood.cosine_levels):
         u = u.float()
     log_snr, slope = levels(u)
     assert (float(log_snr[0]), float(log_snr[-1])) == pytest.approx(LOG_SNR, abs=1e-3)
@@ -178,7 +180,7 @@ CHAIN, INPAINT = ("stage2.prediction_type=v", "stage2.timesteps=50"), ("stage2.c
 @pytest.mark.parametrize(
     ("overrides", "options", "says"),
     [
-        (INPAINT, (), "made for text, inpaint; the bound is of models that make whole pictures"),
+        (INPAINT, (), "made for text, inpaint; the bound needs a model that makes complete images"),
         (CHAIN, ("--steps", "0"), "--steps: 0; give 1 to 50"),
         (CHAIN, ("--steps", "10", "51"), "--steps: 51; give 1 to 50"),
         (CHAIN, ("--steps", "10", "--count", "0"), "--count: 0"),

@@ -257,7 +257,7 @@ def trained(
 ) -> Path:
     """A folder with what one process trained, and two of each of TWO: the RUNS, and what FSDP trained half way."""
     folder = tmp_path_factory.mktemp("processes")
-    shared = [*small, "stage2.evaluate_pictures=64", "stage2.evaluate_every=2", "stage2.steps=4"]
+    shared = [*small, "stage2.evaluate_images=64", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
         "first half": (*RUNS[BESIDE], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
         "resumed": RUNS[BESIDE], "half": (*RUNS[BESIDE], "stage2.steps=2"),

@@ -35,7 +35,7 @@ def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Te
     """What diffusers' U-Net would be, of a prediction of x_0."""
 
     def answer(x: torch.Tensor, model_time: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        t = model_time / process.timesteps if process.target == "flow" else model_time
+        t = model_time / process.timesteps if process.prediction_type == "flow" else model_time
         alpha, sigma = process.alpha_sigma(t)
         x0 = predict(x, t)
         return (process.target_from(x0, (x - alpha * x0) / sigma, t),)
@@ -95,7 +95,7 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder, target: str
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class, size]", f"stage2.prediction_type={target}", "stage2.evaluate_pictures=3",
+        "stage2.conditions=[text, class, size]", f"stage2.prediction_type={target}", "stage2.evaluate_images=3",
         "stage2.beta_schedule=cosine",
     )  # fmt: skip
     stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
@@ -110,14 +110,14 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     validation = Validation(settings, index, model, Conditions(settings, vae, None, len(classes)), process)
     found = validation(run)
 
-    chosen = {"held_out": index.select("combination").some(3), "trained_on": index.select("train").some(3)}
+    chosen = {"held_out": index.select("combination").subset(3), "trained_on": index.select("train").subset(3)}
     assert [len(part) for part in chosen.values()] == [3, 3]
     errors = {}
     with run.ema_weights("a test"), torch.no_grad():
         for name, part in chosen.items():
             table = torch.zeros(3, len(EVAL_LOG_SNRS))
             for k, entry in enumerate(part):
-                x0 = vae.encode(to_tensor(crop_resize(part.picture(k), (16, 16))[0])[None])
+                x0 = vae.encode(to_tensor(crop_resize(part.load_image(k), (16, 16))[0])[None])
                 eps = normal(0, "validation", [k], x0.shape[1:])
                 for j, level in enumerate(EVAL_LOG_SNRS):
                     t = process.time_at(torch.tensor([level]))

@@ -1,4 +1,4 @@
-"""What can be configured: a module a section; every key with its type, its default and a line on what it means."""
+"""The configuration's schema: one module a section, each key with its type, default and a line of documentation."""
 
 from ldm.config.rules import STRAIGHT, TRACKERS
 from ldm.config.schema.base import Section

@@ -1,4 +1,4 @@
-"""What all sections of the configuration share."""
+"""The base class of the configuration's sections."""
 
 from __future__ import annotations
 

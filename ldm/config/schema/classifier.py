@@ -17,29 +17,29 @@ class ClassifierConfig(Training):
     """
 
     batch: PositiveInt = 64
-    """Global batch: the pictures of one optimiser step, over all processes."""
+    """Global batch: the images of one optimiser step, over all processes."""
     lr: float = Field(default=3e-4, gt=0)
-    """Learning rate, as it stands: not scaled by batch or processes."""
+    """Learning rate, not scaled by batch or processes."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Of AdamW."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
     half: Literal[0, 1] | None = None
-    """Trains on this half of the training pictures, so that a classifier of the other half can judge; default: all."""
+    """Trains on this half of the training images, so that a classifier of the other half can evaluate; default: all."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 256, 384, 512)
     """Width of each level; each level after the first halves the resolution."""
     layers: PositiveInt = 2
     """Residual blocks a level."""
     attention: tuple[bool, ...] = (False, True, True, True)
-    """Which levels have self-attention; the middle block and the pooling have."""
+    """Which levels have self-attention; the middle block and the pooling always have."""
     attention_head_dim: PositiveInt = 64
     """Channels of an attention head."""
     norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     evaluate_every: PositiveInt = 500
-    """Steps between two measurements of the accuracy by noise level, on held-out pictures."""
-    evaluate_pictures: PositiveInt = 256
-    """Pictures that are measured, always the same."""
+    """Steps between evaluations of the accuracy by noise level, on held-out images."""
+    evaluate_images: PositiveInt = 256
+    """Held-out images to evaluate on, always the same."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

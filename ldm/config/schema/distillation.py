@@ -11,38 +11,38 @@ from ldm.config.schema.training import Decay, Training
 
 
 class DistillConfig(Training):
-    """Of `python -m stage2_diffusion.distillation.train`, which makes a model of few steps from a run's."""
+    """Keys of `python -m stage2_diffusion.distillation.train`, which distils a run's model into one of few steps."""
 
     steps: PositiveInt = 1000
     """Optimiser steps of each halving, or of the whole consistency distillation."""
     batch: PositiveInt = 64
-    """Global batch: the pictures of one optimiser step, over all processes."""
+    """Global batch: the images of one optimiser step, over all processes."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "linear"
-    """Course of the learning rate in each halving; `cosine` and `linear` end at 0."""
+    """Schedule of the learning rate in each halving; `cosine` and `linear` end at 0."""
     ema_decay: Decay = 0.99
     """Decay of the averaged weights: the next teacher, what is exported, and a consistency model's own target."""
     guidance_from: float = Field(default=1.0, ge=1)
-    """Smallest scale of guidance that the student learns to be told."""
+    """Smallest guidance scale that the student is conditioned on."""
     guidance_to: float | None = Field(default=None, gt=1)
-    """Largest one; default: twice the run's `sample.guidance`."""
+    """Largest guidance scale; default: twice the run's `sample.guidance`."""
     guidance_steps: PositiveInt = 1000
-    """Progressive: optimiser steps in which guidance is learned, before the first halving."""
+    """Progressive: optimiser steps that distil guidance, before the first halving."""
     blended: float = Field(default=0.5, ge=0, le=1)
-    """Share of captions that are blended with another, so that students do not forget how their teacher combines."""
+    """Fraction of captions that are blended with another, so that students generalise as their teacher does."""
     steps_from: PositiveInt = 64
     """Progressive: solver steps of the first teacher."""
     steps_to: PositiveInt = 4
-    """Solver steps of the last student; a consistency model's by default, which can take others too."""
+    """Solver steps of the last student; of a consistency model, the default number."""
     loss: Literal["snr_truncated", "v"] = "snr_truncated"
-    """Progressive: weight of the error of x_0, max(SNR, 1), or 1 + SNR, which makes it the error of v."""
+    """Progressive: weight of the error of x_0: max(SNR, 1), or 1 + SNR, the error of v."""
     original_steps: PositiveInt = 50
     """Consistency: steps of the chain that the teacher takes, one of which lies between student and target."""
     huber: float = Field(default=0.001, gt=0)
     """Consistency: c of the pseudo-Huber loss."""
     evaluate_every: PositiveInt = 500
-    """Steps between two measurements of the loss on a batch of held-out pictures, always with the same noise."""
+    """Steps between evaluations of the loss on a batch of held-out images, always with the same noise."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -16,11 +16,11 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Mixed precision of training; `auto` is bf16 where the processor computes it natively, else none."""
+    """Mixed precision of training; `auto` is bf16 where the device computes it natively, else none."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes the GPU where there is one."""
     preflight: bool = True
-    """Measures two steps and a validation first, to tell the memory, time and disk that a run will take."""
+    """Measures two steps and a validation first, to estimate the run's memory, time and disk."""
     checkpoints_total_limit: PositiveInt = 2
     """Checkpoints kept per stage."""
     log_every: PositiveInt = 20
@@ -28,4 +28,4 @@ class RunConfig(Section):
     max_skipped: PositiveInt = 10
     """Steps in a row that may be skipped because a loss or gradient is not finite; then the run stops."""
     tracker: str = "tensorboard"
-    """Any tracker that accelerate knows by name, or `none`."""
+    """Name of a tracker of accelerate, or `none`."""

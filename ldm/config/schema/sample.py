@@ -19,7 +19,7 @@ class SampleConfig(Section):
     prompts: tuple[str, ...] = ()
     """Prompts of the sample grids."""
     every: PositiveInt = 1000
-    """Steps of stage two between two sample grids."""
+    """Training steps of stage two between sample grids."""
 
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")

@@ -13,38 +13,38 @@ from ldm.config.schema.training import Training
 
 
 class GanConfig(Section):
-    """PatchGAN, a second network that learns to tell patches of rebuilt pictures from real ones."""
+    """PatchGAN, a discriminator of patches of real and reconstructed images."""
 
     weight: float = Field(default=0.5, ge=0)
-    """Weight of its verdict in the autoencoder's loss, once fully raised."""
+    """Weight of the adversarial loss in the autoencoder's, after the ramp."""
     start: float = Field(default=0.5, ge=0)
-    """When it begins to learn: a step, or, below 1, a share of the run."""
+    """When its training begins: a step, or, below 1, a fraction of the run."""
     warmup: int = Field(default=200, ge=0)
-    """Steps that it learns alone before the autoencoder hears its verdict."""
+    """Steps that it trains alone before the adversarial loss counts."""
     ramp: int = Field(default=200, ge=0)
-    """Steps over which its weight then rises linearly."""
+    """Steps over which the weight then rises linearly."""
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
-    """What both play for."""
+    """Adversarial loss of both networks."""
     adaptive: bool = True
-    """Scales its weight so that its gradient at the decoder's last layer is as long as the reconstruction's."""
+    """Scales the weight so that its gradient at the decoder's last layer has the norm of the reconstruction's."""
     cap: float = Field(default=10.0, gt=0)
     """Largest scale that `adaptive` gives."""
     lr: float = Field(default=1e-4, gt=0)
-    """Its learning rate, with the warm-up and decay of the autoencoder's."""
+    """Its learning rate, with the autoencoder's warm-up and schedule."""
     r1: float = Field(default=0.0, ge=0)
-    """Weight of the gradient penalty on real pictures."""
+    """Weight of the gradient penalty on real images."""
     channels: PositiveInt = 64
     """Width of its first layer; doubles up to eight times."""
     layers: PositiveInt = 3
-    """Layers that halve the resolution: 3 judge patches of 70 pixels."""
+    """Layers that halve the resolution: 3 see patches of 70 pixels."""
     norm: Literal["group", "batch"] = "group"
-    """`batch` is over all processes, and needs GPUs where there are several."""
+    """Normalisation. `batch` is over all processes, and needs GPUs where there are several."""
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
-    """Differentiable augmentations of what it sees, for small sets."""
+    """Differentiable augmentations of its inputs, for small data sets."""
 
 
 class AlignConfig(Section):
-    """Draws latents towards the features of a pretrained encoder."""
+    """Aligns latents with the features of a pretrained encoder."""
 
     model: str
     """A vision transformer of transformers (DINOv2, CLIP's, ViT): local folder or Hub id."""
@@ -56,9 +56,9 @@ class Stage1Config(Training):
     pretrained: str | None = None
     """Loaded instead of trained: a diffusers folder, a `.safetensors` in the original layout, or a Hub id."""
     init_from: str | None = None
-    """The same, from which training goes on."""
+    """The same, as the initial weights of training."""
     train: Literal["all", "decoder"] = "all"
-    """`decoder` leaves the encoder as it is, so that latents, and U-Nets trained on them, stay valid."""
+    """`decoder` freezes the encoder, so that latents, and U-Nets trained on them, stay valid."""
     model: Literal[tuple(AUTOENCODERS)] = "kl"  # type: ignore[valid-type]
     """Architecture; the keys below change single values of it."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 256)
@@ -80,35 +80,35 @@ class Stage1Config(Training):
     charbonnier: float = Field(default=0.0, ge=0)
     """Weight of the Charbonnier error, an absolute error that is smooth at 0."""
     gradient: float = Field(default=1.0, ge=0)
-    """Weight of the error of the picture's gradients at three scales: a perceptual term that needs no download."""
+    """Weight of the error of the image's gradients at three scales: a perceptual term that needs no download."""
     lpips: float = Field(default=0.0, ge=0)
     """Weight of LPIPS, the perceptual distance of a pretrained network."""
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     """That network; torchvision downloads its weights once."""
     learn_variance: bool = False
-    """Divides the reconstruction error by a learned variance, so that its weight against the others is found."""
+    """Divides the reconstruction error by a learned variance, which balances it with the other terms."""
     kl: float = Field(default=1e-6, ge=0)
     """Weight of the Kullback-Leibler term, mean over the latent's elements."""
     kl_free: float = Field(default=0.0, ge=0)
-    """Free bits: nats of a latent element, mean over a picture's channel, that the term does not press on."""
+    """Free bits: nats of a latent element, mean over an image's channel, that the term does not penalise."""
     kl_warmup: int = Field(default=0, ge=0)
     """Steps over which its weight rises linearly."""
     commitment: float = Field(default=1.0, ge=0)
-    """VQ: weight of the distance of latents and codes."""
+    """VQ: weight of the distance between latents and codes."""
     beta: float = Field(default=0.25, ge=0)
-    """VQ: how much of that draws latents to codes rather than codes to latents."""
+    """VQ: weight, in that, of moving latents to codes relative to moving codes to latents."""
     revive: int = Field(default=200, ge=0)
-    """VQ: codes unused for so many steps are placed on latents of the batch; 0 never."""
+    """VQ: codes unused for so many steps are reset to latents of the batch; 0 never."""
     equivariance: float = Field(default=0.0, ge=0, le=1)
-    """Share of steps in which latents are shrunk and turned, and decoded to the picture shrunk and turned alike."""
+    """Fraction of steps whose latents are scaled and rotated, and decoded to the image scaled and rotated alike."""
     align: AlignConfig | None = None
     """Alignment of latents with a pretrained encoder's features."""
     gan: GanConfig | None = None
     """A discriminator, for crisp textures."""
     evaluate_every: PositiveInt = 1000
-    """Steps between two measurements on held-out pictures, with a sheet of reconstructions."""
-    evaluate_pictures: PositiveInt = 1024
-    """Pictures that are measured, always the same."""
+    """Steps between evaluations on held-out images, with a sheet of reconstructions."""
+    evaluate_images: PositiveInt = 1024
+    """Held-out images to evaluate on, always the same."""
 
     @property
     def family(self) -> str:

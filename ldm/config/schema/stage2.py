@@ -1,4 +1,4 @@
-"""`stage2`: the U-Net, the diffusion process and what is learned of it."""
+"""`stage2`: the U-Net, the diffusion process and the training objective."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ldm.config.schema.training import Training
 CONDITIONS = ("text", "class", "size", "inpaint", "upscale")
 
 
-def _in_order(given: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(given)) < len(given):
-        raise ValueError("one stands here twice; name each once")
-    return tuple(sorted(given, key=CONDITIONS.index))
+def _in_order(conditions: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(conditions)) < len(conditions):
+        raise ValueError("an entry is listed twice; name each once")
+    return tuple(sorted(conditions, key=CONDITIONS.index))
 
 
 class Stage2Config(Training):
     init_from: str | None = None
     """A diffusers folder or Hub id, or a `.safetensors` in diffusers' or the original layout, whose U-Net the training
-    starts from. It keeps its architecture; inputs that it lacks are added."""
+    starts from. It keeps its architecture; missing inputs are added."""
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]
-    """What pictures are made from besides noise: captions; classes; original size and crop; a picture with a hole; a
-    small picture. `[]` is unconditional."""
+    """Conditions: captions; classes; original size and crop; a masked image; a low-resolution image. `[]` is
+    unconditional."""
     cond_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained without captions and classes, for classifier-free guidance."""
     dropout_each: bool = False
-    """Drops captions and classes by draws of their own, rather than together."""
+    """Drops captions and classes independently rather than together."""
     uncond_embedding: Literal["empty", "learned"] = "empty"
-    """What stands for a dropped caption: the embedding of the empty one, or one that is trained."""
+    """Embedding of a dropped caption: that of the empty caption, or a trained one."""
     model: Literal[tuple(UNETS)] = "custom"  # type: ignore[valid-type]
     """Architecture; the keys below change single values of it."""
     channels: tuple[PositiveInt, ...] = (320, 640, 1280, 1280)
@@ -49,37 +49,37 @@ class Stage2Config(Training):
     pooled_text: bool = False
     """Adds the text to the time embedding, pooled by attention; with `size` among the conditions, its mean."""
     scale_shift: bool = False
-    """The time embedding scales features as well as shifting them (ADM's adaptive group normalisation)."""
+    """The time embedding scales and shifts features (ADM's adaptive group normalisation)."""
     attention_backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
     """`auto`: sdpa on a GPU, eager on a CPU, where sdpa's backward is slow."""
     compile: bool = False
     """Compiles the U-Net with torch.compile: a minute or more at the start, faster steps on GPUs."""
     channels_last: bool = False
-    """Keeps pictures channel by channel innermost in memory: faster convolutions on GPUs."""
+    """Memory format `channels_last`: faster convolutions on GPUs."""
     process: Literal[tuple(PROCESSES)] = "custom"  # type: ignore[valid-type]
-    """How pictures become noise and what is learned of it; the keys below change single values of it."""
+    """Diffusion process and prediction target; the keys below change single values of it."""
     prediction_type: Literal["eps", "v", "x0", "flow"] = "eps"
-    """What the U-Net predicts; `flow` is the velocity of a straight path from picture to noise."""
+    """What the U-Net predicts; `flow` is the velocity of a straight path from image to noise."""
     beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
     """Noise schedule of eps, v and x0; flow has none."""
     timesteps: PositiveInt = 1000
-    """Steps of the chain from picture to noise."""
+    """Steps of the chain from image to noise."""
     zero_snr: bool = False
-    """The chain ends in pure noise, so that very dark and very bright pictures can be made."""
+    """The chain ends in pure noise, so that very dark and very bright images can be generated."""
     shift: float = Field(default=1.0, gt=0)
-    """Side of these latents, or pixels, over the side that the schedule was made for: larger ones get more noise."""
+    """Side of the latents, or pixels, over the side that the schedule was made for: larger ones get more noise."""
     variance: Literal["fixed", "learned"] = "fixed"
     """The reverse step's variance: the schedule's, or a second output of the U-Net (for `sample.solver: ddpm`)."""
     vlb_weight: float = Field(default=0.001, gt=0)
-    """Learned variance: weight of the variational bound, which teaches it."""
+    """Learned variance: weight of the variational bound, which trains it."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance of prediction and target."""
     loss_weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2", "sigmoid", "learned"] = "uniform"
-    """Weight of a loss by its noise level; `learned` divides by how large losses are there."""
+    """Weight of the loss by noise level; `learned` divides by the expected loss."""
     weight_gamma: float | None = Field(default=None, gt=0)
     """γ of min_snr and soft_min_snr (5 unless set), and of p2 (1)."""
     timestep_sampling: Literal["auto", "uniform", "logit_normal", "loss"] = "auto"
-    """How noise levels are drawn: evenly, more often in the middle, or by how large losses were (`loss`); `auto` is
+    """Distribution of noise levels: uniform, mostly in the middle, or by earlier losses (`loss`); `auto` is
     logit_normal for flow and uniform otherwise."""
     logit_mean: float = 0.0
     """Logit-normal times: mean of the logit; larger is noisier."""
@@ -88,13 +88,13 @@ class Stage2Config(Training):
     stratified: bool = False
     """Spreads the noise levels of a batch evenly, which steadies the loss."""
     noise_offset: float = Field(default=0.0, ge=0)
-    """Strength of noise that is the same all over a channel (0.1 where used); zero_snr is the sounder way."""
+    """Strength of noise that is constant over a channel (0.1 where used); prefer zero_snr."""
     input_perturbation: float = Field(default=0.0, ge=0)
-    """Strength of noise that the U-Net sees and is not told of (0.1 where used)."""
+    """Strength of extra noise in the U-Net's input, which is not part of the target (0.1 where used)."""
     evaluate_every: PositiveInt = 1000
-    """Steps between two measurements of the loss by noise level, on held-out and on training pictures."""
-    evaluate_pictures: PositiveInt = 64
-    """Pictures of each of the two that are measured, always the same."""
+    """Steps between evaluations of the loss by noise level, on held-out and on training images."""
+    evaluate_images: PositiveInt = 64
+    """Held-out, and training, images to evaluate on, always the same."""
 
     @property
     def text(self) -> bool:
@@ -110,7 +110,7 @@ class Stage2Config(Training):
 
     @property
     def image(self) -> bool:
-        """Whether a picture stands beside x_t."""
+        """Whether the U-Net's input has an image besides x_t."""
         return bool({"inpaint", "upscale"} & set(self.conditions))
 
     @model_validator(mode="after")

@@ -9,15 +9,15 @@ from ldm.config.schema.base import Section
 
 class TextConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id: BERT-like, CLIP and T5 encoders of transformers, or a whole diffusers pipeline, whose
-    encoder is taken; or `open_clip:ARCH:WEIGHTS`."""
+    """A local folder or Hub id of a BERT-like, CLIP or T5 encoder, or of a diffusers pipeline with one; or
+    `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)
-    """Length that captions are padded or cut to; default: the tokenizer's own."""
+    """Length that captions are padded or truncated to; default: the tokenizer's own."""
     width: PositiveInt | None = None
-    """Channels of the encoder's token states, checked when it is loaded; `--dry-run` then needs no download."""
+    """Channels of the encoder's hidden states, checked when it is loaded; `--dry-run` then needs no download."""
     skip_layers: int = Field(default=0, ge=0)
-    """Last layers that are left out: 1 gives the penultimate layer's states (Stable Diffusion 2, "clip skip")."""
+    """Last layers that are skipped: 1 gives the penultimate layer's states (Stable Diffusion 2, "clip skip")."""
     chunks: PositiveInt = 1
-    """Long captions are encoded in up to so many pieces, whose states stand one after the other."""
+    """Long captions are encoded in up to so many chunks, whose states are concatenated."""
     train: bool = False
-    """Trains the encoder along with the U-Net; captions' embeddings are then not cached."""
+    """Trains the encoder with the U-Net; text embeddings are then not cached."""

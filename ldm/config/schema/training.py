@@ -1,4 +1,4 @@
-"""What the training of every network shares: steps, batch, optimiser, averages, checkpoints."""
+"""Keys that every training shares: steps, batch, optimiser, weight averages, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from ldm.config.schema.base import Section
 
-WIDEST = 12**-0.5  # the relative width of the plain mean of all weights so far
+WIDEST = 12**-0.5  # σ_rel of the plain mean of all weights so far
 
 
-def _widths(given: tuple[float, ...]) -> tuple[float, ...]:
-    if not all(0 < width < WIDEST for width in given):
+def _check_widths(widths: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < width < WIDEST for width in widths):
         raise ValueError(f"each must be more than 0 and less than {WIDEST:.4f}; 0.05 and 0.1 are usual")
-    if len(set(given)) < len(given):
-        raise ValueError("one stands here twice; name each once")
-    return given
+    if len(set(widths)) < len(widths):
+        raise ValueError("an entry is listed twice; name each once")
+    return widths
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(Section):
-    """What both stages share."""
+    """Keys that every training shares."""
 
     steps: PositiveInt = 1000
     """Optimiser steps."""
     batch: PositiveInt = 16
-    """Global batch: the pictures of one optimiser step, over all processes."""
+    """Global batch: the images of one optimiser step, over all processes."""
     device_batch: PositiveInt | None = None
     """Images that one device computes at once, at most; gradients accumulate until the batch is complete. Default: the
     device's whole share of the batch."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0)
-    """Learning rate, as it stands: not scaled by batch or processes."""
+    """Learning rate, not scaled by batch or processes."""
     lr_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up; `cosine` and `linear` end at 0."""
+    """Schedule of the learning rate after the warm-up; `cosine` and `linear` end at 0."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -47,13 +47,12 @@ class Training(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     ema_decay: Decay = 0.999
-    """Decay of the averaged weights, which are what is saved and sampled."""
-    ema_widths: Annotated[tuple[float, ...], AfterValidator(_widths)] = ()
-    """Power-function averages instead, by σ_rel: `[0.05, 0.1]`; the first is saved and sampled, snapshots are kept of
-    all."""
+    """Decay of the averaged weights, which are saved and sampled."""
+    ema_widths: Annotated[tuple[float, ...], AfterValidator(_check_widths)] = ()
+    """Power-function averages instead, by σ_rel: `[0.05, 0.1]`. The first is saved and sampled; all are snapshotted."""
     ema_snapshot_every: PositiveInt = 500
-    """Steps between their snapshots, of which averages of other widths are made afterwards."""
+    """Steps between their snapshots, from which averages of other widths can be computed later."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
     gradient_checkpointing: bool = False
-    """Computes activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recomputes activations in the backward pass: less memory, a third more time."""

@@ -1,6 +1,6 @@
 """An autoencoder as one `.safetensors` in the layout of CompVis and Stability AI ↔ a diffusers autoencoder.
 
-One table of names serves both ways: the model says which tensors it has, the table says what the original calls them.
+One table of names serves both directions: the model lists its tensors, and the table has their original names.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ldm.utils.errors import UserError
 Shapes = dict[str, tuple[int, ...]]
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a whole checkpoint; alone it has none
-TRAINING = ("loss.", "model_ema.")  # what CompVis' own training leaves beside the autoencoder: no part of it
+PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a full checkpoint; none if it is alone
+TRAINING = ("loss.", "model_ema.")  # tensors that CompVis' training saves along with the autoencoder
 
 # Parts of names, diffusers' and the original's; in this order. Not `up_blocks`, which the original counts backwards.
 RENAMES = (
@@ -48,7 +48,7 @@ RENAMES = (
 )
 LINEAR = re.compile(r"\.(to_q|to_k|to_v|to_out\.0)\.weight$")  # linear in diffusers, a 1×1 convolution in the original
 
-# A tensor that marks a published model, in a whole checkpoint → its scaling_factor and shift_factor.
+# A tensor that identifies a published model, in a full checkpoint → its scaling_factor and shift_factor.
 SCALES: dict[str, tuple[float, float | None]] = {
     "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (0.13025, None),  # SDXL
     "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (0.13025, None),  # SDXL's refiner
@@ -57,8 +57,8 @@ SCALES: dict[str, tuple[float, float | None]] = {
 }
 
 
-class Knowledge(BaseModel):
-    """What the tensors don't say, and the file's metadata (all of it text) may: None where it doesn't."""
+class Metadata(BaseModel):
+    """Configuration that tensors don't show, from the file's metadata, which is all text; None if it is absent."""
 
     scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     shift_factor: FiniteFloat | None = None
@@ -69,15 +69,15 @@ class Knowledge(BaseModel):
 
 
 def read(path: Path) -> AutoencoderKL | VQModel:
-    """The autoencoder of a file, alone or inside a whole checkpoint: float32, on the CPU, in evaluation mode.
+    """The autoencoder of a file, alone or inside a full checkpoint: float32, on the CPU, in evaluation mode.
 
-    Its tensors' names and shapes tell the architecture; nothing else of the file is loaded. Where the metadata is
-    silent, these are guesses:
-      - `norm_num_groups`: 32; if that doesn't divide all widths, the largest that does and leaves 4 channels a group;
-      - `scaling_factor`, `shift_factor`: those of SDXL, SD 3 or FLUX.1 in such a model's whole checkpoint; the
-        `scale_factor` that CompVis keeps if it measured one; else 0.18215 (Stable Diffusion 1 and 2, which is wrong
-        for SDXL's autoencoder alone) for a KL of 4 channels, and 1 (unscaled) for all others; no shift;
-      - `sample_size` (it bounds tiles only): 512.
+    Names and shapes of its tensors determine the architecture; no other tensors are loaded. What the metadata lacks is
+    guessed:
+      - `norm_num_groups`: 32; if that doesn't divide all widths, the largest that does and leaves 4 channels per group;
+      - `scaling_factor`, `shift_factor`: those of SDXL, SD 3 or FLUX.1 in such a model's full checkpoint; the
+        `scale_factor` that CompVis saves if it measured one; else 0.18215 (Stable Diffusion 1 and 2; wrong for SDXL's
+        autoencoder in a file of its own) for a KL of 4 channels, and 1 (unscaled) for all others; no shift;
+      - `sample_size` (it affects tiling alone): 512.
 
     Raises UserError if the file is missing, damaged, or no autoencoder, or a tensor is missing, left over or misshapen.
     """
@@ -87,7 +87,7 @@ def read(path: Path) -> AutoencoderKL | VQModel:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A `.safetensors` to read tensors from; UserError where it is missing, damaged, or a pickle."""
+    """Opens a `.safetensors` file to read tensors; UserError if it is missing, damaged, or a pickle."""
     if path.suffix in PICKLES and path.exists():
         raise UserError(
             f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of "
@@ -107,22 +107,22 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
-    """The inverse of `read`, whole or not at all: the tensors in the model's dtype, what they don't say as metadata.
+    """The inverse of `read`, complete or not at all: tensors in the model's dtype, the rest of its config as metadata.
 
     Raises UserError for an autoencoder that the original layout has no names for.
     """
-    _refuse_others(vae, path)
+    _check_supported(vae, path)
     config, tensors = vae.config, {}
     for name, tensor in vae.state_dict().items():
         tensor = tensor[:, :, None, None] if LINEAR.search(name) else tensor
         tensors[original_name(name, len(config.block_out_channels))] = tensor.detach().cpu().contiguous()
     factor = 2 ** (len(config.block_out_channels) - 1)
-    known = {key: config.get(key) for key in Knowledge.model_fields}
+    values = {key: config.get(key) for key in Metadata.model_fields}
     metadata = {
         "format": "pt",
         "class": type(vae).__name__,
-        "latents": f"{config.latent_channels} channels, 1/{factor} of the picture's height and width",
-        **{key: json.dumps(value) for key, value in known.items() if value is not None},
+        "latents": f"{config.latent_channels} channels, 1/{factor} of the image's height and width",
+        **{key: json.dumps(value) for key, value in values.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp_path:
@@ -130,15 +130,15 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
 
 
 def original_name(name: str, levels: int) -> str:
-    """What the original layout calls a tensor of a diffusers autoencoder with so many levels of resolution."""
+    """The original layout's name of a diffusers autoencoder's tensor; `levels` is its number of resolutions."""
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-    for ours, theirs in RENAMES:
-        name = name.replace(ours, theirs)
+    for diffusers_part, original_part in RENAMES:
+        name = name.replace(diffusers_part, original_part)
     return name
 
 
 def architecture(path: Path, shapes: Shapes) -> dict[str, Any]:
-    """The configuration that names and shapes tell, for VQModel if it has `num_vq_embeddings`, else AutoencoderKL."""
+    """The configuration from names and shapes: VQModel's if it has `num_vq_embeddings`, else AutoencoderKL's."""
 
     def size(name: str, axis: int) -> int:
         if len(shapes.get(name, ())) <= axis:
@@ -171,29 +171,33 @@ def architecture(path: Path, shapes: Shapes) -> dict[str, Any]:
 def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
     names = set(file.keys())
     prefix = _prefix(path, names)
-    mine = [name for name in names if name.startswith(prefix) and not name.removeprefix(prefix).startswith(TRAINING)]
-    shapes = {name.removeprefix(prefix): tuple(file.get_slice(name).get_shape()) for name in mine}
+    shapes = {
+        name.removeprefix(prefix): tuple(file.get_slice(name).get_shape())
+        for name in names
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(TRAINING)
+    }
     config = architecture(path, shapes)
-    config |= _knowledge(path, file, names, config)
+    config |= _metadata(path, file, names, config)
     with torch.device("meta"):
         model = (VQModel if "num_vq_embeddings" in config else AutoencoderKL)(**config)
     expected = model.state_dict()
-    places = {original_name(name, len(config["block_out_channels"])): name for name in expected}
-    same_names(path, set(places), set(shapes), type(model).__name__)
+    original_names = {original_name(name, len(config["block_out_channels"])): name for name in expected}
+    check_names(path, set(original_names), set(shapes), type(model).__name__)
     tensors = {}
-    for original, name in places.items():
-        shape = tuple(expected[name].shape)
-        given = shapes[original][:2] if LINEAR.search(name) and set(shapes[original][2:]) <= {1} else shapes[original]
-        if given != shape:
-            raise UserError(f"{path}: tensor {original} has shape {given}; beside the others it would be {shape}")
+    for original, name in original_names.items():
+        shape, file_shape = tuple(expected[name].shape), shapes[original]
+        if LINEAR.search(name) and set(file_shape[2:]) <= {1}:
+            file_shape = file_shape[:2]
+        if file_shape != shape:
+            raise UserError(f"{path}: tensor {original} has shape {file_shape}; beside the others it would be {shape}")
         tensor = file.get_tensor(prefix + original).reshape(shape)
-        tensors[name] = tensor.to(torch.float32, copy=True)  # a copy: else it is the file, which may be replaced
+        tensors[name] = tensor.to(torch.float32, copy=True)  # else it maps the file, which may be replaced
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
 def _prefix(path: Path, names: set[str]) -> str:
-    """What stands before the autoencoder's names in this file."""
+    """The prefix of the autoencoder's tensors in this file."""
     for prefix in PREFIXES:
         if f"{prefix}encoder.down.0.block.0.conv1.weight" in names:
             return prefix
@@ -204,9 +208,9 @@ def _prefix(path: Path, names: set[str]) -> str:
     )
 
 
-def same_names(path: Path, needed: set[str], given: set[str], kind: str) -> None:
-    """Raises UserError for tensors that are missing or left over."""
-    for names, complaint in ((needed - given, "lacks"), (given - needed, "has, and no such model has,")):
+def check_names(path: Path, expected: set[str], actual: set[str], kind: str) -> None:
+    """UserError for tensors that are missing or left over in a file of a model of class `kind`."""
+    for names, complaint in ((expected - actual, "lacks"), (actual - expected, "has, and no such model has,")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
@@ -214,10 +218,10 @@ def same_names(path: Path, needed: set[str], given: set[str], kind: str) -> None
             )
 
 
-def _knowledge(path: Path, file: Any, names: set[str], config: dict[str, Any]) -> dict[str, Any]:
-    """What `Knowledge` holds, from the metadata, then from marks in a whole checkpoint, then guessed."""
+def _metadata(path: Path, file: Any, names: set[str], config: dict[str, Any]) -> dict[str, Any]:
+    """The values of `Metadata`: from the file's metadata, else from tensors of a full checkpoint, else guessed."""
     try:
-        said = Knowledge.model_validate(file.metadata() or {}).model_dump(exclude_none=True)
+        recorded = Metadata.model_validate(file.metadata() or {}).model_dump(exclude_none=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: metadata {first['loc'][0]} is {first['input']!r}: {first['msg']}") from None
@@ -230,28 +234,28 @@ def _knowledge(path: Path, file: Any, names: set[str], config: dict[str, Any]) -
     scale, shift = next((SCALES[name] for name in SCALES if name in names), (scale, shift))
     width = math.gcd(*config["block_out_channels"])
     groups = 32 if width % 32 == 0 else max(n for n in range(1, 33) if width % n == 0 and (n == 1 or width // n >= 4))
-    if width % said.get("norm_num_groups", 1):
+    if width % recorded.get("norm_num_groups", 1):
         raise UserError(
-            f"{path}: metadata norm_num_groups is {said['norm_num_groups']}, "
+            f"{path}: metadata norm_num_groups is {recorded['norm_num_groups']}, "
             f"which doesn't divide the channels {config['block_out_channels']}"
         )
     guessed = {"scaling_factor": scale, "shift_factor": shift, "norm_num_groups": groups, "sample_size": 512}
-    known = {**guessed, **said}
-    if "num_vq_embeddings" in config:  # VQModel has no place for the others
-        known = {key: known[key] for key in ("scaling_factor", "norm_num_groups", "sample_size")}
-    return known
+    values = {**guessed, **recorded}
+    if "num_vq_embeddings" in config:  # VQModel has no other keys
+        values = {key: values[key] for key in ("scaling_factor", "norm_num_groups", "sample_size")}
+    return values
 
 
-def _refuse_others(vae: Any, path: Path) -> None:
-    """Raises UserError for what the original layout can't say."""
+def _check_supported(vae: Any, path: Path) -> None:
+    """UserError for an autoencoder that the original layout can't express."""
     if not isinstance(vae, AutoencoderKL | VQModel):
         reason = f"it has no names for {type(vae).__name__}, only for AutoencoderKL and VQModel"
     else:
-        plain = {"DownEncoderBlock2D", "UpDecoderBlock2D", "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"}
-        other = sorted({*vae.config.down_block_types, *vae.config.up_block_types} - plain)
-        fixed = {"act_fn": ("silu", "swish"), "norm_type": ("group", None), "lookup_from_codebook": (False, None)}
-        other += [f"{key} {vae.config[key]}" for key, values in fixed.items() if vae.config.get(key) not in values]
-        if not other:
+        blocks = {"DownEncoderBlock2D", "UpDecoderBlock2D", "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"}
+        options = {"act_fn": ("silu", "swish"), "norm_type": ("group", None), "lookup_from_codebook": (False, None)}
+        unsupported = sorted({*vae.config.down_block_types, *vae.config.up_block_types} - blocks)
+        unsupported += [f"{key} {vae.config[key]}" for key in options if vae.config.get(key) not in options[key]]
+        if not unsupported:
             return
-        reason = f"it has no place for {', '.join(other)}"
+        reason = f"it has no place for {', '.join(unsupported)}"
     raise UserError(f"{path}: can't be written in the original layout: {reason}; save a diffusers folder instead")

@@ -1,11 +1,12 @@
-"""A U-Net that reads text, from one `.safetensors`: in the layout of CompVis and Stability AI, or in diffusers' own.
+"""A text-conditioned U-Net from one `.safetensors`, in the layout of CompVis and Stability AI, or in diffusers' own.
 
-The names of the original are turned into diffusers' by diffusers' own conversion.
+diffusers' own conversion translates the original names.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,162 +14,205 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 
-from ldm.models.convert.autoencoder import Shapes, opened, same_names
+from ldm.models.convert.autoencoder import Shapes, check_names, opened
 from ldm.utils.errors import UserError
 
 SD1 = (320, 640, 1280, 1280)  # widths of Stable Diffusion 1 and 2
-V_MARKS = {"v_pred", "ztsnr"}  # empty tensors that mark SDXL models that predict v
-SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}  # of `modelspec.prediction_type`
+V_MARKERS = {"v_pred", "ztsnr"}  # empty tensors that mark SDXL models that predict v
+MODELSPEC_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 
-def read(path: Path, head_size: int, groups: int) -> tuple[UNet2DConditionModel | UNet2DModel, str | None]:
-    """The U-Net of a file, alone or inside a whole checkpoint: float32, on the CPU. What it predicts, if that is said.
+def read(
+    path: Path, attention_head_dim: int, norm_num_groups: int
+) -> tuple[UNet2DConditionModel | UNet2DModel, str | None]:
+    """The U-Net of a file, alone or inside a full checkpoint, in float32 on the CPU; and what it predicts, if known.
 
-    A file in diffusers' layout with its `config.json` beside it is what that says. Otherwise the tensors' names and
-    shapes tell the architecture, but for the heads of attention and the groups of the normalisation. These are
-      - 64 channels a head, 32 groups where projections are linear and 64 divides the widths: Stable Diffusion 2 and XL;
-      - 8 heads a level, 32 groups at the widths of Stable Diffusion 1 in the original layout;
-      - `head_size` channels a head, and `groups`, for any other.
-    Averaged weights beside the others (`model_ema.*`) are left alone, as by diffusers' `extract_ema=False`.
+    For a file in diffusers' layout, a `config.json` in the same folder is its configuration. Otherwise names and shapes
+    of tensors determine the architecture, except for the attention heads and the normalisation groups. These are
+      - 64 channels per head, 32 groups if projections are linear and 64 divides the widths: Stable Diffusion 2 and XL;
+      - 8 heads per level, 32 groups for the widths of Stable Diffusion 1 in the original layout;
+      - `attention_head_dim` channels per head, and `norm_num_groups`, for all others.
+    Averaged weights (`model_ema.*`) are ignored, as with diffusers' `extract_ema=False`.
 
-    Raises UserError if the file is missing, damaged, or no such U-Net, or a tensor is missing, left over or misshapen.
+    UserError if the file is missing, damaged, or no such U-Net, or if a tensor is missing, left over or misshapen.
     """
     with opened(path) as file:
         names = set(file.keys())
-        places, left = table(path, names)
-        shapes = {name: tuple(file.get_slice(place).get_shape()) for name, place in places.items()}
-        original = any(name != place for name, place in places.items())
-        unet = _empty(path, shapes, head_size, groups, original)
+        file_names, unused = name_table(path, names)
+        shapes = {name: tuple(file.get_slice(file_name).get_shape()) for name, file_name in file_names.items()}
+        original = any(name != file_name for name, file_name in file_names.items())
+        unet = _build_empty(path, shapes, attention_head_dim, norm_num_groups, original)
         expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-        same_names(path, set(expected), {*shapes, *left}, type(unet).__name__)
+        check_names(path, set(expected), {*shapes, *unused}, type(unet).__name__)
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise UserError(
-                    f"{path}: tensor {places[name]} has shape {shapes[name]}; beside the others it would be {shape}, "
-                    f"with stage2.attention_head_dim={head_size} and stage2.norm_num_groups={groups} where it does not "
-                    "tell them"
+                    f"{path}: tensor {file_names[name]} has shape {shapes[name]}; beside the others it would be "
+                    f"{shape}, with stage2.attention_head_dim={attention_head_dim} and "
+                    f"stage2.norm_num_groups={norm_num_groups} where it does not tell them"
                 )
-        # copies: else they are the file, which may be replaced
-        tensors = {name: file.get_tensor(places[name]).to(torch.float32, copy=True) for name in expected}
-        said = SAID.get((file.metadata() or {}).get("modelspec.prediction_type", ""))
+        # copies: else they map the file, which may be replaced
+        tensors = {name: file.get_tensor(file_names[name]).to(torch.float32, copy=True) for name in expected}
+        predicts = MODELSPEC_PREDICTION_TYPES.get((file.metadata() or {}).get("modelspec.prediction_type", ""))
     unet.load_state_dict(tensors, assign=True)
-    return unet.eval(), "v_prediction" if V_MARKS & names else said
+    return unet.eval(), "v_prediction" if V_MARKERS & names else predicts
 
 
-def table(path: Path, names: set[str]) -> tuple[dict[str, str], set[str]]:
-    """Diffusers' name of each tensor → its name in a file of these names, and the U-Net's names that are left over.
+def name_table(path: Path, names: set[str]) -> tuple[dict[str, str], set[str]]:
+    """Diffusers' names of the U-Net's tensors → their names in the file, and the U-Net's names that remain.
 
-    UserError where there is no U-Net.
+    UserError if `names`, those of the file's tensors, contain no U-Net.
     """
     inside = any(name.startswith(LDM_UNET_KEY) for name in names)
-    mine = {name.removeprefix(LDM_UNET_KEY) for name in names if not inside or name.startswith(LDM_UNET_KEY)}
+    unet_names = {name.removeprefix(LDM_UNET_KEY) for name in names if not inside or name.startswith(LDM_UNET_KEY)}
     if not inside:
-        mine = {name for name in mine - V_MARKS if not name.startswith("model_ema.")}
-    if not inside and {"conv_in.weight", "time_embedding.linear_1.weight"} <= mine:
-        return {name: name for name in mine}, set()
-    if "input_blocks.0.0.weight" not in mine:
+        unet_names = {name for name in unet_names - V_MARKERS if not name.startswith("model_ema.")}
+    if not inside and {"conv_in.weight", "time_embedding.linear_1.weight"} <= unet_names:
+        return {name: name for name in unet_names}, set()
+    if "input_blocks.0.0.weight" not in unet_names:
         raise UserError(
             f"{path}: holds no U-Net: no tensor input_blocks.0.0.weight, alone or after {LDM_UNET_KEY}, and none of "
             "diffusers' layout; transformers, as of SD 3 and FLUX, are not known"
         )
-    blocks = {int(match[1]) for name in mine if (match := re.match(r"input_blocks\.(\d+)\.", name))}
-    halving = {i for i in blocks if f"input_blocks.{i}.0.op.weight" in mine}
+    blocks = {int(match[1]) for name in unet_names if (match := re.match(r"input_blocks\.(\d+)\.", name))}
+    halving = {i for i in blocks if f"input_blocks.{i}.0.op.weight" in unet_names}
     config: dict[str, Any] = {"layers_per_block": max(1, min(halving, default=len(blocks)) - 1)}
-    config |= {"addition_embed_type": "text_time"} if "label_emb.0.0.weight" in mine else {}
-    config |= {"num_class_embeds": 1} if "label_emb.weight" in mine else {}
-    before = LDM_UNET_KEY if inside else ""
-    try:  # the conversion only moves what it is given: of names it makes a table
-        places = convert_ldm_unet_checkpoint({LDM_UNET_KEY + name: before + name for name in mine}, config)
+    config |= {"addition_embed_type": "text_time"} if "label_emb.0.0.weight" in unet_names else {}
+    config |= {"num_class_embeds": 1} if "label_emb.weight" in unet_names else {}
+    prefix = LDM_UNET_KEY if inside else ""
+    try:  # the conversion moves values from one key to another, so names as values give a table of names
+        file_names = convert_ldm_unet_checkpoint({LDM_UNET_KEY + name: prefix + name for name in unet_names}, config)
     except KeyError as error:
-        raise UserError(f"{path}: lacks tensor {before}{error.args[0]}; is the file whole and unaltered?") from None
-    places = {name: place for name, place in places.items() if place}  # None for a bias that the file lacks
-    return places, {before + name for name in mine} - set(places.values())
+        raise UserError(f"{path}: lacks tensor {prefix}{error.args[0]}; is the file whole and unaltered?") from None
+    file_names = {name: file_name for name, file_name in file_names.items() if file_name}  # None for a missing bias
+    return file_names, {prefix + name for name in unet_names} - set(file_names.values())
 
 
-def _empty(
-    path: Path, shapes: Shapes, head_size: int, groups: int, original: bool
+def _build_empty(
+    path: Path, shapes: Shapes, attention_head_dim: int, norm_num_groups: int, original: bool
 ) -> UNet2DConditionModel | UNet2DModel:
-    """The model that the file is of, without memory for weights."""
-    beside = path.with_name("config.json")
+    """The file's model on the meta device, without memory for weights."""
+    config_path = path.with_name("config.json")
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (UNet2DConditionModel, UNet2DModel)}
     try:
         with torch.device("meta"):
-            if not original and beside.exists():
+            if not original and config_path.exists():
                 config = UNet2DConditionModel.load_config(path.parent)
                 kind = kinds.get(config.get("_class_name"))
                 if not kind:
-                    raise UserError(f"{beside}: is of a {config.get('_class_name')}; known are {', '.join(kinds)}")
+                    raise UserError(f"{config_path}: is of a {config.get('_class_name')}; known are {', '.join(kinds)}")
                 return kind.from_config(config)
-            return UNet2DConditionModel(**architecture(path, shapes, head_size, groups, original))
+            return UNet2DConditionModel(**architecture(path, shapes, attention_head_dim, norm_num_groups, original))
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # diffusers' own checks, of groups for one
+    except (OSError, ValueError) as error:  # diffusers' own checks, such as that of groups
         raise UserError(
-            f"{path}: can't be built: {str(error).splitlines()[0]}; stage2.norm_num_groups is {groups}"
+            f"{path}: can't be built: {str(error).splitlines()[0]}; stage2.norm_num_groups is {norm_num_groups}"
         ) from None
 
 
-def architecture(path: Path, shapes: Shapes, head_size: int, groups: int, original: bool = True) -> dict[str, Any]:
-    """The configuration that names and shapes, as diffusers has them, tell of a UNet2DConditionModel."""
-
-    def size(name: str, axis: int = 0) -> int:
-        if len(shapes.get(name, ())) <= axis:
-            raise UserError(f"{path}: tensor {name}, in diffusers' names, is missing or has too few axes; is it whole?")
-        return shapes[name][axis]
-
-    def count(pattern: str) -> int:
-        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
-    def depth(block: str) -> int:
-        return count(rf"{block}\.attentions\.0\.transformer_blocks\.(\d+)\.")
-
-    levels = count(r"down_blocks\.(\d+)\.")
-    widths = tuple(size(f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels))
-    depths = [depth(f"down_blocks.{i}") for i in range(levels)]
-    mid = depth("mid_block")
-    states = next((name for name in sorted(shapes) if name.endswith(".attn2.to_k.weight")), None)
-    if not levels or states is None:
+def architecture(
+    path: Path, shapes: Shapes, attention_head_dim: int, norm_num_groups: int, original: bool = True
+) -> dict[str, Any]:
+    """The configuration of the UNet2DConditionModel with tensors of these names, diffusers', and shapes."""
+    tensors = _Tensors(path, shapes)
+    levels = tensors.count(r"down_blocks\.(\d+)\.")
+    widths = tuple(tensors.size(f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels))
+    depths = [tensors.depth(f"down_blocks.{i}") for i in range(levels)]
+    mid_depth = tensors.depth("mid_block")
+    to_k = next((name for name in sorted(shapes) if name.endswith(".attn2.to_k.weight")), None)
+    if not levels or to_k is None:
         raise UserError(f"{path}: its U-Net reads no text; give the folder that it is in, with its config.json")
-    projection = states.split(".transformer_blocks.")[0] + ".proj_in.weight"
-    linear = size(projection, 1) and len(shapes[projection]) == 2  # not a 1×1 convolution
-    wide, eight = linear and not any(width % 64 for width in widths), not linear and widths == SD1
-    if eight and not original:
-        raise UserError(
-            f"{path}: has the shapes of Stable Diffusion 1, and nothing tells how many heads its attention has; "
-            "put its config.json beside it, or give the folder"
-        )
-    odd = [width for width, each in zip(widths, depths, strict=True) if each and width % head_size]
-    if odd and not wide and not eight:
-        raise UserError(
-            f"{path}: stage2.attention_head_dim is {head_size}, which doesn't divide its width {odd[0]}; set its own"
-        )
-    down = tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in depths)
+    projection = to_k.split(".transformer_blocks.")[0] + ".proj_in.weight"
+    linear = tensors.size(projection, 1) > 0 and len(shapes[projection]) == 2  # not a 1×1 convolution
+    attending = tuple(width for width, depth in zip(widths, depths, strict=True) if depth)
+    heads, default_groups = _attention_heads(path, widths, attending, linear, attention_head_dim, original)
+    down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths)
     if not depths[-1]:
-        depths[-1] = mid  # what diffusers builds the middle block with
-    config: dict[str, Any] = {
-        "in_channels": size("conv_in.weight", 1),
-        "out_channels": size("conv_out.weight"),
+        depths[-1] = mid_depth  # diffusers builds the middle block with the last depth
+    return {
+        "in_channels": tensors.size("conv_in.weight", 1),
+        "out_channels": tensors.size("conv_out.weight"),
         "block_out_channels": widths,
-        "layers_per_block": count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": tensors.count(r"down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": down,
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid else "UNetMidBlock2D",
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid_depth else "UNetMidBlock2D",
         "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(down)),
-        "transformer_layers_per_block": tuple(each or 1 for each in depths),
-        "cross_attention_dim": size(states, 1),
+        "transformer_layers_per_block": tuple(depth or 1 for depth in depths),
+        "cross_attention_dim": tensors.size(to_k, 1),
         "use_linear_projection": linear,
-        # diffusers' `attention_head_dim` of this class is the number of heads
-        "attention_head_dim": tuple(8 if eight else max(1, width // (64 if wide else head_size)) for width in widths),
-        "norm_num_groups": 32 if wide or eight else groups,
+        "attention_head_dim": heads,  # of this class it is the number of heads
+        "norm_num_groups": default_groups or norm_num_groups,
+        **_embeddings(tensors, widths[0]),
     }
-    if size("down_blocks.0.resnets.0.time_emb_proj.weight") == 2 * widths[0]:
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """What names and shapes of a U-Net's tensors, in diffusers' names, say of its architecture."""
+
+    path: Path
+    shapes: Shapes
+
+    def size(self, name: str, axis: int = 0) -> int:
+        if len(self.shapes.get(name, ())) <= axis:
+            raise UserError(
+                f"{self.path}: tensor {name}, in diffusers' names, is missing or has too few axes; is it whole?"
+            )
+        return self.shapes[name][axis]
+
+    def count(self, pattern: str) -> int:
+        """The number of different values of the pattern's group."""
+        return len({match[1] for name in self.shapes if (match := re.match(pattern, name))})
+
+    def depth(self, block: str) -> int:
+        """The number of transformer layers in each attention of a block."""
+        return self.count(rf"{block}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+
+
+def _attention_heads(
+    path: Path,
+    widths: tuple[int, ...],
+    attending: tuple[int, ...],
+    linear: bool,
+    attention_head_dim: int,
+    original: bool,
+) -> tuple[tuple[int, ...], int | None]:
+    """The number of heads of each level, and of normalisation groups if a published model determines it; see `read`.
+
+    `attending` are the widths of levels with attention. UserError if the number of heads can't be known.
+    """
+    if linear and not any(width % 64 for width in widths):
+        return tuple(max(1, width // 64) for width in widths), 32
+    if not linear and widths == SD1:
+        if not original:
+            raise UserError(
+                f"{path}: has the shapes of Stable Diffusion 1, and nothing tells how many heads its attention has; "
+                "put its config.json beside it, or give the folder"
+            )
+        return (8,) * len(widths), 32
+    for width in attending:
+        if width % attention_head_dim:
+            raise UserError(
+                f"{path}: stage2.attention_head_dim is {attention_head_dim}, which doesn't divide its width {width}; "
+                "set its own"
+            )
+    return tuple(max(1, width // attention_head_dim) for width in widths), None
+
+
+def _embeddings(tensors: _Tensors, width: int) -> dict[str, Any]:
+    """The configuration of the embeddings of time, class, sizes and pooled text; `width` is that of level 0."""
+    config: dict[str, Any] = {}
+    if tensors.size("down_blocks.0.resnets.0.time_emb_proj.weight") == 2 * width:
         config["resnet_time_scale_shift"] = "scale_shift"
-    if "class_embedding.weight" in shapes:
-        config["num_class_embeds"] = size("class_embedding.weight")
-    if "add_embedding.linear_1.weight" in shapes:
+    if "class_embedding.weight" in tensors.shapes:
+        config["num_class_embeds"] = tensors.size("class_embedding.weight")
+    if "add_embedding.linear_1.weight" in tensors.shapes:
         config |= {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": size("add_embedding.linear_1.weight", 1),
-        }  # fmt: skip
-    if "add_embedding.pool.positional_embedding" in shapes:
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": tensors.size("add_embedding.linear_1.weight", 1),
+        }
+    if "add_embedding.pool.positional_embedding" in tensors.shapes:
         config |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8}  # as ldm.models.unet builds it
     return config

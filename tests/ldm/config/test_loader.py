@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import loader
+from ldm.config import loader, old_names
 from ldm.config.schema import SampleConfig
 from ldm.utils.errors import UserError
 
@@ -80,21 +80,21 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         (f"{PIXELS} {CHAIN} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
         (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
         (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
-        ("stage2.timesteps=100", "stage2.timesteps: 100; flow tells the U-Net its time in thousandths"),
+        ("stage2.timesteps=100", "stage2.timesteps: 100; flow passes its time in thousandths"),
         (
             f"{CHAIN} stage2.loss_weighting=learned stage2.timestep_sampling=loss",
-            "stage2.timestep_sampling: loss means little",
+            "stage2.timestep_sampling: loss has little effect",
         ),
-        (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: pure noise says nothing about eps"),
+        (f"{CHAIN} stage2.zero_snr=true", "stage2.zero_snr: eps can't be learned at pure noise"),
         (
             "stage2.ema_widths=[0.05,0.5]",
             "stage2.ema_widths: [0.05, 0.5]: each must be more than 0 and less than 0.2887",
         ),
-        ("stage1.ema_widths=[0.1,0.1]", "stage1.ema_widths: [0.1, 0.1]: one stands here twice; name each once"),
-        ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: one stands here twice; name"),
-        ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text beside it"),
+        ("stage1.ema_widths=[0.1,0.1]", "stage1.ema_widths: [0.1, 0.1]: an entry is listed twice; name each once"),
+        ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: an entry is listed twice; name"),
+        ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text"),
         ("stage2.conditions=[text,inpaint,upscale]", "stage2.conditions: a model has one task"),
-        ("stage2.conditions=[text,class,upscale]", "stage2.conditions: upscale tells its noise level"),
+        ("stage2.conditions=[text,class,upscale]", "stage2.conditions: upscale passes its noise level"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
@@ -181,7 +181,7 @@ RENAMED = [
         "stage2": ["Training", "Stage2Config"],
     }.items()
     for kind in kinds
-    for old, new in loader.OLD_NAMES[kind].items()
+    for old, new in old_names.OLD_NAMES[kind].items()
 ]  # fmt: skip
 
 
@@ -216,6 +216,16 @@ def test_a_key_under_both_names_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_old_names_of_presets_and_of_a_sources_keys_load(tiny: Path) -> None:
-    old = loader.load(tiny, ["stage2.model=unet", "stage2.process=free", "data.source.column=caption"])
-    new = loader.load(tiny, ["stage2.model=custom", "stage2.process=custom", "data.source.caption_column=caption"])
+    old = loader.load(
+        tiny, ["stage2.model=unet", "stage2.process=free", "data.source.column=caption", "data.source.kind=pictures"]
+    )
+    new = loader.load(
+        tiny,
+        [
+            "stage2.model=custom",
+            "stage2.process=custom",
+            "data.source.caption_column=caption",
+            "data.source.kind=images",
+        ],
+    )
     assert old == new

@@ -659,7 +659,7 @@ def test_a_hostile_input_is_named_and_the_good_ones_are_kept(
     sets = [make(tmp_path, kind, name)]
     with watch.within(tmp_path):
         found = indexed(settings(root, tmp_path, sets))
-    assert_named(list(found.bad()), sets)
+    assert_named(list(found.bad_samples()), sets)
     assert_good(found, sets)
 
 
@@ -673,16 +673,16 @@ def test_all_hostile_inputs_together_are_named_and_nothing_outside_is_read(
     with watch.within(tmp_path):
         found = indexed(settings(root, tmp_path, sets))
         again = indexed(settings(root, tmp_path, sets))  # with what is known from the first time
-        found.report(tmp_path / "data-report.json")
+        found.write_report(tmp_path / "data-report.json")
     assert os.path.realpath(tmp_path / "files/a-0.png") in watch.opened  # it does see what is opened
     for one in (found, again):
-        assert_named(list(one.bad()), sets)
+        assert_named(list(one.bad_samples()), sets)
         assert_good(one, sets)
     assert {kind: tree(tmp_path / kind) for kind in before} == before
 
     report = json.loads((tmp_path / "data-report.json").read_text("utf-8"))
     assert_named([BadSample(**each) for each in report["list"]], sets)
-    assert (report["pictures"], report["bad"]) == (len(found), len(report["list"]))
+    assert (report["images"], report["bad"]) == (len(found), len(report["list"]))
 
     secret = hashlib.sha256(picture("secret")).digest()
     for file in (tmp_path / "run").rglob("*"):
@@ -701,7 +701,7 @@ def test_without_captions_all_other_hostile_inputs_are_named_and_nothing_outside
         each.named = {name: pattern for name, pattern in each.named.items() if name not in UNCAPTIONED}
     with watch.within(tmp_path):
         found = indexed(settings(root, tmp_path, sets, "stage2.conditions=[]", "stage2.pooled_text=false"))
-    assert_named(list(found.bad()), sets)
+    assert_named(list(found.bad_samples()), sets)
     expected = {key: captions for each in sets for key, captions in each.good.items()}
     captioned = {entry.sha256: entry.captions for entry in found if entry.captions not in (("",), ("a hat",))}
     assert captioned == expected
@@ -718,10 +718,10 @@ def test_the_share_of_bad_ones_decides_in_one_line(root: Path, tmp_path: Path) -
         (["data.max_bad=1", "data.on_error=stop"], "data.on_error is stop"),
     ):
         found = indexed(settings(root, tmp_path, sets, *overrides))
-        said = found.verdict(tmp_path / "data-report.json")
+        said = found.stop_reason(tmp_path / "data-report.json")
         if rule:
-            first = next(found.bad())
-            for part_ in ("3 of 4 pictures", rule, str(tmp_path / "data-report.json"), first.key, first.reason):
+            first = next(found.bad_samples())
+            for part_ in ("3 of 4 images", rule, str(tmp_path / "data-report.json"), first.key, first.reason):
                 assert part_ in said
             assert len(said.splitlines()) == 1
         else:
@@ -732,8 +732,8 @@ def test_nothing_good_is_a_verdict_of_its_own(root: Path, tmp_path: Path) -> Non
     made = make(tmp_path, "files", "jpeg-half.jpg")
     for good in (tmp_path / "files").glob("a-*"):
         good.unlink()
-    said = indexed(settings(root, tmp_path, [made], "data.max_bad=1")).verdict(tmp_path / "data-report.json")
-    assert "no usable picture" in said
+    said = indexed(settings(root, tmp_path, [made], "data.max_bad=1")).stop_reason(tmp_path / "data-report.json")
+    assert "no usable image" in said
     assert "jpeg-half.jpg" in said
     assert len(said.splitlines()) == 1
 
@@ -757,7 +757,7 @@ def test_names_in_a_tar_are_only_names(root: Path, tmp_path: Path, watch: Watch)
     (tmp_path / "tars/names.tar").write_bytes(archive(members))
     with watch.within(tmp_path):
         found = indexed(settings(root, tmp_path, [made]))
-    assert_named(list(found.bad()), [made])
+    assert_named(list(found.bad_samples()), [made])
     assert_good(found, [made])
     assert all(entry.key.isprintable() for entry in found)
 
@@ -787,7 +787,7 @@ def test_a_table_of_metadata_names_its_bad_rows(suffix: str, root: Path, tmp_pat
         pq.write_table(table, made.path / "metadata.parquet")
     with watch.within(tmp_path):
         found = indexed(settings(root, tmp_path, [made]))
-    assert_named(list(found.bad()), [made])
+    assert_named(list(found.bad_samples()), [made])
     assert_good(found, [made])
 
 
@@ -855,7 +855,7 @@ def test_training_on_the_hostile_set_sees_every_good_one_and_stops_when_told(
     assert (tmp_path / "run/pipeline/model_index.json").exists()
     report = json.loads((tmp_path / "run/data-report.json").read_text("utf-8"))
     assert_named([BadSample(**each) for each in report["list"]], sets)
-    assert report["pictures"] == len(good)
+    assert report["images"] == len(good)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     trained = loader.load(root / "configs/tiny.yaml", given)
@@ -867,6 +867,6 @@ def test_training_on_the_hostile_set_sees_every_good_one_and_stops_when_told(
     assert train_ldm.main([*command, f"run.dir={tmp_path / 'other'}", "data.on_error=stop"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert re.search(r"(^|\r)error: \d+ of \d+ pictures are bad, and data\.on_error is stop", said)
+    assert re.search(r"(^|\r)error: \d+ of \d+ images are bad, and data\.on_error is stop", said)
     assert (tmp_path / "other/data-report.json").exists()
     assert not list((tmp_path / "other").glob("stage*/checkpoints"))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
-from ldm.data import cache, index_file
+from ldm.data import encoding_store, index_file
 from ldm.data.cache import CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
@@ -82,7 +82,7 @@ def test_an_entry_is_what_the_autoencoder_makes_of_the_view(
     kept = cached(pictures, given, vae, encoder, per_file=5)
     assert len(set(pictures.sizes)) == 3
     for i, (entry, size) in enumerate(zip(pictures, pictures.sizes, strict=True)):
-        pixels = to_tensor(crop_resize(pictures.picture(i), size)[0])
+        pixels = to_tensor(crop_resize(pictures.load_image(i), size)[0])
         for flip, expected in ((False, pixels), (True, pixels.flip(2))):
             mean, logvar = vae.moments(expected[None])
             found = kept.latent(Crop(size, flip=flip), entry.sha256)
@@ -100,7 +100,7 @@ def test_random_crops_are_kept_side_by_side(root: Path, folder: Path, encoder: t
     kept = cached(pictures, given, vae, encoder)
     entry, size = pictures[1], pictures.sizes[1]
     for crop in range(3):
-        expected = vae.encode(Crop(size, crop).pixels(pictures.picture(1), entry.sha256)[None])[0]
+        expected = vae.encode(Crop(size, crop).pixels(pictures.load_image(1), entry.sha256)[None])[0]
         torch.testing.assert_close(kept.latent(Crop(size, crop), entry.sha256)[0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -118,16 +118,16 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
         ) - before
 
     said, _ = built(vae)
-    assert "24 of 24 pictures to encode: new or changed." in said
+    assert "24 of 24 images to encode: new or changed." in said
     assert built(vae) == ("", set())
     Image.new("RGB", (20, 20), "red").save(folder / "00.png")
     said, new = built(vae)
-    assert said == "cache: 1 of 24 pictures to encode: new or changed.\n"
+    assert said == "cache: 1 of 24 images to encode: new or changed.\n"
     (file,) = new
-    assert len(cache._keys(given.cache_dir / file)) == 1
+    assert len(encoding_store._read_keys(given.cache_dir / file)) == 1
     (folder / "01.txt").write_text("something else")
     assert built(vae)[0] == "cache: 1 of 13 captions to encode: new or changed.\n"
-    assert built(model(1))[0] == "cache: 24 of 24 pictures to encode: the autoencoder changed.\n"
+    assert built(model(1))[0] == "cache: 24 of 24 images to encode: the autoencoder changed.\n"
     larger = settings(root, folder, "data.flip=false", "data.size=24")
     assert "the size changed" in built(vae, larger)[0]
     assert built(vae) == ("", set())  # what was encoded before is still there
@@ -272,8 +272,8 @@ def test_sampled_latents_differ_from_epoch_to_epoch(
 
 def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, opened = settings(root, folder), []
-    facts = index_file._facts
-    monkeypatch.setattr(index_file, "_facts", lambda *given: opened.append(given[1].file) or facts(*given))
+    facts = index_file._read_image
+    monkeypatch.setattr(index_file, "_read_image", lambda *given: opened.append(given[1].file) or facts(*given))
 
     def names() -> list[str]:
         opened.clear()
@@ -286,12 +286,12 @@ def test_what_has_not_changed_is_not_opened_again(root: Path, folder: Path, monk
     (folder / "05.png").write_bytes(b"\0" * before.st_size)
     os.utime(folder / "05.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as large and as old as it was
     assert names() == ["05.png"]
-    assert [bad.key for bad in indexed(given).bad()] == ["05.png"]
+    assert [bad.key for bad in indexed(given).bad_samples()] == ["05.png"]
 
 
 def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, opened = settings(root, folder), []
-    facts = index_file._facts
+    facts = index_file._read_image
 
     def interrupted(*given: Any) -> dict[str, Any]:
         opened.append(given[1].file)
@@ -300,7 +300,7 @@ def test_an_index_that_was_interrupted_goes_on(root: Path, folder: Path, monkeyp
         return facts(*given)
 
     monkeypatch.setattr(index_file, "CHUNK", 4)
-    monkeypatch.setattr(index_file, "_facts", interrupted)
+    monkeypatch.setattr(index_file, "_read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         indexed(given)
     first = len(opened)
@@ -323,4 +323,4 @@ def test_a_picture_that_was_changed_since_is_refused(root: Path, folder: Path) -
     pictures = indexed(settings(root, folder))
     Image.new("RGB", (20, 20), "red").save(folder / "00.png")
     with pytest.raises(UserError, match=r"00\.png: it was changed since it was indexed"):
-        pictures.picture(0)
+        pictures.load_image(0)

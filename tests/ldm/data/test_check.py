@@ -55,14 +55,14 @@ def checked(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
 
 def test_the_facts_are_those_of_the_pictures(checked: Callable[[], dict[str, object]]) -> None:
     found = checked()
-    assert (found["pictures"], found["bad"], found["upscaled"]) == (10, 0, 1)
+    assert (found["images"], found["bad"], found["upscaled"]) == (10, 0, 1)
     assert found["duplicates"]["exact"] == 1  # type: ignore[index]
     assert found["duplicates"]["near"] == 2  # type: ignore[index]
     assert {tuple(pair) for pair in found["duplicates"]["pairs"]} == {  # type: ignore[index]
         ("copies", "1.png", "copy.png"), ("alike", "2.png", "alike.jpg"),
     }  # fmt: skip
     captions = found["captions"]
-    assert (captions["distinct"], captions["cut"], captions["lost"]) == (8, 1, 30 + 2 - 16)  # type: ignore[index]
+    assert (captions["distinct"], captions["truncated"], captions["lost"]) == (8, 1, 30 + 2 - 16)  # type: ignore[index]
     assert sum(count for _, count in found["buckets"]) == 10  # type: ignore[attr-defined]
 
 
@@ -73,7 +73,7 @@ def test_facts_are_kept_until_something_changes(checked: Callable[[], dict[str, 
     assert json.loads(json.dumps(checked())) == first
     assert kept.stat().st_mtime_ns == before
     (folder / "copy.png").unlink()
-    assert checked()["pictures"] == 9
+    assert checked()["images"] == 9
 
 
 def test_the_check_ends_with_status_1_where_training_would_stop(
@@ -85,7 +85,7 @@ def test_the_check_ends_with_status_1_where_training_would_stop(
     assert check_data.main(arguments(root, folder)) == 1  # one of eleven is more than 5 %
     out = capsys.readouterr().out
     assert "broken.png: it is none of JPEG" in out
-    assert "training would stop: 1 of 11 pictures are bad, and data.max_bad is 0.05" in out
+    assert "training would stop: 1 of 11 images are bad, and data.max_bad is 0.05" in out
     assert [bad["key"] for bad in json.loads((run / "data-report.json").read_text())["list"]] == ["broken.png"]
     assert check_data.main(arguments(root, folder, "data.max_bad=0.1")) == 0
     assert "training can begin" in capsys.readouterr().out
@@ -100,11 +100,11 @@ def test_pictures_without_captions_are_checked_without_figures_of_captions(
     for caption in folder.glob("*.txt"):
         caption.unlink()
     assert check_data.main(arguments(root, folder)) == 2
-    assert "put a metadata.jsonl there, or a .txt beside each picture" in capsys.readouterr().err
+    assert "put a metadata.jsonl there, or a .txt beside each image" in capsys.readouterr().err
     assert check_data.main(arguments(root, folder, "stage2.conditions=[]", "stage2.pooled_text=false")) == 0
     out = capsys.readouterr().out
-    assert f"{folder}: a folder of pictures\n" in out
-    assert "pictures   10 good, 0 bad" in out
+    assert f"{folder}: a folder of images\n" in out
+    assert "images     10 good, 0 bad" in out
     assert "duplicates 1 are exact copies" in out
     assert "\ncaptions " not in out
     assert Image.open(folder.parent / "run/data-sheet.png").width > 800
@@ -116,7 +116,7 @@ def test_classes_are_checked_with_how_many_pictures_they_have(
     rows = [{"file_name": f"{i}.png", "label": int(i > 0)} for i in range(7)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 0
-    assert "classes    2 of 1 1 4 6 6 pictures (percentiles)\n" in capsys.readouterr().out
+    assert "classes    2 of 1 1 4 6 6 images (percentiles)\n" in capsys.readouterr().out
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}')
     assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 1
     out = capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_flips_crops_and_captions_vary_and_are_recorded(shapes: Callable[..., lo
     assert sample["original_size"].tolist() == [36, 14]
     width, height = draw.crop.size
     scale = max(width / 36, height / 14)
-    resized = samples.plan.index.picture(draw.number).resize((round(36 * scale), round(14 * scale)))
+    resized = samples.plan.index.load_image(draw.number).resize((round(36 * scale), round(14 * scale)))
     part = np.asarray(resized.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1
     assert np.abs(part - sample["pixels"].permute(1, 2, 0).numpy()).mean() < 0.1
 

@@ -64,7 +64,7 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
     assert older != SCHEMA
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, older) as writer:
         writer.write_table(table.cast(older))
-    monkeypatch.setattr(index_file, "_facts", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(index_file, "_read_image", lambda *_: pytest.fail("a picture was opened"))
     found = indexed(given)
     assert (found.fingerprint(), found.bad_count()) == (before, 1)
     assert path.read_bytes() == now
@@ -73,7 +73,7 @@ def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_pictur
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
     path = written(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
-    table = pa.Table.from_batches(index_file._mapped(path), SCHEMA)
+    table = pa.Table.from_batches(index_file._memory_map(path), SCHEMA)
     assert len(table) == 30
     assert pa.total_allocated_bytes() == held
 
@@ -112,9 +112,9 @@ def test_rows_are_taken_in_the_order_that_is_asked_for() -> None:
     column = pa.chunked_array([[], ["a", "b"], [], ["c"], ["d", "e", "f"]], pa.string())
     rng = np.random.default_rng(0)
     for asked in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
-        found = [value for part in index._taken(column, asked) for value in part.to_pylist()]
+        found = [value for part in index._take_rows(column, asked) for value in part.to_pylist()]
         assert found == ["abcdef"[i] for i in asked]
-    assert not list(index._taken(pa.chunked_array([], pa.string()), np.zeros(0, int)))
+    assert not list(index._take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -139,7 +139,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 second = state.process_index == 1
 folder, tiny, told = Path(sys.argv[2]), str(Path(sys.argv[1]) / "configs/tiny.yaml"), {}
-index_file.CHUNK = index_file.AHEAD = 4
+index_file.CHUNK = index_file.PREFETCH = 4
 consensus.WAITS = (0.05, 0.1)
 
 def settings(name, *overrides):
@@ -157,13 +157,13 @@ def attempt(name, action, owner=None, function="", instead=None):
     if owner:
         setattr(owner, function, was)
 
-opened, facts, records = [], index_file._facts, Sources.records
+opened, facts, records = [], index_file._read_image, Sources.records
 
 def counted(*given):
     opened.append(given[1].file)
     return facts(*given)
 
-index_file._facts = counted
+index_file._read_image = counted
 
 def built(name, *overrides):
     opened.clear()
@@ -193,8 +193,8 @@ attempt("taken up", lambda: built("given-up"))
 attempt("lacks one", lambda: built("three"), Sources, "records", lacks_one)
 attempt("other order", lambda: built("three"), Sources, "records", other_order)
 attempt("not shared", lambda: built("four-too" if second else "four"))
-mapped = index_file._mapped
-attempt("another", lambda: built("four"), index_file, "_mapped", lambda path: mapped(path)[second:])
+mapped = index_file._memory_map
+attempt("another", lambda: built("four"), index_file, "_memory_map", lambda path: mapped(path)[second:])
 attempt("after all", lambda: built("four"))
 
 drawings, drawn, whole_file = openmoji.drawings, [], openmoji.whole_file
@@ -261,8 +261,8 @@ def test_processes_share_an_index_and_a_cache_or_all_say_why_not(
     # Each lists the same, and sees the same files.
     elsewhere = "on a file system that all machines share"
     for fact, says in (
-        ("lacks one", "data.source: process 1 lists other pictures than process 0 (29 and 30); put them"),
-        ("other order", "data.source: process 1 lists other pictures than process 0 (30 and 30); put them"),
+        ("lacks one", "data.source: process 1 lists other images than process 0 (29 and 30); put them"),
+        ("other order", "data.source: process 1 lists other images than process 0 (30 and 30); put them"),
         ("not shared", "data.cache_dir: process 1, on "),
         ("another", "data.cache_dir: the processes read different things in "),
         ("blind", "data.cache_dir: process 1, on "),

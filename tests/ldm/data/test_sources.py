@@ -141,8 +141,8 @@ def test_every_kind_gives_the_same_tensors_and_captions(
     assert by_picture(found) == by_picture(reference)
     order = {entry.sha256: i for i, entry in enumerate(found)}
     for i, entry in enumerate(reference):
-        mine = images_of(found, given, 1).plan.index.picture(order[entry.sha256])
-        assert mine.tobytes() == reference.picture(i).tobytes()
+        mine = images_of(found, given, 1).plan.index.load_image(order[entry.sha256])
+        assert mine.tobytes() == reference.load_image(i).tobytes()
     seen = {bytes(images_of(found, given, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
     assert seen == {images_of(reference, given, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
 
@@ -221,7 +221,7 @@ def bare_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
 
 BARE: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
     "jsonl": ("metadata", bare_jsonl), "csv": ("metadata", bare_csv),
-    "metadata parquet": ("metadata", bare_metadata_parquet), "folder": ("pictures", bare_folder),
+    "metadata parquet": ("metadata", bare_metadata_parquet), "folder": ("images", bare_folder),
     "classes": ("classes", bare_classes), "tar": ("tar", bare_tar), "parquet": ("parquet", bare_parquet),
     "datasets": ("datasets", bare_saved), "kohya": ("kohya", bare_kohya),
 }  # fmt: skip
@@ -281,15 +281,15 @@ def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
     folder = lay(tmp_path / "data", pictures)
     (folder / "a.txt").write_bytes("grün".encode("latin-1"))
     found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
-    assert [(bad.key, bad.fix) for bad in found.bad()] == [("a.png", "save it as UTF-8")]
+    assert [(bad.key, bad.fix) for bad in found.bad_samples()] == [("a.png", "save it as UTF-8")]
 
 
 def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     lay(tmp_path / "data/hats", {"a.png": pictures["a.png"]})
-    for kind in ("classes", "pictures"):
-        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: pictures}}"
+    for kind in ("classes", "images"):
+        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: images}}"
         (entry,) = (found := indexed(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
         assert found.sources.kinds == [kind]
         assert entry.captions == (("hats",) if kind == "classes" else ("",))
@@ -298,15 +298,15 @@ def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
 def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
-    given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: pictures}}")
+    given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: images}}")
     with pytest.raises(UserError) as caught:
         indexed(given)
     assert str(caught.value) == (
-        f"data.source.kind: pictures, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
+        f"data.source.kind: images, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
         "leave out the kind, or text"
     )
     with pytest.raises(UserError, match="no folder"):
-        check([SourceConfig(path=str(tmp_path / "gone"), kind="pictures")], conditions=())
+        check([SourceConfig(path=str(tmp_path / "gone"), kind="images")], conditions=())
 
 
 def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
@@ -438,7 +438,7 @@ def test_the_first_folder_is_the_class_beside_caption_files_too(
     (lay(tmp_path / "data", {"b.jpg": pictures["b.jpg"]}) / "b.txt").write_text("two shoes")
     found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
     assert [(entry.captions, entry.label) for entry in found] == [(("a red hat",), "hats")]
-    assert [(bad.key, bad.reason) for bad in found.bad()] == [("b.jpg", "it has no class")]
+    assert [(bad.key, bad.reason) for bad in found.bad_samples()] == [("b.jpg", "it has no class")]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_a_class_is_a_string_or_an_integer(
 ) -> None:
     (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
     found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
-    assert [*(entry.label for entry in found), *(bad.reason for bad in found.bad())] == [expected]
+    assert [*(entry.label for entry in found), *(bad.reason for bad in found.bad_samples())] == [expected]
     assert found.labels() == ([] if found.bad_count() else [expected])
 
 
@@ -468,7 +468,7 @@ def test_a_class_without_a_name_is_named_and_minus_one_is_none(
     source = f"{{path: {tmp_path / 'data'}, label: kind}}"
     found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     assert [entry.label for entry in found] == ["hat"]
-    assert [bad.reason for bad in found.bad()] == ["it has no class", "its class is 2, and only 2 have names"]
+    assert [bad.reason for bad in found.bad_samples()] == ["it has no class", "its class is 2, and only 2 have names"]
 
 
 def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
@@ -478,12 +478,12 @@ def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
     assert indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
     found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
     assert len(found) == 0
-    assert found.verdict(tmp_path / "data-report.json") == (
-        f"data.source: no usable picture in {source}; the first bad one: "
+    assert found.stop_reason(tmp_path / "data-report.json") == (
+        f"data.source: no usable image in {source}; the first bad one: "
         "a.png: it has no class; write it into the column 'label', or put it in a class folder"
     )
     kohya = indexed(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
-    assert {bad.fix for bad in kohya.bad()} == {"give its subset class_tokens"}
+    assert {bad.fix for bad in kohya.bad_samples()} == {"give its subset class_tokens"}
 
 
 def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
@@ -645,8 +645,8 @@ def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
     [
         ("openmoji-dem", "did you mean 'openmoji-demo'"),
         ("{}/nothing", "neither a folder nor a built-in set"),
-        ("{}/empty", "no picture in"),
-        ("{}/loose", "put a metadata.jsonl there, or a .txt beside each picture"),
+        ("{}/empty", "no image in"),
+        ("{}/loose", "put a metadata.jsonl there, or a .txt beside each image"),
         ("{}/no-*.tar", "no file matches"),
     ],
 )
@@ -665,7 +665,7 @@ def test_a_table_without_the_column_says_which_there_are(
     root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     source = as_parquet(tmp_path / "data", pictures)
-    with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.column"):
+    with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.caption_column"):
         indexed(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
     as_csv(tmp_path / "csv", pictures)
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):

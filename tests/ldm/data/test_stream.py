@@ -180,7 +180,7 @@ def test_what_can_not_be_shared_or_streamed_is_said(streamed: Callable[..., Stre
     (tmp_path / "loose").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "loose/a.png")
     (tmp_path / "loose/a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"data\.streaming: .*a caption file beside each picture; set it to false"):
+    with pytest.raises(UserError, match=r"data\.streaming: .*a caption file beside each image; set it to false"):
         streamed(f"data.source={tmp_path / 'loose'}")
     with pytest.raises(UserError, match=r"it needs data\.buckets=null and data\.cache=none"):
         streamed("data.cache=disk")

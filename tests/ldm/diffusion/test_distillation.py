@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ldm.diffusion.distillation import ddim_step, pseudo_huber, target_of_two, x0_weight
+from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_huber, x0_weight
 from ldm.diffusion.process import DiffusionProcess
-from ldm.sampling.few_steps import consistent, first_order, grid
+from ldm.sampling.few_steps import first_order_scheduler, grid, lcm_scheduler
 from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, scheduler
 
@@ -38,7 +38,7 @@ def test_one_step_to_the_target_ends_where_the_teachers_two_did(process: Diffusi
     middle = ddim_step(x0, z, alpha[:4], sigma[:4], half.alpha[1::2], half.sigma[1::2])
     x0 = perfect(process, middle, half.t[1::2])
     end = ddim_step(x0, middle, half.alpha[1::2], half.sigma[1::2], alpha[i + 1], sigma[i + 1])
-    found = target_of_two(z, end, alpha[:4], sigma[:4], alpha[i + 1], sigma[i + 1])
+    found = progressive_target(z, end, alpha[:4], sigma[:4], alpha[i + 1], sigma[i + 1])
     torch.testing.assert_close(ddim_step(found, z, alpha[:4], sigma[:4], alpha[i + 1], sigma[i + 1]), end)
     torch.testing.assert_close(found[-1], x0[-1])  # two steps that end in a picture
     assert (found - perfect(process, z, t)).abs().max() > 0.01  # one step of the perfect denoiser ends elsewhere
@@ -54,7 +54,7 @@ def test_the_grid_is_what_the_exported_scheduler_visits(process: DiffusionProces
         x0 = perfect(process, x, levels.t[i])
         return process.target_from(x0, (x - levels.alpha[i] * x0) / levels.sigma[i], levels.t[i])
 
-    found = sample(denoise, Solver(first_order(process), 5, noise(3).device), noise(3))
+    found = sample(denoise, Solver(first_order_scheduler(process), 5, noise(3).device), noise(3))
     assert torch.equal(torch.stack(visited), levels.model_time)
     z = noise(3)
     for i, t in enumerate(levels.t):
@@ -83,7 +83,7 @@ def test_steps_of_a_chain_are_those_of_diffusers_ddim_where_they_divide_it() -> 
     theirs = scheduler(process, "ddim")
     assert isinstance(theirs, DDIMScheduler)
     found, expected = (
-        sample(denoise, Solver(rule, 8, noise(2).device), noise(2)) for rule in (first_order(process), theirs)
+        sample(denoise, Solver(rule, 8, noise(2).device), noise(2)) for rule in (first_order_scheduler(process), theirs)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_weighted_errors_of_x0_are_those_of_v_or_of_the_larger_of_x0_and_eps() -
 
 def test_a_consistency_model_is_sampled_as_its_process_says() -> None:
     process = DiffusionProcess("v", "cosine", zero_snr=True)
-    solver = consistent(process, 20)
+    solver = lcm_scheduler(process, 20)
     solver.set_timesteps(4)
     t = solver.timesteps
     torch.testing.assert_close(solver.alphas_cumprod[t].sqrt(), process.alpha_sigma(t)[0].flatten(), rtol=0, atol=1e-5)

@@ -54,7 +54,7 @@ def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: 
     x_t = DiffusionProcess("v", schedule).add_noise(x0, eps, t)
     reference = DiffusionProcess("v", schedule)
     losses = [
-        training_loss(process, reference.convert(wrong, x_t, t, process.target), x0, eps, t, weight=weight)
+        training_loss(process, reference.convert(wrong, x_t, t, process.prediction_type), x0, eps, t, weight=weight)
         for process in (DiffusionProcess(target, schedule) for target in ("eps", "x0", "v"))
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
@@ -138,7 +138,7 @@ def test_unknown_names_are_refused() -> None:
     a = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="distance: 'l3' is not l2, l1 or huber"):
         distance("l3", a, a)
-    with pytest.raises(ValueError, match="weight: 'snr' is not uniform, min_snr"):
+    with pytest.raises(ValueError, match="loss_weighting: 'snr' is not uniform, min_snr"):
         weights("snr", DiffusionProcess("eps"), torch.tensor([1]))
 
 

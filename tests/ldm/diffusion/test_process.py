@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion.likelihood import reverse_step
-from ldm.diffusion.parameterization import TARGETS
+from ldm.diffusion.parameterization import PREDICTION_TYPES
 from ldm.diffusion.process import TIMESTEPS, DiffusionProcess, betas, offset_noise, perturbed
 from ldm.diffusion.schedules import SCHEDULES
 
@@ -71,7 +71,7 @@ def test_training_times_cover_their_range() -> None:
     assert chain.min() == 0
     assert chain.max() == TIMESTEPS - 1
     assert torch.bincount(chain).unique().tolist() == [10]
-    flow = DiffusionProcess("flow", time_mean=0.5, time_std=0.8).time(u)
+    flow = DiffusionProcess("flow", logit_mean=0.5, logit_std=0.8).time(u)
     logit = torch.logit(flow)
     assert float(logit.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(logit.std()) == pytest.approx(0.8, abs=0.01)
@@ -80,9 +80,9 @@ def test_training_times_cover_their_range() -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        DiffusionProcess("flow", time_mean=0.5),
+        DiffusionProcess("flow", logit_mean=0.5),
         DiffusionProcess("flow", shift=3.0),
-        DiffusionProcess("v", times="logit_normal"),
+        DiffusionProcess("v", timestep_sampling="logit_normal"),
     ],
 )
 def test_a_time_is_the_same_in_any_batch(process: DiffusionProcess) -> None:
@@ -117,7 +117,7 @@ ON_A_CHAIN = [
     for timesteps, zero_snr, shift in [(1000, False, 1.0), (50, False, 2.0), (100, True, 1.0), (30, True, 2.0)]
     if not (zero_snr and target == "eps")
 ]
-NAMES = [f"{p.target}-{p.schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in ON_A_CHAIN]
+NAMES = [f"{p.prediction_type}-{p.beta_schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in ON_A_CHAIN]
 
 
 @pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
@@ -132,7 +132,7 @@ def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: DiffusionProc
 def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_them(process: DiffusionProcess) -> None:
     x0, eps, t = exact(timesteps=process.timesteps)
     names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-    reference = like(process, DDIMScheduler, prediction_type=names[process.target], set_alpha_to_one=True)
+    reference = like(process, DDIMScheduler, prediction_type=names[process.prediction_type], set_alpha_to_one=True)
     x_t, prediction = process.add_noise(x0, eps, t), process.target_from(x0, eps, t)
     ours, noise = process.predict_x0(prediction, x_t, t), process.predict_eps(prediction, x_t, t)
     before = process.chain().alpha_bar_before
@@ -199,10 +199,14 @@ def test_steps_one_by_one_lead_to_the_closed_form(zero_snr: bool) -> None:
 
 
 @pytest.mark.parametrize("process", [*ON_A_CHAIN, DiffusionProcess("flow")], ids=[*NAMES, "flow"])
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", PREDICTION_TYPES)
 def test_a_prediction_converts_to_every_other_target(process: DiffusionProcess, to: str) -> None:
     x0, eps, t = exact(timesteps=process.timesteps)
-    t = process.time(torch.linspace(0.001, 0.999, len(t), dtype=torch.float64)) if process.target == "flow" else t
+    t = (
+        process.time(torch.linspace(0.001, 0.999, len(t), dtype=torch.float64))
+        if process.prediction_type == "flow"
+        else t
+    )
     x_t = process.add_noise(x0, eps, t)
     converted = process.convert(process.target_from(x0, eps, t), x_t, t, to)
     # sigma is 6e-3 at the least and alpha 2e-5, by which x0 and eps divide
@@ -222,17 +226,17 @@ def test_at_zero_terminal_snr_v_is_minus_the_picture_and_eps_is_refused() -> Non
 
 
 def test_impossible_processes_are_refused() -> None:
-    with pytest.raises(ValueError, match="target: 'noise' is not eps, x0, v or flow"):
+    with pytest.raises(ValueError, match="prediction_type: 'noise' is not eps, x0, v or flow"):
         DiffusionProcess("noise")
-    with pytest.raises(ValueError, match="schedule: 'quadratic'"):
+    with pytest.raises(ValueError, match="beta_schedule: 'quadratic'"):
         DiffusionProcess("eps", "quadratic")
-    with pytest.raises(ValueError, match="times: 'often'"):
-        DiffusionProcess("eps", times="often")
+    with pytest.raises(ValueError, match="timestep_sampling: 'often'"):
+        DiffusionProcess("eps", timestep_sampling="often")
     with pytest.raises(ValueError, match="shift: 0"):
         DiffusionProcess("flow", shift=0)
     with pytest.raises(ValueError, match="a flow has no chain"):
         DiffusionProcess("flow").chain()
-    with pytest.raises(ValueError, match="target: 'noise'"):
+    with pytest.raises(ValueError, match="prediction_type: 'noise'"):
         DiffusionProcess("eps").target_from(*exact(), "noise")
 
 
@@ -275,12 +279,16 @@ def test_training_times_of_any_chain_stay_on_it() -> None:
     u = torch.tensor([0.0, 0.5, 1 - 2**-24])
     assert DiffusionProcess("v", timesteps=7).time(u).tolist() == [0, 3, 6]
     assert DiffusionProcess("v", timesteps=1).time(u).tolist() == [0, 0, 0]
-    assert DiffusionProcess("v", times="logit_normal").time(u).tolist() == [8, 500, 991]
-    assert DiffusionProcess("flow", times="uniform").time(u).tolist() == pytest.approx([0, 0.5, 1], abs=2e-6)
-    assert DiffusionProcess("flow", times="uniform", shift=3.0).time(u)[1] == 0.75
+    assert DiffusionProcess("v", timestep_sampling="logit_normal").time(u).tolist() == [8, 500, 991]
+    assert DiffusionProcess("flow", timestep_sampling="uniform").time(u).tolist() == pytest.approx(
+        [0, 0.5, 1], abs=2e-6
+    )
+    assert DiffusionProcess("flow", timestep_sampling="uniform", shift=3.0).time(u)[1] == 0.75
     assert bool(
         torch.isfinite(
-            DiffusionProcess("flow", times="uniform").log_snr(DiffusionProcess("flow", times="uniform").time(u))
+            DiffusionProcess("flow", timestep_sampling="uniform").log_snr(
+                DiffusionProcess("flow", timestep_sampling="uniform").time(u)
+            )
         ).all()
     )
 
@@ -351,4 +359,4 @@ def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
 def test_the_time_of_a_log_snr_has_that_log_snr(process: DiffusionProcess) -> None:
     wanted = torch.linspace(-6, 6, 25)
     found = process.log_snr(process.time_at(wanted))
-    torch.testing.assert_close(found, wanted, atol=1e-4 if process.target == "flow" else 0.1, rtol=0)
+    torch.testing.assert_close(found, wanted, atol=1e-4 if process.prediction_type == "flow" else 0.1, rtol=0)

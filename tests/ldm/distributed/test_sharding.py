@@ -37,11 +37,11 @@ def test_what_can_not_be_sharded_is_one_line(
 ) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
     settings = loader.load(root / "configs/tiny.yaml", list(overrides))
-    sharding.check(settings)
+    sharding.check(settings.stage2, settings.run.precision)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said) as error:
-        sharding.check(settings)
+        sharding.check(settings.stage2, settings.run.precision)
     assert "\n" not in str(error.value)
 
 
@@ -49,8 +49,9 @@ def test_without_deepspeed_it_says_what_to_install(root: Path, monkeypatch: pyte
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     for name, value in ZERO.items():
         monkeypatch.setenv(name, value)
+    settings = loader.load(root / "configs/tiny.yaml", [])
     with pytest.raises(UserError, match="pip install deepspeed"):
-        sharding.check(loader.load(root / "configs/tiny.yaml", []))
+        sharding.check(settings.stage2, settings.run.precision)
 
 
 @pytest.mark.parametrize("environment", [FSDP, ZERO])
@@ -60,4 +61,5 @@ def test_what_the_configurations_say_is_accepted(
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    sharding.check(loader.load(root / "configs/sd-512.yaml", []))
+    settings = loader.load(root / "configs/sd-512.yaml", [])
+    sharding.check(settings.stage2, settings.run.precision)

@@ -18,7 +18,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
-from ldm.evaluation.reconstruction import BETAS, Bicubic, Figures, ms_ssim, reconstruction, scales_of, verdict
+from ldm.evaluation.reconstruction import BETAS, Bicubic, Figures, max_scales, ms_ssim, recommend_action, reconstruction
 from ldm.models import feature_networks
 from ldm.utils.errors import UserError
 
@@ -56,9 +56,9 @@ def test_figures_are_those_that_numpy_and_torchmetrics_give_on_all_at_once() -> 
         figures.add(real[part], rebuilt[part])
     a, b = real.double().numpy() / 2 + 0.5, (rebuilt.double().numpy() / 2 + 0.5).clip(0, 1)
     squared = ((a - b) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(figures.each["psnr"], -10 * np.log10(squared), rtol=1e-5)
+    np.testing.assert_allclose(figures.per_image["psnr"], -10 * np.log10(squared), rtol=1e-5)
     for channel, name in enumerate(("red", "green", "blue")):
-        np.testing.assert_allclose(figures.each[name], (b - a)[:, channel].mean((1, 2)) * 255, atol=1e-4)
+        np.testing.assert_allclose(figures.per_image[name], (b - a)[:, channel].mean((1, 2)) * 255, atol=1e-4)
     means = figures.means()
     x, y = real / 2 + 0.5, (rebuilt / 2 + 0.5).clamp(0, 1)
     betas = tuple(beta / sum(BETAS[:3]) * sum(BETAS) for beta in BETAS[:3])
@@ -81,7 +81,7 @@ def test_pictures_of_several_sizes_count_alike() -> None:
         one.add(*pair)
     for name, mean in figures.means().items():
         assert mean == pytest.approx((3 * apart[0].means()[name] + apart[1].means()[name]) / 4, abs=1e-9)
-        assert figures.each[name].shape == (4,)
+        assert figures.per_image[name].shape == (4,)
     assert figures.means()["psnr"] == pytest.approx(reconstruction([wide, square])["psnr"])
 
 
@@ -101,15 +101,15 @@ def test_a_picture_that_is_not_finite_is_counted_and_left_out() -> None:
     figures = Figures()
     figures.add(real, rebuilt)
     assert (figures.count, figures.broken) == (3, 1)
-    assert figures.each["psnr"].isnan().tolist() == [False, False, True]
+    assert figures.per_image["psnr"].isnan().tolist() == [False, False, True]
     assert figures.means() == pytest.approx(whole.means())
     assert all(math.isnan(value) for value in reconstruction([(real, rebuilt)]).values())  # who trains must see it
 
 
 @pytest.mark.parametrize(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
 def test_ms_ssim_takes_as_many_scales_as_there_is_room_for(side: int, scales: int) -> None:
-    assert scales_of(side) == scales
-    assert scales_of(side - 1) < scales or not scales
+    assert max_scales(side) == scales
+    assert max_scales(side - 1) < scales or not scales
     if scales:
         real, _ = pairs(1, side, side + 3)
         assert float(ms_ssim(real / 2 + 0.5, real / 2 + 0.5, scales)) == pytest.approx(1, abs=1e-5)
@@ -133,7 +133,7 @@ def test_bicubic_keeps_flat_colours_and_loses_what_is_finer_than_its_factor() ->
         (GOOD, UNIT, 0, "keep", "PSNR 28.0 dB (bicubic 23.0), SSIM 0.850 (0.600)"),
         (GOOD | {"psnr": 24.0, "ssim": 0.62}, UNIT, 0, "tune the decoder", "too little detail"),
         (GOOD | {"psnr": 28.0, "ssim": 0.65}, UNIT, 0, "tune the decoder", "too little detail"),
-        (GOOD | {"psnr": 22.0, "ssim": 0.59}, UNIT, 0, "retrain", "no better than making pictures smaller"),
+        (GOOD | {"psnr": 22.0, "ssim": 0.59}, UNIT, 0, "retrain", "no better than shrinking images"),
         (GOOD | {"psnr": 22.0, "ssim": 0.62}, UNIT, 0, "tune the decoder", "too little detail"),
         (GOOD | {"blue": -2.4}, UNIT, 0, "tune the decoder", "R +0.1, G -0.2, B -2.4"),
         (GOOD | {"lpips": 0.2, "psnr": 23.5, "ssim": 0.61}, UNIT, 0, "keep", "LPIPS 0.200 (0.500)"),
@@ -142,14 +142,14 @@ def test_bicubic_keeps_flat_colours_and_loses_what_is_finer_than_its_factor() ->
         (GOOD | {"psnr": 41.0, "ssim": 0.99}, UNIT, 0, "keep", "PSNR 41.0"),
         (GOOD, torch.tensor([1.0, 0.01, 1.0, 5.0]), 0, "retrain", "channel 1 0.01, 3 5"),
         (GOOD, torch.tensor([1.0, torch.nan]), 0, "retrain", "channel 1 nan"),
-        (GOOD, UNIT, 2, "retrain", "2 pictures came back with values that are not finite"),
-        (dict.fromkeys(GOOD, torch.nan), UNIT, 3, "retrain", "3 pictures"),
+        (GOOD, UNIT, 2, "retrain", "2 reconstructions have values that are not finite"),
+        (dict.fromkeys(GOOD, torch.nan), UNIT, 3, "retrain", "3 reconstructions"),
     ],
 )
 def test_the_verdict_follows_from_the_figures(
     found: dict[str, float], std: torch.Tensor, broken: int, answer: str, says: str
 ) -> None:
-    given, reasons = verdict(found, PLAIN, std, broken)
+    given, reasons = recommend_action(found, PLAIN, std, broken)
     assert given == answer
     assert says in " ".join(reasons)
 
@@ -163,7 +163,7 @@ def test_an_exact_copy_is_kept_and_a_blur_and_a_tint_are_not() -> None:
         figures, baseline = Figures(), Figures()
         figures.add(real, rebuilt)
         baseline.add(real, plain.decode(plain.encode(real)))
-        return verdict(figures.means(), baseline.means(), UNIT)[0]
+        return recommend_action(figures.means(), baseline.means(), UNIT)[0]
 
     assert judged(real) == "keep"
     assert judged(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
@@ -228,7 +228,7 @@ def test_lpips_is_torchmetrics_own_with_the_file_in_the_cache(checkpoints: Path)
     expected = learned_perceptual_image_patch_similarity(
         rebuilt.clamp(-1, 1), real, net_type="squeeze", reduction="none"
     )
-    torch.testing.assert_close(figures.each["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(figures.per_image["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="sides of 16 px are too small for squeeze, which needs 17"):
         feature_networks.lpips("squeeze", 16)
 

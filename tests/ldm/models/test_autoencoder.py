@@ -30,7 +30,7 @@ PICTURES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)) 
 @pytest.mark.parametrize("convolutions", [True, False])
 def test_folding_normalises_latents_and_changes_no_picture(convolutions: bool) -> None:
     vae = small(use_quant_conv=convolutions, use_post_quant_conv=convolutions)
-    mean, std = autoencoder.statistics(vae, PICTURES.split(4))
+    mean, std = autoencoder.channel_statistics(vae, PICTURES.split(4))
     folded = autoencoder.fold(vae, mean, std)
     with torch.no_grad():
         old, new = vae.encode(PICTURES).latent_dist, folded.encode(PICTURES).latent_dist
@@ -43,7 +43,7 @@ def test_folding_normalises_latents_and_changes_no_picture(convolutions: bool) -
 
 def test_statistics_are_those_of_all_pictures_at_once() -> None:
     vae = small()
-    mean, std = autoencoder.statistics(vae, PICTURES.split(1))
+    mean, std = autoencoder.channel_statistics(vae, PICTURES.split(1))
     z = vae.encode(PICTURES).latent_dist.mean.detach().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean, z.mean(1))
     torch.testing.assert_close(std, z.std(1, correction=0))
@@ -96,9 +96,9 @@ def test_every_architecture_is_normalised_and_rebuilds_as_before(model: str) -> 
         return
     vae = of_kind(model).eval()
     with torch.no_grad():
-        before = vae.decode(autoencoder.encoded(vae, PICTURES)[0]).sample
-        mean, std = autoencoder.statistics(vae, PICTURES.split(4))
-    ours = autoencoder.normalised(vae, mean, std)
+        before = vae.decode(autoencoder.encode_posterior(vae, PICTURES)[0]).sample
+        mean, std = autoencoder.channel_statistics(vae, PICTURES.split(4))
+    ours = autoencoder.normalize_latents(vae, mean, std)
     z, logvar = ours.moments(PICTURES)
     torch.testing.assert_close(ours.decode(z), before, atol=1e-4, rtol=1e-4)
     assert z.shape == (6, 4, 8, 8)
@@ -155,7 +155,7 @@ def test_large_pictures_are_computed_in_tiles_and_batches_in_parts(monkeypatch: 
     pictures = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z = one.encode(pictures)
     whole = one.decode(z)
-    for name, value in (("WHOLE", 32), ("TILE", 16), ("AT_ONCE", 64 * 96)):
+    for name, value in (("MAX_UNTILED_SIDE", 32), ("TILE", 16), ("MAX_PIXELS", 64 * 96)):
         monkeypatch.setattr(autoencoder, name, value)
     seen: list[tuple[int, ...]] = []
     one.vae.decoder.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
@@ -170,11 +170,11 @@ def test_another_decoder_makes_no_other_latents() -> None:
     with torch.no_grad():
         other.decoder.conv_out.bias += 1
     one, other = autoencoder.Autoencoder(one), autoencoder.Autoencoder(other)
-    assert one.contract(16) == other.contract(16)
+    assert one.latent_fingerprint(16) == other.latent_fingerprint(16)
     assert one.fingerprint() != other.fingerprint()
     with torch.no_grad():
         other.vae.quant_conv.bias += 1
-    assert one.contract(16) != other.contract(16)
+    assert one.latent_fingerprint(16) != other.latent_fingerprint(16)
 
 
 def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_an_autoencoder_of_other_pictures_is_named(config: dict[str, object], tm
     small().save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | config))
-    with pytest.raises(UserError, match=r"stage1\.pretrained: .* (for pictures of 1 channels|has scaling_factor null)"):
+    with pytest.raises(UserError, match=r"stage1\.pretrained: .* (for images of 1 channels|has scaling_factor null)"):
         autoencoder.load(tmp_path)
 
 
@@ -209,8 +209,8 @@ def test_a_tiny_autoencoders_shift_is_undone_and_measured_anew() -> None:
     vae.register_to_config(shift_factor=0.7, scaling_factor=2.0)
     ours = autoencoder.Autoencoder(vae)
     z = ours.encode(PICTURES)
-    torch.testing.assert_close(z, (autoencoder.encoded(vae, PICTURES)[0] - 0.7) * 2)
-    torch.testing.assert_close(ours.decode(z), vae.decode(autoencoder.encoded(vae, PICTURES)[0]).sample)
-    anew = autoencoder.normalised(vae, *autoencoder.statistics(vae, [PICTURES]))
+    torch.testing.assert_close(z, (autoencoder.encode_posterior(vae, PICTURES)[0] - 0.7) * 2)
+    torch.testing.assert_close(ours.decode(z), vae.decode(autoencoder.encode_posterior(vae, PICTURES)[0]).sample)
+    anew = autoencoder.normalize_latents(vae, *autoencoder.channel_statistics(vae, [PICTURES]))
     assert float(anew.encode(PICTURES).mean().abs()) < 1
     assert anew.shift == 0

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config.schema import Stage2Config
-from ldm.models import compilation, unet
+from ldm.models import attention, compilation, unet
 from ldm.models.compilation import compile_blocks
 from ldm.models.conditioning import Condition, predict
 from ldm.utils.errors import UserError
@@ -47,7 +47,7 @@ def network(words: bool = True, backend: str = "sdpa", recomputed: bool = False)
         conditions=("text",) if words else (),
     )
     model = unet.build(stage, 4, 16, 12 if words else 0)
-    unet.use_attention(model, backend, CPU)
+    attention.use_attention(model, backend, CPU)
     if recomputed:
         model.enable_gradient_checkpointing()
     return model.train()
@@ -127,7 +127,7 @@ def test_a_compiled_unet_answers_with_weights_that_stand_in_for_its_own() -> Non
 def test_without_buckets_blocks_are_compiled_for_one_size_and_what_is_too_often_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compilation, "EACH", 1)
+    monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", 1)
     model, plain, counter = network(), network(), CompileCounter()
     compile_blocks(model, dynamic=False, backend=counter)
     for _ in range(2):
@@ -170,6 +170,6 @@ def test_blocks_stay_whole_under_ddp(alone: None, recomputed: bool) -> None:
 
 def test_attention_of_xformers_is_not_compiled() -> None:
     model = network()
-    next(m for m in model.modules() if isinstance(m, Attention)).set_processor(unet.HalfPrecisionXFormers())
+    next(m for m in model.modules() if isinstance(m, Attention)).set_processor(attention.HalfPrecisionXFormers())
     with pytest.raises(UserError, match=r"stage2\.compile: xformers.* set stage2\.attention_backend=sdpa"):
         compile_blocks(model)

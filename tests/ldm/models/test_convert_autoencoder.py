@@ -116,7 +116,7 @@ def test_names_and_shapes_written_are_those_of_the_original(tmp_path: Path) -> N
     with safe_open(tmp_path / "vae.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata == {
-        "format": "pt", "class": "AutoencoderKL", "latents": "4 channels, 1/2 of the picture's height and width",
+        "format": "pt", "class": "AutoencoderKL", "latents": "4 channels, 1/2 of the image's height and width",
         "scaling_factor": "0.3", "norm_num_groups": "4", "sample_size": "32",
     }  # fmt: skip
 

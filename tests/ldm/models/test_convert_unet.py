@@ -129,7 +129,7 @@ def test_the_published_architectures_are_told_by_names_and_shapes(name: str) -> 
         model = UNet2DConditionModel(**PUBLISHED[name])
     tensors = in_original_layout(model)
     assert all(PREFIX + key in tensors for key in KNOWN_NAMES.get(name, ()))
-    places, left = single_file_unet.table(Path("file"), set(tensors))
+    places, left = single_file_unet.name_table(Path("file"), set(tensors))
     assert not left and set(places) == set(model.state_dict())
     shapes = {key: tuple(tensors[place].shape) for key, place in places.items()}
     found = single_file_unet.architecture(Path("file"), shapes, 7, 7)  # neither of these is needed

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 
 from ldm.config import loader
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models import unet
+from ldm.models import attention, unet
 from ldm.models.conditioning import Condition, predict
 from ldm.sampling.solvers import scheduler
 from ldm.utils.errors import UserError
@@ -24,7 +24,7 @@ def test_attention_backends_agree(root: Path) -> None:
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 16, 384)
     answers = []
     for backend in ("eager", "sdpa"):
-        unet.use_attention(model, backend, torch.device("cpu"))
+        attention.use_attention(model, backend, torch.device("cpu"))
         with torch.no_grad():
             answers.append(model(x, t, text).sample)
     torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
@@ -40,7 +40,7 @@ def test_xformers_gives_what_sdpa_gives(root: Path) -> None:
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 16, 384)
     answers = []
     for backend in ("sdpa", "xformers"):
-        unet.use_attention(model, backend, device, torch.bfloat16)
+        attention.use_attention(model, backend, device, torch.bfloat16)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             answers.append(model(*(each.to(device) for each in (x, t, text))).sample)
     torch.testing.assert_close(*answers, atol=2e-2, rtol=2e-2)
@@ -67,7 +67,7 @@ class Kernels:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         module = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=self))
         patch.setattr(attention_processor, "xformers", module)
-        patch.setattr(unet, "check_backend", lambda *_: None)  # as on a GPU
+        patch.setattr(attention, "check_backend", lambda *_: None)  # as on a GPU
 
 
 def small(root: Path, *conditions: str) -> unet.UNet:
@@ -84,17 +84,17 @@ def test_kernels_are_checked_in_the_precision_of_training(
     kernels = Kernels()
     kernels.install(monkeypatch)
     model = small(root, *conditions)
-    unet.use_attention(model, "xformers", torch.device("cpu"), dtype)
+    attention.use_attention(model, "xformers", torch.device("cpu"), dtype)
     assert kernels.seen == [dtype]
     assert all(p.grad is None for p in model.parameters())
     Kernels(1.1).install(monkeypatch)
     with pytest.raises(
         UserError, match=r"^stage2\.attention_backend: xformers is off by .* in its output .* use sdpa$"
     ):
-        unet.use_attention(model, "xformers", torch.device("cpu"), dtype)
+        attention.use_attention(model, "xformers", torch.device("cpu"), dtype)
     Kernels(refused=(torch.float32, dtype)).install(monkeypatch)
     with pytest.raises(UserError, match=r"can't compute it in b?float16 here: No operator .* with inputs; use sdpa$"):
-        unet.use_attention(model, "xformers", torch.device("cpu"), dtype)
+        attention.use_attention(model, "xformers", torch.device("cpu"), dtype)
 
 
 def test_a_wrong_gradient_of_kernels_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,14 +104,14 @@ def test_a_wrong_gradient_of_kernels_is_found(root: Path, monkeypatch: pytest.Mo
 
     NoneForKeys().install(monkeypatch)
     with pytest.raises(UserError, match=r"xformers is off by .* in its gradient"):
-        unet.use_attention(small(root, "text"), "xformers", torch.device("cpu"), torch.bfloat16)
+        attention.use_attention(small(root, "text"), "xformers", torch.device("cpu"), torch.bfloat16)
 
 
 def test_xformers_computes_in_half_precision_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels, model, plain = Kernels(), small(root, "text").eval(), small(root, "text").eval()
     kernels.install(monkeypatch)
-    unet.use_attention(model, "xformers", torch.device("cpu"), torch.bfloat16)
-    unet.use_attention(plain, "sdpa", torch.device("cpu"))
+    attention.use_attention(model, "xformers", torch.device("cpu"), torch.bfloat16)
+    attention.use_attention(plain, "sdpa", torch.device("cpu"))
     x, t, condition = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), Condition(torch.randn(2, 16, 384))
     kernels.seen.clear()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_run_in_float32_takes_sdpa_and_says_so_once(
     kernels, model = Kernels(), small(root, "text")
     kernels.install(monkeypatch)
     for _ in range(2):  # a student and its teacher
-        unet.use_attention(model, "xformers", torch.device("cpu"), torch.float32)
+        attention.use_attention(model, "xformers", torch.device("cpu"), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         predict(model, torch.randn(1, 4, 8, 8), torch.zeros(1), Condition(torch.randn(1, 16, 384)))
     assert not kernels.seen
@@ -141,7 +141,7 @@ def test_a_run_in_float32_takes_sdpa_and_says_so_once(
 def test_a_backend_that_is_not_there_is_an_error(root: Path) -> None:
     model = unet.build(loader.load(root / "configs/tiny.yaml").stage2, 4, 16, 384)
     with pytest.raises(UserError, match="xformers"):
-        unet.use_attention(model, "xformers", torch.device("cpu"))
+        attention.use_attention(model, "xformers", torch.device("cpu"))
 
 
 def test_latents_too_small_for_the_levels_are_refused(root: Path) -> None:

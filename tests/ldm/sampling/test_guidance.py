@@ -15,7 +15,7 @@ from ldm.sampling.solvers import Level
 
 TOLD, NULL = Condition(torch.ones(2, 3, 4)), Condition(torch.zeros(1, 3, 4).expand(2, 3, 4))
 LEVEL = Level(torch.tensor(400), 0.6, 0.8, 0.4)
-TARGETS = ("eps", "x0", "v", "flow")
+PREDICTION_TYPES = ("eps", "x0", "v", "flow")
 
 
 class Network:
@@ -75,7 +75,7 @@ def test_rescaling_is_diffusers_own_and_gives_the_deviation_back() -> None:
     assert torch.equal(rescaled(guided, conditional, 0.0), guided)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_thresholding_is_diffusers_own(target: str) -> None:
     alpha, sigma = (0.6, 0.8) if target != "flow" else (0.4, 0.6)
     level = Level(torch.tensor(0), alpha, sigma, 0.5)
@@ -90,7 +90,7 @@ def test_thresholding_is_diffusers_own(target: str) -> None:
     )  # still of this x_t
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_a_classifiers_pull_moves_eps_by_its_formula(target: str) -> None:
     """ε̂ = ε − √(1 − ᾱ)·s·∇, whatever the network's target; arXiv 2105.05233, Algorithm 2."""
     alpha, sigma = (0.6, 0.8) if target != "flow" else (0.4, 0.6)
@@ -135,7 +135,7 @@ def test_a_perfect_classifier_at_scale_one_gives_the_class(name: str, target: st
     assert 0.4 < float((free > 0).float().mean()) < 0.6
     solver = solver_of(process, name, 1000 if name == "ddpm" else 250)
     if solver.ancestral:
-        found = sample(denoise, solver, ones, generators, pull=(gradient, 1.0))
+        found = sample(denoise, solver, ones, generators, classifier=(gradient, 1.0))
     else:
         found = sample(by_classifier(denoise, target, gradient, 1.0), solver, ones, generators)
     assert float(found.mean()) == pytest.approx(M, abs=0.05)

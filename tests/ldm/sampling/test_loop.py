@@ -7,7 +7,7 @@ from gaussian import M, perfect, solver_of
 from ldm.config.schema import SOLVERS
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition
-from ldm.sampling.loop import InpaintMask, Step, between, in_tiles, initial_noise, sample
+from ldm.sampling.loop import InpaintMask, Step, in_tiles, initial_noise, sample, slerp
 
 
 def test_a_picture_s_noise_follows_from_its_own_seed() -> None:
@@ -18,10 +18,10 @@ def test_a_picture_s_noise_follows_from_its_own_seed() -> None:
 
 def test_noise_between_two_is_noise() -> None:
     a, b = initial_noise((4, 32, 32), [0, 1])
-    assert torch.equal(between(a, b, 0.0), a)
-    torch.testing.assert_close(between(a, b, 1.0), b)
-    assert float(between(a, b, 0.5).std()) == pytest.approx(1, abs=0.03)  # a mean's would be 0.7
-    torch.testing.assert_close(between(a, a, 0.3), a)
+    assert torch.equal(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    assert float(slerp(a, b, 0.5).std()) == pytest.approx(1, abs=0.03)  # a mean's would be 0.7
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
 @pytest.mark.parametrize("target", ["v", "flow"])
@@ -46,7 +46,7 @@ def test_what_is_kept_comes_back_as_it_was(solver: str, target: str) -> None:
     eps = torch.randn(2, 1, 4, 4)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     rule = solver_of(DiffusionProcess(target), solver, 40)
-    found = sample(perfect(target), rule, eps, generators, kept=InpaintMask(x0, mask, eps))
+    found = sample(perfect(target), rule, eps, generators, inpaint=InpaintMask(x0, mask, eps))
     assert torch.equal(found[..., 2:], x0[..., 2:])
     assert float((found[..., :2] - M).abs().mean()) < 0.6
 

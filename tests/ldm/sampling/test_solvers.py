@@ -13,7 +13,7 @@ from ldm.config.schema import SOLVERS, SPACINGS, STRAIGHT
 from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.guidance import PredictFn
 from ldm.sampling.loop import sample
-from ldm.sampling.solvers import Level, Solver, name_of, scheduler, with_solver
+from ldm.sampling.solvers import Level, Solver, scheduler, solver_name, with_solver
 from ldm.utils.errors import UserError
 
 NOISY = ("ddpm", "euler_a", "dpm++sde", "lcm")
@@ -172,9 +172,9 @@ def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_scheduler_is_known_by_the_name_of_its_solver(solver: str) -> None:
-    assert name_of(scheduler(DiffusionProcess("eps"), solver)) == solver
+    assert solver_name(scheduler(DiffusionProcess("eps"), solver)) == solver
     if solver in STRAIGHT:
-        assert name_of(scheduler(DiffusionProcess("flow"), solver)) == solver
+        assert solver_name(scheduler(DiffusionProcess("flow"), solver)) == solver
 
 
 def test_a_model_of_others_may_come_with_any_scheduler() -> None:
@@ -216,7 +216,7 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
 )  # fmt: skip
 def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProcess, solver: str) -> None:
     """diffusers' own tables, read back from a saved configuration, are those of the process."""
-    if process.target == "flow":
+    if process.prediction_type == "flow":
         if solver not in STRAIGHT:
             return
         rule = scheduler(process, solver)
@@ -298,7 +298,7 @@ def test_every_number_of_steps_gives_a_picture_or_a_line(
         if spacing in REFUSED_SPACINGS.get(solver, ()):
             reason = f"^spacing: {re.escape(solver)} has "
         elif steps == process.timesteps and spacing in REFUSED_AS_FULL_CHAIN.get(solver, ()):
-            reason = f"^steps: {steps}; the chain has no place for so many"
+            reason = f"^steps: {steps}; too many for the chain"
         else:
             assert drawn(process, solver, steps, noise, spacing=spacing).isfinite().all(), steps
             continue

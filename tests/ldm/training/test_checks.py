@@ -26,7 +26,7 @@ def test_a_sound_configuration_gives_its_text_encoder(root: Path) -> None:
 def test_attention_that_cannot_be_compiled_is_found_before_stage_one_is_trained(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.models.unet.check_backend", lambda *_: None)  # as where there is a GPU, and xformers
+    monkeypatch.setattr("ldm.models.attention.check_backend", lambda *_: None)  # as where there is a GPU, and xformers
     keys = "stage2.compile=true", "stage2.attention_backend=xformers"
     with pytest.raises(UserError, match=r"stage2\.compile: xformers.* set stage2\.attention_backend=sdpa"):
         checks.check(tiny(root, *keys, "run.precision=bf16"), processes=1)

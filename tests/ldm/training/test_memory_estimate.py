@@ -21,7 +21,7 @@ import train_ldm
 from ldm.config import loader
 from ldm.config.presets import AUTOENCODERS
 from ldm.config.schema import Stage2Config
-from ldm.models import autoencoder, text_encoder, unet
+from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, predict
 from ldm.training import checks, memory_estimate, memory_tracker
@@ -58,7 +58,7 @@ def network(device: str, stage: Stage2Config, again: bool = False) -> Any:
     """A U-Net with gradients, ready to be trained."""
     with torch.device(device):
         net = unet.build(stage, 4, 16, 16 if stage.text else 0, 3).train()
-    unet.use_attention(net, "sdpa", torch.device("cpu"))
+    attention.use_attention(net, "sdpa", torch.device("cpu"))
     if again:
         net.enable_gradient_checkpointing()
     for parameter in net.parameters():

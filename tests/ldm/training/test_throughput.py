@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.distributed.sharding import without_weights
-from ldm.models import autoencoder, text_encoder, unet
+from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.conditioning import Condition
 from ldm.training.throughput import Clock, forward_flops, matmul_peak
 from stage1_vae.model import Change, Reconstruction
@@ -72,7 +72,7 @@ def test_a_copy_without_weights_has_the_same() -> None:
 @pytest.mark.parametrize("conditions", KINDS)
 def test_the_count_without_computing_is_that_of_the_computation(conditions: tuple[str, ...], backend: str) -> None:
     model, given = denoiser(conditions), inputs(conditions)
-    unet.use_attention(model.unet, backend, torch.device("cpu"))
+    attention.use_attention(model.unet, backend, torch.device("cpu"))
     assert forward_flops(model, *given) == counted(model, *given) > 0
 
 

@@ -18,7 +18,7 @@ from stage2_diffusion.classifier import train as training
 KEYS = [
     "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
     "norm_num_groups=4",
-    "evaluate_pictures=8",
+    "evaluate_images=8",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_each_solver_and_scale_gets_a_row(
     target: str, train: Callable[..., str], call: Callable[..., str], tmp_path: Path, small: list[str], vae: Autoencoder
 ) -> None:
     vae.save(tmp_path / "vae")
-    run, guide, judge = tmp_path / "run", tmp_path / "guide", tmp_path / "judge"
+    run, guide, evaluator = tmp_path / "run", tmp_path / "guide", tmp_path / "evaluator"
     chain = [] if target == "flow" else ["stage2.timesteps=20", "sample.solver=ddim"]
     given = [
         f"stage1.pretrained={tmp_path / 'vae'}",
@@ -38,11 +38,11 @@ def test_each_solver_and_scale_gets_a_row(
     ]
     train(run, *small, *given)
     call(training.main, run, "--out", guide, *KEYS, "half=0")
-    call(training.main, run, "--out", judge, *KEYS, "half=1", "seed=1")
-    options = ["--guide", guide, "--judge", judge, "--count", 10, "--scales", 0, 3, "--steps", 4]
+    call(training.main, run, "--out", evaluator, *KEYS, "half=1", "seed=1")
+    options = ["--guide", guide, "--evaluator", evaluator, "--count", 10, "--scales", 0, 3, "--steps", 4]
     said = call(evaluate.main, run, *options)
     header, *rows = (line.split() for line in said[said.index("solver") :].splitlines())
-    assert header == ["solver", "steps", "scale", "guide", "judge", "seconds"]
+    assert header == ["solver", "steps", "scale", "guide", "evaluator", "seconds"]
     assert [row[:3] for row in rows] == [
         ["ddpm", "4", "0"], ["ddpm", "4", "3"], ["ddim", "2", "0"], ["ddim", "2", "3"],
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def test_each_solver_and_scale_gets_a_row(
     other.register_to_config(classes=[*other.classes[:-1], "another"])
     other.save_pretrained(tmp_path / "other/model")
     options[3] = tmp_path / "other"
-    assert "knows other classes" in call(evaluate.main, run, *options, status=2)
+    assert "has other classes" in call(evaluate.main, run, *options, status=2)
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_what_can_not_be_measured_is_one_clear_line(tiny_run: Path, tmp_path: Pa
     both = ["--guide", tmp_path, "--judge", tmp_path]
     for more, says in (
         (["--count", 0], "--count: 0; give 1 or more"), (["--steps", 1], "--steps: 1; give 2 or more"),
-        ([], "told captions or classes itself"),
+        ([], "has text or class conditions"),
     ):  # fmt: skip
         said = call(evaluate.main, tiny_run, *both, *more, status=2)
         assert says in said
@@ -75,6 +75,6 @@ def test_the_share_is_that_of_the_largest_logits_without_noise() -> None:
     found = NoisyClassifier.of(settings, Autoencoder(Identity()), DiffusionProcess("v"), ["cat", "dog"]).eval()
     x0 = torch.randn(40, 3, 8, 8)
     taken = found(x0, torch.tensor(0)).argmax(1)
-    assert evaluate.recognised(found, x0, taken) == 1
-    assert evaluate.recognised(found, x0, 1 - taken) == 0
-    assert evaluate.recognised(found, x0, torch.where(torch.arange(40) < 10, taken, 1 - taken)) == 0.25
+    assert evaluate.accuracy(found, x0, taken) == 1
+    assert evaluate.accuracy(found, x0, 1 - taken) == 0
+    assert evaluate.accuracy(found, x0, torch.where(torch.arange(40) < 10, taken, 1 - taken)) == 0.25

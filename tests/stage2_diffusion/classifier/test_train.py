@@ -25,7 +25,7 @@ from stage2_diffusion.classifier import train
 
 KEYS = [
     "steps=6", "batch=8", "lr_warmup_steps=1", "lr=1e-2", "ema_decay=0.5", "checkpoint_every=3", "evaluate_every=2",
-    "evaluate_pictures=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
+    "evaluate_images=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
     "norm_num_groups=4",
 ]  # fmt: skip
 
@@ -106,13 +106,13 @@ def test_one_that_had_not_begun_takes_other_settings(
 
 @pytest.mark.slow
 def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callable[..., str], tmp_path: Path) -> None:
-    more = ["steps=1", "half=1", "seed=3", "evaluate_pictures=1000"]
+    more = ["steps=1", "half=1", "seed=3", "evaluate_images=1000"]
     said = call(train.main, tiny_run, "--out", tmp_path / "out", *KEYS, *more)
     rows = said[said.index("held out") :].splitlines()
     header, everything, *classes = [
         row.split() for row in rows[: next(i for i, r in enumerate(rows) if r[:5] == "finis")]
     ]
-    assert header == ["held", "out", "pictures", "-5", "-3", "-1", "+1", "+3", "+5", "log-SNR"]
+    assert header == ["held", "out", "images", "-5", "-3", "-1", "+1", "+3", "+5", "log-SNR"]
     counts = [int(row[1]) for row in classes]
     assert int(everything[1]) == sum(counts)
     for column in range(2, 8):
@@ -142,7 +142,7 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
         """Each held-out accuracy, and the most images computed at once in the training and for the table after it."""
         out = tmp_path / str(device_batch)
         own = ClassifierConfig(
-            batch=8, device_batch=device_batch, steps=1, evaluate_pictures=8, channels=(16, 16), layers=1,
+            batch=8, device_batch=device_batch, steps=1, evaluate_images=8, channels=(16, 16), layers=1,
             attention=(False, True), attention_head_dim=8, norm_num_groups=4, lr=1e-30,  # the weights stay
         )  # fmt: skip
         computed.clear()

@@ -1,0 +1,163 @@
+"""How well a run's images follow their prompts: held-out combinations, and training captions for comparison.
+
+    ldm-evaluate runs/openmoji
+
+    ldm-evaluate runs/openmoji --solver ddim --steps 10
+    ldm-evaluate runs/openmoji --model runs/openmoji-few/pipeline-8
+
+For each prompt, one image is generated and compared with the nearest real image of the data set, by 16 × 16 pixels and
+by latents. The Fréchet distance between the generated images and the real images of these prompts is measured in the
+autoencoder's latents. The run's own figures go to `evaluation.json` and into its model card; those of another model or
+of other sampling options are only printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ldm.config import loader
+from ldm.config.schema import SOLVERS, SPACINGS, Config
+from ldm.data import images, index
+from ldm.data.crops import crop_resize
+from ldm.data.index import Index
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.prompt_following import nearest_neighbors, pixel_features, prompt_following
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.model_card import write_card
+from ldm.utils.errors import Parser, UserError, command
+
+SAMPLING_BATCH, ENCODING_BATCH = 32, 64
+
+Features = dict[str, Callable[[torch.Tensor], torch.Tensor]]
+"""By name: images `(N, 3, H, W)` → features `(N, D)`."""
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parse(arguments)
+    options = Sampling(args.steps, args.guidance, args.solver, args.spacing)
+    settings = _run_settings(args.run)
+    records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+    if not len(records):
+        raise UserError(f"{settings.data.name}: no image is left to compare with")
+    model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
+    is_default = not args.model and options == Sampling()
+    figures: dict[str, Any] = {
+        "steps": options.steps or model.steps,
+        "guidance": model.guidance if options.guidance is None else options.guidance,
+        "seed": args.seed,
+    }
+
+    size = (settings.data.size, settings.data.size)
+    real = torch.stack([images.to_tensor(crop_resize(records.load_image(i), size)[0]) for i in range(len(records))])
+    features: Features = {"pixels": pixel_features, "latents": lambda x: _latent_features(model, x)}
+    real_features = {name: extract(real) for name, extract in features.items()}
+    generated: dict[int, torch.Tensor] = {}  # by the index of the real image that the prompt describes
+    groups = {name: targets for name, targets in _prompt_groups(records, args.count).items() if targets}
+    for name, targets in groups.items():
+        prompts = [records[i].captions[0] for i in targets]
+        samples = _generate(model, prompts, args.seed, options)
+        generated |= zip(targets, samples, strict=True)
+        figures[name] = _score(samples, targets, records, features, real_features)
+        for measure, scores in figures[name].items():
+            text = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+            print(f"{name:22} {measure:25} {text}", flush=True)
+        if is_default:
+            _save_sheet(args.run / f"{name.replace(' ', '-')}.png", generated, targets, records, 10)
+    distance = frechet_distance(model.autoencoder, real[list(generated)], torch.stack(list(generated.values())))
+    figures["Fréchet distance of latents"] = distance
+    count = len(generated)
+    print(f"{count} images and the real ones of their prompts: Fréchet distance of latents {distance:.2f}")
+    if args.sheet:
+        shown = [i for targets in groups.values() for i in targets[:: -(-len(targets) // 6)]]
+        _save_sheet(args.sheet, generated, shown, records, len(shown))
+    if is_default:
+        (args.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+        write_card(settings, figures)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--count", type=int, default=100, help="training captions to try; default: 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image")
+    parser.add_argument("--model", help="another pipeline than the run's, for example a distilled one")
+    parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
+    parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
+    parser.add_argument("--solver", choices=SOLVERS, help="default: the model's own")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the steps")
+    parser.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
+    parser.add_argument("--sheet", type=Path, help="a row of some of the images, .png")
+    args = parser.parse_args(arguments)
+    if args.count < 2:
+        raise UserError(f"--count: {args.count}; give 2 or more")
+    return args
+
+
+def _run_settings(run: Path) -> Config:
+    """The configuration of a finished run; UserError if its model has other conditions than text."""
+    settings = loader.load_run(run)
+    if settings.stage2.conditions != ("text",):
+        conditions = ", ".join(settings.stage2.conditions) or "no conditions"
+        raise UserError(
+            f"{run}: its model has {conditions}, and this measures how prompts are followed; "
+            f"python -m stage2_diffusion.likelihood {run} measures every model"
+        )
+    return settings
+
+
+def _prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
+    """Indices of the images whose captions are the prompts."""
+    splits = records.column("split").tolist()
+    train = [i for i, split in enumerate(splits) if split == "train"]
+    return {
+        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[:count]],
+        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
+    }
+
+
+def _score(
+    samples: torch.Tensor,
+    targets: list[int],
+    records: Index,
+    features: Features,
+    real_features: dict[str, torch.Tensor],
+) -> dict[str, dict[str, float]]:
+    """Prompt-following scores by each kind of features, and chance: scores against other samples' prompts."""
+    shuffled = np.roll(targets, len(targets) // 2).tolist()
+    scores = {}
+    for name, extract in features.items():
+        neighbors = nearest_neighbors(extract(samples), real_features[name])
+        scores[name] = prompt_following(neighbors, targets, records)
+        scores[f"{name}, prompts shuffled"] = prompt_following(neighbors, shuffled, records)
+    return scores
+
+
+def _save_sheet(path: Path, generated: dict[int, torch.Tensor], shown: list[int], records: Index, columns: int) -> None:
+    captions = [records[i].captions[0] for i in shown]
+    images.grid(images.to_pil(torch.stack([generated[i] for i in shown])), captions, columns=columns).save(path)
+
+
+def _generate(model: LatentDiffusion, prompts: list[str], seed: int, options: Sampling) -> torch.Tensor:
+    """Images `(N, 3, H, W)` in [-1, 1], the i-th from the noise of `seed + i`."""
+    parts = []
+    for start in tqdm(range(0, len(prompts), SAMPLING_BATCH), desc="sampling", unit=" batch", leave=False):
+        part = prompts[start : start + SAMPLING_BATCH]
+        seeds = range(seed + start, seed + start + len(part))
+        parts.append(model.autoencoder.decode(model.latents(part, seeds, options)).cpu())
+    return torch.cat(parts)
+
+
+def _latent_features(model: LatentDiffusion, x: torch.Tensor) -> torch.Tensor:
+    """Images `(N, 3, H, W)` → flattened latents `(N, C·h·w)`."""
+    parts = x.clamp(-1, 1).split(ENCODING_BATCH)
+    return torch.cat([model.autoencoder.encode(part).cpu() for part in parts]).flatten(1)

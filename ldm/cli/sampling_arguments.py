@@ -1,0 +1,130 @@
+"""The arguments that all commands for sampling share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ldm.config.schema import SOLVERS, SPACINGS
+from ldm.data import images
+from ldm.data.records import BadSampleError
+from ldm.sampling.animation import Animation
+from ldm.utils.errors import Parser, UserError
+from ldm.utils.precision import DTYPES
+
+SAMPLING = (
+    "steps", "guidance", "solver", "spacing", "eta", "negative", "rescale", "interval", "threshold",
+    "classifier_scale", "strength", "noise_level",
+)  # fmt: skip
+"""Arguments that are fields of `ldm.sampling.options.Sampling`."""
+INPUT_IMAGES = ("image", "mask")
+MODELS = ("model", "weaker", "classifier")
+SHEET_SUFFIXES = (".png", ".jpg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
+
+
+def sampling_parser(description: str) -> Parser:
+    """A parser with the arguments that all commands for sampling share."""
+    parser = Parser(description=description)
+    parser.add_argument("--model", help="a diffusers pipeline: local folder or Hub id")
+    what = parser.add_argument_group("what")
+    what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
+    what.add_argument("--prompts", help="a file with a prompt per line, or - for standard input")
+    what.add_argument("--label", nargs="+", default=[], help="names of classes, for a class-conditional model")
+    what.add_argument("--negative", default="", help="what the image shall not show")
+    what.add_argument("--count", type=int, default=1, help="images per prompt or class; default: 1")
+    what.add_argument("--seed", type=int, default=0, help="image i starts from the noise of seed + i; default: 0")
+    what.add_argument("--cut-prompts", action="store_true", help="truncate prompts that are too long")
+    again = "recreates an image of these commands bit for bit; its settings override all others"
+    what.add_argument("--again", type=Path, metavar="PNG", help=again)
+    how = parser.add_argument_group("how; defaults are the model's")
+    how.add_argument("--steps", type=int, help="of the solver; ddpm: all of the chain's")
+    how.add_argument("--solver", choices=SOLVERS)
+    how.add_argument("--spacing", choices=SPACINGS, help="of the steps")
+    how.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1; default: 0")
+    how.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    how.add_argument("--rescale", type=float, default=0.0, help="share, 0 to 1, of guidance's contrast to take back")
+    interval = "noise levels to guide at, as shares; default: 0 1"
+    how.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help=interval)
+    how.add_argument("--threshold", type=float, help="dynamic thresholding of pixels, for example 0.995")
+    how.add_argument("--weaker", help="autoguidance: the weaker model, a pipeline or a checkpoint of the run")
+    how.add_argument("--classifier", help="classifier guidance: the folder of a noisy classifier; needs --label")
+    how.add_argument("--classifier-scale", type=float, default=1.0, help="of classifier guidance; default: 1")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--batch", type=int, default=8, help="images per batch; default: 8")
+    precision = "of the U-Net; default: auto, which is bf16 if the device has it"
+    speed.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help=precision)
+    speed.add_argument("--compile", default="no", choices=("no", "yes", "graphs"), help="graphs: with CUDA graphs")
+    speed.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    out = parser.add_argument_group("output")
+    folder = "a folder, or a .png for a single image; default: images"
+    out.add_argument("--out", type=Path, default=Path("images"), help=folder)
+    out.add_argument("--grid", type=Path, help="a sheet of all images with their captions, .png")
+    out.add_argument("--animate", type=Path, help="the denoising of the first batch: .gif, .webp or .mp4")
+    return parser
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512` or `640x512`, width first, for argparse."""
+    if not (match := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r}; give 512, or 640x512 (width, height)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_arguments(args: argparse.Namespace, num_images: int) -> None:
+    """UserError for mistakes that can be found before a model is loaded."""
+    for name in ("count", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: {getattr(args, name)}; give 1 or more")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: {args.seed}; give 0 or more, below 2^63")
+    _check_outputs(args, num_images)
+    if args.device:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device: {args.device}: {str(error).splitlines()[0]}") from None
+    if args.classifier and not args.label and not args.again:
+        raise UserError("--classifier: guides to a class; name it with --label")
+
+
+def _check_outputs(args: argparse.Namespace, num_images: int) -> None:
+    suffix = args.out.suffix.lower()
+    if suffix in IMAGE_SUFFIXES and suffix != ".png":
+        raise UserError(f"--out: {args.out} is no .png, the only format that keeps an image's settings; give one")
+    if suffix == ".png" and num_images > 1:
+        raise UserError(f"--out: {args.out} is one file for {num_images} images; give a folder, and --grid for a sheet")
+    inputs = [Path(path) for name in INPUT_IMAGES if (path := getattr(args, name, None))]
+    outputs = {"--out": args.out if suffix == ".png" else None, "--grid": args.grid, "--animate": args.animate}
+    for option, path in outputs.items():
+        if not path:
+            continue
+        if not path.parent.is_dir():
+            raise UserError(f"{option}: no folder {path.parent}; create it first")
+        if path.is_dir():
+            raise UserError(f"{option}: {path} is a folder; give a file")
+        if path.resolve() in [source.resolve() for source in inputs]:
+            raise UserError(f"{option}: {path} is an input image; give another name")
+    if args.grid and args.grid.suffix.lower() not in SHEET_SUFFIXES:
+        raise UserError(f"--grid: {args.grid} is no {', '.join(SHEET_SUFFIXES[:-1])} or {SHEET_SUFFIXES[-1]}")
+    if args.animate:
+        Animation.check(args.animate)
+
+
+def existing_file(option: str, path: str | Path) -> Path:
+    """The path; UserError if there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"{option}: no file {path}")
+    return Path(path)
+
+
+def open_image(option: str, path: str | Path) -> Image.Image:
+    """The image that an option names, as RGB; UserError if it can't be read."""
+    try:
+        return images.decode(existing_file(option, path).read_bytes())
+    except BadSampleError as error:
+        raise UserError(f"{option}: {path}: {'; '.join(error.args)}") from None

@@ -1,0 +1,40 @@
+"""Images from text, from classes, or from noise alone.
+
+    ldm-txt2img --model runs/openmoji/pipeline --prompt "woman astronaut, dark skin tone" --out a.png
+    ldm-txt2img --model runs/openmoji/pipeline --prompt "red heart" owl --count 4 --grid sheet.png
+
+Several processes share the prompts: `accelerate launch scripts/txt2img.py …`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from ldm.cli.generate import generate_images
+from ldm.cli.sampling_arguments import parse_size, sampling_parser
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.errors import UserError, command
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = sampling_parser("Images from text, from classes, or from noise alone.")
+    parser.add_argument("--size", type=parse_size, help="512 or 640x512; default: the size of training")
+    parser.add_argument("--between", type=int, default=0, help="images to interpolate between each and the next")
+    args = parser.parse_args(arguments)
+    if args.between < 0:
+        raise UserError(f"--between: {args.between}; give 0 or more")
+    generate_images(args, "txt2img.py", prepare_inputs)
+
+
+def prepare_inputs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str, Any]:
+    if model.task != "generate":
+        raise UserError(
+            f"--model: {args.model} needs an image; use {'inpaint' if model.task == 'inpaint' else 'upscale'}.py"
+        )
+    size = tuple(args.size) if args.size else None
+    if size:
+        model.check_size(size)
+    return {"size": size}

@@ -1,0 +1,157 @@
+"""Tables of images that the library `datasets` opens: parquet, data sets on disk, and data sets of the Hub."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from ldm.data.archives import expand
+from ldm.data.records import (
+    TABLE_ROW,
+    BadSample,
+    BadSampleError,
+    ImageLocation,
+    ReadOptions,
+    Record,
+    Sample,
+    captions_of,
+    label_of,
+)
+from ldm.utils.errors import UserError
+
+
+class Table:
+    """A data set that `datasets` opens, with one image a row. Images stay encoded."""
+
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        split: str,
+        options: ReadOptions,
+        image_column: str,
+        streaming: bool = False,
+        cache_dir: str = "",
+    ):
+        import datasets  # with pandas, a second: only for those who have such a table
+
+        self.options, self.image_column = options, image_column
+        progress_bars = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            self.rows: Any = _load(path, kind, split, streaming, cache_dir)
+            self._check_columns(path)
+            self._prepare_columns()
+        except UserError:
+            raise
+        except Exception as error:  # the readers of datasets may raise anything
+            text = " ".join(str(error).split())[:200]
+            missing = "" if Path(path).exists() or kind == "parquet" else "there is no such folder here, and "
+            message = f"{missing}datasets can't open {path} ({type(error).__name__}: {text})"
+            raise UserError(f"data.source: {message}") from None
+        finally:
+            if progress_bars:
+                datasets.enable_progress_bars()
+        self.name = Path(path.rstrip("/")).name
+        self.folder = Path(path) if kind == "datasets" else None
+        if not streaming:
+            self.image_rows = self.rows.select_columns([image_column])
+            self.stamp: str = self.rows._fingerprint  # of its content, as datasets' own caches use it
+
+    def _check_columns(self, path: str) -> None:
+        names = self.rows.column_names or list(next(iter(self.rows)))
+        captions = self.options.column if self.options.captions else None
+        for key, name in (("caption_column", captions), ("label", self.options.label), ("image", self.image_column)):
+            if name is not None and name not in names:
+                raise UserError(
+                    f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
+                )
+
+    def _prepare_columns(self) -> None:
+        """Has texts read as bytes, since they may not be UTF-8, and images as they are stored; sets `classes`."""
+        import datasets
+
+        strings, raw = datasets.Value("string"), datasets.Value("binary")
+        for text_type, binary_type in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
+            for name in (self.options.column, self.options.label):
+                if (self.rows.features or {}).get(name) == text_type:
+                    self.rows = self.rows.cast_column(name, binary_type)
+        label = (self.rows.features or {}).get(self.options.label)
+        self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
+        if isinstance((self.rows.features or {}).get(self.image_column), datasets.Image):
+            self.rows = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def samples(self, source: str = "", shard: int | None = None) -> Iterator[Sample]:
+        """Record and encoded image of each row, or of each row of one shard.
+
+        `source` is the number of the table among the run's sources, by which records name it.
+        """
+        name = self.name if shard is None else f"{self.name}:{shard}"
+        rows = iter(self.rows if shard is None else self._shard_rows(shard))
+        for i in itertools.count():
+            key = f"{self.name}:{i}" if shard is None else f"{name}-{i}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # the readers of datasets may raise anything
+                reason = f"it can't be read on after row {i} ({error or error!r})"
+                yield BadSample(name, reason, "fetch or write it anew")
+                return
+            try:
+                captions = captions_of(row.get(self.options.column), self.options)
+                label = "" if self.options.label is None else label_of(row[self.options.label], self.classes)
+                yield Record(key, ImageLocation(source, i, TABLE_ROW), captions, label), self._encoded(row)
+            except BadSampleError as error:
+                yield BadSample(key, *error.args)
+
+    def _shard_rows(self, shard: int) -> Iterator[dict[str, Any]]:
+        """In batches, because `datasets` would divide single rows among the loader's workers once more."""
+        for batch in self.rows.shard(self.rows.num_shards, shard).iter(batch_size=16):
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row."""
+        return self._encoded(self.image_rows[row])
+
+    def _encoded(self, row: dict[str, Any]) -> bytes:
+        value = row[self.image_column]
+        if isinstance(value, dict):
+            value = value.get("bytes") or self._file_bytes(value.get("path"))
+        if not isinstance(value, bytes):
+            raise BadSampleError("its row has no image, or only the name of one", "store the images' bytes in it")
+        return value
+
+    def _file_bytes(self, path: Any) -> bytes | None:
+        """An image that is stored beside its table: only from the data set's own folder or the Hub's cache."""
+        import datasets
+
+        if not isinstance(path, str) or self.folder is None:  # a row of parquet may name any file
+            return None
+        if path.startswith("hf://"):
+            with fsspec.open(path, "rb") as opened:
+                return bytes(opened.read())
+        allowed = (self.folder.resolve(), Path(datasets.config.HF_CACHE_HOME).resolve())
+        file = Path(path).resolve()
+        return file.read_bytes() if any(map(file.is_relative_to, allowed)) and file.is_file() else None
+
+
+def _load(path: str, kind: str, split: str, streaming: bool, cache_dir: str) -> Any:
+    """The rows of a split, as a `Dataset` or, with `streaming`, an `IterableDataset`."""
+    import datasets
+
+    arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir or None}
+    if kind == "parquet":
+        return datasets.load_dataset("parquet", data_files={split: expand(path, (".parquet",))}, **arguments)
+    if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_dataset(path, **arguments)
+    table = datasets.load_from_disk(path)
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise UserError(f"data.source.split: {path} has no {split!r}, but {', '.join(table)}; name one of them")
+        table = table[split]
+    return table.to_iterable_dataset(min(64, len(table))) if streaming else table
