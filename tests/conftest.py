@@ -22,7 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: at the end, short ones keep all cores busy."""
+    """What needs a trained run is slow. Files with slow tests come first: at the end, short ones keep all cores busy."""
+    for item in items:
+        if "tiny_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
