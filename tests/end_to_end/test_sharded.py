@@ -63,7 +63,9 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     assert [loss for loss in losses if loss][-1] < losses[0]
     finish(launch("-c", PLAIN, folder / "pipeline", tmp_path / "theirs.png"))
     theirs = Image.open(tmp_path / "theirs.png")
-    ours = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, steps=3, guidance=3.0)[0]
+    ours = LatentDiffusion.load(folder / "pipeline", "cpu")(
+        "red heart", seed=5, num_inference_steps=3, guidance_scale=3.0
+    )[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
