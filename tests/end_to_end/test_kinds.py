@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiny import TINY
 
 import train_ldm
 from ldm.data import openmoji
@@ -41,12 +42,12 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture
 def trained(tiny_run: Path, tmp_path: Path):
-    """Trains stage two of configs/tiny.yaml with overrides, in the latents of its finished run."""
+    """Trains stage two of the tiny configuration with overrides, in the latents of its finished run."""
 
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
             [
-                "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", "run.tracker=none",
+                *TINY, f"run.dir={tmp_path / 'run'}", "run.tracker=none", "stage2.steps=25",
                 f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}", *overrides,
             ]
         )  # fmt: skip
@@ -66,7 +67,7 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
-        DiffusionProcess("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, device_batch=8, ema=0.9,
+        DiffusionProcess("eps", "cosine"), pictures, size=16, batch=8, lr=2e-3, steps=60, device_batch=4, ema=0.9,
         precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
         stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,
     )  # fmt: skip

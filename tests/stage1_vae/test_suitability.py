@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forked import Process
 from of_config import indexed
 from PIL import Image
 
@@ -232,13 +231,5 @@ def test_a_split_that_is_not_there_is_named(shared: Path, root: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_script_runs_as_a_file(root: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "stage1_vae/suitability.py", "--help"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--lpips-net" in done.stdout
+def test_the_script_runs_as_a_file(launch: Callable[..., Process], finish: Callable[[Process], str]) -> None:
+    assert "--lpips-net" in finish(launch("stage1_vae/suitability.py", "--help"))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from forked import Process
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config, DistillConfig, Stage2Config
@@ -223,7 +223,7 @@ def ours(folder: Path, **options: Any) -> np.ndarray:
 
 
 def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_the_uninterrupted(
-    few: Callable[..., str], launch: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None],
+    few: Callable[..., str], launch: Callable[..., Process], wait_for: Callable[..., None],
     tiny_run: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     whole, drilled = tmp_path / "whole", tmp_path / "drilled"
