@@ -42,8 +42,8 @@ from benchmark_data import compare_data_loading
 from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
 
-from ldm.training.engine import DTYPES
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.precision import DTYPES
 
 CONFIGURED = {
     "data": compare_data_loading,

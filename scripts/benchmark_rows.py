@@ -17,9 +17,9 @@ import benchmark_results as results
 import torch
 
 from ldm.training.dry_run import DryRun
-from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
+from ldm.utils.precision import DTYPES
 
 Metrics = list[dict[str, float]]  # the lines that a training loop logs
 

@@ -41,11 +41,11 @@ from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.engine import DTYPES
 from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir, provenance
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256, whole_file
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving

@@ -57,7 +57,9 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     pipe = DiffusionPipeline.from_pretrained(folder / "pipeline")
     given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
     theirs = pipe("red heart", **given).images[0]
-    ours = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, steps=3, guidance=3.0)[0]
+    ours = LatentDiffusion.load(folder / "pipeline", "cpu")(
+        "red heart", seed=5, num_inference_steps=3, guidance_scale=3.0
+    )[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 

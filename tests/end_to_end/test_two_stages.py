@@ -84,11 +84,13 @@ def test_a_seed_means_the_same_picture_in_any_batch(tiny_run: Path) -> None:
     from ldm.sampling.pipeline import LatentDiffusion
 
     model = LatentDiffusion.load(tiny_run / "pipeline")
-    together = model(["red heart", "cat", "cat"], seed=4, steps=4)
+    together = model(["red heart", "cat", "cat"], seed=4, num_inference_steps=4)
     for options in ({"batch": 1}, {"batch": 2}):
-        for a, b in zip(model(["red heart", "cat", "cat"], seed=4, steps=4, **options), together, strict=True):
+        for a, b in zip(
+            model(["red heart", "cat", "cat"], seed=4, num_inference_steps=4, **options), together, strict=True
+        ):
             assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
-    alone = model("cat", seed=6, steps=4)[0]
+    alone = model("cat", seed=6, num_inference_steps=4)[0]
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(together[2]).astype(int)).max() <= 1
     assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(together[2]).astype(int)).max() > 1
 

@@ -261,7 +261,9 @@ def test_between_two_pictures_ends_are_these(
 @pytest.mark.parametrize("solver", ["ddim", "heun", "euler_a"])
 def test_told_hears_every_step(solver: str, saved: Saved) -> None:
     model, seen_steps = LatentDiffusion.load(saved("text"), "cpu"), []
-    pictures = model(["red heart", "a cat", "owl"], batch=2, steps=3, solver=solver, callback=seen_steps.append)
+    pictures = model(
+        ["red heart", "a cat", "owl"], batch=2, num_inference_steps=3, solver=solver, callback=seen_steps.append
+    )
     steps = 5 if solver == "heun" else 3  # evaluations: the last of a second order is one of first order
     assert [step.number for step in seen_steps] == [*range(1, steps + 1)] * 2
     assert {step.total for step in seen_steps} == {steps}
@@ -329,10 +331,10 @@ def test_a_classifier_fits_a_model_whose_autoencoder_computes_in_bfloat16(classi
     before = model.autoencoder.encoder_fingerprint()
     model.autoencoder.bfloat16()  # as `optimize_for_inference` asks of it on a GPU
     assert model.autoencoder.encoder_fingerprint() == before
-    model(classifier=NoisyClassifier.load(classifier), labels="dog", steps=1)
+    model(classifier=NoisyClassifier.load(classifier), labels="dog", num_inference_steps=1)
     pixels = LatentDiffusion.load(saved(pixels=True), "cpu")
     pixels.autoencoder.bfloat16()
-    assert pixels(steps=1)[0].size == (16, 16)
+    assert pixels(num_inference_steps=1)[0].size == (16, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -49,8 +49,8 @@ def make(pictures: Path, tmp_path: Path) -> Make:
 
 def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pictures: Path) -> None:
     process = DiffusionProcess("eps", "cosine")
-    made = make(process).train()(count=2, seed=1, steps=2)
-    again = make(process).train()(count=2, seed=1, steps=2)
+    made = make(process).train()(count=2, seed=1, num_inference_steps=2)
+    again = make(process).train()(count=2, seed=1, num_inference_steps=2)
     assert [each.tobytes() for each in again] == [each.tobytes() for each in made]
     draw(pictures / "new.png")
     with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
@@ -72,7 +72,7 @@ def test_every_process_is_trained_and_sampled(process: DiffusionProcess, kind: s
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps
-    (picture,) = model(steps=3)
+    (picture,) = model(num_inference_steps=3)
     assert picture.size == (16, 16)
 
 
@@ -86,7 +86,7 @@ def test_captions_and_an_autoencoder_that_was_saved(
     trainer = make(DiffusionProcess("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
     model = trainer.train()
     assert model.autoencoder.fingerprint() == vae.fingerprint()
-    assert model("a picture 1", steps=2)[0].size == (16, 16)
+    assert model("a picture 1", num_inference_steps=2)[0].size == (16, 16)
     assert "a text-to-image latent" in (tmp_path / "run/README.md").read_text().lower()
     assert list((tmp_path / "run/stage2/samples").glob("*.png"))
 

@@ -61,7 +61,7 @@ def test_every_target_is_learned_and_named_in_the_export(
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert model.scheduler.config.prediction_type == DIFFUSERS_PREDICTION_TYPES[target]
-    assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
+    assert model(pictures[0].captions[0], num_inference_steps=4, guidance_scale=2.0)[0].size == (16, 16)
 
 
 TASKS = [
@@ -168,7 +168,7 @@ def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
     assert not torch.allclose(model.null, empty, atol=1e-3)
 
     def latents(model: LatentDiffusion, guidance: float) -> torch.Tensor:
-        return model.latents(["red heart"], [0], Sampling(guidance=guidance))
+        return model.latents(["red heart"], [0], Sampling(guidance_scale=guidance))
 
     of_empty = replace(model, null=None)
     assert torch.equal(latents(model, 1.0), latents(of_empty, 1.0))
