@@ -86,7 +86,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
             train_unet(settings, data, autoencoder.load(autoencoder_path(settings)), encoder)
         else:
             check_finished(folder / "stage2", {"data": data.select("train").fingerprint()})
-        if state.is_main_process and not (folder / "README.md").exists():
+        if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
     if state.is_main_process:
         print(f"finished: {pipeline if stage != '1' else autoencoder_path(settings)}")

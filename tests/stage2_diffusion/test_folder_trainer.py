@@ -57,6 +57,16 @@ def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pi
         make(process).train()
 
 
+def test_a_run_trained_longer_has_the_bits_of_one_trained_so_at_once(make: Make, tmp_path: Path) -> None:
+    process, name = DiffusionProcess("v", "cosine"), "pipeline/unet/diffusion_pytorch_model.safetensors"
+    make(process, steps=2).train()
+    before = (tmp_path / "run" / name).read_bytes()
+    make(process, steps=5).train()
+    make(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
+    assert (tmp_path / "run/pipeline-2" / name.partition("/")[2]).read_bytes() == before
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes() != before
+
+
 @pytest.mark.parametrize(
     ("process", "kind", "steps"),
     [
