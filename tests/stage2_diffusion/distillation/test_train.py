@@ -284,7 +284,7 @@ def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuse
     assert (
         np.abs(theirs - ours(out / "pipeline", guidance_scale=3.0)).max() <= 1 / 255
     )  # noise after each step included
-    assert "'eps' says nothing about the picture" in few(tmp_path / "no", run=run, status=2)
+    assert "'eps' says nothing about the image" in few(tmp_path / "no", run=run, status=2)
     assert not (tmp_path / "no").exists()
 
 
