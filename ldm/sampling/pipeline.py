@@ -212,8 +212,8 @@ class LatentDiffusion:
         other prompts and seeds. `callback` is called with a `Step` after each step of a batch. `ready` is called for
         each finished batch with the number of its first image and its images, which are then not returned, so that any
         number can be made; on a GPU they are decoded while the next batch is sampled. `options` are the fields of
-        `ldm.sampling.options.Sampling`: `steps`, `guidance`, `solver`, `negative`, and more. UserError, in one line, if
-        the model can't do what is requested.
+        `ldm.sampling.options.Sampling`: `num_inference_steps`, `guidance_scale`, … UserError, in one line,
+        if the model can't do what is requested.
         """
         if batch < 1:
             raise UserError(f"batch: {batch}; give 1 or more")

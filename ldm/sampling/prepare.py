@@ -125,7 +125,7 @@ def prepare_upscaling(model: LatentDiffusion, inputs: SamplingInputs) -> Prepare
 
 def guidance_scale(model: LatentDiffusion, inputs: SamplingInputs) -> float | torch.Tensor:
     """The guidance scale: one for all, or one per image, `(N,)`."""
-    scale = model.guidance if inputs.options.guidance is None else inputs.options.guidance
+    scale = model.guidance if inputs.options.guidance_scale is None else inputs.options.guidance_scale
     if not isinstance(scale, Sequence):
         return float(scale)
     return torch.tensor(scale, dtype=torch.float32, device=model.device)
@@ -188,7 +188,7 @@ def _text(model: LatentDiffusion, inputs: SamplingInputs) -> torch.Tensor:
 
 def _negative_text(model: LatentDiffusion, inputs: SamplingInputs, text: torch.Tensor) -> torch.Tensor:
     """`(N, T, D)`: the negative prompts' embeddings; a trained null embedding replaces that of the empty prompt."""
-    negative = inputs.options.negative
+    negative = inputs.options.negative_prompt
     prompts = [negative] if isinstance(negative, str) else negative
     null = model.embedded(prompts)
     if model.null is not None:

@@ -52,7 +52,7 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert sum(p.numel() for p in model.unet.parameters()) == 859_520_964
     began = time.monotonic()
-    (picture,) = model("abc", steps=2, guidance=7.5)
+    (picture,) = model("abc", num_inference_steps=2, guidance_scale=7.5)
     assert picture.size == (512, 512)
     with capsys.disabled():
         print(

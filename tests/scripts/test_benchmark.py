@@ -155,9 +155,9 @@ def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_pat
     a = files(tmp_path / "a")
     assert a == files(tmp_path / "b")
     assert {"pictures/000.jpg", "vae/diffusion_pytorch_model.safetensors", "text/model.safetensors"} <= a.keys()
-    (tmp_path / "a/pictures/000.jpg").unlink()
+    (tmp_path / "a/images/000.jpg").unlink()
     benchmark_fixtures.create_fixtures(tmp_path / "a", benchmark_fixtures.TINY)
-    assert not (tmp_path / "a/pictures/000.jpg").exists()
+    assert not (tmp_path / "a/images/000.jpg").exists()
 
 
 def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: Callable[..., str], root: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Process
 from PIL import Image, PngImagePlugin
 
 from ldm.config.schema import ClassifierConfig
@@ -26,7 +26,6 @@ Call = Callable[..., str]
 Saved = Callable[..., str]
 Pixels = Callable[[Path], np.ndarray]
 EXACT = ("--precision", "no")
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def made(folder: Path) -> list[Path]:
@@ -175,8 +174,8 @@ def test_a_seed_means_the_same_picture_in_any_batch_and_order(
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(
-    launch: Callable[..., subprocess.Popen[str]],
-    finish: Callable[[subprocess.Popen[str]], str],
+    launch: Callable[..., Process],
+    finish: Callable[[Process], str],
     call: Call,
     saved: Saved,
     pixels: Pixels,
@@ -185,11 +184,13 @@ def test_two_processes_make_what_one_makes(
     model = ("--model", saved("text"), "--solver", "euler_a", "--batch", "2")
     (tmp_path / "prompts.txt").write_text("red heart\na cat\nowl\n")
     three = ("--prompts", tmp_path / "prompts.txt")
-    several = launch(*TWO, "scripts/txt2img.py", *model, *three, "--out", tmp_path / "several",
-                     "--grid", tmp_path / "sheet.png", "--animate", tmp_path / "film.gif")  # fmt: skip
+    several = launch("scripts/txt2img.py", *model, *three, "--out", tmp_path / "several",
+                     "--grid", tmp_path / "sheet.png", "--animate", tmp_path / "film.gif", processes=2)  # fmt: skip
     call(txt2img.main, *model, *three, "--out", tmp_path / "alone")
     assert f"3 images in {tmp_path / 'several'}" in finish(several)
-    again = launch(*TWO, "scripts/txt2img.py", "--again", made(tmp_path / "several")[2], "--out", tmp_path / "again")
+    again = launch(
+        "scripts/txt2img.py", "--again", made(tmp_path / "several")[2], "--out", tmp_path / "again", processes=2
+    )
     expected = made(tmp_path / "alone")
     assert [path.name for path in made(tmp_path / "several")] == [path.name for path in expected]
     for path in expected:
@@ -260,7 +261,9 @@ def test_between_two_pictures_ends_are_these(
 @pytest.mark.parametrize("solver", ["ddim", "heun", "euler_a"])
 def test_told_hears_every_step(solver: str, saved: Saved) -> None:
     model, seen_steps = LatentDiffusion.load(saved("text"), "cpu"), []
-    pictures = model(["red heart", "a cat", "owl"], batch=2, steps=3, solver=solver, callback=seen_steps.append)
+    pictures = model(
+        ["red heart", "a cat", "owl"], batch=2, num_inference_steps=3, solver=solver, callback=seen_steps.append
+    )
     steps = 5 if solver == "heun" else 3  # evaluations: the last of a second order is one of first order
     assert [step.number for step in seen_steps] == [*range(1, steps + 1)] * 2
     assert {step.total for step in seen_steps} == {steps}
@@ -328,10 +331,10 @@ def test_a_classifier_fits_a_model_whose_autoencoder_computes_in_bfloat16(classi
     before = model.autoencoder.encoder_fingerprint()
     model.autoencoder.bfloat16()  # as `optimize_for_inference` asks of it on a GPU
     assert model.autoencoder.encoder_fingerprint() == before
-    model(classifier=NoisyClassifier.load(classifier), labels="dog", steps=1)
+    model(classifier=NoisyClassifier.load(classifier), labels="dog", num_inference_steps=1)
     pixels = LatentDiffusion.load(saved(pixels=True), "cpu")
     pixels.autoencoder.bfloat16()
-    assert pixels(steps=1)[0].size == (16, 16)
+    assert pixels(num_inference_steps=1)[0].size == (16, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -40,7 +40,7 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     losses = [loss for loss in losses if loss]  # other lines are of held-out pictures
     assert losses[-1] < 0.5 * losses[0]
     facts = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())
-    assert facts["pictures"] == 8  # the held-out ones are not among them
+    assert facts["images"] == 8  # the held-out ones are not among them
     assert facts["combination"]["psnr"] > 8
     latents = trained.encode(next(iter_images(index.select("train")))).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-3, rtol=0)

@@ -88,7 +88,7 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         assert_same(tmp_path / f"second/pipeline/{part}.safetensors", whole / f"{part}.safetensors")
     model = LatentDiffusion.load(tmp_path / "second/pipeline", "cpu")
-    assert model("a fox", steps=1)[0].size == (16, 16)
+    assert model("a fox", num_inference_steps=1)[0].size == (16, 16)
 
 
 def pipeline(root: Path, folder: Path, words: Path, vae: Autoencoder) -> Path:

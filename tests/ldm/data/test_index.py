@@ -1,7 +1,6 @@
 """The index of pictures: made by one process or several, over an older one, and of any amount of text."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from forked import Process
 from of_config import indexed
 
 from ldm.config import loader
@@ -16,8 +16,8 @@ from ldm.data import index, index_file
 from ldm.data.index import Index
 from ldm.data.index_file import SCHEMA
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
 GIB = 2**30
 
 
@@ -238,10 +238,7 @@ def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     finish(
-        launch(
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, root, folder,
-            *overrides(folder, "none"),
-        )
+        launch(script, root, folder, *overrides(folder, "none"), processes=2)
     )  # fmt: skip
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 

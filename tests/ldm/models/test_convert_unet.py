@@ -271,7 +271,7 @@ def test_no_tensor_may_be_missing(tmp_path: Path, prefix: str | None) -> None:
         del tensors[f"{PREFIX}label_emb.weight"]  # the original has one or the other
     path = saved(tmp_path / "file.safetensors", tensors)
     single_file_unet.read(path, 8, 8)
-    for name in [*tensors][::5]:
+    for name in [*tensors][0 if prefix else 5 :: 10]:
         if name == "class_embedding.weight":  # without it, it is another model
             continue
         saved(path, {key: tensor for key, tensor in tensors.items() if key != name})

@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.config.schema import Config
+from ldm.config.schema import TRACKERS, Config
 from ldm.data.index import Index
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import trackers
@@ -74,6 +74,7 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
 
 def test_every_tracker_of_accelerate_has_its_interface() -> None:
     assert INTERFACES.keys() == LOGGER_TYPE_TO_CLASS.keys()
+    assert tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS))) == TRACKERS
 
 
 def test_tensorboard_shows_the_sheet_at_its_step(

@@ -112,7 +112,7 @@ def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callab
     header, everything, *classes = [
         row.split() for row in rows[: next(i for i, r in enumerate(rows) if r[:5] == "finis")]
     ]
-    assert header == ["held", "out", "pictures", "-5", "-3", "-1", "+1", "+3", "+5", "log-SNR"]
+    assert header == ["held", "out", "images", "-5", "-3", "-1", "+1", "+3", "+5", "log-SNR"]
     counts = [int(row[1]) for row in classes]
     assert int(everything[1]) == sum(counts)
     for column in range(2, 8):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from forked import Process
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config, DistillConfig, Stage2Config
@@ -223,7 +223,7 @@ def ours(folder: Path, **options: Any) -> np.ndarray:
 
 
 def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_the_uninterrupted(
-    few: Callable[..., str], launch: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None],
+    few: Callable[..., str], launch: Callable[..., Process], wait_for: Callable[..., None],
     tiny_run: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     whole, drilled = tmp_path / "whole", tmp_path / "drilled"
@@ -240,7 +240,7 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
         pipe.scheduler.set_timesteps(steps)
         assert torch.equal(pipe.scheduler.timesteps, grid(DiffusionProcess("flow"), steps).model_time)
         guided, more = (drawn(folder, steps, guidance_scale=w) for w in (2.0, 4.0))
-        assert np.abs(guided - ours(folder, guidance=2.0)).max() <= 1 / 255
+        assert np.abs(guided - ours(folder, guidance_scale=2.0)).max() <= 1 / 255
         assert guided.shape == (1, 32, 32, 3)
         assert not np.array_equal(guided, more)
         logged = [json.loads(line) for line in (whole / f"steps-{steps}/metrics.jsonl").read_text().splitlines()]
@@ -281,7 +281,9 @@ def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuse
     assert (pipe.scheduler.config.original_inference_steps, pipe.scheduler.config.prediction_type) == (10, "epsilon")
     theirs = drawn(out / "pipeline", 2, guidance_scale=3.0)
     assert theirs.shape == (1, 32, 32, 3)
-    assert np.abs(theirs - ours(out / "pipeline", guidance=3.0)).max() <= 1 / 255  # noise after each step included
+    assert (
+        np.abs(theirs - ours(out / "pipeline", guidance_scale=3.0)).max() <= 1 / 255
+    )  # noise after each step included
     assert "'eps' says nothing about the picture" in few(tmp_path / "no", run=run, status=2)
     assert not (tmp_path / "no").exists()
 
