@@ -170,7 +170,7 @@ def test_masks_of_python_are_read_alike(saved: Saved, noisy: Noisy) -> None:
     strokes.paste((0, 0, 255, 255), (2, 2, 9, 9))
     tensor = torch.zeros(1, 3, 16, 16)
     tensor[:, 2, 2:9, 2:9] = 1
-    images = [model("a", image=image, mask=mask, steps=2)[0] for mask in (strokes, tensor)]
+    images = [model("a", image=image, mask=mask, num_inference_steps=2)[0] for mask in (strokes, tensor)]
     assert images[0].tobytes() == images[1].tobytes() != image.tobytes()
     for wrong, says in ((tensor * 255, "from 0 to 255"), (tensor * 0, "nothing"), (tensor * float("nan"), "nan")):
         with pytest.raises(UserError, match=says):

@@ -44,7 +44,7 @@ def test_sampling_names_the_network_whose_values_are_not_finite(
     try:
         weights.data[0] = value
         with pytest.raises(UserError, match=rf"the {part}'s output is .* for 2 of 2 images: 1 of \d+ tensors hold"):
-            model(["a", "b"], steps=2)
+            model(["a", "b"], num_inference_steps=2)
     finally:
         weights.data.copy_(before)
 
@@ -56,7 +56,7 @@ def test_an_overflow_of_finite_weights_names_a_remedy(random_model: RandomModel)
     try:
         weight.data.fill_(3e38)
         with pytest.raises(UserError, match="the U-Net's output is NaN or infinite for 1 of 1 images: lower guidance"):
-            model("a", steps=2)
+            model("a", num_inference_steps=2)
     finally:
         weight.data.copy_(before)
 
@@ -68,7 +68,7 @@ def test_an_image_that_an_autoencoder_cannot_encode_is_named(random_model: Rando
     try:
         bias.data[0] = float("nan")
         with pytest.raises(UserError, match="the autoencoder's output"):
-            model("a", image=Image.new("RGB", (16, 16)), steps=2)
+            model("a", image=Image.new("RGB", (16, 16)), num_inference_steps=2)
     finally:
         bias.data.copy_(before)
 
