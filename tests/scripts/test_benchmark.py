@@ -154,7 +154,7 @@ def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_pat
         benchmark_fixtures.create_fixtures(tmp_path / name, benchmark_fixtures.TINY)
     a = files(tmp_path / "a")
     assert a == files(tmp_path / "b")
-    assert {"pictures/000.jpg", "vae/diffusion_pytorch_model.safetensors", "text/model.safetensors"} <= a.keys()
+    assert {"images/000.jpg", "vae/diffusion_pytorch_model.safetensors", "text/model.safetensors"} <= a.keys()
     (tmp_path / "a/images/000.jpg").unlink()
     benchmark_fixtures.create_fixtures(tmp_path / "a", benchmark_fixtures.TINY)
     assert not (tmp_path / "a/images/000.jpg").exists()

@@ -95,10 +95,10 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     train(settings, index, Autoencoder(build(settings.stage1, 16)), encoder)
     write_card(settings)
 
-    given = {"picture": noise(16, 16, 3), "mask": noise(16, 16), "small": noise(8, 8, 3)}
+    given = {"image": noise(16, 16, 3), "mask": noise(16, 16), "small": noise(8, 8, 3)}
     asked: dict[str, Any] = {"prompts": 'red "heart"'} if stage.text else {}
     asked |= {"labels": 0} if stage.classes else {}
-    asked |= {"image": given["small" if "upscale" in conditions else "picture"]} if stage.image else {}
+    asked |= {"image": given["small" if "upscale" in conditions else "image"]} if stage.image else {}
     asked |= {"mask": given["mask"]} if "inpaint" in conditions else {}
     model = LatentDiffusion.load(folder / "pipeline", "cpu")
     made = model(**asked)

@@ -185,7 +185,7 @@ def other(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
     [
         (
             {"stage2.conditions": ["text", "inpaint"]},
-            "made for text, inpaint; classifiers guide models that make whole",
+            "made for text, inpaint; classifiers guide models of complete images",
         ),
         ({"data.streaming": True, "data.cache": "none"}, "a stream's classes aren't known beforehand"),
         (
