@@ -56,6 +56,7 @@ def check_index(settings: loader.Config) -> int:
         spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
         check.sheet(data.select("train"), spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
+    print(check.balance(data))
     if problem := data.stop_reason(folder / "data-report.json"):
         print(f"training would stop: {problem}")
         return 1

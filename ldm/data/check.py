@@ -87,6 +87,14 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def balance(index: Index) -> str:
+    """What became of everything that was seen: good, bad, and left out on purpose, which is counted by reason."""
+    left_out = index.sources.left_out()
+    good, bad, others = len(index), index.bad_count(), left_out.counts.total()
+    total = f"balance    {good:,} good, {bad:,} bad, {others:,} left out = {good + bad + others:,} seen"
+    return "\n".join([*left_out.lines(), total])
+
+
 def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:
     """A grid of a sample of each of the first steps, cropped and mirrored as in training, with caption or class."""
     plan = SamplePlan(index, spec)
@@ -205,4 +213,4 @@ def before_training(
     if problem := index.stop_reason(report):
         raise UserError(problem)
     if main:
-        print(describe(facts(index, text, text_name)), flush=True)
+        print(describe(facts(index, text, text_name)), balance(index), sep="\n", flush=True)

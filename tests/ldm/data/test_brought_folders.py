@@ -1,0 +1,144 @@
+"""Folders as people bring them: every file is read, named as bad, or counted as left out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.config.schema import SourceConfig
+from ldm.data.records import BadSample, Record
+from ldm.data.sources import CAPTIONED, Sources, detect
+from ldm.utils.errors import UserError
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), (len(str(path)) % 256, sum(map(ord, path.name)) % 256, 0)).save(path)
+    return path
+
+
+def text(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, "utf-8")
+    return path
+
+
+def rows(path: Path, **captions: str) -> Path:
+    lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in captions.items()]
+    return text(path, "\n".join(lines))
+
+
+class Read:
+    """What is read of a source: captions and repeats by key, reasons of bad ones, counts of what is left out."""
+
+    def __init__(self, path: Path, conditions: tuple[str, ...] = CAPTIONED, **options: object):
+        self.sources = Sources([SourceConfig(path=str(path), **options)], 16, path.parent / "cache", conditions)
+        records = list(self.sources.records(0))
+        self.good = {record.key: record for record in records if isinstance(record, Record)}
+        self.captions = {key: record.captions[0] for key, record in self.good.items()}
+        self.repeats = {key: record.repeats for key, record in self.good.items()}
+        self.bad = {record.key: str(record) for record in records if isinstance(record, BadSample)}
+        self.left_out = dict(self.sources.left_out().counts)
+        self.lines = self.sources.describe()
+
+
+def test_metadata_inside_sub_folders_is_read_and_folders_of_splits_are_chosen(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for name in ("train/a.png", "train/b.png", "test/c.png"):
+        image(folder / name)
+    rows(folder / "train/metadata.jsonl", **{"a.png": "a dog", "b.png": "a cat"})
+    rows(folder / "test/metadata.jsonl", **{"c.png": "a bird"})
+    read = Read(folder)
+    assert (read.sources.kinds, read.bad) == (["metadata"], {})
+    assert read.captions == {"train/a.png": "a dog", "train/b.png": "a cat"}
+    assert read.left_out == {"images of other splits": 1}
+    assert Read(folder, split="test").captions == {"test/c.png": "a bird"}
+    with pytest.raises(UserError, match=r"data\.source\.split: .* has no 'extra', but test, train"):
+        Read(folder, split="extra")
+
+
+def test_metadata_in_some_sub_folders_leaves_out_what_it_does_not_name(tmp_path: Path) -> None:
+    image(tmp_path / "data/cats/a.png")
+    image(tmp_path / "data/cats/unnamed.png")
+    image(tmp_path / "data/dogs/b.png")
+    rows(tmp_path / "data/cats/metadata.jsonl", **{"a.png": "a cat"})
+    text(tmp_path / "data/dogs/metadata.csv", "file_name,text\nb.png,a dog\n../cats/unnamed.png,\n")
+    read = Read(tmp_path / "data")
+    assert read.captions == {"cats/a.png": "a cat", "dogs/b.png": "a dog"}
+    assert len(read.bad) == 1
+    image(tmp_path / "data/cats/other.png")
+    text(tmp_path / "data/.DS_Store", "")
+    assert Read(tmp_path / "data").left_out == {"images that no row names": 1, "hidden files": 1}
+
+
+def test_one_metadata_file_names_images_of_several_splits(tmp_path: Path) -> None:
+    for name in ("train/a.png", "val/b.png"):
+        image(tmp_path / "data" / name)
+    rows(tmp_path / "data/metadata.jsonl", **{"train/a.png": "a dog", "val/b.png": "a cat"})
+    assert Read(tmp_path / "data").captions == {"train/a.png": "a dog"}
+    assert Read(tmp_path / "data", split="validation").captions == {"val/b.png": "a cat"}
+
+
+@pytest.mark.parametrize(
+    "name", ["captions.json", "images/captions.csv", "images/a.json", "results.tsv", "captions.txt", "images/a.tags"]
+)
+def test_a_caption_file_that_is_not_understood_is_named_instead_of_folder_names(name: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/images/a.png")
+    image(tmp_path / "data/images/b.png")
+    file = text(tmp_path / "data" / name, '{"images/a.png": {"caption": "a dog"}}')
+    with pytest.raises(UserError, match="may hold the captions") as caught:
+        detect(SourceConfig(path=str(tmp_path / "data")))
+    assert str(file) in str(caught.value)
+    read = Read(tmp_path / "data", kind="classes")  # as the message says
+    assert read.captions == {"images/a.png": "images", "images/b.png": "images"}
+    assert sum(read.left_out.values()) == 1
+    assert Read(tmp_path / "data", conditions=("class",)).good
+
+
+def test_a_caption_file_beside_captioned_images_is_counted(tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    text(tmp_path / "data/a.txt", "a dog")
+    text(tmp_path / "data/captions.json", "{}")
+    assert Read(tmp_path / "data").left_out == {"tables that are not read": 1}
+
+
+def test_metadata_above_the_source_is_named(tmp_path: Path) -> None:
+    image(tmp_path / "set/images/a.png")
+    file = rows(tmp_path / "set/metadata.jsonl", **{"images/a.png": "a dog"})
+    with pytest.raises(UserError) as caught:
+        detect(SourceConfig(path=str(tmp_path / "set/images")))
+    assert str(file) in str(caught.value)
+    assert Read(tmp_path / "set").captions == {"images/a.png": "a dog"}
+
+
+@pytest.mark.parametrize("template", ["{}", "a photo of a {}"])
+def test_captions_guessed_from_folders_are_shown_and_a_single_one_is_warned_of(template: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/red_fox/a.png")
+    lines = Read(tmp_path / "data", template=template).lines
+    caption = template.format("red fox")
+    assert lines[1] == f"captions guessed from folder names: {caption!r}"
+    assert lines[2].startswith(f"warning  all images of {tmp_path / 'data'} share the caption {caption!r}")
+    for name in ("b", "c", "d", "e"):
+        image(tmp_path / "data" / name / "a.png")
+    lines = Read(tmp_path / "data", template=template).lines
+    assert lines[1:] == ["captions guessed from folder names: " + ", ".join(repr(template.format(n)) for n in "bcd")]
+
+
+def write_sidecars(folder: Path) -> None:
+    for split in ("train", "test"):
+        image(folder / split / "a.png")
+        text(folder / split / "a.txt", split)
+
+
+def write_class_folders(folder: Path) -> None:
+    for split in ("train", "test"):
+        image(folder / split / split / "a.png")
+
+
+@pytest.mark.parametrize("write", [write_sidecars, write_class_folders])
+def test_folders_of_splits_are_not_mixed(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path / "data")
+    assert list(Read(tmp_path / "data").captions.values()) == ["train"]
+    assert list(Read(tmp_path / "data", split="test").captions.values()) == ["test"]
