@@ -111,9 +111,9 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
         return "images"
     if captions and (in_classes or loose) and (unread := unread or _metadata_above(folder)):
         raise UserError(
-            f"data.source: {unread} may hold the captions of {folder}, but isn't read: that takes {', '.join(METADATA)} "
-            "in this folder, or a .txt beside each image; write one of these, or set data.source.kind=classes to "
-            "caption images by their folders' names"
+            f"data.source: {unread} may hold the captions of {folder}, but isn't read: that takes a "
+            f"{' or '.join(METADATA)} in this folder, or a .txt beside each image; write one of these, or set "
+            "data.source.kind=classes to caption images by their folders' names"
         )
     if in_classes:
         return "classes"
