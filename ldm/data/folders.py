@@ -6,7 +6,7 @@ What is read of a folder, and which links are followed, is in ldm/data/folder_tr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.data.folder_tree import FolderTree, is_image_file
@@ -24,14 +24,35 @@ from ldm.data.unread_files import SIDECARS, unread_file
 
 
 class CaptionFiles:
-    """The caption file of each image of a directory."""
+    """The caption file of each image of a directory: `a.txt` or `a.jpg.txt` of `a.jpg`, in any case.
+
+    A file whose name fits exactly comes first; one that fits in another case only belongs to no other image.
+    """
 
     def __init__(self, names: Sequence[str], extensions: Sequence[str] = SIDECARS):
-        present = set(names)
+        images = [name for name in names if is_image_file(name)]
+        present = set(names).difference(images)
+        stems = {image: Path(image).stem for image in images}
+        bases = {*stems, *stems.values()}
+        by_base: dict[tuple[str, str], str] = {}  # the name without its extension, the extension in lower case → name
+        in_any_case: dict[tuple[str, str], str] = {}
+        for name in names:
+            for extension in {extension.lower() for extension in extensions}:
+                if name in present and name.lower().endswith(extension):
+                    base = name[: -len(extension)]
+                    by_base[base, extension] = name
+                    if base not in bases:
+                        in_any_case[base.lower(), extension] = name
         self.by_image: dict[str, str] = {}
-        for image in filter(is_image_file, names):
-            candidates = (Path(image).stem + extension for extension in extensions)
-            if file := next((name for name in candidates if name in present), None):
+        for image, stem in stems.items():
+            exact = (stem + extension for extension in extensions if stem + extension in present)
+            near = (
+                table.get((base, extension.lower()))
+                for table, pairs in ((by_base, (stem, image)), (in_any_case, (stem.lower(), image.lower())))
+                for base in pairs
+                for extension in extensions
+            )
+            if file := next((name for name in itertools.chain(exact, near) if name), None):
                 self.by_image[image] = file
         self.used = set(self.by_image.values())
 
@@ -45,7 +66,8 @@ def sidecars(
 ) -> Records:
     """A folder and its subfolders of images, each with a caption file: `a.jpg` and `a.txt` or `a.caption`.
 
-    `default` is the caption of an image that has none. Where classes are read, a subfolder is one.
+    `default` is the caption of an image that has none, or else the words of kohya's folder. Where classes are read, a
+    subfolder is one.
     """
     for directory in tree.walk():
         yield from directory.left_out
@@ -67,8 +89,8 @@ def sidecars(
                     if isinstance(file, str):
                         raise BadSampleError(f"its caption file {sidecar}: {file}", f"copy it into {tree.path}")
                     captions = captions_of(file.read_bytes(), options)
-                elif default or not options.captions:
-                    captions = captions_of(default, options._replace(lines=False))
+                elif (caption := default or layout.repeated_caption(key)) or not options.captions:
+                    captions = captions_of(caption, options._replace(lines=False))
                 else:
                     raise BadSampleError(
                         "it has no caption", f"write one into {Path(name).stem}{extensions[0]} beside it"
@@ -80,7 +102,7 @@ def sidecars(
                 yield BadSample(key, f"can't read {sidecar}: {error.strerror}", "let it be read")
                 continue
             label = layout.label(key) if options.label is not None else ""
-            yield Record(key, ImageLocation(str(path)), captions, label)
+            yield Record(key, ImageLocation(str(path)), captions, label, repeats=layout.repeats(key))
 
 
 def classes(tree: FolderTree, template: str, options: ReadOptions, layout: FolderLayout) -> Records:
@@ -101,7 +123,7 @@ def classes(tree: FolderTree, template: str, options: ReadOptions, layout: Folde
             else:
                 try:
                     captions = captions_of(class_caption(label, template), options)
-                    yield Record(key, ImageLocation(str(path)), captions, label)
+                    yield Record(key, ImageLocation(str(path)), captions, label, repeats=layout.repeats(key))
                 except BadSampleError as error:
                     yield BadSample(key, *error.args)
 
@@ -110,16 +132,14 @@ def class_caption(label: str, template: str) -> str:
     return template.replace("{}", label.replace("_", " "))
 
 
-def first_labels(tree: FolderTree, layout: FolderLayout, count: int) -> list[str]:
-    """The first classes of class folders, at most `count`."""
-    return list(itertools.islice(_distinct_labels(tree, layout), count))
-
-
-def _distinct_labels(tree: FolderTree, layout: FolderLayout) -> Iterator[str]:
-    seen: set[str] = set()
+def first_class_folders(tree: FolderTree, layout: FolderLayout, count: int) -> dict[str, str]:
+    """An image's name of each of the first classes of class folders, at most `count`, by class."""
+    first: dict[str, str] = {}
     for directory in tree.walk():
-        if any(map(is_image_file, directory.names)):
-            label = layout.label(tree.key(directory.path / "any"))
-            if label and label not in seen:
-                seen.add(label)
-                yield label
+        if image := next(filter(is_image_file, directory.names), None):
+            key = tree.key(directory.path / image)
+            if label := layout.label(key):
+                first.setdefault(label, key)
+                if len(first) == count:
+                    break
+    return first

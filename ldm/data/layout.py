@@ -35,13 +35,20 @@ class FolderLayout(NamedTuple):
     def label(self, key: str) -> str:
         """The class of an image: its first folder, splits and repeats aside; empty where it is in none."""
         folders = Path(key).parts[self.depth : -1]
-        if self.repeated and (match := _repeated_folder(folders)):
-            return match[2].strip()
-        return folders[0] if folders else ""
+        return self.repeated_caption(key) or (folders[0] if folders else "")
+
+    def repeated_caption(self, key: str) -> str:
+        """What one of kohya's folders says of its images, without the repeats; empty elsewhere."""
+        match = self.repeated_folder(key)
+        return " ".join(match[2].replace("_", " ").split()) if match else ""
 
     def repeats(self, key: str) -> int:
-        match = _repeated_folder(Path(key).parts[self.depth : -1]) if self.repeated else None
+        match = self.repeated_folder(key)
         return int(match[1]) if match else 1
+
+    def repeated_folder(self, key: str) -> re.Match[str] | None:
+        """The folder `10_sks dog` of an image, as groups of number and words."""
+        return _repeated_folder(Path(key).parts[self.depth : -1]) if self.repeated else None
 
 
 def folder_layout(folder: Path, split: str, captions: bool = True) -> FolderLayout:

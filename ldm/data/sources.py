@@ -169,20 +169,30 @@ class Sources:
         lines = []
         for source, kind in zip(self.configs, self.kinds, strict=True):
             lines.append(f"data     {source.path}: {KINDS[kind]}")
-            if kind == "classes" and "text" in self.conditions:
-                lines += self._describe_guessed(source)
+            if kind in ("classes", "sidecars"):
+                lines += self._describe_folder_names(source, kind)
         return lines
 
-    def _describe_guessed(self, source: SourceConfig) -> list[str]:
+    def _describe_folder_names(self, source: SourceConfig, kind: str) -> list[str]:
+        """What was made of the names of folders, with examples."""
         tree, layout = self._folder(source)
-        labels = folders.first_labels(tree, layout, MAX_EXAMPLES)
-        captions = [folders.class_caption(label, source.template) for label in labels]
-        lines = [f"captions guessed from folder names: {', '.join(map(repr, captions))}"]
-        if len(captions) == 1:
+        guessed = kind == "classes" and "text" in self.conditions
+        if not guessed and not layout.repeated:
+            return []
+        lines = list[str]()
+        first = folders.first_class_folders(tree, layout, MAX_EXAMPLES)
+        captions = [folders.class_caption(label, source.template) for label in first]
+        if guessed:
+            lines.append(f"captions guessed from folder names: {', '.join(map(repr, captions))}")
+        if guessed and len(captions) == 1:
             lines.append(
                 f"warning  all images of {source.path} share the caption {captions[0]!r}; write a metadata.jsonl, or a "
                 ".txt beside each image, unless that is meant"
             )
+        if layout.repeated:
+            matches = [match for key in first.values() if (match := layout.repeated_folder(key))]
+            repeats = sorted(((int(match[1]), match[0]) for match in matches), reverse=True)
+            lines.append(f"repeats  from folder names: {', '.join(f'{n} × {name}' for n, name in repeats)}")
         return lines
 
     def left_out(self) -> LeftOutCounts:

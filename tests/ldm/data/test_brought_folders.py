@@ -142,3 +142,61 @@ def test_folders_of_splits_are_not_mixed(write: Callable[[Path], None], tmp_path
     write(tmp_path / "data")
     assert list(Read(tmp_path / "data").captions.values()) == ["train"]
     assert list(Read(tmp_path / "data", split="test").captions.values()) == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "caption_file"),
+    [
+        ("IMG_1.PNG", "IMG_1.TXT"), ("a.png", "a.png.txt"), ("a.b.png", "a.b.Txt"), ("a.png", "a.PNG.caption"),
+        ("Photo.png", "photo.txt"), ("a.png", "a.Caption"),
+    ],
+)  # fmt: skip
+def test_caption_files_fit_in_any_case_and_after_the_images_full_name(
+    name: str, caption_file: str, tmp_path: Path
+) -> None:
+    image(tmp_path / "data/sub" / name)
+    text(tmp_path / "data/sub" / caption_file, "a dog")
+    read = Read(tmp_path / "data")
+    assert (read.sources.kinds, read.captions, read.left_out) == (["sidecars"], {f"sub/{name}": "a dog"}, {})
+
+
+def test_the_nearest_caption_file_is_taken_and_others_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "A.png", "b.png", "b.jpg", "c.png"):
+        image(tmp_path / "data" / name)
+    for name in ("a.txt", "b.png.txt", "b.jpg.txt", "c.TXT", "c.txt", "d.txt", "notes.txt"):
+        text(tmp_path / "data" / name, name)
+    read = Read(tmp_path / "data")
+    assert read.captions == {"a.png": "a.txt", "b.png": "b.png.txt", "b.jpg": "b.jpg.txt", "c.png": "c.txt"}
+    assert list(read.bad) == ["A.png"]
+    assert read.left_out == {"caption files without an image": 3}
+    assert read.sources.left_out().lines() == ["left out   3 caption files without an image: c.TXT, d.txt, notes.txt"]
+
+
+@pytest.mark.parametrize("template", ["{}", "a photo of {}"])
+def test_folders_named_as_kohya_does_are_repeated(template: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/10_sks dog/a.png")
+    image(tmp_path / "data/1_dog/b.png")
+    read = Read(tmp_path / "data", template=template)
+    assert read.captions == {"10_sks dog/a.png": template.format("sks dog"), "1_dog/b.png": template.format("dog")}
+    assert read.repeats == {"10_sks dog/a.png": 10, "1_dog/b.png": 1}
+    assert read.lines[-1] == "repeats  from folder names: 10 × 10_sks dog, 1 × 1_dog"
+    assert {record.label for record in read.good.values()} == {"sks dog", "dog"}
+
+
+def test_repeats_of_folders_hold_for_caption_files_and_deeper_folders(tmp_path: Path) -> None:
+    image(tmp_path / "data/img/5_sks_dog/a.png")
+    image(tmp_path / "data/img/5_sks_dog/b.png")
+    text(tmp_path / "data/img/5_sks_dog/b.txt", "sks dog in the rain")
+    read = Read(tmp_path / "data", repeats=2)
+    assert read.sources.kinds == ["sidecars"]
+    assert read.captions == {"img/5_sks_dog/a.png": "sks dog", "img/5_sks_dog/b.png": "sks dog in the rain"}
+    assert set(read.repeats.values()) == {10}
+
+
+@pytest.mark.parametrize("names", [("0_cat", "1_dog"), ("001_cat", "002_dog"), ("10_cat", "dogs")])
+def test_folders_with_other_numbers_are_classes_as_they_are(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        image(tmp_path / "data" / name / "a.png")
+    read = Read(tmp_path / "data")
+    assert list(read.captions.values()) == [name.replace("_", " ") for name in names]
+    assert set(read.repeats.values()) == {1}
