@@ -13,8 +13,8 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from webdataset.tariterators import group_by_keys
 
+from ldm.data.formats import IMAGE_SUFFIXES
 from ldm.data.records import (
-    IMAGE_SUFFIXES,
     BadSample,
     BadSampleError,
     ImageLocation,

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.records import IMAGE_SUFFIXES, LeftOut
+from ldm.data.formats import is_image_file
+from ldm.data.records import LeftOut
 from ldm.utils.errors import UserError
 
 
@@ -84,10 +85,6 @@ class FolderTree:
 
 
 OTHER_SPLITS = "images of other splits"
-
-
-def is_image_file(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def unreadable_folder(error: OSError) -> UserError:

@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.data.folder_tree import FolderTree, is_image_file
+from ldm.data.folder_tree import FolderTree
+from ldm.data.formats import is_image_file
 from ldm.data.layout import FolderLayout
 from ldm.data.records import (
     BadSample,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.folder_tree import FolderTree, is_image_file, unreadable_folder
+from ldm.data.folder_tree import FolderTree, unreadable_folder
+from ldm.data.formats import is_image_file
 from ldm.utils.errors import UserError
 
 # Names of splits, as the library datasets knows them.
@@ -58,7 +59,7 @@ def folder_layout(folder: Path, split: str, captions: bool = True) -> FolderLayo
     """
     try:
         with os.scandir(folder) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            is_folder = {entry.name: _is_dir(entry) for entry in entries if not entry.name.startswith(".")}
     except OSError as error:
         raise unreadable_folder(error) from None
     loose = any(map(is_image_file, is_folder))
@@ -113,6 +114,13 @@ def _is_repeated(folder: Path, depth: int) -> bool:
                 return False
             matched = True
     return matched
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
 
 
 def _has_images(folder: Path) -> bool:

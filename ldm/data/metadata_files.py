@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.folder_tree import FolderTree, is_image_file
+from ldm.data.folder_tree import FolderTree
+from ldm.data.formats import is_image_file
 from ldm.data.records import (
     BadSample,
     BadSampleError,

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-
 
 class ImageLocation(NamedTuple):
     """Where an image's bytes are: a whole file or URL, `size` bytes of it from `start`, or row `start` of a table."""

@@ -18,11 +18,11 @@ from pathlib import Path
 from ldm.config.kohya import subsets
 from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
-from ldm.data.folder_tree import FolderTree, is_image_file
+from ldm.data.folder_tree import FolderTree
+from ldm.data.formats import is_image_file
 from ldm.data.layout import FolderLayout, folder_layout
 from ldm.data.metadata_files import METADATA, metadata_files, read_metadata
 from ldm.data.records import (
-    IMAGE_SUFFIXES,
     MAX_EXAMPLES,
     TABLE_ROW,
     BadSample,
@@ -120,7 +120,7 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
     raise UserError(
         f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image"
         if loose
-        else f"data.source: no image in {folder}; expected {', '.join(sorted(IMAGE_SUFFIXES))}, tars or parquet"
+        else f"data.source: no image in {folder}; expected .jpg, .png and the like, tars or parquet"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm.data.formats import REMEDIES, SIGNATURE_BYTES, format_of
 from ldm.data.records import BadSample, LeftOut
 
 SIDECARS = (".txt", ".caption")
@@ -20,7 +21,21 @@ def unread_file(path: Path, key: str) -> BadSample | LeftOut:
         return LeftOut(key, "caption files without an image")
     if suffix in TABLES:
         return LeftOut(key, "tables that are not read")
+    if suffix in REMEDIES:
+        return BadSample(key, f"images of type {suffix} aren't read here", REMEDIES[suffix])
+    if name := _format_of_file(path):
+        return BadSample(key, f"it is {name}, but isn't named so", "rename it, to end as such files do")
     return LeftOut(key, "other files")
+
+
+def _format_of_file(path: Path) -> str:
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return ""
+        with path.open("rb") as file:
+            return format_of(file.read(SIGNATURE_BYTES))
+    except OSError:  # a file of no known suffix, which is not needed
+        return ""
 
 
 def may_hold_captions(name: str, images: set[str]) -> bool:

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from ldm.config.schema import SourceConfig
-from ldm.data.records import BadSample, Record
+from ldm.data.formats import FORMATS
+from ldm.data.images import decode
+from ldm.data.records import BadSample, BadSampleError, Record
 from ldm.data.sources import CAPTIONED, Sources, detect
 from ldm.utils.errors import UserError
 
@@ -200,3 +202,61 @@ def test_folders_with_other_numbers_are_classes_as_they_are(names: tuple[str, st
     read = Read(tmp_path / "data")
     assert list(read.captions.values()) == [name.replace("_", " ") for name in names]
     assert set(read.repeats.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "file_format"),
+    [
+        (".jpe", "JPEG"), (".JP2", "JPEG2000"), (".ppm", "PPM"), (".apng", "PNG"), (".tga", "TGA"), (".pgm", "PPM"),
+        (".ico", "ICO"), (".pcx", "PCX"), (".qoi", "QOI"), (".dib", "BMP"), (".mpo", "JPEG"), (".sgi", "SGI"),
+    ],
+)  # fmt: skip
+def test_images_are_read_whatever_their_registered_suffix(suffix: str, file_format: str, tmp_path: Path) -> None:
+    file = tmp_path / f"data/a{suffix}"
+    file.parent.mkdir()
+    Image.effect_noise((20, 16), 50).convert("RGB").save(file, file_format)
+    text(tmp_path / "data/a.txt", "a dog")
+    read = Read(tmp_path / "data")
+    assert read.captions == {file.name: "a dog"}
+    assert decode(file.read_bytes()).size == ((16, 13) if suffix == ".ico" else (20, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.dng", b"II*\0", "develop it"),
+        ("a.psd", b"8BPS", "convert it to PNG"),
+        ("a.svg", b"<svg/>", "convert it to PNG"),
+        ("a.jpg_large", b"\xff\xd8\xff\xe0", "it is JPEG, but isn't named so; rename it"),
+        ("a", b"\x89PNG\r\n\x1a\n", "it is PNG, but isn't named so; rename it"),
+        ("a.webp!d", b"RIFF1234WEBPVP8 ", "it is WEBP, but isn't named so; rename it"),
+    ],
+)
+def test_an_image_that_is_not_read_is_named_with_what_to_do(
+    name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    image(tmp_path / "data/good.png")
+    text(tmp_path / "data/good.txt", "a dog")
+    (tmp_path / "data" / name).write_bytes(content)
+    text(tmp_path / "data/a.txt", "a dog")
+    text(tmp_path / "data/notes.pdf", "%PDF")
+    read = Read(tmp_path / "data")
+    assert list(read.good) == ["good.png"]
+    assert list(read.bad) == [name]
+    assert says in read.bad[name]
+    assert read.left_out == {"caption files without an image": 1, "other files": 1}
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.skipif("HEIF" in FORMATS, reason="pillow-heif is installed")
+@pytest.mark.parametrize("name", ["IMG_1.HEIC", "a.heif", "b.hif"])
+def test_heic_names_the_package_that_reads_it(name: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/good.png")
+    text(tmp_path / "data/good.txt", "a dog")
+    (tmp_path / "data" / name).write_bytes(HEIC)
+    assert "pip install pillow-heif" in Read(tmp_path / "data").bad[name]
+    with pytest.raises(BadSampleError) as caught:
+        decode(HEIC)  # as a row of a table has it
+    assert "pip install pillow-heif" in caught.value.args[1]
