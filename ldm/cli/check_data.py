@@ -80,6 +80,8 @@ def check_stream(settings: loader.Config) -> int:
             if len(samples) < SHEET_SAMPLES:
                 samples.append(sample)
     print(f"images     {good:,} good, {bad:,} bad among the first")
+    left_out = stream.sources.left_out()
+    print(*left_out.lines(), check.balance_line(good, bad, left_out.counts.total()), sep="\n")
     if samples:
         sheet = images.to_pil(torch.stack([pixels for pixels, _ in samples]))
         path = settings.run.dir / "data-sheet.png"

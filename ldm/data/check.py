@@ -90,9 +90,11 @@ def describe(result: dict[str, Any]) -> str:
 def balance(index: Index) -> str:
     """What became of everything that was seen: good, bad, and left out on purpose, which is counted by reason."""
     left_out = index.sources.left_out()
-    good, bad, others = len(index), index.bad_count(), left_out.counts.total()
-    total = f"balance    {good:,} good, {bad:,} bad, {others:,} left out = {good + bad + others:,} seen"
-    return "\n".join([*left_out.lines(), total])
+    return "\n".join([*left_out.lines(), balance_line(len(index), index.bad_count(), left_out.counts.total())])
+
+
+def balance_line(good: int, bad: int, left_out: int) -> str:
+    return f"balance    {good:,} good, {bad:,} bad, {left_out:,} left out = {good + bad + left_out:,} seen"
 
 
 def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:

@@ -148,6 +148,14 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: 
             subsets(Path(source.path))
 
 
+def _class_remedy(kind: str, column: str) -> str:
+    if kind == "kohya":
+        return "give its subset class_tokens"
+    if kind == "tar":
+        return f"add a .cls of the same name, or the key {column!r} to its .json"
+    return f"write it into the column {column!r}, or put it in a class folder"
+
+
 def _is_utf8(name: str) -> bool:
     """Python puts surrogates for bytes of a file name that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
@@ -223,8 +231,7 @@ class Sources:
             elif not _is_utf8(record.location.file + record.label):  # the index could not store it
                 yield BadSample(key, "its name is not UTF-8", "rename it")
             elif "class" in self.conditions and not record.label:
-                column = f"write it into the column {source.label!r}, or put it in a class folder"
-                yield BadSample(key, "it has no class", "give its subset class_tokens" if kind == "kohya" else column)
+                yield BadSample(key, "it has no class", _class_remedy(kind, source.label))
             else:
                 yield replace(record, key=key, repeats=record.repeats * source.repeats)
 
@@ -246,8 +253,16 @@ class Sources:
         """The samples of a shard with the bytes of their images, in the order of the shard."""
         number, name = shard
         if isinstance(name, str):
-            return archives.tar_samples(name, self._read_options(self.configs[number]))
+            samples = archives.tar_samples(name, self._read_options(self.configs[number]))
+            return self._without_left_out(number, samples)
         return self._streams[number].samples(str(number), name)
+
+    def _without_left_out(self, number: int, samples: Iterator[Sample | LeftOut]) -> Iterator[Sample]:
+        for sample in samples:
+            if isinstance(sample, LeftOut):
+                self._left_out[number].add(sample)
+            else:
+                yield sample
 
     def table_stamp(self, number: int) -> str:
         """A text that changes with a table's content; empty for a source that is no table."""
