@@ -10,18 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from ldm.data.formats import formats_of, unread_format
 from ldm.data.records import BadSampleError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and odd EXIF, which are read anyway
 
 Size = tuple[int, int]  # width, height
-# What is decoded, whatever a file is called. For others, such as PostScript, Pillow would start external programs.
-Image.init()
-FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-    if name in Image.OPEN  # builds of Pillow differ
-)
 
 
 def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:
@@ -33,13 +27,13 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     if not data:
         raise BadSampleError("the file is empty", "fetch it anew, or remove it")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(data), formats=formats_of(data)) as opened:
             opened.load()
             image = _rgb(ImageOps.exif_transpose(opened), background)
     except Image.DecompressionBombError as error:
         raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
     except UnidentifiedImageError:
-        raise BadSampleError(f"it is none of {', '.join(FORMATS)}", "convert or remove it") from None
+        raise BadSampleError(*unread_format(data)) from None
     except Exception as error:  # damaged files make decoders raise anything
         reason = f"it can't be decoded ({' '.join(str(error).split())})"
         raise BadSampleError(reason, "fetch it anew, or remove it") from None

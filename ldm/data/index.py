@@ -173,6 +173,7 @@ class Index:
         report = {
             "images": len(self),
             "bad": self.bad_count(),
+            "left_out": dict(self.sources.left_out().counts),
             "on_error": self.data.on_error,
             "max_bad": self.data.max_bad,
             "list": listed,

@@ -275,7 +275,10 @@ class _EarlierIndices:
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def find(self, row_stamp: bytes) -> dict[str, Any] | None:
-        """READ_COLUMNS of the image with this stamp; None where no earlier index has it."""
+        """READ_COLUMNS of the good image with this stamp; None where no earlier index has it.
+
+        Bad ones are opened again: a decoder may have been installed since.
+        """
         if not self.count or row_stamp == bytes(16):
             return None
         key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
@@ -286,7 +289,8 @@ class _EarlierIndices:
         number = int(np.searchsorted(self.ends, row, side="right"))
         batch = self.batches[number]
         row += batch.num_rows - int(self.ends[number])
-        return {name: batch[name][row].as_py() for name in READ_COLUMNS}
+        columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
+        return columns if columns["reason"] is None else None
 
 
 def leading_bytes(column: pa.ChunkedArray, count: int) -> np.ndarray:
