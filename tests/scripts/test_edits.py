@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.data.images import to_pil, to_tensor
 from ldm.sampling import png_metadata
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.errors import UserError
 from scripts import img2img, inpaint, txt2img, upscale
 
 Call = Callable[..., str]
@@ -120,6 +122,59 @@ def test_less_strength_keeps_more_of_what_is_in_the_hole(
              "--strength", share, "--steps", 6, "--out", tmp_path / f"{share}.png")  # fmt: skip
     nothing, little, all_ = (pixels(tmp_path / f"{share}.png") for share in (0, 0.17, 1))
     assert 0 < np.abs(little - nothing).mean() < np.abs(all_ - nothing).mean()
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 255), (0, 200, 0)])
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_strokes_on_transparent_are_generated_and_the_rest_is_kept(
+    colour: tuple[int, int, int], invert: bool, mode: str, call: Call, saved: Saved, noisy: Noisy, pixels: Pixels,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    strokes = np.zeros((16, 16, 4), np.uint8)
+    strokes[4:9, 4:9] = (*(255 - np.array(colour) if invert else colour), 255)
+    strokes[12:, 12:] = (0, 0, 0, 0) if invert else (255, 255, 255, 0)  # an eraser leaves colours behind
+    image = Image.fromarray(strokes)
+    (image if mode == "RGBA" else image.quantize()).save(tmp_path / "mask.png")
+    call(inpaint.main, "--model", saved("text"), *HEART, "--image", noisy(16), "--mask", tmp_path / "mask.png",
+         *(["--invert"] if invert else []), "--steps", 2, "--out", tmp_path / "a.png")  # fmt: skip
+    inside = strokes[..., 3] > 0
+    assert np.array_equal(pixels(tmp_path / "a.png")[~inside], pixels(noisy(16))[~inside])
+    assert (pixels(tmp_path / "a.png")[inside] != pixels(noisy(16))[inside]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mask", "more", "says"),
+    [
+        (np.eye(16, dtype=np.uint8), (), "its values are 0 and 1 of 255"),
+        (np.eye(16, dtype=np.uint8), ("--invert",), "its values are 0 and 1 of 255"),
+        (np.eye(16, dtype=np.uint16), (), "it generates nothing: its brightest value is 0"),
+        (np.zeros((16, 16), np.uint8), (), "paint what to generate white, or invert"),
+        (np.full((16, 16, 3), 100, np.uint8), (), "its brightest value is 100 of 255"),
+        (np.full((16, 16), 255, np.uint8), ("--invert",), "it generates nothing"),
+        (np.full((16, 16, 4), (255, 255, 255, 0), np.uint8), (), "it generates nothing"),
+    ],
+)
+def test_a_mask_that_generates_nothing_is_refused(
+    mask: np.ndarray, more: tuple[str, ...], says: str, call: Call, saved: Saved, noisy: Noisy, tmp_path: Path
+) -> None:
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert says in refused(call, inpaint.main, "--model", saved("text"), *HEART, "--image", noisy(16),
+                           "--mask", tmp_path / "mask.png", *more, "--out", tmp_path / "a.png")  # fmt: skip
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_masks_of_python_are_read_alike(saved: Saved, noisy: Noisy) -> None:
+    model, image = LatentDiffusion.load(saved("text"), "cpu"), Image.open(noisy(16))
+    strokes = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    strokes.paste((0, 0, 255, 255), (2, 2, 9, 9))
+    tensor = torch.zeros(1, 3, 16, 16)
+    tensor[:, 2, 2:9, 2:9] = 1
+    images = [model("a", image=image, mask=mask, steps=2)[0] for mask in (strokes, tensor)]
+    assert images[0].tobytes() == images[1].tobytes() != image.tobytes()
+    for wrong, says in ((tensor * 255, "from 0 to 255"), (tensor * 0, "nothing"), (tensor * float("nan"), "nan")):
+        with pytest.raises(UserError, match=says):
+            model("a", image=image, mask=wrong)
 
 
 def test_a_size_brings_picture_and_mask_to_it(
