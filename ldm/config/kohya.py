@@ -96,7 +96,7 @@ def subsets(file: Path) -> list[Subset]:
 def _read(file: Path) -> dict[str, Any]:
     """The parsed file; UserError where a key is unknown, with the nearest known one, or of the wrong type."""
     try:
-        tree = tomllib.loads(file.read_text("utf-8"))
+        tree = tomllib.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.source: no file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

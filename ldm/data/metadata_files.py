@@ -138,7 +138,11 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
                     continue
                 if row is None:
                     return
-                yield reader.line_num, row
+                if None in row:  # cells beyond the header
+                    reason = f"it has {len(row[None])} more cells than the header"
+                    yield reader.line_num, BadSampleError(reason, 'put a caption with commas in quotes: "a, b"')
+                else:
+                    yield reader.line_num, row
     except (pa.ArrowException, OSError, csv.Error) as error:
         raise UserError(f"{file}: can't be read ({' '.join(str(error).split())}); write it anew") from None
 

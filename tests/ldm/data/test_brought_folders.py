@@ -260,3 +260,43 @@ def test_heic_names_the_package_that_reads_it(name: str, tmp_path: Path) -> None
     with pytest.raises(BadSampleError) as caught:
         decode(HEIC)  # as a row of a table has it
     assert "pip install pillow-heif" in caught.value.args[1]
+
+
+@pytest.mark.parametrize("line", ["b.png,a fox, asleep", "b.png,a,b,c,d", '"b.png",a "fox", asleep'])
+def test_a_row_with_more_cells_than_the_header_is_bad(line: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    image(tmp_path / "data/b.png")
+    text(tmp_path / "data/metadata.csv", f'file_name,text\na.png,"a fox, awake"\n{line}\n')
+    read = Read(tmp_path / "data")
+    assert read.captions == {"a.png": "a fox, awake"}
+    (bad,) = read.bad.values()
+    assert "line 3" in bad
+    assert "more cells than the header; put a caption with commas in quotes" in bad
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("extension", ["txt", ".txt", "caption", ".TXT"])
+def test_kohyas_toml_is_read_with_a_byte_order_mark_and_an_extension_without_a_dot(
+    mark: str, extension: str, tmp_path: Path
+) -> None:
+    image(tmp_path / "dogs/a.png")
+    text(tmp_path / f"dogs/a.{extension.removeprefix('.').lower()}", "a dog")
+    subset = f'image_dir = "dogs"\nclass_tokens = "class"\ncaption_extension = "{extension}"'
+    file = text(tmp_path / "set.toml", f"{mark}[[datasets]]\n[[datasets.subsets]]\n{subset}\n")
+    assert list(Read(file).captions.values()) == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"template": "a {}"}, r"data\.source\.template: 'a \{\}' has no effect .* a caption file beside each image"),
+        ({"caption_column": "caption"}, r"data\.source\.caption_column: 'caption' has no effect"),
+        ({"image": "jpg"}, r"data\.source\.image: 'jpg' has no effect"),
+        ({"split": "test"}, r"data\.source\.split: .* has no 'test', and nothing there is named after a split"),
+    ],
+)
+def test_a_key_without_effect_is_an_error(options: dict[str, str], says: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    text(tmp_path / "data/a.txt", "a dog")
+    with pytest.raises(UserError, match=says):
+        Read(tmp_path / "data", **options)
