@@ -47,6 +47,12 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     return image
 
 
+def may_be_read_now(reason: str) -> bool:
+    """Whether an image that was bad for this reason may be good with the decoders of today, which are others."""
+    unknown = reason.startswith("it is none of ") and reason != unread_format(b"")[0]
+    return unknown or reason.startswith(("it can't be decoded", "it is HEIF, ", "it is JXL, "))
+
+
 def _decode(data: bytes, background: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=formats_of(data)) as opened:
@@ -57,7 +63,7 @@ def _decode(data: bytes, background: str) -> Image.Image:
     except UnidentifiedImageError:
         raise BadSampleError(*unread_format(data)) from None
     except Exception as error:  # damaged files make decoders raise anything
-        reason = f"it can't be decoded ({' '.join(str(error).split())})"
+        reason = f"its pixels can't be decoded ({' '.join(str(error).split())})"
         raise BadSampleError(reason, "fetch it anew, or remove it") from None
 
 
@@ -75,8 +81,7 @@ def _decode_without_metadata(data: bytes, background: str) -> Image.Image:
 def _rotated(image: Image.Image) -> Image.Image:
     """The image as its EXIF says, where that can be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        method = ROTATIONS.get(orientation)
+        method = ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # EXIF of odd types makes its parsers raise anything
         return image
     return image if method is None else image.transpose(method)

@@ -58,6 +58,7 @@ KINDS_OF_KEY = {
     "image": ("parquet", "datasets"),
     "lines": ("sidecars", *_TABULAR),
     "template": ("classes",),
+    "caption": ("sidecars",),
     "split": ("sidecars", "classes", "images", *_TABULAR),
 }
 FOLDERS = ("metadata", "sidecars", "classes", "images")
@@ -95,13 +96,13 @@ def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
         return "metadata"
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
         return "datasets"
-    return _kind_of_folder(folder, source.split, "text" in conditions)
+    return _kind_of_folder(folder, source, "text" in conditions)
 
 
-def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
+def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
     in_classes = loose = metadata = False
     unread: Path | None = None
-    layout = folder_layout(folder, split, captions)
+    layout = folder_layout(folder, source.split, captions)
     for directory in FolderTree(folder, layout.other_splits).walk():
         images = [name for name in directory.names if is_image_file(name)]
         if folders.CaptionFiles(directory.names).by_image:
@@ -119,6 +120,8 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
         unread = unread or next((directory.path / name for name in texts), None)
     if metadata:
         return "metadata"
+    if source.caption and (loose or in_classes):
+        return "sidecars"
     if loose and not captions:
         return "images"
     if captions and (in_classes or loose) and (unread := unread or _metadata_above(folder)):
@@ -130,7 +133,8 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
     if in_classes:
         return "classes"
     raise UserError(
-        f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image"
+        f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image, "
+        "or set data.source.caption"
         if loose
         else f"data.source: no image in {folder}; expected .jpg, .png and the like, tars or parquet"
     )
@@ -208,6 +212,8 @@ class Sources:
         lines = []
         for source, kind in zip(self.configs, self.kinds, strict=True):
             lines.append(f"data     {source.path}: {KINDS[kind]}")
+            if source.caption:
+                lines.append(f"captions {source.caption!r} where an image has no caption file")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
         return lines
@@ -335,7 +341,7 @@ class Sources:
                 return read_metadata(tree, options)
             if kind == "classes":
                 return folders.classes(tree, source.template, options, layout)
-            return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), layout=layout)
+            return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), source.caption, layout)
         if kind == "kohya":
             return kohya.read(folder, options)
         if kind == "tar":

@@ -132,3 +132,16 @@ def test_a_png_with_a_long_text_keeps_the_rotation_of_its_exif() -> None:
     plain = saved("PNG", exif=rotated_exif())
     assert images.decode(with_chunk(plain, b"zTXt", LONG_TEXT)).tobytes() == images.decode(plain).tobytes()
     assert images.decode(plain).size == (16, 24)
+
+
+def test_what_was_bad_for_another_decoder_is_opened_again() -> None:
+    for reason in (
+        "it is none of JPEG, PNG",
+        "it can't be decoded (Decompressed data too large)",  # as versions before wrote it
+        "it is HEIF, which Pillow reads only with a plugin",
+    ):
+        assert images.may_be_read_now(reason)
+    for damaged in (b"junk", saved("PNG")[:80]):
+        with pytest.raises(BadSampleError) as caught:
+            images.decode(damaged)
+        assert not images.may_be_read_now(caught.value.args[0])
