@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 from webdataset.tariterators import group_by_keys
 
 from ldm.data.formats import IMAGE_SUFFIXES, REMEDIES
+from ldm.data.layout import choose_split
 from ldm.data.records import (
     BadSample,
     BadSampleError,
@@ -52,6 +53,14 @@ def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
     if not files:
         raise UserError(f"data.source: no file matches {path}; expected {' or '.join(suffixes)}")
     return files
+
+
+def files_of_split(path: str, suffixes: tuple[str, ...], split: str) -> tuple[list[str], list[LeftOut]]:
+    """The files of a pattern, folder or URL that belong to a split by their names, and those of other splits."""
+    files = expand(path, suffixes)
+    chosen = choose_split(files, split, path)
+    others = set(files).difference(chosen)
+    return chosen, [LeftOut(file, "files of other splits") for file in files if file in others]
 
 
 def tar_records(urls: Sequence[str], options: ReadOptions) -> Records:

@@ -54,8 +54,9 @@ class FolderTree:
                 left_out = [LeftOut(self.key(path / name), OTHER_SPLITS) for name in names if is_image_file(name)]
                 yield Directory(path, [], left_out)
                 continue
+            names.sort()
             left_out += [LeftOut(self.key(path / name), "hidden files") for name in names if name.startswith(".")]
-            yield Directory(path, sorted(name for name in names if not name.startswith(".")), left_out)
+            yield Directory(path, [name for name in names if not name.startswith(".")], left_out)
 
     def in_other_split(self, relative: Path) -> bool:
         return not self.other_splits.isdisjoint(relative.parts[:1])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
-from ldm.data.images import decode
+from ldm.data.images import decode, may_be_read_now
 from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
@@ -275,10 +275,7 @@ class _EarlierIndices:
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def find(self, row_stamp: bytes) -> dict[str, Any] | None:
-        """READ_COLUMNS of the good image with this stamp; None where no earlier index has it.
-
-        Bad ones are opened again: a decoder may have been installed since.
-        """
+        """READ_COLUMNS of the image with this stamp; None where no earlier index has it, or today's decoders may."""
         if not self.count or row_stamp == bytes(16):
             return None
         key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
@@ -290,7 +287,7 @@ class _EarlierIndices:
         batch = self.batches[number]
         row += batch.num_rows - int(self.ends[number])
         columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
-        return columns if columns["reason"] is None else None
+        return None if columns["reason"] and may_be_read_now(columns["reason"]) else columns
 
 
 def leading_bytes(column: pa.ChunkedArray, count: int) -> np.ndarray:

@@ -23,7 +23,8 @@ def read(file: Path, options: ReadOptions) -> Records:
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        extensions = (subset.caption_extension,) if subset.caption_extension else SIDECARS
+        extension = subset.caption_extension  # kohya's own scripts also take it without the dot
+        extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS
         tree = FolderTree(subset.folder)
         for record in sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{record.key}"

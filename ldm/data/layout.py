@@ -76,19 +76,22 @@ def folder_layout(folder: Path, split: str, captions: bool = True) -> FolderLayo
 
 
 def choose_split(names: Sequence[str], split: str, source: str) -> list[str]:
-    """The names of files or folders that belong to `split`; those that name no split belong to `train`.
+    """The names of files or folders that belong to `split`; beside others, those that name no split are of `train`.
 
-    All of them where they name at most one split and `split` is the default; UserError where none belongs to it.
+    All of them where they belong to one split and `split` is the default; UserError where none belongs to it.
     """
-    splits = {name: split_of(name) for name in names}
-    distinct = {value for value in splits.values() if value}
+    splits = [split_of(name) for name in names]
+    available = {name or "train" for name in splits} if any(splits) else set()
     requested = _CANONICAL.get(split, split)
-    if len(distinct) <= 1 and requested == "train":
+    if len(available) <= 1 and requested == "train":
         return list(names)
-    chosen = [name for name, value in splits.items() if (value or "train") == requested]
+    chosen = [
+        name for name, value in zip(names, splits, strict=True) if any(splits) and (value or "train") == requested
+    ]
     if not chosen:
-        available = ", ".join(sorted(distinct))
-        hint = f"but {available}; name one of them" if distinct else "and no file or folder there names a split"
+        hint = f"but {', '.join(sorted(available))}; name one of them"
+        if not available:
+            hint = "and nothing there is named after a split; leave it out"
         raise UserError(f"data.source.split: {source} has no {split!r}, {hint}")
     return chosen
 

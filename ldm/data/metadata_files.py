@@ -108,9 +108,9 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
             with file.open("rb") as handle:
                 for number, line in enumerate(handle, start=1):
                     if line.strip():
-                        row = _json_row(line)
+                        content = _json_row(line)
                         fix = f'write {{"file_name": "a.png", "{options.column}": "…"}}'
-                        yield number, BadSampleError(row, fix) if isinstance(row, str) else row
+                        yield number, BadSampleError(content, fix) if isinstance(content, str) else content
             return
         if file.suffix == ".parquet":
             with pq.ParquetFile(file) as table:
@@ -138,7 +138,11 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
                     continue
                 if row is None:
                     return
-                yield reader.line_num, row
+                if surplus := row.pop(None, None):  # type: ignore[call-overload]  # DictReader's key of such cells
+                    reason = f"it has {len(surplus)} more cells than the header"
+                    yield reader.line_num, BadSampleError(reason, 'put a caption with commas in quotes: "a, b"')
+                else:
+                    yield reader.line_num, row
     except (pa.ArrowException, OSError, csv.Error) as error:
         raise UserError(f"{file}: can't be read ({' '.join(str(error).split())}); write it anew") from None
 

@@ -9,6 +9,7 @@ classes.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import is_image_file
-from ldm.data.layout import FolderLayout, folder_layout
+from ldm.data.layout import FolderLayout, choose_split, folder_layout
 from ldm.data.metadata_files import METADATA, metadata_files, read_metadata
 from ldm.data.records import (
     MAX_EXAMPLES,
@@ -49,6 +50,18 @@ KINDS = {
     "datasets": "a data set of the library datasets",
     "kohya": "kohya's TOML",
 }
+_TABULAR = ("metadata", "tar", "parquet", "datasets")
+# The kinds of sources that a key has an effect on, where that is not all of them.
+KINDS_OF_KEY = {
+    "caption_column": _TABULAR,
+    "label": _TABULAR,
+    "image": ("parquet", "datasets"),
+    "lines": ("sidecars", *_TABULAR),
+    "template": ("classes",),
+    "caption": ("sidecars",),
+    "split": ("sidecars", "classes", "images", *_TABULAR),
+}
+FOLDERS = ("metadata", "sidecars", "classes", "images")
 STREAMED = ("tar", "parquet", "datasets")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 CAPTIONED = ("text",)  # conditions of a model that reads captions
@@ -83,13 +96,13 @@ def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
         return "metadata"
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
         return "datasets"
-    return _kind_of_folder(folder, source.split, "text" in conditions)
+    return _kind_of_folder(folder, source, "text" in conditions)
 
 
-def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
+def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
     in_classes = loose = metadata = False
     unread: Path | None = None
-    layout = folder_layout(folder, split, captions)
+    layout = folder_layout(folder, source.split, captions)
     for directory in FolderTree(folder, layout.other_splits).walk():
         images = [name for name in directory.names if is_image_file(name)]
         if folders.CaptionFiles(directory.names).by_image:
@@ -107,6 +120,8 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
         unread = unread or next((directory.path / name for name in texts), None)
     if metadata:
         return "metadata"
+    if source.caption and (loose or in_classes):
+        return "sidecars"
     if loose and not captions:
         return "images"
     if captions and (in_classes or loose) and (unread := unread or _metadata_above(folder)):
@@ -118,7 +133,8 @@ def _kind_of_folder(folder: Path, split: str, captions: bool) -> str:
     if in_classes:
         return "classes"
     raise UserError(
-        f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image"
+        f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image, "
+        "or set data.source.caption"
         if loose
         else f"data.source: no image in {folder}; expected .jpg, .png and the like, tars or parquet"
     )
@@ -132,15 +148,32 @@ def _metadata_above(folder: Path) -> Path | None:
     return None
 
 
+def check_keys(source: SourceConfig, kind: str) -> None:
+    """UserError where a key of the source is set that has no effect on its kind."""
+    for key, kinds in KINDS_OF_KEY.items():
+        value = getattr(source, key)
+        if kind not in kinds and value != SourceConfig.model_fields[key].default:
+            raise UserError(
+                f"data.source.{key}: {value!r} has no effect on {source.path}, {KINDS[kind]}; leave it out, or set "
+                f"data.source.kind to one of {', '.join(kinds)}"
+            )
+
+    if kind in FOLDERS and source.split != "train" and Path(source.path).is_dir():
+        layout = folder_layout(Path(source.path), source.split)
+        if not layout.depth:  # no folder there names a split
+            choose_split((), source.split, source.path)
+
+
 def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: Sequence[str] = CAPTIONED) -> None:
     """UserError where a source is not of the kind that is configured, or can't be streamed; no file is opened."""
     for source in sources:
         kind = detect(source, conditions)
+        check_keys(source, kind)
         if streaming and kind not in STREAMED:
             raise UserError(
                 f"data.streaming: {source.path} is {KINDS[kind]}; set it to false: tars, parquet and datasets stream"
             )
-        if kind in ("metadata", "sidecars", "classes", "images") and not Path(source.path).is_dir():
+        if kind in FOLDERS and not Path(source.path).is_dir():
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not metadata_files(Path(source.path)):
             raise UserError(f"data.source: none of {', '.join(METADATA)} in {source.path}; write one")
@@ -167,6 +200,8 @@ class Sources:
     def __init__(self, configs: Sequence[SourceConfig], size: int, cache: Path, conditions: Sequence[str] = CAPTIONED):
         self.configs, self.size, self.cache, self.conditions = tuple(configs), size, cache, tuple(conditions)
         self.kinds = [detect(source, conditions) for source in self.configs]
+        for source, kind in zip(self.configs, self.kinds, strict=True):
+            check_keys(source, kind)
         self._left_out = [LeftOutCounts() for _ in self.configs]
 
     def __getstate__(self) -> dict[str, object]:  # a loader process opens tables itself
@@ -177,6 +212,8 @@ class Sources:
         lines = []
         for source, kind in zip(self.configs, self.kinds, strict=True):
             lines.append(f"data     {source.path}: {KINDS[kind]}")
+            if source.caption:
+                lines.append(f"captions {source.caption!r} where an image has no caption file")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
         return lines
@@ -245,7 +282,8 @@ class Sources:
         """The parts of source `number` that are read sequentially: (number, URL of a tar or shard of a table)."""
         source, kind = self.configs[number], self.kinds[number]
         if kind == "tar":
-            return [(number, url) for url in archives.expand(source.path, archives.TARS)]
+            urls, _ = archives.files_of_split(source.path, archives.TARS, source.split)
+            return [(number, url) for url in urls]
         check([source], streaming=True, conditions=self.conditions)
         return [(number, shard) for shard in range(self._streams[number].rows.num_shards)]
 
@@ -303,13 +341,18 @@ class Sources:
                 return read_metadata(tree, options)
             if kind == "classes":
                 return folders.classes(tree, source.template, options, layout)
-            return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), layout=layout)
+            return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), source.caption, layout)
         if kind == "kohya":
             return kohya.read(folder, options)
         if kind == "tar":
-            return archives.tar_records(archives.expand(source.path, archives.TARS), options)
+            urls, other_splits = archives.files_of_split(source.path, archives.TARS, source.split)
+            return itertools.chain(other_splits, archives.tar_records(urls, options))
         samples = self._tables[number].samples(str(number))
-        return (sample if isinstance(sample, BadSample) else sample[0] for sample in samples)
+        records = (sample if isinstance(sample, BadSample) else sample[0] for sample in samples)
+        if kind == "datasets":
+            return records
+        _, other_splits = archives.files_of_split(source.path, (".parquet",), source.split)
+        return itertools.chain(other_splits, records)
 
     def _draw(self, source: SourceConfig) -> list[tuple[openmoji.Drawing, Path]]:
         return openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")

@@ -260,3 +260,95 @@ def test_heic_names_the_package_that_reads_it(name: str, tmp_path: Path) -> None
     with pytest.raises(BadSampleError) as caught:
         decode(HEIC)  # as a row of a table has it
     assert "pip install pillow-heif" in caught.value.args[1]
+
+
+@pytest.mark.parametrize("line", ["b.png,a fox, asleep", "b.png,a,b,c,d", '"b.png",a "fox", asleep'])
+def test_a_row_with_more_cells_than_the_header_is_bad(line: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    image(tmp_path / "data/b.png")
+    text(tmp_path / "data/metadata.csv", f'file_name,text\na.png,"a fox, awake"\n{line}\n')
+    read = Read(tmp_path / "data")
+    assert read.captions == {"a.png": "a fox, awake"}
+    (bad,) = read.bad.values()
+    assert "line 3" in bad
+    assert "more cells than the header; put a caption with commas in quotes" in bad
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("extension", ["txt", ".txt", "caption", ".TXT"])
+def test_kohyas_toml_is_read_with_a_byte_order_mark_and_an_extension_without_a_dot(
+    mark: str, extension: str, tmp_path: Path
+) -> None:
+    image(tmp_path / "dogs/a.png")
+    text(tmp_path / f"dogs/a.{extension.removeprefix('.').lower()}", "a dog")
+    subset = f'image_dir = "dogs"\nclass_tokens = "class"\ncaption_extension = "{extension}"'
+    file = text(tmp_path / "set.toml", f"{mark}[[datasets]]\n[[datasets.subsets]]\n{subset}\n")
+    assert list(Read(file).captions.values()) == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"template": "a {}"}, r"data\.source\.template: 'a \{\}' has no effect .* a caption file beside each image"),
+        ({"caption_column": "caption"}, r"data\.source\.caption_column: 'caption' has no effect"),
+        ({"image": "jpg"}, r"data\.source\.image: 'jpg' has no effect"),
+        ({"split": "test"}, r"data\.source\.split: .* has no 'test', and nothing there is named after a split"),
+    ],
+)
+def test_a_key_without_effect_is_an_error(options: dict[str, str], says: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    text(tmp_path / "data/a.txt", "a dog")
+    with pytest.raises(UserError, match=says):
+        Read(tmp_path / "data", **options)
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    image(tmp_path / "disk/cats/a.png")
+    text(tmp_path / "disk/cats/a.txt", "a cat")
+    image(tmp_path / "data/b.png")
+    text(tmp_path / "data/b.txt", "a dog")
+    (tmp_path / "data/cats").symlink_to(tmp_path / "disk/cats")
+    (tmp_path / "data/same").symlink_to(tmp_path / "disk/cats")
+    (tmp_path / "disk/cats/loop").symlink_to(tmp_path / "disk")
+    (tmp_path / "data/self").symlink_to(tmp_path / "data")
+    read = Read(tmp_path / "data")
+    assert read.captions == {"b.png": "a dog", "cats/a.png": "a cat"}
+    assert read.left_out == {"links to folders that are read already": 3}
+    assert "same" in read.sources.left_out().lines()[0]
+
+
+@pytest.mark.parametrize("kind", ["sidecars", "metadata"])
+def test_a_snapshot_of_the_hub_is_a_source(kind: str, tmp_path: Path) -> None:
+    repository = tmp_path / "hub/datasets--someone--dogs"
+    snapshot = repository / "snapshots/0a1b"
+    captions = rows(tmp_path / "metadata.jsonl", **{"a.png": "a dog"}) if kind == "metadata" else None
+    files = {"a.png": image(tmp_path / "a.png"), "metadata.jsonl" if captions else "a.txt": captions}
+    files = {name: file or text(tmp_path / "a.txt", "a dog") for name, file in files.items()}
+    for number, (name, file) in enumerate(files.items()):
+        blob = repository / f"blobs/{number:040}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blob)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
+    text(repository / "refs/main", "0a1b")
+    for source, prefix in ((snapshot, ""), (repository, "snapshots/0a1b/")):
+        read = Read(source)
+        assert (read.captions, read.bad) == ({f"{prefix}a.png": "a dog"}, {})
+    (snapshot / "b.png").symlink_to(image(tmp_path / "outside.png"))
+    if kind == "sidecars":
+        assert "leads out of the folder" in Read(snapshot).bad["b.png"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "sub/a.png"])
+def test_one_caption_serves_a_folder_of_images(name: str, tmp_path: Path) -> None:
+    image(tmp_path / "data" / name)
+    image(tmp_path / "data/b.png")
+    with pytest.raises(UserError, match=r"or set data\.source\.caption|put a metadata"):
+        text(tmp_path / "other/notes.md", "")
+        image(tmp_path / "other/a.png")
+        Read(tmp_path / "other")
+    read = Read(tmp_path / "data", caption="a photo of sks dog")
+    assert set(read.captions.values()) == {"a photo of sks dog"}
+    assert read.lines[1] == "captions 'a photo of sks dog' where an image has no caption file"
+    text(tmp_path / "data/b.txt", "sks dog asleep")
+    assert Read(tmp_path / "data", caption="a photo of sks dog").captions["b.png"] == "sks dog asleep"

@@ -4,12 +4,15 @@ import io
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ldm.config.schema import SourceConfig
 from ldm.data.records import BadSample, Record
 from ldm.data.sources import Sources
+from ldm.utils.errors import UserError
 
 
 def encoded(number: int = 0) -> bytes:
@@ -80,3 +83,44 @@ def test_a_tar_has_caption_files_of_both_names_and_its_other_members_are_counted
     assert good.captions == ("a dog",)
     assert str(bad) == "0.tar:b.dng: images of type .dng aren't read here; develop it, as TIFF or JPEG"
     assert sources.left_out().counts == {"other files": 1}
+
+
+def write_parquet(path: Path, rows: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [encoded(i) for i in range(rows)], "text": [path.stem] * rows}), path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001", "test-00000-of-00001"),
+        ("data/set_train", "data/set_test"),
+        ("train/0", "test/0"),
+        ("more", "eval.0"),  # what names no split is trained on
+    ],
+)
+def test_parquet_is_read_by_split(names: tuple[str, str], tmp_path: Path) -> None:
+    for name, rows in zip(names, (3, 2), strict=True):
+        write_parquet(tmp_path / f"set/{name}.parquet", rows)
+    for split, rows in (("train", 3), ("test", 2)):
+        sources = Sources([SourceConfig(path=str(tmp_path / "set"), split=split)], 16, tmp_path / "cache")
+        assert len(list(sources.records(0))) == rows
+        assert sources.left_out().counts == {"files of other splits": 1}
+    with pytest.raises(UserError, match=r"data\.source\.split: .* has no 'validation', but test"):
+        list(Sources([SourceConfig(path=str(tmp_path / "set"), split="validation")], 16, tmp_path).records(0))
+
+
+def test_one_split_alone_is_read_as_it_is(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set/test-0.parquet", 2)
+    assert len(list(Sources([SourceConfig(path=str(tmp_path / "set"))], 16, tmp_path / "cache").records(0))) == 2
+
+
+def test_tars_are_read_by_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_tar(tmp_path / f"{split}-0.tar", {"a.jpg": encoded(), "a.txt": split.encode()})
+    for split in ("train", "test"):
+        sources = sources_of(tmp_path / "*.tar", split=split)
+        (record,) = sources.records(0)
+        assert isinstance(record, Record)
+        assert record.captions == (split,)
+        assert sources.shards(0) == [(0, str(tmp_path / f"{split}-0.tar"))]

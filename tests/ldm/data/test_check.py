@@ -123,6 +123,30 @@ def test_classes_are_checked_with_how_many_pictures_they_have(
     assert "bad        0.png: it has no class; write it into the column 'label', or put it in a class folder" in out
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_check_ends_with_a_balance_of_all_that_was_seen(
+    status: int, root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "broken.png").write_bytes(b"")
+    (folder / "broken.txt").write_text("broken")
+    for name in ("._0.png", ".DS_Store", "lost.txt", "captions.json", "Thumbs.db"):
+        (folder / name).write_bytes(b"")
+    assert check_data.main(arguments(root, folder, f"data.max_bad={1 - status}")) == status
+    lines = capsys.readouterr().out.splitlines()
+    balance = lines.index("balance    10 good, 1 bad, 5 left out = 16 seen")
+    assert balance == len(lines) - 2  # the last says whether training can begin
+    assert sorted(line for line in lines if line.startswith("left out")) == [
+        "left out   1 caption files without an image: lost.txt",
+        "left out   1 other files: Thumbs.db",
+        "left out   1 tables that are not read: captions.json",
+        "left out   2 hidden files: .DS_Store, ._0.png",
+    ]
+    report = json.loads((folder.parent / "run/data-report.json").read_text())
+    assert (report["images"], report["bad"], sum(report["left_out"].values())) == (10, 1, 5)
+    files = [path for path in folder.iterdir() if path.suffix != ".txt" or path.name == "lost.txt"]
+    assert len(files) == 16  # a caption file is counted with its image
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
 def test_near_duplicates_are_those_that_every_pair_compared_would_find(bits: int) -> None:
     rng = np.random.default_rng(0)
