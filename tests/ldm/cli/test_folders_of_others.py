@@ -31,6 +31,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.models import text_encoder
 from ldm.sampling.loop import initial_noise
 from scripts import txt2img
 
@@ -153,6 +154,27 @@ def test_models_of_no_text_make_what_plain_diffusers_makes(call: Callable[..., s
     theirs = DDIMPipeline(unet=pipes["ddpm"].unet, scheduler=DDIMScheduler.from_config(pipes["ddpm"].scheduler.config))
     expected = theirs(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.abs(whole - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_pipeline_of_fp16_weights_without_unused_components_loads(
+    shard: str, like_sd1: Path, call: Callable[..., str], tmp_path: Path
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(like_sd1, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard)
+    index = tmp_path / "half/model_index.json"
+    unused = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | unused))
+    names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
+    assert names and all(".fp16" in name for name in names)
+    more = ("--prompt", "red heart", "--steps", 4)
+    images = [ours(call, folder, tmp_path / "a.png", *more) for folder in (like_sd1, tmp_path / "half")]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 2
+    encoder = text_encoder.load(str(tmp_path / "half"))
+    assert encoder.encode(["a"]).dtype == torch.float32
 
 
 def test_pickled_weights_are_refused(like_sd1: Path, call: Callable[..., str], tmp_path: Path) -> None:

@@ -204,6 +204,39 @@ def test_half_precision_is_read_as_float32(root: Path, tmp_path: Path) -> None:
     assert torch.equal(found.conv_in.bias, halves[f"{PREFIX}input_blocks.0.0.bias"].float())
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "unet."])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_unet_is_read_after_any_prefix(root: Path, tmp_path: Path, prefix: str, layout: str) -> None:
+    model = made("1")
+    tensors = (
+        in_original_layout(model, prefix)
+        if layout == "original"
+        else {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    )
+    path = saved(tmp_path / "file.safetensors", tensors | {"first_stage_model.x": torch.ones(1)})
+    read = unet.load(of(root, path), 4, 8, 24).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("lora_unet_down_blocks_0.lora_up.weight",), "a LoRA: 1 tensor, of lora_unet_down_blocks_0 (1)"),
+        (("control_model.input_blocks.0.0.weight",), "a ControlNet"),
+        (("encoder.down.0.block.0.conv1.weight",), "an autoencoder in the original layout"),
+        (("text_model.x.weight", "text_model.y.weight"), "a text encoder: 2 tensors, of text_model (2)"),
+        (("a.x", "b.x", "b.y", "c.x", "d.x"), "but 5 tensors, of b (2), a (1), c (1) …"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_what_it_holds(
+    root: Path, tmp_path: Path, names: tuple[str, ...], kind: str
+) -> None:
+    path = saved(tmp_path / "file.safetensors", {name: torch.ones(1) for name in names})
+    with pytest.raises(UserError) as error:
+        unet.load(of(root, path), 4, 8, 24)
+    assert kind in str(error.value) and "conv_in.weight, alone or after model.diffusion_model." in str(error.value)
+
+
 SPOILT: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "missing": (lambda t: t.pop(f"{PREFIX}out.2.bias"), r"lacks tensor conv_out\.bias"),
     "missing-label": (lambda t: t.update({f"{PREFIX}label_emb.0.0.weight": torch.ones(4, 4)}),
