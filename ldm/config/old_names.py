@@ -16,19 +16,31 @@ OLD_NAMES: dict[str, dict[str, str]] = {
     "SourceConfig": {"column": "caption_column"},
     "DataConfig": {"held_out": "val_fraction"},
     "Training": {
-        "clip": "max_grad_norm", "decay": "lr_scheduler", "warmup": "lr_warmup_steps", "ema": "ema_decay",
+        "clip": "max_grad_norm",
+        "decay": "lr_scheduler",
+        "warmup": "lr_warmup_steps",
+        "ema": "ema_decay",
     },
     "Stage1Config": {"groups": "norm_num_groups", "evaluate_pictures": "evaluate_images"},
     "ClassifierConfig": {
-        "head_size": "attention_head_dim", "groups": "norm_num_groups", "evaluate_pictures": "evaluate_images",
-    },
-    "Stage2Config": {
-        "target": "prediction_type", "schedule": "beta_schedule", "times": "timestep_sampling",
-        "time_mean": "logit_mean", "time_std": "logit_std", "weight": "loss_weighting", "dropout": "cond_dropout",
-        "null": "uncond_embedding", "head_size": "attention_head_dim", "groups": "norm_num_groups",
+        "head_size": "attention_head_dim",
+        "groups": "norm_num_groups",
         "evaluate_pictures": "evaluate_images",
     },
-}  # fmt: skip
+    "Stage2Config": {
+        "target": "prediction_type",
+        "schedule": "beta_schedule",
+        "times": "timestep_sampling",
+        "time_mean": "logit_mean",
+        "time_std": "logit_std",
+        "weight": "loss_weighting",
+        "dropout": "cond_dropout",
+        "null": "uncond_embedding",
+        "head_size": "attention_head_dim",
+        "groups": "norm_num_groups",
+        "evaluate_pictures": "evaluate_images",
+    },
+}
 OLD_PRESETS = ("free", "unet")  # now "custom"
 OLD_SOURCE_KIND = "pictures"  # now "images"
 

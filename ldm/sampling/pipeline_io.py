@@ -38,9 +38,15 @@ from ldm.utils.errors import UserError
 
 FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
 PIPELINES = (
-    StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
-    StableDiffusionUpscalePipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, LDMPipeline,
-)  # fmt: skip
+    StableDiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline,
+    LatentConsistencyModelPipeline,
+    DDPMPipeline,
+    DDIMPipeline,
+    LDMPipeline,
+)
 UNUSED = {"safety_checker", "feature_extractor"}  # components of pipelines
 Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
 UPSCALER_SCALING_FACTOR = 0.08333  # the only one that diffusers' StableDiffusionUpscalePipeline does not replace

@@ -20,7 +20,17 @@ def test_a_spoilt_model_is_refused_and_nothing_is_written(
     (file,) = (tmp_path / "model" / folder).glob("*.safetensors")
     tensors = {key: tensor * float("nan") if "conv_out" in key else tensor for key, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    text = call(txt2img.main, "--model", tmp_path / "model", "--prompt", "a", "--steps", 2, "--out", tmp_path / "a.png",
-                status=2)  # fmt: skip
+    text = call(
+        txt2img.main,
+        "--model",
+        tmp_path / "model",
+        "--prompt",
+        "a",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "a.png",
+        status=2,
+    )
     assert f"error: the {name}'s output is NaN or infinite for 1 of 1 images: " in text
     assert not (tmp_path / "a.png").exists()

@@ -26,8 +26,10 @@ class SourceConfig(Section):
     """Each line of a caption file is a caption of its own."""
     template: str = "{}"
     """Caption of a class folder's images: `a photo of a {}`."""
+    caption: str = ""
+    """Caption of a folder's images that have no caption file: `a photo of sks dog`."""
     split: str = "train"
-    """Split of a data set of `datasets`."""
+    """Split of a data set of `datasets`, or of files and folders that are named after splits."""
     repeats: PositiveInt = 1
     """How often an epoch repeats each image."""
     weight: float | None = Field(default=None, gt=0)

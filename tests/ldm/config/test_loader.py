@@ -177,12 +177,14 @@ def test_micro_batches_were_parts_of_a_processs_share(tiny: Path, monkeypatch: p
 RENAMED = [
     (f"{section}.{old}", f"{section}.{new}")
     for section, kinds in {
-        "run": ["RunConfig"], "data": ["DataConfig"], "stage1": ["Training", "Stage1Config"],
+        "run": ["RunConfig"],
+        "data": ["DataConfig"],
+        "stage1": ["Training", "Stage1Config"],
         "stage2": ["Training", "Stage2Config"],
     }.items()
     for kind in kinds
     for old, new in old_names.OLD_NAMES[kind].items()
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED)

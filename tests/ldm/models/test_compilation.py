@@ -21,7 +21,7 @@ from ldm.models.conditioning import Condition, predict
 from ldm.utils.errors import UserError
 
 CPU = torch.device("cpu")
-SIDES = (4, 6, 8, 10, 16)
+SIDES = (4, 6, 10)
 BUCKETS = [(h, w) for h in SIDES for w in SIDES]
 DIFFERENT = 8  # blocks of the small U-Net with text: seven residual ones and a transformer, which is there thrice
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]

@@ -24,10 +24,14 @@ def options(widths: tuple[int, ...], attention: tuple[int, ...] = (), **changes:
     """Settings of an autoencoder with attention at the levels given."""
     attn = ["Attn" if i in attention else "" for i in range(len(widths))]
     return {
-        "block_out_channels": widths, "down_block_types": tuple(f"{a}DownEncoderBlock2D" for a in attn),
-        "up_block_types": tuple(f"{a}UpDecoderBlock2D" for a in reversed(attn)), "layers_per_block": 1,
-        "norm_num_groups": 4, "sample_size": 32, **changes,
-    }  # fmt: skip
+        "block_out_channels": widths,
+        "down_block_types": tuple(f"{a}DownEncoderBlock2D" for a in attn),
+        "up_block_types": tuple(f"{a}UpDecoderBlock2D" for a in reversed(attn)),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+        **changes,
+    }
 
 
 def kl(*args: object, **changes: object) -> AutoencoderKL:
@@ -117,9 +121,13 @@ def test_names_and_shapes_written_are_those_of_the_original(tmp_path: Path) -> N
     with safe_open(tmp_path / "vae.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata == {
-        "format": "pt", "class": "AutoencoderKL", "latents": "4 channels, 1/2 of the image's height and width",
-        "scaling_factor": "0.3", "norm_num_groups": "4", "sample_size": "32",
-    }  # fmt: skip
+        "format": "pt",
+        "class": "AutoencoderKL",
+        "latents": "4 channels, 1/2 of the image's height and width",
+        "scaling_factor": "0.3",
+        "norm_num_groups": "4",
+        "sample_size": "32",
+    }
 
 
 def original_encoder(w: Tensors, x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -253,7 +261,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "diffusers": (lambda t: (t.clear(), t.update(kl((8, 16)).state_dict())), r"diffusers' layout"),
     "unet": (lambda t: (t.clear(), t.update({"model.out": torch.ones(1)})), r"no autoencoder, but 1 tensor, of model"),
     "gumbel": (lambda t: t.update({"quantize.embed.weight": torch.ones(1)}), r"quantize\.embedding\.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

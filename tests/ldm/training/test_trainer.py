@@ -409,5 +409,5 @@ def test_processes_that_train_on_other_pictures_are_told_apart(tmp_path: Path, l
         "    print(rank, 'said:', error, flush=True)\n"
     )
     said, _ = launch(tmp_path / "other.py", tmp_path, processes=2).communicate(timeout=240)
-    told = "stage2: process 1 has other pictures, captions or latents than process 0 (data: 0 → 1)"
+    told = "stage2: process 1 has other images, captions or latents than process 0 (data: 0 → 1)"
     assert all(f"{rank} said: {told}" in said for rank in (0, 1)), said
