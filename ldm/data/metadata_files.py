@@ -63,10 +63,12 @@ def read_metadata(tree: FolderTree, options: ReadOptions) -> Records:
             if directory.path / name in tables:
                 continue
             key = tree.key(directory.path / name)
-            if not is_image_file(name):
-                yield unread_file(directory.path / name, key)
-            elif hash(key) not in named:
-                yield LeftOut(key, "images that no row names")
+            if hash(key) in named:
+                continue
+            file = unread_file(directory.path / name, key)
+            if is_image_file(name) or isinstance(file, BadSample):
+                file = LeftOut(key, "images that no row names")
+            yield file
 
 
 def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Record | BadSample | LeftOut | str]:
