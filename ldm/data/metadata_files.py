@@ -65,10 +65,9 @@ def read_metadata(tree: FolderTree, options: ReadOptions) -> Records:
             key = tree.key(directory.path / name)
             if hash(key) in named:
                 continue
-            file = unread_file(directory.path / name, key)
-            if is_image_file(name) or isinstance(file, BadSample):
-                file = LeftOut(key, "images that no row names")
-            yield file
+            unnamed = LeftOut(key, "images that no row names")
+            file = unnamed if is_image_file(name) else unread_file(directory.path / name, key)
+            yield unnamed if isinstance(file, BadSample) else file
 
 
 def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Record | BadSample | LeftOut | str]:

@@ -33,7 +33,7 @@ def unread_file(path: Path, key: str, stems: Collection[str] = ()) -> BadSample 
 
 def _format_of_file(path: Path) -> str:
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if path.is_symlink() or not path.is_file():  # it may lead out of the source; a pipe would be waited for
             return ""
         with path.open("rb") as file:
             return format_of(file.read(SIGNATURE_BYTES))
