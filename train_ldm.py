@@ -13,27 +13,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
-import torch
-from accelerate import PartialState
-
+# What imports torch or diffusers, which takes seconds, is imported in functions: help and mistakes need none of it.
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import check, dataset, index, sources
-from ldm.data.index import Index
-from ldm.data.stream import Stream
-from ldm.distributed.launch import join, on_main, training_processes
-from ldm.models import autoencoder, text_encoder
-from ldm.models.text_encoder import TextEncoder
-from ldm.training import checks, memory_estimate, preflight
-from ldm.training.fingerprint import check_finished
-from ldm.training.model_card import write_card
-from ldm.training.run_dir import prepare_run_dir
-from ldm.utils.errors import Parser, UserError, command
-from stage1_vae.train import train as train_autoencoder
-from stage2_diffusion.train import train as train_unet
+from ldm.utils.errors import Parser, UserError, command, disable_progress_bars
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ldm.data.index import Index
+    from ldm.data.stream import Stream
+    from ldm.models.text_encoder import TextEncoder
 
 
 @command
@@ -49,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
 
     settings = loader.load(args.config, args.overrides)
+    from ldm.distributed.launch import training_processes
+
     with training_processes(settings.run) as state:
         if args.dry_run:
             dry_run(settings, args.stage)
@@ -58,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
     """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both."""
+    from ldm.data import dataset
+    from ldm.distributed.launch import on_main
+    from ldm.models import autoencoder
+    from ldm.training import checks
+    from ldm.training.fingerprint import check_finished
+    from ldm.training.model_card import write_card
+    from ldm.training.run_dir import prepare_run_dir
+    from stage1_vae.train import train as train_autoencoder
+    from stage2_diffusion.train import train as train_unet
+
+    disable_progress_bars()
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
@@ -79,7 +86,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
             train_unet(settings, data, autoencoder.load(autoencoder_path(settings)), encoder)
         else:
             check_finished(folder / "stage2", {"data": data.select("train").fingerprint()})
-        if state.is_main_process and not (folder / "README.md").exists():
+        if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
     if state.is_main_process:
         print(f"finished: {pipeline if stage != '1' else autoencoder_path(settings)}")
@@ -103,6 +110,9 @@ def autoencoder_path(settings: Config) -> str | Path:
 
 def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
     """The data set, after the checks that need all its samples."""
+    from ldm.data import check, index
+    from ldm.data.stream import Stream
+
     folder, conditions = settings.run.dir, settings.stage2.conditions
     data: Index | Stream
     if settings.data.streaming:
@@ -116,6 +126,12 @@ def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
 
 def dry_run(settings: Config, stage: str | None) -> None:
     """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder."""
+    from ldm.data import sources
+    from ldm.distributed.launch import join, on_main
+    from ldm.models import text_encoder
+    from ldm.training import checks, memory_estimate
+
+    disable_progress_bars()
     state = join(settings.run)
     if state.is_main_process:
         print(checks.describe(settings, state.num_processes), flush=True)
@@ -146,6 +162,13 @@ def dry_run(settings: Config, stage: str | None) -> None:
 
 def measure(settings: Config, stage: str, data: Index | Stream, encoder: TextEncoder | None) -> None:
     """Prints the cost of `stage1` or `stage2`, from two steps; an untrained autoencoder has random weights."""
+    import torch
+    from accelerate import PartialState
+
+    from ldm.models import autoencoder
+    from ldm.training import preflight
+    from stage1_vae.train import train as train_autoencoder
+    from stage2_diffusion.train import train as train_unet
 
     def train(settings: Config, data: Index | Stream) -> None:
         if stage == "stage1":

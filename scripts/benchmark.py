@@ -42,8 +42,8 @@ from benchmark_data import compare_data_loading
 from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
 
-from ldm.training.engine import DTYPES
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.precision import DTYPES
 
 CONFIGURED = {
     "data": compare_data_loading,
@@ -67,12 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--config: none given; name a YAML file, for example configs/openmoji.yaml")
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
-            *args.overrides, f"run.dir={folder}", "run.tracker=none", "sample.prompts=[]",
+            *args.overrides,
+            f"run.dir={folder}",
+            "run.tracker=none",
+            "sample.prompts=[]",
             f"run.log_every={max(1, args.steps // 6)}",  # few lines of metrics: each waits for the device
-            f"stage1.steps={args.steps}", "stage1.ema_widths=[]",  # no snapshots of averages, which are files
-            f"stage2.steps={args.steps}", "stage2.ema_widths=[]",
+            f"stage1.steps={args.steps}",
+            "stage1.ema_widths=[]",  # no snapshots of averages, which are files
+            f"stage2.steps={args.steps}",
+            "stage2.ema_widths=[]",
             *([f"run.precision={args.precision}"] if args.precision else []),
-        ]  # fmt: skip
+        ]
         return CONFIGURED[args.what](args, overrides)
 
 

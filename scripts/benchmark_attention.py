@@ -14,8 +14,8 @@ from benchmark_rows import Report, parse_rows, peak, reset_peak, timed
 
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import precision
-from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
+from ldm.utils.precision import DTYPES
 
 ATTENTION_LAYERS = ((5, 1), (10, 2), (20, 4))
 """Heads of 64 channels, and downsampling of the latents, of each resolution at which `unet-860m` has attention."""

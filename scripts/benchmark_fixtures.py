@@ -2,7 +2,7 @@
 
     python scripts/benchmark_fixtures.py FOLDER
 
-`text` a text encoder of CLIP-L's width, `vae` a KL autoencoder of factor 8, `pictures` 256 JPEGs of 512 pixels with
+`text` a text encoder of CLIP-L's width, `vae` a KL autoencoder of factor 8, `images` 256 JPEGs of 512 pixels with
 captions, `pipeline` a text-to-image pipeline of Stable Diffusion's size and 10 steps; and configurations:
 `stage2.yaml`, which is configs/sd-512.yaml on these, `stage1.yaml`, a kl-f8 at 256 pixels, and `tiny.yaml`, which is
 configs/tiny.yaml on these images. 4 GB; with `--smoke` everything is tiny. A complete folder is left alone.
@@ -36,24 +36,43 @@ from ldm.utils.errors import Parser, command
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 LARGE: dict[str, Any] = {
-    "pictures": 256, "side": 512, "steps": 10,
+    "images": 256,
+    "side": 512,
+    "steps": 10,
     "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "stage2": ["stage2.batch=32", "stage2.device_batch=32", "data.workers=8"],
     "stage1": ["data.size=256", "stage1.batch=16", "data.workers=8"],
     "tiny": [],
-}  # fmt: skip
+}
 TINY: dict[str, Any] = {
-    "pictures": 16, "side": 32, "steps": 2,
+    "images": 16,
+    "side": 32,
+    "steps": 2,
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "stage2": [
-        "data.size=32", "text.width=32", "stage1.channels=[8, 8, 8, 8]", "stage1.norm_num_groups=4", "stage1.layers=1",
-        "stage2.channels=[8, 8]", "stage2.attention=[true, false]", "stage2.attention_head_dim=8", "stage2.layers=1",
-        "stage2.norm_num_groups=4", "stage2.batch=8", "stage2.device_batch=8", "data.workers=0",
+        "data.size=32",
+        "text.width=32",
+        "stage1.channels=[8, 8, 8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.layers=1",
+        "stage2.channels=[8, 8]",
+        "stage2.attention=[true, false]",
+        "stage2.attention_head_dim=8",
+        "stage2.layers=1",
+        "stage2.norm_num_groups=4",
+        "stage2.batch=8",
+        "stage2.device_batch=8",
+        "data.workers=0",
     ],
-    "stage1": ["data.size=32", "stage1.channels=[8, 8]", "stage1.norm_num_groups=4", "stage1.batch=8",
-    "data.workers=0"],
+    "stage1": [
+        "data.size=32",
+        "stage1.channels=[8, 8]",
+        "stage1.norm_num_groups=4",
+        "stage1.batch=8",
+        "data.workers=0",
+    ],
     "tiny": ["data.size=16", "stage1.steps=10", "stage2.steps=20"],
-}  # fmt: skip
+}
 
 
 @command
@@ -71,9 +90,9 @@ def create_fixtures(folder: Path, sizes: dict[str, Any]) -> None:
     if (folder / "tiny.yaml").exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # drawing 10^9 numbers is fast on a GPU
-    save_images(folder / "pictures", sizes["pictures"], sizes["side"])
+    save_images(folder / "images", sizes["images"], sizes["side"])
     save_text_encoder(folder / "text", sizes["text"], device)
-    shared = [f"data.source={folder}/pictures", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
+    shared = [f"data.source={folder}/images", f"text.model={folder}/text", "run.tracker=none", "sample.prompts=[]"]
     cached = [f"stage1.pretrained={folder}/vae", f"data.cache_dir={folder}/cache", "data.buckets=null"]
     settings = loader.load(ROOT / "configs/sd-512.yaml", [*shared, *cached, *sizes["stage2"]])
     torch.manual_seed(0)

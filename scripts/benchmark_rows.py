@@ -17,19 +17,26 @@ import benchmark_results as results
 import torch
 
 from ldm.training.dry_run import DryRun
-from ldm.training.engine import DTYPES
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
+from ldm.utils.precision import DTYPES
 
 Metrics = list[dict[str, float]]  # the lines that a training loop logs
 
 DATA_SHEET_TFLOPS = {  # dense matrix products per second in bf16 or fp16, summed in float32; and in TF32
-    "NVIDIA H100 80GB HBM3": (989.4, 494.7), "NVIDIA H100 PCIe": (756.0, 378.0), "NVIDIA H100 NVL": (835.5, 417.5),
-    "NVIDIA H200": (989.4, 494.7), "NVIDIA H200 NVL": (835.5, 417.5),
-    "NVIDIA A100-SXM4-40GB": (312.0, 156.0), "NVIDIA A100-SXM4-80GB": (312.0, 156.0),
-    "NVIDIA A100-PCIE-40GB": (312.0, 156.0), "NVIDIA A100 80GB PCIe": (312.0, 156.0),
-    "NVIDIA L40S": (362.0, 183.0), "NVIDIA GeForce RTX 4090": (165.2, 82.6), "NVIDIA GeForce RTX 3090": (71.0, 35.6),
-}  # fmt: skip
+    "NVIDIA H100 80GB HBM3": (989.4, 494.7),
+    "NVIDIA H100 PCIe": (756.0, 378.0),
+    "NVIDIA H100 NVL": (835.5, 417.5),
+    "NVIDIA H200": (989.4, 494.7),
+    "NVIDIA H200 NVL": (835.5, 417.5),
+    "NVIDIA A100-SXM4-40GB": (312.0, 156.0),
+    "NVIDIA A100-SXM4-80GB": (312.0, 156.0),
+    "NVIDIA A100-PCIE-40GB": (312.0, 156.0),
+    "NVIDIA A100 80GB PCIe": (312.0, 156.0),
+    "NVIDIA L40S": (362.0, 183.0),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+    "NVIDIA GeForce RTX 3090": (71.0, 35.6),
+}
 
 
 def data_sheet_flops(precision: str) -> float | None:

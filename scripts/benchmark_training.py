@@ -32,9 +32,9 @@ from ldm.distributed.launch import accelerator, join, precision
 from ldm.models import text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import TextEncoder
-from ldm.training.engine import DTYPES
 from ldm.training.throughput import TRAINING, forward_flops, matmul_peak
 from ldm.utils.errors import UserError
+from ldm.utils.precision import DTYPES
 from stage2_diffusion.train import train
 
 

@@ -25,8 +25,8 @@ from ldm.distributed.launch import accelerator, accumulated, join
 from ldm.models import unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import TextEncoder
-from ldm.training.engine import DTYPES
 from ldm.training.throughput import Clock
+from ldm.utils.precision import DTYPES
 
 
 class ImageTextDataset(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):

@@ -78,9 +78,15 @@ def main() -> int:
 def start(args: argparse.Namespace, name: str) -> subprocess.Popen[bytes]:
     """Starts run `name`; started again, it continues."""
     command = [
-        sys.executable, ROOT / "train_ldm.py", "--config", args.config, *args.overrides,
-        f"run.dir={args.folder / name}", "run.tracker=none", "run.preflight=false",
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "train_ldm.py",
+        "--config",
+        args.config,
+        *args.overrides,
+        f"run.dir={args.folder / name}",
+        "run.tracker=none",
+        "run.preflight=false",
+    ]
     with (args.folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config": str(args.config),
         "data": settings.data.name,
         "split": split,
-        "pictures": len(names),
+        "images": len(names),
         "size": settings.data.size,
         "ms_ssim_scales": max_scales(side),
         "lpips_net": args.lpips_net,

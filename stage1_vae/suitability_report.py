@@ -18,9 +18,15 @@ ImageName = tuple[str, str]  # key, caption
 
 AMPLIFICATION = 4  # of differences on sheets
 COLUMNS = {
-    "psnr": ("PSNR dB", ".2f"), "ssim": ("SSIM", ".3f"), "ms_ssim": ("MS-SSIM", ".3f"), "lpips": ("LPIPS", ".3f"),
-    "rfid": ("rFID", ".1f"), "red": ("R bias", "+z.1f"), "green": ("G bias", "+z.1f"), "blue": ("B bias", "+z.1f"),
-}  # fmt: skip
+    "psnr": ("PSNR dB", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "ms_ssim": ("MS-SSIM", ".3f"),
+    "lpips": ("LPIPS", ".3f"),
+    "rfid": ("rFID", ".1f"),
+    "red": ("R bias", "+z.1f"),
+    "green": ("G bias", "+z.1f"),
+    "blue": ("B bias", "+z.1f"),
+}
 PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae-ft-mse
     4: "KL-f4 27.5 dB (ImageNet)",
     8: "KL-f8 of Stable Diffusion 23.4 dB, SSIM 0.69, its ft-MSE 24.5 dB, SSIM 0.71 (COCO)",

@@ -41,9 +41,14 @@ def train(config: Config, data: Index | Stream) -> None:
     features = Features(stage.align.model) if stage.align else None
     model = Reconstruction(vae, stage, features.width if features else 0)
     trainer = Trainer(
-        config.run, stage, "stage1", model, {"data": train_set.fingerprint()},
-        discriminator(stage), sample_names(train_set, spec),
-    )  # fmt: skip
+        config.run,
+        stage,
+        "stage1",
+        model,
+        {"data": train_set.fingerprint()},
+        discriminator(stage),
+        sample_names(train_set, spec),
+    )
     objective = Objective(stage, model, features, config.data.shortest, trainer.device)
     adversarial = AdversarialLoss(stage.gan, stage.steps, seed, trainer)
 
@@ -142,11 +147,14 @@ def finish(config: Config, data: Index | Stream, trainer: Trainer, vae: Any) -> 
     on_main(
         lambda: autoencoder.save(
             config.run.dir / "autoencoder",
-            steps=trainer.step, **{"shards" if isinstance(data, Stream) else "pictures": len(train_set)}, **facts,
-            raw_mean=None if mean is None else mean.tolist(), raw_std=None if std is None else std.tolist(),
+            steps=trainer.step,
+            **{"shards" if isinstance(data, Stream) else "images": len(train_set)},
+            **facts,
+            raw_mean=None if mean is None else mean.tolist(),
+            raw_std=None if std is None else std.tolist(),
             latents=latents,
         )
-    )  # fmt: skip
+    )
 
 
 def encoder_sha256(vae: Any) -> str:

@@ -59,19 +59,28 @@ class FolderTrainer:
             "text": {},
             "stage1": {"model": "identity"} if in_pixels else _loaded(autoencoder),
             "stage2": {
-                "conditions": list(conditions), **({} if "stage2__model" in keys else UNET),
-                "prediction_type": process.prediction_type, "timesteps": process.timesteps,
-                "zero_snr": process.zero_snr, "shift": process.shift,
+                "conditions": list(conditions),
+                **({} if "stage2__model" in keys else UNET),
+                "prediction_type": process.prediction_type,
+                "timesteps": process.timesteps,
+                "zero_snr": process.zero_snr,
+                "shift": process.shift,
                 "timestep_sampling": process.timestep_sampling or "auto",
-                "logit_mean": process.logit_mean, "logit_std": process.logit_std,
-                "steps": steps, "batch": batch, "device_batch": device_batch, "lr": lr, "ema_decay": ema,
+                "logit_mean": process.logit_mean,
+                "logit_std": process.logit_std,
+                "steps": steps,
+                "batch": batch,
+                "device_batch": device_batch,
+                "lr": lr,
+                "ema_decay": ema,
                 **({} if flow else {"beta_schedule": process.beta_schedule}),
             },
             "sample": {
-                "steps": 50 if flow else min(50, process.timesteps), "guidance": 1.0,
+                "steps": 50 if flow else min(50, process.timesteps),
+                "guidance": 1.0,
                 "solver": "euler" if flow else "ddim",
             },
-        }  # fmt: skip
+        }
         if "micro_batches" in keys:  # what device_batch once was
             tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         notes: list[str] = []
@@ -107,6 +116,8 @@ def _loaded(name: str | Path) -> dict[str, Any]:
     model = {"dc": "dc-f32", "vq": "vq-f4"}.get(family, family)
     width = 64
     return {
-        "model": model, "pretrained": str(name), "latent_channels": loaded.channels,
+        "model": model,
+        "pretrained": str(name),
+        "latent_channels": loaded.channels,
         "channels": [width] * (loaded.factor.bit_length()),
-    }  # fmt: skip
+    }

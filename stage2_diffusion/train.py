@@ -23,8 +23,8 @@ from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
 from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.engine import DTYPES
 from ldm.training.trainer import Trainer
+from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective

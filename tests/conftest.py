@@ -1,287 +1,32 @@
-"""What tests share: the repository's root, small models, a finished tiny run, calling commands as a person does."""
+"""What is set before anything is imported; the order of tests. Their fixtures lie in `shared_fixtures`."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything; read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
 
-import io
-import subprocess
-import sys
-import tarfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import numpy as np
-import psutil
-import pytest
-import torch
-from accelerate.state import AcceleratorState
-from of_config import indexed
-from PIL import Image
-from transformers import AutoTokenizer, BertConfig, BertModel
-
-from ldm.config import loader
-from ldm.config.schema import Stage1Config, Stage2Config
-from ldm.data.index import Index
-from ldm.diffusion.process import DiffusionProcess
-from ldm.models import autoencoder, text_encoder, unet
-from ldm.models.autoencoder import Autoencoder, Identity
-from ldm.sampling.pipeline import LatentDiffusion
-from ldm.sampling.solvers import scheduler
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
-Main = Callable[[list[str]], int]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps one state a process; each test has its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixtures import torch, so the process that only hands tests out to others does without: it starts them sooner."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
-@pytest.fixture(scope="session")
-def root() -> Path:
-    return ROOT
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that tests share: what one of them drew and checked, the next one finds."""
-    return tmp_path_factory.mktemp("drawn")
-
-
-@pytest.fixture
-def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[loader.Config, Index]]:
-    """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
-
-    def given(*overrides: str) -> tuple[loader.Config, Index]:
-        settings = loader.load(
-            ROOT / "configs/tiny.yaml",
-            [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
-        )
-        return settings, indexed(settings)
-
-    return given
-
-
-@pytest.fixture
-def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
-    """A folder of pictures, one for each caption, that are square, wide and tall in turn."""
-
-    def lay(captions: list[str]) -> Path:
-        rng, folder = np.random.default_rng(0), tmp_path / "pictures"
-        folder.mkdir()
-        for i, caption in enumerate(captions):
-            width, height = [(20, 20), (36, 14), (18, 33)][i % 3]
-            Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{i:02}.png")
-            (folder / f"{i:02}.txt").write_text(caption)
-        return folder
-
-    return lay
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small text encoder, with a dropout of its own and a pooler that no state depends on."""
-    folder = tmp_path_factory.mktemp("words")
-    tokenizer = AutoTokenizer.from_pretrained(text_encoder._folder(text_encoder.MINILM))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_dropout_prob=0.5, **shape)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def vae() -> Autoencoder:
-    """An autoencoder of 16 px with random weights: four channels, half the side."""
-    return random_vae()
-
-
-def random_vae() -> Autoencoder:
-    torch.manual_seed(0)
-    stage = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False)
-    return Autoencoder(autoencoder.build(stage, 16))
-
-
-@pytest.fixture(scope="session")
-def random_model(words: Path) -> Callable[..., LatentDiffusion]:
-    """A model of 16 px with random weights that is told `conditions`, the classes cat, dog and heart among them."""
-
-    def make(*conditions: str, pixels: bool = False) -> LatentDiffusion:
-        vae = random_vae()
-        with torch.no_grad():  # a posterior that is a point: diffusers draws from it
-            vae.vae.quant_conv.weight[4:] = 0
-            vae.vae.quant_conv.bias[4:] = -30
-        stage = Stage2Config(
-            conditions=conditions,
-            channels=(8, 8),
-            attention=(False, True),
-            layers=1,
-            attention_head_dim=8,
-            norm_num_groups=4,
-        )
-        encoder = text_encoder.load(str(words), 8) if stage.text else None
-        side, count = (16, 3) if pixels else (8, 4)
-        torch.manual_seed(0)
-        network = unet.build(stage, count, side, encoder.width if encoder else 0, 3).eval()
-        return LatentDiffusion(
-            encoder, network, Autoencoder(Identity()) if pixels else vae,
-            scheduler(DiffusionProcess("v", "cosine"), "dpm++"),
-            steps=3, guidance=2.0, classes=("cat", "dog", "heart") if stage.classes else (),
-        )  # fmt: skip
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def write_tar() -> Callable[[Path, dict[str, bytes]], None]:
-    """Writes a tar of files by name."""
-
-    def write(path: Path, files: dict[str, bytes]) -> None:
-        with tarfile.open(path, "w") as tar:
-            for name, data in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path, int, str], None]:
-    """Writes a WebDataset tar of so many pictures, whose captions are a prefix and their number."""
-
-    def write(path: Path, count: int, prefix: str) -> None:
-        rng, files = np.random.default_rng([*prefix.encode()]), {}
-        for i in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8)).save(buffer, "PNG")
-            files |= {f"{i:03}.png": buffer.getvalue(), f"{i:03}.txt": f"{prefix}{i}".encode()}
-        write_tar(path, files)
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}  # what one said that is killed is not lost
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for a process and those that it started, also in sessions of their own, as torchrun's are."""
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
-    process.communicate()
-
-
-@pytest.fixture(scope="session")
-def kill() -> Callable[[subprocess.Popen[str]], None]:
-    return kill_all
-
-
-@pytest.fixture(scope="session")
-def kill_one() -> Callable[[subprocess.Popen[str], int], str]:
-    """SIGKILL for one rank of a torchrun; returns what the others printed until they ended."""
-
-    def kill(process: subprocess.Popen[str], rank: int) -> str:
-        workers = psutil.Process(process.pid).children(recursive=True)
-        next(each for each in workers if each.environ().get("RANK") == str(rank)).kill()
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode
-        return output
-
-    return kill
-
-
-@pytest.fixture
-def launch(root: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `python ARGUMENTS`, which ends with the test; `finish` waits for it."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=root, env=environment, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            kill_all(process)
-
-
-@pytest.fixture(scope="session")
-def finish() -> Callable[[subprocess.Popen[str]], str]:
-    """Waits for the success of a process, and returns what it printed."""
-
-    def wait(process: subprocess.Popen[str]) -> str:
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output[-3000:]
-        return output
-
-    return wait
-
-
-@pytest.fixture(scope="session")
-def wait_for() -> Callable[[Path, subprocess.Popen[str]], None]:
-    """Waits for a file that a process writes."""
-
-    def wait(path: Path, process: subprocess.Popen[str]) -> None:
-        end = time.monotonic() + 300
-        while not path.exists():
-            assert process.poll() is None, f"ended before {path} was written: {process.communicate()[0][-3000:]}"
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
-    return wait
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Calls the `main` of a command in this process, as it does in its own; returns what it printed."""
-
-    def given(main: Main, *arguments: object, status: int = 0) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        capsys.readouterr()
-        found = main([*map(str, arguments)])
-        said = "".join(capsys.readouterr())
-        assert found == status, said[-3000:]
-        return said
-
-    return given
-
-
-@pytest.fixture
-def train(call: Callable[..., str], root: Path) -> Callable[..., str]:
-    """Calls train_ldm.py with configs/tiny.yaml, a run's folder and more; returns what it printed."""
-    import train_ldm
-
-    def given(folder: Path, *more: str, status: int = 0) -> str:
-        return call(train_ldm.main, "--config", root / "configs/tiny.yaml", f"run.dir={folder}", *more, status=status)
-
-    return given
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """The folder of an uninterrupted run of configs/tiny.yaml.
-
-    Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
-    """
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [
-        sys.executable, "train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", "run.preflight=true",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a trained run is slow. Files with slow tests come first, so that short ones fill the end."""
+    for item in items:
+        if "tiny_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ldm.cli.sampling_arguments import sampling_options
 from ldm.config import loader
 from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data import images, index
@@ -44,7 +45,7 @@ Features = dict[str, Callable[[torch.Tensor], torch.Tensor]]
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
-    options = Sampling(args.steps, args.guidance, args.solver, args.spacing)
+    options = Sampling(**sampling_options(args))
     settings = _run_settings(args.run)
     records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     if not len(records):
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
     is_default = not args.model and options == Sampling()
     figures: dict[str, Any] = {
-        "steps": options.steps or model.steps,
-        "guidance": model.guidance if options.guidance is None else options.guidance,
+        "steps": options.num_inference_steps or model.steps,
+        "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
     }
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from ldm.cli.image_writer import ImageWriter
 from ldm.cli.jobs import Job, check_prompts, interpolation_of, jobs_from, labels_of, prompts_of
 from ldm.cli.recipe import recipe_of, restore_arguments, weights_fingerprint
-from ldm.cli.sampling_arguments import SAMPLING, check_arguments
+from ldm.cli.sampling_arguments import check_arguments, sampling_options
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import join, on_main
 from ldm.models.classifier import NoisyClassifier
@@ -52,8 +52,7 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     # only the main process can read standard input
     jobs = [Job.from_recipe(recipe)] if recipe else on_main(lambda: jobs_from(args))
     check_arguments(args, len(jobs))
-    options = {name: getattr(args, name) for name in SAMPLING if hasattr(args, name)}
-    Sampling(**options)  # raises on a wrong value before a model is loaded
+    options = sampling_options(args)
     model = _load_model(args, state)
     guides = {
         "weaker": args.weaker and load_weaker_unet(model, args.weaker),
@@ -66,9 +65,9 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         check_prompts(model.text, jobs, args.negative)
     inputs = prepare_inputs(model, args)
     if args.guidance is None:  # the recipe keeps the model's defaults
-        options["guidance"] = args.guidance = model.guidance
+        options["guidance_scale"] = args.guidance = model.guidance
     if args.steps is None and args.solver != "ddpm":
-        options["steps"] = args.steps = model.steps
+        options["num_inference_steps"] = args.steps = model.steps
     _request(jobs, inputs, Sampling(**options, **guides)).check(model)
     model.optimize_for_inference(args.precision, args.compile)
     args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,18 +14,41 @@ from ldm.config.schema import SOLVERS, SPACINGS
 from ldm.data import images
 from ldm.data.records import BadSampleError
 from ldm.sampling.animation import Animation
+from ldm.sampling.options import Sampling
 from ldm.utils.errors import Parser, UserError
 from ldm.utils.precision import DTYPES
 
-SAMPLING = (
-    "steps", "guidance", "solver", "spacing", "eta", "negative", "rescale", "interval", "threshold",
-    "classifier_scale", "strength", "noise_level",
-)  # fmt: skip
-"""Arguments that are fields of `ldm.sampling.options.Sampling`."""
+SAMPLING = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "solver": "solver",
+    "spacing": "timestep_spacing",
+    "eta": "eta",
+    "negative": "negative_prompt",
+    "rescale": "guidance_rescale",
+    "interval": "interval",
+    "threshold": "threshold",
+    "classifier_scale": "classifier_scale",
+    "strength": "strength",
+    "noise_level": "noise_level",
+}
+"""Arguments, and the fields of `ldm.sampling.options.Sampling` that they set."""
 INPUT_IMAGES = ("image", "mask")
 MODELS = ("model", "weaker", "classifier")
 SHEET_SUFFIXES = (".png", ".jpg", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as fields of `Sampling`; UserError, which names the argument, for an invalid value."""
+    options = {field: getattr(args, name) for name, field in SAMPLING.items() if hasattr(args, name)}
+    try:
+        Sampling(**options)
+    except UserError as error:
+        field, _, reason = str(error).partition(":")
+        name = next((name for name in SAMPLING if SAMPLING[name] == field), field)
+        raise UserError(f"--{name.replace('_', '-')}:{reason}") from None
+    return options
 
 
 def sampling_parser(description: str) -> Parser:
@@ -61,8 +85,8 @@ def sampling_parser(description: str) -> Parser:
     speed.add_argument("--compile", default="no", choices=("no", "yes", "graphs"), help="graphs: with CUDA graphs")
     speed.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     out = parser.add_argument_group("output")
-    folder = "a folder, or a .png for a single image; default: pictures"
-    out.add_argument("--out", type=Path, default=Path("pictures"), help=folder)
+    folder = "a folder, or a .png for a single image; default: images"
+    out.add_argument("--out", type=Path, default=Path("images"), help=folder)
     out.add_argument("--grid", type=Path, help="a sheet of all images with their captions, .png")
     out.add_argument("--animate", type=Path, help="the denoising of the first batch: .gif, .webp or .mp4")
     return parser
@@ -122,9 +146,9 @@ def existing_file(option: str, path: str | Path) -> Path:
     return Path(path)
 
 
-def open_image(option: str, path: str | Path) -> Image.Image:
-    """The image that an option names, as RGB; UserError if it can't be read."""
+def open_image(option: str, path: str | Path, background: str = "white") -> Image.Image:
+    """The image that an option names, as RGB, transparency over `background`; UserError if it can't be read."""
     try:
-        return images.decode(existing_file(option, path).read_bytes())
+        return images.decode(existing_file(option, path).read_bytes(), background)
     except BadSampleError as error:
         raise UserError(f"{option}: {path}: {'; '.join(error.args)}") from None

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import ImageColor
 
 if TYPE_CHECKING:
@@ -18,7 +17,17 @@ if TYPE_CHECKING:
 
 Checked = TypeVar("Checked")
 
-TRACKERS = tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+TRACKERS = (
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)  # accelerate's, which imports torch
 STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
 
 

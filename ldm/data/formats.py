@@ -22,11 +22,25 @@ with contextlib.suppress(ImportError):
 FORMATS = tuple(
     name
     for name in (
-        "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "SGI", "PCX", "DDS", "ICO",
-        "HEIF", "JXL",
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "AVIF",
+        "JPEG2000",
+        "PPM",
+        "QOI",
+        "SGI",
+        "PCX",
+        "DDS",
+        "ICO",
+        "HEIF",
+        "JXL",
     )
     if name in Image.OPEN  # builds of Pillow differ
-)  # fmt: skip
+)
 _TGA_END = b"TRUEVISION-XFILE.\0"  # TGA has no mark at its beginning, and its older version none at all
 _REGISTERED = Image.registered_extensions()
 # Suffixes whose files are opened. MPO is what some cameras and phones write as JPEG.
@@ -40,9 +54,32 @@ _HEIF = "pip install pillow-heif, or convert it to JPEG"
 _JXL = "pip install pillow-jxl-plugin, or convert it to PNG"
 _DEVELOP = "develop it, as TIFF or JPEG"
 _RAW = (
-    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw", ".nef",
-    ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
-)  # fmt: skip
+    ".3fr",
+    ".arw",
+    ".cr2",
+    ".cr3",
+    ".crw",
+    ".dcr",
+    ".dng",
+    ".erf",
+    ".iiq",
+    ".kdc",
+    ".mef",
+    ".mos",
+    ".mrw",
+    ".nef",
+    ".nrw",
+    ".orf",
+    ".pef",
+    ".raf",
+    ".raw",
+    ".rw2",
+    ".rwl",
+    ".sr2",
+    ".srf",
+    ".srw",
+    ".x3f",
+)
 # Suffixes of images that aren't opened → what to do.
 REMEDIES = {
     **{suffix: _CONVERT for suffix, name in _REGISTERED.items() if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR")},

@@ -34,14 +34,28 @@ from ldm.utils.errors import UserError
 TEXT = pa.large_string()  # the captions of 36 million images exceed the 2 GiB of 32-bit offsets
 SCHEMA = pa.schema(
     [
-        ("key", TEXT), ("file", TEXT), ("start", pa.int64()), ("size", pa.int64()),
-        ("captions", pa.large_list(TEXT)), ("label", TEXT), ("split", TEXT), ("weight", pa.float64()),
-        ("repeats", pa.int32()), ("flip", pa.bool_()), ("dropout", pa.float64()), ("attributes", TEXT),
-        ("source", pa.int32()), ("reason", TEXT), ("fix", TEXT),
-        ("stamp", pa.binary(16)), ("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()),
+        ("key", TEXT),
+        ("file", TEXT),
+        ("start", pa.int64()),
+        ("size", pa.int64()),
+        ("captions", pa.large_list(TEXT)),
+        ("label", TEXT),
+        ("split", TEXT),
+        ("weight", pa.float64()),
+        ("repeats", pa.int32()),
+        ("flip", pa.bool_()),
+        ("dropout", pa.float64()),
+        ("attributes", TEXT),
+        ("source", pa.int32()),
+        ("reason", TEXT),
+        ("fix", TEXT),
+        ("stamp", pa.binary(16)),
+        ("sha256", pa.binary(32)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
         ("phash", pa.uint64()),
     ]
-)  # fmt: skip
+)
 RECORD_COLUMNS = ("key", "label", "split", "weight", "repeats", "flip", "dropout")  # fields of a record, as they are
 READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix")  # what opening an image adds to its record
 CHUNK = 1024  # rows that one process opens, and writes at once

@@ -28,7 +28,7 @@ def guided_network(
         prepared.condition,
         prepared.unconditional,
         guidance_scale(model, inputs),
-        rescale=options.rescale,
+        rescale=options.guidance_rescale,
         interval=options.interval,
         weaker=weaker,
     )

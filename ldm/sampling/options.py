@@ -17,19 +17,19 @@ from ldm.utils.errors import UserError
 class Sampling:
     """The options of one call; None takes what the model was saved with. UserError for an invalid value."""
 
-    steps: int | None = None
+    num_inference_steps: int | None = None
     """Number of solver steps. None with `solver` ddpm: all steps of the chain."""
-    guidance: float | Sequence[float] | None = None
+    guidance_scale: float | Sequence[float] | None = None
     """Guidance scale, one for all images or one per image; 1 is no guidance, at half the cost."""
     solver: str | None = None
     """`ddpm`, `ddim`, `euler`, `euler_a`, `heun`, `dpm++`, `dpm++sde`, `unipc` or `lcm`."""
-    spacing: str | None = None
+    timestep_spacing: str | None = None
     """Timestep spacing: `leading`, `trailing`, `linspace`, `karras` or `exponential`."""
     eta: float = 0.0
     """Noise that ddim adds, 0 to 1; 1 is as much as ddpm."""
-    negative: str | Sequence[str] = NULL_PROMPT
+    negative_prompt: str | Sequence[str] = NULL_PROMPT
     """Negative prompt, one for all images or one per image."""
-    rescale: float = 0.0
+    guidance_rescale: float = 0.0
     """Guidance rescale, 0 to 1: how much of the contrast that guidance adds is removed."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guidance interval: the lowest and the highest share of noise that is guided."""
@@ -48,18 +48,18 @@ class Sampling:
     """Scale of the classifier's guidance."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("solver", SOLVERS), ("spacing", SPACINGS)):
+        for name, choices in (("solver", SOLVERS), ("timestep_spacing", SPACINGS)):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise UserError(f"{name}: {value!r}; give {', '.join(choices[:-1])} or {choices[-1]}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps: {self.steps}; give 1 or more")
-        scales = self.guidance if isinstance(self.guidance, Sequence) else [self.guidance]
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise UserError(f"num_inference_steps: {self.num_inference_steps}; give 1 or more")
+        scales = self.guidance_scale if isinstance(self.guidance_scale, Sequence) else [self.guidance_scale]
         if any(scale is not None and not (math.isfinite(scale) and scale >= 0) for scale in scales):
-            raise UserError(f"guidance: {self.guidance}; give 0 or more, 1 for none")
+            raise UserError(f"guidance_scale: {self.guidance_scale}; give 0 or more, 1 for none")
         if not math.isfinite(self.classifier_scale):
             raise UserError(f"classifier_scale: {self.classifier_scale}; give a number")
-        for name in ("eta", "rescale", "strength"):
+        for name in ("eta", "guidance_rescale", "strength"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}: {value}; give 0 to 1")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
@@ -73,8 +73,8 @@ class Sampling:
     def of(self, part: slice) -> Sampling:
         """The same for a part of the images."""
         sliced: dict[str, Any] = {}
-        if isinstance(self.guidance, Sequence):
-            sliced["guidance"] = self.guidance[part]
-        if not isinstance(self.negative, str):
-            sliced["negative"] = self.negative[part]
+        if isinstance(self.guidance_scale, Sequence):
+            sliced["guidance_scale"] = self.guidance_scale[part]
+        if not isinstance(self.negative_prompt, str):
+            sliced["negative_prompt"] = self.negative_prompt[part]
         return replace(self, **sliced)

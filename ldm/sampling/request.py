@@ -113,12 +113,15 @@ class SamplingRequest:
         solver_for(model, self.options)
         options = self.options
         if model.unet.config.get("time_cond_proj_dim") and (
-            options.weaker is not None or options.negative or options.rescale or tuple(options.interval) != (0.0, 1.0)
+            options.weaker is not None
+            or options.negative_prompt
+            or options.guidance_rescale
+            or tuple(options.interval) != (0.0, 1.0)
         ):
             raise UserError(
-                "guidance: the model was distilled, and takes the scale alone; leave out other guidance options"
+                "guidance_scale: the model was distilled, and takes the scale alone; leave out other guidance options"
             )
-        for name, value in (("guidance", options.guidance), ("negative", options.negative)):
+        for name, value in (("guidance_scale", options.guidance_scale), ("negative_prompt", options.negative_prompt)):
             if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != self.number:
                 raise UserError(f"{name}: {len(value)} for {self.number} images; give one, or one each")
 
@@ -197,11 +200,11 @@ def label_numbers(model: LatentDiffusion, labels: Sequence[str | int] | None, op
 
 def solver_for(model: LatentDiffusion, options: Sampling) -> Solver:
     """The solver that the options name, or the model's own, set to its steps; UserError if it can't take them."""
-    steps, scheduler = options.steps or model.steps, model.scheduler
-    if options.solver or options.spacing:
+    steps, scheduler = options.num_inference_steps or model.steps, model.scheduler
+    if options.solver or options.timestep_spacing:
         learned = model.unet.config.out_channels == 2 * model.autoencoder.channels
-        scheduler = with_solver(scheduler, options.solver or solver_name(scheduler), options.spacing, learned)
-        if options.solver == "ddpm" and not options.steps:
+        scheduler = with_solver(scheduler, options.solver or solver_name(scheduler), options.timestep_spacing, learned)
+        if options.solver == "ddpm" and not options.num_inference_steps:
             steps = scheduler.config.num_train_timesteps
     chain_steps = scheduler.config.num_train_timesteps
     if steps > chain_steps and not is_flow(scheduler.config):

@@ -147,8 +147,9 @@ def _check_noise(config: Config) -> None:
     print(
         f"stage2.beta_schedule: {stage2.init_from} was trained with other noise levels ({differ}); "
         "is that intended? stage2.beta_schedule, .timesteps, .zero_snr and .shift decide them",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def check_autoencoder(config: Config, key: str, name: str) -> None:

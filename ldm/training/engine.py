@@ -16,9 +16,7 @@ from ldm.config.schema import Training
 from ldm.distributed.sharding import full_tensor, gather_full_tensors, shard_like, without_weights
 from ldm.training.optimizer import flatten_optimizer, make_optimizer, unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What each precision multiplies in."""
+from ldm.utils.precision import DTYPES
 
 
 class Engine:

@@ -99,14 +99,17 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         Row("weights, float32", weights, weights),
         Row("gradients, float32", weights, weights if processes > 1 else 0),  # DDP keeps what it sums them in
         Row(f"moments of {stage.optimizer}", moments, moments),
-        Row("average of the weights" if averages == 1 else f"{averages} averages of the weights",
-             averages * weights, averages * weights),
+        Row(
+            "average of the weights" if averages == 1 else f"{averages} averages of the weights",
+            averages * weights,
+            averages * weights,
+        ),
         Row("text encoder", frozen, frozen),
         Row("autoencoder", vaes, vaes),
         Row(f"weights in {precision}, during a pass", training.copies, 0),
         Row(f"activations of {passes.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
-    )  # fmt: skip
+    )
     return MemoryEstimate(tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text)))
 
 
@@ -173,9 +176,12 @@ def of_unet(
 
     def recompute(block: nn.Module, *args: Any) -> Any:
         return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=False,
+            block,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), AsOnGPU(precision)),
-        )  # fmt: skip
+        )
 
     unet.train(training)
     use_attention(unet, "sdpa", torch.device("cpu"))

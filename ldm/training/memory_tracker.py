@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ldm.training.engine import DTYPES
+from ldm.utils.precision import DTYPES
 
 
 class Peak(NamedTuple):

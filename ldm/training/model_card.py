@@ -32,10 +32,14 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     unet = stage2.init_from or f"channels {list(stage2.channels)}"
     schedule = "" if stage2.prediction_type == "flow" else f", {stage2.beta_schedule} schedule"
     lines = [
-        f"# {folder.name}", "", f"{_kind(config)} {_usage(config)}", "",
+        f"# {folder.name}",
+        "",
+        f"{_kind(config)} {_usage(config)}",
+        "",
         *(["![samples](samples.png)", ""] if grids else []),
         *(["Framed: prompts of held-out images.", ""] if grids and stage2.text and not stage2.image else []),
-        "| | |", "|---|---|",
+        "| | |",
+        "|---|---|",
         f"| data | `{config.data.name}`, {config.data.size} px |",
         f"| conditions | {', '.join(stage2.conditions) or 'none'} |",
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if stage2.text else []),
@@ -46,8 +50,9 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
         "",
         *([openmoji.ATTRIBUTION, ""] if any(source.path in openmoji.SUBSETS for source in config.data.source) else []),
-        "All settings are in `config.yaml`.", "",
-    ]  # fmt: skip
+        "All settings are in `config.yaml`.",
+        "",
+    ]
     with whole_file(folder / "README.md") as tmp_path:
         tmp_path.write_text("\n".join(lines), "utf-8")
 

@@ -263,8 +263,9 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
         parts["sample"] = {name: keys["sample"][name] for name in ("steps", "guidance", "solver", "prompts")}
     return {
         "configuration": hashlib.sha256(json.dumps([stage, parts], sort_keys=True).encode()).hexdigest(),
-        "machine": _machine(join(config.run).num_processes, _on_gpu(config)), "torch": torch.__version__,
-    }  # fmt: skip
+        "machine": _machine(join(config.run).num_processes, _on_gpu(config)),
+        "torch": torch.__version__,
+    }
 
 
 def _on_gpu(config: Config) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from ldm.config.loader import differences, dump, parse
-from ldm.config.schema import Config
+from ldm.config.schema import Config, Stage2Config
 from ldm.distributed.launch import join, on_main
+from ldm.training.checkpoint import checkpoints
+from ldm.training.optimizer import lr_factor
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
@@ -39,8 +41,10 @@ CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_ever
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
     """Makes the run's folder, or continues the one there, and writes `config.yaml`.
 
-    UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
-    alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names it.
+    With more `stage2.steps` than it was trained for, a run continues to these; its pipeline is kept as
+    `pipeline-STEPS`. UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a
+    used folder is left alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names
+    it.
     """
     join(config.run)
     folder = on_main(lambda: _prepare(config, config.run.dir, fresh))
@@ -55,12 +59,14 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
     if file.exists():
         written = yaml.safe_load(file.read_text("utf-8"))
         stage2_begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
-        origin = written["about"] if stage2_begun else None
-        if changed := _fixed_changes(_with_defaults(written["configuration"]), config, stage2_begun):
+        origin, old = written["about"] if stage2_begun else None, _with_defaults(written["configuration"])
+        if changed := _fixed_changes(old, config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
+        if stage2_begun:
+            _train_longer(folder, old["stage2"]["steps"], config.stage2)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
     with whole_file(file) as tmp_path:
@@ -78,6 +84,8 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
     if config.stage1.family == "vq" or (gan and (gan.adaptive or gan.norm == "batch")):
         names.remove("device_batch")  # stage one's loss depends on what is computed together
         prefixes = (*prefixes, "stage2.device_batch")
+    if old.get("stage2", {}).get("steps", 0) < config.stage2.steps:
+        prefixes = (*prefixes, "stage2.steps")
     return [
         change
         for change in differences(old, dump(config))
@@ -85,12 +93,35 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
     ]
 
 
+def _train_longer(folder: Path, old_steps: int, stage2: Stage2Config) -> None:
+    """Says what more steps mean, and sets the pipeline of fewer steps aside: without it, stage two continues."""
+    if stage2.steps <= old_steps:
+        return
+    pipeline = folder / "pipeline"
+    if pipeline.exists():
+        if not checkpoints(folder / "stage2"):
+            raise UserError(
+                f"stage2.steps: {old_steps} → {stage2.steps}, but {folder / 'stage2/checkpoints'} has no checkpoint to "
+                f"continue from; stage2.init_from={pipeline} with another run.dir trains from its weights"
+            )
+        kept = folder / f"pipeline-{old_steps}"
+        pipeline.replace(kept)
+        print(f"The pipeline of {old_steps} steps is kept as {kept}.", file=sys.stderr)
+    lr = "the learning rate stays constant"
+    if stage2.lr_scheduler != "constant":
+        factor = lr_factor(old_steps, stage2)
+        lr = f"lr_scheduler {stage2.lr_scheduler} now ends at {stage2.steps}: {factor:.0%} of stage2.lr at {old_steps}"
+    print(f"stage2.steps: {old_steps} → {stage2.steps}; {lr}.", file=sys.stderr)
+
+
 def provenance() -> dict[str, Any]:
     """What makes a run: command, commit and versions."""
     return {
-        "command": " ".join(sys.argv), "git_commit": _commit(), "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+        "git_commit": _commit(),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }  # fmt: skip
+    }
 
 
 def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:

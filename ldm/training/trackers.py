@@ -71,6 +71,13 @@ def _dvclive(tracker: Any, name: str, image: Image.Image, step: int) -> None:
 
 
 INTERFACES: dict[str, Callable[[Any, str, Image.Image, int], None]] = {
-    "tensorboard": _tensorboard, "wandb": _list, "swanlab": _list, "trackio": _trackio, "aim": _single,
-    "clearml": _single, "comet_ml": _comet_ml, "mlflow": _mlflow, "dvclive": _dvclive,
-}  # fmt: skip
+    "tensorboard": _tensorboard,
+    "wandb": _list,
+    "swanlab": _list,
+    "trackio": _trackio,
+    "aim": _single,
+    "clearml": _single,
+    "comet_ml": _comet_ml,
+    "mlflow": _mlflow,
+    "dvclive": _dvclive,
+}

@@ -33,7 +33,7 @@ from ldm.training import dry_run
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
-from ldm.training.engine import DTYPES, Engine, clip_gradients, step_optimizers
+from ldm.training.engine import Engine, clip_gradients, step_optimizers
 from ldm.training.fingerprint import check_same, check_same_on_all_processes
 from ldm.training.loading import load_passes
 from ldm.training.metrics_logger import MetricsLogger
@@ -44,6 +44,7 @@ from ldm.training.run_dir import remove_later_outputs
 from ldm.training.signals import Interrupted, SignalHandler
 from ldm.training.throughput import Clock, matmul_peak
 from ldm.utils.errors import UserError
+from ldm.utils.precision import DTYPES
 
 PARTS = (("model", "optimizer"), ("discriminator", "discriminator_optimizer"))  # each engine's files in a checkpoint
 
@@ -131,9 +132,12 @@ class Trainer:
         start, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[self.precision])
         self._clock.restart()
         self._clock.count_flops(  # after the first line of metrics; dry runs end before
-            self.model, self._engine.unsharded, self.passes.images, peak,
+            self.model,
+            self._engine.unsharded,
+            self.passes.images,
+            peak,
             lambda: self.step >= start + self.config.log_every,
-        )  # fmt: skip
+        )
         self.model.train()
         try:
             with nullcontext() if self.dry_run else self._signals.installed():

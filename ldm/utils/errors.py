@@ -10,9 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-import diffusers.utils.logging
-import torch
-import transformers.utils.logging
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,8 +32,10 @@ def cant_write(error: BaseException) -> str:
 
 def lost_process(error: BaseException | None) -> bool:
     """Whether the error, or one that caused it, means that another process no longer responds."""
+    torch = sys.modules.get("torch")
+    distributed: type | tuple[()] = torch.distributed.DistError if torch else ()
     while error:
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no error class
+        if isinstance(error, distributed) or "gloo/transport" in str(error):  # gloo has no error class
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -49,6 +48,34 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def disable_progress_bars() -> None:
+    """Of diffusers and transformers, as far as they are imported: theirs, over reading a file, would hide ours."""
+    for library in ("diffusers", "transformers"):
+        if logging := sys.modules.get(f"{library}.utils.logging"):
+            logging.disable_progress_bar()
+
+
+def _explained(error: Exception) -> str:
+    """What a person should do about it, in a line; empty where it is a defect, which needs its traceback."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, UserError):  # from a loader's process it comes as a traceback
+        return " ".join(str(error).rpartition("ldm.utils.errors.UserError: ")[2].split())
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is full ({str(error).split('. ')[0]}); compute fewer images at once "
+            "(device_batch, --batch), or set gradient_checkpointing=true; the same command continues"
+        )
+    if isinstance(error, RuntimeError) and lost_process(error):
+        return (
+            "another process of this run has ended, and may have said why; the last checkpoint stands, and "
+            "the same command continues."
+        )
+    written = isinstance(error, OSError | SafetensorError)
+    if written and getattr(error, "errno", None) not in FORBIDDEN and (reason := cant_write(error)):  # or while reading
+        return f"can't write {getattr(error, 'filename', None) or 'a file'}: {reason}"
+    return ""
+
+
 class Command(Protocol):
     """A program, called with its arguments, by default those of the command line; returns its exit status."""
 
@@ -59,35 +86,13 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
     """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line."""
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
-        diffusers.utils.logging.disable_progress_bar()  # of loading a file, which would interrupt our own
-        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
         try:
             return main(arguments) or 0
-        except UserError as error:
-            # A loader's worker passes it on as a traceback.
-            text = str(error).rpartition("ldm.utils.errors.UserError: ")[2]
-            print(f"error: {' '.join(text.split())}", file=sys.stderr)
-            return 2
-        except torch.OutOfMemoryError as error:
-            print(
-                f"error: the GPU's memory is full ({str(error).split('. ')[0]}); compute fewer images at once "
-                "(device_batch, --batch), or set gradient_checkpointing=true; the same command continues",
-                file=sys.stderr,
-            )
-            return 2
-        except RuntimeError as error:
-            if not lost_process(error):
+        except Exception as error:
+            if not (line := _explained(error)):
                 raise
-            print(
-                "error: another process of this run has ended, and may have said why; the last checkpoint stands, and "
-                "the same command continues.",
-                file=sys.stderr,
-            )
-            return 2
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) in FORBIDDEN or not (reason := cant_write(error)):  # may be of reading
-                raise
-            print(f"error: can't write {getattr(error, 'filename', None) or 'a file'}: {reason}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command continues.", file=sys.stderr)

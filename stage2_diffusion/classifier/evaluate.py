@@ -79,7 +79,7 @@ def sample_latents(
     """Latents `(N, C, h, w)` of images of classes y `(N,)`, from the noise of seeds 0, 1, …"""
     parts = []
     for numbers in torch.arange(len(y)).split(BATCH):
-        options = Sampling(steps=steps, solver=solver, classifier=guide, classifier_scale=scale)
+        options = Sampling(num_inference_steps=steps, solver=solver, classifier=guide, classifier_scale=scale)
         parts.append(model.latents(None, numbers.tolist(), options, labels=y[numbers].tolist()))
     return torch.cat(parts)
 

@@ -89,9 +89,10 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
     fingerprint = {
-        **autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint(),
+        **autoencoder.latent_fingerprint(config.data.size),
+        "data": train_set.fingerprint(),
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
-    }  # fmt: skip
+    }
     on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))
     if (out / "model").exists():
         on_main(lambda: print(f"finished: {out / 'model'}"))
@@ -161,9 +162,10 @@ def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: 
         before["classifier"], _ = old_names.rename_keys(ClassifierConfig, before["classifier"])
         begun = (out / "model").exists() or checkpoints(out / STAGE)
         changed = [
-            change for change in differences({**before, "run": str(run)}, now)
+            change
+            for change in differences({**before, "run": str(run)}, now)
             if begun and change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
-        ]  # fmt: skip
+        ]
         if changed:
             raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
     make_dir("--out", out)

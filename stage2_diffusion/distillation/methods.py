@@ -75,10 +75,10 @@ class DistillationMethod(ABC):
         return self.noisy(u, x0, eps, condition)
 
     def blended(self, n: torch.Tensor, condition: Condition) -> Condition:
-        """Of captions in training, a share comes to lie between a picture's own and another one.
+        """Moves the embeddings of a share of the captions towards another caption's.
 
-        A teacher has an answer to any text; batch for training captions alone, a student of few steps forgets how it
-        combined them.
+        A teacher responds to any text; distilled on training captions alone, a student of few steps forgets how to
+        combine them.
         """
         text = condition.text
         if text is None or self.others is None:

@@ -41,11 +41,11 @@ from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.engine import DTYPES
 from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir, provenance
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256, whole_file
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving
@@ -72,9 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
         without_variance(teacher.unet, teacher.autoencoder.channels)
         origin = {
-            "run": str(args.run), "method": args.method, "teacher": tensors_sha256(teacher.unet.state_dict()),
+            "run": str(args.run),
+            "method": args.method,
+            "teacher": tensors_sha256(teacher.unet.state_dict()),
             "distill": options.model_dump(mode="json"),
-        }  # fmt: skip
+        }
         on_main(partial(prepare_out_dir, args.out, origin))
         if not on_main((args.out / "pipeline").exists):
             distill(config, options, args.method, teacher, args.out)
@@ -118,9 +120,10 @@ def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
             raise UserError(f"--out: {folder} is a run of another kind; give another folder")
         old["distill"], _ = old_names.rename_keys(DistillConfig, old["distill"])
         changed = [
-            change for change in differences(old["distill"], new["distill"])
+            change
+            for change in differences(old["distill"], new["distill"])
             if change.partition(":")[0] not in CHANGEABLE_IN_STAGES
-        ]  # fmt: skip
+        ]
         origins = ("method", "teacher")
         changed += differences({key: old[key] for key in origins}, {key: new[key] for key in origins})
         if changed:
@@ -152,7 +155,7 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
     def teach(name: str, distillation: DistillationMethod, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not on_main(exported.exists):
-            unet = learn(config, options, model, data, name, distillation, folder)
+            unet = train_student(config, options, model, data, name, distillation, folder)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
@@ -170,10 +173,15 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
-def learn(
-    config: Config, options: DistillConfig, model: LatentDiffusion, everything: Index | Stream, name: str,
-    distillation: DistillationMethod, folder: Path,
-) -> UNet:  # fmt: skip
+def train_student(
+    config: Config,
+    options: DistillConfig,
+    model: LatentDiffusion,
+    everything: Index | Stream,
+    name: str,
+    distillation: DistillationMethod,
+    folder: Path,
+) -> UNet:
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, device, data = config.stage2, model.unet.device, everything.select("train")
     unet = copy.deepcopy(distillation.teacher).requires_grad_(True)
@@ -187,15 +195,22 @@ def learn(
         use_attention(network, stage.attention_backend, device, DTYPES[precision(config.run)])
     training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
     fingerprint = {
-        **model.autoencoder.latent_fingerprint(config.data.size), "data": data.fingerprint(),
+        **model.autoencoder.latent_fingerprint(config.data.size),
+        "data": data.fingerprint(),
         "teacher": tensors_sha256(distillation.teacher.state_dict()),
-    }  # fmt: skip
+    }
     student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained
     spec = SampleSpec.of(config.data, options.batch, config.run.seed, stage.cond_dropout)
     trainer = Trainer(
-        config.run, training, name, student, fingerprint,
-        name=sample_names(data, spec), sharded=distillation.can_be_sharded, run_dir=folder,
-    )  # fmt: skip
+        config.run,
+        training,
+        name,
+        student,
+        fingerprint,
+        name=sample_names(data, spec),
+        sharded=distillation.can_be_sharded,
+        run_dir=folder,
+    )
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
     cache = CacheOptions.of(config.data, config.cache_dir)

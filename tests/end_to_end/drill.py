@@ -1,4 +1,4 @@
-"""`drill.py FOLDER WORLDS SIGNALS KILLS [KEY=VALUE …]` kills the training of configs/tiny.yaml at random moments.
+"""`drill.py FOLDER WORLDS SIGNALS KILLS [KEY=VALUE …]` kills the training of the tiny configuration at random moments.
 
 It is trained undisturbed, into FOLDER/whole, and again, into FOLDER/drilled, by processes that are killed and started
 anew until they finish. WORLDS, `2,1`, is the number of processes of each start in turn, SIGNALS, `KILL,TERM`, what all
@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tiny import TINY
+
 import train_ldm
 
 folder, worlds, signals, kills, *more = sys.argv[1:]
@@ -42,7 +45,7 @@ def start(run: Path, world: int) -> list[int]:
             os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_PORT": str(port)}
             torch.set_num_threads(1)
             try:
-                status = train_ldm.main(["--config", "configs/tiny.yaml", f"run.dir={run}", *more])
+                status = train_ldm.main([*TINY, f"run.dir={run}", *more])
             except SystemExit as stopped:
                 status = int(str(stopped.code))
             except BaseException as error:

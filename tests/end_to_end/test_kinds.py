@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiny import TINY
 
 import train_ldm
 from ldm.data import openmoji
@@ -41,15 +42,20 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture
 def trained(tiny_run: Path, tmp_path: Path):
-    """Trains stage two of configs/tiny.yaml with overrides, in the latents of its finished run."""
+    """Trains stage two of the tiny configuration with overrides, in the latents of its finished run."""
 
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
             [
-                "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", "run.tracker=none",
-                f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}", *overrides,
+                *TINY,
+                f"run.dir={tmp_path / 'run'}",
+                "run.tracker=none",
+                "stage2.steps=25",
+                f"stage1.pretrained={tiny_run / 'autoencoder'}",
+                f"data.cache_dir={tiny_run / 'cache'}",
+                *overrides,
             ]
-        )  # fmt: skip
+        )
         assert status == 0
         course = losses(tmp_path / "run")
         assert course[-1] < 0.8 * course[0]
@@ -66,14 +72,28 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
-        DiffusionProcess("eps", "cosine"), pictures, size=16, batch=16, lr=2e-3, steps=60, device_batch=8, ema=0.9,
-        precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
-        stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,
-    )  # fmt: skip
+        DiffusionProcess("eps", "cosine"),
+        pictures,
+        size=16,
+        batch=8,
+        lr=2e-3,
+        steps=60,
+        device_batch=4,
+        ema=0.9,
+        precision="no",
+        run=tmp_path / "run",
+        run__log_every=5,
+        run__tracker="none",
+        stage2__channels=[16, 32],
+        stage2__attention=[False, True],
+        stage2__groups=8,
+        stage2__head_size=8,
+        stage2__layers=1,
+    )
     model = trainer.train()
     course = losses(tmp_path / "run")
     assert course[-1] < 0.6 * course[0]
-    made = model(count=3, seed=1, steps=10)
+    made = model(count=3, seed=1, num_inference_steps=10)
     assert [each.size for each in made] == [(16, 16)] * 3
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
     found = theirs(generator=torch.Generator().manual_seed(1), num_inference_steps=10).images[0]
@@ -89,15 +109,15 @@ def test_a_class_conditional_model(trained, pictures: Path) -> None:
         "stage2.cond_dropout=0.2",
     )
     assert model.classes == ("face", "food")
-    face, food = model(labels=["face", "food"], seed=3, steps=4)
+    face, food = model(labels=["face", "food"], seed=3, num_inference_steps=4)
     assert face.size == food.size == (32, 32)
-    unguided = model(labels="food", seed=4, steps=4, guidance=1.0)[0]
+    unguided = model(labels="food", seed=4, num_inference_steps=4, guidance_scale=1.0)[0]
     assert np.abs(np.asarray(food, int) - np.asarray(unguided, int)).max() > 0
 
 
 def test_an_unconditional_model_of_latents(trained, pictures: Path, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[]", "stage2.pooled_text=false", "sample.guidance=1", f"data.source={pictures}")
-    made = model(count=2, seed=5, steps=4)[0]
+    made = model(count=2, seed=5, num_inference_steps=4)[0]
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
     found = theirs(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
     assert np.abs(np.asarray(found, int) - np.asarray(made, int)).max() <= 1
@@ -108,15 +128,23 @@ def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     assert model.task == "inpaint"
     picture = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
     mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
-    made = model("red heart", seed=2, image=picture, mask=mask, steps=4, guidance=2.0)[0]
+    made = model("red heart", seed=2, image=picture, mask=mask, num_inference_steps=4, guidance_scale=2.0)[0]
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline", safety_checker=None)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     grey = to_tensor(picture) * (to_tensor(mask.convert("RGB")) < 0)
     seen = model.autoencoder.encode(grey[None])  # theirs would draw from the autoencoder's posterior
     found = theirs(
-        "red heart", image=picture, mask_image=mask, height=32, width=32, latents=noise, masked_image_latents=seen,
-        num_inference_steps=4, guidance_scale=2.0, strength=1.0,
-    ).images[0]  # fmt: skip
+        "red heart",
+        image=picture,
+        mask_image=mask,
+        height=32,
+        width=32,
+        latents=noise,
+        masked_image_latents=seen,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        strength=1.0,
+    ).images[0]
     hole = (slice(8, 24), slice(8, 24))  # around it theirs has what the autoencoder rebuilds, ours the picture itself
     assert np.abs(np.asarray(found, int)[hole] - np.asarray(made, int)[hole]).max() <= 1
     around = np.asarray(mask) == 0
@@ -127,6 +155,6 @@ def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,upscale]")
     assert model.task == "upscale"
     small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
-    assert model("red heart", seed=2, image=small, steps=4)[0].size == (32, 32)
+    assert model("red heart", seed=2, image=small, num_inference_steps=4)[0].size == (32, 32)
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
     assert theirs("red heart", image=small, num_inference_steps=4, noise_level=20).images[0].size == (32, 32)

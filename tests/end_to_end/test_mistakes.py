@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import TINY
 
 import train_ldm
 
@@ -54,8 +56,15 @@ def test_training_names_the_mistake(
 def test_options_and_overrides_come_in_any_order(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["stage1.steps=7", "--config", str(root / "configs/tiny.yaml"), "--dry-run", "stage2.steps=9",
-             f"run.dir={tmp_path}", f"data.source={tmp_path / 'none'}"]  # fmt: skip
+    given = [
+        "stage1.steps=7",
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        "--dry-run",
+        "stage2.steps=9",
+        f"run.dir={tmp_path}",
+        f"data.source={tmp_path / 'none'}",
+    ]
     assert train_ldm.main(given) == 0
     plan = capsys.readouterr().out
     assert "7 steps of 16" in plan
@@ -78,24 +87,37 @@ def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path, capsys
 def test_the_folder_of_another_configuration_is_refused_with_the_keys(
     root: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tiny_run}", "stage2.batch=32"]
-    assert "stage2.batch: 16 → 32" in refused(capsys, train_ldm.main(given))
+    given = [*TINY, f"run.dir={tiny_run}", "stage2.batch=32"]
+    assert "stage2.batch: 8 → 32" in refused(capsys, train_ldm.main(given))
 
 
 @pytest.mark.slow
 def test_a_loaded_autoencoder_of_other_channels_is_refused(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}",
-             f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage1.latent_channels=8"]  # fmt: skip
+    given = [
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        f"run.dir={tmp_path / 'run'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "stage1.latent_channels=8",
+    ]
     assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(given))
 
 
 @pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
 def test_a_dry_run_prints_the_plan_of_any_configuration(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    three_shapes: Callable[[list[str]], Path],
 ) -> None:
     given = ["--config", str(root / f"configs/{name}.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}"]
+    if name == "tiny":  # what it takes, test_preflight measures
+        given.append(f"data.source={tmp_path / 'none'}")
+    if name == "openmoji":  # its models at their size try a step
+        given += [f"data.source={three_shapes(['cat', 'dog', 'heart'])}", "stage1.batch=2", "stage2.batch=2"]
     assert train_ldm.main(given) == 0
     plan = capsys.readouterr().out
     assert "U-Net," in plan

@@ -4,90 +4,97 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from diffusers import DiffusionPipeline
+from forked import Process, of_accelerate
 from safetensors.torch import load_file
+from tiny import TINY
 
 from ldm.sampling.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.slow
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
-Wait = Callable[[Path, subprocess.Popen[str]], None]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
+Wait = Callable[[Path, Process], None]
 
 
-def two(kind: str) -> list[str]:
-    """The arguments of Python that start two processes as accelerate's configuration says."""
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
-    script = ["train_ldm.py", "--config", "configs/tiny.yaml"]
-    return [*launcher, "--num_processes", "2", "--main_process_port", "0", *script]
-
-
-PLAIN = """
-import sys, torch; from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
-pipe("red heart", **given).images[0].save(sys.argv[2])
-"""
+ZERO = (
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "configs/accelerate/deepspeed-zero2.yaml",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+    "train_ldm.py",
+    *TINY,
+)
 
 
 def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffusers(
     train: Callable[..., str],
     launch: Start,
-    finish: Finish,
     wait_for: Wait,
-    kill_one: Callable[[subprocess.Popen[str], int], str],
+    kill_one: Callable[[Process, int], str],
+    root: Path,
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
-    cache = f"data.cache_dir={tiny_run / 'cache'}"
-    process = launch(*two("fsdp"), f"run.dir={folder}", cache)
-    wait_for(folder / "stage2/checkpoints/step-000030", process)
+    more = [f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=10", "stage2.steps=20", "sample.every=10"]
+    command = ["train_ldm.py", *TINY, f"run.dir={folder}", *more]
+    process = launch(*command, processes=2, more=of_accelerate(root / "configs/accelerate/fsdp.yaml"))
+    wait_for(folder / "stage2/checkpoints/step-000010", process)
     output = kill_one(process, 0)
     assert "another process of this run has ended" in output
     assert "[rank1]: Traceback" not in output
-    assert "stage2: continuing from step" in train(folder, cache)
-    for name in ("stage1/samples/step-000040.png", "stage2/samples/step-000020.png", "samples.png", "README.md"):
+    assert "stage2: continuing from step" in train(folder, *more)
+    for name in ("stage1/samples/step-000010.png", "stage2/samples/step-000010.png", "samples.png", "README.md"):
         assert (folder / name).exists(), name
     first = [json.loads((run / "stage1/metrics.jsonl").read_text().splitlines()[0]) for run in (tiny_run, folder)]
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-3)
     losses = [json.loads(line).get("loss") for line in (folder / "stage2/metrics.jsonl").read_text().splitlines()]
     assert [loss for loss in losses if loss][-1] < losses[0]
-    finish(launch("-c", PLAIN, folder / "pipeline", tmp_path / "theirs.png"))
-    theirs = Image.open(tmp_path / "theirs.png")
-    ours = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, steps=3, guidance=3.0)[0]
+    pipe = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
+    theirs = pipe("red heart", **given).images[0]
+    ours = LatentDiffusion.load(folder / "pipeline", "cpu")(
+        "red heart", seed=5, num_inference_steps=3, guidance_scale=3.0
+    )[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
 def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
     train: Callable[..., str],
-    launch: Start,
+    launch_python: Start,
     finish: Finish,
     wait_for: Wait,
-    kill: Callable[[subprocess.Popen[str]], None],
+    kill: Callable[[Process], None],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("deepspeed")
     more = [
-        f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "run.precision=no",
-        "stage2.steps=20", "stage2.device_batch=4",
-    ]  # fmt: skip
+        f"data.cache_dir={tiny_run / 'cache'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "run.precision=no",
+        "stage2.steps=20",
+        "stage2.device_batch=4",
+    ]
     one, zero = tmp_path / "one", tmp_path / "zero"
     train(one, *more)
-    process = launch(*two("deepspeed-zero2"), f"run.dir={zero}", *more)
+    process = launch_python(*ZERO, f"run.dir={zero}", *more)
     wait_for(zero / "stage2/checkpoints/step-000010", process)
     kill(process)
     shutil.copytree(zero, tmp_path / "zero then one")
-    finish(launch(*two("deepspeed-zero2"), f"run.dir={zero}", *more))
+    finish(launch_python(*ZERO, f"run.dir={zero}", *more))
     assert "stage2: continuing from step 10" in train(tmp_path / "zero then one", *more)
     whole, *others = (
         load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors")

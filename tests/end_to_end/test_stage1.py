@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forked import Process
 from safetensors.torch import load_file
+from tiny import TINY
 
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
@@ -24,13 +25,20 @@ from ldm.training.metrics_logger import MEASURED
 pytestmark = pytest.mark.slow
 
 GAN = [
-    "stage1.gan.start=6", "stage1.gan.warmup=4", "stage1.gan.ramp=4", "stage1.gan.channels=16", "stage1.gan.layers=2",
-    "stage1.learn_variance=true", "stage1.checkpoint_every=4", "stage1.steps=24", "run.log_every=1",
-]  # fmt: skip
+    "stage1.gan.start=6",
+    "stage1.gan.warmup=4",
+    "stage1.gan.ramp=4",
+    "stage1.gan.channels=16",
+    "stage1.gan.layers=2",
+    "stage1.learn_variance=true",
+    "stage1.checkpoint_every=4",
+    "stage1.steps=24",
+    "run.log_every=1",
+]
 
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -52,8 +60,7 @@ def few(three_shapes: Callable[[list[str]], Path]) -> tuple[str, str]:
 def test_two_processes_equal_one_with_the_discriminator_on(
     launch: Start, finish: Finish, few: tuple[str, str], tmp_path: Path
 ) -> None:
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    finish(launch(*two, "tests/end_to_end/exactly.py", 2, tmp_path / "two", *few))
+    finish(launch("tests/end_to_end/exactly.py", 2, tmp_path / "two", *few, processes=2))
     finish(launch("tests/end_to_end/exactly.py", 1, tmp_path / "one", *few))
     for model in ("kl", "vq"):
         (one, _), (other, _) = (checkpoint(tmp_path / name / model) for name in ("one", "two"))
@@ -78,7 +85,7 @@ def test_two_processes_equal_one_with_the_discriminator_on(
 def test_both_networks_survive_kill_9(
     train: Callable[..., str],
     launch: Start,
-    wait_for: Callable[[Path, subprocess.Popen[str]], None],
+    wait_for: Callable[[Path, Process], None],
     few: tuple[str, str],
     tmp_path: Path,
 ) -> None:
@@ -86,7 +93,7 @@ def test_both_networks_survive_kill_9(
     train(tmp_path / "whole", *given)
     folder = tmp_path / "killed"
     for step in (8, 16):  # the discriminator has just begun; the autoencoder hears it
-        process = launch("train_ldm.py", "--config", "configs/tiny.yaml", f"run.dir={folder}", *given)
+        process = launch("train_ldm.py", *TINY, f"run.dir={folder}", *given)
         wait_for(folder / f"stage1/checkpoints/step-{step:06d}", process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()

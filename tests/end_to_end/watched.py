@@ -1,4 +1,4 @@
-"""`watched.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains configs/tiny.yaml, and writes what its U-Net was given."""
+"""`watched.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains the tiny configuration, and writes what its U-Net was given."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,10 @@ from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tiny import TINY
+
 import train_ldm
 
 world, folder, *more = sys.argv[1:]
@@ -23,7 +26,7 @@ def watch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 torch.nn.modules.module.register_module_forward_pre_hook(watch)
-status = train_ldm.main(["--config", "configs/tiny.yaml", f"run.dir={folder}", *more])
+status = train_ldm.main([*TINY, f"run.dir={folder}", *more])
 assert PartialState().num_processes == int(world)
 weights = torch.cat([p.detach().flatten() for p in unets[0].parameters()])
 save_file(

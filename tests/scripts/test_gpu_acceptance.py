@@ -114,4 +114,4 @@ def test_the_drill_finds_the_largest_difference_of_two_exports(tmp_path: Path) -
         for part, tensor in (("unet", x), ("vae", [5.0])):
             (tmp_path / run / "pipeline" / part).mkdir(parents=True)
             save_file({"x": np.array(tensor)}, tmp_path / run / "pipeline" / part / "weights.safetensors")
-    assert resume_drill.apart(tmp_path / "a", tmp_path / "b") == 2
+    assert resume_drill.largest_difference(tmp_path / "a", tmp_path / "b") == 2

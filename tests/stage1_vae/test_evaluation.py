@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Process
 from of_config import indexed
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,19 +112,23 @@ def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoenco
 
 @pytest.mark.slow
 def test_a_process_without_a_share_waits_for_the_others(
-    launch: Callable[..., subprocess.Popen[str]],
-    finish: Callable[[subprocess.Popen[str]], str],
+    launch: Callable[..., Process],
+    finish: Callable[[Process], str],
     three_shapes: Callable[[list[str]], Path],
     root: Path,
     tmp_path: Path,
 ) -> None:
     given = [
-        f"run.dir={tmp_path / 'run'}", f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
-        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_images=1", "stage1.steps=2",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
+        "data.size=16",
+        "data.val_fraction=0.3",
+        "data.workers=2",
+        "stage1.evaluate_images=1",
+        "stage1.steps=2",
         "run.preflight=false",
-    ]  # fmt: skip
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_ldm.py")
-    finish(launch(*two, "--config", "configs/tiny.yaml", "--stage", "1", *given))
+    ]
+    finish(launch("train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", *given, processes=2))
     found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
     data = indexed(loader.load(root / "configs/tiny.yaml", given))
     one = measured(data.select(*HELD_OUT).subset(1), autoencoder.load(tmp_path / "run/autoencoder"))

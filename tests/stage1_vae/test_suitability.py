@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forked import Process
 from of_config import indexed
 from PIL import Image
 
@@ -30,10 +29,14 @@ def saved(folder: Path, levels: int, scale: float = 1.0) -> Path:
     """An AutoencoderKL with random weights and a factor of 2 to the power of `levels` less one."""
     torch.manual_seed(levels)
     vae = AutoencoderKL(
-        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, layers_per_block=1,
-        up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=4, mid_block_add_attention=False,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
         scaling_factor=scale,
-    )  # fmt: skip
+    )
     vae.save_pretrained(folder)
     return folder
 
@@ -92,7 +95,7 @@ def test_several_autoencoders_stand_in_one_table_and_missing_weights_stop_nothin
     assert "note: rFID: weights-inception-2015-12-05-6726825d.pth is not in" in out
     assert f"{fine}: retrain" in out
     facts = written(tmp_path / "out")
-    assert facts["pictures"] == 12
+    assert facts["images"] == 12
     assert [each["model"] for each in facts["models"]][:2] == [str(fine), str(coarse)]  # type: ignore[attr-defined]
     for name in ("reconstructions.png", "worst.png"):
         with Image.open(tmp_path / "out" / name) as sheet:
@@ -232,13 +235,5 @@ def test_a_split_that_is_not_there_is_named(shared: Path, root: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_script_runs_as_a_file(root: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "stage1_vae/suitability.py", "--help"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--lpips-net" in done.stdout
+def test_the_script_runs_as_a_file(launch: Callable[..., Process], finish: Callable[[Process], str]) -> None:
+    assert "--lpips-net" in finish(launch("stage1_vae/suitability.py", "--help"))

@@ -40,7 +40,7 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     losses = [loss for loss in losses if loss]  # other lines are of held-out pictures
     assert losses[-1] < 0.5 * losses[0]
     facts = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())
-    assert facts["pictures"] == 8  # the held-out ones are not among them
+    assert facts["images"] == 8  # the held-out ones are not among them
     assert facts["combination"]["psnr"] > 8
     latents = trained.encode(next(iter_images(index.select("train")))).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
@@ -102,11 +102,17 @@ def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watch
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
     settings, index = drawings(
-        "stage1.steps=60", "stage1.model=vq-f4-small", "stage1.channels=[16, 32]", "stage1.norm_num_groups=8",
+        "stage1.steps=60",
+        "stage1.model=vq-f4-small",
+        "stage1.channels=[16, 32]",
+        "stage1.norm_num_groups=8",
         "stage1.codes=32",
-        "stage1.revive=20", "run.log_every=20",
-        f"stage1.align.model={tmp_path / 'vit'}", "stage1.align.weight=1", "stage1.gradient_checkpointing=false",
-    )  # fmt: skip
+        "stage1.revive=20",
+        "run.log_every=20",
+        f"stage1.align.model={tmp_path / 'vit'}",
+        "stage1.align.weight=1",
+        "stage1.gradient_checkpointing=false",
+    )
     train(settings, index)
     said = [json.loads(line) for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
     said = [line for line in said if "l1" in line]

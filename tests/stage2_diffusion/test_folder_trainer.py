@@ -17,11 +17,18 @@ from ldm.utils.errors import UserError
 from stage2_diffusion.folder_trainer import FolderTrainer
 
 KEYS = {
-    "size": 16, "batch": 4, "steps": 2, "precision": "no", "run__tracker": "none", "run__device": "cpu",
-    "stage2__channels": [8, 8], "stage2__attention": [False, True], "stage2__norm_num_groups": 4,
+    "size": 16,
+    "batch": 4,
+    "steps": 2,
+    "precision": "no",
+    "run__tracker": "none",
+    "run__device": "cpu",
+    "stage2__channels": [8, 8],
+    "stage2__attention": [False, True],
+    "stage2__norm_num_groups": 4,
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
-}  # fmt: skip
+}
 Make = Callable[..., FolderTrainer]
 
 
@@ -49,12 +56,22 @@ def make(pictures: Path, tmp_path: Path) -> Make:
 
 def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pictures: Path) -> None:
     process = DiffusionProcess("eps", "cosine")
-    made = make(process).train()(count=2, seed=1, steps=2)
-    again = make(process).train()(count=2, seed=1, steps=2)
+    made = make(process).train()(count=2, seed=1, num_inference_steps=2)
+    again = make(process).train()(count=2, seed=1, num_inference_steps=2)
     assert [each.tobytes() for each in again] == [each.tobytes() for each in made]
     draw(pictures / "new.png")
     with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
         make(process).train()
+
+
+def test_a_run_trained_longer_has_the_bits_of_one_trained_so_at_once(make: Make, tmp_path: Path) -> None:
+    process, name = DiffusionProcess("v", "cosine"), "pipeline/unet/diffusion_pytorch_model.safetensors"
+    make(process, steps=2).train()
+    before = (tmp_path / "run" / name).read_bytes()
+    make(process, steps=5).train()
+    make(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
+    assert (tmp_path / "run/pipeline-2" / name.partition("/")[2]).read_bytes() == before
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes() != before
 
 
 @pytest.mark.parametrize(
@@ -72,7 +89,7 @@ def test_every_process_is_trained_and_sampled(process: DiffusionProcess, kind: s
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps
-    (picture,) = model(steps=3)
+    (picture,) = model(num_inference_steps=3)
     assert picture.size == (16, 16)
 
 
@@ -86,7 +103,7 @@ def test_captions_and_an_autoencoder_that_was_saved(
     trainer = make(DiffusionProcess("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
     model = trainer.train()
     assert model.autoencoder.fingerprint() == vae.fingerprint()
-    assert model("a picture 1", steps=2)[0].size == (16, 16)
+    assert model("a picture 1", num_inference_steps=2)[0].size == (16, 16)
     assert "a text-to-image latent" in (tmp_path / "run/README.md").read_text().lower()
     assert list((tmp_path / "run/stage2/samples").glob("*.png"))
 

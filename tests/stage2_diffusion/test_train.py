@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked, Process, of_accelerate
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config
@@ -49,35 +48,44 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
 
 @pytest.mark.parametrize("target", DIFFUSERS_PREDICTION_TYPES)
 def test_every_target_is_learned_and_named_in_the_export(
-    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder
+    tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
     settings, index = drawings(
-        f"stage2.prediction_type={target}", "stage2.steps=60", "stage2.channels=[16, 32]",
+        f"stage2.prediction_type={target}",
+        "stage2.steps=30",
+        "stage2.channels=[16, 32]",
+        f"text.model={words}",
         "stage2.beta_schedule=cosine",
         "sample.prompts=[]",
-    )  # fmt: skip
+    )
     pictures = index.select("train").first(8)
     train(settings, pictures, vae, text_encoder.load(settings.text.model, settings.text.max_tokens))
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert model.scheduler.config.prediction_type == DIFFUSERS_PREDICTION_TYPES[target]
-    assert model(pictures[0].captions[0], steps=4, guidance=2.0)[0].size == (16, 16)
+    assert model(pictures[0].captions[0], num_inference_steps=4, guidance_scale=2.0)[0].size == (16, 16)
+
+
+TASKS = [
+    ("[]", ()),
+    ("[class]", ()),
+    ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
+    ("[text, class]", ("stage2.init_from=ITSELF",)),
+    ("[text, upscale]", ()),
+    ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
+    ("[text, inpaint]", ("stage2.pooled_text=true",)),
+    ("[text, class, size, inpaint]", ("text.train=true", "stage2.uncond_embedding=learned")),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["disk", "none"])
 @pytest.mark.parametrize(
-    ("conditions", "more"),
+    ("conditions", "more", "cache"),
     [
-        ("[]", ()),
-        ("[class]", ()),
-        ("[class]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
-        ("[text, class]", ("stage2.init_from=ITSELF",)),
-        ("[text, upscale]", ()),
-        ("[text, upscale]", ("stage2.variance=learned", "sample.solver=ddpm", "stage2.prediction_type=eps")),
-        ("[text, inpaint]", ("stage2.pooled_text=true",)),
-        ("[text, class, size, inpaint]", ("text.train=true", "stage2.uncond_embedding=learned")),
+        pytest.param(*task, cache, marks=pytest.mark.drill if (i + j) % 2 else ())  # with one of both each
+        for i, task in enumerate(TASKS)
+        for j, cache in enumerate(("disk", "none"))
     ],
 )
 def test_every_task_is_trained_shown_measured_and_exported(
@@ -163,7 +171,7 @@ def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
     assert not torch.allclose(model.null, empty, atol=1e-3)
 
     def latents(model: LatentDiffusion, guidance: float) -> torch.Tensor:
-        return model.latents(["red heart"], [0], Sampling(guidance=guidance))
+        return model.latents(["red heart"], [0], Sampling(guidance_scale=guidance))
 
     of_empty = replace(model, null=None)
     assert torch.equal(latents(model, 1.0), latents(of_empty, 1.0))
@@ -176,9 +184,13 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
     few: Few, vae: Autoencoder, tmp_path: Path, each: bool
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class]", "stage2.cond_dropout=0.4", f"stage2.dropout_each={each}".lower(),
-        "stage2.device_batch=4", "run.log_every=2", "stage2.steps=4",
-    )  # fmt: skip
+        "stage2.conditions=[text, class]",
+        "stage2.cond_dropout=0.4",
+        f"stage2.dropout_each={each}".lower(),
+        "stage2.device_batch=4",
+        "run.log_every=2",
+        "stage2.steps=4",
+    )
     train(settings, index, vae, encoder_of(settings))
     names = {"dropped": "dropout", "dropped_class": "class dropout"} if each else {"dropped": "dropout"}
     for line, start in zip(lines(tmp_path / "run"), (0, 16), strict=True):
@@ -190,33 +202,44 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
 
 RUNS = {
     "all that is learned beside the U-Net": (
-        "text.train=true", "stage2.uncond_embedding=learned", "stage2.loss_weighting=learned",
+        "text.train=true",
+        "stage2.uncond_embedding=learned",
+        "stage2.loss_weighting=learned",
         "stage2.conditions=[text, class]",
         "stage2.stratified=true",
     ),
     "a learned schedule": ("stage2.process=variational",),
     "times by their loss": (
-        "stage2.timestep_sampling=loss", "stage2.timesteps=2", "stage2.device_batch=8", "stage2.prediction_type=v",
+        "stage2.timestep_sampling=loss",
+        "stage2.timesteps=2",
+        "stage2.device_batch=8",
+        "stage2.prediction_type=v",
         "stage2.batch=16",
     ),
     "activations of pixels computed again": (
-        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.device_batch=4",
+        "stage2.conditions=[]",
+        "stage2.gradient_checkpointing=true",
+        "stage2.device_batch=4",
         "stage2.attention_head_dim=4",
         "stage2.attention=[true, false]",
     ),
-}  # fmt: skip
+}
 
 LAYOUTS = {
     "channels last": ("stage2.channels_last=true", "stage2.attention=[false, true]"),
     "channels last, of pixels": (
-        "stage2.channels_last=true", "stage2.conditions=[]", "stage2.attention=[true, false]",
+        "stage2.channels_last=true",
+        "stage2.conditions=[]",
+        "stage2.attention=[true, false]",
         "stage2.attention_head_dim=4",
     ),
     "activations computed again": (
-        "stage2.channels_last=true", "stage2.gradient_checkpointing=true", "stage2.attention=[true, true]",
+        "stage2.channels_last=true",
+        "stage2.gradient_checkpointing=true",
+        "stage2.attention=[true, true]",
         "stage2.device_batch=4",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -238,37 +261,34 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
         assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
 
 
-TWO = {
-    "ddp": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    "fsdp": (
-        "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2",
-        "--main_process_port", "0",
-    ),
-}  # fmt: skip
+TWO = ("ddp", "fsdp")
 BESIDE = "all that is learned beside the U-Net"
 
 
 @pytest.fixture(scope="module")
 def trained(
-    root: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory, small: list[str]
+    root: Path,
+    environment: dict[str, str],
+    finish: Callable[[Process], str],
+    tmp_path_factory: pytest.TempPathFactory,
+    small: list[str],
 ) -> Path:
     """A folder with what one process trained, and two of each of TWO: the RUNS, and what FSDP trained half way."""
     folder = tmp_path_factory.mktemp("processes")
     shared = [*small, "stage2.evaluate_images=64", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
         "first half": (*RUNS[BESIDE], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
-        "resumed": RUNS[BESIDE], "half": (*RUNS[BESIDE], "stage2.steps=2"),
-    }  # fmt: skip
+        "resumed": RUNS[BESIDE],
+        "half": (*RUNS[BESIDE], "stage2.steps=2"),
+    }
     for name in ("fsdp", "one", "ddp"):
         runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[BESIDE]})})
-        launcher, world = (["-m", *TWO[name]], "2") if name in TWO else ([], "1")
+        world = 2 if name in TWO else 1
         if name != "fsdp":
             shutil.copytree(folder / "fsdp/half", folder / name / "half")
-        script = ["tests/stage2_diffusion/exactly.py", world, str(folder / name), runs, json.dumps(shared)]
-        done = subprocess.run(
-            [sys.executable, *launcher, *script], cwd=root, env=environment, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        script = ["tests/stage2_diffusion/exactly.py", world, folder / name, runs, json.dumps(shared)]
+        own = of_accelerate(root / "configs/accelerate/fsdp.yaml") if name == "fsdp" else {}
+        finish(Forked(script, world, root, environment | own, folder / f"{name}.txt"))
     return folder
 
 

@@ -149,10 +149,14 @@ def test_folders_of_splits_are_not_mixed(write: Callable[[Path], None], tmp_path
 @pytest.mark.parametrize(
     ("name", "caption_file"),
     [
-        ("IMG_1.PNG", "IMG_1.TXT"), ("a.png", "a.png.txt"), ("a.b.png", "a.b.Txt"), ("a.png", "a.PNG.caption"),
-        ("Photo.png", "photo.txt"), ("a.png", "a.Caption"),
+        ("IMG_1.PNG", "IMG_1.TXT"),
+        ("a.png", "a.png.txt"),
+        ("a.b.png", "a.b.Txt"),
+        ("a.png", "a.PNG.caption"),
+        ("Photo.png", "photo.txt"),
+        ("a.png", "a.Caption"),
     ],
-)  # fmt: skip
+)
 def test_caption_files_fit_in_any_case_and_after_the_images_full_name(
     name: str, caption_file: str, tmp_path: Path
 ) -> None:
@@ -207,10 +211,20 @@ def test_folders_with_other_numbers_are_classes_as_they_are(names: tuple[str, st
 @pytest.mark.parametrize(
     ("suffix", "file_format"),
     [
-        (".jpe", "JPEG"), (".JP2", "JPEG2000"), (".ppm", "PPM"), (".apng", "PNG"), (".tga", "TGA"), (".pgm", "PPM"),
-        (".ico", "ICO"), (".pcx", "PCX"), (".qoi", "QOI"), (".dib", "BMP"), (".mpo", "JPEG"), (".sgi", "SGI"),
+        (".jpe", "JPEG"),
+        (".JP2", "JPEG2000"),
+        (".ppm", "PPM"),
+        (".apng", "PNG"),
+        (".tga", "TGA"),
+        (".pgm", "PPM"),
+        (".ico", "ICO"),
+        (".pcx", "PCX"),
+        (".qoi", "QOI"),
+        (".dib", "BMP"),
+        (".mpo", "JPEG"),
+        (".sgi", "SGI"),
     ],
-)  # fmt: skip
+)
 def test_images_are_read_whatever_their_registered_suffix(suffix: str, file_format: str, tmp_path: Path) -> None:
     file = tmp_path / f"data/a{suffix}"
     file.parent.mkdir()

@@ -39,9 +39,11 @@ def members(prefix: str, hidden: str) -> dict[str, bytes]:
     result = dict[str, bytes]()
     for i, stem in enumerate("abc"):
         result |= {
-            f"{hidden}{stem}.jpg": b"\0\5\x16\7", f"{prefix}{stem}.jpg": encoded(i),
-            f"{hidden}{stem}.txt": b"\0\5\x16\7", f"{prefix}{stem}.txt": f"a {stem}".encode(),
-        }  # fmt: skip
+            f"{hidden}{stem}.jpg": b"\0\5\x16\7",
+            f"{prefix}{stem}.jpg": encoded(i),
+            f"{hidden}{stem}.txt": b"\0\5\x16\7",
+            f"{prefix}{stem}.txt": f"a {stem}".encode(),
+        }
     return result
 
 

@@ -4,8 +4,6 @@ import hashlib
 import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Process
 from of_config import cached, indexed, spec_of
 from PIL import Image
 
@@ -26,8 +25,8 @@ from ldm.data.images import to_tensor
 from ldm.models import autoencoder, text_encoder
 from ldm.utils.errors import UserError
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
 
 
 @pytest.fixture
@@ -54,10 +53,16 @@ def settings(root: Path, folder: Path, *overrides: str) -> loader.Config:
     return loader.load(
         root / "configs/tiny.yaml",
         [
-            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
-            "data.buckets={step: 8}", "data.flip=true", "stage2.batch=4", *overrides,
+            f"run.dir={folder.parent / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}",
+            "data.flip=true",
+            "stage2.batch=4",
+            *overrides,
         ],
-    )  # fmt: skip
+    )
 
 
 def dataset_of(given: loader.Config, vae: autoencoder.Autoencoder, encoder: text_encoder.TextEncoder) -> Stage2Dataset:
@@ -171,7 +176,6 @@ torch.manual_seed(0)
 shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 given = loader.load(sys.argv[1], sys.argv[2:])
-sys.stdin.readline()  # until it is told to begin
 pictures = index.build(given.data, given.cache_dir, given.stage2.conditions)
 options = cache.CacheOptions.of(given.data, given.cache_dir)
 encoder = text_encoder.load(text_encoder.MINILM, 8)
@@ -181,17 +185,22 @@ cache.build(pictures, Augmentation.of(given.data), options, vae, encoder, per_fi
 
 @pytest.mark.slow
 def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
-    root: Path, folder: Path, environment: dict[str, str], encoder: text_encoder.TextEncoder
+    root: Path, folder: Path, launch: Start, encoder: text_encoder.TextEncoder
 ) -> None:
-    def start(cache_dir: Path) -> subprocess.Popen[str]:
+    script = folder.parent / "build.py"
+    script.write_text(BUILD)
+
+    def start(cache_dir: Path) -> Process:
         overrides = [
-            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
-            "data.buckets={step: 8}", "data.flip=true", f"data.cache_dir={cache_dir}",
-        ]  # fmt: skip
-        command = [sys.executable, "-c", BUILD, str(root / "configs/tiny.yaml"), *overrides]
-        return subprocess.Popen(
-            command, cwd=root, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
+            f"run.dir={folder.parent / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}",
+            "data.flip=true",
+            f"data.cache_dir={cache_dir}",
+        ]
+        return launch(script, root / "configs/tiny.yaml", *overrides)
 
     given = settings(root, folder, f"data.cache_dir={folder.parent / 'whole'}")
     cached(indexed(given), given, model(), encoder, per_file=3)
@@ -203,11 +212,8 @@ def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
         return len([path for path in killed.rglob("*.safetensors") if not path.name.startswith(".")])
 
     rng = random.Random(1)
-    processes = [start(killed) for _ in range(3)]  # all at once, because most of their time goes into imports
-    for wanted, process in zip(sorted(rng.sample(range(1, len(whole)), 3)), processes, strict=True):
-        process.stdin.write("\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        # kill when this many files stand
+    for wanted in sorted(rng.sample(range(1, len(whole)), 3)):
+        process = start(killed)  # which is killed when so many files stand
         while process.poll() is None and standing() < wanted:
             time.sleep(0.002)
         process.kill()
@@ -226,17 +232,20 @@ def test_two_processes_fill_the_same_cache_as_one(
 ) -> None:
     def arguments(name: str) -> list[str]:
         return [
-            f"run.dir={tmp_path / 'run'}", f"data.source={folder}", "data.size=16", f"data.cache_dir={tmp_path / name}",
-        ]  # fmt: skip
+            f"run.dir={tmp_path / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            f"data.cache_dir={tmp_path / name}",
+        ]
 
     script = tmp_path / "build.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(root)!r})\n"
-        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n" + BUILD
+        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n"
+        + BUILD
         + "assert state.num_processes == 2\n"
-    )  # fmt: skip
-    two = launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
-                 root / "configs/tiny.yaml", *arguments("two"))  # fmt: skip
+    )
+    two = launch(script, root / "configs/tiny.yaml", *arguments("two"), processes=2)
     given = loader.load(root / "configs/tiny.yaml", arguments("one"))
     cached(indexed(given), given, model(), encoder, per_file=3)
     finish(two)

@@ -39,9 +39,13 @@ def folder(tmp_path: Path) -> Path:
 
 def arguments(root: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "--config", str(root / "configs/tiny.yaml"), f"data.source={folder}", f"run.dir={folder.parent / 'run'}",
-        "data.buckets={step: 8}", *more,
-    ]  # fmt: skip
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        f"data.source={folder}",
+        f"run.dir={folder.parent / 'run'}",
+        "data.buckets={step: 8}",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -59,8 +63,9 @@ def test_the_facts_are_those_of_the_pictures(checked: Callable[[], dict[str, obj
     assert found["duplicates"]["exact"] == 1  # type: ignore[index]
     assert found["duplicates"]["near"] == 2  # type: ignore[index]
     assert {tuple(pair) for pair in found["duplicates"]["pairs"]} == {  # type: ignore[index]
-        ("copies", "1.png", "copy.png"), ("alike", "2.png", "alike.jpg"),
-    }  # fmt: skip
+        ("copies", "1.png", "copy.png"),
+        ("alike", "2.png", "alike.jpg"),
+    }
     captions = found["captions"]
     assert (captions["distinct"], captions["truncated"], captions["lost"]) == (8, 1, 30 + 2 - 16)  # type: ignore[index]
     assert sum(count for _, count in found["buckets"]) == 10  # type: ignore[attr-defined]

@@ -101,10 +101,16 @@ ODD_TAGS = [
 @pytest.mark.parametrize(
     ("name", "content", "checksum"),
     [
-        (b"zTXt", LONG_TEXT, None), (b"iCCP", LONG_TEXT, None), (b"tEXt", b"a\0b", 5), (b"iTXt", b"\xff", 5),
-        (b"pHYs", b"1", None), (b"gAMA", b"", None), (b"eXIf", b"II*", 5), (b"cHRM", b"\0" * 5, None),
+        (b"zTXt", LONG_TEXT, None),
+        (b"iCCP", LONG_TEXT, None),
+        (b"tEXt", b"a\0b", 5),
+        (b"iTXt", b"\xff", 5),
+        (b"pHYs", b"1", None),
+        (b"gAMA", b"", None),
+        (b"eXIf", b"II*", 5),
+        (b"cHRM", b"\0" * 5, None),
     ],
-)  # fmt: skip
+)
 def test_a_chunk_of_metadata_never_costs_a_png(name: bytes, content: bytes, checksum: int | None) -> None:
     plain = saved("PNG")
     assert images.decode(with_chunk(plain, name, content, checksum)).tobytes() == images.decode(plain).tobytes()

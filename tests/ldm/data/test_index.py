@@ -1,7 +1,6 @@
 """The index of pictures: made by one process or several, over an older one, and of any amount of text."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from forked import Process
 from of_config import indexed
 
 from ldm.config import loader
@@ -16,8 +16,8 @@ from ldm.data import index, index_file
 from ldm.data.index import Index
 from ldm.data.index_file import SCHEMA
 
-Start = Callable[..., subprocess.Popen[str]]
-Finish = Callable[[subprocess.Popen[str]], str]
+Start = Callable[..., Process]
+Finish = Callable[[Process], str]
 GIB = 2**30
 
 
@@ -31,9 +31,13 @@ def folder(three_shapes: Callable[[list[str]], Path]) -> Path:
 
 def overrides(folder: Path, name: str) -> list[str]:
     return [
-        f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "data.flip=true",
-        f"data.cache_dir={folder.parent / name}", "data.workers=0",
-    ]  # fmt: skip
+        f"run.dir={folder.parent / 'run'}",
+        f"data.source={folder}",
+        "data.size=16",
+        "data.flip=true",
+        f"data.cache_dir={folder.parent / name}",
+        "data.workers=0",
+    ]
 
 
 def settings(root: Path, folder: Path, name: str = "one") -> loader.Config:
@@ -81,9 +85,21 @@ def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
 def rows(count: int, **facts: Any) -> pa.RecordBatch:
     """So many pictures, all alike."""
     row = {
-        "key": "a", "file": "a.png", "start": 0, "size": -1, "captions": ["a hat"], "label": "", "split": "train",
-        "weight": 1.0, "repeats": 1, "source": 0, "stamp": bytes(16), "width": 16, "height": 16, **facts,
-    }  # fmt: skip
+        "key": "a",
+        "file": "a.png",
+        "start": 0,
+        "size": -1,
+        "captions": ["a hat"],
+        "label": "",
+        "split": "train",
+        "weight": 1.0,
+        "repeats": 1,
+        "source": 0,
+        "stamp": bytes(16),
+        "width": 16,
+        "height": 16,
+        **facts,
+    }
     columns = {field.name: pa.repeat(pa.scalar(row.get(field.name), field.type), count) for field in SCHEMA}
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=SCHEMA)
 
@@ -237,12 +253,7 @@ def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path
     """What each of two processes tells of the facts below."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
-    finish(
-        launch(
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, root, folder,
-            *overrides(folder, "none"),
-        )
-    )  # fmt: skip
+    finish(launch(script, root, folder, *overrides(folder, "none"), processes=2))
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
 

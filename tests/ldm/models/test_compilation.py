@@ -21,7 +21,7 @@ from ldm.models.conditioning import Condition, predict
 from ldm.utils.errors import UserError
 
 CPU = torch.device("cpu")
-SIDES = (4, 6, 8, 10, 16)
+SIDES = (4, 6, 10)
 BUCKETS = [(h, w) for h in SIDES for w in SIDES]
 DIFFERENT = 8  # blocks of the small U-Net with text: seven residual ones and a transformer, which is there thrice
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
@@ -74,9 +74,11 @@ def learned(model: torch.nn.Module, given: Inputs, half: bool = False) -> list[t
 @pytest.mark.parametrize(
     ("words", "backend", "recomputed", "half"),
     [
-        (True, "sdpa", False, True),
-        (True, "eager", True, False),
-        (False, "sdpa", True, True),
+        (True, "eager", False, True),
+        (False, "sdpa", True, False),
+        pytest.param(True, "sdpa", False, True, marks=pytest.mark.drill),
+        pytest.param(True, "eager", True, False, marks=pytest.mark.drill),
+        pytest.param(False, "sdpa", True, True, marks=pytest.mark.drill),
     ],
 )
 def test_a_block_is_compiled_once_for_all_buckets_and_learns_the_same(

@@ -55,7 +55,7 @@ def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tm
 
 def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: LatentDiffusion) -> None:
     def latents(guidance: float, negative: str) -> torch.Tensor:
-        return model.latents(["red heart"], [0], Sampling(guidance=guidance, negative=negative))
+        return model.latents(["red heart"], [0], Sampling(guidance_scale=guidance, negative_prompt=negative))
 
     assert torch.equal(latents(1.0, ""), latents(1.0, "blue"))
     assert not torch.equal(latents(2.0, ""), latents(2.0, "blue"))
@@ -88,6 +88,6 @@ def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
     one.save(tmp_path / "pipeline")
     other = LatentDiffusion.load(tmp_path / "pipeline")
     assert type(other.autoencoder.vae) is type(vae.vae)
-    pictures = [each("red heart", seed=3, steps=2, guidance=2.0)[0] for each in (one, other)]
+    pictures = [each("red heart", seed=3, num_inference_steps=2, guidance_scale=2.0)[0] for each in (one, other)]
     assert pictures[0].size == (16, 16)
     assert pictures[0].tobytes() == pictures[1].tobytes()

@@ -59,3 +59,43 @@ def test_a_folder_that_can_not_be_written_is_named(root: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir: can't write"):
         prepare_run_dir(loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'file/run'}"]))
+
+
+def longer(root: Path, settings: loader.Config, *overrides: str) -> loader.Config:
+    return loader.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", *overrides])
+
+
+def test_more_steps_continue_a_finished_run_and_keep_its_pipeline(
+    root: Path, settings: loader.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_run_dir(settings)
+    steps = settings.stage2.steps
+    (settings.run.dir / f"stage2/checkpoints/step-{steps:06d}").mkdir(parents=True)
+    (settings.run.dir / "pipeline").mkdir()
+    more = longer(root, settings, f"stage2.steps={2 * steps}")
+    assert prepare_run_dir(more) == more
+    assert (settings.run.dir / f"pipeline-{steps}").exists() and not (settings.run.dir / "pipeline").exists()
+    assert f"stage2.steps: {steps} → {2 * steps}; " in capsys.readouterr().err
+    assert prepare_run_dir(more) == more  # killed before its end: said once
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"stage2\.steps: {2 * steps} → {steps}"):
+        prepare_run_dir(settings)
+
+
+@pytest.mark.parametrize(("scheduler", "says"), [("constant", "stays constant"), ("linear", "ends at 80: 5")])
+def test_more_steps_say_what_becomes_of_the_learning_rate(
+    root: Path, settings: loader.Config, capsys: pytest.CaptureFixture[str], scheduler: str, says: str
+) -> None:
+    lr = f"stage2.lr_scheduler={scheduler}"
+    prepare_run_dir(longer(root, settings, lr))
+    (settings.run.dir / "stage2/checkpoints/step-000010").mkdir(parents=True)
+    prepare_run_dir(longer(root, settings, lr, "stage2.steps=80"))
+    assert says in capsys.readouterr().err
+
+
+def test_more_steps_without_a_checkpoint_are_refused_and_nothing_moves(root: Path, settings: loader.Config) -> None:
+    prepare_run_dir(settings)
+    (settings.run.dir / "pipeline").mkdir()
+    with pytest.raises(UserError, match="has no checkpoint to continue from"):
+        prepare_run_dir(longer(root, settings, "stage2.steps=80"))
+    assert (settings.run.dir / "pipeline").exists()

@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.config.schema import Config
+from ldm.config.schema import TRACKERS, Config
 from ldm.data.index import Index
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import trackers
@@ -74,6 +74,7 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
 
 def test_every_tracker_of_accelerate_has_its_interface() -> None:
     assert INTERFACES.keys() == LOGGER_TYPE_TO_CLASS.keys()
+    assert tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS))) == TRACKERS
 
 
 def test_tensorboard_shows_the_sheet_at_its_step(
@@ -106,8 +107,9 @@ def test_wandb_has_the_sheet_in_the_row_of_its_steps_metrics(
                 item.key or item.nested_key[0]: json.loads(item.value_json) for item in history.item
             }
     assert {step: set(row) & {"loss", "held_out_loss", "samples"} for step, row in rows.items()} == {
-        40: {"loss", "held_out_loss", "samples"}, 60: {"loss"},
-    }  # fmt: skip
+        40: {"loss", "held_out_loss", "samples"},
+        60: {"loss"},
+    }
     assert (rows[40]["loss"], rows[40]["held_out_loss"], rows[60]["loss"]) == (0.5, 0.25, 0.125)
     (file,) = (folder / "files/media/images").glob("samples_40_*.png")
     assert same(file, sheet)
@@ -138,8 +140,10 @@ def test_trackio_keeps_the_sheet_with_its_step(
     rows = [{**row, "timestamp": None} for row in SQLiteStorage.get_logs("stage1", run)]
     samples = next(row for row in rows if "samples" in row)
     assert [(row["step"], row.get("loss"), row.get("held_out_loss")) for row in rows if row is not samples] == [
-        (40, 0.5, None), (40, None, 0.25), (60, 0.125, None),
-    ]  # fmt: skip
+        (40, 0.5, None),
+        (40, None, 0.25),
+        (60, 0.125, None),
+    ]
     assert samples["step"] == 40
     assert same(tmp_path / "trackio/media" / samples["samples"]["file_path"], sheet)
 

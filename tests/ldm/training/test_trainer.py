@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import Process
 from torch import nn
 
 import ldm.training.trainer
@@ -392,9 +393,7 @@ def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: 
 
 
 @pytest.mark.slow
-def test_processes_that_train_on_other_pictures_are_told_apart(
-    tmp_path: Path, launch: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_processes_that_train_on_other_pictures_are_told_apart(tmp_path: Path, launch: Callable[..., Process]) -> None:
     (tmp_path / "other.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -409,7 +408,6 @@ def test_processes_that_train_on_other_pictures_are_told_apart(
         "except UserError as error:\n"
         "    print(rank, 'said:', error, flush=True)\n"
     )
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    said, _ = launch(*two, tmp_path / "other.py", tmp_path).communicate(timeout=240)
-    told = "stage2: process 1 has other pictures, captions or latents than process 0 (data: 0 → 1)"
+    said, _ = launch(tmp_path / "other.py", tmp_path, processes=2).communicate(timeout=240)
+    told = "stage2: process 1 has other images, captions or latents than process 0 (data: 0 → 1)"
     assert all(f"{rank} said: {told}" in said for rank in (0, 1)), said

@@ -1,5 +1,9 @@
 """What a command says and returns."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,3 +57,30 @@ def test_a_process_that_is_left_alone_says_so_even_where_its_loader_falls_too(
     assert line.count("\n") == 1
     with pytest.raises(RuntimeError, match="DataLoader"):
         said(lambda: (_ for _ in ()).throw(RuntimeError("DataLoader worker")), capsys)
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def action() -> None:
+        raise KeyboardInterrupt
+
+    assert said(action, capsys) == (130, "interrupted; the same command continues.\n")
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("stage2.stepz=3", 2)])
+def test_help_and_mistakes_of_a_training_command_need_no_torch(
+    argument: str, status: int, root: Path, environment: dict[str, str]
+) -> None:
+    script = (
+        "import sys, train_ldm\n"
+        "try:\n"
+        "    status = train_ldm.main(['--config', 'configs/tiny.yaml', sys.argv[1]])\n"
+        "except SystemExit as ended:\n"
+        "    status = ended.code\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'accelerate'} & sys.modules.keys()\n"
+        "sys.exit(status)\n"
+    )
+    command = [sys.executable, "-c", script, argument]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("--dry-run" in done.stdout) == (argument == "--help")
+    assert ("unknown key 'stage2.stepz'" in done.stderr) == (argument != "--help")
