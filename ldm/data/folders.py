@@ -55,6 +55,7 @@ class CaptionFiles:
             )
             if file := next((name for name in itertools.chain(exact, near) if name), None):
                 self.by_image[image] = file
+        self.stems = set(stems.values())
         self.used = set(self.by_image.values())
 
 
@@ -77,7 +78,7 @@ def sidecars(
             key = tree.key(directory.path / name)
             if not is_image_file(name):
                 if name not in caption_files.used:
-                    yield unread_file(directory.path / name, key)
+                    yield unread_file(directory.path / name, key, caption_files.stems)
                 continue
             path = tree.file(key)
             sidecar = caption_files.by_image.get(name)
@@ -110,10 +111,11 @@ def classes(tree: FolderTree, template: str, options: ReadOptions, layout: Folde
     """A folder of class folders; the caption is the folder's name in `template`, whose `{}` it replaces."""
     for directory in tree.walk():
         yield from directory.left_out
+        stems = {Path(name).stem for name in directory.names if is_image_file(name)}
         for name in directory.names:
             key = tree.key(directory.path / name)
             if not is_image_file(name):
-                yield unread_file(directory.path / name, key)
+                yield unread_file(directory.path / name, key, stems)
                 continue
             path = tree.file(key)
             label = layout.label(key)

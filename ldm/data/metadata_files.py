@@ -63,10 +63,11 @@ def read_metadata(tree: FolderTree, options: ReadOptions) -> Records:
             if directory.path / name in tables:
                 continue
             key = tree.key(directory.path / name)
-            if not is_image_file(name):
-                yield unread_file(directory.path / name, key)
-            elif hash(key) not in named:
-                yield LeftOut(key, "images that no row names")
+            if hash(key) in named:
+                continue
+            unnamed = LeftOut(key, "images that no row names")
+            file = unnamed if is_image_file(name) else unread_file(directory.path / name, key)
+            yield unnamed if isinstance(file, BadSample) else file
 
 
 def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Record | BadSample | LeftOut | str]:

@@ -20,7 +20,7 @@ from ldm.config.kohya import subsets
 from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.folder_tree import FolderTree
-from ldm.data.formats import is_image_file
+from ldm.data.formats import REMEDIES, is_image_file
 from ldm.data.layout import FolderLayout, choose_split, folder_layout
 from ldm.data.metadata_files import METADATA, metadata_files, read_metadata
 from ldm.data.records import (
@@ -101,6 +101,7 @@ def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
 
 def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
     in_classes = loose = metadata = False
+    undecoded: Path | None = None
     unread: Path | None = None
     layout = folder_layout(folder, source.split, captions)
     for directory in FolderTree(folder, layout.other_splits).walk():
@@ -111,6 +112,8 @@ def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
             tables = [name for name in directory.names if name.endswith(suffixes) and name not in METADATA]
             if not images and tables:
                 return kind
+        others = (name for name in directory.names if Path(name).suffix.lower() in REMEDIES)
+        undecoded = undecoded or next((directory.path / name for name in others), None)
         metadata |= not set(METADATA).isdisjoint(directory.names)
         if images:
             in_class = len(directory.path.relative_to(folder).parts) > layout.depth
@@ -132,6 +135,9 @@ def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
         )
     if in_classes:
         return "classes"
+    if undecoded and not loose:
+        remedy = REMEDIES[undecoded.suffix.lower()]
+        raise UserError(f"data.source: {folder} has only images that aren't read here, such as {undecoded}; {remedy}")
     raise UserError(
         f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image, "
         "or set data.source.caption"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ldm.data.formats import REMEDIES, SIGNATURE_BYTES, format_of
@@ -14,13 +15,15 @@ TEXTS = (".text", ".cap", ".captions", ".tag", ".tags", ".prompt", ".desc", ".de
 _TITLES = ("caption", "prompt", "metadata", "annotation", "tags", "description")
 
 
-def unread_file(path: Path, key: str) -> BadSample | LeftOut:
-    """Why a file that is not read is left out, or bad."""
+def unread_file(path: Path, key: str, stems: Collection[str] = ()) -> BadSample | LeftOut:
+    """Why a file that is not read is left out, or bad; `stems` are those of the images beside it."""
     suffix = path.suffix.lower()
     if suffix in SIDECARS:
         return LeftOut(key, "caption files without an image")
     if suffix in TABLES:
         return LeftOut(key, "tables that are not read")
+    if suffix in REMEDIES and path.stem in stems:
+        return LeftOut(key, "images that are read in another format")  # a raw file beside its JPEG
     if suffix in REMEDIES:
         return BadSample(key, f"images of type {suffix} aren't read here", REMEDIES[suffix])
     if name := _format_of_file(path):
@@ -30,7 +33,7 @@ def unread_file(path: Path, key: str) -> BadSample | LeftOut:
 
 def _format_of_file(path: Path) -> str:
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if path.is_symlink() or not path.is_file():  # it may lead out of the source; a pipe would be waited for
             return ""
         with path.open("rb") as file:
             return format_of(file.read(SIGNATURE_BYTES))

@@ -366,3 +366,23 @@ def test_one_caption_serves_a_folder_of_images(name: str, tmp_path: Path) -> Non
     assert read.lines[1] == "captions 'a photo of sks dog' where an image has no caption file"
     text(tmp_path / "data/b.txt", "sks dog asleep")
     assert Read(tmp_path / "data", caption="a photo of sks dog").captions["b.png"] == "sks dog asleep"
+
+
+@pytest.mark.parametrize("name", ["a.dng", "a.psd"])
+def test_a_raw_file_beside_its_image_is_left_out_not_bad(name: str, tmp_path: Path) -> None:
+    image(tmp_path / "data/a.png")
+    text(tmp_path / "data/a.txt", "a dog")
+    text(tmp_path / "data" / name, "raw")
+    assert (Read(tmp_path / "data").bad, Read(tmp_path / "data").left_out) == (
+        {}, {"images that are read in another format": 1},
+    )  # fmt: skip
+    rows(tmp_path / "data/metadata.jsonl", **{"a.png": "a dog"})
+    read = Read(tmp_path / "data")
+    assert (read.bad, read.left_out["images that no row names"]) == ({}, 1)
+
+
+@pytest.mark.parametrize("name", ["IMG_1.dng", "sub/a.cr2"])
+def test_a_folder_of_images_that_are_not_read_names_the_remedy(name: str, tmp_path: Path) -> None:
+    text(tmp_path / "data" / name, "raw")
+    with pytest.raises(UserError, match=r"has only images that aren't read here, such as .*; develop it"):
+        Read(tmp_path / "data")
