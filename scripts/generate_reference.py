@@ -88,7 +88,8 @@ def pages() -> dict[str, str]:
 def _index() -> str:
     introduction = (
         "Every key of the configuration, in YAML (`stage2: {lr: 1e-4}`) or on the command line (`stage2.lr=1e-4`), "
-        "where the value is YAML too."
+        "where the value is YAML too; a string's or path's is plain text, spaces, `#` and digits included. `~` and "
+        "environment variables expand in paths."
     )
     rows = [f"| [{name}]({name}.md) | {_line(text.partition('. ')[0])} |" for name, text in INTRODUCTIONS.items()]
     rows += [f"| [{name}]({name}.md) | {text.partition(', given')[0]} |" for name, (_, text) in COMMANDS.items()]

@@ -11,12 +11,18 @@ PREFIX = "model.diffusion_model."
 def original(name: str, levels: tuple[str, ...], layers: int) -> str:
     """What CompVis' module tree calls a tensor of a diffusers U-Net with `levels` of down blocks."""
     fixed = {
-        "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
-        "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
-        "add_embedding.linear_1.": "label_emb.0.0.", "add_embedding.linear_2.": "label_emb.0.2.",
-        "class_embedding.": "label_emb.", "mid_block.resnets.0.": "middle_block.0.",
-        "mid_block.attentions.0.": "middle_block.1.", "mid_block.resnets.1.": "middle_block.2.",
-    }  # fmt: skip
+        "conv_in.": "input_blocks.0.0.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
+        "class_embedding.": "label_emb.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "mid_block.resnets.1.": "middle_block.2.",
+    }
     for ours, theirs in fixed.items():
         name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
@@ -32,9 +38,13 @@ def original(name: str, levels: tuple[str, ...], layers: int) -> str:
             name = f"output_blocks.{number}.{ {'resnets': '0.', 'attentions': '1.', 'upsamplers': last}[kind] }{rest}"
     if "transformer_blocks" not in name:
         for ours, theirs in (
-            (".norm1.", ".in_layers.0."), (".conv1.", ".in_layers.2."), (".time_emb_proj.", ".emb_layers.1."),
-            (".norm2.", ".out_layers.0."), (".conv2.", ".out_layers.3."), (".conv_shortcut.", ".skip_connection."),
-        ):  # fmt: skip
+            (".norm1.", ".in_layers.0."),
+            (".conv1.", ".in_layers.2."),
+            (".time_emb_proj.", ".emb_layers.1."),
+            (".norm2.", ".out_layers.0."),
+            (".conv2.", ".out_layers.3."),
+            (".conv_shortcut.", ".skip_connection."),
+        ):
             name = name.replace(ours, theirs)
     return name
 

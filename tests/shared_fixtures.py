@@ -131,10 +131,14 @@ def random_model(words: Path) -> Callable[..., LatentDiffusion]:
         torch.manual_seed(0)
         network = unet.build(stage, count, side, encoder.width if encoder else 0, 3).eval()
         return LatentDiffusion(
-            encoder, network, Autoencoder(Identity()) if pixels else vae,
+            encoder,
+            network,
+            Autoencoder(Identity()) if pixels else vae,
             scheduler(DiffusionProcess("v", "cosine"), "dpm++"),
-            steps=3, guidance=2.0, classes=("cat", "dog", "heart") if stage.classes else (),
-        )  # fmt: skip
+            steps=3,
+            guidance=2.0,
+            classes=("cat", "dog", "heart") if stage.classes else (),
+        )
 
     return make
 
@@ -240,9 +244,15 @@ def launch_python(
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=root, env=environment, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, *map(str, arguments)],
+            cwd=root,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         children.append(process)
         return process
 

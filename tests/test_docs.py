@@ -55,9 +55,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("assumed") / "pictures"
     folder.mkdir()
     for name, size, mode, orientation in (
-        ("lighthouse.jpg", (60, 90), "RGB", 1), ("bicycle.jpg", (64, 96), "RGB", 6),
-        ("heron.png", (48, 72), "RGBA", 1), ("fox.webp", (64, 64), "RGB", 1),
-    ):  # fmt: skip
+        ("lighthouse.jpg", (60, 90), "RGB", 1),
+        ("bicycle.jpg", (64, 96), "RGB", 6),
+        ("heron.png", (48, 72), "RGBA", 1),
+        ("fox.webp", (64, 64), "RGB", 1),
+    ):
         assert f"`{name}`" in PAGE
         exif = Image.Exif()
         exif[0x0112] = orientation

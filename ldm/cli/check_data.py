@@ -56,6 +56,7 @@ def check_index(settings: loader.Config) -> int:
         spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
         check.sheet(data.select("train"), spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
+    print(check.balance(data))
     if problem := data.stop_reason(folder / "data-report.json"):
         print(f"training would stop: {problem}")
         return 1
@@ -79,6 +80,8 @@ def check_stream(settings: loader.Config) -> int:
             if len(samples) < SHEET_SAMPLES:
                 samples.append(sample)
     print(f"images     {good:,} good, {bad:,} bad among the first")
+    left_out = stream.sources.left_out()
+    print(*left_out.lines(), check.balance_line(good, bad, left_out.counts.total()), sep="\n")
     if samples:
         sheet = images.to_pil(torch.stack([pixels for pixels, _ in samples]))
         path = settings.run.dir / "data-sheet.png"

@@ -16,6 +16,7 @@ from PIL import ImageOps
 from ldm.cli.generate import generate_images
 from ldm.cli.sampling_arguments import open_image, parse_size, sampling_parser
 from ldm.data.crops import crop_resize
+from ldm.sampling.inpainting import check_mask, mask_batch
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
 
@@ -26,8 +27,8 @@ MAX_SCALE = 4  # of an image's side over that of training, without --size
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = sampling_parser("Inpainting: generates the masked part of an image; the rest keeps its exact pixels.")
     parser.add_argument("--image", help="the image to complete")
-    parser.add_argument("--mask", help="an image of the same size: white is generated, black is kept")
-    parser.add_argument("--invert", action="store_true", help="black is generated, white is kept")
+    parser.add_argument("--mask", help="an image of the same size: white is generated, black and transparent are kept")
+    parser.add_argument("--invert", action="store_true", help="black is generated, white and transparent are kept")
     parser.add_argument("--strength", type=float, default=1.0, help="below 1 keeps something of the masked part")
     parser.add_argument("--size", type=parse_size, help="resizes both to 512 or 640x512; default: the image's size")
     generate_images(parser.parse_args(arguments), "inpaint.py", prepare_inputs)
@@ -38,7 +39,10 @@ def prepare_inputs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str
         raise UserError(f"--model: {args.model} enlarges images; give a text-to-image or an inpainting model")
     if not args.image or not args.mask:
         raise UserError("--image, --mask: both are needed: the image, and a mask, white where to generate")
-    image, mask = open_image("--image", args.image), open_image("--mask", args.mask)
+    image, mask = open_image("--image", args.image), open_image("--mask", args.mask, "black")
+    check_mask(mask)
+    if args.invert:  # laid over what is kept, transparent pixels are kept
+        mask = ImageOps.invert(open_image("--mask", args.mask, "white"))
     if mask.size != image.size:
         (mask_width, mask_height), (width, height) = mask.size, image.size
         raise UserError(f"--mask: {mask_width} × {mask_height} pixels, but the image has {width} × {height}; resize it")
@@ -50,4 +54,5 @@ def prepare_inputs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str
         raise UserError(
             f"--image: {width} × {height} pixels, and the model was trained on {model.side}; give --size {model.side}"
         )
-    return {"image": image, "mask": ImageOps.invert(mask) if args.invert else mask}
+    mask_batch(mask, 1)  # its errors, before anything is sampled
+    return {"image": image, "mask": mask}

@@ -146,9 +146,9 @@ def existing_file(option: str, path: str | Path) -> Path:
     return Path(path)
 
 
-def open_image(option: str, path: str | Path) -> Image.Image:
-    """The image that an option names, as RGB; UserError if it can't be read."""
+def open_image(option: str, path: str | Path, background: str = "white") -> Image.Image:
+    """The image that an option names, as RGB, transparency over `background`; UserError if it can't be read."""
     try:
-        return images.decode(existing_file(option, path).read_bytes())
+        return images.decode(existing_file(option, path).read_bytes(), background)
     except BadSampleError as error:
         raise UserError(f"{option}: {path}: {'; '.join(error.args)}") from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.config.schema.base import expand
 from ldm.utils.errors import UserError
 
 SIZE_KEYS = {
@@ -89,14 +90,17 @@ def subsets(file: Path) -> list[Subset]:
             if not isinstance(subset.get("image_dir"), str):
                 raise UserError(f"{file}: a subset without image_dir; name its folder")
             options = dict(_innermost(CAPTION_KEYS, tree.get("general", {}), dataset, subset))
-            result.append(Subset(file.parent / Path(subset["image_dir"]).expanduser(), **options))
+            try:
+                result.append(Subset(file.parent / expand(subset["image_dir"]), **options))
+            except ValueError as error:
+                raise UserError(f"{file}: image_dir: {subset['image_dir']!r}: {error}") from None
     return result
 
 
 def _read(file: Path) -> dict[str, Any]:
     """The parsed file; UserError where a key is unknown, with the nearest known one, or of the wrong type."""
     try:
-        tree = tomllib.loads(file.read_text("utf-8"))
+        tree = tomllib.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.source: no file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

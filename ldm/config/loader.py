@@ -20,16 +20,21 @@ from ldm.config import kohya
 from ldm.config.old_names import current_key, print_notes, rename_keys
 from ldm.config.presets import PRESETS
 from ldm.config.schema import Config, Section, as_sources
+from ldm.config.schema.base import expand
+from ldm.config.yaml_text import field_type, override_value, read_yaml
 from ldm.utils.errors import UserError
 
 Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration file, then applies overrides such as `stage2.lr=1e-4` (values are YAML)."""
+    """Reads a configuration file, then applies overrides such as `stage2.lr=1e-4`.
+
+    The values of overrides are YAML; those of strings and paths are text as it is typed, or YAML in quotes.
+    """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text("utf-8"), _Loader)
+        tree = read_yaml(path.read_text("utf-8"), Config)
     except FileNotFoundError:
         raise UserError(
             f"--config: no file {path}; configurations that come with this project are in configs/"
@@ -38,6 +43,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config: can't read {path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
     tree, notes = rename_keys(Config, tree)
@@ -47,7 +54,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             for key in keys if isinstance(tree.get(section), dict) else ():  # the file's values belong to its preset
                 tree[section].pop(key, None)
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, Config)
     tree, more = rename_keys(Config, tree)
     print_notes([*notes, *more])
     _add_kohya(tree)
@@ -83,7 +90,7 @@ def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
     """A single section from overrides such as `lr=1e-4`; errors name their `origin`."""
     tree: dict[str, Any] = {}
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, kind)
     tree, notes = rename_keys(kind, tree)
     print_notes(notes)
     try:
@@ -117,6 +124,10 @@ def _add_kohya(tree: dict[str, Any]) -> None:
     for source in as_sources(data.get("source")):
         path = source.get("path") if isinstance(source, dict) else None
         if isinstance(path, str) and (path.endswith(".toml") or source.get("kind") == "kohya"):
+            try:
+                path = expand(path)
+            except ValueError as error:
+                raise UserError(f"data.source: {path!r}: {error}") from None
             for key, value in kohya.settings(Path(path)).items():
                 if data.get(key) not in (None, value):
                     raise UserError(
@@ -131,22 +142,7 @@ def _renamed_override(override: str, notes: list[str]) -> str:
     return current_key(path, notes) + equals + value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, except that `1e-4` is a number, and `no` and `on` are words, as YAML 1.2 has it."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's way)
-        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, root: type[Section]) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected section.key=value, for example stage2.lr=1e-4")
@@ -158,9 +154,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {name!r} is a value, not a section")
     try:
-        new = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {value!r} is not valid YAML; quote it") from None
+        new = override_value(value, field_type(root, key))
+    except ValueError as error:
+        raise UserError(f"override {override!r}: {error}") from None
     if leaf == "source" and isinstance(tree.get(leaf), dict) and isinstance(new, str):
         new = {**tree[leaf], "path": new}  # keeps options that were set before
     tree[leaf] = new

@@ -16,19 +16,31 @@ OLD_NAMES: dict[str, dict[str, str]] = {
     "SourceConfig": {"column": "caption_column"},
     "DataConfig": {"held_out": "val_fraction"},
     "Training": {
-        "clip": "max_grad_norm", "decay": "lr_scheduler", "warmup": "lr_warmup_steps", "ema": "ema_decay",
+        "clip": "max_grad_norm",
+        "decay": "lr_scheduler",
+        "warmup": "lr_warmup_steps",
+        "ema": "ema_decay",
     },
     "Stage1Config": {"groups": "norm_num_groups", "evaluate_pictures": "evaluate_images"},
     "ClassifierConfig": {
-        "head_size": "attention_head_dim", "groups": "norm_num_groups", "evaluate_pictures": "evaluate_images",
-    },
-    "Stage2Config": {
-        "target": "prediction_type", "schedule": "beta_schedule", "times": "timestep_sampling",
-        "time_mean": "logit_mean", "time_std": "logit_std", "weight": "loss_weighting", "dropout": "cond_dropout",
-        "null": "uncond_embedding", "head_size": "attention_head_dim", "groups": "norm_num_groups",
+        "head_size": "attention_head_dim",
+        "groups": "norm_num_groups",
         "evaluate_pictures": "evaluate_images",
     },
-}  # fmt: skip
+    "Stage2Config": {
+        "target": "prediction_type",
+        "schedule": "beta_schedule",
+        "times": "timestep_sampling",
+        "time_mean": "logit_mean",
+        "time_std": "logit_std",
+        "weight": "loss_weighting",
+        "dropout": "cond_dropout",
+        "null": "uncond_embedding",
+        "head_size": "attention_head_dim",
+        "groups": "norm_num_groups",
+        "evaluate_pictures": "evaluate_images",
+    },
+}
 OLD_PRESETS = ("free", "unet")  # now "custom"
 OLD_SOURCE_KIND = "pictures"  # now "images"
 
@@ -56,7 +68,7 @@ def rename_keys(kind: type[Section], values: dict[str, Any], prefix: str = "") -
         result, note = _device_batch(kind, result, prefix)
         notes += note
     for key, value in result.items():
-        if key in kind.model_fields and (inner := _section_in(kind.model_fields[key].annotation)):
+        if key in kind.model_fields and (inner := section_in(kind.model_fields[key].annotation)):
             if isinstance(value, dict):
                 result[key], more = rename_keys(inner, value, f"{prefix}{key}.")
                 notes += more
@@ -73,7 +85,7 @@ def current_key(path: str, notes: list[str]) -> str:
     *sections, leaf = path.split(".")
     kind: type[Section] | None = Config
     for name in sections:
-        kind = _section_in(kind.model_fields[name].annotation) if kind and name in kind.model_fields else None
+        kind = section_in(kind.model_fields[name].annotation) if kind and name in kind.model_fields else None
     new = _old_names(kind).get(leaf, leaf) if kind else leaf
     current = ".".join([*sections, new])
     if new != leaf:
@@ -89,11 +101,11 @@ def _old_names(kind: type[Section]) -> dict[str, str]:
     return merged
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def section_in(annotation: Any) -> type[Section] | None:
     """The section in the type of a field, such as `GanConfig | None` or `tuple[SourceConfig, ...]`."""
     if isinstance(annotation, type(Section)) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+    return next(filter(None, map(section_in, get_args(annotation))), None)
 
 
 def _device_batch(kind: type[Section], values: dict[str, Any], prefix: str) -> tuple[dict[str, Any], list[str]]:

@@ -30,14 +30,18 @@ SMALL, DEEP = [False, True, True], [True, True, True, False]
 UNETS: Presets = {  # by parameters, with text embeddings of 384 channels (unet-5m) or 768
     "custom": {},
     "unet-5m": {
-        "channels": [32, 96, 128], "layers": 1, "attention": [False, False, True], "attention_head_dim": 8,
-        "norm_num_groups": 8, "pooled_text": True,
+        "channels": [32, 96, 128],
+        "layers": 1,
+        "attention": [False, False, True],
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "pooled_text": True,
     },
     "unet-34m": {"channels": [96, 192, 256], "attention": SMALL, "attention_head_dim": 32},
     "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
     "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "attention_head_dim": 32},
     "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, except for the heads
-}  # fmt: skip
+}
 
 PROCESSES: Presets = {
     "custom": {},
@@ -50,22 +54,49 @@ PROCESSES: Presets = {
 }
 
 PRESETS = (
-    ("stage1", "model", AUTOENCODERS, (
-        "channels", "layers", "latent_channels", "norm_num_groups", "mid_attention", "codes",
-    )),
     (
-        "stage2", "model", UNETS,
+        "stage1",
+        "model",
+        AUTOENCODERS,
         (
-            "channels", "layers", "attention", "mid_attention", "attention_head_dim", "norm_num_groups", "pooled_text",
+            "channels",
+            "layers",
+            "latent_channels",
+            "norm_num_groups",
+            "mid_attention",
+            "codes",
+        ),
+    ),
+    (
+        "stage2",
+        "model",
+        UNETS,
+        (
+            "channels",
+            "layers",
+            "attention",
+            "mid_attention",
+            "attention_head_dim",
+            "norm_num_groups",
+            "pooled_text",
             "scale_shift",
         ),
     ),
     (
-        "stage2", "process", PROCESSES,
+        "stage2",
+        "process",
+        PROCESSES,
         (
-            "prediction_type", "beta_schedule", "timesteps", "zero_snr", "shift", "variance", "timestep_sampling",
-            "logit_mean", "logit_std",
+            "prediction_type",
+            "beta_schedule",
+            "timesteps",
+            "zero_snr",
+            "shift",
+            "variance",
+            "timestep_sampling",
+            "logit_mean",
+            "logit_std",
         ),
     ),
-)  # fmt: skip
+)
 """Section, key that names a preset, its presets, and all keys that a preset may set."""

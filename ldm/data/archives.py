@@ -13,11 +13,13 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from webdataset.tariterators import group_by_keys
 
+from ldm.data.formats import IMAGE_SUFFIXES, REMEDIES
+from ldm.data.layout import choose_split
 from ldm.data.records import (
-    IMAGE_SUFFIXES,
     BadSample,
     BadSampleError,
     ImageLocation,
+    LeftOut,
     ReadOptions,
     Record,
     Records,
@@ -27,7 +29,7 @@ from ldm.data.records import (
 )
 from ldm.utils.errors import UserError
 
-CAPTIONS = (".txt", ".json")
+TEXTS = (".txt", ".caption", ".json", ".cls")
 MAX_MEMBER_BYTES = 2**34  # no image is larger: the header is damaged
 MAX_CAPTION_BYTES = 2**20
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -53,23 +55,33 @@ def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
     return files
 
 
+def files_of_split(path: str, suffixes: tuple[str, ...], split: str) -> tuple[list[str], list[LeftOut]]:
+    """The files of a pattern, folder or URL that belong to a split by their names, and those of other splits."""
+    files = expand(path, suffixes)
+    chosen = choose_split(files, split, path)
+    others = set(files).difference(chosen)
+    return chosen, [LeftOut(file, "files of other splits") for file in files if file in others]
+
+
 def tar_records(urls: Sequence[str], options: ReadOptions) -> Records:
-    """The samples of WebDataset tars: an image, its captions in `.txt` or a key of `.json`, its class in another."""
+    """The samples of WebDataset tars: an image, its captions in `.txt`, `.caption` or a key of `.json`, its class in
+    another, or in `.cls`.
+    """
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
         for group in _groups(url, with_bytes=False):
-            if isinstance(group, BadSample):
+            if isinstance(group, BadSample | LeftOut):
                 yield group
             else:
                 sample = _record(url, group, options)
                 yield sample if isinstance(sample, BadSample) else sample[0]
 
 
-def tar_samples(url: str, options: ReadOptions) -> Iterator[Sample]:
+def tar_samples(url: str, options: ReadOptions) -> Iterator[Sample | LeftOut]:
     """The samples of one tar, read sequentially, with the bytes of each image."""
     for group in _groups(url, with_bytes=True):
-        if isinstance(group, BadSample):
+        if isinstance(group, BadSample | LeftOut):
             yield group
         else:
             sample = _record(url, group, options)
@@ -90,9 +102,9 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
 
 
-def _groups(url: str, with_bytes: bool) -> Iterator[dict[str, Any] | BadSample]:
+def _groups(url: str, with_bytes: bool) -> Iterator[dict[str, Any] | BadSample | LeftOut]:
     """Samples as webdataset groups them: suffix → bytes. Without `with_bytes`, an image is its header in the tar."""
-    problems: list[BadSample] = []
+    problems: list[BadSample | LeftOut] = []
 
     def note_problem(error: Exception) -> bool:
         text = str(error.args[0] if error.args else error).split(" dict_keys")[0]
@@ -110,15 +122,21 @@ def _groups(url: str, with_bytes: bool) -> Iterator[dict[str, Any] | BadSample]:
                     end = member.offset_data
                     suffix = Path(member.name).suffix.lower()
                     key = f"{Path(url).name}:{member.name}"
-                    if suffix in CAPTIONS and (member.issparse() or member.size > MAX_CAPTION_BYTES):
+                    hidden = Path(member.name).name.startswith(".") or "__MACOSX" in Path(member.name).parts
+                    if hidden and not member.isdir():
+                        problems.append(LeftOut(key, "hidden files"))
+                        continue
+                    if suffix in TEXTS and (member.issparse() or member.size > MAX_CAPTION_BYTES):
                         problems.append(BadSample(key, f"a caption of {member.size:,} bytes", "shorten it"))
                         continue
                     if not member.isreg() and suffix in IMAGE_SUFFIXES:
                         problems.append(BadSample(key, "it is a link, a folder or a device", "store the image itself"))
-                    if member.isreg() and suffix in (*CAPTIONS, *IMAGE_SUFFIXES):
-                        read = with_bytes or suffix in CAPTIONS
+                    if member.isreg() and (suffix in TEXTS or suffix in IMAGE_SUFFIXES or suffix in REMEDIES):
+                        read = with_bytes or suffix in TEXTS
                         data = tar.extractfile(member).read() if read else member  # type: ignore[union-attr]
                         yield {"fname": member.name, "data": data, "__url__": url}
+                    elif member.isreg():
+                        problems.append(LeftOut(key, "other files"))
                     tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header in memory
             if not tar.ended:  # type: ignore[attr-defined]
                 raise tarfile.ReadError(f"it ends at byte {tar.offset} without the mark of an end")
@@ -127,23 +145,34 @@ def _groups(url: str, with_bytes: bool) -> Iterator[dict[str, Any] | BadSample]:
 
     try:
         with fsspec.open(url, "rb") as file:
-            yield from group_by_keys(members(file), handler=note_problem)
+            for group in group_by_keys(members(file), handler=note_problem):
+                yield from _left_out_so_far(problems)
+                yield group
     except Exception as error:  # a remote file system may raise anything
         reason = f"it can't be read ({error or error!r})"
         problems.append(BadSample(url, reason, "see that it is there and may be read"))
     yield from problems
 
 
+def _left_out_so_far(problems: list[BadSample | LeftOut]) -> Iterator[LeftOut]:
+    """Takes what is left out from the list, which stays short: bad members are reported at the end of the tar."""
+    yield from (problem for problem in problems if isinstance(problem, LeftOut))
+    problems[:] = [problem for problem in problems if isinstance(problem, BadSample)]
+
+
 def _record(url: str, group: dict[str, Any], options: ReadOptions) -> tuple[Record, Any] | BadSample:
     """The record of a group, and its image: bytes, or the header in the tar."""
     suffix = next((suffix for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
     key = f"{Path(url).name}:{group['__key__']}"
+    unread = next((suffix for suffix in group if f".{suffix}" in REMEDIES), None)
+    if not suffix and unread:
+        return BadSample(f"{key}.{unread}", f"images of type .{unread} aren't read here", REMEDIES[f".{unread}"])
     if not suffix:
         return BadSample(key, "it has no image (a name ends at its first dot)", "add one, or drop its other files")
     image = group[suffix]
     try:
-        if "txt" in group:
-            captions = captions_of(group["txt"], options)
+        if text := next((name for name in ("txt", "caption") if name in group), None):
+            captions = captions_of(group[text], options)
         elif "json" in group:
             captions = captions_of(
                 _json_value(group["json"], "caption_column", options.column, options.captions), options
@@ -152,12 +181,19 @@ def _record(url: str, group: dict[str, Any], options: ReadOptions) -> tuple[Reco
             captions = ("",)
         else:
             raise BadSampleError("it has no caption", "add a .txt or .json of the same name")
-        labelled = options.label is not None and "json" in group
-        label = label_of(_json_value(group["json"], "label", options.label, False)) if labelled else ""
+        label = _label(group, options)
     except BadSampleError as error:
         return BadSample(f"{key}.{suffix}", *error.args)
     location = ImageLocation(url) if isinstance(image, bytes) else ImageLocation(url, image.offset_data, image.size)
     return Record(f"{key}.{suffix}", location, captions, label), image
+
+
+def _label(group: dict[str, Any], options: ReadOptions) -> str:
+    """The class of a sample: a key of its `.json`, or else its `.cls`."""
+    if options.label is None:
+        return ""
+    label = label_of(_json_value(group["json"], "label", options.label, False)) if "json" in group else ""
+    return label or label_of(group.get("cls"))
 
 
 def _json_value(content: bytes, key: str, name: str | None, required: bool) -> Any:

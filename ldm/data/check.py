@@ -87,6 +87,16 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def balance(index: Index) -> str:
+    """What became of everything that was seen: good, bad, and left out on purpose, which is counted by reason."""
+    left_out = index.sources.left_out()
+    return "\n".join([*left_out.lines(), balance_line(len(index), index.bad_count(), left_out.counts.total())])
+
+
+def balance_line(good: int, bad: int, left_out: int) -> str:
+    return f"balance    {good:,} good, {bad:,} bad, {left_out:,} left out = {good + bad + left_out:,} seen"
+
+
 def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:
     """A grid of a sample of each of the first steps, cropped and mirrored as in training, with caption or class."""
     plan = SamplePlan(index, spec)
@@ -205,4 +215,4 @@ def before_training(
     if problem := index.stop_reason(report):
         raise UserError(problem)
     if main:
-        print(describe(facts(index, text, text_name)), flush=True)
+        print(describe(facts(index, text, text_name)), balance(index), sep="\n", flush=True)

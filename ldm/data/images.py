@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from ldm.data.formats import formats_of, unread_format
+from ldm.data.image_metadata import without_metadata
 from ldm.data.records import BadSampleError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and odd EXIF, which are read anyway
 
 Size = tuple[int, int]  # width, height
-# What is decoded, whatever a file is called. For others, such as PostScript, Pillow would start external programs.
-Image.init()
-FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-    if name in Image.OPEN  # builds of Pillow differ
-)
+ROTATIONS = {  # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.Image:
@@ -33,20 +38,53 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     if not data:
         raise BadSampleError("the file is empty", "fetch it anew, or remove it")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            opened.load()
-            image = _rgb(ImageOps.exif_transpose(opened), background)
-    except Image.DecompressionBombError as error:
-        raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
-    except UnidentifiedImageError:
-        raise BadSampleError(f"it is none of {', '.join(FORMATS)}", "convert or remove it") from None
-    except Exception as error:  # damaged files make decoders raise anything
-        reason = f"it can't be decoded ({' '.join(str(error).split())})"
-        raise BadSampleError(reason, "fetch it anew, or remove it") from None
+        image = _decode(data, background)
+    except BadSampleError:
+        image = _decode_without_metadata(data, background)
     if min(image.size) < min_side:
         reason = f"it is {image.width} × {image.height} px, and data.min_side is {min_side}"
         raise BadSampleError(reason, "use a larger one")
     return image
+
+
+def may_be_read_now(reason: str) -> bool:
+    """Whether an image that was bad for this reason may be good with the decoders of today, which are others."""
+    unknown = reason.startswith("it is none of ") and reason != unread_format(b"")[0]
+    return unknown or reason.startswith(("it can't be decoded", "it is HEIF, ", "it is JXL, "))
+
+
+def _decode(data: bytes, background: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=formats_of(data)) as opened:
+            opened.load()
+            return _rgb(_rotated(opened), background)
+    except Image.DecompressionBombError as error:
+        raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
+    except UnidentifiedImageError:
+        raise BadSampleError(*unread_format(data)) from None
+    except Exception as error:  # damaged files make decoders raise anything
+        reason = f"its pixels can't be decoded ({' '.join(str(error).split())})"
+        raise BadSampleError(reason, "fetch it anew, or remove it") from None
+
+
+def _decode_without_metadata(data: bytes, background: str) -> Image.Image:
+    """The image by its pixels alone, for a file whose texts, profiles or EXIF can't be read.
+
+    EXIF, which has the rotation, is dropped last.
+    """
+    for exif in (True, False):
+        with contextlib.suppress(BadSampleError):
+            return _decode(without_metadata(data, exif), background)
+    return _decode(data, background)  # raises what is wrong with the file as it is
+
+
+def _rotated(image: Image.Image) -> Image.Image:
+    """The image as its EXIF says, where that can be read."""
+    try:
+        method = ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF of odd types makes its parsers raise anything
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

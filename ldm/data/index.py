@@ -173,6 +173,7 @@ class Index:
         report = {
             "images": len(self),
             "bad": self.bad_count(),
+            "left_out": dict(self.sources.left_out().counts),
             "on_error": self.data.on_error,
             "max_bad": self.data.max_bad,
             "list": listed,
@@ -222,6 +223,8 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     for source in sources:
+        if not source["caption"]:  # as before there was this key
+            del source["caption"]
         if source["kind"] == "images":
             source["kind"] = "pictures"  # its name when the first indices were written, which stay valid
     settings: list[Any] = [sources, data.background, data.min_side, data.size]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
-from ldm.data.images import decode
+from ldm.data.images import decode, may_be_read_now
 from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
@@ -34,14 +34,28 @@ from ldm.utils.errors import UserError
 TEXT = pa.large_string()  # the captions of 36 million images exceed the 2 GiB of 32-bit offsets
 SCHEMA = pa.schema(
     [
-        ("key", TEXT), ("file", TEXT), ("start", pa.int64()), ("size", pa.int64()),
-        ("captions", pa.large_list(TEXT)), ("label", TEXT), ("split", TEXT), ("weight", pa.float64()),
-        ("repeats", pa.int32()), ("flip", pa.bool_()), ("dropout", pa.float64()), ("attributes", TEXT),
-        ("source", pa.int32()), ("reason", TEXT), ("fix", TEXT),
-        ("stamp", pa.binary(16)), ("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()),
+        ("key", TEXT),
+        ("file", TEXT),
+        ("start", pa.int64()),
+        ("size", pa.int64()),
+        ("captions", pa.large_list(TEXT)),
+        ("label", TEXT),
+        ("split", TEXT),
+        ("weight", pa.float64()),
+        ("repeats", pa.int32()),
+        ("flip", pa.bool_()),
+        ("dropout", pa.float64()),
+        ("attributes", TEXT),
+        ("source", pa.int32()),
+        ("reason", TEXT),
+        ("fix", TEXT),
+        ("stamp", pa.binary(16)),
+        ("sha256", pa.binary(32)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
         ("phash", pa.uint64()),
     ]
-)  # fmt: skip
+)
 RECORD_COLUMNS = ("key", "label", "split", "weight", "repeats", "flip", "dropout")  # fields of a record, as they are
 READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix")  # what opening an image adds to its record
 CHUNK = 1024  # rows that one process opens, and writes at once
@@ -275,7 +289,7 @@ class _EarlierIndices:
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def find(self, row_stamp: bytes) -> dict[str, Any] | None:
-        """READ_COLUMNS of the image with this stamp; None where no earlier index has it."""
+        """READ_COLUMNS of the image with this stamp; None where no earlier index has it, or today's decoders may."""
         if not self.count or row_stamp == bytes(16):
             return None
         key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
@@ -286,7 +300,8 @@ class _EarlierIndices:
         number = int(np.searchsorted(self.ends, row, side="right"))
         batch = self.batches[number]
         row += batch.num_rows - int(self.ends[number])
-        return {name: batch[name][row].as_py() for name in READ_COLUMNS}
+        columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
+        return None if columns["reason"] and may_be_read_now(columns["reason"]) else columns
 
 
 def leading_bytes(column: pa.ChunkedArray, count: int) -> np.ndarray:

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm.config.kohya import Subset, subsets
-from ldm.data.folders import SIDECARS, sidecars
-from ldm.data.records import BadSample, ReadOptions, Record, Records, label_of
+from ldm.data.folder_tree import FolderTree
+from ldm.data.folders import sidecars
+from ldm.data.records import BadSample, LeftOut, ReadOptions, Record, Records, label_of
+from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
 
 MAX_SHUFFLES = 8  # tag orders of a shuffled caption: the embedding of each is cached
@@ -21,10 +23,12 @@ def read(file: Path, options: ReadOptions) -> Records:
     for subset in subsets(file):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        extensions = (subset.caption_extension,) if subset.caption_extension else SIDECARS
-        for record in sidecars(subset.folder, options._replace(lines=False), extensions, subset.class_tokens):
+        extension = subset.caption_extension  # kohya's own scripts also take it without the dot
+        extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS
+        tree = FolderTree(subset.folder)
+        for record in sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens):
             key = f"{subset.folder.name}/{record.key}"
-            if isinstance(record, BadSample):
+            if isinstance(record, BadSample | LeftOut):
                 yield replace(record, key=key)
             else:
                 yield Record(

@@ -21,15 +21,44 @@ ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), the open-source emoji an
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 ROLES = (
-    "artist", "astronaut", "construction worker", "cook", "detective", "factory worker", "farmer", "firefighter",
-    "guard", "health worker", "judge", "mage", "mechanic", "office worker", "pilot", "police officer", "scientist",
-    "singer", "student", "teacher", "technologist", "with curly hair", "with red hair", "with white hair",
-)  # fmt: skip
+    "artist",
+    "astronaut",
+    "construction worker",
+    "cook",
+    "detective",
+    "factory worker",
+    "farmer",
+    "firefighter",
+    "guard",
+    "health worker",
+    "judge",
+    "mage",
+    "mechanic",
+    "office worker",
+    "pilot",
+    "police officer",
+    "scientist",
+    "singer",
+    "student",
+    "teacher",
+    "technologist",
+    "with curly hair",
+    "with red hair",
+    "with white hair",
+)
 # OpenMoji draws the man and the person of these roles alike: one drawing, two captions.
 DRAWN_ALIKE = (
-    "artist", "astronaut", "cook", "factory worker", "farmer", "firefighter", "mechanic", "pilot", "student",
+    "artist",
+    "astronaut",
+    "cook",
+    "factory worker",
+    "farmer",
+    "firefighter",
+    "mechanic",
+    "pilot",
+    "student",
     "with curly hair",
-)  # fmt: skip
+)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHAPES = ("heart", "circle", "square")
 # Not blue: OpenMoji draws the blue heart in another blue than the blue circle and square, so no caption could name it.
@@ -45,9 +74,14 @@ MUSIC = range(0x1F3B7, 0x1F3BD)
 FOOD = (*range(0x1F32D, 0x1F330), *range(0x1F345, 0x1F380), *range(0x1F950, 0x1F970), *range(0x1F9C0, 0x1F9CC))
 
 KINDS = {
-    "face": FACES, "clothes": CLOTHES, "plant": PLANTS, "animal": ANIMALS, "vehicle": VEHICLES, "music": MUSIC,
+    "face": FACES,
+    "clothes": CLOTHES,
+    "plant": PLANTS,
+    "animal": ANIMALS,
+    "vehicle": VEHICLES,
+    "music": MUSIC,
     "food": FOOD,
-}  # fmt: skip
+}
 
 _TONE = re.compile(r"(?:^|[ ,]+)(light|medium-light|medium|medium-dark|dark) skin tone")
 

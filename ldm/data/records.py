@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 class ImageLocation(NamedTuple):
@@ -20,6 +19,7 @@ class ImageLocation(NamedTuple):
 
 HELD_OUT = ("reconstruction", "combination")  # the splits that stage one never sees
 TABLE_ROW = -2
+MAX_EXAMPLES = 3  # names listed for each reason why files are left out
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,44 @@ class BadSample:
         return f"{self.key}: {self.reason}; {self.fix}"
 
 
-Records = Iterator[Record | BadSample]
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is left out on purpose: its name, and what it is, in the plural: `hidden files`."""
+
+    key: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _one_line(self.key))
+
+
+class LeftOutCounts:
+    """How many files were left out for each reason, with the names of the first ones."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, file: LeftOut) -> None:
+        self.counts[file.reason] += 1
+        if len(examples := self.examples.setdefault(file.reason, [])) < MAX_EXAMPLES:
+            examples.append(file.key)
+
+    def update(self, other: LeftOutCounts) -> None:
+        self.counts.update(other.counts)
+        for reason, names in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + names)[:MAX_EXAMPLES]
+
+    def lines(self) -> list[str]:
+        """A line for each reason: how many, what they are, the first names."""
+        return [
+            f"left out   {count:,} {reason}: {', '.join(self.examples[reason])}"
+            + (", …" if count > len(self.examples[reason]) else "")
+            for reason, count in self.counts.items()
+        ]
+
+
+Records = Iterator[Record | BadSample | LeftOut]
 Sample = tuple[Record, bytes] | BadSample  # the bytes are the encoded image
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from ldm.data.archives import expand
+from ldm.data.archives import files_of_split
 from ldm.data.records import (
     TABLE_ROW,
     BadSample,
@@ -146,7 +146,8 @@ def _load(path: str, kind: str, split: str, streaming: bool, cache_dir: str) -> 
 
     arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir or None}
     if kind == "parquet":
-        return datasets.load_dataset("parquet", data_files={split: expand(path, (".parquet",))}, **arguments)
+        files, _ = files_of_split(path, (".parquet",), split)
+        return datasets.load_dataset("parquet", data_files={split: files}, **arguments)
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         return datasets.load_dataset(path, **arguments)
     table = datasets.load_from_disk(path)

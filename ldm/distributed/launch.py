@@ -68,6 +68,16 @@ def say_idle_cores(processes: int) -> None:
         )
 
 
+@cache
+def say_dynamo_is_ignored(backend: str) -> None:
+    """Prints, once, that accelerate's configuration compiles nothing, where it names a `backend` to compile with."""
+    if backend != "no":
+        print(
+            f"accelerate's dynamo_backend ({backend}) is ignored; stage2.compile=true compiles the U-Net.",
+            file=sys.stderr,
+        )
+
+
 def on_main(action: Callable[[], Result]) -> Result:
     """Runs `action` on the main process and returns its result, or raises its UserError, on all processes."""
     state = PartialState()
@@ -93,8 +103,13 @@ def precision(config: RunConfig) -> str:
 
 
 def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = None) -> Accelerator:
-    """accelerate for this run's device and precision, without sharding, which `ldm.distributed.sharding` does."""
+    """accelerate for this run's device and precision.
+
+    It shards nothing, which `ldm.distributed.sharding` does, and compiles nothing, which `stage2.compile` decides.
+    """
     state = join(config)
+    if state.is_main_process:
+        say_dynamo_is_ignored(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower())
     cpu = _on_cpu(config)
     if not cpu:  # the rest of float32: TF32 in matrix products, as in convolutions; the fastest convolutions
         torch.set_float32_matmul_precision("high")
@@ -106,6 +121,7 @@ def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = N
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision(config),
+            dynamo_backend="no",
             gradient_accumulation_steps=passes,
             kwargs_handlers=[ddp],
             log_with=None if config.tracker == "none" else config.tracker,

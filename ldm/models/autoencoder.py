@@ -7,8 +7,10 @@ every program that reads diffusers folders decodes it correctly.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,8 @@ from torch import nn
 from ldm.config.schema import Stage1Config
 from ldm.models import vae_tiling
 from ldm.models.convert import autoencoder as single_file
+from ldm.models.finite import check_weights
+from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import tensors_sha256, whole_folder
 from ldm.utils.errors import UserError
 
@@ -78,9 +82,10 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the normalised posterior, each of the shape of `encode`'s result."""
-        pixels = pixels.to(self.vae.device, self.vae.dtype)
-        parts = [self._moments(part) for part in split_batch(pixels)]
+        parts = [self._moments(part.to(self.vae.device, self.vae.dtype)) for part in split_batch(pixels)]
         mean, logvar = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
+        if self._overflows(mean, pixels):
+            return self.moments(pixels)
         return (mean - self.shift) * self.scale, logvar + 2 * math.log(self.scale)
 
     def _moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +101,20 @@ class Autoencoder:
         """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, roughly in [-1, 1]."""
         z = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
         area = z[0, 0].numel() * self.factor**2
-        return torch.cat([self._decode(part, area) for part in z.split(max(1, MAX_PIXELS // area))]).float()
+        pixels = torch.cat([self._decode(part, area) for part in z.split(max(1, MAX_PIXELS // area))]).float()
+        return self.decode(latents) if self._overflows(pixels, latents) else pixels
+
+    def _overflows(self, output: torch.Tensor, source: torch.Tensor) -> bool:
+        """Whether fp16 was too narrow; the autoencoder then computes in float32 from now on.
+
+        Stable Diffusion XL's first autoencoder needs it: its activations exceed 65504.
+        """
+        if self.vae.dtype != torch.float16 or bool(output.isfinite().all()) or not bool(source.isfinite().all()):
+            return False
+        print("the autoencoder overflows in fp16; it computes in float32 from now on", file=sys.stderr, flush=True)
+        self._encoder = self.encoder_fingerprint()
+        self.vae = nn.Module.to(copy.deepcopy(self.vae), torch.float32)  # a copy: another thread may use the first
+        return True
 
     def _decode(self, z: torch.Tensor, area: int) -> torch.Tensor:
         if isinstance(self.vae, Identity):
@@ -132,7 +150,11 @@ class Autoencoder:
         return {"shape": [self.channels, side, side], "autoencoder": self.encoder_fingerprint()}
 
     def save(self, folder: Path, **facts: Any) -> None:
-        """Writes a diffusers folder and `latents.json` (fingerprint and `facts`), complete or not at all."""
+        """Writes a diffusers folder and `latents.json` (fingerprint and `facts`), complete or not at all.
+
+        UserError, before anything is written, where weights are not finite.
+        """
+        check_weights({"autoencoder": self.vae}, folder)
         with whole_folder(folder) as tmp_path:
             self.vae.save_pretrained(tmp_path)
             (tmp_path / STATISTICS).write_text(
@@ -257,7 +279,7 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
         raise UserError(
             f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
         )
-    vae, loading_info = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+    vae, loading_info = load_variant(kind.from_pretrained, name, subfolder, output_loading_info=True)
     if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:
         raise UserError(
             f"{key}: the weights in {name} are not its config's: {wrong[0]} and {len(wrong) - 1} more differ"

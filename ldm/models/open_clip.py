@@ -14,9 +14,20 @@ from ldm.utils.errors import UserError
 
 # Keys of a tower's configuration that CLIPTextModel has too, or that don't change the token states.
 SUPPORTED = {
-    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id", "pool_type", "proj_bias",
-    "proj_type", "output_tokens", "act_kwargs", "norm_kwargs",
-}  # fmt: skip
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "eos_id",
+    "pool_type",
+    "proj_bias",
+    "proj_type",
+    "output_tokens",
+    "act_kwargs",
+    "norm_kwargs",
+}
 MODEL_SCHEMAS = ("local-dir", "hf-hub")  # prefixes of names that hold both configuration and weights
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 

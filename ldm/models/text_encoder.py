@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ldm.config.schema import TextConfig
 from ldm.models import open_clip
+from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
@@ -160,8 +161,8 @@ def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it would list all weights of CLIP's image tower as unused
         try:
-            model = classes.get(config.model_type, AutoModel).from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32
+            model = load_variant(
+                classes.get(config.model_type, AutoModel).from_pretrained, str(folder), dtype=torch.float32
             )
         finally:
             logging.set_verbosity(verbosity)

@@ -15,6 +15,7 @@ from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES, PREDICTIO
 from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
 from ldm.models.convert.autoencoder import PICKLES
+from ldm.models.weight_files import load_variant
 from ldm.utils.errors import UserError
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel without text
@@ -172,8 +173,8 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
             config, subfolder = kind.load_config(name), None  # a Hub id of a U-Net alone
         if config.get("_class_name", kind.__name__) != kind.__name__:
             raise UserError(f"{key}: {name} has a {config['_class_name']}; stage2.conditions need {kind.__name__}")
-        unet, loading_info = kind.from_pretrained(
-            name, subfolder=subfolder, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
+        unet, loading_info = load_variant(
+            kind.from_pretrained, name, subfolder, output_loading_info=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -29,9 +29,42 @@ def image_batch(name: str, images: Images, number: int) -> torch.Tensor:
 
 
 def mask_batch(mask: Images, number: int) -> torch.Tensor:
-    """`(number, 1, H, W)`: 1 where the image is to be generated, 0 elsewhere. A tensor's values are in [0, 1]."""
-    values = image_batch("mask", mask, number)
-    return ((values if isinstance(mask, torch.Tensor) else values / 2 + 0.5)[:, :1] >= 0.5).float()
+    """`(number, 1, H, W)`: 1 where the image is to be generated, 0 elsewhere. A tensor's values are in [0, 1].
+
+    The brightest channel counts. Transparent pixels are kept. UserError where a mask generates nothing.
+    """
+    if isinstance(mask, torch.Tensor):
+        if not (mask.min() >= 0 and mask.max() <= 1):
+            raise UserError(
+                f"mask: its values go from {mask.min():g} to {mask.max():g}; give 0 (kept) to 1 (generated)"
+            )
+        values = image_batch("mask", mask, number)
+    else:
+        opaque = [_over_black(image) for image in ([mask] if isinstance(mask, Image.Image) else mask)]
+        for image in opaque:
+            check_mask(image)
+        values = image_batch("mask", opaque, number) / 2 + 0.5
+    generated = (values.amax(dim=1, keepdim=True) >= 0.5).float()
+    if not bool(generated.flatten(1).any(dim=1).all()):
+        raise UserError(
+            f"mask: it generates nothing: its brightest value is {round(float(values.max()) * 255)} of 255, and 128 or "
+            "more is generated; paint what to generate white, or invert the mask (--invert)"
+        )
+    return generated
+
+
+def check_mask(image: Image.Image) -> None:
+    """UserError for a mask of the values 0 and 1 of 255, which all look black."""
+    if max(np.asarray(image).max(initial=0), 0) == 1:
+        raise UserError("mask: its values are 0 and 1 of 255, which is all black; multiply them by 255")
+
+
+def _over_black(image: Image.Image) -> Image.Image:
+    """The image as RGB, black where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ldm.data.images import to_pil
 from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import NUM_NOISE_LEVELS
+from ldm.models.finite import check_output
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNet
 from ldm.sampling import pipeline_io
@@ -31,6 +32,11 @@ from ldm.utils.errors import UserError
 
 __all__ = ["Interpolation", "LatentDiffusion", "SamplingRequest"]
 MAX_CACHED_PROMPTS = 1000
+OVERFLOW = (
+    "lower guidance or the classifier's scale, take more steps, or another solver",
+    "fp16 is too narrow for it; compute in bf16 or float32 (--precision bf16 or no)",
+)
+"""What to do where sampling leaves the range of numbers: in general, and in fp16."""
 
 
 @dataclass
@@ -174,7 +180,9 @@ class LatentDiffusion:
         if cache is None or len(cache) > MAX_CACHED_PROMPTS:
             cache = {}
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]:
-            cache.update(zip(new, self.text.encode(new, batch=1), strict=True))  # one at a time: bits depend on a batch
+            encoded = self.text.encode(new, batch=1)  # one at a time: bits depend on a batch
+            check_output(encoded, "text encoder", self.text.model, "take another one")
+            cache.update(zip(new, encoded, strict=True))
         return torch.stack([cache[prompt] for prompt in prompts])
 
     def __call__(
@@ -215,6 +223,7 @@ class LatentDiffusion:
         def finish(
             start: int, latents: torch.Tensor, image: torch.Tensor | None, mask: torch.Tensor | None
         ) -> list[Image.Image]:
+            check_output(latents, "U-Net", self.unet, OVERFLOW[self.unet.dtype == torch.float16])
             images = self.to_images(latents, image, mask)
             if not ready:
                 return images
@@ -236,6 +245,7 @@ class LatentDiffusion:
     ) -> list[Image.Image]:
         """Decoded images, cropped to the size of `image`; where `mask` is 0 they are the image itself."""
         pixels = self.autoencoder.decode(latents)
+        check_output(pixels, "autoencoder", self.autoencoder.vae, "its input is finite; take another autoencoder")
         if image is not None:
             height, width = (side * self.upscale_factor for side in image.shape[2:])
             pixels = pixels[..., :height, :width]

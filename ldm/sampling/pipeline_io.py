@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import diffusers
 import torch
 import transformers
 from diffusers import (
@@ -29,15 +30,24 @@ from transformers.utils import logging as text_logging
 from ldm.diffusion.schedules import betas
 from ldm.models.autoencoder import Autoencoder, Identity, fold
 from ldm.models.conditioning import NOISIEST
+from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TextEncoder
+from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import whole_folder
 from ldm.utils.errors import UserError
 
 FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
 PIPELINES = (
-    StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
-    StableDiffusionUpscalePipeline, LatentConsistencyModelPipeline, DDPMPipeline, DDIMPipeline, LDMPipeline,
-)  # fmt: skip
+    StableDiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline,
+    LatentConsistencyModelPipeline,
+    DDPMPipeline,
+    DDIMPipeline,
+    LDMPipeline,
+)
+UNUSED = {"safety_checker", "feature_extractor"}  # components of pipelines
 Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
 UPSCALER_SCALING_FACTOR = 0.08333  # the only one that diffusers' StableDiffusionUpscalePipeline does not replace
 
@@ -52,10 +62,13 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     try:
         config = DiffusionPipeline.load_config(str(name))
         components: dict[str, Any] = {"vae": None} if config.get("vae") == [None, None] else {}  # diffusion on pixels
-        if "safety_checker" in config:
-            components["safety_checker"] = None
+        components |= dict.fromkeys(UNUSED & config.keys())  # a folder may lack them
         if "text_encoder" in config:  # by itself: a pipeline would initialise missing weights at random
             components["text_encoder"] = _text_encoder(str(name), config["text_encoder"][1])
+        for part in ("unet", "vae", "vqvae"):
+            library, class_name = config.get(part) or ("", "")
+            if library == "diffusers" and (kind := getattr(diffusers, str(class_name), None)):
+                components[part] = load_variant(kind.from_pretrained, str(name), part)
         pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **components)
         facts, null = _facts(Path(name))
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
@@ -93,8 +106,12 @@ def _text_encoder(name: str, class_name: str) -> Any:
     verbosity = text_logging.get_verbosity()
     text_logging.set_verbosity(text_logging.CRITICAL)
     try:
-        encoder, loading_info = getattr(transformers, class_name).from_pretrained(
-            name, subfolder="text_encoder", use_safetensors=True, output_loading_info=True
+        encoder, loading_info = load_variant(
+            getattr(transformers, class_name).from_pretrained,
+            name,
+            "text_encoder",
+            output_loading_info=True,
+            dtype=torch.float32,
         )
     finally:
         text_logging.set_verbosity(verbosity)
@@ -113,7 +130,14 @@ def _default_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def write(model: Model, folder: Path) -> None:
-    """Writes a folder that plain diffusers opens as the pipeline of the model's task; extra files are for `read`."""
+    """Writes a folder that plain diffusers opens as the pipeline of the model's task; extra files are for `read`.
+
+    UserError, before anything is written, where weights are not finite.
+    """
+    parts = {"U-Net": model.unet, "text encoder": model.text and model.text.model, "null embedding": model.null}
+    if not isinstance(model.autoencoder.vae, Identity):
+        parts["autoencoder"] = model.autoencoder.vae
+    check_weights({name: part for name, part in parts.items() if part is not None}, folder)
     with whole_folder(folder) as tmp_path:
         _pipeline(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}

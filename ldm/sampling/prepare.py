@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.models.conditioning import Condition, mask_and_masked_latents, noise_augmented
+from ldm.models.finite import check_output
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.sampling.loop import InpaintMask, initial_noise, slerp
 from ldm.sampling.request import SamplingInputs, label_numbers, solver_for
@@ -96,7 +97,7 @@ def prepare_image_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Pr
     if strength is None:
         strength = 1.0 if model.task == "inpaint" else 0.6
     steps = prepared.solver.steps
-    x0 = model.autoencoder.encode(inputs.image.to(model.device))
+    x0 = _encode(model, inputs.image.to(model.device))
     return replace(prepared, x0=x0, first=steps - round(steps * strength))
 
 
@@ -107,9 +108,7 @@ def prepare_inpainting(model: LatentDiffusion, inputs: SamplingInputs) -> Prepar
     image, mask = inputs.image.to(model.device), inputs.mask.to(model.device)
     assert prepared.x0 is not None
     if model.task == "inpaint":
-        return _with_image_channels(
-            prepared, mask_and_masked_latents(mask, model.autoencoder.encode(image * (mask < 0.5)))
-        )
+        return _with_image_channels(prepared, mask_and_masked_latents(mask, _encode(model, image * (mask < 0.5))))
     return replace(
         prepared, inpaint=InpaintMask(prepared.x0, F.max_pool2d(mask, model.autoencoder.factor), prepared.noise)
     )
@@ -139,6 +138,13 @@ def _prepare_generation(model: LatentDiffusion, inputs: SamplingInputs) -> Prepa
     if inputs.labels is not None and inputs.options.classifier is None:
         return prepare_class_conditional(model, inputs)
     return prepare_unconditional(model, inputs)
+
+
+def _encode(model: LatentDiffusion, image: torch.Tensor) -> torch.Tensor:
+    """The latents of images; UserError where they are not finite."""
+    latents = model.autoencoder.encode(image)
+    check_output(latents, "autoencoder", model.autoencoder.vae, "are the image's values in [-1, 1]?")
+    return latents
 
 
 def _with_image_channels(prepared: Prepared, channels: torch.Tensor, label: torch.Tensor | None = None) -> Prepared:

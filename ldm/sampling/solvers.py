@@ -37,10 +37,16 @@ from ldm.diffusion.schedules import betas_of
 from ldm.utils.errors import UserError
 
 SCHEDULERS: dict[str, Any] = {
-    "ddpm": DDPMScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler, "heun": HeunDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler,
-    "dpm++sde": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "lcm": LCMScheduler,
-}  # fmt: skip
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "dpm++sde": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "lcm": LCMScheduler,
+}
 BY_SIGMA = ("karras", "exponential")  # spacings that not every solver supports
 LEARNED = ("learned", "learned_range")  # variance types that the network predicts
 MIN_ALPHA_BAR = 2.0**-24  # at the end of a zero-SNR chain, for schedulers that divide by ᾱ

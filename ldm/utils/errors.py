@@ -12,6 +12,8 @@ from typing import NoReturn, Protocol
 
 from safetensors import SafetensorError
 
+from ldm.utils import interrupt
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -95,7 +97,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
             print(f"error: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted; the same command continues.", file=sys.stderr)
-            return 130
+            print(interrupt.MESSAGE, file=sys.stderr)
+            return interrupt.STATUS
 
     return guarded

@@ -3,7 +3,7 @@
 An idle thread spins for some milliseconds, to be quick at the next operation. With more threads and other programs than
 cores, it takes the core that a working thread needs. Training on two cores (AVX2) with two threads, in images/s: with
 one other busy program 22, or 45 with `GOMP_SPINCOUNT=0`; on an idle machine 70, or 57. The variable must be set before
-libgomp is loaded, so the choice is made when a command starts.
+libgomp is loaded, so the choice is made when a command starts. From here on Ctrl-C is one line, also during imports.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+
+from ldm.utils.interrupt import install_hook
 
 USER_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # either one overrides the choice made here
 SECONDS = 0.1  # over which the load is measured
@@ -55,4 +57,5 @@ def disable_spinning_if_busy() -> None:
         os.environ["GOMP_SPINCOUNT"] = "0"
 
 
+install_hook()
 disable_spinning_if_busy()

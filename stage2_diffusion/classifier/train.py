@@ -36,6 +36,7 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import on_main, training_processes
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
+from ldm.models.finite import check_weights
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
@@ -174,6 +175,7 @@ def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: 
 
 
 def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
+    check_weights({"classifier": model}, folder)
     print(validation.table(model))
     with whole_folder(folder) as tmp_path:
         model.save_pretrained(tmp_path)

@@ -155,7 +155,7 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
     def teach(name: str, distillation: DistillationMethod, solver: Any, steps: int) -> LatentDiffusion:
         exported = folder / f"pipeline-{name.removeprefix('steps-')}"
         if not on_main(exported.exists):
-            unet = learn(config, options, model, data, name, distillation, folder)
+            unet = train_student(config, options, model, data, name, distillation, folder)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
@@ -173,7 +173,7 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
-def learn(
+def train_student(
     config: Config,
     options: DistillConfig,
     model: LatentDiffusion,

@@ -13,12 +13,25 @@ from ldm.distributed.launch import join
 from stage1_vae.train import train
 
 SHARED = [
-    "run.precision=no", "run.tracker=none", "run.log_every=1", "data.size=16", "stage1.steps=6", "stage1.batch=8",
-    "stage1.lr_warmup_steps=2", "stage1.checkpoint_every=6", "stage1.gan.start=1", "stage1.gan.warmup=1",
+    "run.precision=no",
+    "run.tracker=none",
+    "run.log_every=1",
+    "data.size=16",
+    "stage1.steps=6",
+    "stage1.batch=8",
+    "stage1.lr_warmup_steps=2",
+    "stage1.checkpoint_every=6",
+    "stage1.gan.start=1",
+    "stage1.gan.warmup=1",
     "stage1.gan.ramp=2",
-    "stage1.gan.channels=8", "stage1.gan.layers=1", "stage1.gan.r1=0.5", "stage1.gan.lr=1e-3",
-    "stage1.gan.augment=[color,translation,cutout]", "stage1.learn_variance=true", "stage1.kl_free=0.01",
-]  # fmt: skip
+    "stage1.gan.channels=8",
+    "stage1.gan.layers=1",
+    "stage1.gan.r1=0.5",
+    "stage1.gan.lr=1e-3",
+    "stage1.gan.augment=[color,translation,cutout]",
+    "stage1.learn_variance=true",
+    "stage1.kl_free=0.01",
+]
 MODELS = {
     "kl": ["data.size=32", "stage1.equivariance=0.3"],
     "vq": [

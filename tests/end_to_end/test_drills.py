@@ -15,10 +15,20 @@ from ldm.training.checkpoint import checkpoints
 from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
-FAST = ("stage1.steps=12", "stage2.steps=12", "stage1.checkpoint_every=2", "stage2.checkpoint_every=2",
-        "sample.every=6", "stage2.evaluate_every=6", "stage1.evaluate_every=6", "run.log_every=3",
-        "data.val_fraction=0.2", "stage2.device_batch=4", "stage2.ema_widths=[0.05, 0.1]",
-        "stage2.ema_snapshot_every=4")  # fmt: skip
+FAST = (
+    "stage1.steps=12",
+    "stage2.steps=12",
+    "stage1.checkpoint_every=2",
+    "stage2.checkpoint_every=2",
+    "sample.every=6",
+    "stage2.evaluate_every=6",
+    "stage1.evaluate_every=6",
+    "run.log_every=3",
+    "data.val_fraction=0.2",
+    "stage2.device_batch=4",
+    "stage2.ema_widths=[0.05, 0.1]",
+    "stage2.ema_snapshot_every=4",
+)
 
 
 @pytest.fixture

@@ -47,10 +47,15 @@ def trained(tiny_run: Path, tmp_path: Path):
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
             [
-                *TINY, f"run.dir={tmp_path / 'run'}", "run.tracker=none", "stage2.steps=25",
-                f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}", *overrides,
+                *TINY,
+                f"run.dir={tmp_path / 'run'}",
+                "run.tracker=none",
+                "stage2.steps=25",
+                f"stage1.pretrained={tiny_run / 'autoencoder'}",
+                f"data.cache_dir={tiny_run / 'cache'}",
+                *overrides,
             ]
-        )  # fmt: skip
+        )
         assert status == 0
         course = losses(tmp_path / "run")
         assert course[-1] < 0.8 * course[0]
@@ -67,10 +72,24 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
-        DiffusionProcess("eps", "cosine"), pictures, size=16, batch=8, lr=2e-3, steps=60, device_batch=4, ema=0.9,
-        precision="no", run=tmp_path / "run", run__log_every=5, run__tracker="none", stage2__channels=[16, 32],
-        stage2__attention=[False, True], stage2__groups=8, stage2__head_size=8, stage2__layers=1,
-    )  # fmt: skip
+        DiffusionProcess("eps", "cosine"),
+        pictures,
+        size=16,
+        batch=8,
+        lr=2e-3,
+        steps=60,
+        device_batch=4,
+        ema=0.9,
+        precision="no",
+        run=tmp_path / "run",
+        run__log_every=5,
+        run__tracker="none",
+        stage2__channels=[16, 32],
+        stage2__attention=[False, True],
+        stage2__groups=8,
+        stage2__head_size=8,
+        stage2__layers=1,
+    )
     model = trainer.train()
     course = losses(tmp_path / "run")
     assert course[-1] < 0.6 * course[0]
@@ -115,9 +134,17 @@ def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     grey = to_tensor(picture) * (to_tensor(mask.convert("RGB")) < 0)
     seen = model.autoencoder.encode(grey[None])  # theirs would draw from the autoencoder's posterior
     found = theirs(
-        "red heart", image=picture, mask_image=mask, height=32, width=32, latents=noise, masked_image_latents=seen,
-        num_inference_steps=4, guidance_scale=2.0, strength=1.0,
-    ).images[0]  # fmt: skip
+        "red heart",
+        image=picture,
+        mask_image=mask,
+        height=32,
+        width=32,
+        latents=noise,
+        masked_image_latents=seen,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        strength=1.0,
+    ).images[0]
     hole = (slice(8, 24), slice(8, 24))  # around it theirs has what the autoencoder rebuilds, ours the picture itself
     assert np.abs(np.asarray(found, int)[hole] - np.asarray(made, int)[hole]).max() <= 1
     around = np.asarray(mask) == 0

@@ -56,8 +56,15 @@ def test_training_names_the_mistake(
 def test_options_and_overrides_come_in_any_order(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["stage1.steps=7", "--config", str(root / "configs/tiny.yaml"), "--dry-run", "stage2.steps=9",
-             f"run.dir={tmp_path}", f"data.source={tmp_path / 'none'}"]  # fmt: skip
+    given = [
+        "stage1.steps=7",
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        "--dry-run",
+        "stage2.steps=9",
+        f"run.dir={tmp_path}",
+        f"data.source={tmp_path / 'none'}",
+    ]
     assert train_ldm.main(given) == 0
     plan = capsys.readouterr().out
     assert "7 steps of 16" in plan
@@ -88,8 +95,13 @@ def test_the_folder_of_another_configuration_is_refused_with_the_keys(
 def test_a_loaded_autoencoder_of_other_channels_is_refused(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}",
-             f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage1.latent_channels=8"]  # fmt: skip
+    given = [
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        f"run.dir={tmp_path / 'run'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "stage1.latent_channels=8",
+    ]
     assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(given))
 
 

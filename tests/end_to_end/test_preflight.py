@@ -35,8 +35,14 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    given = [*TINY, "--dry-run", f"run.dir={folder}", "stage1.gan.layers=2",
-             "stage1.gan.warmup=5", f"data.cache_dir={tiny_run / 'cache'}"]  # fmt: skip
+    given = [
+        *TINY,
+        "--dry-run",
+        f"run.dir={folder}",
+        "stage1.gan.layers=2",
+        "stage1.gan.warmup=5",
+        f"data.cache_dir={tiny_run / 'cache'}",
+    ]
     assert train_ldm.main(given) == 0
     said = capsys.readouterr().out
     for stage in ("stage1", "stage2"):
@@ -65,8 +71,14 @@ def test_where_memory_lacks_nothing_is_tried(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3_400_000))
-    given = ["--config", str(root / "configs/tiny.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
-             f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=1"]  # fmt: skip
+    given = [
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        "--dry-run",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.cache_dir={tiny_run / 'cache'}",
+        "stage1.steps=1",
+    ]
     assert train_ldm.main(given) == 0
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
 
@@ -115,9 +127,17 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(environment, "TMPDIR", str(tmp_path))
     said = finish(
-        launch("train_ldm.py", *TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
-               f"data.cache_dir={tiny_run / 'cache'}", "--stage", "1", processes=2)
-    )  # fmt: skip
+        launch(
+            "train_ldm.py",
+            *TINY,
+            "--dry-run",
+            f"run.dir={tmp_path / 'run'}",
+            f"data.cache_dir={tiny_run / 'cache'}",
+            "--stage",
+            "1",
+            processes=2,
+        )
+    )
     assert said.count("stage 1  kl") == said.count("measured stage1: ") == 1
     assert not [*tmp_path.glob("ldm-*"), *tmp_path.glob("run")]
 
@@ -156,15 +176,29 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     ],
 )
 def test_what_does_not_fit_is_named(
-    root: Path, tiny_run: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], where: str, activity: str, remedy: str,
-) -> None:  # fmt: skip
+    root: Path,
+    tiny_run: Path,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    activity: str,
+    remedy: str,
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr(where, full)
-    given = [*TINY, "--dry-run", "--stage", "2", f"run.dir={tmp_path / 'run'}",
-             f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={drawn}"]  # fmt: skip
+    given = [
+        *TINY,
+        "--dry-run",
+        "--stage",
+        "2",
+        f"run.dir={tmp_path / 'run'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        f"data.cache_dir={drawn}",
+    ]
     assert train_ldm.main(given) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: stage2: {activity} does not fit in the memory of the device (CUDA out of memory); {remedy}" in error
@@ -177,8 +211,7 @@ def test_what_does_not_fit_is_not_named_after_the_stage_before(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr("stage2_diffusion.train.use_attention", full)  # before there is a run
-    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}",
-             f"data.cache_dir={tiny_run / 'cache'}"]  # fmt: skip
+    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
     assert train_ldm.main(given) == 2
     said = capsys.readouterr()
     assert "measured stage1: " in said.out

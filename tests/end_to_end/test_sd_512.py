@@ -37,12 +37,23 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
         (tmp_path / f"pictures/{i}.txt").write_text("abc")
     began = time.monotonic()
     command = [
-        sys.executable, "train_ldm.py", "--config", "configs/sd-512.yaml", f"run.dir={tmp_path / 'run'}",
-        f"data.source={tmp_path / 'pictures'}", f"stage1.pretrained={tmp_path / 'vae'}",
-        f"text.model={tmp_path / 'text'}", "data.workers=0", "run.tracker=none", "run.precision=no",
-        "sample.prompts=[]", "stage2.steps=1", "stage2.batch=1", "stage2.device_batch=1",
+        sys.executable,
+        "train_ldm.py",
+        "--config",
+        "configs/sd-512.yaml",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.source={tmp_path / 'pictures'}",
+        f"stage1.pretrained={tmp_path / 'vae'}",
+        f"text.model={tmp_path / 'text'}",
+        "data.workers=0",
+        "run.tracker=none",
+        "run.precision=no",
+        "sample.prompts=[]",
+        "stage2.steps=1",
+        "stage2.batch=1",
+        "stage2.device_batch=1",
         "stage2.gradient_checkpointing=true",
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -71,7 +82,12 @@ def clip_of_768_channels(folder: Path) -> None:
     files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
     CLIPTokenizer(**files, model_max_length=77).save_pretrained(folder)
     shape = CLIPTextConfig(
-        vocab_size=len(names), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
-    )  # fmt: skip
+        vocab_size=len(names),
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=len(names) - 2,
+        eos_token_id=len(names) - 1,
+    )
     CLIPTextModel(shape).save_pretrained(folder)

@@ -25,9 +25,17 @@ Wait = Callable[[Path, Process], None]
 
 
 ZERO = (
-    "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/deepspeed-zero2.yaml",
-    "--num_processes", "2", "--main_process_port", "0", "train_ldm.py", *TINY,
-)  # fmt: skip
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "configs/accelerate/deepspeed-zero2.yaml",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+    "train_ldm.py",
+    *TINY,
+)
 
 
 def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffusers(
@@ -74,9 +82,12 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
 ) -> None:
     pytest.importorskip("deepspeed")
     more = [
-        f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "run.precision=no",
-        "stage2.steps=20", "stage2.device_batch=4",
-    ]  # fmt: skip
+        f"data.cache_dir={tiny_run / 'cache'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "run.precision=no",
+        "stage2.steps=20",
+        "stage2.device_batch=4",
+    ]
     one, zero = tmp_path / "one", tmp_path / "zero"
     train(one, *more)
     process = launch_python(*ZERO, f"run.dir={zero}", *more)

@@ -25,9 +25,16 @@ from ldm.training.metrics_logger import MEASURED
 pytestmark = pytest.mark.slow
 
 GAN = [
-    "stage1.gan.start=6", "stage1.gan.warmup=4", "stage1.gan.ramp=4", "stage1.gan.channels=16", "stage1.gan.layers=2",
-    "stage1.learn_variance=true", "stage1.checkpoint_every=4", "stage1.steps=24", "run.log_every=1",
-]  # fmt: skip
+    "stage1.gan.start=6",
+    "stage1.gan.warmup=4",
+    "stage1.gan.ramp=4",
+    "stage1.gan.channels=16",
+    "stage1.gan.layers=2",
+    "stage1.learn_variance=true",
+    "stage1.checkpoint_every=4",
+    "stage1.steps=24",
+    "run.log_every=1",
+]
 
 
 Start = Callable[..., Process]

@@ -39,9 +39,16 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
     for name in (
-        "config.yaml", "README.md", "samples.png", "autoencoder/config.json", "autoencoder/latents.json",
-        "stage1/metrics.jsonl", "stage2/metrics.jsonl", "stage2/samples/step-000020.png", "pipeline/model_index.json",
-    ):  # fmt: skip
+        "config.yaml",
+        "README.md",
+        "samples.png",
+        "autoencoder/config.json",
+        "autoencoder/latents.json",
+        "stage1/metrics.jsonl",
+        "stage2/metrics.jsonl",
+        "stage2/samples/step-000020.png",
+        "pipeline/model_index.json",
+    ):
         assert (tiny_run / name).exists(), name
     assert list(tiny_run.glob("stage2/events.out.tfevents.*"))
     lines = [json.loads(line) for line in (tiny_run / "stage2/metrics.jsonl").read_text().splitlines()]
@@ -71,8 +78,19 @@ def test_plain_diffusers_makes_the_same_picture_as_the_script(
         "assert not any(name.partition('.')[0] == 'ldm' for name in sys.modules)"
     )
     process = launch_python("-c", plain, tmp_path / "theirs.png")
-    call(txt2img.main, "--model", tiny_run / "pipeline", "--prompt", "red heart", "--seed", 5,
-         "--precision", "no", "--out", tmp_path / "ours.png")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        tiny_run / "pipeline",
+        "--prompt",
+        "red heart",
+        "--seed",
+        5,
+        "--precision",
+        "no",
+        "--out",
+        tmp_path / "ours.png",
+    )
     finish(process)
     ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("ours", "theirs"))
     assert ours.shape == (32, 32, 3)
@@ -164,8 +182,15 @@ def test_two_processes_train_together(
 def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
     train: Callable[..., str], launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path
 ) -> None:
-    shared = (f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage2.batch=8",
-              "stage2.steps=8", "stage2.lr_scheduler=cosine", "run.precision=no", "run.log_every=1")  # fmt: skip
+    shared = (
+        f"data.cache_dir={tiny_run / 'cache'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "stage2.batch=8",
+        "stage2.steps=8",
+        "stage2.lr_scheduler=cosine",
+        "run.precision=no",
+        "run.log_every=1",
+    )
     two = launch("tests/end_to_end/watched.py", 2, tmp_path / "two", *shared, processes=2)
     train(tmp_path / "whole", *shared)
     train(tmp_path / "halves", *shared, "stage2.device_batch=4")
@@ -244,9 +269,17 @@ def test_a_streamed_run_killed_and_taken_up_by_two_processes_sees_the_same_sampl
     tars: Path,
 ) -> None:
     stream = [
-        f"data.source={tars}", "data.size=16", "data.streaming=true", "data.cache=none", "data.flip=true",
-        "stage2.steps=24", "stage2.checkpoint_every=4", "stage1.steps=2", "sample.prompts=[]", "run.log_every=1",
-    ]  # fmt: skip
+        f"data.source={tars}",
+        "data.size=16",
+        "data.streaming=true",
+        "data.cache=none",
+        "data.flip=true",
+        "stage2.steps=24",
+        "stage2.checkpoint_every=4",
+        "stage1.steps=2",
+        "sample.prompts=[]",
+        "run.log_every=1",
+    ]
     command = ["train_ldm.py", *TINY, f"run.dir={tars / 'killed'}", *stream]
     process = launch(*command)
     wait_for(tars / "killed/stage2/checkpoints/step-000004", process)

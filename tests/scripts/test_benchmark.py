@@ -30,9 +30,13 @@ ROW = re.compile(
     r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,]+) +([\d,]+) MB"
 )
 SMALLEST = [
-    "data.size=16", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]", "stage2.norm_num_groups=4", "stage2.batch=8",
+    "data.size=16",
+    "stage1.channels=[16, 16]",
+    "stage2.channels=[8, 8]",
+    "stage2.norm_num_groups=4",
+    "stage2.batch=8",
     "text.max_tokens=8",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -68,9 +72,23 @@ def test_the_chosen_row_alone_is_measured_and_appended_as_json(
     earlier = {"what": "training", "row": "reference, no", "value": 2.0, **benchmark_results.machine()}
     benchmark_results.append(file, earlier)
     said = call(
-        main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, "--rows", "ours-no+stage2.device_batch=4",
-        "--json", file, "--label", 6, "--baseline", "reference, no", f"data.source={pictures}", *SMALLEST,
-    )  # fmt: skip
+        main,
+        "train",
+        "--config",
+        root / "configs/tiny.yaml",
+        "--steps",
+        4,
+        "--rows",
+        "ours-no+stage2.device_batch=4",
+        "--json",
+        file,
+        "--label",
+        6,
+        "--baseline",
+        "reference, no",
+        f"data.source={pictures}",
+        *SMALLEST,
+    )
     assert len(re.findall("^training ", said, re.MULTILINE)) == 1
     kept, line = benchmark_results.read(file)
     assert kept == earlier
@@ -84,10 +102,17 @@ def test_a_measured_run_writes_no_weights(
     drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
     settings, pictures = drawings(
-        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.channels=[8, 8]",
-        "stage2.norm_num_groups=4", "stage2.steps=4", "stage2.batch=2", "stage2.checkpoint_every=1", "sample.every=1",
+        f"text.model={words}",
+        "text.max_tokens=8",
+        "stage1.channels=[16, 16]",
+        "stage2.channels=[8, 8]",
+        "stage2.norm_num_groups=4",
+        "stage2.steps=4",
+        "stage2.batch=2",
+        "stage2.checkpoint_every=1",
+        "sample.every=1",
         "run.log_every=1",
-    )  # fmt: skip
+    )
     lines = benchmark_training.our_loop(settings, pictures, vae, text_encoder.of(settings.text))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     left = [path for path in settings.run.dir.rglob("*") if path.is_file() and "cache" not in path.parts]
@@ -98,9 +123,17 @@ def test_stage_ones_rows_can_be_chosen(
     main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path]
 ) -> None:
     said = call(
-        main, "stage1", "--config", root / "configs/tiny.yaml", "--steps", 4, "--rows",
-        "discriminator-no+stage1.gan.layers=1", f"data.source={three_shapes(['cat', 'dog'])}", *SMALLEST,
-    )  # fmt: skip
+        main,
+        "stage1",
+        "--config",
+        root / "configs/tiny.yaml",
+        "--steps",
+        4,
+        "--rows",
+        "discriminator-no+stage1.gan.layers=1",
+        f"data.source={three_shapes(['cat', 'dog'])}",
+        *SMALLEST,
+    )
     assert re.search(r"^stage 1 +discriminator, no, gan.layers=1 +[\d.]+ img/s +1.00 × +[\d,]+ MB$", said, re.M)
     assert "plain" not in said
 

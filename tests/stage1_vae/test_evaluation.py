@@ -119,10 +119,15 @@ def test_a_process_without_a_share_waits_for_the_others(
     tmp_path: Path,
 ) -> None:
     given = [
-        f"run.dir={tmp_path / 'run'}", f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
-        "data.size=16", "data.val_fraction=0.3", "data.workers=2", "stage1.evaluate_images=1", "stage1.steps=2",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
+        "data.size=16",
+        "data.val_fraction=0.3",
+        "data.workers=2",
+        "stage1.evaluate_images=1",
+        "stage1.steps=2",
         "run.preflight=false",
-    ]  # fmt: skip
+    ]
     finish(launch("train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", *given, processes=2))
     found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
     data = indexed(loader.load(root / "configs/tiny.yaml", given))

@@ -101,9 +101,13 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 def test_features_are_the_encoders_patch_tokens_in_their_places(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     shape = {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
         "patch_size": 8,
-    }  # fmt: skip
+    }
     model = ViTModel(ViTConfig(**shape)) if kind == "vit" else Dinov2Model(Dinov2Config(**shape))
     model.eval().save_pretrained(tmp_path)
     features = Features(str(tmp_path))

@@ -29,10 +29,14 @@ def saved(folder: Path, levels: int, scale: float = 1.0) -> Path:
     """An AutoencoderKL with random weights and a factor of 2 to the power of `levels` less one."""
     torch.manual_seed(levels)
     vae = AutoencoderKL(
-        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, layers_per_block=1,
-        up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=4, mid_block_add_attention=False,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
         scaling_factor=scale,
-    )  # fmt: skip
+    )
     vae.save_pretrained(folder)
     return folder
 

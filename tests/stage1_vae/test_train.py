@@ -102,11 +102,17 @@ def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watch
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
     settings, index = drawings(
-        "stage1.steps=60", "stage1.model=vq-f4-small", "stage1.channels=[16, 32]", "stage1.norm_num_groups=8",
+        "stage1.steps=60",
+        "stage1.model=vq-f4-small",
+        "stage1.channels=[16, 32]",
+        "stage1.norm_num_groups=8",
         "stage1.codes=32",
-        "stage1.revive=20", "run.log_every=20",
-        f"stage1.align.model={tmp_path / 'vit'}", "stage1.align.weight=1", "stage1.gradient_checkpointing=false",
-    )  # fmt: skip
+        "stage1.revive=20",
+        "run.log_every=20",
+        f"stage1.align.model={tmp_path / 'vit'}",
+        "stage1.align.weight=1",
+        "stage1.gradient_checkpointing=false",
+    )
     train(settings, index)
     said = [json.loads(line) for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
     said = [line for line in said if "l1" in line]

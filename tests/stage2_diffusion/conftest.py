@@ -14,12 +14,24 @@ from ldm.config.schema import Config
 from ldm.data.index import Index
 
 SMALL = [
-    "run.tracker=none", "run.precision=no", "run.log_every=1", "data.size=16", "stage1.channels=[16, 16]",
-    "stage2.channels=[8, 8]", "stage2.norm_num_groups=4", "stage2.mid_attention=false", "stage2.pooled_text=false",
-    "stage2.batch=8", "stage2.lr_warmup_steps=0", "stage2.lr=1e-2", "stage2.steps=3", "stage2.ema_decay=0.9",
+    "run.tracker=none",
+    "run.precision=no",
+    "run.log_every=1",
+    "data.size=16",
+    "stage1.channels=[16, 16]",
+    "stage2.channels=[8, 8]",
+    "stage2.norm_num_groups=4",
+    "stage2.mid_attention=false",
+    "stage2.pooled_text=false",
+    "stage2.batch=8",
+    "stage2.lr_warmup_steps=0",
+    "stage2.lr=1e-2",
+    "stage2.steps=3",
+    "stage2.ema_decay=0.9",
     "sample.prompts=[]",
-    "sample.steps=2", "text.max_tokens=8",
-]  # fmt: skip
+    "sample.steps=2",
+    "text.max_tokens=8",
+]
 
 
 @pytest.fixture(scope="session")

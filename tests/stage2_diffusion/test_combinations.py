@@ -39,23 +39,46 @@ STAGES = {
     "identity": "{model: identity}",
 }
 COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder and solver once
-    ("text", "kl", DDPM), ("text", "identity", UNIPC), ("class", "kl", EULER), ("", "kl", LEARNED),
-    ("", "identity", DPM_FLOW), ("text,class", "kl", UNIPC), ("text,size", "kl", EULER), ("text,inpaint", "kl", DDIM),
-    ("text,upscale", "kl", EULER_FLOW), ("text,class,inpaint", "identity", DPM),
-
+    ("text", "kl", DDPM),
+    ("text", "identity", UNIPC),
+    ("class", "kl", EULER),
+    ("", "kl", LEARNED),
+    ("", "identity", DPM_FLOW),
+    ("text,class", "kl", UNIPC),
+    ("text,size", "kl", EULER),
+    ("text,inpaint", "kl", DDIM),
+    ("text,upscale", "kl", EULER_FLOW),
+    ("text,class,inpaint", "identity", DPM),
     # These, with the ones above, hold every pair of condition, autoencoder, solver, prediction and extra that works.
-    ("text", "kl", EULER_FLOW), ("text", "kl", LEARNED), ("text", "kl", f"{DPM} {ZERO_SNR}"),
-    ("text", "kl", f"sample.solver=ddim {ZERO_SNR}"), ("text", "kl", DPM_FLOW),
+    ("text", "kl", EULER_FLOW),
+    ("text", "kl", LEARNED),
+    ("text", "kl", f"{DPM} {ZERO_SNR}"),
+    ("text", "kl", f"sample.solver=ddim {ZERO_SNR}"),
+    ("text", "kl", DPM_FLOW),
     ("text", "kl", f"{DPM} stage2.uncond_embedding=learned"),
-    ("class", "kl", UNIPC_FLOW), ("class", "identity", DPM), ("class", "identity", LEARNED),
-    ("", "kl", EULER), ("", "kl", UNIPC_FLOW),
-    ("text,class", "identity", DDIM), ("text,size", "identity", UNIPC_FLOW),
-    ("text,inpaint", "kl", UNIPC_FLOW), ("text,inpaint", "kl", LEARNED), ("text,inpaint", "identity", EULER_FLOW),
-    ("text,upscale", "kl", DDIM), ("text,upscale", "kl", UNIPC), ("text,upscale", "kl", LEARNED),
-    ("text,class,inpaint", "kl", DDPM), ("text,upscale", "kl", f"{DPM} stage2.uncond_embedding=learned"),
-    ("text", "vq", DPM), ("text", "tiny", DDIM), ("text", "dc", DPM), ("", "vq", DDIM), ("", "dc", DPM),
-    ("text,inpaint", "tiny", DPM), ("text,inpaint", "dc", DPM),
-]  # fmt: skip
+    ("class", "kl", UNIPC_FLOW),
+    ("class", "identity", DPM),
+    ("class", "identity", LEARNED),
+    ("", "kl", EULER),
+    ("", "kl", UNIPC_FLOW),
+    ("text,class", "identity", DDIM),
+    ("text,size", "identity", UNIPC_FLOW),
+    ("text,inpaint", "kl", UNIPC_FLOW),
+    ("text,inpaint", "kl", LEARNED),
+    ("text,inpaint", "identity", EULER_FLOW),
+    ("text,upscale", "kl", DDIM),
+    ("text,upscale", "kl", UNIPC),
+    ("text,upscale", "kl", LEARNED),
+    ("text,class,inpaint", "kl", DDPM),
+    ("text,upscale", "kl", f"{DPM} stage2.uncond_embedding=learned"),
+    ("text", "vq", DPM),
+    ("text", "tiny", DDIM),
+    ("text", "dc", DPM),
+    ("", "vq", DDIM),
+    ("", "dc", DPM),
+    ("text,inpaint", "tiny", DPM),
+    ("text,inpaint", "dc", DPM),
+]
 CASES = [
     pytest.param(*each, marks=pytest.mark.slow if i >= 10 else (), id=" ".join(each).replace("sample.solver=", ""))
     for i, each in enumerate(COMBINATIONS)
@@ -82,11 +105,16 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
 ) -> None:
     pixels = autoencoder == "identity"
     settings, index = few(
-        f"stage2.conditions=[{conditions}]", *process.split(), "stage2.steps=1", "stage2.batch=2",
-        "stage2.evaluate_images=2", "sample.prompts=['red \"heart\"']", "data.cache=none",
+        f"stage2.conditions=[{conditions}]",
+        *process.split(),
+        "stage2.steps=1",
+        "stage2.batch=2",
+        "stage2.evaluate_images=2",
+        "sample.prompts=['red \"heart\"']",
+        "data.cache=none",
         "stage2.attention_head_dim=4",
         f"stage1={STAGES[autoencoder]}",
-    )  # fmt: skip
+    )
     assert loader.parse(loader.dump(settings), "again") == settings
 
     stage, folder = settings.stage2, settings.run.dir

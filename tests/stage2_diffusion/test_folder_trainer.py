@@ -17,11 +17,18 @@ from ldm.utils.errors import UserError
 from stage2_diffusion.folder_trainer import FolderTrainer
 
 KEYS = {
-    "size": 16, "batch": 4, "steps": 2, "precision": "no", "run__tracker": "none", "run__device": "cpu",
-    "stage2__channels": [8, 8], "stage2__attention": [False, True], "stage2__norm_num_groups": 4,
+    "size": 16,
+    "batch": 4,
+    "steps": 2,
+    "precision": "no",
+    "run__tracker": "none",
+    "run__device": "cpu",
+    "stage2__channels": [8, 8],
+    "stage2__attention": [False, True],
+    "stage2__norm_num_groups": 4,
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
-}  # fmt: skip
+}
 Make = Callable[..., FolderTrainer]
 
 

@@ -25,9 +25,17 @@ from ldm.training import checks
 from ldm.utils.errors import UserError
 
 LITTLE = [
-    "run.tracker=none", "run.precision=no", "data.size=16", "stage1.channels=[16, 16]", "stage2.batch=4",
-    "stage2.steps=2", "stage2.prediction_type=eps", "sample.prompts=[]", "sample.steps=2", "text.max_tokens=8",
-]  # fmt: skip
+    "run.tracker=none",
+    "run.precision=no",
+    "data.size=16",
+    "stage1.channels=[16, 16]",
+    "stage2.batch=4",
+    "stage2.steps=2",
+    "stage2.prediction_type=eps",
+    "sample.prompts=[]",
+    "sample.steps=2",
+    "text.max_tokens=8",
+]
 STILL = ["stage2.lr=1e-30", "stage2.weight_decay=0"]
 ONE_LEVEL = ["stage2.channels=[16]", "stage2.attention=[true]", "stage2.pooled_text=false"]
 
@@ -82,9 +90,13 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
     assert (first / "pipeline/null.safetensors").exists()
     whole = first / "pipeline"
     train(
-        tmp_path / "second", *given, f"stage1.pretrained={whole}", f"stage2.init_from={whole}", f"text.model={whole}",
+        tmp_path / "second",
+        *given,
+        f"stage1.pretrained={whole}",
+        f"stage2.init_from={whole}",
+        f"text.model={whole}",
         *STILL,
-    )  # fmt: skip
+    )
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         assert_same(tmp_path / f"second/pipeline/{part}.safetensors", whole / f"{part}.safetensors")
     model = LatentDiffusion.load(tmp_path / "second/pipeline", "cpu")
@@ -132,9 +144,13 @@ def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
 
 
 def test_a_pipeline_gives_its_autoencoder_under_each_name(tmp_path: Path, vae: Autoencoder) -> None:
-    LDMPipeline(vae.vae, UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2), scheduler(DiffusionProcess("eps"), "ddim"),
-    ).save_pretrained(tmp_path)  # fmt: skip
+    LDMPipeline(
+        vae.vae,
+        UNet2DModel(
+            block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+        ),
+        scheduler(DiffusionProcess("eps"), "ddim"),
+    ).save_pretrained(tmp_path)
     assert autoencoder.load(tmp_path).fingerprint() == vae.fingerprint()
 
 
@@ -153,10 +169,12 @@ def test_a_unet_whose_latents_would_be_trained_anew_is_refused(
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ([], ""), (["stage2.beta_schedule=cosine"], "√ᾱ up to 0."), (["stage2.timesteps=500"], "500 steps, not 1000"),
+        ([], ""),
+        (["stage2.beta_schedule=cosine"], "√ᾱ up to 0."),
+        (["stage2.timesteps=500"], "500 steps, not 1000"),
         (["stage2.shift=1.5"], "was trained with other noise levels"),
     ],
-)  # fmt: skip
+)
 def test_other_noise_levels_than_those_of_the_start_are_warned_of(
     root: Path,
     tmp_path: Path,

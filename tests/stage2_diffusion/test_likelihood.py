@@ -24,10 +24,16 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "learned schedule": (("stage2.process=variational",), {"small", "large"}),
     "flow": (("stage2.prediction_type=flow", "stage2.conditions=[]"), set()),
     "pixels": (
-        ("stage2.prediction_type=eps", "stage1.pretrained=null", "stage1.model=identity", "stage1.channels=[3]",
-         "stage1.latent_channels=3"), {"small", "large"},
+        (
+            "stage2.prediction_type=eps",
+            "stage1.pretrained=null",
+            "stage1.model=identity",
+            "stage1.channels=[3]",
+            "stage1.latent_channels=3",
+        ),
+        {"small", "large"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -189,9 +195,12 @@ CHAIN, INPAINT = ("stage2.prediction_type=v", "stage2.timesteps=50"), ("stage2.c
     ],
 )
 def test_a_mistake_is_one_line(
-    overrides: tuple[str, ...], options: tuple[str, ...], says: str, finished: Callable[..., str],
+    overrides: tuple[str, ...],
+    options: tuple[str, ...],
+    says: str,
+    finished: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert likelihood.main([finished(*overrides), *options]) == 2
     said = capsys.readouterr().err
     assert says in said

@@ -17,8 +17,16 @@ from ldm.models.conditioning import Condition
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.objective import Objective
 
-TINY = {"conditions": (), "channels": (8, 8), "attention": (False, True), "layers": 1, "mid_attention": False,
-        "attention_head_dim": 8, "norm_num_groups": 4, "batch": 4}  # fmt: skip
+TINY = {
+    "conditions": (),
+    "channels": (8, 8),
+    "attention": (False, True),
+    "layers": 1,
+    "mid_attention": False,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "batch": 4,
+}
 KEYS = ("beta_schedule", "prediction_type", "loss", "loss_weighting", "timestep_sampling", "variance")
 CHOICES = {key: get_args(Stage2Config.model_fields[key].annotation) for key in KEYS}
 DRAWS = {

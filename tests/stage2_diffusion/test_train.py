@@ -51,10 +51,13 @@ def test_every_target_is_learned_and_named_in_the_export(
     tmp_path: Path, target: str, drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
     settings, index = drawings(
-        f"stage2.prediction_type={target}", "stage2.steps=30", "stage2.channels=[16, 32]", f"text.model={words}",
+        f"stage2.prediction_type={target}",
+        "stage2.steps=30",
+        "stage2.channels=[16, 32]",
+        f"text.model={words}",
         "stage2.beta_schedule=cosine",
         "sample.prompts=[]",
-    )  # fmt: skip
+    )
     pictures = index.select("train").first(8)
     train(settings, pictures, vae, text_encoder.load(settings.text.model, settings.text.max_tokens))
     losses = [line["loss"] for line in lines(tmp_path / "run")]
@@ -181,9 +184,13 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
     few: Few, vae: Autoencoder, tmp_path: Path, each: bool
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class]", "stage2.cond_dropout=0.4", f"stage2.dropout_each={each}".lower(),
-        "stage2.device_batch=4", "run.log_every=2", "stage2.steps=4",
-    )  # fmt: skip
+        "stage2.conditions=[text, class]",
+        "stage2.cond_dropout=0.4",
+        f"stage2.dropout_each={each}".lower(),
+        "stage2.device_batch=4",
+        "run.log_every=2",
+        "stage2.steps=4",
+    )
     train(settings, index, vae, encoder_of(settings))
     names = {"dropped": "dropout", "dropped_class": "class dropout"} if each else {"dropped": "dropout"}
     for line, start in zip(lines(tmp_path / "run"), (0, 16), strict=True):
@@ -195,33 +202,44 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
 
 RUNS = {
     "all that is learned beside the U-Net": (
-        "text.train=true", "stage2.uncond_embedding=learned", "stage2.loss_weighting=learned",
+        "text.train=true",
+        "stage2.uncond_embedding=learned",
+        "stage2.loss_weighting=learned",
         "stage2.conditions=[text, class]",
         "stage2.stratified=true",
     ),
     "a learned schedule": ("stage2.process=variational",),
     "times by their loss": (
-        "stage2.timestep_sampling=loss", "stage2.timesteps=2", "stage2.device_batch=8", "stage2.prediction_type=v",
+        "stage2.timestep_sampling=loss",
+        "stage2.timesteps=2",
+        "stage2.device_batch=8",
+        "stage2.prediction_type=v",
         "stage2.batch=16",
     ),
     "activations of pixels computed again": (
-        "stage2.conditions=[]", "stage2.gradient_checkpointing=true", "stage2.device_batch=4",
+        "stage2.conditions=[]",
+        "stage2.gradient_checkpointing=true",
+        "stage2.device_batch=4",
         "stage2.attention_head_dim=4",
         "stage2.attention=[true, false]",
     ),
-}  # fmt: skip
+}
 
 LAYOUTS = {
     "channels last": ("stage2.channels_last=true", "stage2.attention=[false, true]"),
     "channels last, of pixels": (
-        "stage2.channels_last=true", "stage2.conditions=[]", "stage2.attention=[true, false]",
+        "stage2.channels_last=true",
+        "stage2.conditions=[]",
+        "stage2.attention=[true, false]",
         "stage2.attention_head_dim=4",
     ),
     "activations computed again": (
-        "stage2.channels_last=true", "stage2.gradient_checkpointing=true", "stage2.attention=[true, true]",
+        "stage2.channels_last=true",
+        "stage2.gradient_checkpointing=true",
+        "stage2.attention=[true, true]",
         "stage2.device_batch=4",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -260,8 +278,9 @@ def trained(
     shared = [*small, "stage2.evaluate_images=64", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
         "first half": (*RUNS[BESIDE], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
-        "resumed": RUNS[BESIDE], "half": (*RUNS[BESIDE], "stage2.steps=2"),
-    }  # fmt: skip
+        "resumed": RUNS[BESIDE],
+        "half": (*RUNS[BESIDE], "stage2.steps=2"),
+    }
     for name in ("fsdp", "one", "ddp"):
         runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[BESIDE]})})
         world = 2 if name in TWO else 1

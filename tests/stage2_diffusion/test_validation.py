@@ -25,10 +25,12 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.validation import EVAL_LOG_SNRS, Validation, velocity_error
 
 PROCESSES = [
-    DiffusionProcess("eps", "linear"), DiffusionProcess("x0", "cosine"),
-    DiffusionProcess("v", "scaled_linear", zero_snr=True), DiffusionProcess("flow"),
+    DiffusionProcess("eps", "linear"),
+    DiffusionProcess("x0", "cosine"),
+    DiffusionProcess("v", "scaled_linear", zero_snr=True),
+    DiffusionProcess("flow"),
     DiffusionProcess("eps", "log_linear"),
-]  # fmt: skip
+]
 
 
 def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
@@ -95,9 +97,11 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder, target: str
 ) -> None:
     settings, index = few(
-        "stage2.conditions=[text, class, size]", f"stage2.prediction_type={target}", "stage2.evaluate_images=3",
+        "stage2.conditions=[text, class, size]",
+        f"stage2.prediction_type={target}",
+        "stage2.evaluate_images=3",
         "stage2.beta_schedule=cosine",
-    )  # fmt: skip
+    )
     stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
@@ -125,10 +129,12 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
                     label = classes.index(entry.label) if entry.label in classes else len(classes)
                     sizes = torch.tensor([[entry.height, entry.width, 0, 0, 16, 16]]).float()
                     output = denoiser.unet(
-                        x_t, process.model_time(t), encoder.encode(entry.captions[:1]),
+                        x_t,
+                        process.model_time(t),
+                        encoder.encode(entry.captions[:1]),
                         class_labels=torch.tensor([label]),
                         added_cond_kwargs={"time_ids": sizes, "text_embeds": torch.zeros(1, 0)},
-                    ).sample  # fmt: skip
+                    ).sample
                     snr = process.log_snr(t).exp()
                     alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
                     guess = process.predict_x0(output, x_t, t)

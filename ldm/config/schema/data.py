@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from ldm.config.schema.base import Section
+from ldm.config.schema.base import LocalPath, PathOrId, Section
 
 
 class SourceConfig(Section):
-    path: str
+    path: PathOrId
     """A folder, tars, parquet, kohya's TOML, an id of the Hub, `openmoji-demo` or `openmoji-all`."""
     kind: Literal[
         "auto", "openmoji", "metadata", "sidecars", "classes", "images", "tar", "parquet", "datasets", "kohya"
@@ -27,8 +26,10 @@ class SourceConfig(Section):
     """Each line of a caption file is a caption of its own."""
     template: str = "{}"
     """Caption of a class folder's images: `a photo of a {}`."""
+    caption: str = ""
+    """Caption of a folder's images that have no caption file: `a photo of sks dog`."""
     split: str = "train"
-    """Split of a data set of `datasets`."""
+    """Split of a data set of `datasets`, or of files and folders that are named after splits."""
     repeats: PositiveInt = 1
     """How often an epoch repeats each image."""
     weight: float | None = Field(default=None, gt=0)
@@ -47,13 +48,9 @@ class BucketConfig(Section):
 
 
 def as_sources(value: Any) -> Any:
-    """A path, a section or a list of these as a list of sections, each path with `~` expanded."""
+    """A path, a section or a list of these as a list of sections."""
     sources = value if isinstance(value, list) else [value]
-    sources = [{"path": str(source)} if isinstance(source, (str, int, float)) else source for source in sources]
-    for source in sources:
-        if isinstance(source, dict) and isinstance(source.get("path"), str) and source["path"].startswith("~"):
-            source["path"] = str(Path(source["path"]).expanduser())
-    return sources
+    return [{"path": str(source)} if isinstance(source, (str, int, float)) else source for source in sources]
 
 
 class DataConfig(Section):
@@ -87,7 +84,7 @@ class DataConfig(Section):
     """Dtype of the cache."""
     latents: Literal["sample", "mean"] = "sample"
     """A new sample of the autoencoder's posterior each time, or its mean."""
-    cache_dir: Path | None = None
+    cache_dir: LocalPath | None = None
     """Folder of indices, latents and embeddings, which runs can share; default: `cache` in the run's folder."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per training process."""

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from ldm.config.schema.base import Section
+from ldm.config.schema.base import LocalPath, Section
 
 
 class RunConfig(Section):
-    dir: Path = Path("runs/default")
+    dir: LocalPath = Path("runs/default")
     """The run's folder; running again with the same folder continues."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""

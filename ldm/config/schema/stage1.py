@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from ldm.config import rules
 from ldm.config.presets import AUTOENCODERS
-from ldm.config.schema.base import Section
+from ldm.config.schema.base import PathOrId, Section
 from ldm.config.schema.training import Training
 
 
@@ -46,16 +46,16 @@ class GanConfig(Section):
 class AlignConfig(Section):
     """Aligns latents with the features of a pretrained encoder."""
 
-    model: str
+    model: PathOrId
     """A vision transformer of transformers (DINOv2, CLIP's, ViT): local folder or Hub id."""
     weight: float = Field(default=0.1, gt=0)
     """Weight of the alignment."""
 
 
 class Stage1Config(Training):
-    pretrained: str | None = None
+    pretrained: PathOrId | None = None
     """Loaded instead of trained: a diffusers folder, a `.safetensors` in the original layout, or a Hub id."""
-    init_from: str | None = None
+    init_from: PathOrId | None = None
     """The same, as the initial weights of training."""
     train: Literal["all", "decoder"] = "all"
     """`decoder` freezes the encoder, so that latents, and U-Nets trained on them, stay valid."""

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from ldm.config import rules
 from ldm.config.presets import PROCESSES, UNETS
+from ldm.config.schema.base import PathOrId
 from ldm.config.schema.training import Training
 
 CONDITIONS = ("text", "class", "size", "inpaint", "upscale")
@@ -20,7 +21,7 @@ def _in_order(conditions: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Stage2Config(Training):
-    init_from: str | None = None
+    init_from: PathOrId | None = None
     """A diffusers folder or Hub id, or a `.safetensors` in diffusers' or the original layout, whose U-Net the training
     starts from. It keeps its architecture; missing inputs are added."""
     conditions: Annotated[tuple[Literal[CONDITIONS], ...], AfterValidator(_in_order)] = ("text",)  # type: ignore[valid-type]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Annotated
 
-from ldm.config.schema.base import Section
+from pydantic import AfterValidator, Field, PositiveInt
+
+from ldm.config.schema.base import Section, expand
+
+
+def _expand(model: str) -> str:
+    return ":".join(map(expand, model.split(":"))) if model.startswith("open_clip:") else expand(model)
 
 
 class TextConfig(Section):
-    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    model: Annotated[str, AfterValidator(_expand)] = "sentence-transformers/all-MiniLM-L6-v2"
     """A local folder or Hub id of a BERT-like, CLIP or T5 encoder, or of a diffusers pipeline with one; or
     `open_clip:ARCH:WEIGHTS`."""
     max_tokens: int | None = Field(default=None, ge=3)

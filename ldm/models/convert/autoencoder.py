@@ -19,6 +19,8 @@ from pydantic import BaseModel, Field, FiniteFloat, Json, PositiveInt, Validatio
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ldm.models.finite import check_weights
+from ldm.models.weight_files import contents
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
@@ -26,6 +28,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a full checkpoint; none if it is alone
+ATTENTION_NAMES = {  # of other programs, and of diffusers' versions → the original's
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+ATTENTION = re.compile(rf"(\.attn(?:_1|\.\d+)\.)({'|'.join(map(re.escape, ATTENTION_NAMES))})(?=\.)")
 TRAINING = ("loss.", "model_ema.")  # tensors that CompVis' training saves along with the autoencoder
 
 # Parts of names, diffusers' and the original's; in this order. Not `up_blocks`, which the original counts backwards.
@@ -112,6 +126,7 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
     Raises UserError for an autoencoder that the original layout has no names for.
     """
     _check_supported(vae, path)
+    check_weights({"autoencoder": vae}, path)
     config, tensors = vae.config, {}
     for name, tensor in vae.state_dict().items():
         tensor = tensor[:, :, None, None] if LINEAR.search(name) else tensor
@@ -171,11 +186,14 @@ def architecture(path: Path, shapes: Shapes) -> dict[str, Any]:
 def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
     names = set(file.keys())
     prefix = _prefix(path, names)
-    shapes = {
-        name.removeprefix(prefix): tuple(file.get_slice(name).get_shape())
-        for name in names
-        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(TRAINING)
-    }
+    file_names: dict[str, str] = {}
+    for name in sorted(names):
+        if name.startswith(prefix) and not (own := name.removeprefix(prefix)).startswith(TRAINING):
+            own = ATTENTION.sub(lambda match: match[1] + ATTENTION_NAMES[match[2]], own)
+            if own in file_names:
+                raise UserError(f"{path}: has both {file_names[own]} and {name}, which are one tensor; remove one")
+            file_names[own] = name
+    shapes = {name: tuple(file.get_slice(file_name).get_shape()) for name, file_name in file_names.items()}
     config = architecture(path, shapes)
     config |= _metadata(path, file, names, config)
     with torch.device("meta"):
@@ -190,7 +208,7 @@ def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
             file_shape = file_shape[:2]
         if file_shape != shape:
             raise UserError(f"{path}: tensor {original} has shape {file_shape}; beside the others it would be {shape}")
-        tensor = file.get_tensor(prefix + original).reshape(shape)
+        tensor = file.get_tensor(file_names[original]).reshape(shape)
         tensors[name] = tensor.to(torch.float32, copy=True)  # else it maps the file, which may be replaced
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -204,7 +222,8 @@ def _prefix(path: Path, names: set[str]) -> str:
     if any("encoder.down_blocks." in name for name in names):
         raise UserError(f"{path}: is in diffusers' layout, not the original; give the folder with its config.json")
     raise UserError(
-        f"{path}: holds no autoencoder: no tensor encoder.down.0.…, alone or after {' or '.join(PREFIXES[:2])}"
+        f"{path}: holds no autoencoder, but {contents(names)}; one has tensors encoder.down.0.…, alone or after "
+        f"{' or '.join(PREFIXES[:2])}"
     )
 
 

@@ -15,8 +15,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 
 from ldm.models.convert.autoencoder import Shapes, check_names, opened
+from ldm.models.weight_files import contents
 from ldm.utils.errors import UserError
 
+PREFIXES = (LDM_UNET_KEY, "diffusion_model.", "unet.", "")  # of a U-Net's tensors; none if it is alone
+FIRST = ("input_blocks.0.0.weight", "conv_in.weight")  # the original's, diffusers'
 SD1 = (320, 640, 1280, 1280)  # widths of Stable Diffusion 1 and 2
 V_MARKERS = {"v_pred", "ztsnr"}  # empty tensors that mark SDXL models that predict v
 MODELSPEC_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
@@ -40,7 +43,7 @@ def read(
         names = set(file.keys())
         file_names, unused = name_table(path, names)
         shapes = {name: tuple(file.get_slice(file_name).get_shape()) for name, file_name in file_names.items()}
-        original = any(name != file_name for name, file_name in file_names.items())
+        original = not all(file_name.endswith(name) for name, file_name in file_names.items())
         unet = _build_empty(path, shapes, attention_head_dim, norm_num_groups, original)
         expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
         check_names(path, set(expected), {*shapes, *unused}, type(unet).__name__)
@@ -63,23 +66,22 @@ def name_table(path: Path, names: set[str]) -> tuple[dict[str, str], set[str]]:
 
     UserError if `names`, those of the file's tensors, contain no U-Net.
     """
-    inside = any(name.startswith(LDM_UNET_KEY) for name in names)
-    unet_names = {name.removeprefix(LDM_UNET_KEY) for name in names if not inside or name.startswith(LDM_UNET_KEY)}
-    if not inside:
+    prefix = next((prefix for prefix in PREFIXES if any(prefix + first in names for first in FIRST)), "")
+    unet_names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if not prefix:
         unet_names = {name for name in unet_names - V_MARKERS if not name.startswith("model_ema.")}
-    if not inside and {"conv_in.weight", "time_embedding.linear_1.weight"} <= unet_names:
-        return {name: name for name in unet_names}, set()
+    if {"conv_in.weight", "time_embedding.linear_1.weight"} <= unet_names:
+        return {name: prefix + name for name in unet_names}, set()
     if "input_blocks.0.0.weight" not in unet_names:
         raise UserError(
-            f"{path}: holds no U-Net: no tensor input_blocks.0.0.weight, alone or after {LDM_UNET_KEY}, and none of "
-            "diffusers' layout; transformers, as of SD 3 and FLUX, are not known"
+            f"{path}: holds no U-Net, but {contents(names)}; one has a tensor {' or '.join(FIRST)}, alone or after "
+            f"{', '.join(PREFIXES[:-1])}"
         )
     blocks = {int(match[1]) for name in unet_names if (match := re.match(r"input_blocks\.(\d+)\.", name))}
     halving = {i for i in blocks if f"input_blocks.{i}.0.op.weight" in unet_names}
     config: dict[str, Any] = {"layers_per_block": max(1, min(halving, default=len(blocks)) - 1)}
     config |= {"addition_embed_type": "text_time"} if "label_emb.0.0.weight" in unet_names else {}
     config |= {"num_class_embeds": 1} if "label_emb.weight" in unet_names else {}
-    prefix = LDM_UNET_KEY if inside else ""
     try:  # the conversion moves values from one key to another, so names as values give a table of names
         file_names = convert_ldm_unet_checkpoint({LDM_UNET_KEY + name: prefix + name for name in unet_names}, config)
     except KeyError as error:

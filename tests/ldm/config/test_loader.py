@@ -177,12 +177,14 @@ def test_micro_batches_were_parts_of_a_processs_share(tiny: Path, monkeypatch: p
 RENAMED = [
     (f"{section}.{old}", f"{section}.{new}")
     for section, kinds in {
-        "run": ["RunConfig"], "data": ["DataConfig"], "stage1": ["Training", "Stage1Config"],
+        "run": ["RunConfig"],
+        "data": ["DataConfig"],
+        "stage1": ["Training", "Stage1Config"],
         "stage2": ["Training", "Stage2Config"],
     }.items()
     for kind in kinds
     for old, new in old_names.OLD_NAMES[kind].items()
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED)
@@ -229,3 +231,99 @@ def test_the_old_names_of_presets_and_of_a_sources_keys_load(tiny: Path) -> None
         ],
     )
     assert old == new
+
+
+def test_a_key_that_is_there_twice_is_refused_with_its_line(tiny: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.yaml"
+    for added, says in (
+        ("\nstage2:\n  lr: 1e-3\n", "'stage2' is there already, in line"),
+        ("\nrun2: {a: [{dir: b,\n dir: c}]}\n", "'dir' is there already, in line"),
+    ):
+        text = tiny.read_text() + added
+        twice.write_text(text)
+        with pytest.raises(UserError, match=says) as error:
+            loader.load(twice)
+        last = len(text.splitlines()) - (1 if "lr" in added else 0)
+        assert f"{twice}: line {last}:" in str(error.value)
+    with pytest.raises(UserError, match="'model' is there already"):
+        loader.load(tiny, ["stage1={model: identity, model: kl}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("my pics #1", "my pics #1"),
+        ("2024", "2024"),
+        ("0123", "0123"),
+        ("12:30", "12:30"),
+        ("photo: cats", "photo: cats"),
+        ("'my pics'", "my pics"),
+        ("'it", "'it"),
+        ("[best] of", "[best] of"),
+        (" a ", "a"),
+        ("no", "no"),
+    ],
+)
+def test_an_override_of_a_path_is_text(tiny: Path, override: str, value: str) -> None:
+    assert loader.load(tiny, [f"data.source={override}"]).data.source[0].path == value
+    assert loader.load(tiny, [f"data.source.path={override}"]).data.source[0].path == value
+    read = loader.load(tiny, [f"run.dir={override}", f"data.cache_dir={override}", f"stage1.pretrained={override}"])
+    assert (read.run.dir, read.data.cache_dir, read.stage1.pretrained) == (Path(value), Path(value), value)
+
+
+def test_an_override_may_still_be_null_a_list_or_a_section(tiny: Path) -> None:
+    read = loader.load(tiny, ["data.cache_dir=null", "data.source=[a, {path: 2024, repeats: 2}]", "sample.prompts=[7]"])
+    assert (read.data.cache_dir, read.sample.prompts) == (None, ("7",))
+    assert [(source.path, source.repeats) for source in read.data.source] == [("a", 1), ("2024", 2)]
+
+
+def test_a_comment_behind_a_number_is_no_comment(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"stage2\.lr: '1e-3 #x'"):
+        loader.load(tiny, ["stage2.lr=1e-3 #x"])
+
+
+def test_a_file_may_name_folders_by_numbers(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.yaml"
+    tree = yaml.safe_load(tiny.read_text())
+    for section in ("run", "data"):
+        tree.pop(section, None)
+    path.write_text(yaml.safe_dump(tree) + "run: {dir: 0123}\ndata: {source: [2024-01-02, {path: 1_0}], size: 32}\n")
+    read = loader.load(path)
+    assert (read.run.dir, [source.path for source in read.data.source]) == (Path("0123"), ["2024-01-02", "1_0"])
+
+
+def test_paths_expand_and_prompts_do_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/mnt/disk")
+    keys = ("run.dir", "data.cache_dir", "data.source", "stage1.pretrained", "stage2.init_from", "text.model")
+    read = loader.load(tiny, [*(f"{key}=~/a/${{DISK}}" for key in keys), "sample.prompts=['~ $DISK']"])
+    paths = (read.run.dir, read.data.cache_dir, read.data.source[0].path)
+    paths += (read.stage1.pretrained, read.stage2.init_from, read.text.model)
+    assert {str(path) for path in paths} == {str(Path("/home/me/a/mnt/disk")), "/home/me/a//mnt/disk"}
+    assert read.sample.prompts == ("~ $DISK",)
+    read = loader.load(tiny, ["stage1.init_from=$DISK/a", "text.model=open_clip:ViT-B-32:~/w.safetensors"])
+    assert (read.stage1.init_from, read.text.model) == ("/mnt/disk/a", "open_clip:ViT-B-32:/home/me/w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [("$UNSET_DISK/a", "variable UNSET_DISK is not set"), ("~no-such-user/a", "no user")]
+)
+def test_an_unknown_variable_or_user_is_refused(tiny: Path, value: str, says: str) -> None:
+    for key in ("run.dir", "data.source.path", "text.model"):
+        with pytest.raises(UserError, match=f"{key}.*{says}" if "source" not in key else says):
+            loader.load(tiny, [f"{key}={value}"])
+
+
+def test_a_folder_whose_name_holds_a_dollar_is_itself(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("$RECYCLE", "~old folder"):
+        Path(name).mkdir()
+        assert loader.load(tiny, [f"data.source={name}"]).data.source[0].path == name
+
+
+@pytest.mark.parametrize("override", ["stage2.lr=.inf", "stage1.l1=.nan", "data.source={path: a, weight: 1e999}"])
+def test_numbers_are_finite(tiny: Path, override: str) -> None:
+    with pytest.raises(UserError, match="finite number"):
+        loader.load(tiny, [override])

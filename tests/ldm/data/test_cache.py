@@ -53,10 +53,16 @@ def settings(root: Path, folder: Path, *overrides: str) -> loader.Config:
     return loader.load(
         root / "configs/tiny.yaml",
         [
-            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
-            "data.buckets={step: 8}", "data.flip=true", "stage2.batch=4", *overrides,
+            f"run.dir={folder.parent / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}",
+            "data.flip=true",
+            "stage2.batch=4",
+            *overrides,
         ],
-    )  # fmt: skip
+    )
 
 
 def dataset_of(given: loader.Config, vae: autoencoder.Autoencoder, encoder: text_encoder.TextEncoder) -> Stage2Dataset:
@@ -186,9 +192,14 @@ def test_a_cache_that_was_killed_and_taken_up_again_has_the_same_bytes(
 
     def start(cache_dir: Path) -> Process:
         overrides = [
-            f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "stage1.channels=[16, 16]",
-            "data.buckets={step: 8}", "data.flip=true", f"data.cache_dir={cache_dir}",
-        ]  # fmt: skip
+            f"run.dir={folder.parent / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            "stage1.channels=[16, 16]",
+            "data.buckets={step: 8}",
+            "data.flip=true",
+            f"data.cache_dir={cache_dir}",
+        ]
         return launch(script, root / "configs/tiny.yaml", *overrides)
 
     given = settings(root, folder, f"data.cache_dir={folder.parent / 'whole'}")
@@ -221,15 +232,19 @@ def test_two_processes_fill_the_same_cache_as_one(
 ) -> None:
     def arguments(name: str) -> list[str]:
         return [
-            f"run.dir={tmp_path / 'run'}", f"data.source={folder}", "data.size=16", f"data.cache_dir={tmp_path / name}",
-        ]  # fmt: skip
+            f"run.dir={tmp_path / 'run'}",
+            f"data.source={folder}",
+            "data.size=16",
+            f"data.cache_dir={tmp_path / name}",
+        ]
 
     script = tmp_path / "build.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(root)!r})\n"
-        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n" + BUILD
+        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n"
+        + BUILD
         + "assert state.num_processes == 2\n"
-    )  # fmt: skip
+    )
     two = launch(script, root / "configs/tiny.yaml", *arguments("two"), processes=2)
     given = loader.load(root / "configs/tiny.yaml", arguments("one"))
     cached(indexed(given), given, model(), encoder, per_file=3)

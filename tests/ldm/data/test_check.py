@@ -39,9 +39,13 @@ def folder(tmp_path: Path) -> Path:
 
 def arguments(root: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "--config", str(root / "configs/tiny.yaml"), f"data.source={folder}", f"run.dir={folder.parent / 'run'}",
-        "data.buckets={step: 8}", *more,
-    ]  # fmt: skip
+        "--config",
+        str(root / "configs/tiny.yaml"),
+        f"data.source={folder}",
+        f"run.dir={folder.parent / 'run'}",
+        "data.buckets={step: 8}",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -59,8 +63,9 @@ def test_the_facts_are_those_of_the_pictures(checked: Callable[[], dict[str, obj
     assert found["duplicates"]["exact"] == 1  # type: ignore[index]
     assert found["duplicates"]["near"] == 2  # type: ignore[index]
     assert {tuple(pair) for pair in found["duplicates"]["pairs"]} == {  # type: ignore[index]
-        ("copies", "1.png", "copy.png"), ("alike", "2.png", "alike.jpg"),
-    }  # fmt: skip
+        ("copies", "1.png", "copy.png"),
+        ("alike", "2.png", "alike.jpg"),
+    }
     captions = found["captions"]
     assert (captions["distinct"], captions["truncated"], captions["lost"]) == (8, 1, 30 + 2 - 16)  # type: ignore[index]
     assert sum(count for _, count in found["buckets"]) == 10  # type: ignore[attr-defined]
@@ -121,6 +126,30 @@ def test_classes_are_checked_with_how_many_pictures_they_have(
     assert check_data.main(arguments(root, folder, "stage2.conditions=[class]", "stage2.pooled_text=false")) == 1
     out = capsys.readouterr().out
     assert "bad        0.png: it has no class; write it into the column 'label', or put it in a class folder" in out
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_check_ends_with_a_balance_of_all_that_was_seen(
+    status: int, root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "broken.png").write_bytes(b"")
+    (folder / "broken.txt").write_text("broken")
+    for name in ("._0.png", ".DS_Store", "lost.txt", "captions.json", "Thumbs.db"):
+        (folder / name).write_bytes(b"")
+    assert check_data.main(arguments(root, folder, f"data.max_bad={1 - status}")) == status
+    lines = capsys.readouterr().out.splitlines()
+    balance = lines.index("balance    10 good, 1 bad, 5 left out = 16 seen")
+    assert balance == len(lines) - 2  # the last says whether training can begin
+    assert sorted(line for line in lines if line.startswith("left out")) == [
+        "left out   1 caption files without an image: lost.txt",
+        "left out   1 other files: Thumbs.db",
+        "left out   1 tables that are not read: captions.json",
+        "left out   2 hidden files: .DS_Store, ._0.png",
+    ]
+    report = json.loads((folder.parent / "run/data-report.json").read_text())
+    assert (report["images"], report["bad"], sum(report["left_out"].values())) == (10, 1, 5)
+    files = [path for path in folder.iterdir() if path.suffix != ".txt" or path.name == "lost.txt"]
+    assert len(files) == 16  # a caption file is counted with its image
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])

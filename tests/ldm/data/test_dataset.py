@@ -29,10 +29,15 @@ def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]
         return loader.load(
             root / "configs/tiny.yaml",
             [
-                f"run.dir={tmp_path / 'run'}", "run.tracker=none", f"data.source.path={folder}",
-                "data.source.lines=true", "data.size=16", "data.buckets={step: 8}", *overrides,
+                f"run.dir={tmp_path / 'run'}",
+                "run.tracker=none",
+                f"data.source.path={folder}",
+                "data.source.lines=true",
+                "data.size=16",
+                "data.buckets={step: 8}",
+                *overrides,
             ],
-        )  # fmt: skip
+        )
 
     return given
 
@@ -122,9 +127,15 @@ def test_training_from_the_cache_has_the_losses_of_training_without(
     losses = {}
     for kind in ("disk", "none"):
         given = shapes(
-            f"data.cache={kind}", f"run.dir={tmp_path / kind}", "run.log_every=1", "run.precision=no",
-            "stage2.steps=12", "stage2.batch=4", "stage2.channels=[16, 32]", "sample.prompts=[]",
-        )  # fmt: skip
+            f"data.cache={kind}",
+            f"run.dir={tmp_path / kind}",
+            "run.log_every=1",
+            "run.precision=no",
+            "stage2.steps=12",
+            "stage2.batch=4",
+            "stage2.channels=[16, 32]",
+            "sample.prompts=[]",
+        )
         torch.manual_seed(0)
         vae = autoencoder.Autoencoder(
             autoencoder.build(

@@ -1,5 +1,8 @@
 """Picture files as tensors."""
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +63,91 @@ def test_a_sheet_has_room_for_every_picture() -> None:
     )
     assert sheet.width >= 3 * 128
     assert sheet.getpixel((12 + 64, 12 + 64)) == (255, 0, 0)
+
+
+def with_chunk(png: bytes, name: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    """A PNG with one more chunk after its header."""
+    if checksum is None:
+        checksum = zlib.crc32(name + content)
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+    return png[:33] + chunk + png[33:]
+
+
+def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    return jpeg[:2] + b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+
+
+def saved(kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF that says to rotate by 90°, with more tags: number, type, count, value or offset."""
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), *tags]
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+LONG_TEXT = b"a\0\0" + zlib.compress(bytes(3_000_000))
+ODD_TAGS = [
+    (0x8825, 3, 1, b"\x05\0\0\0"),  # the GPS directory is a number
+    (0x9286, 2, 9, b"\xff\xff\0\0"),  # a comment of another type, that begins behind the end
+    (0x011A, 5, 2**20, b"\xff\xff\0\0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "checksum"),
+    [
+        (b"zTXt", LONG_TEXT, None),
+        (b"iCCP", LONG_TEXT, None),
+        (b"tEXt", b"a\0b", 5),
+        (b"iTXt", b"\xff", 5),
+        (b"pHYs", b"1", None),
+        (b"gAMA", b"", None),
+        (b"eXIf", b"II*", 5),
+        (b"cHRM", b"\0" * 5, None),
+    ],
+)
+def test_a_chunk_of_metadata_never_costs_a_png(name: bytes, content: bytes, checksum: int | None) -> None:
+    plain = saved("PNG")
+    assert images.decode(with_chunk(plain, name, content, checksum)).tobytes() == images.decode(plain).tobytes()
+
+
+@pytest.mark.parametrize("tags", [[tag] for tag in ODD_TAGS] + [ODD_TAGS])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_never_costs_an_image_and_its_rotation_is_kept(
+    kind: str, tags: list[tuple[int, int, int, bytes]]
+) -> None:
+    plain, exif = saved(kind), rotated_exif(*tags)
+    odd = saved(kind, exif=b"Exif\0\0" + exif)
+    rotated = images.decode(plain).transpose(Image.Transpose.ROTATE_270)
+    assert images.decode(odd).tobytes() == rotated.tobytes()
+
+
+@pytest.mark.parametrize("marker", [0xE1, 0xE2, 0xED, 0xFE])
+@pytest.mark.parametrize("content", [b"Exif\0\0", b"ICC_PROFILE\0\5\1", b"MPF\0II", b"Photoshop 3.0\x008BIM\4\4\0"])
+def test_a_segment_of_metadata_never_costs_a_jpeg(marker: int, content: bytes) -> None:
+    plain = saved("JPEG")
+    assert images.decode(with_segment(plain, marker, content)).tobytes() == images.decode(plain).tobytes()
+
+
+def test_a_png_with_a_long_text_keeps_the_rotation_of_its_exif() -> None:
+    plain = saved("PNG", exif=rotated_exif())
+    assert images.decode(with_chunk(plain, b"zTXt", LONG_TEXT)).tobytes() == images.decode(plain).tobytes()
+    assert images.decode(plain).size == (16, 24)
+
+
+def test_what_was_bad_for_another_decoder_is_opened_again() -> None:
+    for reason in (
+        "it is none of JPEG, PNG",
+        "it can't be decoded (Decompressed data too large)",  # as versions before wrote it
+        "it is HEIF, which Pillow reads only with a plugin",
+    ):
+        assert images.may_be_read_now(reason)
+    for damaged in (b"junk", saved("PNG")[:80]):
+        with pytest.raises(BadSampleError) as caught:
+            images.decode(damaged)
+        assert not images.may_be_read_now(caught.value.args[0])

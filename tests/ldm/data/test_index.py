@@ -31,9 +31,13 @@ def folder(three_shapes: Callable[[list[str]], Path]) -> Path:
 
 def overrides(folder: Path, name: str) -> list[str]:
     return [
-        f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "data.flip=true",
-        f"data.cache_dir={folder.parent / name}", "data.workers=0",
-    ]  # fmt: skip
+        f"run.dir={folder.parent / 'run'}",
+        f"data.source={folder}",
+        "data.size=16",
+        "data.flip=true",
+        f"data.cache_dir={folder.parent / name}",
+        "data.workers=0",
+    ]
 
 
 def settings(root: Path, folder: Path, name: str = "one") -> loader.Config:
@@ -81,9 +85,21 @@ def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
 def rows(count: int, **facts: Any) -> pa.RecordBatch:
     """So many pictures, all alike."""
     row = {
-        "key": "a", "file": "a.png", "start": 0, "size": -1, "captions": ["a hat"], "label": "", "split": "train",
-        "weight": 1.0, "repeats": 1, "source": 0, "stamp": bytes(16), "width": 16, "height": 16, **facts,
-    }  # fmt: skip
+        "key": "a",
+        "file": "a.png",
+        "start": 0,
+        "size": -1,
+        "captions": ["a hat"],
+        "label": "",
+        "split": "train",
+        "weight": 1.0,
+        "repeats": 1,
+        "source": 0,
+        "stamp": bytes(16),
+        "width": 16,
+        "height": 16,
+        **facts,
+    }
     columns = {field.name: pa.repeat(pa.scalar(row.get(field.name), field.type), count) for field in SCHEMA}
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=SCHEMA)
 
@@ -237,9 +253,7 @@ def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path
     """What each of two processes tells of the facts below."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
-    finish(
-        launch(script, root, folder, *overrides(folder, "none"), processes=2)
-    )  # fmt: skip
+    finish(launch(script, root, folder, *overrides(folder, "none"), processes=2))
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
 

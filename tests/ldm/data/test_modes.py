@@ -88,70 +88,120 @@ CASES: dict[str, Callable[[], tuple[bytes, np.ndarray, float]]] = {
     "RGB in AVIF": lambda: (saved(Image.fromarray(COLOURS), "AVIF", quality=100, subsampling="4:4:4"), COLOURS, 6),
     "RGB of a transparent colour": lambda: (
         saved(Image.fromarray(FOUR[NUMBERS]), "PNG", transparency=tuple(FOUR[2].tolist())),
-        np.where((NUMBERS == 2)[..., None], BEHIND, FOUR[NUMBERS]), 0),
+        np.where((NUMBERS == 2)[..., None], BEHIND, FOUR[NUMBERS]),
+        0,
+    ),
     "RGB of 16 bits": lambda: (png_16_bit(2, COLOURS), COLOURS, 1),
     "RGBA in PNG": lambda: (saved(Image.fromarray(np.dstack([COLOURS, ALPHA])), "PNG"), over(COLOURS, ALPHA), 1.5),
     "RGBA in WEBP": lambda: (
         saved(Image.fromarray(np.dstack([COLOURS, ALPHA])), "WEBP", lossless=True, exact=True),
-        over(COLOURS, ALPHA), 1.5),
+        over(COLOURS, ALPHA),
+        1.5,
+    ),
     "RGBA in TIFF": lambda: (saved(Image.fromarray(np.dstack([COLOURS, ALPHA])), "TIFF"), over(COLOURS, ALPHA), 1.5),
-    "RGBA of 16 bits": lambda: (
-        png_16_bit(6, np.dstack([COLOURS, ALPHA])), over(COLOURS, ALPHA), 1.5),
+    "RGBA of 16 bits": lambda: (png_16_bit(6, np.dstack([COLOURS, ALPHA])), over(COLOURS, ALPHA), 1.5),
     "grey": lambda: (saved(Image.fromarray(GREY), "PNG"), grey(GREY), 0),
     "grey in JPEG": lambda: (saved(Image.fromarray(GREY), "JPEG", quality=98), grey(GREY), 6),
     "grey of a transparent shade": lambda: (
         saved(Image.fromarray(NUMBERS * 80), "PNG", transparency=160),
-        np.where((NUMBERS == 2)[..., None], BEHIND, grey(NUMBERS * 80)), 0),
+        np.where((NUMBERS == 2)[..., None], BEHIND, grey(NUMBERS * 80)),
+        0,
+    ),
     "grey and alpha": lambda: (
-        saved(Image.fromarray(np.dstack([GREY, ALPHA]), "LA"), "PNG"), over(grey(GREY), ALPHA), 1.5),
-    "grey and alpha of 16 bits": lambda: (
-        png_16_bit(4, np.dstack([GREY, ALPHA])), over(grey(GREY), ALPHA), 1.5),
+        saved(Image.fromarray(np.dstack([GREY, ALPHA]), "LA"), "PNG"),
+        over(grey(GREY), ALPHA),
+        1.5,
+    ),
+    "grey and alpha of 16 bits": lambda: (png_16_bit(4, np.dstack([GREY, ALPHA])), over(grey(GREY), ALPHA), 1.5),
     "grey of 16 bits in PNG": lambda: (
-        saved(Image.fromarray(ramp(0, 65535).astype(np.uint16)), "PNG"), grey(ramp(0, 255)), 1),
+        saved(Image.fromarray(ramp(0, 65535).astype(np.uint16)), "PNG"),
+        grey(ramp(0, 255)),
+        1,
+    ),
     "grey of 16 bits in TIFF": lambda: (
-        saved(Image.fromarray(ramp(0, 65535).astype(np.uint16)), "TIFF"), grey(ramp(0, 255)), 1),
+        saved(Image.fromarray(ramp(0, 65535).astype(np.uint16)), "TIFF"),
+        grey(ramp(0, 255)),
+        1,
+    ),
     "grey of 16 bits, the high byte first": lambda: (
-        saved(Image.fromarray(ramp(0, 65535).astype(">u2")), "TIFF"), grey(ramp(0, 255)), 1),
-    "32-bit numbers": lambda: (
-        saved(Image.fromarray(ramp(0, 65535).astype(np.int32)), "TIFF"), grey(ramp(0, 255)), 1),
+        saved(Image.fromarray(ramp(0, 65535).astype(">u2")), "TIFF"),
+        grey(ramp(0, 255)),
+        1,
+    ),
+    "32-bit numbers": lambda: (saved(Image.fromarray(ramp(0, 65535).astype(np.int32)), "TIFF"), grey(ramp(0, 255)), 1),
     "floating point to 255": lambda: (
-        saved(Image.fromarray(ramp(0, 255).astype(np.float32)), "TIFF"), grey(ramp(0, 255)), 1),
+        saved(Image.fromarray(ramp(0, 255).astype(np.float32)), "TIFF"),
+        grey(ramp(0, 255)),
+        1,
+    ),
     "floating point to 1": lambda: (
-        saved(Image.fromarray(ramp(0, 1).astype(np.float32)), "TIFF"), grey(ramp(0, 255)), 1),
+        saved(Image.fromarray(ramp(0, 1).astype(np.float32)), "TIFF"),
+        grey(ramp(0, 255)),
+        1,
+    ),
     "black and white in PNG": lambda: (
-        saved(Image.fromarray(NUMBERS < 2), "PNG"), grey(np.where(NUMBERS < 2, 255, 0)), 0),
+        saved(Image.fromarray(NUMBERS < 2), "PNG"),
+        grey(np.where(NUMBERS < 2, 255, 0)),
+        0,
+    ),
     "black and white in TIFF": lambda: (
-        saved(Image.fromarray(NUMBERS < 2), "TIFF", compression="group4"), grey(np.where(NUMBERS < 2, 255, 0)), 0),
+        saved(Image.fromarray(NUMBERS < 2), "TIFF", compression="group4"),
+        grey(np.where(NUMBERS < 2, 255, 0)),
+        0,
+    ),
     "palette in PNG": lambda: (saved(of_palette(), "PNG"), FOUR[NUMBERS], 0),
     "palette in GIF": lambda: (saved(of_palette(), "GIF"), FOUR[NUMBERS], 0),
     "palette in BMP": lambda: (saved(of_palette(), "BMP"), FOUR[NUMBERS], 0),
     "palette of a transparent colour in PNG": lambda: (
-        saved(of_palette(), "PNG", transparency=1), np.where((NUMBERS == 1)[..., None], BEHIND, FOUR[NUMBERS]), 0),
+        saved(of_palette(), "PNG", transparency=1),
+        np.where((NUMBERS == 1)[..., None], BEHIND, FOUR[NUMBERS]),
+        0,
+    ),
     "palette of a transparent colour in GIF": lambda: (
-        saved(of_palette(), "GIF", transparency=1), np.where((NUMBERS == 1)[..., None], BEHIND, FOUR[NUMBERS]), 0),
+        saved(of_palette(), "GIF", transparency=1),
+        np.where((NUMBERS == 1)[..., None], BEHIND, FOUR[NUMBERS]),
+        0,
+    ),
     "palette of half transparent colours": lambda: (
         saved(of_palette(), "PNG", transparency=bytes([255, 128, 0, 40])),
-        over(FOUR[NUMBERS], np.array([255, 128, 0, 40])[NUMBERS]), 1.5),
+        over(FOUR[NUMBERS], np.array([255, 128, 0, 40])[NUMBERS]),
+        1.5,
+    ),
     "inks in TIFF": lambda: (saved(cmyk()[0], "TIFF"), cmyk()[1], 2),
     "inks in JPEG": lambda: (saved(cmyk()[0], "JPEG", quality=98, subsampling=0), cmyk()[1], 8),
     "YCbCr": lambda: (saved(Image.fromarray(COLOURS).convert("YCbCr"), "TIFF"), COLOURS, 3),
     "LAB": lambda: (saved(Image.fromarray(np.dstack([GREY, GREY * 0, GREY * 0]), "LAB"), "TIFF"), lightness(), 3),
     "the first frame in GIF": lambda: (
         saved(films("red", "lime", "blue")[0], "GIF", save_all=True, append_images=films("lime", "blue")),
-        plain(255, 0, 0), 0),
+        plain(255, 0, 0),
+        0,
+    ),
     "the first frame in WEBP": lambda: (
         saved(films("red")[0], "WEBP", save_all=True, append_images=films("lime", "blue"), lossless=True),
-        plain(255, 0, 0), 0),
+        plain(255, 0, 0),
+        0,
+    ),
     "the first frame in PNG": lambda: (
-        saved(films("red")[0], "PNG", save_all=True, append_images=films("lime", "blue")), plain(255, 0, 0), 0),
+        saved(films("red")[0], "PNG", save_all=True, append_images=films("lime", "blue")),
+        plain(255, 0, 0),
+        0,
+    ),
     "the first frame in AVIF": lambda: (
         saved(films("red")[0], "AVIF", save_all=True, append_images=films("lime", "blue"), quality=100),
-        plain(255, 0, 0), 6),
+        plain(255, 0, 0),
+        6,
+    ),
     "the first picture of a phone's several": lambda: (
-        saved(films("red")[0], "MPO", save_all=True, append_images=films("lime", "blue")), plain(255, 0, 0), 6),
+        saved(films("red")[0], "MPO", save_all=True, append_images=films("lime", "blue")),
+        plain(255, 0, 0),
+        6,
+    ),
     "the first page in TIFF": lambda: (
-        saved(films("red")[0], "TIFF", save_all=True, append_images=films("lime", "blue")), plain(255, 0, 0), 0),
-}  # fmt: skip
+        saved(films("red")[0], "TIFF", save_all=True, append_images=films("lime", "blue")),
+        plain(255, 0, 0),
+        0,
+    ),
+}
 
 
 def lightness() -> np.ndarray:

@@ -112,9 +112,16 @@ def as_saved(folder: Path, pictures: dict[str, bytes]) -> str:
 
 
 KINDS: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
-    "jsonl": as_jsonl, "csv": as_csv, "metadata parquet": as_metadata_parquet, "sidecars": as_sidecars,
-    "tar": as_tar, "url": as_url, "parquet": as_parquet, "plain parquet": as_plain_parquet, "datasets": as_saved,
-}  # fmt: skip
+    "jsonl": as_jsonl,
+    "csv": as_csv,
+    "metadata parquet": as_metadata_parquet,
+    "sidecars": as_sidecars,
+    "tar": as_tar,
+    "url": as_url,
+    "parquet": as_parquet,
+    "plain parquet": as_plain_parquet,
+    "datasets": as_saved,
+}
 DETECTED = {"jsonl": "metadata", "csv": "metadata", "metadata parquet": "metadata", "url": "tar"}
 DETECTED |= {"plain parquet": "parquet"}
 
@@ -156,8 +163,9 @@ def test_class_folders_give_captions_by_template_and_labels(
     found = indexed(given)
     assert found.sources.kinds == ["classes"]
     assert {(entry.captions, entry.label) for entry in found} == {
-        (("a photo of a rain coat",), "rain_coat"), (("a photo of a hat",), "hat"),
-    }  # fmt: skip
+        (("a photo of a rain coat",), "rain_coat"),
+        (("a photo of a hat",), "hat"),
+    }
     assert found.labels() == ["hat", "rain_coat"]
     samples = images_of(found, given, 1)
     assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
@@ -220,11 +228,16 @@ def bare_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
 
 
 BARE: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
-    "jsonl": ("metadata", bare_jsonl), "csv": ("metadata", bare_csv),
-    "metadata parquet": ("metadata", bare_metadata_parquet), "folder": ("images", bare_folder),
-    "classes": ("classes", bare_classes), "tar": ("tar", bare_tar), "parquet": ("parquet", bare_parquet),
-    "datasets": ("datasets", bare_saved), "kohya": ("kohya", bare_kohya),
-}  # fmt: skip
+    "jsonl": ("metadata", bare_jsonl),
+    "csv": ("metadata", bare_csv),
+    "metadata parquet": ("metadata", bare_metadata_parquet),
+    "folder": ("images", bare_folder),
+    "classes": ("classes", bare_classes),
+    "tar": ("tar", bare_tar),
+    "parquet": ("parquet", bare_parquet),
+    "datasets": ("datasets", bare_saved),
+    "kohya": ("kohya", bare_kohya),
+}
 
 
 @pytest.mark.parametrize("kind", BARE)
@@ -259,9 +272,7 @@ def test_some_captions_may_be_missing_where_none_are_needed(
     (folder / "b.txt").write_text(" \n")
     found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
     assert (found.sources.kinds, found.bad_count()) == (["sidecars"], 0)
-    assert {entry.key: entry.captions for entry in found} == {
-        "a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",),
-    }  # fmt: skip
+    assert {entry.key: entry.captions for entry in found} == {"a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",)}
 
 
 @pytest.mark.parametrize("text", [" ", [], ["", " "], None])
@@ -326,9 +337,15 @@ def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
     source = as_jsonl(tmp_path / "data", pictures)
     indexed(settings(root, tmp_path / "run", source))
     asked = {
-        "path": source, "kind": "auto", "caption_column": "text", "image": "image", "lines": False, "template": "{}",
-        "split": "train", "at": source,
-    }  # fmt: skip
+        "path": source,
+        "kind": "auto",
+        "caption_column": "text",
+        "image": "image",
+        "lines": False,
+        "template": "{}",
+        "split": "train",
+        "at": source,
+    }
     name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]
     assert [path.name for path in (tmp_path / "run/cache").glob("index-*")] == [f"index-{name}.arrow"]
 
@@ -410,16 +427,23 @@ def labelled_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
 
 
 LABELLED: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
-    "jsonl": labelled_jsonl, "csv": labelled_csv, "metadata parquet": labelled_metadata_parquet,
-    "folders": labelled_folders, "tar": labelled_tar, "parquet": labelled_parquet,
-    "parquet with names": named_parquet, "datasets": labelled_saved, "kohya": labelled_kohya,
-}  # fmt: skip
+    "jsonl": labelled_jsonl,
+    "csv": labelled_csv,
+    "metadata parquet": labelled_metadata_parquet,
+    "folders": labelled_folders,
+    "tar": labelled_tar,
+    "parquet": labelled_parquet,
+    "parquet with names": named_parquet,
+    "datasets": labelled_saved,
+    "kohya": labelled_kohya,
+}
 
 
 @pytest.mark.parametrize("kind", LABELLED)
 def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
     source = LABELLED[kind](tmp_path / "data", pictures)
-    given = settings(root, tmp_path / "run", f"{{path: {source}, label: kind}}", *OF_CLASSES)
+    column = "" if kind in ("folders", "kohya") else ", label: kind"
+    given = settings(root, tmp_path / "run", f"{{path: {source}{column}}}", *OF_CLASSES)
     found = indexed(given)
     assert found.bad_count() == 0
     assert {entry.sha256: entry.label for entry in found} == {
@@ -444,11 +468,18 @@ def test_the_first_folder_is_the_class_beside_caption_files_too(
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
-        (7, "7"), (0, "0"), ("a  hat\n", "a hat"), (None, "it has no class"), (" ", "it has no class"),
-        (True, "its class is true"), (1.5, "its class is 1.5"), (["hat"], 'its class is ["hat"]'),
-        ("\ud800", "the class is not UTF-8"), ("a\0", "the class has NULs in it"),
+        (7, "7"),
+        (0, "0"),
+        ("a  hat\n", "a hat"),
+        (None, "it has no class"),
+        (" ", "it has no class"),
+        (True, "its class is true"),
+        (1.5, "its class is 1.5"),
+        (["hat"], 'its class is ["hat"]'),
+        ("\ud800", "the class is not UTF-8"),
+        ("a\0", "the class has NULs in it"),
     ],
-)  # fmt: skip
+)
 def test_a_class_is_a_string_or_an_integer(
     label: object, expected: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:

@@ -41,10 +41,17 @@ def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Streamed]:
         settings = loader.load(
             root / "configs/tiny.yaml",
             [
-                f"run.dir={tmp_path}", f"data.source={tars}", "data.size=16", "data.streaming=true",
-                "data.cache=none", "data.flip=true", "stage2.batch=12", "stage2.steps=15", *overrides,
+                f"run.dir={tmp_path}",
+                f"data.source={tars}",
+                "data.size=16",
+                "data.streaming=true",
+                "data.cache=none",
+                "data.flip=true",
+                "stage2.batch=12",
+                "stage2.steps=15",
+                *overrides,
             ],
-        )  # fmt: skip
+        )
         return Streamed(of_config.streamed(settings), settings.stage2)
 
     return given

@@ -13,10 +13,13 @@ from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, scheduler
 
 PROCESSES = [
-    DiffusionProcess("flow"), DiffusionProcess("flow", shift=3.0), DiffusionProcess("v"),
+    DiffusionProcess("flow"),
+    DiffusionProcess("flow", shift=3.0),
+    DiffusionProcess("v"),
     DiffusionProcess("x0", "cosine"),
-    DiffusionProcess("v", "cosine", zero_snr=True), DiffusionProcess("x0", zero_snr=True, timesteps=100),
-]  # fmt: skip
+    DiffusionProcess("v", "cosine", zero_snr=True),
+    DiffusionProcess("x0", zero_snr=True, timesteps=100),
+]
 MEAN, SPREAD = 0.4, 0.7  # of the data, which are Gaussian
 
 

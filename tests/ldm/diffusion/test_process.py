@@ -340,9 +340,7 @@ def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
         torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
     )
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    rule = DDPMScheduler(
-        trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False
-    )  # fmt: skip
+    rule = DDPMScheduler(trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False)
     rule.set_timesteps(20)
     few = process.respaced(20)
     assert few.model_timesteps == tuple(rule.timesteps.flip(0).tolist())

@@ -25,13 +25,14 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, (), "offload_optimizer_device: cpu"),
         ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "2.0"}, (), "gradient_clipping: 2.0 in DeepSpeed's configuration"),
         (
-            {**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ("stage2.device_batch=8",),
+            {**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            ("stage2.device_batch=8",),
             "4 in DeepSpeed's configuration, 2 in the passes of stage2.device_batch",
         ),
         (ZERO, ("run.precision=fp16",), "run.precision: fp16"),
         (ZERO, ("stage2.uncond_embedding=learned",), "stage2.uncond_embedding: learned"),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_sharded_is_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: tuple[str, ...], said: str
 ) -> None:

@@ -28,8 +28,12 @@ def test_the_real_pictures_themselves_follow_perfectly() -> None:
 def test_a_neighbouring_tone_is_near_and_another_role_is_wrong() -> None:
     found = torch.tensor([[1, 0], [6, 2]])  # a cook one tone off, then the right one; judge and cook for a cook
     assert prompt_following(found, [0, 0], people()) == {
-        "top1": 0.0, "top5": 0.5, "role": 0.5, "role+tone": 0.0, "role+tone near": 0.5,
-    }  # fmt: skip
+        "top1": 0.0,
+        "top5": 0.5,
+        "role": 0.5,
+        "role+tone": 0.0,
+        "role+tone near": 0.5,
+    }
 
 
 def test_features_do_not_depend_on_the_resolution() -> None:

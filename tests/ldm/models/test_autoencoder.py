@@ -17,10 +17,15 @@ from ldm.utils.errors import UserError
 def small(**changes: object) -> AutoencoderKL:
     torch.manual_seed(0)
     options = {
-        "block_out_channels": (16, 16), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 3,
-        "norm_num_groups": 8, "sample_size": 16, "scaling_factor": 1.0,
-    }  # fmt: skip
+        "block_out_channels": (16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 3,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+        "scaling_factor": 1.0,
+    }
     return AutoencoderKL(**{**options, **changes}).eval()
 
 

@@ -91,8 +91,9 @@ def test_a_saved_classifier_comes_back_equal(process: DiffusionProcess, tmp_path
         loaded = NoisyClassifier.load(folder)
         assert torch.equal(loaded(x, t), classifier(x, t))
         assert (loaded.classes, loaded.config.betas) == (
-            ("cat", "dog", "owl"), None if process is FLOW else list(classifier.config.betas)
-        )  # fmt: skip
+            ("cat", "dog", "owl"),
+            None if process is FLOW else list(classifier.config.betas),
+        )
     assert not list((tmp_path / "model").glob("*.bin"))
 
 
@@ -145,8 +146,9 @@ def test_latents_of_another_autoencoder_are_refused() -> None:
 
 def test_settings_that_fit_no_network_are_named() -> None:
     for key, change in (
-        ("attention", {"attention": (True,)}), ("norm_num_groups", {"norm_num_groups": 5}), ("attention_head_dim",
-            {"attention_head_dim": 12}),
-    ):  # fmt: skip
+        ("attention", {"attention": (True,)}),
+        ("norm_num_groups", {"norm_num_groups": 5}),
+        ("attention_head_dim", {"attention_head_dim": 12}),
+    ):
         with pytest.raises(ValueError, match=key):
             ClassifierConfig(**{**SMALL, **change})

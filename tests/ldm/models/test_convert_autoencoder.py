@@ -1,5 +1,6 @@
 """Autoencoders as one file in the original layout."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ def options(widths: tuple[int, ...], attention: tuple[int, ...] = (), **changes:
     """Settings of an autoencoder with attention at the levels given."""
     attn = ["Attn" if i in attention else "" for i in range(len(widths))]
     return {
-        "block_out_channels": widths, "down_block_types": tuple(f"{a}DownEncoderBlock2D" for a in attn),
-        "up_block_types": tuple(f"{a}UpDecoderBlock2D" for a in reversed(attn)), "layers_per_block": 1,
-        "norm_num_groups": 4, "sample_size": 32, **changes,
-    }  # fmt: skip
+        "block_out_channels": widths,
+        "down_block_types": tuple(f"{a}DownEncoderBlock2D" for a in attn),
+        "up_block_types": tuple(f"{a}UpDecoderBlock2D" for a in reversed(attn)),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+        **changes,
+    }
 
 
 def kl(*args: object, **changes: object) -> AutoencoderKL:
@@ -116,9 +121,13 @@ def test_names_and_shapes_written_are_those_of_the_original(tmp_path: Path) -> N
     with safe_open(tmp_path / "vae.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata == {
-        "format": "pt", "class": "AutoencoderKL", "latents": "4 channels, 1/2 of the image's height and width",
-        "scaling_factor": "0.3", "norm_num_groups": "4", "sample_size": "32",
-    }  # fmt: skip
+        "format": "pt",
+        "class": "AutoencoderKL",
+        "latents": "4 channels, 1/2 of the image's height and width",
+        "scaling_factor": "0.3",
+        "norm_num_groups": "4",
+        "sample_size": "32",
+    }
 
 
 def original_encoder(w: Tensors, x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -205,6 +214,26 @@ def test_half_precision_is_read_as_float32_and_linear_attention_weights_too(tmp_
     assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("names", [("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")])
+@pytest.mark.parametrize("attention", [(), (1,)])
+def test_other_names_of_the_attention_are_read(
+    tmp_path: Path, names: tuple[str, ...], attention: tuple[int, ...]
+) -> None:
+    single_file.write(kl((8, 16), attention), tmp_path / "original.safetensors")
+    tensors = load_file(tmp_path / "original.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in zip(("q", "k", "v", "proj_out"), names, strict=True):
+            name = re.sub(rf"(\.attn(_1|\.\d)\.){old}\.", rf"\g<1>{new}.", name)
+        renamed[name] = tensor
+    assert renamed.keys() != tensors.keys()
+    expected, read = (single_file.read(saved(tmp_path, t)).state_dict() for t in (tensors, renamed))
+    assert all(torch.equal(expected[name], read[name]) for name in expected)
+    clash = renamed | {"encoder.mid.attn_1.q.weight": torch.zeros(16, 16, 1, 1)}
+    with pytest.raises(UserError, match="which are one tensor"):
+        single_file.read(saved(tmp_path, clash))
+
+
 def test_scale_and_groups_are_guessed_from_channels_and_marks(tmp_path: Path, parts: Tensors) -> None:
     def known(extra: Tensors, metadata: dict[str, str] | None = None) -> tuple[object, ...]:
         whole = {f"first_stage_model.{name}": tensor for name, tensor in parts.items()} | extra
@@ -230,9 +259,9 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "shape": (lambda t: t.update({"quant_conv.bias": torch.ones(3)}), r"tensor quant_conv\.bias has shape \(3,\)"),
     "scalar": (lambda t: t.update({"decoder.conv_in.weight": torch.ones(())}), r"tensor decoder\.conv_in\.weight"),
     "diffusers": (lambda t: (t.clear(), t.update(kl((8, 16)).state_dict())), r"diffusers' layout"),
-    "unet": (lambda t: (t.clear(), t.update({"model.out": torch.ones(1)})), r"holds no autoencoder"),
+    "unet": (lambda t: (t.clear(), t.update({"model.out": torch.ones(1)})), r"no autoencoder, but 1 tensor, of model"),
     "gumbel": (lambda t: t.update({"quantize.embed.weight": torch.ones(1)}), r"quantize\.embedding\.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -21,33 +21,61 @@ from ldm.utils.errors import UserError
 Tensors = dict[str, torch.Tensor]
 
 PLAIN = {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 24, "norm_num_groups": 8,
-    "attention_head_dim": (4, 8), "transformer_layers_per_block": (1, 1), "use_linear_projection": False,
-}  # fmt: skip
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "attention_head_dim": (4, 8),
+    "transformer_layers_per_block": (1, 1),
+    "use_linear_projection": False,
+}
 LINEAR = PLAIN | {
-    "block_out_channels": (64, 128), "use_linear_projection": True, "attention_head_dim": (1, 2), "norm_num_groups": 32,
-}  # fmt: skip
+    "block_out_channels": (64, 128),
+    "use_linear_projection": True,
+    "attention_head_dim": (1, 2),
+    "norm_num_groups": 32,
+}
 SIZES = {
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 6 * 256 + 24,
-}  # fmt: skip
+}
 # As Stable Diffusion 1, 2, XL and 1 for inpainting are built, in small, with what the configuration must say of each.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1": (PLAIN, {}),
-    "1-two-layers": (PLAIN | {"layers_per_block": 2, "block_out_channels": (8, 16, 24), "attention_head_dim": (1, 2, 3),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 1)}, {}),
+    "1-two-layers": (
+        PLAIN
+        | {
+            "layers_per_block": 2,
+            "block_out_channels": (8, 16, 24),
+            "attention_head_dim": (1, 2, 3),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 1, 1),
+        },
+        {},
+    ),
     "1-scale-shift": (PLAIN | {"resnet_time_scale_shift": "scale_shift"}, {}),
     "2": (LINEAR, {}),
-    "xl": (LINEAR | SIZES | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2)},
-        {"conditions": ("text", "size")}),
+    "xl": (
+        LINEAR
+        | SIZES
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2),
+        },
+        {"conditions": ("text", "size")},
+    ),
     "inpainting": (PLAIN | {"in_channels": 9}, {"conditions": ("text", "inpaint")}),
     "upscaling": (PLAIN | {"in_channels": 7, "num_class_embeds": 1000}, {"conditions": ("text", "upscale")}),
-}  # fmt: skip
+}
 
 
 def made(name: str) -> UNet2DConditionModel:
@@ -95,9 +123,10 @@ def test_a_file_gives_the_weights_and_answers_of_the_folder_that_it_came_from(
         assert json.dumps(found.config[key]) == json.dumps(expected.config[key]), key  # a tuple is a list in a file
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in found.parameters())
     condition = Condition(
-        torch.randn(2, 5, 24), torch.tensor([3, 900]) if "upscale" in changes.get("conditions", ()) else None,
+        torch.randn(2, 5, 24),
+        torch.tensor([3, 900]) if "upscale" in changes.get("conditions", ()) else None,
         torch.rand(2, 6) * 64 if name == "xl" else None,
-    )  # fmt: skip
+    )
     x, t = torch.randn(2, model.config.in_channels, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         assert torch.equal(predict(found, x, t, condition), predict(expected, x, t, condition))
@@ -108,19 +137,32 @@ PUBLISHED = {  # what their config.json says; every other key is as UNet2DCondit
     "1-inpainting": {"attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 9},
     "2": {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
     "xl": {
-        "attention_head_dim": (5, 10, 20), "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "cross_attention_dim": 2048,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-}  # fmt: skip
+}
 KNOWN_NAMES = {  # which programs tell these models apart by
-    "1": ["input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", "output_blocks.2.1.conv.weight",
-          "output_blocks.8.2.conv.weight", "input_blocks.9.0.op.bias"],
-    "xl": ["input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight", "label_emb.0.0.weight",
-           "input_blocks.7.1.transformer_blocks.9.attn1.to_q.weight", "output_blocks.5.2.conv.weight"],
-}  # fmt: skip
+    "1": [
+        "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
+        "output_blocks.2.1.conv.weight",
+        "output_blocks.8.2.conv.weight",
+        "input_blocks.9.0.op.bias",
+    ],
+    "xl": [
+        "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight",
+        "label_emb.0.0.weight",
+        "input_blocks.7.1.transformer_blocks.9.attn1.to_q.weight",
+        "output_blocks.5.2.conv.weight",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -204,10 +246,45 @@ def test_half_precision_is_read_as_float32(root: Path, tmp_path: Path) -> None:
     assert torch.equal(found.conv_in.bias, halves[f"{PREFIX}input_blocks.0.0.bias"].float())
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "unet."])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_unet_is_read_after_any_prefix(root: Path, tmp_path: Path, prefix: str, layout: str) -> None:
+    model = made("1")
+    tensors = (
+        in_original_layout(model, prefix)
+        if layout == "original"
+        else {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    )
+    path = saved(tmp_path / "file.safetensors", tensors | {"first_stage_model.x": torch.ones(1)})
+    read = unet.load(of(root, path), 4, 8, 24).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("lora_unet_down_blocks_0.lora_up.weight",), "a LoRA: 1 tensor, of lora_unet_down_blocks_0 (1)"),
+        (("control_model.input_blocks.0.0.weight",), "a ControlNet"),
+        (("encoder.down.0.block.0.conv1.weight",), "an autoencoder in the original layout"),
+        (("text_model.x.weight", "text_model.y.weight"), "a text encoder: 2 tensors, of text_model (2)"),
+        (("a.x", "b.x", "b.y", "c.x", "d.x"), "but 5 tensors, of b (2), a (1), c (1) …"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_what_it_holds(
+    root: Path, tmp_path: Path, names: tuple[str, ...], kind: str
+) -> None:
+    path = saved(tmp_path / "file.safetensors", {name: torch.ones(1) for name in names})
+    with pytest.raises(UserError) as error:
+        unet.load(of(root, path), 4, 8, 24)
+    assert kind in str(error.value) and "conv_in.weight, alone or after model.diffusion_model." in str(error.value)
+
+
 SPOILT: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "missing": (lambda t: t.pop(f"{PREFIX}out.2.bias"), r"lacks tensor conv_out\.bias"),
-    "missing-label": (lambda t: t.update({f"{PREFIX}label_emb.0.0.weight": torch.ones(4, 4)}),
-        r"lacks tensor model\.diffusion_model\.label_emb\.0\.0\.bias"),
+    "missing-label": (
+        lambda t: t.update({f"{PREFIX}label_emb.0.0.weight": torch.ones(4, 4)}),
+        r"lacks tensor model\.diffusion_model\.label_emb\.0\.0\.bias",
+    ),
     "extra": (lambda t: t.update({f"{PREFIX}controls.0": torch.ones(1)}), rf"has, .*tensor {PREFIX}controls\.0;"),
     "extra-in-block": (lambda t: t.update({f"{PREFIX}input_blocks.1.0.new": torch.ones(1)}), r"resnets\.0\.new"),
     "gap": (lambda t: t.update({f"{PREFIX}input_blocks.999.0.x": torch.ones(1)}), r"tensor .*input_blocks\.999\.0\.x"),
@@ -216,7 +293,7 @@ SPOILT: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "wide": (lambda t: t.update({f"{PREFIX}time_embed.2.weight": torch.ones(128, 9)}), r"has shape \(128, 9\)"),
     "autoencoder": (lambda t: (t.clear(), t.update({"first_stage_model.x": torch.ones(1)})), "holds no U-Net"),
     "transformer": (lambda t: (t.clear(), t.update({f"{PREFIX}joint_blocks.0.x": torch.ones(1)})), "holds no U-Net"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -265,10 +342,12 @@ def test_files_that_cannot_be_read_are_named(root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("marks", "metadata", "target"),
     [
-        (["v_pred"], {}, "v"), (["v_pred", "ztsnr"], {}, "v"), ([], {"modelspec.prediction_type": "v"}, "v"),
+        (["v_pred"], {}, "v"),
+        (["v_pred", "ztsnr"], {}, "v"),
+        ([], {"modelspec.prediction_type": "v"}, "v"),
         ([], {"modelspec.prediction_type": "epsilon"}, "eps"),
     ],
-)  # fmt: skip
+)
 def test_a_target_that_the_file_contradicts_is_refused(
     root: Path, tmp_path: Path, marks: list[str], metadata: dict[str, str], target: str
 ) -> None:

@@ -17,10 +17,23 @@ from ldm.utils.errors import UserError
 open_clip = pytest.importorskip("open_clip")
 
 PROMPTS = [
-    "", "a photo of a cat", "Hello, WORLD!", "!", "hi!!! ! !?", "it's the dog's 123 4.5%", "x  y\n\tz", "a_b-c/d",
-    "naïve café Ünïcödé", "e\u0301 A\u030a", "日本語 한국어 🎉", "½ ² \u200b", "<|endoftext|> hi",
-    "word, " * 60, "cat " * 75, "cat " * 76,
-]  # fmt: skip
+    "",
+    "a photo of a cat",
+    "Hello, WORLD!",
+    "!",
+    "hi!!! ! !?",
+    "it's the dog's 123 4.5%",
+    "x  y\n\tz",
+    "a_b-c/d",
+    "naïve café Ünïcödé",
+    "e\u0301 A\u030a",
+    "日本語 한국어 🎉",
+    "½ ² \u200b",
+    "<|endoftext|> hi",
+    "word, " * 60,
+    "cat " * 75,
+    "cat " * 76,
+]
 
 TOWERS: dict[str, dict[str, Any]] = {
     "of CLIP": {},
@@ -29,11 +42,18 @@ TOWERS: dict[str, dict[str, Any]] = {
     "with other numbers": {
         "custom_text": True,
         "text_cfg": {
-            "context_length": 32, "width": 48, "heads": 3, "layers": 3, "mlp_ratio": 3.7362, "pool_type": "last",
-            "act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "proj_bias": True,
+            "context_length": 32,
+            "width": 48,
+            "heads": 3,
+            "layers": 3,
+            "mlp_ratio": 3.7362,
+            "pool_type": "last",
+            "act_kwargs": {"approximate": "tanh"},
+            "norm_kwargs": {"eps": 1e-3},
+            "proj_bias": True,
         },
     },
-}  # fmt: skip
+}
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
@@ -81,14 +101,25 @@ def test_plain_diffusers_opens_a_saved_tower(tmp_path: Path) -> None:
     name = f"local-dir:{folder_of(tmp_path, tiny())}"
     encoder = text_encoder.load(f"open_clip:{name}")
     StableDiffusionPipeline(
-        vae=None, text_encoder=encoder.model, tokenizer=encoder.tokenizer, unet=None, scheduler=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "saved")  # fmt: skip
+        vae=None,
+        text_encoder=encoder.model,
+        tokenizer=encoder.tokenizer,
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "saved")
     again = StableDiffusionPipeline(
-        vae=None, text_encoder=CLIPTextModel.from_pretrained(tmp_path / "saved/text_encoder"),
-        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "saved/tokenizer"), unet=None, scheduler=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=None,
+        text_encoder=CLIPTextModel.from_pretrained(tmp_path / "saved/text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "saved/tokenizer"),
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     with torch.no_grad():
         states = again.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     torch.testing.assert_close(states, encoder.encode(PROMPTS), rtol=0, atol=0)

@@ -61,9 +61,14 @@ def tiny_clip(folder: Path) -> Path:
     tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
     tokenizer.save_pretrained(folder)
     config = CLIPTextConfig(
-        vocab_size=len(names), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
-    )  # fmt: skip
+        vocab_size=len(names),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=len(names) - 2,
+        eos_token_id=len(names) - 1,
+    )
     CLIPTextModel(config).save_pretrained(folder)
     return folder
 
@@ -81,9 +86,14 @@ def tiny_bert(folder: Path) -> Path:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     tiny_tokenizer("[CLS] $A [SEP]", **special).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=77, hidden_dropout_prob=0.5,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        hidden_dropout_prob=0.5,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -108,9 +118,15 @@ def any_kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def diffusers_states(encoder: text_encoder.TextEncoder, prompts: list[str], **options: int) -> torch.Tensor:
     """What plain diffusers makes of the prompts with this encoder and its tokenizer."""
     pipeline = StableDiffusionPipeline(
-        vae=None, text_encoder=encoder.model, tokenizer=encoder.tokenizer, unet=None, scheduler=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=None,
+        text_encoder=encoder.model,
+        tokenizer=encoder.tokenizer,
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     with torch.no_grad():
         return pipeline.encode_prompt(prompts, "cpu", 1, False, **options)[0]
 
@@ -183,8 +199,12 @@ def test_pieces_are_captions_of_their_own(any_kind: str) -> None:
     words = (WORDS * 4)[: 3 * room]
     states = pieces.encode([" ".join(words), " ".join(words[: room + 1]), "a", ""])
     assert states.shape == (4, pieces.length, 32) == (4, 24, 32)
-    alone = [[words[:room], words[room : 2 * room], words[2 * room :]], [words[:room], words[room : room + 1], []],
-             [["a"], [], []], [[], [], []]]  # fmt: skip
+    alone = [
+        [words[:room], words[room : 2 * room], words[2 * room :]],
+        [words[:room], words[room : room + 1], []],
+        [["a"], [], []],
+        [[], [], []],
+    ]
     expected = [torch.cat(list(plain.encode([" ".join(piece) for piece in several]))) for several in alone]
     torch.testing.assert_close(states, torch.stack(expected))
     torch.testing.assert_close(pieces.encode([" ".join(WORDS * 4)])[0, :16], states[0, :16])

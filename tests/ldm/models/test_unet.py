@@ -215,9 +215,11 @@ def test_every_parameter_of_the_unet_receives_a_gradient(root: Path, conditions:
     model = unet.build(stage, 4, 8, 32 if words else 0, 3)
     label = torch.tensor([0, 3]) if {"class", "upscale"} & set(conditions) else None
     condition = Condition(
-        torch.randn(2, 5, 32) if words else None, label, torch.rand(2, 6) * 64 if stage.sizes else None,
+        torch.randn(2, 5, 32) if words else None,
+        label,
+        torch.rand(2, 6) * 64 if stage.sizes else None,
         torch.randn(2, 3, 8, 8) if stage.image else None,
-    )  # fmt: skip
+    )
     predict(model, torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), condition).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

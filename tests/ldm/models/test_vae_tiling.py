@@ -16,18 +16,24 @@ FACTOR, HEIGHT, WIDTH, TILE = 4, 104, 84, 32  # sides are multiples of the facto
 
 def convolutional(kind: type, **changes: Any) -> Any:
     options = {
-        "block_out_channels": (8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
-    }  # fmt: skip
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    }
     return kind(**{**options, **changes})
 
 
 def deep_compression(layers: tuple[int, ...], **changes: Any) -> AutoencoderDC:
     """Linear attention at level 2 of 0, 1, 2."""
     both = {
-        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 16, 16),
-        "layers_per_block": layers, "qkv_multiscales": ((), (), (5,)),
-    }  # fmt: skip
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": layers,
+        "qkv_multiscales": ((), (), (5,)),
+    }
     sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()}
     return AutoencoderDC(latent_channels=4, attention_head_dim=4, **sides, **changes)
 
@@ -45,13 +51,15 @@ MODELS = {
         up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     ),
     "tiny": lambda: AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(1, 2, 1),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 2, 1),
+        num_decoder_blocks=(1, 2, 1),
     ),
     "dc": lambda: deep_compression((1, 1, 1)),
     "dc that scales first": lambda: deep_compression((0, 1, 1), downsample_block_type="Conv"),
     "dc that interpolates": lambda: deep_compression((0, 1, 1), upsample_block_type="interpolate"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

@@ -92,11 +92,19 @@ def test_euler_on_a_flow_is_diffusers_flow_matching_euler() -> None:
     torch.testing.assert_close(sample(denoise, solver, noise), x, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("solver", "target", "spacing", "order"), [
-    ("ddim", "v", None, 1), ("euler", "v", None, 1), ("euler", "flow", None, 1), ("heun", "v", "karras", 2),
-    ("heun", "flow", None, 2), ("dpm++", "v", "karras", 2), ("dpm++", "v", "exponential", 2),
-    ("unipc", "v", "karras", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("solver", "target", "spacing", "order"),
+    [
+        ("ddim", "v", None, 1),
+        ("euler", "v", None, 1),
+        ("euler", "flow", None, 1),
+        ("heun", "v", "karras", 2),
+        ("heun", "flow", None, 2),
+        ("dpm++", "v", "karras", 2),
+        ("dpm++", "v", "exponential", 2),
+        ("unipc", "v", "karras", 3),
+    ],
+)
 def test_a_solver_s_error_falls_with_its_order(solver: str, target: str, spacing: str | None, order: int) -> None:
     """The probability-flow ODE of Gaussian data keeps quantiles: q = (x_t − α m) / √(α² s² + σ²) stays what it was.
 
@@ -209,11 +217,13 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        DiffusionProcess("v", "scaled_linear", zero_snr=True), DiffusionProcess("v", "sigmoid", timesteps=400),
-        DiffusionProcess("eps", "cosine", shift=2.0), DiffusionProcess("eps", "log_linear"),
+        DiffusionProcess("v", "scaled_linear", zero_snr=True),
+        DiffusionProcess("v", "sigmoid", timesteps=400),
+        DiffusionProcess("eps", "cosine", shift=2.0),
+        DiffusionProcess("eps", "log_linear"),
         DiffusionProcess("flow", shift=2.0),
     ],
-)  # fmt: skip
+)
 def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProcess, solver: str) -> None:
     """diffusers' own tables, read back from a saved configuration, are those of the process."""
     if process.prediction_type == "flow":
@@ -283,11 +293,12 @@ def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
 @pytest.mark.parametrize(
     "process",
     [
-        DiffusionProcess("v", "cosine"), DiffusionProcess("v", "linear", zero_snr=True),
+        DiffusionProcess("v", "cosine"),
+        DiffusionProcess("v", "linear", zero_snr=True),
         DiffusionProcess("flow", shift=3.0, timesteps=60),
         DiffusionProcess("eps", "scaled_linear"),
     ],
-)  # fmt: skip
+)
 def test_every_number_of_steps_gives_a_picture_or_a_line(
     process: DiffusionProcess, solver: str, spacing: str | None
 ) -> None:

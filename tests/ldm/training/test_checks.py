@@ -46,10 +46,13 @@ def test_the_plan_counts_the_tokens_of_all_pieces(root: Path) -> None:
         (["stage1.batch=30"], 4, r"stage1\.batch: 30 can't be shared evenly by 4 processes; 32 can"),
         (["run.tracker=comet_ml"], 1, r"run\.tracker: comet_ml is not installed; pip install comet_ml"),
         (["text.width=768"], 1, r"text\.width: 768, but .* has 384"),
-        (["stage2.channels=[32, 32, 32, 32, 32, 32]", "stage2.attention=[false, false, false, false, false, false]"],
-         1, r"stage2\.channels: 6 levels"),
+        (
+            ["stage2.channels=[32, 32, 32, 32, 32, 32]", "stage2.attention=[false, false, false, false, false, false]"],
+            1,
+            r"stage2\.channels: 6 levels",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_would_stop_a_later_stage_is_found_first(
     root: Path, overrides: list[str], processes: int, says: str
 ) -> None:

@@ -29,8 +29,12 @@ class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: int = 4) -> None:
     """As a stage does."""
     config = RunConfig(dir=folder, tracker="tensorboard", log_every=2)
-    run = Trainer(config, Training(steps=steps, batch=2, checkpoint_every=1, ema_widths=(0.1,), ema_snapshot_every=1),
-              "stage2", nn.Linear(1, 1))  # fmt: skip
+    run = Trainer(
+        config,
+        Training(steps=steps, batch=2, checkpoint_every=1, ema_widths=(0.1,), ema_snapshot_every=1),
+        "stage2",
+        nn.Linear(1, 1),
+    )
     made += [weakref.ref(run), *map(weakref.ref, (*run.parameters, *run.ema.main.shadow_params))]
     for batch in run.batches(Numbers()):
         with run.accumulate():

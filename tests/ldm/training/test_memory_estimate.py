@@ -48,9 +48,10 @@ def inputs(device: str, stage: Stage2Config) -> Inputs:
     make = partial(torch.zeros, device=device)
     numbers = make(2, dtype=torch.int64)
     condition = Condition(
-        text=make(2, 5, 16) if stage.text else None, label=numbers if stage.classes else None,
+        text=make(2, 5, 16) if stage.text else None,
+        label=numbers if stage.classes else None,
         sizes=make(2, 6) if stage.sizes else None,
-    )  # fmt: skip
+    )
     return make(2, 4, 16, 16), numbers, condition
 
 
@@ -156,10 +157,17 @@ def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, An
 
 def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, tmp_path: Path) -> None:
     one = settings(
-        root, "tiny", f"run.dir={tmp_path}", "run.tracker=none", "run.device=cpu", "stage2.ema_widths=[0.05, 0.1]",
-        "stage2.channels=[8, 16]", "stage2.attention=[false, true]", "stage2.norm_num_groups=4",
+        root,
+        "tiny",
+        f"run.dir={tmp_path}",
+        "run.tracker=none",
+        "run.device=cpu",
+        "stage2.ema_widths=[0.05, 0.1]",
+        "stage2.channels=[8, 16]",
+        "stage2.attention=[false, true]",
+        "stage2.norm_num_groups=4",
         "stage2.attention_head_dim=4",
-    )  # fmt: skip
+    )
     shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
     run = Trainer(
         one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384))
@@ -256,8 +264,15 @@ def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> No
 
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
     keys = ["stage2.conditions=[]", "stage2.pooled_text=false"]
-    tiny = settings(root, "tiny", *keys, "stage2.channels=[8, 16]", "stage2.attention=[false, true]",
-                    "stage2.norm_num_groups=4", "stage2.attention_head_dim=4")  # fmt: skip
+    tiny = settings(
+        root,
+        "tiny",
+        *keys,
+        "stage2.channels=[8, 16]",
+        "stage2.attention=[false, true]",
+        "stage2.norm_num_groups=4",
+        "stage2.attention_head_dim=4",
+    )
     shape = tiny.stage1.latent_channels, tiny.data.size // tiny.stage1.factor
     unet.build(tiny.stage2, *shape).save_pretrained(tmp_path)
     assert (
@@ -288,10 +303,18 @@ def test_the_configuration_for_24_gb_takes_less_than_22(root: Path, capsys: pyte
 def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_ldm.main(
-        ["--config", str(root / "configs/sd-512.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}",
-         f"data.source={tmp_path / 'none'}"]
-    ) == 0  # fmt: skip
+    assert (
+        train_ldm.main(
+            [
+                "--config",
+                str(root / "configs/sd-512.yaml"),
+                "--dry-run",
+                f"run.dir={tmp_path / 'run'}",
+                f"data.source={tmp_path / 'none'}",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "batch    256 images a step: 1 process × 8 passes of 32" in said
     assert "activations of 32 images" in said and "together" in said and "not measured: " in said

@@ -107,8 +107,9 @@ def test_wandb_has_the_sheet_in_the_row_of_its_steps_metrics(
                 item.key or item.nested_key[0]: json.loads(item.value_json) for item in history.item
             }
     assert {step: set(row) & {"loss", "held_out_loss", "samples"} for step, row in rows.items()} == {
-        40: {"loss", "held_out_loss", "samples"}, 60: {"loss"},
-    }  # fmt: skip
+        40: {"loss", "held_out_loss", "samples"},
+        60: {"loss"},
+    }
     assert (rows[40]["loss"], rows[40]["held_out_loss"], rows[60]["loss"]) == (0.5, 0.25, 0.125)
     (file,) = (folder / "files/media/images").glob("samples_40_*.png")
     assert same(file, sheet)
@@ -139,8 +140,10 @@ def test_trackio_keeps_the_sheet_with_its_step(
     rows = [{**row, "timestamp": None} for row in SQLiteStorage.get_logs("stage1", run)]
     samples = next(row for row in rows if "samples" in row)
     assert [(row["step"], row.get("loss"), row.get("held_out_loss")) for row in rows if row is not samples] == [
-        (40, 0.5, None), (40, None, 0.25), (60, 0.125, None),
-    ]  # fmt: skip
+        (40, 0.5, None),
+        (40, None, 0.25),
+        (60, 0.125, None),
+    ]
     assert samples["step"] == 40
     assert same(tmp_path / "trackio/media" / samples["samples"]["file_path"], sheet)
 

@@ -16,10 +16,15 @@ from stage2_diffusion.classifier import evaluate
 from stage2_diffusion.classifier import train as training
 
 KEYS = [
-    "steps=2", "batch=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
+    "steps=2",
+    "batch=8",
+    "channels=[16, 16]",
+    "layers=1",
+    "attention=[false, true]",
+    "attention_head_dim=8",
     "norm_num_groups=4",
     "evaluate_images=8",
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
@@ -43,9 +48,7 @@ def test_each_solver_and_scale_gets_a_row(
     said = call(evaluate.main, run, *options)
     header, *rows = (line.split() for line in said[said.index("solver") :].splitlines())
     assert header == ["solver", "steps", "scale", "guide", "evaluator", "seconds"]
-    assert [row[:3] for row in rows] == [
-        ["ddpm", "4", "0"], ["ddpm", "4", "3"], ["ddim", "2", "0"], ["ddim", "2", "3"],
-    ]  # fmt: skip
+    assert [row[:3] for row in rows] == [["ddpm", "4", "0"], ["ddpm", "4", "3"], ["ddim", "2", "0"], ["ddim", "2", "3"]]
     assert all(round(float(share) * 10, 6).is_integer() for row in rows for share in row[3:5])
 
     other = NoisyClassifier.load(guide)
@@ -59,9 +62,10 @@ def test_each_solver_and_scale_gets_a_row(
 def test_what_can_not_be_measured_is_one_clear_line(tiny_run: Path, tmp_path: Path, call: Callable[..., str]) -> None:
     both = ["--guide", tmp_path, "--judge", tmp_path]
     for more, says in (
-        (["--count", 0], "--count: 0; give 1 or more"), (["--steps", 1], "--steps: 1; give 2 or more"),
+        (["--count", 0], "--count: 0; give 1 or more"),
+        (["--steps", 1], "--steps: 1; give 2 or more"),
         ([], "has text or class conditions"),
-    ):  # fmt: skip
+    ):
         said = call(evaluate.main, tiny_run, *both, *more, status=2)
         assert says in said
         assert said.count("\n") == 1

@@ -24,10 +24,20 @@ from ldm.training.metrics_logger import MEASURED
 from stage2_diffusion.classifier import train
 
 KEYS = [
-    "steps=6", "batch=8", "lr_warmup_steps=1", "lr=1e-2", "ema_decay=0.5", "checkpoint_every=3", "evaluate_every=2",
-    "evaluate_images=8", "channels=[16, 16]", "layers=1", "attention=[false, true]", "attention_head_dim=8",
+    "steps=6",
+    "batch=8",
+    "lr_warmup_steps=1",
+    "lr=1e-2",
+    "ema_decay=0.5",
+    "checkpoint_every=3",
+    "evaluate_every=2",
+    "evaluate_images=8",
+    "channels=[16, 16]",
+    "layers=1",
+    "attention=[false, true]",
+    "attention_head_dim=8",
     "norm_num_groups=4",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +131,11 @@ def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callab
 
 
 def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_right_as_of_the_whole_batch(
-    drawings: Callable[..., tuple[loader.Config, Index]], random_model: Callable[..., LatentDiffusion], tmp_path: Path,
+    drawings: Callable[..., tuple[loader.Config, Index]],
+    random_model: Callable[..., LatentDiffusion],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     settings, _ = drawings("stage1.channels=[16, 16]", "data.cache=none", "run.precision=no")
     random_model().save(tmp_path / "run/pipeline")
     settings = settings.model_copy(
@@ -142,9 +154,17 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
         """Each held-out accuracy, and the most images computed at once in the training and for the table after it."""
         out = tmp_path / str(device_batch)
         own = ClassifierConfig(
-            batch=8, device_batch=device_batch, steps=1, evaluate_images=8, channels=(16, 16), layers=1,
-            attention=(False, True), attention_head_dim=8, norm_num_groups=4, lr=1e-30,  # the weights stay
-        )  # fmt: skip
+            batch=8,
+            device_batch=device_batch,
+            steps=1,
+            evaluate_images=8,
+            channels=(16, 16),
+            layers=1,
+            attention=(False, True),
+            attention_head_dim=8,
+            norm_num_groups=4,
+            lr=1e-30,  # the weights stay
+        )
         computed.clear()
         of_it = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": out})})
         train.train(of_it, own, tmp_path / "run", out)

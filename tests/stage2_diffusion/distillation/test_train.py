@@ -38,9 +38,15 @@ STAGE = Stage2Config(
     channels=(8, 8), attention=(False, True), layers=1, attention_head_dim=8, norm_num_groups=4, mid_attention=False
 )
 QUICK = [
-    "steps=4", "guidance_steps=4", "batch=8", "steps_from=8", "steps_to=2", "evaluate_every=2", "checkpoint_every=2",
+    "steps=4",
+    "guidance_steps=4",
+    "batch=8",
+    "steps_from=8",
+    "steps_to=2",
+    "evaluate_every=2",
+    "checkpoint_every=2",
     "guidance_to=4",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -141,14 +147,25 @@ def test_a_consistency_model_is_taught_a_step_apart_and_by_its_averages(unet: An
     ("method", "names"), [("progressive", ["guidance", "steps-1"]), ("consistency", ["consistency"])]
 )
 def test_no_more_images_are_validated_at_once_than_trained_on_and_the_loss_is_that_of_the_whole_batch(
-    method: str, names: list[str], drawings: Callable[..., tuple[Config, Index]], words: Path,
-    random_model: Callable[..., LatentDiffusion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    method: str,
+    names: list[str],
+    drawings: Callable[..., tuple[Config, Index]],
+    words: Path,
+    random_model: Callable[..., LatentDiffusion],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     of_run, _ = drawings(
-        f"text.model={words}", "text.max_tokens=8", "stage1.channels=[16, 16]", "stage2.prediction_type=v",
-        "stage2.beta_schedule=cosine", "stage2.conditions=[text]", "stage2.pooled_text=false", "data.cache=none",
+        f"text.model={words}",
+        "text.max_tokens=8",
+        "stage1.channels=[16, 16]",
+        "stage2.prediction_type=v",
+        "stage2.beta_schedule=cosine",
+        "stage2.conditions=[text]",
+        "stage2.pooled_text=false",
+        "data.cache=none",
         "run.precision=no",
-    )  # fmt: skip
+    )
     computed: list[tuple[bool, int]] = []  # by a student, or by a teacher that is not told of guidance; images
     forward = UNet2DConditionModel.forward
 
@@ -163,9 +180,16 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_the_loss_is_th
         folder = tmp_path / str(device_batch)
         folder.mkdir()
         settings = DistillConfig(
-            batch=8, device_batch=device_batch, steps=1, guidance_steps=1, steps_from=2, steps_to=1, original_steps=10,
-            guidance_to=4.0, lr=1e-30,  # the weights stay: only the validation can differ
-        )  # fmt: skip
+            batch=8,
+            device_batch=device_batch,
+            steps=1,
+            guidance_steps=1,
+            steps_from=2,
+            steps_to=1,
+            original_steps=10,
+            guidance_to=4.0,
+            lr=1e-30,  # the weights stay: only the validation can differ
+        )
         computed.clear()
         train.distill(of_run, settings, method, random_model("text"), folder)
         lines = [json.loads(line) for name in names for line in (folder / name / "metrics.jsonl").open()]
@@ -223,14 +247,20 @@ def ours(folder: Path, **options: Any) -> np.ndarray:
 
 
 def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_the_uninterrupted(
-    few: Callable[..., str], launch: Callable[..., Process], wait_for: Callable[..., None],
-    tiny_run: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    few: Callable[..., str],
+    launch: Callable[..., Process],
+    wait_for: Callable[..., None],
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
     whole, drilled = tmp_path / "whole", tmp_path / "drilled"
     few(whole)
     assert {path.name for path in whole.glob("pipeline*")} == {
-        "pipeline", "pipeline-guidance", "pipeline-4", "pipeline-2",
-    }  # fmt: skip
+        "pipeline",
+        "pipeline-guidance",
+        "pipeline-4",
+        "pipeline-2",
+    }
     for steps in (4, 2):
         folder = whole / f"pipeline-{steps}"
         pipe = StableDiffusionPipeline.from_pretrained(folder)
@@ -245,8 +275,10 @@ def test_every_halving_is_exported_for_plain_diffusers_and_one_killed_ends_as_th
         assert not np.array_equal(guided, more)
         logged = [json.loads(line) for line in (whole / f"steps-{steps}/metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in logged if "held_out_loss" in line] == [2, 4]
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole / "pipeline").values(),
-                                                 weights(whole / "pipeline-2").values(), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(whole / "pipeline").values(), weights(whole / "pipeline-2").values(), strict=True)
+    )
 
     process = launch("-m", "stage2_diffusion.distillation.train", tiny_run, "--out", drilled, *QUICK)
     wait_for(drilled / "steps-4/checkpoints/step-000002", process)
@@ -291,9 +323,14 @@ def test_a_chain_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuse
 def test_a_chain_without_text_that_ends_in_noise_is_halved_without_guidance(
     few: Callable[..., str], chain_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = chain_run("stage2.prediction_type=v", "stage2.zero_snr=true", "stage2.conditions=[class]",
+    run = chain_run(
+        "stage2.prediction_type=v",
+        "stage2.zero_snr=true",
+        "stage2.conditions=[class]",
         "stage2.pooled_text=false",
-                    "sample.solver=ddpm", "stage2.variance=learned")  # fmt: skip
+        "sample.solver=ddpm",
+        "stage2.variance=learned",
+    )
     few(tmp_path / "few", run=run)
     assert {path.name for path in (tmp_path / "few").glob("pipeline*")} == {"pipeline", "pipeline-4", "pipeline-2"}
     unet = yaml.safe_load((tmp_path / "few/pipeline/unet/config.json").read_text())

@@ -38,17 +38,33 @@ def made(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "way",
     [
-        (), EXACT, ("--precision", "bf16", "--guidance", "1"), ("--solver", "euler_a"),
-        ("--solver", "ddpm", "--steps", "4"), ("--solver", "ddim", "--eta", "1", "--negative", "blue"),
+        (),
+        EXACT,
+        ("--precision", "bf16", "--guidance", "1"),
+        ("--solver", "euler_a"),
+        ("--solver", "ddpm", "--steps", "4"),
+        ("--solver", "ddim", "--eta", "1", "--negative", "blue"),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_picture_out_of_a_batch_is_made_again_bit_for_bit(
     way: tuple[str, ...], call: Call, saved: Saved, pixels: Pixels, tmp_path: Path
 ) -> None:
     prompts = ["red heart", "a cat"]
-    call(txt2img.main, "--model", saved("text"), "--prompt", *prompts, "--count", 4, "--batch", 3, *way,
-         "--out", tmp_path / "all")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        *prompts,
+        "--count",
+        4,
+        "--batch",
+        3,
+        *way,
+        "--out",
+        tmp_path / "all",
+    )
     for number in (4, 7):  # from the midst of a batch, and of the last one, which has two
         one, again = made(tmp_path / "all")[number], tmp_path / f"{number}.png"
         call(txt2img.main, "--again", one, "--out", again)
@@ -61,8 +77,20 @@ def test_a_picture_out_of_a_batch_is_made_again_bit_for_bit(
 def test_a_picture_between_two_prompts_is_made_again_bit_for_bit(
     call: Call, saved: Saved, pixels: Pixels, tmp_path: Path
 ) -> None:
-    call(txt2img.main, "--model", saved("text"), "--prompt", "red heart", "a cat", "--between", 3, "--batch", 3,
-         "--out", tmp_path / "all")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        "red heart",
+        "a cat",
+        "--between",
+        3,
+        "--batch",
+        3,
+        "--out",
+        tmp_path / "all",
+    )
     one = made(tmp_path / "all")[2]
     call(txt2img.main, "--again", one, "--out", tmp_path / "again.png")
     assert np.array_equal(pixels(tmp_path / "again.png"), pixels(one))
@@ -71,8 +99,18 @@ def test_a_picture_between_two_prompts_is_made_again_bit_for_bit(
 
 def test_a_cut_prompt_is_made_again_and_can_be_watched(call: Call, saved: Saved, tmp_path: Path) -> None:
     long = "a red heart " * 20
-    call(txt2img.main, "--model", saved("text"), "--prompt", long, "--count", 3, "--cut-prompts",
-         "--out", tmp_path / "all")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        long,
+        "--count",
+        3,
+        "--cut-prompts",
+        "--out",
+        tmp_path / "all",
+    )
     one = made(tmp_path / "all")[1]
     call(txt2img.main, "--again", one, "--out", tmp_path / "a.png", "--animate", tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as film, Image.open(tmp_path / "a.png") as picture:
@@ -81,16 +119,38 @@ def test_a_cut_prompt_is_made_again_and_can_be_watched(call: Call, saved: Saved,
 
 
 def test_a_picture_tells_how_it_was_made(call: Call, saved: Saved, tmp_path: Path) -> None:
-    said = call(txt2img.main, "--model", saved("text"), "--prompt", "ein Herz ♥", "--seed", 7, "--solver",
-                "dpm++", "--out", tmp_path / "a.png")  # fmt: skip
+    said = call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        "ein Herz ♥",
+        "--seed",
+        7,
+        "--solver",
+        "dpm++",
+        "--out",
+        tmp_path / "a.png",
+    )
     assert f"wrote {tmp_path / 'a.png'}" in said
     with Image.open(tmp_path / "a.png") as opened:
         kept = json.loads(opened.info["ldm"])
     expected = {
-        "version": 1, "script": "txt2img.py", "prompt": "ein Herz ♥", "label": None, "seed": 7, "toward": None,
-        "steps": 3, "guidance": 2.0, "solver": "dpm++", "model": saved("text"), "size": None, "row": [0, 1],
-        "torch": torch.__version__, "device": "cpu",
-    }  # fmt: skip
+        "version": 1,
+        "script": "txt2img.py",
+        "prompt": "ein Herz ♥",
+        "label": None,
+        "seed": 7,
+        "toward": None,
+        "steps": 3,
+        "guidance": 2.0,
+        "solver": "dpm++",
+        "model": saved("text"),
+        "size": None,
+        "row": [0, 1],
+        "torch": torch.__version__,
+        "device": "cpu",
+    }
     assert {name: kept[name] for name in expected} == expected
     assert kept["precision"] in ("no", "bf16")  # what auto stood for
 
@@ -111,8 +171,18 @@ def test_numbers_go_on_in_a_folder_and_nothing_is_overwritten(call: Call, saved:
 
 @pytest.mark.parametrize("prompt", ["𠀀" * 90, "♥ !", "../../a\\b", "x" * 300])
 def test_any_prompt_names_a_file(prompt: str, call: Call, saved: Saved, tmp_path: Path) -> None:
-    call(txt2img.main, "--model", saved("text"), "--prompt", prompt, "--steps", 1, "--cut-prompts",
-         "--out", tmp_path / "out")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        prompt,
+        "--steps",
+        1,
+        "--cut-prompts",
+        "--out",
+        tmp_path / "out",
+    )
     (found,) = made(tmp_path / "out")
     assert found.name.startswith("00000-")
     assert png_metadata.read(found)["prompt"] == prompt
@@ -120,8 +190,22 @@ def test_any_prompt_names_a_file(prompt: str, call: Call, saved: Saved, tmp_path
 
 def test_a_sheet_shows_all_pictures(call: Call, saved: Saved, tmp_path: Path) -> None:
     for suffix in ("png", "jpg", "webp"):
-        call(txt2img.main, "--model", saved("class"), "--label", "cat", "dog", "--count", 2, "--steps", 1,
-             "--out", tmp_path / "out", "--grid", tmp_path / f"sheet.{suffix}")  # fmt: skip
+        call(
+            txt2img.main,
+            "--model",
+            saved("class"),
+            "--label",
+            "cat",
+            "dog",
+            "--count",
+            2,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "out",
+            "--grid",
+            tmp_path / f"sheet.{suffix}",
+        )
         with Image.open(tmp_path / f"sheet.{suffix}") as sheet:
             assert sheet.width > 4 * 128
             assert sheet.format == {"jpg": "JPEG"}.get(suffix, suffix.upper())
@@ -132,8 +216,23 @@ def test_an_animation_lasts_a_frame_a_step_of_the_first_batch_and_ends_on_its_pi
     suffix: str, call: Call, saved: Saved, tmp_path: Path
 ) -> None:
     film = tmp_path / f"film.{suffix}"
-    call(txt2img.main, "--model", saved("text"), "--prompt", "a", "b", "c", "--batch", 2, "--steps", 4,
-         "--out", tmp_path / "out", "--animate", film)  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        "a",
+        "b",
+        "c",
+        "--batch",
+        2,
+        "--steps",
+        4,
+        "--out",
+        tmp_path / "out",
+        "--animate",
+        film,
+    )
     with Image.open(film) as opened:
         assert 2 * 128 < opened.width < 3 * 128
         times = []
@@ -184,8 +283,18 @@ def test_two_processes_make_what_one_makes(
     model = ("--model", saved("text"), "--solver", "euler_a", "--batch", "2")
     (tmp_path / "prompts.txt").write_text("red heart\na cat\nowl\n")
     three = ("--prompts", tmp_path / "prompts.txt")
-    several = launch("scripts/txt2img.py", *model, *three, "--out", tmp_path / "several",
-                     "--grid", tmp_path / "sheet.png", "--animate", tmp_path / "film.gif", processes=2)  # fmt: skip
+    several = launch(
+        "scripts/txt2img.py",
+        *model,
+        *three,
+        "--out",
+        tmp_path / "several",
+        "--grid",
+        tmp_path / "sheet.png",
+        "--animate",
+        tmp_path / "film.gif",
+        processes=2,
+    )
     call(txt2img.main, *model, *three, "--out", tmp_path / "alone")
     assert f"3 images in {tmp_path / 'several'}" in finish(several)
     again = launch(
@@ -208,8 +317,19 @@ def test_prompts_come_from_a_file_or_standard_input(
     lines = "red heart\r\n\n  a cat \n"
     (tmp_path / "prompts.txt").write_text("\ufeff" + lines, "utf-8")  # as Windows begins files
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    call(txt2img.main, "--model", saved("text"), "--prompt", "owl", "--steps", 1, "--out", tmp_path / "out",
-         "--prompts", tmp_path / "prompts.txt" if named == "file" else "-")  # fmt: skip
+    call(
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        "owl",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--prompts",
+        tmp_path / "prompts.txt" if named == "file" else "-",
+    )
     found = [png_metadata.read(path) for path in made(tmp_path / "out")]
     assert [(each["prompt"], each["seed"]) for each in found] == [("owl", 0), ("red heart", 1), ("a cat", 2)]
 
@@ -281,8 +401,17 @@ def test_guided_away_from_itself_is_not_guided_and_from_an_earlier_checkpoint_is
     tiny_run: Path, call: Call, pixels: Pixels, tmp_path: Path
 ) -> None:
     def draw(*more: object) -> np.ndarray:
-        call(txt2img.main, "--model", tiny_run / "pipeline", "--prompt", "red heart", *EXACT, *more,
-             "--out", tmp_path / "a.png")  # fmt: skip
+        call(
+            txt2img.main,
+            "--model",
+            tiny_run / "pipeline",
+            "--prompt",
+            "red heart",
+            *EXACT,
+            *more,
+            "--out",
+            tmp_path / "a.png",
+        )
         return pixels(tmp_path / "a.png")
 
     free = draw("--guidance", 1)
@@ -311,8 +440,19 @@ def test_a_classifier_pulls_to_its_label(
     classifier: Path, call: Call, saved: Saved, pixels: Pixels, tmp_path: Path
 ) -> None:
     def draw(name: str, *more: object) -> np.ndarray:
-        call(txt2img.main, "--model", saved(), "--solver", "ddim", "--steps", 10, *EXACT, *more,
-             "--out", tmp_path / f"{name}.png")  # fmt: skip
+        call(
+            txt2img.main,
+            "--model",
+            saved(),
+            "--solver",
+            "ddim",
+            "--steps",
+            10,
+            *EXACT,
+            *more,
+            "--out",
+            tmp_path / f"{name}.png",
+        )
         return pixels(tmp_path / f"{name}.png")
 
     def pulled(label: str, scale: float) -> np.ndarray:
@@ -479,7 +619,17 @@ def test_weights_of_no_known_kind_or_as_pickle_are_refused(
 
 
 def test_a_weaker_model_of_another_shape_is_refused(call: Call, saved: Saved, tmp_path: Path) -> None:
-    said = refused(call, txt2img.main, "--model", saved("text"), "--prompt", "a", "--weaker", saved("text", "inpaint"),
-                   "--out", tmp_path / "out")  # fmt: skip
+    said = refused(
+        call,
+        txt2img.main,
+        "--model",
+        saved("text"),
+        "--prompt",
+        "a",
+        "--weaker",
+        saved("text", "inpaint"),
+        "--out",
+        tmp_path / "out",
+    )
     assert "--weaker" in said
     assert not (tmp_path / "out").exists()

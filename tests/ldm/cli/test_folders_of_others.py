@@ -31,6 +31,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.models import text_encoder
 from ldm.sampling.loop import initial_noise
 from scripts import txt2img
 
@@ -41,10 +42,15 @@ SHAPE: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4}
 def unet(**more: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, cross_attention_dim=16, attention_head_dim=4, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **SHAPE, **more,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **SHAPE,
+        **more,
+    ).eval()
 
 
 def plain_unet(side: int, channels: int) -> UNet2DModel:
@@ -70,9 +76,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(names), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=len(names) - 2, eos_token_id=len(names) - 1,
-    )  # fmt: skip
+        vocab_size=len(names),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=len(names) - 2,
+        eos_token_id=len(names) - 1,
+    )
     tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
     return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
 
@@ -105,22 +116,39 @@ def ours(call: Callable[..., str], folder: Path, out: Path, *more: object) -> np
 @pytest.mark.parametrize(
     ("solver", "kind"),
     [
-        (None, PNDMScheduler), ("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler),
+        (None, PNDMScheduler),
+        ("ddim", DDIMScheduler),
+        ("euler", EulerDiscreteScheduler),
         ("dpm++", DPMSolverMultistepScheduler),
     ],
-)  # fmt: skip
+)
 def test_a_stable_diffusion_makes_what_plain_diffusers_makes(
     solver: str | None, kind: Any, like_sd1: Path, call: Callable[..., str], tmp_path: Path
 ) -> None:
     asked = ("--solver", solver) if solver else ()
-    found = ours(call, like_sd1, tmp_path / "a.png", "--prompt", "red heart", "--negative", "blue", "--steps", 6,
-                 "--guidance", 3, *asked)  # fmt: skip
+    found = ours(
+        call,
+        like_sd1,
+        tmp_path / "a.png",
+        "--prompt",
+        "red heart",
+        "--negative",
+        "blue",
+        "--steps",
+        6,
+        "--guidance",
+        3,
+        *asked,
+    )
     pipe = DiffusionPipeline.from_pretrained(like_sd1)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     theirs = pipe(
-        "red heart", negative_prompt="blue", num_inference_steps=6, guidance_scale=3.0,
+        "red heart",
+        negative_prompt="blue",
+        num_inference_steps=6,
+        guidance_scale=3.0,
         latents=initial_noise((4, 8, 8), [5]),
-    ).images[0]  # fmt: skip
+    ).images[0]
     assert np.abs(found - np.asarray(theirs)).max() <= 1
 
 
@@ -153,6 +181,27 @@ def test_models_of_no_text_make_what_plain_diffusers_makes(call: Callable[..., s
     theirs = DDIMPipeline(unet=pipes["ddpm"].unet, scheduler=DDIMScheduler.from_config(pipes["ddpm"].scheduler.config))
     expected = theirs(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.abs(whole - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_pipeline_of_fp16_weights_without_unused_components_loads(
+    shard: str, like_sd1: Path, call: Callable[..., str], tmp_path: Path
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(like_sd1, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard)
+    index = tmp_path / "half/model_index.json"
+    unused = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | unused))
+    names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
+    assert names and all(".fp16" in name for name in names)
+    more = ("--prompt", "red heart", "--steps", 4)
+    images = [ours(call, folder, tmp_path / "a.png", *more) for folder in (like_sd1, tmp_path / "half")]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 2
+    encoder = text_encoder.load(str(tmp_path / "half"))
+    assert encoder.encode(["a"]).dtype == torch.float32
 
 
 def test_pickled_weights_are_refused(like_sd1: Path, call: Callable[..., str], tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""accelerate as a run starts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ldm.config.schema import RunConfig
+from ldm.distributed import launch
+
+CONFIG = RunConfig(device="cpu", tracker="none")
+
+
+def is_compiled(accelerator: Accelerator) -> bool:
+    return isinstance(accelerator.prepare_model(nn.Linear(2, 2)), torch._dynamo.eval_frame.OptimizedModule)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"BACKEND": "INDUCTOR"}, {"BACKEND": "eager", "USE_REGIONAL_COMPILATION": "true"}, {}]
+)
+def test_accelerates_configuration_compiles_nothing(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.say_dynamo_is_ignored.cache_clear()
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    for _ in range(2):
+        assert not is_compiled(launch.accelerator(CONFIG))
+    backend = environment.get("BACKEND", "").lower()
+    line = f"accelerate's dynamo_backend ({backend}) is ignored; stage2.compile=true compiles the U-Net.\n"
+    assert capsys.readouterr().err == (line if environment else "")
