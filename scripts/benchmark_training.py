@@ -97,7 +97,7 @@ def _describe(
     """The end of a row's line."""
     text = f"{flops / 1e9:10,.1f} GFLOP/s"
     for key, peak, share in utilisation:
-        text += f", {share:4.0%} of {'' if key == 'mfu' else 'the data sheet’s '}{peak / 1e9:,.0f}"
+        text += f", {share:4.0%} of {'' if key == 'mfu' else 'the data sheet’s '}{peak / 1e9:,.1f}"
     text += f" {allocated:9,.0f} MB"
     if precision == "fp16":
         text += f", {measured['skipped']:.0f} steps skipped, loss scale {measured['loss_scale']:,.0f}"

@@ -27,7 +27,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.utils.errors import UserError
 
 ROW = re.compile(
-    r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,]+) +([\d,]+) MB"
+    r"training (\w+, \w+) +([\d,.]+) img/s +([\d.]+) × +([\d,.]+) GFLOP/s, +(\d+)% of ([\d,.]+) +([\d,]+) MB"
 )
 SMALLEST = [
     "data.size=16",
