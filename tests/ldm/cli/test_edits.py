@@ -398,7 +398,7 @@ def refused(call: Call, main: Callable[..., int], *arguments: object) -> str:
         (inpaint, ("text", "upscale"), ("--image", "a.png", "--mask", "a.png"), "enlarges images"),
         (upscale, ("text",), ("--image", "a.png"), "does not enlarge; train one"),
         (upscale, ("text", "upscale"), (), "--image: none given; name the small image"),
-        (upscale, ("text", "upscale"), ("--image", "a.png", "--noise-level", 350), "noise_level: 350; give 0 to 349"),
+        (upscale, ("text", "upscale"), ("--image", "a.png", "--noise-level", 350), "--noise-level: 350; give 0 to 349"),
         (upscale, ("text", "upscale"), ("--image", "a.png", "--size", 16), "unrecognized arguments: --size"),
     ],
 )
