@@ -126,7 +126,7 @@ def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
 
 def dry_run(settings: Config, stage: str | None) -> None:
     """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder."""
-    from ldm.data import sources
+    from ldm.data import source_kinds
     from ldm.distributed.launch import join, on_main
     from ldm.models import text_encoder
     from ldm.training import checks, memory_estimate
@@ -138,7 +138,7 @@ def dry_run(settings: Config, stage: str | None) -> None:
         if settings.run.device != "cpu" and "stage2" in unfinished_stages(settings, stage):
             print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
     try:  # a dry run may come before data and text encoder are downloaded
-        sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
+        source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:
             text_encoder.of(settings.text)
     except UserError as error:

@@ -181,7 +181,7 @@ class Report:
             "row": name,
             "value": value,
             "unit": self.unit,
-            "beside": baseline_name,
+            "baseline_row": baseline_name,
             "baseline": baseline,
             "ratio": ratio,
             **(memory or Memory(None, None))._asdict(),

@@ -57,7 +57,7 @@ def main() -> int:
             "row": "killed and continued",
             "value": continued,
             "unit": "largest difference of weights",
-            "beside": "two whole runs",
+            "baseline_row": "two whole runs",
             "baseline": by_chance,
             "ratio": continued / by_chance if by_chance else None,
             "allocated": None,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import index, sources
+from ldm.data import index, source_kinds
 from ldm.data.dataset import iter_images
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT, BadSample
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     settings = loader.load(args.config, args.overrides)
     device = join(settings.run).device
-    sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
+    source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     models = {name: autoencoder.load(name, "--model").to(device) for name in dict.fromkeys(args.model)}
     for name, model in models.items():
         _check_sizes(name, model.factor, settings)

@@ -20,7 +20,7 @@ import train_ldm
 from ldm.config import kohya, loader
 from ldm.config.presets import AUTOENCODERS, PROCESSES, UNETS
 from ldm.config.schema import SOLVERS, SPACINGS, Config
-from ldm.data.sources import KINDS
+from ldm.data.source_kinds import KINDS
 from ldm.sampling.options import Sampling
 from scripts import check_data, generate_reference
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldm.config import loader
-from ldm.data import check, images, index, sources
+from ldm.data import check, images, index, source_kinds
 from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     settings = loader.load(args.config, args.overrides)
     join(settings.run)
-    sources.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
+    source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
     folder = settings.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     return check_stream(settings) if settings.data.streaming else check_index(settings)

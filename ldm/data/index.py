@@ -31,7 +31,8 @@ from ldm.data.buckets import Buckets
 from ldm.data.images import Size, decode
 from ldm.data.index_file import CHUNK, RECORD_COLUMNS, SCHEMA, TEXT, leading_bytes, write_index
 from ldm.data.records import BadSample, ImageLocation, Record
-from ldm.data.sources import CAPTIONED, Sources
+from ldm.data.source_kinds import CAPTIONED
+from ldm.data.sources import Sources
 from ldm.distributed.consensus import on_all
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import whole_file

@@ -27,7 +27,8 @@ from ldm.data.crops import crop_resize
 from ldm.data.images import decode, to_tensor
 from ldm.data.records import BadSample, BadSampleError, Record, Sample
 from ldm.data.sampler import SampleSpec
-from ldm.data.sources import CAPTIONED, Sources
+from ldm.data.source_kinds import CAPTIONED
+from ldm.data.sources import Sources
 from ldm.distributed.accumulation import accumulation
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.utils.errors import UserError

@@ -14,7 +14,7 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from ldm.config.schema import Config, TextConfig, Training
-from ldm.data import sources
+from ldm.data import source_kinds
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
@@ -93,7 +93,7 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     stage1, stage2 = config.stage1, config.stage2
     accumulated("stage2", stage2, processes)
     sharding.check(stage2, config.run.precision, processes)
-    sources.check(config.data.source, config.data.streaming, stage2.conditions)
+    source_kinds.check(config.data.source, config.data.streaming, stage2.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not on_gpu:
         raise UserError("run.precision: fp16 needs a GPU; take bf16, or no")
@@ -223,7 +223,7 @@ def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
 
 def _presence(config: Config) -> str:
     try:
-        sources.check(config.data.source, conditions=config.stage2.conditions)
+        source_kinds.check(config.data.source, conditions=config.stage2.conditions)
     except UserError as error:
         if any(Path(source.path).exists() for source in config.data.source):
             return f" ({error})"

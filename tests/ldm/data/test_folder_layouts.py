@@ -11,7 +11,8 @@ from ldm.config.schema import SourceConfig
 from ldm.data.formats import FORMATS
 from ldm.data.images import decode
 from ldm.data.records import BadSample, BadSampleError, Record
-from ldm.data.sources import CAPTIONED, Sources, detect
+from ldm.data.source_kinds import CAPTIONED, detect
+from ldm.data.sources import Sources
 from ldm.utils.errors import UserError
 
 

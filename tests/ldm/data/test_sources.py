@@ -20,7 +20,8 @@ from ldm.config import loader
 from ldm.config.schema import BucketConfig, SourceConfig
 from ldm.data.index import Index
 from ldm.data.records import BadSample
-from ldm.data.sources import Sources, check, detect
+from ldm.data.source_kinds import check, detect
+from ldm.data.sources import Sources
 from ldm.utils.errors import UserError
 
 CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "c.webp": ["ein grüner Schal"]}
