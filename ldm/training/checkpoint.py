@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and a JSON, written beside and renamed; no pickle."""
+"""Checkpoints: a folder of safetensors and a JSON, written to a temporary folder and renamed; no pickle."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Trainer:
             trainer.checkpoint_if_due()
 
     `fingerprint` is stored in each checkpoint; resuming under another is refused. A `discriminator`, which comes with
-    its learning rate, trains beside the model: it learns from whatever `backward` leaves in its gradients. `name` says
+    its learning rate, trains with the model: it learns from whatever `backward` leaves in its gradients. `name` says
     which sample a position is. A `sharded` model is sharded where accelerate's configuration says so. All is
     written to `run_dir/stage`, by default in `config.dir`.
 

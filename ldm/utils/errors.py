@@ -69,7 +69,7 @@ def _explained(error: Exception) -> str:
         )
     if isinstance(error, RuntimeError) and lost_process(error):
         return (
-            "another process of this run has ended, and may have said why; the last checkpoint stands, and "
+            "another process of this run has ended, and may have printed why; the last checkpoint stands, and "
             "the same command continues."
         )
     written = isinstance(error, OSError | SafetensorError)

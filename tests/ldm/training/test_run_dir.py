@@ -76,7 +76,7 @@ def test_more_steps_continue_a_finished_run_and_keep_its_pipeline(
     assert prepare_run_dir(more) == more
     assert (settings.run.dir / f"pipeline-{steps}").exists() and not (settings.run.dir / "pipeline").exists()
     assert f"stage2.steps: {steps} → {2 * steps}; " in capsys.readouterr().err
-    assert prepare_run_dir(more) == more  # killed before its end: said once
+    assert prepare_run_dir(more) == more  # killed before its end: printed once
     assert not capsys.readouterr().err
     with pytest.raises(UserError, match=rf"stage2\.steps: {2 * steps} → {steps}"):
         prepare_run_dir(settings)
