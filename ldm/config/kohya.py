@@ -34,6 +34,12 @@ CAPTION_KEYS: dict[str, Any] = {
     "class_tokens": str,
 }
 
+# Keys that have an effect only where another one is true.
+NEEDED_KEYS = {
+    **{key: "enable_bucket" for key in SIZE_KEYS if key not in ("resolution", "enable_bucket")},
+    "keep_tokens": "shuffle_caption",
+}
+
 REPLACEMENTS = {
     "batch_size": "set stage2.batch",
     "color_aug": "the latents are cached; leave it out",
@@ -95,6 +101,28 @@ def subsets(file: Path) -> list[Subset]:
             except ValueError as error:
                 raise UserError(f"{file}: image_dir: {subset['image_dir']!r}: {error}") from None
     return result
+
+
+def keys_without_effect(file: Path) -> list[str]:
+    """The keys that change nothing of any subset: inner ones take their place, or the key that they need is not set."""
+    tree = _read(file)
+    sections = {"general": tree.get("general", {})}
+    effective = set[tuple[str, str]]()
+    for i, dataset in enumerate(tree["datasets"], start=1):
+        for j, subset in enumerate(dataset["subsets"], start=1):
+            inner = {f"data set {i}": dataset, f"data set {i}, subset {j}": subset}
+            sections |= inner
+            chain = {"general": sections["general"], **inner}
+            settings = dict(_innermost({**SIZE_KEYS, **CAPTION_KEYS}, *chain.values()))
+            for key in settings:
+                if key not in NEEDED_KEYS or settings.get(NEEDED_KEYS[key]):
+                    effective.add((next(name for name in reversed(chain) if key in chain[name]), key))
+    return [
+        f"{name}: {key}"
+        for name, section in sections.items()
+        for key in section
+        if key not in ("subsets", "image_dir") and (name, key) not in effective
+    ]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class CaptionFiles:
             )
             if file := next((name for name in itertools.chain(exact, near) if name), None):
                 self.by_image[image] = file
-        self.stems = set(stems.values())
+        self.stems = bases
         self.used = set(self.by_image.values())
 
 
@@ -111,7 +111,7 @@ def classes(tree: FolderTree, template: str, options: ReadOptions, layout: Folde
     """A folder of class folders; the caption is the folder's name in `template`, whose `{}` it replaces."""
     for directory in tree.walk():
         yield from directory.left_out
-        stems = {Path(name).stem for name in directory.names if is_image_file(name)}
+        stems = CaptionFiles(directory.names).stems
         for name in directory.names:
             key = tree.key(directory.path / name)
             if not is_image_file(name):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ldm.config.kohya import Subset, subsets
+from ldm.config.kohya import Subset, keys_without_effect, subsets
 from ldm.data.folder_tree import FolderTree
 from ldm.data.folders import sidecars
 from ldm.data.records import BadSample, LeftOut, ReadOptions, Record, Records, label_of
@@ -20,8 +21,9 @@ MAX_SHUFFLES = 8  # tag orders of a shuffled caption: the embedding of each is c
 
 def read(file: Path, options: ReadOptions) -> Records:
     """The images of every subset, named by folder and file. Where classes are read, they are `class_tokens`."""
+    yield from (LeftOut(f"{file.name}: {key}", "keys without effect") for key in keys_without_effect(file))
     for subset in subsets(file):
-        if not subset.folder.is_dir():
+        if not os.path.isdir(subset.folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
         extension = subset.caption_extension  # kohya's own scripts also take it without the dot
         extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS

@@ -13,8 +13,8 @@ from ldm.data import archives, folders, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import REMEDIES, is_image_file
 from ldm.data.layout import choose_split, folder_layout
-from ldm.data.metadata_files import METADATA, metadata_files
-from ldm.data.unread_files import may_hold_captions
+from ldm.data.metadata_files import metadata_files
+from ldm.data.unread_files import METADATA, may_hold_captions
 from ldm.utils.errors import UserError
 
 # Each kind of source, as it is described to the user.

@@ -8,18 +8,20 @@ from pathlib import Path
 from ldm.data.formats import REMEDIES, SIGNATURE_BYTES, format_of
 from ldm.data.records import BadSample, LeftOut
 
-SIDECARS = (".txt", ".caption")
+SIDECARS = (".txt", ".caption")  # suffixes of caption files
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xls", ".xlsx", ".ods")
 # Suffixes of texts that other tools write beside an image.
 TEXTS = (".text", ".cap", ".captions", ".tag", ".tags", ".prompt", ".desc", ".description", ".md", ".yaml", ".yml")
+UNREAD_CAPTIONS = "caption files that are not read"  # beside an image with other captions
 _TITLES = ("caption", "prompt", "metadata", "annotation", "tags", "description")
 
 
 def unread_file(path: Path, key: str, stems: Collection[str] = ()) -> BadSample | LeftOut:
-    """Why a file that is not read is left out, or bad; `stems` are those of the images beside it."""
+    """Why a file that is not read is left out, or bad; `stems` are names and stems of the images beside it."""
     suffix = path.suffix.lower()
     if suffix in SIDECARS:
-        return LeftOut(key, "caption files without an image")
+        return LeftOut(key, UNREAD_CAPTIONS if path.stem in stems else "caption files without an image")
     if suffix in TABLES:
         return LeftOut(key, "tables that are not read")
     if suffix in REMEDIES and path.stem in stems:

@@ -175,8 +175,11 @@ def test_the_nearest_caption_file_is_taken_and_others_are_counted(tmp_path: Path
     read = Read(tmp_path / "data")
     assert read.captions == {"a.png": "a.txt", "b.png": "b.png.txt", "b.jpg": "b.jpg.txt", "c.png": "c.txt"}
     assert list(read.bad) == ["A.png"]
-    assert read.left_out == {"caption files without an image": 3}
-    assert read.sources.left_out().lines() == ["left out   3 caption files without an image: c.TXT, d.txt, notes.txt"]
+    assert read.left_out == {"caption files without an image": 2, "caption files that are not read": 1}
+    assert read.sources.left_out().lines() == [
+        "left out   1 caption files that are not read: c.TXT",
+        "left out   2 caption files without an image: d.txt, notes.txt",
+    ]
 
 
 @pytest.mark.parametrize("template", ["{}", "a photo of {}"])
