@@ -148,11 +148,12 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
             reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
             _check_columns(file, list(reader.fieldnames or []), options)
             while True:
-                first = reader.line_num + 1
+                first = reader.reader.line_num + 1  # DictReader's own count stands still after an error
                 try:
                     row = next(reader, None)
                 except csv.Error as error:
-                    end = f", so lines {first} to {reader.line_num} are lost" if reader.line_num > first else ""
+                    last = reader.reader.line_num
+                    end = f", so lines {first} to {last} are lost" if last > first else ""
                     yield first, BadSampleError(f"it is no CSV ({error}){end}", "close its quotes")
                     continue
                 if row is None:
