@@ -131,7 +131,7 @@ def _read(file: Path) -> dict[str, Any]:
         tree = tomllib.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.source: no file {file}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not valid TOML ({error})") from None
     inherited = {**SIZE_KEYS, **CAPTION_KEYS}
     _check(file, "", tree, {"general": dict, "datasets": list})
@@ -163,7 +163,7 @@ def _check(file: Path, prefix: str, section: Any, known: Mapping[str, Any]) -> N
         least = 1 if key == "num_repeats" or key.endswith(("steps", "reso")) or key == "resolution" else 0
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
             raise UserError(f"{file}: {prefix}{key}: {value!r}; give {least} or more")
-        if key == "caption_dropout_rate" and value >= 1:
+        if key == "caption_dropout_rate" and not value < 1:  # nor is NaN
             raise UserError(f"{file}: {prefix}{key}: {value!r}; give less than 1")
 
 

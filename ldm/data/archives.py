@@ -180,7 +180,7 @@ def _samples(
     key = f"{Path(url).name}:{group['__key__']}"
     members = [name for name in group if not name.startswith("__")]
     images = [name for name in members if f".{name}" in IMAGE_SUFFIXES]
-    dotted = [name for name in members if name not in images and is_image_file(f"a.{name}")]
+    dotted = [name for name in members if "." in name and Path(name).suffix in (*IMAGE_SUFFIXES, *REMEDIES)]
     unread = [name for name in members if f".{name}" in REMEDIES]
     if not images and not unread:
         for name in dotted:

@@ -113,7 +113,7 @@ def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Reco
         except BadSampleError as error:
             yield BadSample(row_key, *error.args)
             continue
-        yield Record(key, ImageLocation(str(path)), captions, label)
+        yield Record(image, ImageLocation(str(path)), captions, label)
     yield from (LeftOut(f"{tree.key(table)}: {name}", "columns that are not read") for name in unread)
 
 

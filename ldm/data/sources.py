@@ -29,6 +29,7 @@ from ldm.data.records import (
     ReadOptions,
     Record,
     Sample,
+    one_line,
 )
 from ldm.data.source_kinds import CAPTIONED, KINDS, check, check_keys, detect
 from ldm.data.tables import Table
@@ -73,7 +74,7 @@ class Sources:
                 lines.append(f"captions {source.caption!r} where an image has no caption file")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
-        return lines
+        return [one_line(line) for line in lines]
 
     def _describe_folder_names(self, source: SourceConfig, kind: str) -> list[str]:
         """What was made of the names of folders, with examples."""

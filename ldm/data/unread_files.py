@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from ldm.data.formats import REMEDIES, SIGNATURE_BYTES, format_of
+from ldm.data.formats import REMEDIES, SIGNATURE_BYTES, format_of, is_image_file
 from ldm.data.records import BadSample, LeftOut
 
 SIDECARS = (".txt", ".caption")  # suffixes of caption files
@@ -47,6 +47,7 @@ def may_hold_captions(name: str, images: set[str]) -> bool:
     """Whether a file looks as if it held captions in a form that is not read; `images` are the stems beside it."""
     path = Path(name)
     suffix = path.suffix.lower()
-    if suffix in SIDECARS:
-        return any(title in path.stem.lower() for title in _TITLES)
-    return suffix in TABLES or (suffix in TEXTS and path.stem in images)
+    if is_image_file(name) or suffix in REMEDIES:
+        return False
+    titled = any(title in path.stem.lower() for title in _TITLES)
+    return titled or suffix in TABLES or (suffix in TEXTS and path.stem in images)
