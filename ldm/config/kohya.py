@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config.schema.base import expand
 from ldm.utils.errors import UserError
+from ldm.utils.paths import expand
 
 SIZE_KEYS = {
     "resolution": (int, list),

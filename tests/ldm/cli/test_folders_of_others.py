@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ def test_a_pipeline_of_fp16_weights_without_unused_components_loads(
     unused = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     }
     index.write_text(json.dumps(json.loads(index.read_text()) | unused))
     names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
@@ -209,5 +211,6 @@ def test_pickled_weights_are_refused(like_sd1: Path, call: Callable[..., str], t
     assert list((tmp_path / "bin").rglob("*.bin"))
     said = call(txt2img.main, "--model", tmp_path / "bin", "--prompt", "a", "--out", tmp_path / "out", status=2)
     assert said.startswith("error: --model: can't load a pipeline")
+    assert re.search(r"\.bin: is a pickle, which can run anything when it is opened, and is not read; make a", said)
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
