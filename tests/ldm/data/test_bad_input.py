@@ -41,7 +41,7 @@ from ldm.utils.errors import UserError
 pytestmark = pytest.mark.timeout(30)  # no input may make a test wait for a pipe or loop for ever
 SECRET = "the secret lighthouse"
 
-# -------------------------------------------------------------------------------------------------- damaged images
+# ------------------------------------------------------------------------------------------------------- damaged images
 
 
 def encoded_image(name: str, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
@@ -140,7 +140,7 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "nine-pixels.jpg": lambda: encoded_image("nine", "JPEG", (3, 3)),
 }
 
-# ---------------------------------------------------------------------------- captions, links and special files
+# ------------------------------------------------------------------------------------ captions, links and special files
 
 CAPTIONS: dict[str, bytes | None] = {
     "caption-missing.png": None,
@@ -200,7 +200,7 @@ TRAPS: dict[str, Callable[[Path, Path], None]] = {
 if os.geteuid():  # root reads everything
     TRAPS |= {"unreadable.png": unreadable, "caption-unreadable.png": caption_trap(unreadable)}
 
-# --------------------------------------------------------------------------------------------- lines of metadata.jsonl
+# ---------------------------------------------------------------------------------------------- lines of metadata.jsonl
 
 
 def json_row(name: object = "spare.png", text: object = "a hat") -> bytes:
@@ -278,7 +278,7 @@ TRAPS_IN_JSONL = (
 )
 BAD_ONLY_WHEN_DECODED = ("the metadata itself", "a damaged file", "a damaged file with a newline in its name")
 
-# ----------------------------------------------------------------------------------------------- members of tars, tars
+# ------------------------------------------------------------------------------------------------ members of tars, tars
 
 Member = tuple[str, bytes, dict[str, Any]]  # name, content, fields of its header
 
@@ -379,7 +379,7 @@ NOT_TARS: dict[str, bytes] = {
     "packed.tar": gzip.compress(LAST),
 }
 
-# ----------------------------------------------------------------------------------------------------- rows of parquet
+# ------------------------------------------------------------------------------------------------------ rows of parquet
 
 PARQUET_ROWS: dict[str, tuple[dict[str, Any] | None, bytes | None]] = {
     "no image": (None, b"a hat"),
@@ -422,7 +422,7 @@ UNCAPTIONED = {  # bad only because they have no caption
     "caption-folder.png",
 }
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 @dataclass
@@ -433,16 +433,16 @@ class MixedSource:
     bad_keys: dict[str, str] = field(default_factory=dict)  # hostile input → a pattern for the key it is reported by
     good: dict[bytes, tuple[str, ...]] = field(default_factory=dict)
 
-    def good_image(self, name: str) -> tuple[bytes, str]:
+    def add_image(self, name: str) -> tuple[bytes, str]:
         """Adds a good image; returns its encoded bytes and its caption."""
         caption = f"the image {name!a} of {self.path.name}"
         data = encoded_image(caption)
         self.good[hashlib.sha256(data).digest()] = (caption,)
         return data, caption
 
-    def good_sample(self, stem: str) -> list[Member]:
+    def add_sample(self, stem: str) -> list[Member]:
         """Adds a good sample; returns its members of a tar."""
-        data, caption = self.good_image(stem)
+        data, caption = self.add_image(stem)
         return sample(stem, png=data, txt=caption.encode())
 
 
@@ -457,7 +457,7 @@ def write_files(folder: Path, outside: Path, names: Sequence[str]) -> MixedSourc
     for number, name in enumerate(("", *names)):
         if number % 8 == 0:
             good = folder / f"{'amz'[number // 8 % 3]}-{number}.png"
-            data, caption = source.good_image(good.name)
+            data, caption = source.add_image(good.name)
             good.write_bytes(data)
             good.with_suffix(".txt").write_text(caption)
         if not name:
@@ -488,7 +488,7 @@ def write_jsonl(folder: Path, outside: Path, names: Sequence[str]) -> MixedSourc
         (folder / name).write_bytes(b"damaged")
     for number, name in enumerate(("", *names)):
         if number % 8 == 0:
-            data, caption = source.good_image(f"{number}.png")
+            data, caption = source.add_image(f"{number}.png")
             (folder / f"{number}.png").write_bytes(data)
             rows.append(json_row(f"{number}.png", caption))
         if name:
@@ -503,22 +503,22 @@ def write_jsonl(folder: Path, outside: Path, names: Sequence[str]) -> MixedSourc
 def write_tars(folder: Path, outside: Path, names: Sequence[str]) -> MixedSource:
     """Tars, of which one holds all bad members."""
     source = MixedSource(folder)
-    members = source.good_sample("first")
+    members = source.add_sample("first")
     for number, name in enumerate(names):
         if name in TAR_MEMBERS:
-            members += TAR_MEMBERS[name] if number % 8 else [*source.good_sample(str(number)), *TAR_MEMBERS[name]]
+            members += TAR_MEMBERS[name] if number % 8 else [*source.add_sample(str(number)), *TAR_MEMBERS[name]]
             source.bad_keys[name] = rf"members\.tar:{printable(name)}(\.\w+)?"
         elif name in TARS:
             stem = name.removesuffix(".tar")
             source.bad_keys[name] = rf"(.*/)?{stem}\.tar(:(last|{stem}-2).*)?"
             (folder / name).write_bytes(
-                tar_bytes([*source.good_sample(f"{stem}-1"), *source.good_sample(f"{stem}-2")], end_marker=False)
+                tar_bytes([*source.add_sample(f"{stem}-1"), *source.add_sample(f"{stem}-2")], end_marker=False)
                 + TARS[name]
             )
         else:
             source.bad_keys[name] = rf"(.*/)?{name}"
             (folder / name).write_bytes(NOT_TARS[name])
-    (folder / "members.tar").write_bytes(tar_bytes([*members, *source.good_sample("last")]))
+    (folder / "members.tar").write_bytes(tar_bytes([*members, *source.add_sample("last")]))
     return source
 
 
@@ -527,7 +527,7 @@ def write_parquet(folder: Path, outside: Path, names: Sequence[str]) -> MixedSou
     source, table = MixedSource(folder), []
     for number, name in enumerate(("", *names)):
         if number % 8 == 0:
-            data, caption = source.good_image(str(number))
+            data, caption = source.add_image(str(number))
             table.append(({"bytes": data, "path": "/etc/passwd"}, caption.encode()))
         if name:
             image, text = PARQUET_ROWS[name]
@@ -560,8 +560,8 @@ def write_source(tmp_path: Path, kind: str, *names: str) -> MixedSource:
         outside.mkdir()
         (outside / "secret.png").write_bytes(encoded_image("secret"))
         (outside / "secret.txt").write_text(SECRET)
-    write, every = KINDS[kind]
-    return write(folder, outside, names or every)
+    write, all_names = KINDS[kind]
+    return write(folder, outside, names or all_names)
 
 
 def arguments(tmp_path: Path, sources: Sequence[MixedSource], *overrides: str) -> list[str]:
@@ -599,7 +599,7 @@ def assert_good_samples(index: Index, sources: Sequence[MixedSource]) -> None:
     }
 
 
-# ---------------------------------------------------------------------------------------------- what a process opens
+# ------------------------------------------------------------------------------------------------- what a process opens
 
 
 class AccessLog:
@@ -671,7 +671,7 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
     return entries
 
 
-# --------------------------------------------------------------------------------------------------------------- tests
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
 @pytest.mark.parametrize(("kind", "name"), HOSTILE, ids=[f"{kind}: {name!a}" for kind, name in HOSTILE])
@@ -775,7 +775,7 @@ def test_a_caption_nested_to_any_depth_is_reported(root: Path, tmp_path: Path) -
 def test_names_in_a_tar_are_never_followed_as_paths(root: Path, tmp_path: Path, access_log: AccessLog) -> None:
     source = write_source(tmp_path, "tars", "half-an-image")
     names = ("../outside/secret", "/etc/hosts", "CON", "new\nline", "Latin-1 \udce9", "x" * 300)
-    members = itertools.chain(*(source.good_sample(name) for name in names))
+    members = itertools.chain(*(source.add_sample(name) for name in names))
     (tmp_path / "tars/names.tar").write_bytes(tar_bytes(members))
     with access_log.nothing_outside(tmp_path):
         index = indexed(settings(root, tmp_path, [source]))
@@ -803,7 +803,7 @@ def test_bad_rows_of_a_metadata_table_are_reported(
         (b"spare.png", b"a gr\xfcn hat"),
         (b"spare.png", b"a\0 \0h\0a\0t\0"),
     ):
-        data, caption = source.good_image(f"good-{len(rows)}.png")
+        data, caption = source.add_image(f"good-{len(rows)}.png")
         (source.path / f"good-{len(rows)}.png").write_bytes(data)
         rows += [(f"good-{len(rows)}.png".encode(), caption.encode()), (name, text)]
         line = len(rows) + (suffix == "csv")  # a CSV begins with a header
