@@ -1,4 +1,4 @@
-"""Every kind of source: what it is taken for, and that all of them give the same pictures and captions."""
+"""Every kind of source is detected, and all of them yield the same images, captions and classes."""
 
 import csv
 import hashlib
@@ -29,7 +29,7 @@ CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "
 
 @pytest.fixture
 def images(tmp_path: Path) -> dict[str, bytes]:
-    """Encoded pictures by name."""
+    """Encoded images by name."""
     rng, encoded = np.random.default_rng(0), {}
     for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.webp", "WEBP")):
         buffer = io.BytesIO()
@@ -112,6 +112,7 @@ def write_saved(folder: Path, images: dict[str, bytes]) -> str:
     return str(folder)
 
 
+# Each writer takes a folder and the encoded images, and returns what `data.source` is set to.
 KINDS: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
     "jsonl": write_jsonl,
     "csv": write_csv,
@@ -138,7 +139,7 @@ def entries_by_hash(index: Index) -> dict[bytes, tuple[tuple[str, ...], int, int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_tensors_and_captions(
+def test_every_kind_yields_the_same_tensors_and_captions(
     kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     reference = indexed(settings(root, tmp_path / "a", write_jsonl(tmp_path / "reference", images)))
@@ -147,15 +148,15 @@ def test_every_kind_gives_the_same_tensors_and_captions(
     assert index.bad_count() == 0
     assert index.sources.kinds == [DETECTED.get(kind, kind)]
     assert entries_by_hash(index) == entries_by_hash(reference)
-    order = {entry.sha256: i for i, entry in enumerate(index)}
+    positions = {entry.sha256: i for i, entry in enumerate(index)}
     for i, entry in enumerate(reference):
-        mine = images_of(index, config, 1).plan.index.load_image(order[entry.sha256])
-        assert mine.tobytes() == reference.load_image(i).tobytes()
-    seen = {bytes(images_of(index, config, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
-    assert seen == {images_of(reference, config, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
+        image = images_of(index, config, 1).plan.index.load_image(positions[entry.sha256])
+        assert image.tobytes() == reference.load_image(i).tobytes()
+    pixels = {bytes(images_of(index, config, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
+    assert pixels == {images_of(reference, config, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
 
 
-def test_class_folders_give_captions_by_template_and_labels(
+def test_class_folders_yield_labels_and_captions_by_template(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     write_images(tmp_path / "data/rain_coat", {"001.png": images["a.png"]})
@@ -176,7 +177,9 @@ UNCONDITIONAL = ("stage2.conditions=[]", "stage2.pooled_text=false")
 
 
 def write_uncaptioned_jsonl(folder: Path, images: dict[str, bytes]) -> str:
-    (write_images(folder, images) / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}"}}\n' for name in images))
+    (write_images(folder, images) / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{name}"}}\n' for name in images)
+    )
     return str(folder)
 
 
@@ -197,7 +200,7 @@ def write_uncaptioned_folder(folder: Path, images: dict[str, bytes]) -> str:
 
 def write_uncaptioned_classes(folder: Path, images: dict[str, bytes]) -> str:
     for name, data in images.items():
-        write_images(folder / "_", {name: data})  # of which no caption can be made
+        write_images(folder / "_", {name: data})  # a name that yields no caption
     return str(folder)
 
 
@@ -223,8 +226,8 @@ def write_uncaptioned_saved(folder: Path, images: dict[str, bytes]) -> str:
 
 
 def write_uncaptioned_kohya(folder: Path, images: dict[str, bytes]) -> str:
-    write_images(folder / "one", images)
-    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'one'\n")
+    write_images(folder / "images", images)
+    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'images'\n")
     return str(folder / "set.toml")
 
 
@@ -242,11 +245,11 @@ UNCAPTIONED: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
 
 
 @pytest.mark.parametrize("kind", UNCAPTIONED)
-def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them(
+def test_no_kind_needs_captions_where_the_model_is_not_conditioned_on_text(
     kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    detected, lay_out = UNCAPTIONED[kind]
-    config = settings(root, tmp_path / "run", lay_out(tmp_path / "data", images), *UNCONDITIONAL)
+    detected, write_source = UNCAPTIONED[kind]
+    config = settings(root, tmp_path / "run", write_source(tmp_path / "data", images), *UNCONDITIONAL)
     index = indexed(config)
     assert index.sources.kinds == [detected]
     assert index.bad_count() == 0
@@ -257,12 +260,14 @@ def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captions_that_are_there_are_kept_where_none_are_needed(
+def test_present_captions_are_kept_where_none_are_needed(
     kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     source = KINDS[kind](tmp_path / "data", images)
-    needed = indexed(settings(root, tmp_path / "run", source))
-    assert entries_by_hash(indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == entries_by_hash(needed)
+    with_text = indexed(settings(root, tmp_path / "run", source))
+    assert entries_by_hash(indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == entries_by_hash(
+        with_text
+    )
 
 
 def test_some_captions_may_be_missing_where_none_are_needed(
@@ -277,17 +282,17 @@ def test_some_captions_may_be_missing_where_none_are_needed(
 
 
 @pytest.mark.parametrize("text", [" ", [], ["", " "], None])
-def test_a_caption_that_says_nothing_is_none(
-    text: object, root: Path, tmp_path: Path, images: dict[str, bytes]
-) -> None:
-    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+def test_an_empty_caption_counts_as_missing(text: object, root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "text": text})
+    )
     source = str(tmp_path / "data")
     (entry,) = indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
     assert entry.captions == ("",)
     assert indexed(settings(root, tmp_path / "run", source)).bad_count() == 1
 
 
-def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
+def test_an_unreadable_caption_is_bad_even_where_none_is_needed(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     folder = write_images(tmp_path / "data", images)
@@ -296,21 +301,21 @@ def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
     assert [(bad.key, bad.fix) for bad in index.bad_samples()] == [("a.png", "save it as UTF-8")]
 
 
-def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
+def test_folders_of_images_are_classes_unless_the_kind_is_images(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     write_images(tmp_path / "data/hats", {"a.png": images["a.png"]})
     for kind in ("classes", "images"):
-        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: images}}"
-        (entry,) = (index := indexed(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
+        source = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: images}}"
+        (entry,) = (index := indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)))
         assert index.sources.kinds == [kind]
         assert entry.captions == (("hats",) if kind == "classes" else ("",))
 
 
-def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
-    root: Path, tmp_path: Path, images: dict[str, bytes]
-) -> None:
-    config = settings(root, tmp_path / "run", f"{{path: {write_uncaptioned_folder(tmp_path / 'data', images)}, kind: images}}")
+def test_kind_images_is_refused_where_captions_are_needed(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    config = settings(
+        root, tmp_path / "run", f"{{path: {write_uncaptioned_folder(tmp_path / 'data', images)}, kind: images}}"
+    )
     with pytest.raises(UserError) as caught:
         indexed(config)
     assert str(caught.value) == (
@@ -321,7 +326,7 @@ def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
         check([SourceConfig(path=str(tmp_path / "gone"), kind="images")], conditions=())
 
 
-def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
+def test_an_index_built_without_captions_is_never_used_where_they_are_needed(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     folder = write_images(tmp_path / "data", images)
@@ -332,12 +337,10 @@ def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
     assert len(list((run / "cache").glob("index-*.arrow"))) == 2
 
 
-def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
-    root: Path, tmp_path: Path, images: dict[str, bytes]
-) -> None:
+def test_the_name_of_an_index_with_captions_never_changes(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
     source = write_jsonl(tmp_path / "data", images)
     indexed(settings(root, tmp_path / "run", source))
-    asked = {
+    fields = {
         "path": source,
         "kind": "auto",
         "caption_column": "text",
@@ -347,11 +350,11 @@ def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
         "split": "train",
         "at": source,
     }
-    name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([[fields], "white", 8, 16]).encode()).hexdigest()[:12]
     assert [path.name for path in (tmp_path / "run/cache").glob("index-*")] == [f"index-{name}.arrow"]
 
 
-OF_CLASSES = ("stage2.conditions=[class]", "stage2.pooled_text=false")
+CLASS_CONDITIONAL = ("stage2.conditions=[class]", "stage2.pooled_text=false")
 LABELS = {"a.png": "hat", "b.jpg": "shoe", "c.webp": "hat"}
 
 
@@ -441,10 +444,10 @@ LABELLED: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
 
 
 @pytest.mark.parametrize("kind", LABELLED)
-def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+def test_every_kind_yields_the_same_classes(kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
     source = LABELLED[kind](tmp_path / "data", images)
     column = "" if kind in ("folders", "kohya") else ", label: kind"
-    config = settings(root, tmp_path / "run", f"{{path: {source}{column}}}", *OF_CLASSES)
+    config = settings(root, tmp_path / "run", f"{{path: {source}{column}}}", *CLASS_CONDITIONAL)
     index = indexed(config)
     assert index.bad_count() == 0
     assert {entry.sha256: entry.label for entry in index} == {
@@ -456,7 +459,7 @@ def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path
     assert numbers == {hashlib.sha256(images[name]).digest(): int(LABELS[name] == "shoe") for name in LABELS}
 
 
-def test_the_first_folder_is_the_class_beside_caption_files_too(
+def test_the_first_folder_is_the_class_also_where_there_are_caption_files(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     (write_images(tmp_path / "data/hats/red", {"a.png": images["a.png"]}) / "a.txt").write_text("a red hat")
@@ -484,13 +487,15 @@ def test_the_first_folder_is_the_class_beside_caption_files_too(
 def test_a_class_is_a_string_or_an_integer(
     label: object, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
-    index = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
+    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "label": label})
+    )
+    index = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *CLASS_CONDITIONAL))
     assert [*(entry.label for entry in index), *(bad.reason for bad in index.bad_samples())] == [expected]
     assert index.labels() == ([] if index.bad_count() else [expected])
 
 
-def test_a_class_without_a_name_is_named_and_minus_one_is_none(
+def test_a_class_number_without_a_name_is_bad_and_minus_one_is_no_class(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -498,34 +503,36 @@ def test_a_class_without_a_name_is_named_and_minus_one_is_none(
     table = named.set_column(1, "kind", pa.array([-1, 1, 2])).replace_schema_metadata(named.schema.metadata)
     pq.write_table(table, tmp_path / "data/train.parquet")
     source = f"{{path: {tmp_path / 'data'}, label: kind}}"
-    index = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     assert [entry.label for entry in index] == ["hat"]
     assert [bad.reason for bad in index.bad_samples()] == ["it has no class", "its class is 2, and only 2 have names"]
 
 
-def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
+def test_an_image_without_a_class_is_bad_only_where_classes_are_needed(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     source = write_uncaptioned_jsonl(tmp_path / "data", images)
     assert indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
-    index = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     assert len(index) == 0
     assert index.stop_reason(tmp_path / "data-report.json") == (
         f"data.source: no usable image in {source}; the first bad one: "
         "a.png: it has no class; write it into the column 'label', or put it in a class folder"
     )
-    kohya = indexed(settings(root, tmp_path / "other", write_uncaptioned_kohya(tmp_path / "set", images), *OF_CLASSES))
+    kohya = indexed(
+        settings(root, tmp_path / "other", write_uncaptioned_kohya(tmp_path / "set", images), *CLASS_CONDITIONAL)
+    )
     assert {bad.fix for bad in kohya.bad_samples()} == {"give its subset class_tokens"}
 
 
-def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+def test_a_folder_with_only_bad_images_is_no_class(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
     source = write_labelled_folders(tmp_path / "data", images)
     write_images(tmp_path / "data/coat", {"d.png": b"damaged"})
-    index = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     assert (index.labels(), index.bad_count()) == (["hat", "shoe"], 1)
 
 
-def test_classes_are_part_of_what_a_run_is_bound_to_where_it_learns_them(
+def test_classes_are_part_of_the_fingerprint_only_where_they_are_learned(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     source = f"{{path: {write_labelled_jsonl(tmp_path / 'data', images)}, label: kind}}"
@@ -535,28 +542,28 @@ def test_classes_are_part_of_what_a_run_is_bound_to_where_it_learns_them(
         built = indexed(settings(root, tmp_path / "run", source, *overrides))
         return [built.fingerprint(), built.first(1).fingerprint()]
 
-    before, without = fingerprints(*OF_CLASSES), fingerprints(*UNCONDITIONAL)
-    metadata.write_text(metadata.read_text().replace("shoe", "boot"))  # which is none of the first one's
-    after = fingerprints(*OF_CLASSES)
+    before, without = fingerprints(*CLASS_CONDITIONAL), fingerprints(*UNCONDITIONAL)
+    metadata.write_text(metadata.read_text().replace("shoe", "boot"))  # the first image stays a hat
+    after = fingerprints(*CLASS_CONDITIONAL)
     assert before[0] != after[0]
     assert before[1] != after[1]
     assert fingerprints(*UNCONDITIONAL) == without
 
 
-def test_a_column_of_labels_changes_nothing_where_no_classes_are_learned(
+def test_a_label_column_changes_nothing_where_no_classes_are_learned(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "data"
-    plain = indexed(settings(root, tmp_path / "one", write_jsonl(folder, images)))
+    plain = indexed(settings(root, tmp_path / "plain", write_jsonl(folder, images)))
     rows = [{"file_name": name, "text": text, "label": [7]} for name, text in CAPTIONS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    other = indexed(settings(root, tmp_path / "two", f"{{path: {folder}, label: label}}"))
-    assert other.fingerprint() == plain.fingerprint()
-    one, two = (next((tmp_path / run / "cache").glob("index-*")) for run in ("one", "two"))
-    assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
+    labelled = indexed(settings(root, tmp_path / "labelled", f"{{path: {folder}, label: label}}"))
+    assert labelled.fingerprint() == plain.fingerprint()
+    plain_file, labelled_file = (next((tmp_path / run / "cache").glob("index-*")) for run in ("plain", "labelled"))
+    assert (plain_file.name, plain_file.read_bytes()) == (labelled_file.name, labelled_file.read_bytes())
 
 
-def test_an_index_is_shared_only_by_runs_that_need_the_same(
+def test_an_index_is_shared_only_by_runs_that_need_the_same_columns(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     source = write_jsonl(tmp_path / "data", images)
@@ -568,19 +575,17 @@ def test_an_index_is_shared_only_by_runs_that_need_the_same(
 
 
 def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
-    write_jsonl(tmp_path / "one", images)
-    write_sidecars(
-        tmp_path / "two", {"a.png": images["a.png"], "b.jpg": images["b.jpg"], "c.webp": images["c.webp"]}
-    )
+    write_jsonl(tmp_path / "first", images)
+    write_sidecars(tmp_path / "second", images)
     for mix, expected in (
-        (f"[{tmp_path / 'one'}, {{path: {tmp_path / 'two'}, repeats: 3}}]", 0.75),
-        (f"[{{path: {tmp_path / 'one'}, weight: 1}}, {{path: {tmp_path / 'two'}, weight: 4}}]", 0.8),
+        (f"[{tmp_path / 'first'}, {{path: {tmp_path / 'second'}, repeats: 3}}]", 0.75),
+        (f"[{{path: {tmp_path / 'first'}, weight: 1}}, {{path: {tmp_path / 'second'}, weight: 4}}]", 0.8),
     ):
         config = settings(root, tmp_path / "run", mix)
         index = indexed(config)
         assert len(index) == 6
-        draws = images_of(index, config, 1).plan
-        share = np.mean([draws[n].entry.key.startswith("1:") for n in range(300)])
+        plan = images_of(index, config, 1).plan
+        share = np.mean([plan[n].entry.key.startswith("1:") for n in range(300)])
         assert share == pytest.approx(expected, abs=0.02)
 
 
@@ -597,20 +602,20 @@ min_bucket_reso = 8
 max_bucket_reso = 32
 bucket_no_upscale = true
   [[datasets.subsets]]
-  image_dir = "one"
+  image_dir = "hats"
   num_repeats = 2
   flip_aug = true
   caption_dropout_rate = 0.5
   [[datasets.subsets]]
-  image_dir = "two"
+  image_dir = "scarves"
   class_tokens = "a scarf"
 """
 
 
-def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
-    write_images(tmp_path / "one", {"a.png": images["a.png"]})
-    (tmp_path / "one/a.txt").write_text("hat, red, wool")
-    write_images(tmp_path / "two", {"c.webp": images["c.webp"]})
+def test_a_kohya_toml_is_read_with_its_settings(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    write_images(tmp_path / "hats", {"a.png": images["a.png"]})
+    (tmp_path / "hats/a.txt").write_text("hat, red, wool")
+    write_images(tmp_path / "scarves", {"c.webp": images["c.webp"]})
     (tmp_path / "set.toml").write_text(KOHYA)
     config = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
     assert config.data.buckets == BucketConfig(step=8, smallest=8, largest=32, upscale=False)
@@ -623,7 +628,7 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, image
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ("num_repeat = 2", "'num_repeat' is unknown or has no meaning here; the nearest is 'num_repeats'"),
         ("batch_size = 4", "batch_size has no meaning here; set stage2.batch"),
@@ -632,7 +637,7 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, image
         ("num_repeats = 0", "num_repeats: 0; give 1 or more"),
     ],
 )
-def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, expected: str, root: Path, tmp_path: Path) -> None:
+def test_an_unsupported_key_of_a_kohya_toml_is_an_error(line: str, expected: str, root: Path, tmp_path: Path) -> None:
     (tmp_path / "set.toml").write_text(f"[general]\n{line}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'x'\n")
     with pytest.raises(UserError) as caught:
         settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
@@ -640,7 +645,7 @@ def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, expected: str, 
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ('{"file_name": "../x.png", "text": "x"}', "leads out of the folder"),
         ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
@@ -656,7 +661,7 @@ def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, expected: str, 
         ("{", "no JSON"),
     ],
 )
-def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
+def test_a_bad_metadata_line_is_reported_and_the_next_line_is_read(
     line: str, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     folder = write_images(tmp_path / "data", images)
@@ -673,7 +678,7 @@ def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "expected"),
     [
         ("openmoji-dem", "did you mean 'openmoji-demo'"),
         ("{}/nothing", "neither a folder nor a built-in set"),
@@ -682,7 +687,7 @@ def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
         ("{}/no-*.tar", "no file matches"),
     ],
 )
-def test_what_is_no_source_is_named_with_what_to_do(
+def test_a_path_that_is_no_source_is_an_error_with_a_remedy(
     source: str, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -693,7 +698,7 @@ def test_what_is_no_source_is_named_with_what_to_do(
     assert expected in str(caught.value)
 
 
-def test_a_table_without_the_column_says_which_there_are(
+def test_a_missing_column_is_an_error_that_lists_the_columns(
     root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     source = write_parquet(tmp_path / "data", images)
@@ -703,10 +708,10 @@ def test_a_table_without_the_column_says_which_there_are(
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
         indexed(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
     with pytest.raises(UserError, match=r"no column 'label' among image, text; set data\.source\.label"):
-        indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     with pytest.raises(UserError, match=r"no column 'label' .* or name the one with classes in data\.source\.label"):
-        indexed(settings(root, tmp_path / "run", str(tmp_path / "csv"), *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", str(tmp_path / "csv"), *CLASS_CONDITIONAL))
 
 
-def test_an_id_of_the_hub_is_taken_for_one(root: Path, tmp_path: Path) -> None:
-    assert detect(settings(root, tmp_path, "someone/pictures").data.source[0]) == "datasets"
+def test_a_hub_id_is_detected_as_datasets(root: Path, tmp_path: Path) -> None:
+    assert detect(settings(root, tmp_path, "someone/images").data.source[0]) == "datasets"
