@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Process
+from forked import Forked
 from of_config import cached, indexed, spec_of
 from PIL import Image
 
@@ -25,8 +25,8 @@ from ldm.data.images import to_tensor
 from ldm.models import autoencoder, text_encoder
 from ldm.utils.errors import UserError
 
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
+Start = Callable[..., Forked]
+Finish = Callable[[Forked], str]
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
 ) -> None:
     config, vae = settings(root, folder, "data.flip=false"), random_vae()
 
-    def built(vae: autoencoder.Autoencoder, config: loader.Config = config) -> tuple[str, set[str]]:
+    def rebuild(vae: autoencoder.Autoencoder, config: loader.Config = config) -> tuple[str, set[str]]:
         before = set(file_hashes(config.cache_dir))
         capsys.readouterr()
         cached(indexed(config), config, vae, encoder, per_file=5)
@@ -121,20 +121,20 @@ def test_a_second_build_encodes_only_what_changed_and_says_why(
             file_hashes(config.cache_dir)
         ) - before
 
-    output, _ = built(vae)
+    output, _ = rebuild(vae)
     assert "24 of 24 images to encode: new or changed." in output
-    assert built(vae) == ("", set())
+    assert rebuild(vae) == ("", set())
     Image.new("RGB", (20, 20), "red").save(folder / "00.png")
-    output, new = built(vae)
+    output, new = rebuild(vae)
     assert output == "cache: 1 of 24 images to encode: new or changed.\n"
     (file,) = new
     assert len(encoding_store._read_keys(config.cache_dir / file)) == 1
     (folder / "01.txt").write_text("something else")
-    assert built(vae)[0] == "cache: 1 of 13 captions to encode: new or changed.\n"
-    assert built(random_vae(1))[0] == "cache: 24 of 24 images to encode: the autoencoder changed.\n"
+    assert rebuild(vae)[0] == "cache: 1 of 13 captions to encode: new or changed.\n"
+    assert rebuild(random_vae(1))[0] == "cache: 24 of 24 images to encode: the autoencoder changed.\n"
     larger = settings(root, folder, "data.flip=false", "data.size=24")
-    assert "the size changed" in built(vae, larger)[0]
-    assert built(vae) == ("", set())  # earlier encodings are still there
+    assert "the size changed" in rebuild(vae, larger)[0]
+    assert rebuild(vae) == ("", set())  # earlier encodings are still there
 
 
 def test_another_autoencoders_latents_are_never_read(
@@ -188,7 +188,7 @@ def test_a_cache_killed_and_resumed_has_the_same_bytes_as_an_uninterrupted_one(
     script = folder.parent / "build.py"
     script.write_text(BUILD)
 
-    def start(cache_dir: Path) -> Process:
+    def start(cache_dir: Path) -> Forked:
         overrides = [
             f"run.dir={folder.parent / 'run'}",
             f"data.source={folder}",

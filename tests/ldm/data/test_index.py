@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from forked import Process
+from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
@@ -16,8 +16,8 @@ from ldm.data import index, index_file
 from ldm.data.index import Index
 from ldm.data.index_file import SCHEMA
 
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
+Start = Callable[..., Forked]
+Finish = Callable[[Forked], str]
 GIB = 2**30
 
 
@@ -181,11 +181,11 @@ def count_opened(*args):
 
 index_file._read_image = count_opened
 
-def built(name, *overrides):
+def build_index(name, *overrides):
     opened.clear()
     config = settings(name, *overrides)
-    built_index = index.build(config.data, config.cache_dir, config.stage2.conditions)
-    return [len(opened), len(built_index), built_index.bad_count(), built_index.fingerprint()]
+    result = index.build(config.data, config.cache_dir, config.stage2.conditions)
+    return [len(opened), len(result), result.bad_count(), result.fingerprint()]
 
 def fails_midway(sources, number):
     '''A listing that fails in one process.'''
@@ -202,21 +202,25 @@ def reversed_order(sources, number):
     listed = list(records(sources, number))
     return iter(listed[::-1] if second else listed)
 
-attempt("index", lambda: built("shared"))
-attempt("unchanged", lambda: built("shared"))
-attempt("failed midway", lambda: built("failed"), Sources, "records", fails_midway)
-attempt("continued", lambda: built("failed"))
-attempt("one short", lambda: built("listings"), Sources, "records", one_short)
-attempt("reversed order", lambda: built("listings"), Sources, "records", reversed_order)
-attempt("not shared", lambda: built("rank-1" if second else "rank-0"))
+attempt("index", lambda: build_index("shared"))
+attempt("unchanged", lambda: build_index("shared"))
+attempt("failed midway", lambda: build_index("failed"), Sources, "records", fails_midway)
+attempt("continued", lambda: build_index("failed"))
+attempt("one short", lambda: build_index("listings"), Sources, "records", one_short)
+attempt("reversed order", lambda: build_index("listings"), Sources, "records", reversed_order)
+attempt("not shared", lambda: build_index("rank-1" if second else "rank-0"))
 memory_map = index_file._memory_map
-attempt("different content", lambda: built("rank-0"), index_file, "_memory_map", lambda path: memory_map(path)[second:])
-attempt("repaired", lambda: built("rank-0"))
+
+def other_content(path):
+    return memory_map(path)[second:]
+
+attempt("different content", lambda: build_index("rank-0"), index_file, "_memory_map", other_content)
+attempt("repaired", lambda: build_index("rank-0"))
 
 drawings, rendered, whole_file = openmoji.drawings, [], openmoji.whole_file
 openmoji.drawings = lambda subset: drawings(subset)[:10]
 openmoji.whole_file = lambda path: rendered.append(path) or whole_file(path)
-attempt("openmoji", lambda: built("openmoji", "data.source=openmoji-demo")[1:])
+attempt("openmoji", lambda: build_index("openmoji", "data.source=openmoji-demo")[1:])
 results["rendered"] = len(rendered)
 
 torch.manual_seed(0)
