@@ -31,7 +31,7 @@ def png_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-# ----------------------------------------------------------------------------------------- metadata and --again
+# ------------------------------------------------------------------------------------------------- metadata and --again
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_an_mp4_has_the_same_length(call: Call, model_dir: ModelDir, tmp_path: P
     assert seconds == pytest.approx(frames * 0.08, abs=0.05)
 
 
-# ----------------------------------------------------------------------------------------- seeds, prompts and labels
+# -------------------------------------------------------------------------------------------- seeds, prompts and labels
 
 
 def test_a_seed_gives_the_same_image_in_any_batch_and_order(

@@ -64,9 +64,9 @@ def test_a_learned_variance_reaches_the_entropy_of_any_gaussian(process: Diffusi
 
     def output(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         beta, alpha_bar, before = (table[t][:, None, None, None] for table in process.chain()[:3])
-        of_x0 = beta * before.sqrt() / (1 - alpha_bar)
+        x0_coefficient = beta * before.sqrt() / (1 - alpha_bar)
         posterior_variance = std**2 * (1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)  # of x_0 given x_t
-        variance = beta * (1 - before) / (1 - alpha_bar) + of_x0**2 * posterior_variance
+        variance = beta * (1 - before) / (1 - alpha_bar) + x0_coefficient**2 * posterior_variance
         small, large = process.log_variances(t, x_t.dtype)
         v = 2 * (variance.log() - small) / (large - small) - 1
         return torch.cat([denoise(x_t, t), v.expand_as(x_t)], 1)
@@ -87,8 +87,8 @@ def test_a_worse_denoiser_has_a_worse_bound() -> None:
     x0, eps = signs(1.0)
     good = optimal_denoiser(process, 1.0)
     bounds = [
-        float(bound(process, lambda x, t, by=by: good(x, t) + by * x, x0, lambda t: eps, "large").total.mean())
-        for by in (0.0, 0.1, 0.3)
+        float(bound(process, lambda x, t, error=error: good(x, t) + error * x, x0, lambda t: eps, "large").total.mean())
+        for error in (0.0, 0.1, 0.3)
     ]
     assert bounds == sorted(bounds)
     assert bounds[0] < bounds[1] < bounds[2]

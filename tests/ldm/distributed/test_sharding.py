@@ -33,7 +33,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         (ZERO, ("stage2.uncond_embedding=learned",), "stage2.uncond_embedding: learned"),
     ],
 )
-def test_what_can_not_be_sharded_is_refused_in_one_line(
+def test_settings_that_cannot_be_sharded_are_refused_in_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)

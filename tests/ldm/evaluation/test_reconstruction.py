@@ -125,7 +125,7 @@ def test_bicubic_keeps_flat_colours_and_loses_detail_finer_than_its_factor() -> 
     assert float(blurred.std()) < 0.1
 
 
-# ---------------------------------------------------------------------------------------- recommendations
+# ------------------------------------------------------------------------------------------------------ recommendations
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_an_exact_copy_is_kept_and_blurred_or_tinted_copies_are_not() -> None:
     assert recommended(real + torch.tensor([0.05, 0.0, 0.0])[:, None, None]) == "tune the decoder"
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 
 @pytest.fixture
