@@ -52,6 +52,12 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
     torch.testing.assert_close(pixels, torch.full((3, 16, 16), 30_000 / 32_767.5 - 1), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_an_image_cut_off_after_its_signature_is_damaged_not_of_an_unknown_format(format: str) -> None:
+    with pytest.raises(BadSampleError, match="its pixels can't be decoded"):
+        images.decode(encoded(format)[:16])
+
+
 def test_data_that_is_no_image_is_refused() -> None:
     with pytest.raises(BadSampleError, match="none of JPEG"):
         images.decode(b"not an image")
