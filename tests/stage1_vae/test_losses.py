@@ -19,7 +19,7 @@ def test_kl_is_that_of_torch_distributions() -> None:
     torch.testing.assert_close(losses.kl_loss(MEAN, LOGVAR), reference.mean())
 
 
-def test_free_bits_give_a_channel_below_them_no_gradient() -> None:
+def test_a_channel_below_its_free_bits_gets_no_gradient() -> None:
     reference = kl_divergence(Normal(MEAN, (0.5 * LOGVAR).exp()), Normal(0, 1)).mean((2, 3))  # (N, C)
     free = float(reference.flatten().median())
     mean = MEAN.clone().requires_grad_()

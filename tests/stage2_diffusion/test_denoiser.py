@@ -143,6 +143,6 @@ def test_learned_scalars_and_embeddings_are_clipped_separately_and_not_decayed(
         parameter.grad = torch.zeros_like(parameter)
     before = [p.detach().clone() for p in network.parameters]
     network.optimizer.step()
-    stays = {id(p) for p in extra.values()}
+    undecayed = {id(p) for p in extra.values()}
     for parameter, old in zip(network.parameters, before, strict=True):
-        torch.testing.assert_close(parameter.detach(), old if id(parameter) in stays else old * (1 - 0.1 * 0.5))
+        torch.testing.assert_close(parameter.detach(), old if id(parameter) in undecayed else old * (1 - 0.1 * 0.5))

@@ -189,7 +189,7 @@ def test_the_two_halves_are_disjoint_and_cover_the_training_images(
 
 
 def write_run_like(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
-    """Writes a copy of a finished run whose configuration has `changes`."""
+    """Writes the folder of a run like a finished one, with `changes` to its configuration."""
     folder.mkdir()
     written = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
     written["configuration"]["run"]["dir"] = str(folder)
@@ -222,7 +222,7 @@ def write_run_like(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
     ],
     ids=["inpaint", "stream", "no classes", "one class", "another process"],
 )
-def test_a_run_that_no_classifier_can_guide_is_refused_in_one_line(
+def test_a_run_that_a_classifier_cannot_be_trained_on_is_refused_in_one_line(
     changes: dict[str, Any], message: str, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     for folder in (tmp_path / "none", tmp_path / "one/cat"):
@@ -260,7 +260,7 @@ def test_a_wrong_key_is_one_line(
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_and_a_folder_that_is_no_classifiers_are_refused(
+def test_an_unfinished_run_and_a_folder_of_another_kind_are_refused(
     tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     assert "no finished run (it has no pipeline)" in call(train.main, tmp_path, "--out", tmp_path / "out", status=2)
