@@ -81,7 +81,7 @@ def test_a_single_file_checkpoint_is_fine_tuned_and_then_the_resulting_pipeline(
     part = "pipeline/unet/diffusion_pytorch_model.safetensors"
     start.save_pretrained(tmp_path / "start")
     assert_same(tmp_path / "frozen" / part, tmp_path / "start/diffusion_pytorch_model.safetensors")
-    card = (tmp_path / "still/README.md").read_text()
+    card = (tmp_path / "frozen/README.md").read_text()
     assert f"| U-Net | {file}, 2 steps of 4 |" in card
 
     first = tmp_path / "first"
