@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ldm.data.index import Index
     from ldm.data.stream import Stream
-    from ldm.models.text_encoder import TextEncoder
+    from ldm.models.text_encoder import AnyTextEncoder
 
 
 @command
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
     parser.add_argument("--fresh", action="store_true", help="start in a new folder beside a used one")
+    parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)
 
@@ -49,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             dry_run(settings, args.stage)
         else:
-            train(settings, state, args.stage, args.fresh)
+            train(settings, state, args.stage, args.fresh, args.yes)
 
 
-def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
-    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both."""
+def train(settings: Config, state: PartialState, stage: str | None, fresh: bool, confirmed: bool) -> None:
+    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both.
+
+    A caption that all images share is guessed from a folder's name only where that is `confirmed`.
+    """
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
@@ -66,6 +70,8 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
 
     disable_progress_bars()
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
+    if not confirmed and (problem := unconfirmed_caption(settings)):
+        raise UserError(problem)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     pipeline, stages = folder / "pipeline", unfinished_stages(settings, stage)
@@ -108,7 +114,7 @@ def autoencoder_path(settings: Config) -> str | Path:
     return stage.pretrained or ("identity" if stage.needs_none else settings.run.dir / "autoencoder")
 
 
-def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
+def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Stream:
     """The data set, after the checks that need all its samples."""
     from ldm.data import check, index
     from ldm.data.stream import Stream
@@ -122,6 +128,13 @@ def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
     batches = (settings.stage1.batch, settings.stage2.batch)
     check.before_training(data, folder, encoder, settings.text.model, batches)
     return data
+
+
+def unconfirmed_caption(settings: Config) -> str:
+    from ldm.data.sources import Sources
+
+    data = settings.data
+    return Sources(data.source, data.size, settings.cache_dir, settings.stage2.conditions).unconfirmed_caption()
 
 
 def dry_run(settings: Config, stage: str | None) -> None:
@@ -151,6 +164,8 @@ def dry_run(settings: Config, stage: str | None) -> None:
     try:
         if not settings.run.dir.exists():
             settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
+        if state.is_main_process and (problem := unconfirmed_caption(settings)):
+            print(f"training would stop: {problem}")
         data = load_data(settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)
@@ -160,7 +175,7 @@ def dry_run(settings: Config, stage: str | None) -> None:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def measure(settings: Config, stage: str, data: Index | Stream, encoder: TextEncoder | None) -> None:
+def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyTextEncoder | None) -> None:
     """Prints the cost of `stage1` or `stage2`, from two steps; an untrained autoencoder has random weights."""
     import torch
     from accelerate import PartialState

@@ -1,6 +1,6 @@
 """Writes images of mixed origin in every layout that a source may have, and says what became of each.
 
-    python tests/mixed_images.py 2000 FOLDER
+    PYTHONPATH=. python -P tests/mixed_images.py 2000 [FOLDER]
 
 Drawings and generated images, re-encoded into every format and mode that Pillow writes, with every orientation of EXIF,
 under odd names, in folders, tars, tables and TOMLs.
