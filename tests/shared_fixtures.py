@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,9 +22,11 @@ import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
 from forked import Forked, Process
-from of_config import indexed
+from of_config import indexed_once
 from PIL import Image
 from tiny import TINY
+from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.config import loader
@@ -34,6 +37,7 @@ from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
+from ldm.training import throughput
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[list[str]], int]
@@ -44,6 +48,25 @@ def fresh_accelerator() -> Iterator[None]:
     """accelerate keeps one state a process; each test has its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flops_counted_once() -> Iterator[None]:
+    """Tests train the same small networks again and again: the FLOPs of each, half a second's work, are counted once."""
+    counts: dict[Any, int] = {}
+    forward_flops = throughput.forward_flops
+
+    def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+        parts = [(type(part), repr(getattr(part, "config", None))) for part in module.modules()]
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, (args, kwargs))
+        key = (*parts, repr(module), repr(shapes))
+        if key not in counts:
+            counts[key] = forward_flops(module, *args, **kwargs)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "forward_flops", count)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +98,7 @@ def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[loader.Config, 
             ROOT / "configs/tiny.yaml",
             [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
         )
-        return settings, indexed(settings)
+        return settings, indexed_once(settings)
 
     return load
 

@@ -14,9 +14,11 @@ import torch
 from accelerate import PartialState
 from diffusers import UNet2DConditionModel, UNet2DModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from of_config import indexed_once
+
 from ldm.config import loader
-from ldm.data import index
 from ldm.distributed.launch import join
 from ldm.distributed.sharding import to_local
 from ldm.models import text_encoder
@@ -31,13 +33,13 @@ def wide(value: Any) -> Any:
 
 def in_float64(forward: Any) -> Any:
     @functools.wraps(forward)
-    def widened(network: torch.nn.Module, *given: Any, **named: Any) -> Any:
-        return forward(network, *map(wide, given), **{name: wide(value) for name, value in named.items()})
+    def widened(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(network, *map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
 
     return widened
 
 
-def watch(module: torch.nn.Module, _: Any) -> None:
+def record_share(module: torch.nn.Module, _: Any) -> None:
     if isinstance(module, Denoiser) and module.training:
         parameters = [p for p in module.parameters() if p.requires_grad]
         shares[name] = sum(to_local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
@@ -45,7 +47,7 @@ def watch(module: torch.nn.Module, _: Any) -> None:
 
 world, folder, runs, overrides = sys.argv[1:]
 shares: dict[str, float] = {}
-torch.nn.modules.module.register_module_forward_pre_hook(watch)
+torch.nn.modules.module.register_module_forward_pre_hook(record_share)
 torch.set_default_dtype(torch.float64)
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)
@@ -55,8 +57,7 @@ for name, more in json.loads(runs).items():
     torch.manual_seed(0)
     vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text_encoder.of(settings.text)
     encoder.model.double()
-    pictures = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    train(settings, pictures, vae, encoder if settings.stage2.text else None)
+    train(settings, indexed_once(settings), vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)
 (Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))
 PartialState().wait_for_everyone()
