@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
     parser.add_argument("--fresh", action="store_true", help="start in a new folder beside a used one")
+    parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)
 
@@ -49,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             dry_run(settings, args.stage)
         else:
-            train(settings, state, args.stage, args.fresh)
+            train(settings, state, args.stage, args.fresh, args.yes)
 
 
-def train(settings: Config, state: PartialState, stage: str | None, fresh: bool) -> None:
-    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both."""
+def train(settings: Config, state: PartialState, stage: str | None, fresh: bool, confirmed: bool) -> None:
+    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both.
+
+    A caption that all images share is guessed from a folder's name only where that is `confirmed`.
+    """
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
@@ -66,6 +70,8 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool)
 
     disable_progress_bars()
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
+    if not confirmed and (problem := unconfirmed_caption(settings)):
+        raise UserError(problem)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     pipeline, stages = folder / "pipeline", unfinished_stages(settings, stage)
@@ -124,6 +130,13 @@ def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
     return data
 
 
+def unconfirmed_caption(settings: Config) -> str:
+    from ldm.data.sources import Sources
+
+    data = settings.data
+    return Sources(data.source, data.size, settings.cache_dir, settings.stage2.conditions).unconfirmed_caption()
+
+
 def dry_run(settings: Config, stage: str | None) -> None:
     """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder."""
     from ldm.data import source_kinds
@@ -151,6 +164,8 @@ def dry_run(settings: Config, stage: str | None) -> None:
     try:
         if not settings.run.dir.exists():
             settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
+        if state.is_main_process and (problem := unconfirmed_caption(settings)):
+            print(f"training would stop: {problem}")
         data = load_data(settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)

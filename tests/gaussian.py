@@ -1,4 +1,4 @@
-"""Data whose perfect denoiser is known, x_0 ~ N(m, s²), for tests of solvers and guidance."""
+"""Gaussian data, x_0 ~ N(m, s²), with its closed-form perfect denoiser, for tests of solvers and guidance."""
 
 import torch
 
@@ -23,12 +23,12 @@ def perfect(target: str, mean: float = M, deviation: float = S) -> PredictFn:
 
 
 def solver_of(process: DiffusionProcess, name: str, steps: int, spacing: str | None = None, eta: float = 0.0) -> Solver:
-    """A solver as a pipeline would have it that was saved with dpm++."""
+    """The solver `name`, built as by a pipeline that was saved with dpm++."""
     rule = with_solver(scheduler(process, "dpm++"), name, spacing)
     return Solver(rule, steps, torch.device("cpu"), process.prediction_type, eta)
 
 
 def drawn(process: DiffusionProcess, name: str, steps: int, noise: torch.Tensor, **options: object) -> torch.Tensor:
-    """x_0 from noise `(N, 1, 1, 1)`, each with a generator of its own; of many, one for all."""
+    """x_0 sampled from noise `(N, 1, 1, 1)`; below 100 samples each has its own generator, otherwise all share one."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(noise) if len(noise) < 100 else 1)]
     return sample(perfect(process.prediction_type), solver_of(process, name, steps, **options), noise, generators)

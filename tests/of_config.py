@@ -1,4 +1,4 @@
-"""The data that a configuration describes, for tests that begin with one."""
+"""The index, data sets and cache that a configuration describes."""
 
 from __future__ import annotations
 

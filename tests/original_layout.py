@@ -1,4 +1,4 @@
-"""diffusers' U-Nets as CompVis' code keeps them, for tests of reading such files."""
+"""U-Nets of diffusers with CompVis' tensor names, for tests of reading such files."""
 
 import re
 
@@ -9,7 +9,7 @@ PREFIX = "model.diffusion_model."
 
 
 def original(name: str, levels: tuple[str, ...], layers: int) -> str:
-    """What CompVis' module tree calls a tensor of a diffusers U-Net with `levels` of down blocks."""
+    """CompVis' name of a tensor of a diffusers U-Net, whose down blocks are of the types `levels`."""
     fixed = {
         "conv_in.": "input_blocks.0.0.",
         "conv_norm_out.": "out.0.",
@@ -23,12 +23,12 @@ def original(name: str, levels: tuple[str, ...], layers: int) -> str:
         "mid_block.attentions.0.": "middle_block.1.",
         "mid_block.resnets.1.": "middle_block.2.",
     }
-    for ours, theirs in fixed.items():
-        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    for diffusers_name, compvis_name in fixed.items():
+        name = compvis_name + name.removeprefix(diffusers_name) if name.startswith(diffusers_name) else name
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name):
-        way, block, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        direction, block, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
         first = block * (layers + 1)
-        if way == "down":
+        if direction == "down":
             number = 1 + first + (layers if kind == "downsamplers" else i)
             part = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]
             name = f"input_blocks.{number}.{part}{rest.removeprefix('conv.') if kind == 'downsamplers' else rest}"
@@ -37,7 +37,7 @@ def original(name: str, levels: tuple[str, ...], layers: int) -> str:
             number = first + (layers if kind == "upsamplers" else i)
             name = f"output_blocks.{number}.{ {'resnets': '0.', 'attentions': '1.', 'upsamplers': last}[kind] }{rest}"
     if "transformer_blocks" not in name:
-        for ours, theirs in (
+        for diffusers_name, compvis_name in (
             (".norm1.", ".in_layers.0."),
             (".conv1.", ".in_layers.2."),
             (".time_emb_proj.", ".emb_layers.1."),
@@ -45,7 +45,7 @@ def original(name: str, levels: tuple[str, ...], layers: int) -> str:
             (".conv2.", ".out_layers.3."),
             (".conv_shortcut.", ".skip_connection."),
         ):
-            name = name.replace(ours, theirs)
+            name = name.replace(diffusers_name, compvis_name)
     return name
 
 

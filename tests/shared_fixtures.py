@@ -52,7 +52,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def flops_counted_once() -> Iterator[None]:
-    """Tests train the same small networks again and again: the FLOPs of each, half a second's work, are counted once."""
+    """Tests train the same small networks again and again: counting their FLOPs, half a second's work, is done once."""
     counts: dict[Any, int] = {}
     forward_flops = throughput.forward_flops
 

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md run as they stand."""
+"""The examples in CONTRIBUTING.md run unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_example_is_short(block: str) -> None:
 
 
 def test_a_solver_is_added_and_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(solvers.SCHEDULERS, "deis", None)  # so that it is gone afterwards
+    monkeypatch.setitem(solvers.SCHEDULERS, "deis", None)  # undone after the test, with what the example adds
     run(SOLVER)
 
 

@@ -1,4 +1,4 @@
-"""The guide to data is executed; the reference is generated; keys, links and commands on every page exist."""
+"""The data guide's blocks run, the reference is generated, and keys, links and commands on every page exist."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ Block = tuple[str, str]  # tag and content
 
 
 def sections() -> dict[str, list[Block]]:
-    """The fenced blocks under each heading that has some to execute."""
-    found: dict[str, list[Block]] = {}
+    """The fenced blocks under each heading of the data guide that has a block to execute."""
+    blocks_by_heading: dict[str, list[Block]] = {}
     for part in re.split(r"^##+ ", PAGE, flags=re.MULTILINE)[1:]:
         blocks = re.findall(r"^```(\w+)\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL)
         if any(tag != "text" for tag, _ in blocks):
-            found[part.partition("\n")[0]] = blocks
-    return found
+            blocks_by_heading[part.partition("\n")[0]] = blocks
+    return blocks_by_heading
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the page assumes; the bicycle lies on its side, and EXIF says so, and the heron is cut out."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the guide assumes: the bicycle is rotated by its EXIF orientation, the heron has transparency."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("assumed") / "pictures"
     folder.mkdir()
     for name, size, mode, orientation in (
@@ -63,24 +63,24 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert f"`{name}`" in PAGE
         exif = Image.Exif()
         exif[0x0112] = orientation
-        few = Image.fromarray(rng.integers(0, 255, (6, 6, len(mode)), np.uint8))
-        few.resize(size, Image.Resampling.BICUBIC).save(folder / name, exif=exif)
+        noise = Image.fromarray(rng.integers(0, 255, (6, 6, len(mode)), np.uint8))
+        noise.resize(size, Image.Resampling.BICUBIC).save(folder / name, exif=exif)
     return folder
 
 
 @pytest.fixture
-def reader(
+def run_block(
     root: Path,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str],
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[[str, str], str]:
-    """What executes a block where the page says one is, and returns what it printed."""
+    """Runs a block in the folder that the guide assumes, and returns what it printed."""
     for name in ("configs", "scripts", "train_ldm.py"):
         (tmp_path / name).symlink_to(root / name)
-    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copytree(image_folder, tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
     shell = {
         **environment,
@@ -89,12 +89,12 @@ def reader(
     }
 
     def process(*command: str) -> str:
-        done = subprocess.run(command, env=shell, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command[-1]}\n{done.stderr}"
-        return done.stdout
+        completed = subprocess.run(command, env=shell, capture_output=True, text=True)
+        assert completed.returncode == 0, f"{command[-1]}\n{completed.stderr}"
+        return completed.stdout
 
-    def own(text: str) -> str:
-        """One of the project's own commands, run in this process, with the arguments that bash makes of the line."""
+    def run_in_process(text: str) -> str:
+        """Runs one of the project's commands in this process, with the arguments that bash parses from the line."""
         _, command, *arguments = process("bash", "-euc", f"printf '%s\\0' {text}").split("\0")[:-1]
         AcceleratorState._reset_state(reset_partial_state=True)
         status = COMMANDS[command](arguments)
@@ -113,11 +113,11 @@ def reader(
             Path(name[1]).write_text(content, "utf-8")
             return ""
         assert tag == "sh"
-        ours = re.compile(r"^python (?:scripts/check_data|train_ldm)\.py (?:.*\\\n)*.*$", re.MULTILINE)
+        command = re.compile(r"^python (?:scripts/check_data|train_ldm)\.py (?:.*\\\n)*.*$", re.MULTILINE)
         printed, end = "", 0
-        for found in ours.finditer(content):
-            printed += process("bash", "-euc", content[end : found.start()]) + own(found[0])
-            end = found.end()
+        for match in command.finditer(content):
+            printed += process("bash", "-euc", content[end : match.start()]) + run_in_process(match[0])
+            end = match.end()
         return printed + process("bash", "-euc", content[end:])
 
     return execute
@@ -125,29 +125,30 @@ def reader(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", sections())
-def test_every_block_runs_and_prints_what_the_page_shows(
-    heading: str, reader: Callable[[str, str], str], pictures: Path, tmp_path: Path
+def test_every_block_runs_and_prints_what_the_guide_shows(
+    heading: str, run_block: Callable[[str, str], str], image_folder: Path, tmp_path: Path
 ) -> None:
     printed = ""
     for tag, content in sections()[heading]:
         if tag != "text":
-            printed = reader(tag, content)
+            printed = run_block(tag, content)
             continue
         lines = {line.strip() for line in printed.splitlines()}
         for shown in [] if content.startswith("python ") else content.splitlines():
-            begins, rest, _ = shown.strip().partition("…")
-            assert any(line.startswith(begins) if rest else line == begins for line in lines), f"{shown}\n{printed}"
-    for file in pictures.iterdir():
+            start, ellipsis, _ = shown.strip().partition("…")
+            assert any(line.startswith(start) if ellipsis else line == start for line in lines), f"{shown}\n{printed}"
+    for file in image_folder.iterdir():
         assert (tmp_path / "pictures" / file.name).read_bytes() == file.read_bytes()
     assert len(list((tmp_path / "pictures").iterdir())) == 4
 
 
-def test_the_page_shows_how_every_kind_is_found() -> None:
-    shown = {says for _, blocks in sections().items() for _, text in blocks for says in KINDS.values() if says in text}
+def test_the_data_guide_shows_the_message_of_every_detected_format() -> None:
+    printed = [text for blocks in sections().values() for _, text in blocks]
+    shown = {message for message in KINDS.values() if any(message in text for text in printed)}
     assert shown == set(KINDS.values())
 
 
-def test_the_reference_is_what_the_schema_says(root: Path) -> None:
+def test_the_reference_is_generated_from_the_schema(root: Path) -> None:
     folder = root / "docs/reference"
     assert {path.name: path.read_text("utf-8") for path in folder.glob("*.md")} == generate_reference.pages()
 
@@ -163,9 +164,9 @@ def test_the_reference_has_every_key_preset_and_sampling_option() -> None:
         assert f"| `{field.name}` | `{field.default!r}` |" in pages["sampling-options.md"]
 
 
-def test_every_solver_and_spacing_is_on_the_page_of_sampling() -> None:
-    for each in (*SOLVERS, *SPACINGS):
-        assert f"`{each}`" in SAMPLING
+def test_every_solver_and_spacing_is_in_the_sampling_guide() -> None:
+    for name in (*SOLVERS, *SPACINGS):
+        assert f"`{name}`" in SAMPLING
 
 
 def test_every_key_on_a_page_exists() -> None:
@@ -176,21 +177,21 @@ def test_every_key_on_a_page_exists() -> None:
         assert {key for key in mentioned if not key.endswith((".md", ".py", ".json", ".toml"))} - known == set(), path
 
 
-def test_every_link_leads_somewhere(root: Path) -> None:
+def test_every_link_has_a_target(root: Path) -> None:
     for path, page in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)):
             file, _, anchor = target.partition("#")
             if "://" in file:
                 continue
-            leads = ((root / path).parent / file).resolve() if file else root / path
-            assert leads.exists(), (path, target)
+            linked = ((root / path).parent / file).resolve() if file else root / path
+            assert linked.exists(), (path, target)
             if anchor:
-                headings = re.findall(r"^#+ (.*)$", leads.read_text("utf-8"), flags=re.MULTILINE)
+                headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), flags=re.MULTILINE)
                 assert anchor in map(_slug, headings), (path, target)
 
 
 def _slug(heading: str) -> str:
-    """The anchor that a heading gets."""
+    """The anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -220,17 +221,17 @@ def test_every_file_in_a_stages_readme_exists(root: Path) -> None:
         assert {name for name in named if not (root / stage / name).exists()} == set()
 
 
-def test_the_page_of_architecture_names_every_room(root: Path) -> None:
-    rooms = re.findall(r"^\| `ldm/(\w+)/` \|", PAGES["docs/architecture.md"], flags=re.MULTILINE)
-    assert sorted(rooms) == sorted(path.parent.name for path in (root / "ldm").glob("*/__init__.py"))
+def test_the_architecture_page_names_every_package_of_ldm(root: Path) -> None:
+    packages = re.findall(r"^\| `ldm/(\w+)/` \|", PAGES["docs/architecture.md"], flags=re.MULTILINE)
+    assert sorted(packages) == sorted(path.parent.name for path in (root / "ldm").glob("*/__init__.py"))
 
 
-def test_every_key_of_kohyas_that_is_read_or_refused_is_on_the_page() -> None:
+def test_every_kohya_key_that_is_read_or_refused_is_in_the_data_guide() -> None:
     keys = {"image_dir", *kohya.SIZE_KEYS, *kohya.CAPTION_KEYS, *kohya.REPLACEMENTS}
     assert {key for key in keys if f"`{key}`" not in PAGE} == set()
 
 
-def test_every_preset_is_on_the_page_with_its_factor_and_channels() -> None:
+def test_the_autoencoder_guide_lists_every_preset_with_its_factor_and_channels() -> None:
     rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \| ([\d, ;]+) \|", STAGE1, flags=re.MULTILINE)
     shown = {}
     for names, shapes in rows:
@@ -238,6 +239,6 @@ def test_every_preset_is_on_the_page_with_its_factor_and_channels() -> None:
     expected = {}
     for name in AUTOENCODERS:
         tree = {"data": {"source": "x", "size": 64}, "stage1": {"model": name}}
-        one = loader.parse(tree, "a test").stage1
-        expected[name] = f"{one.factor}, {one.latent_channels}"
+        stage = loader.parse(tree, "a test").stage1
+        expected[name] = f"{stage.factor}, {stage.latent_channels}"
     assert shown == expected

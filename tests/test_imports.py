@@ -1,10 +1,21 @@
-"""Imports run one way: scripts and train_ldm.py → stages → ldm; within ldm from later rooms to earlier ones."""
+"""Imports go one way: scripts and train_ldm.py → stages → ldm; within ldm, from later packages to earlier ones."""
 
 import ast
 from pathlib import Path
 
 STAGES = {"stage1_vae", "stage2_diffusion"}
-ROOMS = ["utils", "config", "distributed", "diffusion", "models", "data", "sampling", "training", "evaluation", "cli"]
+PACKAGES = [
+    "utils",
+    "config",
+    "distributed",
+    "diffusion",
+    "models",
+    "data",
+    "sampling",
+    "training",
+    "evaluation",
+    "cli",
+]
 
 
 def imported(file: Path) -> set[str]:
@@ -18,31 +29,31 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-def packages(names: set[str]) -> set[str]:
+def top_level(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
 def test_ldm_imports_no_stage_and_no_script(root: Path) -> None:
     for file in (root / "ldm").rglob("*.py"):
-        assert not packages(imported(file)) & (STAGES | {"scripts", "train_ldm"}), file
+        assert not top_level(imported(file)) & (STAGES | {"scripts", "train_ldm"}), file
 
 
 def test_stages_do_not_import_each_other_nor_scripts(root: Path) -> None:
     for stage in STAGES:
         for file in (root / stage).rglob("*.py"):
-            assert not packages(imported(file)) & ((STAGES - {stage}) | {"scripts", "train_ldm"}), file
+            assert not top_level(imported(file)) & ((STAGES - {stage}) | {"scripts", "train_ldm"}), file
 
 
-def test_every_module_of_ldm_lies_in_a_room_that_says_what_it_is_for(root: Path) -> None:
-    assert {path.parent.name for path in (root / "ldm").glob("*/__init__.py")} == set(ROOMS)
+def test_every_package_of_ldm_has_a_one_line_docstring_and_no_module_lies_outside(root: Path) -> None:
+    assert {path.parent.name for path in (root / "ldm").glob("*/__init__.py")} == set(PACKAGES)
     assert [path.name for path in (root / "ldm").glob("*.py")] == ["__init__.py"]
-    for room in ROOMS:
-        docstring = ast.get_docstring(ast.parse((root / "ldm" / room / "__init__.py").read_text("utf-8")))
-        assert docstring and docstring.count("\n") == 0, room
+    for package in PACKAGES:
+        docstring = ast.get_docstring(ast.parse((root / "ldm" / package / "__init__.py").read_text("utf-8")))
+        assert docstring and docstring.count("\n") == 0, package
 
 
-def test_rooms_import_only_earlier_rooms(root: Path) -> None:
-    for number, room in enumerate(ROOMS):
-        for file in (root / "ldm" / room).rglob("*.py"):
+def test_packages_import_only_earlier_packages(root: Path) -> None:
+    for number, package in enumerate(PACKAGES):
+        for file in (root / "ldm" / package).rglob("*.py"):
             used = {name.split(".")[1] for name in imported(file) if name.startswith("ldm.")}
-            assert used <= set(ROOMS[: number + 1]), (file, used)
+            assert used <= set(PACKAGES[: number + 1]), (file, used)

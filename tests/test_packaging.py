@@ -1,4 +1,4 @@
-"""What pyproject.toml and the workflow name exists."""
+"""The commands, modules and scripts that pyproject.toml, the workflow and the hooks name exist."""
 
 import importlib
 import os
@@ -27,13 +27,13 @@ def test_every_sampling_script_is_a_command_too(root: Path) -> None:
 
 
 def test_a_command_runs_from_any_folder(root: Path, tmp_path: Path) -> None:
-    """As its entry point calls it."""
+    """Called as its entry point does."""
     code = "import sys; from ldm.cli.ema import main; sys.argv[0] = '/usr/bin/ldm-ema'; sys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code, "run", "--width", "2", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --width: 2.0; give more than 0 and less than 0.2887\n"
+    completed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert completed.stderr == "error: --width: 2.0; give more than 0 and less than 0.2887\n"
 
 
 def test_the_workflow_runs_the_same_checks(root: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_workflow_runs_the_same_checks(root: Path) -> None:
     assert os.access(root / command, os.X_OK)
 
 
-def test_every_hook_is_a_check_that_exists(root: Path) -> None:
+def test_every_script_of_a_hook_exists(root: Path) -> None:
     (repo,) = yaml.safe_load((root / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
     for hook in repo["hooks"]:
         for word in hook["entry"].split():

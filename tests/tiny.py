@@ -1,4 +1,4 @@
-"""What tests train from end to end: configs/tiny.yaml with models of half its width and half its batches."""
+"""The configuration of end-to-end tests: configs/tiny.yaml with half its widths and batches."""
 
 from pathlib import Path
 

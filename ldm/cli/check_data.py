@@ -57,7 +57,7 @@ def check_index(settings: loader.Config) -> int:
         check.sheet(data.select("train"), spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
     print(check.balance(data))
-    if problem := data.stop_reason(folder / "data-report.json"):
+    if problem := data.stop_reason(folder / "data-report.json") or data.sources.unconfirmed_caption():
         print(f"training would stop: {problem}")
         return 1
     print("training can begin")

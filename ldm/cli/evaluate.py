@@ -35,6 +35,7 @@ from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.model_card import write_card
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.paths import path_or_id
 
 SAMPLING_BATCH, ENCODING_BATCH = 32, 64
 
@@ -91,7 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--count", type=int, default=100, help="training captions to try; default: 100")
     parser.add_argument("--seed", type=int, default=0, help="of the first image")
-    parser.add_argument("--model", help="another pipeline than the run's, for example a distilled one")
+    parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
     parser.add_argument("--solver", choices=SOLVERS, help="default: the model's own")

@@ -14,12 +14,13 @@ from ldm.cli.sampling_arguments import open_image, parse_size, sampling_parser
 from ldm.data.crops import crop_resize
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
+from ldm.utils.paths import path_or_id
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = sampling_parser("Image to image: changed towards the prompt.")
-    parser.add_argument("--image", help="the image to start from")
+    parser.add_argument("--image", type=path_or_id, help="the image to start from")
     parser.add_argument("--strength", type=float, default=0.6, help="0 keeps the image, 1 ignores it; default: 0.6")
     parser.add_argument("--size", type=parse_size, help="512 or 640x512; default: the model's, in the image's shape")
     generate_images(parser.parse_args(arguments), "img2img.py", prepare_inputs)

@@ -19,6 +19,7 @@ from ldm.data.crops import crop_resize
 from ldm.sampling.inpainting import check_mask, mask_batch
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
+from ldm.utils.paths import path_or_id
 
 MAX_SCALE = 4  # of an image's side over that of training, without --size
 
@@ -26,8 +27,10 @@ MAX_SCALE = 4  # of an image's side over that of training, without --size
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = sampling_parser("Inpainting: generates the masked part of an image; the rest keeps its exact pixels.")
-    parser.add_argument("--image", help="the image to complete")
-    parser.add_argument("--mask", help="an image of the same size: white is generated, black and transparent are kept")
+    parser.add_argument("--image", type=path_or_id, help="the image to complete")
+    parser.add_argument(
+        "--mask", type=path_or_id, help="an image of the same size: white is generated, black and transparent are kept"
+    )
     parser.add_argument("--invert", action="store_true", help="black is generated, white and transparent are kept")
     parser.add_argument("--strength", type=float, default=1.0, help="below 1 keeps something of the masked part")
     parser.add_argument("--size", type=parse_size, help="resizes both to 512 or 640x512; default: the image's size")

@@ -16,6 +16,7 @@ from ldm.data.records import BadSampleError
 from ldm.sampling.animation import Animation
 from ldm.sampling.options import Sampling
 from ldm.utils.errors import Parser, UserError
+from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
 SAMPLING = {
@@ -54,10 +55,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def sampling_parser(description: str) -> Parser:
     """A parser with the arguments that all commands for sampling share."""
     parser = Parser(description=description)
-    parser.add_argument("--model", help="a diffusers pipeline: local folder or Hub id")
+    parser.add_argument("--model", type=path_or_id, help="a diffusers pipeline: local folder or Hub id")
     what = parser.add_argument_group("what")
     what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
-    what.add_argument("--prompts", help="a file with a prompt per line, or - for standard input")
+    what.add_argument("--prompts", type=path_or_id, help="a file with a prompt per line, or - for standard input")
     what.add_argument("--label", nargs="+", default=[], help="names of classes, for a class-conditional model")
     what.add_argument("--negative", default="", help="what the image shall not show")
     what.add_argument("--count", type=int, default=1, help="images per prompt or class; default: 1")
@@ -75,8 +76,12 @@ def sampling_parser(description: str) -> Parser:
     interval = "noise levels to guide at, as shares; default: 0 1"
     how.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help=interval)
     how.add_argument("--threshold", type=float, help="dynamic thresholding of pixels, for example 0.995")
-    how.add_argument("--weaker", help="autoguidance: the weaker model, a pipeline or a checkpoint of the run")
-    how.add_argument("--classifier", help="classifier guidance: the folder of a noisy classifier; needs --label")
+    how.add_argument(
+        "--weaker", type=path_or_id, help="autoguidance: the weaker model, a pipeline or a checkpoint of the run"
+    )
+    how.add_argument(
+        "--classifier", type=path_or_id, help="classifier guidance: the folder of a noisy classifier; needs --label"
+    )
     how.add_argument("--classifier-scale", type=float, default=1.0, help="of classifier guidance; default: 1")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--batch", type=int, default=8, help="images per batch; default: 8")

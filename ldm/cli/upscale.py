@@ -13,12 +13,13 @@ from ldm.cli.generate import generate_images
 from ldm.cli.sampling_arguments import open_image, sampling_parser
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError, command
+from ldm.utils.paths import path_or_id
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = sampling_parser("Enlarges an image with a super-resolution model.")
-    parser.add_argument("--image", help="the small image")
+    parser.add_argument("--image", type=path_or_id, help="the small image")
     parser.add_argument("--noise-level", type=int, default=20, help="noise on it, 0 to 349: more invents more detail")
     generate_images(parser.parse_args(arguments), "upscale.py", prepare_inputs)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config.schema.base import expand
 from ldm.utils.errors import UserError
+from ldm.utils.paths import expand
 
 SIZE_KEYS = {
     "resolution": (int, list),
@@ -40,7 +40,7 @@ REPLACEMENTS = {
     "random_crop": "set data.crop=random",
     "keep_tokens_separator": "use keep_tokens",
     "metadata_file": "give the folder of a metadata.jsonl as data.source",
-    "is_reg": "give regularisation images as a subset of their own",
+    "is_reg": "write it into a [[datasets.subsets]]",
     "enable_wildcard": "write one caption an image",
 }
 
@@ -55,6 +55,7 @@ class Subset:
     caption_dropout_rate: float | None = None
     flip_aug: bool | None = None
     class_tokens: str = ""
+    is_reg: bool = False  # images of the class, which keep it from being forgotten
 
 
 def settings(file: Path) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def subsets(file: Path) -> list[Subset]:
             if not isinstance(subset.get("image_dir"), str):
                 raise UserError(f"{file}: a subset without image_dir; name its folder")
             options = dict(_innermost(CAPTION_KEYS, tree.get("general", {}), dataset, subset))
+            options["is_reg"] = subset.get("is_reg", False)
             try:
                 result.append(Subset(file.parent / expand(subset["image_dir"]), **options))
             except ValueError as error:
@@ -115,7 +117,7 @@ def _read(file: Path) -> dict[str, Any]:
         if not dataset.get("subsets"):
             raise UserError(f"{file}: a data set without [[datasets.subsets]]; give at least one, with image_dir")
         for subset in dataset["subsets"]:
-            _check(file, "subsets: ", subset, {**CAPTION_KEYS, "image_dir": str})
+            _check(file, "subsets: ", subset, {**CAPTION_KEYS, "image_dir": str, "is_reg": bool})
     return tree
 
 
@@ -123,7 +125,7 @@ def _check(file: Path, prefix: str, section: Any, known: Mapping[str, Any]) -> N
     if not isinstance(section, dict):
         raise UserError(f"{file}: {prefix}{section!r}; write a table of keys")
     for key, value in section.items():
-        if key in REPLACEMENTS:
+        if key in REPLACEMENTS and key not in known:
             raise UserError(f"{file}: {prefix}{key} has no meaning here; {REPLACEMENTS[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0)

@@ -20,9 +20,9 @@ from ldm.config import kohya
 from ldm.config.old_names import current_key, print_notes, rename_keys
 from ldm.config.presets import PRESETS
 from ldm.config.schema import Config, Section, as_sources
-from ldm.config.schema.base import expand
 from ldm.config.yaml_text import field_type, override_value, read_yaml
 from ldm.utils.errors import UserError
+from ldm.utils.paths import expand
 
 Kind = TypeVar("Kind", bound=Section)
 

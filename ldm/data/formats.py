@@ -128,4 +128,6 @@ def unread_format(data: bytes) -> tuple[str, str]:
     name = format_of(data[:SIGNATURE_BYTES])
     if name in _PLUGINS and name not in FORMATS:
         return f"it is {name}, which Pillow reads only with a plugin", _PLUGINS[name]
+    if name in FORMATS:
+        return f"its pixels can't be decoded (it begins as {name} does)", "fetch it anew, or remove it"
     return f"it is none of {', '.join(FORMATS)}", "convert or remove it"

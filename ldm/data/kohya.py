@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,27 +20,59 @@ MAX_SHUFFLES = 8  # tag orders of a shuffled caption: the embedding of each is c
 
 
 def read(file: Path, options: ReadOptions) -> Records:
-    """The images of every subset, named by folder and file. Where classes are read, they are `class_tokens`."""
-    for subset in subsets(file):
+    """The images of every subset, named by folder and file. Where classes are read, they are `class_tokens`.
+
+    An epoch shows regularization images (`is_reg`) as often as all the others together, as kohya's own scripts do. They
+    come last.
+    """
+    regularization, shown = list[Record](), 0
+    for subset in sorted(subsets(file), key=lambda subset: subset.is_reg):
         if not subset.folder.is_dir():
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
-        extension = subset.caption_extension  # kohya's own scripts also take it without the dot
-        extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS
-        tree = FolderTree(subset.folder)
-        for record in sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens):
-            key = f"{subset.folder.name}/{record.key}"
-            if isinstance(record, BadSample | LeftOut):
-                yield replace(record, key=key)
+        for record in _records(subset, options):
+            if not isinstance(record, Record):
+                yield record
+            elif subset.is_reg:
+                regularization.append(record)
             else:
-                yield Record(
-                    key,
-                    record.location,
-                    tuple(_shuffled(record.captions[0], key, subset)),
-                    label="" if options.label is None else label_of(subset.class_tokens),
-                    repeats=subset.num_repeats,
-                    flip=subset.flip_aug,
-                    dropout=subset.caption_dropout_rate,
-                )
+                shown += record.repeats
+                yield record
+    if regularization and not shown:
+        raise UserError(f"{file}: only regularization images; give a subset of other images, or drop is_reg")
+    for record, repeats in zip(regularization, _repeats(regularization, shown), strict=True):
+        if repeats:
+            yield replace(record, repeats=repeats)
+        else:
+            yield LeftOut(record.key, "regularization images beyond the number of the others")
+
+
+def _repeats(records: Sequence[Record], total: int) -> list[int]:
+    """How often an epoch shows each record, `total` times in all: first as often as it says, then in turns."""
+    repeats = [record.repeats for record in records]
+    left = [max(total - before, 0) for before in itertools.accumulate(repeats, initial=0)]
+    repeats = [min(own, rest) for own, rest in zip(repeats, left, strict=False)]
+    rounds, first = divmod(left[-1], max(len(records), 1))
+    return [own + rounds + (i < first) for i, own in enumerate(repeats)]
+
+
+def _records(subset: Subset, options: ReadOptions) -> Records:
+    extension = subset.caption_extension  # kohya's own scripts also take it without the dot
+    extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS
+    tree = FolderTree(subset.folder)
+    for record in sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens):
+        key = f"{subset.folder.name}/{record.key}"
+        if isinstance(record, BadSample | LeftOut):
+            yield replace(record, key=key)
+        else:
+            yield Record(
+                key,
+                record.location,
+                tuple(_shuffled(record.captions[0], key, subset)),
+                label="" if options.label is None else label_of(subset.class_tokens),
+                repeats=subset.num_repeats,
+                flip=subset.flip_aug,
+                dropout=subset.caption_dropout_rate,
+            )
 
 
 def _shuffled(caption: str, key: str, subset: Subset) -> list[str]:

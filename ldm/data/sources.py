@@ -83,16 +83,27 @@ class Sources:
         captions = [folders.class_caption(label, source.template) for label in first]
         if guessed:
             lines.append(f"captions guessed from folder names: {', '.join(map(repr, captions))}")
-        if guessed and len(captions) == 1:
-            lines.append(
-                f"warning  all images of {source.path} share the caption {captions[0]!r}; write a metadata.jsonl, or a "
-                ".txt beside each image, unless that is meant"
-            )
         if layout.repeated:
             matches = [match for key in first.values() if (match := layout.repeated_folder(key))]
             repeats = sorted(((int(match[1]), match[0]) for match in matches), reverse=True)
             lines.append(f"repeats  from folder names: {', '.join(f'{n} × {name}' for n, name in repeats)}")
         return lines
+
+    def unconfirmed_caption(self) -> str:
+        """The problem where all images of a source share a caption guessed from a folder's name; else empty."""
+        for source, kind in zip(self.configs, self.kinds, strict=True):
+            confirmed = source.kind == "classes" or source.template != "{}"
+            if kind == "classes" and not confirmed and "text" in self.conditions:
+                tree, layout = self._folder(source)
+                labels = [*folders.first_class_folders(tree, layout, 2)]
+                if len(labels) == 1 and not layout.repeated:  # `10_sks dog` is named so on purpose
+                    caption = folders.class_caption(labels[0], source.template)
+                    return (
+                        f"data.source: all images of {source.path} share the caption {caption!r}, guessed from the "
+                        "folder's name; if that is meant, give --yes or data.source.kind=classes; else write a "
+                        "metadata.jsonl, or a .txt beside each image"
+                    )
+        return ""
 
     def left_out(self) -> LeftOutCounts:
         """The files that `records` left out on purpose, of all sources read so far."""

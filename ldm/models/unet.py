@@ -14,8 +14,7 @@ from ldm.config.schema import Stage2Config
 from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES, PREDICTION_TYPE_OF
 from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
-from ldm.models.convert.autoencoder import PICKLES
-from ldm.models.weight_files import load_variant
+from ldm.models.weight_files import PICKLES, load_variant
 from ldm.utils.errors import UserError
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel without text

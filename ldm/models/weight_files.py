@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 Model = TypeVar("Model")
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("fp32", "bf16", "fp16")  # in order of preference
 KINDS = {  # part of a tensor's name → what a file with it holds
@@ -42,10 +43,17 @@ def variant_of(folder: Path) -> str | None:
 
 
 def load_variant(load: Callable[..., Model], name: str, subfolder: str | None = None, **options: Any) -> Model:
-    """Calls `load`, a `from_pretrained`, for the safetensors that a folder or Hub id has: full precision, or fp16."""
+    """Calls `load`, a `from_pretrained`, for the safetensors that a folder or Hub id has: full precision, or fp16.
+
+    ValueError where a folder has pickles instead.
+    """
     options |= {"use_safetensors": True, **({"subfolder": subfolder} if subfolder else {})}
     if Path(name).is_dir():
-        return load(name, variant=variant_of(Path(name) / (subfolder or "")), **options)
+        folder = Path(name) / (subfolder or "")
+        pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles and not any(folder.glob("*.safetensors")):
+            raise ValueError(is_pickle(pickles[0]))
+        return load(name, variant=variant_of(folder), **options)
     try:
         return load(name, **options)
     except (OSError, ValueError):
@@ -54,6 +62,14 @@ def load_variant(load: Callable[..., Model], name: str, subfolder: str | None = 
         except (OSError, ValueError):
             pass
         raise
+
+
+def is_pickle(path: Path) -> str:
+    """The line of an error for such a file."""
+    return (
+        f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of it: "
+        "torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/guides/fine-tuning.md shows it)"
+    )
 
 
 def contents(names: Iterable[str]) -> str:

@@ -47,7 +47,7 @@ PIPELINES = (
     DDIMPipeline,
     LDMPipeline,
 )
-UNUSED = {"safety_checker", "feature_extractor"}  # components of pipelines
+UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}  # components of pipelines
 Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
 UPSCALER_SCALING_FACTOR = 0.08333  # the only one that diffusers' StableDiffusionUpscalePipeline does not replace
 
@@ -67,9 +67,11 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
             components["text_encoder"] = _text_encoder(str(name), config["text_encoder"][1])
         for part in ("unet", "vae", "vqvae"):
             library, class_name = config.get(part) or ("", "")
-            if library == "diffusers" and (kind := getattr(diffusers, str(class_name), None)):
-                components[part] = load_variant(kind.from_pretrained, str(name), part)
-        pipeline = DiffusionPipeline.from_pretrained(str(name), use_safetensors=True, **components)
+            if library == "diffusers" and (component := getattr(diffusers, str(class_name), None)):
+                components[part] = load_variant(component.from_pretrained, str(name), part)
+        # its own class: DiffusionPipeline itself ignores `image_encoder=None`
+        kind = getattr(diffusers, str(config.get("_class_name")), DiffusionPipeline)
+        pipeline = kind.from_pretrained(str(name), use_safetensors=True, **components)
         facts, null = _facts(Path(name))
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,11 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 from safetensors import SafetensorError
 
 from ldm.utils import interrupt
+from ldm.utils.paths import local_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -44,7 +46,11 @@ def lost_process(error: BaseException | None) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong argument in one line, like every other error."""
+    """An argument parser that reports a wrong argument in one line, like every other error, and expands paths."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("type", Path, local_path)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -1,4 +1,4 @@
-"""What a student of few steps is batch, what its teacher would have it answer, and what a difference costs."""
+"""The methods of distillation: the student's input, the output that its teacher has it predict, and the loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class DistillationMethod(ABC):
         return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.guidance_conditioned else batch
 
     def make_batch(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> DistillationBatch:
-        """What is batch of latents x0 `(N, C, h, w)` at positions n."""
+        """The student's input from latents x0 `(N, C, h, w)` of the samples at positions n."""
         u = uniform(self.seed, "distill time", n).to(x0.device)
         eps = normal(self.seed, "distill noise", n, x0.shape[1:]).to(x0.device)
         if self.guidance_conditioned:

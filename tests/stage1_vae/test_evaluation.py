@@ -1,4 +1,4 @@
-"""What is measured and shown while the autoencoder trains: how much of it, by whom, and where it goes."""
+"""Evaluation while the autoencoder trains: which images are measured, by which process, and where results go."""
 
 from __future__ import annotations
 
@@ -31,49 +31,49 @@ Drawings = Callable[..., tuple[Config, Index]]
 
 @pytest.fixture
 def shapes(root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path]) -> Index:
-    """Eleven pictures of three sizes: four, four and three."""
-    given = [f"data.source={three_shapes([f'picture {i}' for i in range(11)])}", f"run.dir={tmp_path / 'run'}"]
-    return indexed(loader.load(root / "configs/tiny.yaml", [*given, "data.size=16", "data.buckets={step: 8}"]))
+    """Eleven images of three sizes: four, four and three."""
+    overrides = [f"data.source={three_shapes([f'image {i}' for i in range(11)])}", f"run.dir={tmp_path / 'run'}"]
+    return indexed(loader.load(root / "configs/tiny.yaml", [*overrides, "data.size=16", "data.buckets={step: 8}"]))
 
 
 @pytest.fixture
-def started(vae: Autoencoder) -> Callable[[Config], Trainer]:
-    """The beginning of a run that trains `vae`."""
+def trainer_of(vae: Autoencoder) -> Callable[[Config], Trainer]:
+    """A trainer of `vae`, at its first step."""
     return lambda settings: Trainer(settings.run, settings.stage1, "stage1", vae.vae.requires_grad_(True))
 
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
-    """The figures of all pictures, in this process alone."""
-    found = Figures(max_scales(min(min(size) for size in data.sizes)))
+    """The mean figures of all images, computed in this process alone."""
+    figures = Figures(max_scales(min(min(size) for size in data.sizes)))
     for x in iter_images(data):
-        found.add(x, vae.decode(vae.encode(x)))
-    return found.means()
+        figures.add(x, vae.decode(vae.encode(x)))
+    return figures.means()
 
 
-def test_no_more_held_out_pictures_are_measured_than_asked_for(
-    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
+def test_evaluate_images_limits_the_held_out_images_measured(
+    drawings: Drawings, trainer_of: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
     settings, data = drawings("stage1.evaluate_images=5")
-    held = data.select(*HELD_OUT)
-    assert len(held) > 5
-    run = started(settings)
-    evaluation.while_training(data, settings, run, vae.vae)
-    line = json.loads((run.folder / "metrics.jsonl").read_text())
-    found = evaluation.when_done(data, settings, vae, run)["held_out"]
-    for name, value in measured(held.subset(5), vae).items():
-        assert line[f"held_out_{name}"] == found[name] == pytest.approx(value, rel=1e-4)
-    assert found["psnr"] != pytest.approx(measured(held, vae)["psnr"], rel=1e-4)
+    held_out = data.select(*HELD_OUT)
+    assert len(held_out) > 5
+    trainer = trainer_of(settings)
+    evaluation.while_training(data, settings, trainer, vae.vae)
+    line = json.loads((trainer.folder / "metrics.jsonl").read_text())
+    final = evaluation.when_done(data, settings, vae, trainer)["held_out"]
+    for name, value in measured(held_out.subset(5), vae).items():
+        assert line[f"held_out_{name}"] == final[name] == pytest.approx(value, rel=1e-4)
+    assert final["psnr"] != pytest.approx(measured(held_out, vae)["psnr"], rel=1e-4)
 
 
 def test_figures_are_the_same_for_any_number_of_workers(
-    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
+    drawings: Drawings, trainer_of: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
-    found = []
+    results = []
     for workers in (0, 2):
         settings, data = drawings("stage1.evaluate_images=20", f"data.workers={workers}")
-        run = started(settings)
-        found.append(evaluation.when_done(data, settings, vae, run))
-    assert found[0] == found[1]
+        trainer = trainer_of(settings)
+        results.append(evaluation.when_done(data, settings, vae, trainer))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -82,25 +82,25 @@ def test_batches_are_the_same_for_any_number_of_workers(shapes: Index, processes
         expected = list(iter_images(shapes, 2, rank, processes))
         for workers in (1, 2):
             state = torch.get_rng_state()
-            found = list(iter_images(shapes, 2, rank, processes, workers))
+            batches = list(iter_images(shapes, 2, rank, processes, workers))
             assert torch.equal(torch.get_rng_state(), state)
-            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(batches, expected, strict=True))
     assert torch.equal(next(iter_images(shapes.first(1), workers=2)), next(iter_images(shapes.first(1))))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5, 13])
-def test_processes_share_all_pictures_evenly_each_once(shapes: Index, processes: int) -> None:
-    every = sorted(picture.numpy().tobytes() for x in iter_images(shapes) for picture in x)
-    assert len(set(every)) == 11
+def test_processes_split_the_images_evenly_and_read_every_image_once(shapes: Index, processes: int) -> None:
+    every_image = sorted(image.numpy().tobytes() for x in iter_images(shapes) for image in x)
+    assert len(set(every_image)) == 11
     shares = [
-        [picture.numpy().tobytes() for x in iter_images(shapes, 2, rank, processes) for picture in x]
+        [image.numpy().tobytes() for x in iter_images(shapes, 2, rank, processes) for image in x]
         for rank in range(processes)
     ]
-    assert sorted(picture for share in shares for picture in share) == every
+    assert sorted(image for share in shares for image in share) == every_image
     assert {len(share) for share in shares} <= {11 // processes, -(-11 // processes)}
 
 
-def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoencoder) -> None:
+def test_per_image_figures_of_two_processes_average_to_those_of_one(shapes: Index, vae: Autoencoder) -> None:
     parts = []
     for rank in range(2):
         figures = Figures()
@@ -111,16 +111,16 @@ def test_the_figures_of_two_shares_are_those_of_all(shapes: Index, vae: Autoenco
 
 
 @pytest.mark.slow
-def test_a_process_without_a_share_waits_for_the_others(
+def test_a_process_without_images_waits_for_the_others(
     launch: Callable[..., Process],
     finish: Callable[[Process], str],
     three_shapes: Callable[[list[str]], Path],
     root: Path,
     tmp_path: Path,
 ) -> None:
-    given = [
+    overrides = [
         f"run.dir={tmp_path / 'run'}",
-        f"data.source={three_shapes([f'picture {i}' for i in range(20)])}",
+        f"data.source={three_shapes([f'image {i}' for i in range(20)])}",
         "data.size=16",
         "data.val_fraction=0.3",
         "data.workers=2",
@@ -128,22 +128,22 @@ def test_a_process_without_a_share_waits_for_the_others(
         "stage1.steps=2",
         "run.preflight=false",
     ]
-    finish(launch("train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", *given, processes=2))
-    found = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
-    data = indexed(loader.load(root / "configs/tiny.yaml", given))
-    one = measured(data.select(*HELD_OUT).subset(1), autoencoder.load(tmp_path / "run/autoencoder"))
-    assert found["psnr"] == pytest.approx(one["psnr"], rel=1e-4)
+    finish(launch("train_ldm.py", "--config", "configs/tiny.yaml", "--stage", "1", *overrides, processes=2))
+    reported = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())["held_out"]
+    data = indexed(loader.load(root / "configs/tiny.yaml", overrides))
+    single_process = measured(data.select(*HELD_OUT).subset(1), autoencoder.load(tmp_path / "run/autoencoder"))
+    assert reported["psnr"] == pytest.approx(single_process["psnr"], rel=1e-4)
 
 
-def test_the_sheet_goes_to_the_tracker(
-    drawings: Drawings, started: Callable[[Config], Trainer], vae: Autoencoder
+def test_the_grid_of_reconstructions_is_logged_to_the_tracker(
+    drawings: Drawings, trainer_of: Callable[[Config], Trainer], vae: Autoencoder
 ) -> None:
     settings, data = drawings("run.tracker=tensorboard")
-    run = started(settings)
-    run.step = 7
-    evaluation.write_sheet(data, evaluation.rebuild_with(vae.vae, run.device), run)
-    events = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload()
+    trainer = trainer_of(settings)
+    trainer.step = 7
+    evaluation.write_sheet(data, evaluation.rebuild_with(vae.vae, trainer.device), trainer)
+    events = EventAccumulator(str(trainer.folder), size_guidance={"images": 0}).Reload()
     (logged,) = events.Images("reconstructions")
     assert logged.step == 7
-    with Image.open(run.folder / "samples/step-000007.png") as saved:
+    with Image.open(trainer.folder / "samples/step-000007.png") as saved:
         assert np.array_equal(np.array(Image.open(io.BytesIO(logged.encoded_image_string))), np.array(saved))

@@ -1,4 +1,4 @@
-"""What trains: codes, changes, a frozen encoder, alignment."""
+"""The model that stage one trains: the codebook, scaled and rotated latents, a frozen encoder, features."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from stage1_vae.alignment import Features
 from stage1_vae.model import Change, Reconstruction, draw_change, quantise, revive
 
 SMALL = {"channels": (16, 16), "layers": 1, "norm_num_groups": 8, "mid_attention": False}
-PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_quantisation_is_diffusers_own_and_gradients_pass_it_straight_through() -> None:
+def test_quantisation_matches_diffusers_and_gradients_pass_straight_through() -> None:
     torch.manual_seed(0)
     model = Reconstruction(
         build(Stage1Config(model="vq-f4", codes=16, **SMALL), 16), Stage1Config(model="vq-f4", **SMALL)
     )
-    rebuilt = model(PICTURES, torch.zeros(2, 4, 8, 8))
+    rebuilt = model(IMAGES, torch.zeros(2, 4, 8, 8))
     codes, _, (_, _, numbers) = model.vae.quantize(rebuilt.mean)
     torch.testing.assert_close(rebuilt.codes, codes)
     assert torch.equal(rebuilt.chosen, numbers)
@@ -40,7 +40,7 @@ def test_the_nearest_code_is_chosen() -> None:
     assert torch.equal(codes[0, :, 0].T, codebook[[1, 2, 0]])
 
 
-def test_dead_codes_are_placed_on_latents_and_living_ones_stay() -> None:
+def test_unused_codes_move_to_latents_and_used_ones_stay() -> None:
     torch.manual_seed(0)
     stage = Stage1Config(model="vq-f4", codes=8, **SMALL)
     model = Reconstruction(build(stage, 16), stage)
@@ -49,29 +49,29 @@ def test_dead_codes_are_placed_on_latents_and_living_ones_stay() -> None:
     model.used[:5] = 1
     assert revive(model, mean, 0, 200, lambda _: [shadow]) == 3
     assert torch.equal(codebook[:5], before[:5])
-    places = mean.permute(0, 2, 3, 1).reshape(-1, 4)
-    assert all((places == code).all(1).any() for code in codebook[5:])
+    vectors = mean.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert all((vectors == code).all(1).any() for code in codebook[5:])
     assert torch.equal(shadow[5:], codebook[5:])
     assert not model.used.any()
 
 
-def test_a_change_turns_and_shrinks_pictures_and_latents_alike() -> None:
+def test_a_change_rotates_and_shrinks_images_and_latents_alike() -> None:
     change = Change(1, 4, 6)
-    latents, pictures = torch.randn(1, 4, 8, 12), torch.randn(1, 3, 16, 24)
+    latents, pixels = torch.randn(1, 4, 8, 12), torch.randn(1, 3, 16, 24)
     assert change(latents).shape == (1, 4, 6, 4)
-    assert change(pictures, 2).shape == (1, 3, 12, 8)
-    whole = Change(1, 8, 12)
-    assert torch.equal(whole(latents), torch.rot90(latents, 1, (2, 3)))
-    down = F.interpolate(pictures, (8, 12), mode="bicubic", antialias=True)
-    torch.testing.assert_close(Change(0, 4, 6)(pictures, 2), down)
+    assert change(pixels, 2).shape == (1, 3, 12, 8)
+    rotation = Change(1, 8, 12)
+    assert torch.equal(rotation(latents), torch.rot90(latents, 1, (2, 3)))
+    down = F.interpolate(pixels, (8, 12), mode="bicubic", antialias=True)
+    torch.testing.assert_close(Change(0, 4, 6)(pixels, 2), down)
 
 
-def test_changes_come_in_the_share_of_steps_asked_for() -> None:
+def test_changes_are_drawn_in_the_configured_share_of_steps() -> None:
     drawn = [draw_change(0.25, 0, step, 16, 16) for step in range(400)]
-    found = [change for change in drawn if change]
-    assert 70 < len(found) < 130
-    assert {change.turns for change in found} == {0, 1, 2, 3}
-    assert 4 <= min(change.height for change in found) < max(change.height for change in found) <= 16
+    changes = [change for change in drawn if change]
+    assert 70 < len(changes) < 130
+    assert {change.turns for change in changes} == {0, 1, 2, 3}
+    assert 4 <= min(change.height for change in changes) < max(change.height for change in changes) <= 16
     assert drawn == [draw_change(0.25, 0, step, 16, 16) for step in range(400)]
     assert not any(draw_change(0.0, 0, step, 16, 16) for step in range(400))
 
@@ -79,26 +79,26 @@ def test_changes_come_in_the_share_of_steps_asked_for() -> None:
 def test_a_frozen_encoder_gets_no_gradient() -> None:
     stage = Stage1Config(train="decoder", init_from="x", **SMALL)
     model = Reconstruction(build(stage, 16), stage)
-    model(PICTURES, torch.zeros(2, 4, 8, 8)).pixels.mean().backward()
+    model(IMAGES, torch.zeros(2, 4, 8, 8)).pixels.mean().backward()
     assert all(p.grad is None for part in (model.vae.encoder, model.vae.quant_conv) for p in part.parameters())
     assert all(p.grad is not None for part in (model.vae.decoder, model.vae.post_quant_conv) for p in part.parameters())
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         vae = build(Stage1Config(**SMALL), 16)
         if checkpointing:
             vae.enable_gradient_checkpointing()
         model = Reconstruction(vae, Stage1Config(**SMALL))
-        model(PICTURES, torch.zeros(2, 4, 8, 8)).pixels.square().mean().backward()
-        found.append([p.grad for p in model.parameters()])
-    assert all(map(torch.equal, *found))
+        model(IMAGES, torch.zeros(2, 4, 8, 8)).pixels.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
-def test_features_are_the_encoders_patch_tokens_in_their_places(tmp_path: Path, kind: str) -> None:
+def test_features_are_the_encoders_patch_tokens_at_their_positions(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     shape = {
         "hidden_size": 16,
@@ -114,12 +114,12 @@ def test_features_are_the_encoders_patch_tokens_in_their_places(tmp_path: Path, 
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     tokens = model(pixel_values=(x / 2 + 0.5 - mean) / std).last_hidden_state
-    found = features(x, 4, 4)
+    grid = features(x, 4, 4)
     assert features.width == 16
-    torch.testing.assert_close(found[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1].detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(grid[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1].detach(), atol=1e-5, rtol=1e-4)
     assert features(x, 2, 2).shape == (2, 16, 2, 2)
 
 
-def test_what_has_no_features_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_feature_encoder_is_refused_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage1\.align\.model: can't load"):
         Features(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Stage one on a handful of pictures."""
+"""Training stage one on a few images."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from stage1_vae.objective import Objective
 from stage1_vae.train import train
 
 
-def test_training_rebuilds_its_pictures_and_normalises_latents(
+def test_training_reconstructs_its_images_and_normalises_latents(
     tmp_path: Path, drawings: Callable[..., tuple[Config, Index]]
 ) -> None:
     settings, index = drawings("stage1.steps=150", "stage1.batch=8")
@@ -37,10 +37,10 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     train(settings, index)
     trained = load_autoencoder(tmp_path / "run/autoencoder")
     losses = [json.loads(line).get("l1") for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
-    losses = [loss for loss in losses if loss]  # other lines are of held-out pictures
+    losses = [loss for loss in losses if loss]  # other lines are of held-out images
     assert losses[-1] < 0.5 * losses[0]
     facts = json.loads((tmp_path / "run/autoencoder/latents.json").read_text())
-    assert facts["images"] == 8  # the held-out ones are not among them
+    assert facts["images"] == 8  # not the held-out ones
     assert facts["combination"]["psnr"] > 8
     latents = trained.encode(next(iter_images(index.select("train")))).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
@@ -48,7 +48,7 @@ def test_training_rebuilds_its_pictures_and_normalises_latents(
     assert AutoencoderKL.from_pretrained(tmp_path / "run/autoencoder").config.scaling_factor == 1.0
 
 
-def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
+def test_lpips_matches_torchmetrics_and_gives_the_encoder_a_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -69,14 +69,14 @@ def test_lpips_gives_the_encoder_a_gradient_and_is_that_of_torchmetrics(
     torch.testing.assert_close(loss, 0.5 * reference)
 
 
-def test_the_sample_that_is_not_finite_is_named(
+def test_a_nonfinite_sample_is_named_and_its_step_skipped(
     drawings: Callable[..., tuple[Config, Index]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, index = drawings("stage1.steps=3", "stage1.batch=4", "run.log_every=1", "run.max_skipped=2")
     calls: list[int] = []
 
     def overflow(module: nn.Module, _: object, pixels: torch.Tensor) -> torch.Tensor | None:
-        """The third picture of the second batch overflows, as half precision would let it."""
+        """Makes the third image of each batch but the first overflow, as it may in half precision."""
         if not isinstance(module, Decoder):
             return None
         calls.append(0)
@@ -84,19 +84,19 @@ def test_the_sample_that_is_not_finite_is_named(
             torch.where(torch.arange(len(pixels))[:, None, None, None] == 2, torch.inf, pixels) if calls[1:] else None
         )
 
-    draws = images_of(index.select("train"), settings, 4).plan
+    plan = images_of(index.select("train"), settings, 4).plan
     hook = nn.modules.module.register_module_forward_hook(overflow)
     try:
         with pytest.raises(
-            UserError, match=f"at step 3, of sample 10, {re.escape(draws[10].entry.key)}; 2 steps in a row"
+            UserError, match=f"at step 3, of sample 10, {re.escape(plan[10].entry.key)}; 2 steps in a row"
         ):
             train(settings, index)
     finally:
         hook.remove()
-    assert f"not finite at step 2, of sample 6, {draws[6].entry.key}; the step is skipped" in capsys.readouterr().out
+    assert f"not finite at step 2, of sample 6, {plan[6].entry.key}; the step is skipped" in capsys.readouterr().out
 
 
-def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watched(
+def test_alignment_to_a_pretrained_encoder_improves_and_codebook_statistics_are_logged(
     tmp_path: Path, drawings: Callable[..., tuple[Config, Index]]
 ) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
@@ -114,9 +114,9 @@ def test_features_of_a_pretrained_encoder_draw_latents_and_the_codebook_is_watch
         "stage1.gradient_checkpointing=false",
     )
     train(settings, index)
-    said = [json.loads(line) for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
-    said = [line for line in said if "l1" in line]
-    assert said[-1]["align"] < said[0]["align"]
-    assert {"vq", "codes_used", "code_perplexity", "codes_revived"} <= said[0].keys()
-    assert said[-1]["codes_used"] > 0.2
+    logs = [json.loads(line) for line in (tmp_path / "run/stage1/metrics.jsonl").read_text().splitlines()]
+    logs = [line for line in logs if "l1" in line]
+    assert logs[-1]["align"] < logs[0]["align"]
+    assert {"vq", "codes_used", "code_perplexity", "codes_revived"} <= logs[0].keys()
+    assert logs[-1]["codes_used"] > 0.2
     assert load_autoencoder(tmp_path / "run/autoencoder").vae.config.num_vq_embeddings == 32

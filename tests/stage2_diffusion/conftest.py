@@ -1,4 +1,4 @@
-"""What tests of stage two share: settings that train them within a second or two."""
+"""Fixtures of the tests of stage two: settings that train a model within a second or two."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def small(drawn: Path, words: Path) -> list[str]:
 
 @pytest.fixture
 def few(root: Path, tmp_path: Path, small: list[str]) -> Callable[..., tuple[Config, Index]]:
-    """Small settings with overrides, and twelve drawings with four that are held out."""
+    """Small settings with overrides, and the index of twelve training and four held-out drawings."""
 
-    def given(*overrides: str) -> tuple[Config, Index]:
+    def load_few(*overrides: str) -> tuple[Config, Index]:
         settings = loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
-        everything = indexed_once(settings)
-        splits = everything.column("split")
+        index = indexed_once(settings)
+        splits = index.column("split")
         rows = [np.flatnonzero(splits == "train")[::50][:12], np.flatnonzero(splits == "combination")[::9][:4]]
-        return settings, Index(everything.table, everything.sources, everything.data, np.concatenate(rows))
+        return settings, Index(index.table, index.sources, index.data, np.concatenate(rows))
 
-    return given
+    return load_few

@@ -1,7 +1,7 @@
-"""`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums shows little.
+"""`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums hardly matters.
 
-RUNS, overrides by name, and OVERRIDES, those of all, are JSON. Each process writes to `FOLDER/shares-RANK.json` what
-share of each run's trained numbers it held.
+RUNS (overrides by run name) and OVERRIDES (those of all runs) are JSON. Each process writes to
+`FOLDER/shares-RANK.json` the share of each run's trained parameters that it held.
 """
 
 import functools
@@ -27,19 +27,20 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.train import train
 
 
-def wide(value: Any) -> Any:
+def to_float64(value: Any) -> Any:
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def in_float64(forward: Any) -> Any:
     @functools.wraps(forward)
-    def widened(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(network, *map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+    def forward_float64(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: to_float64(value) for name, value in kwargs.items()}
+        return forward(network, *map(to_float64, args), **kwargs)
 
-    return widened
+    return forward_float64
 
 
-def record_share(module: torch.nn.Module, _: Any) -> None:
+def record_shares(module: torch.nn.Module, _: Any) -> None:
     if isinstance(module, Denoiser) and module.training:
         parameters = [p for p in module.parameters() if p.requires_grad]
         shares[name] = sum(to_local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
@@ -47,7 +48,7 @@ def record_share(module: torch.nn.Module, _: Any) -> None:
 
 world, folder, runs, overrides = sys.argv[1:]
 shares: dict[str, float] = {}
-torch.nn.modules.module.register_module_forward_pre_hook(record_share)
+torch.nn.modules.module.register_module_forward_pre_hook(record_shares)
 torch.set_default_dtype(torch.float64)
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)

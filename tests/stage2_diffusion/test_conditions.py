@@ -1,4 +1,4 @@
-"""What the U-Net is told in training, and how often it is not."""
+"""The conditions that the U-Net is trained with, and how often they are dropped."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.masks import random_mask
 
 N, CLASSES = 20_000, 5
-Make = Callable[..., Conditions]
+BuildConditions = Callable[..., Conditions]
 
 
 @pytest.fixture
-def conditions(root: Path, vae: Autoencoder) -> Make:
-    def given(*overrides: str) -> Conditions:
+def conditions(root: Path, vae: Autoencoder) -> BuildConditions:
+    def build_conditions(*overrides: str) -> Conditions:
         keys = [f"stage2.{override}" for override in overrides]
         return Conditions(loader.load(root / "configs/tiny.yaml", ["data.size=16", *keys]), vae, None, CLASSES)
 
-    return given
+    return build_conditions
 
 
 def batch(n: torch.Tensor, side: int = 1, rate: float = 0.0) -> dict[str, Any]:
@@ -41,39 +41,39 @@ def batch(n: torch.Tensor, side: int = 1, rate: float = 0.0) -> dict[str, Any]:
     return {"position": n, "class": label, "dropout": torch.full((len(n),), rate), "pixels": pixels * 2 - 1, **sizes}
 
 
-def said(conditions: Conditions, n: torch.Tensor, **given: Any) -> tuple[Condition, Any, dict[str, torch.Tensor]]:
-    return conditions(batch(n, **given), torch.zeros(len(n), 4, 8, 8), torch.ones(len(n), 2, 3))
+def apply(conditions: Conditions, n: torch.Tensor, **options: Any) -> tuple[Condition, Any, dict[str, torch.Tensor]]:
+    return conditions(batch(n, **options), torch.zeros(len(n), 4, 8, 8), torch.ones(len(n), 2, 3))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_captions_and_classes_are_dropped_at_the_same_positions_and_at_their_rate(
-    conditions: Make, rate: float
+    conditions: BuildConditions, rate: float
 ) -> None:
     n = torch.arange(N)
-    condition, dropped, rates = said(conditions("conditions=[text, class]"), n, rate=rate)
+    condition, dropped, rates = apply(conditions("conditions=[text, class]"), n, rate=rate)
     assert abs(float(dropped.float().mean()) - rate) <= 4 * math.sqrt(rate * (1 - rate) / N)
     assert rates.keys() == {"dropped"}
     assert float(rates["dropped"]) == pytest.approx(float(dropped.float().mean()))
     assert torch.equal(condition.label, torch.where(dropped | (n % 7 == 0), CLASSES, n % CLASSES))
 
 
-def test_dropped_each_on_its_own_captions_and_classes_have_nothing_to_do_with_each_other(conditions: Make) -> None:
+def test_dropout_each_drops_captions_and_classes_independently(conditions: BuildConditions) -> None:
     n, rate = torch.arange(N), 0.2
-    condition, dropped, rates = said(conditions("conditions=[text, class]", "dropout_each=true"), n, rate=rate)
+    condition, dropped, rates = apply(conditions("conditions=[text, class]", "dropout_each=true"), n, rate=rate)
     labelled = n % 7 != 0
     unlabelled = condition.label == CLASSES
-    for each in (dropped, unlabelled[labelled]):
-        assert abs(float(each.float().mean()) - rate) <= 4 * math.sqrt(rate * (1 - rate) / len(each))
+    for drops in (dropped, unlabelled[labelled]):
+        assert abs(float(drops.float().mean()) - rate) <= 4 * math.sqrt(rate * (1 - rate) / len(drops))
     pair = torch.stack([dropped[labelled], unlabelled[labelled]]).double()
     assert abs(float(torch.corrcoef(pair)[0, 1])) <= 4 / math.sqrt(pair.shape[1])
     assert float(rates["dropped"]) == pytest.approx(float(dropped.float().mean()))
     assert abs(float(rates["dropped_class"]) - rate) <= 4 * math.sqrt(rate * (1 - rate) / N)
 
 
-def test_each_sample_is_dropped_at_a_rate_of_its_own(conditions: Make) -> None:
-    given = batch(torch.arange(N))
-    given["dropout"] = torch.where(torch.arange(N) % 2 == 0, 0.0, 0.4)
-    _, dropped, _ = conditions("conditions=[text]")(given, torch.zeros(N, 4, 1, 1), torch.ones(N, 1, 1))
+def test_a_sample_is_dropped_at_its_own_rate(conditions: BuildConditions) -> None:
+    samples = batch(torch.arange(N))
+    samples["dropout"] = torch.where(torch.arange(N) % 2 == 0, 0.0, 0.4)
+    _, dropped, _ = conditions("conditions=[text]")(samples, torch.zeros(N, 4, 1, 1), torch.ones(N, 1, 1))
     assert not bool(dropped[::2].any())
     assert abs(float(dropped[1::2].float().mean()) - 0.4) <= 4 * math.sqrt(0.24 / (N / 2))
 
@@ -82,43 +82,43 @@ def test_each_sample_is_dropped_at_a_rate_of_its_own(conditions: Make) -> None:
     "conditions_of",
     ["[text, class]", "[text, size]", "[text, inpaint]", "[text, upscale]", "[text, class, size, inpaint]"],
 )
-def test_the_conditions_of_a_batch_are_those_of_its_parts(conditions: Make, conditions_of: str) -> None:
-    made = conditions(f"conditions={conditions_of}")
+def test_the_conditions_of_a_batch_are_those_of_its_parts(conditions: BuildConditions, conditions_of: str) -> None:
+    conditioning = conditions(f"conditions={conditions_of}")
     n = torch.arange(100, 112)
-    whole, dropped, _ = said(made, n, side=16, rate=0.5)
+    full_batch, dropped, _ = apply(conditioning, n, side=16, rate=0.5)
     for part in (slice(0, 6), slice(6, 12), slice(3, 4)):
-        condition, missing, _ = said(made, n[part], side=16, rate=0.5)
+        condition, missing, _ = apply(conditioning, n[part], side=16, rate=0.5)
         assert torch.equal(missing, dropped[part])
-        for some, all_of_them in zip(condition, whole, strict=True):
-            assert (some is None) == (all_of_them is None)
-            if some is not None:  # convolutions round by the batch's size
-                torch.testing.assert_close(some, all_of_them[part], atol=1e-5, rtol=1e-5)
+        for tensor, of_full_batch in zip(condition, full_batch, strict=True):
+            assert (tensor is None) == (of_full_batch is None)
+            if tensor is not None:  # convolutions round by the batch's size
+                torch.testing.assert_close(tensor, of_full_batch[part], atol=1e-5, rtol=1e-5)
 
 
-def test_sizes_are_heights_before_widths_and_the_crops_top_before_its_left(conditions: Make) -> None:
+def test_sizes_are_height_before_width_and_crops_top_before_left(conditions: BuildConditions) -> None:
     n = torch.tensor([1, 2])
-    condition, _, _ = said(conditions("conditions=[text, size]"), n)
+    condition, _, _ = apply(conditions("conditions=[text, size]"), n)
     assert condition.sizes.tolist() == [[201, 101, 1, 1, 16, 16], [202, 102, 2, 2, 16, 16]]
     assert condition.sizes.dtype == torch.float32
 
 
-def test_an_inpainting_model_sees_the_mask_and_the_picture_without_what_it_shall_make(
-    conditions: Make, vae: Autoencoder
-) -> None:
+def test_an_inpainting_model_sees_the_mask_and_the_masked_image(conditions: BuildConditions, vae: Autoencoder) -> None:
     n = torch.arange(6)
-    condition, _, _ = said(conditions("conditions=[text, inpaint]"), n, side=16)
+    condition, _, _ = apply(conditions("conditions=[text, inpaint]"), n, side=16)
     mask = torch.stack([random_mask(generator(0, "hole", int(i)), 16, 16) for i in n])
     pixels = batch(n, side=16)["pixels"]
     assert torch.equal(condition.image, mask_and_masked_latents(mask, vae.encode(pixels * (1 - mask))))
     assert condition.image.shape == (6, 5, 8, 8)
-    wild = torch.where(mask.bool(), torch.randn_like(pixels), pixels)
-    other, _, _ = conditions("conditions=[text, inpaint]")({**batch(n), "pixels": wild}, torch.zeros(6, 4, 8, 8), None)
-    assert torch.equal(other.image, condition.image)  # nothing of what is in the hole shows
+    altered = torch.where(mask.bool(), torch.randn_like(pixels), pixels)
+    other, _, _ = conditions("conditions=[text, inpaint]")(
+        {**batch(n), "pixels": altered}, torch.zeros(6, 4, 8, 8), None
+    )
+    assert torch.equal(other.image, condition.image)  # the masked pixels have no influence
 
 
-def test_an_upscaler_sees_the_small_picture_with_noise_of_the_level_that_it_is_told(conditions: Make) -> None:
+def test_an_upscaler_sees_the_small_image_with_noise_of_its_noise_level(conditions: BuildConditions) -> None:
     n = torch.arange(2000)
-    condition, _, _ = said(conditions("conditions=[text, upscale]"), n, side=4)
+    condition, _, _ = apply(conditions("conditions=[text, upscale]"), n, side=4)
     level = condition.label
     assert 0 <= int(level.min()) <= 5
     assert NOISIEST - 5 <= int(level.max()) < NOISIEST
@@ -129,17 +129,17 @@ def test_an_upscaler_sees_the_small_picture_with_noise_of_the_level_that_it_is_t
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (64, 64), (40, 96)])
-def test_holes_are_of_every_size_and_never_nothing(height: int, width: int) -> None:
+def test_masks_have_every_size_and_are_never_empty(height: int, width: int) -> None:
     masks = torch.stack([random_mask(generator(0, "hole", i), height, width) for i in range(600)])
     assert masks.shape == (600, 1, height, width)
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     shares = masks.flatten(1).mean(1)
     assert float(shares.min()) >= 0.01
-    whole = shares == 1  # a tenth is drawn whole, and a few boxes or strokes happen to be
-    assert 0.05 < float(whole.float().mean()) < 0.2
-    rows, columns = masks[:, 0].amax(2), masks[:, 0].amax(1)  # where there is any of it
+    full = shares == 1  # a tenth are drawn full; a few boxes or strokes also cover the image
+    assert 0.05 < float(full.float().mean()) < 0.2
+    rows, columns = masks[:, 0].amax(2), masks[:, 0].amax(1)  # rows and columns that are masked anywhere
     filled = shares == rows.mean(1) * columns.mean(1)
-    box = filled & ~whole
+    box = filled & ~full
     side = box & ((rows.mean(1) == 1) | (columns.mean(1) == 1))
     strokes = ~filled
     for kind in (box & ~side, side, strokes):

@@ -1,4 +1,4 @@
-"""Stage two from Python."""
+"""`FolderTrainer`: stage two from Python."""
 
 from __future__ import annotations
 
@@ -29,47 +29,49 @@ KEYS = {
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
 }
-Make = Callable[..., FolderTrainer]
+BuildTrainer = Callable[..., FolderTrainer]
 
 
-def draw(path: Path) -> None:
+def write_random_image(path: Path) -> None:
     rng = np.random.default_rng([*path.name.encode()])
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(6):
-        draw(folder / f"{i}.png")
+        write_random_image(folder / f"{i}.png")
     return folder
 
 
 @pytest.fixture
-def make(pictures: Path, tmp_path: Path) -> Make:
-    def made(process: DiffusionProcess, **keys: Any) -> FolderTrainer:
-        return FolderTrainer(process, pictures, run=tmp_path / "run", **{**KEYS, **keys})
+def build_trainer(image_folder: Path, tmp_path: Path) -> BuildTrainer:
+    def build(process: DiffusionProcess, **keys: Any) -> FolderTrainer:
+        return FolderTrainer(process, image_folder, run=tmp_path / "run", **{**KEYS, **keys})
 
-    return made
+    return build
 
 
-def test_a_finished_run_gives_its_model_until_its_pictures_change(make: Make, pictures: Path) -> None:
+def test_a_finished_run_returns_its_model_until_its_data_changes(
+    build_trainer: BuildTrainer, image_folder: Path
+) -> None:
     process = DiffusionProcess("eps", "cosine")
-    made = make(process).train()(count=2, seed=1, num_inference_steps=2)
-    again = make(process).train()(count=2, seed=1, num_inference_steps=2)
-    assert [each.tobytes() for each in again] == [each.tobytes() for each in made]
-    draw(pictures / "new.png")
+    first = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
+    again = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
+    write_random_image(image_folder / "new.png")
     with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
-        make(process).train()
+        build_trainer(process).train()
 
 
-def test_a_run_trained_longer_has_the_bits_of_one_trained_so_at_once(make: Make, tmp_path: Path) -> None:
+def test_a_run_trained_longer_equals_one_trained_in_one_go(build_trainer: BuildTrainer, tmp_path: Path) -> None:
     process, name = DiffusionProcess("v", "cosine"), "pipeline/unet/diffusion_pytorch_model.safetensors"
-    make(process, steps=2).train()
+    build_trainer(process, steps=2).train()
     before = (tmp_path / "run" / name).read_bytes()
-    make(process, steps=5).train()
-    make(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
+    build_trainer(process, steps=5).train()
+    build_trainer(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
     assert (tmp_path / "run/pipeline-2" / name.partition("/")[2]).read_bytes() == before
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes() != before
 
@@ -83,33 +85,35 @@ def test_a_run_trained_longer_has_the_bits_of_one_trained_so_at_once(make: Make,
         (DiffusionProcess("flow", timestep_sampling="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
     ],
 )
-def test_every_process_is_trained_and_sampled(process: DiffusionProcess, kind: str, steps: int, make: Make) -> None:
-    trainer = make(process)
+def test_every_process_is_trained_and_sampled(
+    process: DiffusionProcess, kind: str, steps: int, build_trainer: BuildTrainer
+) -> None:
+    trainer = build_trainer(process)
     assert DiffusionProcess.of(trainer.config.stage2) == process
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps
-    (picture,) = model(num_inference_steps=3)
-    assert picture.size == (16, 16)
+    (image,) = model(num_inference_steps=3)
+    assert image.size == (16, 16)
 
 
-def test_captions_and_an_autoencoder_that_was_saved(
-    make: Make, pictures: Path, vae: Autoencoder, words: Path, tmp_path: Path
+def test_captions_and_a_saved_autoencoder(
+    build_trainer: BuildTrainer, image_folder: Path, vae: Autoencoder, words: Path, tmp_path: Path
 ) -> None:
-    for path in pictures.glob("*.png"):
-        path.with_suffix(".txt").write_text(f"a picture {path.stem}")
+    for path in image_folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"an image {path.stem}")
     vae.save(tmp_path / "autoencoder")
-    told = {"text__model": str(words), "text__max_tokens": 8, "sample__prompts": ["a picture 1"]}
-    trainer = make(DiffusionProcess("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **told)
+    keys = {"text__model": str(words), "text__max_tokens": 8, "sample__prompts": ["an image 1"]}
+    trainer = build_trainer(DiffusionProcess("v"), conditions=("text",), autoencoder=tmp_path / "autoencoder", **keys)
     model = trainer.train()
     assert model.autoencoder.fingerprint() == vae.fingerprint()
-    assert model("a picture 1", num_inference_steps=2)[0].size == (16, 16)
+    assert model("an image 1", num_inference_steps=2)[0].size == (16, 16)
     assert "a text-to-image latent" in (tmp_path / "run/README.md").read_text().lower()
     assert list((tmp_path / "run/stage2/samples").glob("*.png"))
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"stage2__chanels": [8]}, r"unknown key 'stage2\.chanels'; did you mean 'channels'\?"),
         ({"stage4__steps": 3}, r"unknown key 'stage4'; did you mean 'stage[12]'\?"),
@@ -122,13 +126,13 @@ def test_captions_and_an_autoencoder_that_was_saved(
         ({"batch": 0}, r"stage2\.batch: 0"),
     ],
 )
-def test_a_wrong_argument_is_one_line(keys: dict[str, Any], says: str, make: Make) -> None:
+def test_a_wrong_argument_is_one_line(keys: dict[str, Any], message: str, build_trainer: BuildTrainer) -> None:
     with pytest.raises(UserError) as caught:
-        make(**{"process": DiffusionProcess("eps", "cosine"), **keys})
-    assert re.search(says, str(caught.value)), caught.value
+        build_trainer(**{"process": DiffusionProcess("eps", "cosine"), **keys})
+    assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
 
 
-def test_a_named_unet_has_its_own_shape_but_for_the_keys_given(pictures: Path) -> None:
-    stage = FolderTrainer(DiffusionProcess("v"), pictures, stage2__model="unet-34m", stage2__layers=3).config.stage2
+def test_a_preset_unet_keeps_its_shape_except_for_overridden_keys(image_folder: Path) -> None:
+    stage = FolderTrainer(DiffusionProcess("v"), image_folder, stage2__model="unet-34m", stage2__layers=3).config.stage2
     assert (stage.channels, stage.attention, stage.layers) == ((96, 192, 256), (False, True, True), 3)

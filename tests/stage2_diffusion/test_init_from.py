@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that starts from a whole checkpoint, and one that starts from what another run made."""
+"""Fine-tuning: runs that start from a single-file checkpoint or from the pipeline of another run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.sampling.solvers import scheduler
 from ldm.training import checks
 from ldm.utils.errors import UserError
 
-LITTLE = [
+OVERRIDES = [
     "run.tracker=none",
     "run.precision=no",
     "data.size=16",
@@ -36,12 +36,12 @@ LITTLE = [
     "sample.steps=2",
     "text.max_tokens=8",
 ]
-STILL = ["stage2.lr=1e-30", "stage2.weight_decay=0"]
+FROZEN = ["stage2.lr=1e-30", "stage2.weight_decay=0"]
 ONE_LEVEL = ["stage2.channels=[16]", "stage2.attention=[true]", "stage2.pooled_text=false"]
 
 
-def checkpoint(path: Path, model: UNet2DConditionModel, vae: Autoencoder) -> Path:
-    """A U-Net and its autoencoder in one file of the original layout."""
+def write_checkpoint(path: Path, model: UNet2DConditionModel, vae: Autoencoder) -> Path:
+    """Writes a U-Net and its autoencoder to one file in CompVis' original layout."""
     tensors = in_original_layout(model)
     single_file.write(vae.vae, path)
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in load_file(path).items()}
@@ -50,14 +50,14 @@ def checkpoint(path: Path, model: UNet2DConditionModel, vae: Autoencoder) -> Pat
 
 
 def assert_same(path: Path, other: Path) -> None:
-    ours, theirs = load_file(path), load_file(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():  # 1e-30 is what STILL adds to a weight that is 0
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-25, msg=name)
+    tensors, expected = load_file(path), load_file(other)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():  # 1e-30 is what FROZEN adds to a weight that is 0
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-25, msg=name)
 
 
 @pytest.mark.slow
-def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
+def test_a_single_file_checkpoint_is_fine_tuned_and_then_the_resulting_pipeline(
     root: Path,
     tmp_path: Path,
     words: Path,
@@ -65,71 +65,73 @@ def test_a_whole_checkpoint_is_fine_tuned_and_then_the_run_that_came_of_it(
     three_shapes: Callable[[list[str]], Path],
     train: Callable[..., str],
 ) -> None:
-    pictures = three_shapes(["a red heart", "a green square", "a fox", "a crown"])
-    given = [*LITTLE, f"data.source={pictures}", f"data.cache_dir={tmp_path / 'cache'}"]
-    stage = loader.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
+    images = three_shapes(["a red heart", "a green square", "a fox", "a crown"])
+    shared = [*OVERRIDES, f"data.source={images}", f"data.cache_dir={tmp_path / 'cache'}"]
+    stage = loader.load(root / "configs/tiny.yaml", [*OVERRIDES, *ONE_LEVEL]).stage2
     torch.manual_seed(1)
     start = unet.build(stage, 4, 8, 16)
-    file = checkpoint(tmp_path / "model.safetensors", start, vae)
-    plan_of_it = [f"stage1.pretrained={file}", f"stage2.init_from={file}", f"text.model={words}"]
+    file = write_checkpoint(tmp_path / "model.safetensors", start, vae)
+    from_file = [f"stage1.pretrained={file}", f"stage2.init_from={file}", f"text.model={words}"]
 
-    said = train(tmp_path / "none", *given, *plan_of_it, "--dry-run")  # stage2.channels are others, and don't count
-    assert f"{sum(p.numel() for p in start.parameters()) / 1e6:,.2f} M" in said
-    still = train(tmp_path / "still", *given, *plan_of_it, *STILL)
-    assert "finished" in still
+    # The checkpoint's channels replace stage2.channels.
+    output = train(tmp_path / "none", *shared, *from_file, "--dry-run")
+    assert f"{sum(p.numel() for p in start.parameters()) / 1e6:,.2f} M" in output
+    output = train(tmp_path / "frozen", *shared, *from_file, *FROZEN)
+    assert "finished" in output
     part = "pipeline/unet/diffusion_pytorch_model.safetensors"
     start.save_pretrained(tmp_path / "start")
-    assert_same(tmp_path / "still" / part, tmp_path / "start/diffusion_pytorch_model.safetensors")
-    card = (tmp_path / "still/README.md").read_text()
+    assert_same(tmp_path / "frozen" / part, tmp_path / "start/diffusion_pytorch_model.safetensors")
+    card = (tmp_path / "frozen/README.md").read_text()
     assert f"| U-Net | {file}, 2 steps of 4 |" in card
 
     first = tmp_path / "first"
-    train(first, *given, *plan_of_it, "stage2.uncond_embedding=learned", "text.train=true")
-    moved = load_file(first / part)["conv_in.weight"] - load_file(tmp_path / "still" / part)["conv_in.weight"]
+    train(first, *shared, *from_file, "stage2.uncond_embedding=learned", "text.train=true")
+    moved = load_file(first / part)["conv_in.weight"] - load_file(tmp_path / "frozen" / part)["conv_in.weight"]
     assert float(moved.abs().max()) > 1e-5
     assert (first / "pipeline/null.safetensors").exists()
-    whole = first / "pipeline"
+    pretrained = first / "pipeline"
     train(
         tmp_path / "second",
-        *given,
-        f"stage1.pretrained={whole}",
-        f"stage2.init_from={whole}",
-        f"text.model={whole}",
-        *STILL,
+        *shared,
+        f"stage1.pretrained={pretrained}",
+        f"stage2.init_from={pretrained}",
+        f"text.model={pretrained}",
+        *FROZEN,
     )
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        assert_same(tmp_path / f"second/pipeline/{part}.safetensors", whole / f"{part}.safetensors")
+        assert_same(tmp_path / f"second/pipeline/{part}.safetensors", pretrained / f"{part}.safetensors")
     model = LatentDiffusion.load(tmp_path / "second/pipeline", "cpu")
     assert model("a fox", num_inference_steps=1)[0].size == (16, 16)
 
 
-def pipeline(root: Path, folder: Path, words: Path, vae: Autoencoder) -> Path:
-    stage = loader.load(root / "configs/tiny.yaml", [*LITTLE, *ONE_LEVEL]).stage2
+def save_pipeline(root: Path, folder: Path, words: Path, vae: Autoencoder) -> Path:
+    """Saves an untrained text-to-image pipeline."""
+    stage = loader.load(root / "configs/tiny.yaml", [*OVERRIDES, *ONE_LEVEL]).stage2
     encoder = text_encoder.load(str(words), 8)
     LatentDiffusion(encoder, unet.build(stage, 4, 8, 16), vae, scheduler(DiffusionProcess("eps"), "ddim")).save(folder)
     return folder
 
 
-def test_a_pipeline_gives_its_text_encoder(root: Path, tmp_path: Path, words: Path, vae: Autoencoder) -> None:
-    whole = pipeline(root, tmp_path / "pipeline", words, vae)
-    expected, found = text_encoder.load(str(words), 8), text_encoder.load(str(whole))
+def test_the_text_encoder_of_a_pipeline_is_loaded(root: Path, tmp_path: Path, words: Path, vae: Autoencoder) -> None:
+    folder = save_pipeline(root, tmp_path / "pipeline", words, vae)
+    expected, loaded = text_encoder.load(str(words), 8), text_encoder.load(str(folder))
     prompts = ["red heart", "woman astronaut, light skin tone"]
-    assert (found.length, found.width) == (8, 16)
-    assert torch.equal(found.encode(prompts), expected.encode(prompts))
-    assert found.fingerprint() == expected.fingerprint()  # so caches of embeddings stay valid
-    index = json.loads((whole / "model_index.json").read_text())
+    assert (loaded.length, loaded.width) == (8, 16)
+    assert torch.equal(loaded.encode(prompts), expected.encode(prompts))
+    assert loaded.fingerprint() == expected.fingerprint()  # so caches of embeddings stay valid
+    index = json.loads((folder / "model_index.json").read_text())
     for parts in ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, {"text_encoder": [None, None]}):
-        (whole / "model_index.json").write_text(json.dumps(index | parts))
+        (folder / "model_index.json").write_text(json.dumps(index | parts))
         with pytest.raises(UserError, match=r"text\.model: the pipeline .* has no text encoder, or several"):
-            text_encoder.load(str(whole))
+            text_encoder.load(str(folder))
     with pytest.raises(UserError, match=r"text\.model: .*model\.safetensors is a file; a text encoder is a folder"):
         text_encoder.load(str(words / "model.safetensors"))
 
 
-def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
+def test_only_the_text_encoder_of_a_hub_pipeline_is_downloaded(
     root: Path, tmp_path: Path, words: Path, vae: Autoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub, local = pipeline(root, tmp_path / "hub", words, vae), tmp_path / "local"
+    hub, local = save_pipeline(root, tmp_path / "hub", words, vae), tmp_path / "local"
     files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
 
     def fetch(_name: str, allow_patterns: str | list[str]) -> str:
@@ -143,7 +145,7 @@ def test_of_a_pipeline_on_the_hub_only_the_text_encoder_is_fetched(
     assert {path.name for path in local.iterdir()} == {"model_index.json", "text_encoder", "tokenizer"}
 
 
-def test_a_pipeline_gives_its_autoencoder_under_each_name(tmp_path: Path, vae: Autoencoder) -> None:
+def test_the_autoencoder_of_an_ldm_pipeline_is_loaded(tmp_path: Path, vae: Autoencoder) -> None:
     LDMPipeline(
         vae.vae,
         UNet2DModel(
@@ -154,20 +156,20 @@ def test_a_pipeline_gives_its_autoencoder_under_each_name(tmp_path: Path, vae: A
     assert autoencoder.load(tmp_path).fingerprint() == vae.fingerprint()
 
 
-def test_a_unet_whose_latents_would_be_trained_anew_is_refused(
+def test_a_pretrained_unet_without_a_pretrained_autoencoder_is_refused(
     root: Path, tmp_path: Path, words: Path, vae: Autoencoder
 ) -> None:
-    whole = pipeline(root, tmp_path / "pipeline", words, vae)
-    given = [*LITTLE, f"stage2.init_from={whole}", f"text.model={whole}", f"run.dir={tmp_path / 'run'}"]
+    folder = save_pipeline(root, tmp_path / "pipeline", words, vae)
+    overrides = [*OVERRIDES, f"stage2.init_from={folder}", f"text.model={folder}", f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"stage2\.init_from: .* latents of its own .* set stage1\.pretrained"):
-        checks.check(loader.load(root / "configs/tiny.yaml", given), 1)
-    checks.check(loader.load(root / "configs/tiny.yaml", [*given, f"stage1.pretrained={whole}"]), 1)
+        checks.check(loader.load(root / "configs/tiny.yaml", overrides), 1)
+    checks.check(loader.load(root / "configs/tiny.yaml", [*overrides, f"stage1.pretrained={folder}"]), 1)
     with pytest.raises(UserError, match=r"text\.model: has 384 channels, but .* cross_attention_dim 16"):
-        checks.check(loader.load(root / "configs/tiny.yaml", [*given, "text.model=" + text_encoder.MINILM]), 1)
+        checks.check(loader.load(root / "configs/tiny.yaml", [*overrides, "text.model=" + text_encoder.MINILM]), 1)
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ([], ""),
         (["stage2.beta_schedule=cosine"], "√ᾱ up to 0."),
@@ -175,21 +177,22 @@ def test_a_unet_whose_latents_would_be_trained_anew_is_refused(
         (["stage2.shift=1.5"], "was trained with other noise levels"),
     ],
 )
-def test_other_noise_levels_than_those_of_the_start_are_warned_of(
+def test_noise_levels_that_differ_from_the_pretrained_models_are_warned_of(
     root: Path,
     tmp_path: Path,
     words: Path,
     vae: Autoencoder,
     capsys: pytest.CaptureFixture[str],
     keys: list[str],
-    says: str,
+    message: str,
 ) -> None:
-    whole = pipeline(root, tmp_path / "pipeline", words, vae)
-    theirs = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    for written in (None, PNDMScheduler(**theirs), EulerDiscreteScheduler(**theirs)):  # as published pipelines have
-        if written:
-            written.save_pretrained(whole / "scheduler")
-        given = [*LITTLE, *(f"{key}={whole}" for key in ("stage1.pretrained", "stage2.init_from", "text.model")), *keys]
-        checks.check(loader.load(root / "configs/tiny.yaml", given), 1)
-        said = capsys.readouterr().err
-        assert says in said if says else not said
+    folder = save_pipeline(root, tmp_path / "pipeline", words, vae)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for published in (None, PNDMScheduler(**betas), EulerDiscreteScheduler(**betas)):  # None: the pipeline's own
+        if published:
+            published.save_pretrained(folder / "scheduler")
+        pretrained = [f"{key}={folder}" for key in ("stage1.pretrained", "stage2.init_from", "text.model")]
+        overrides = [*OVERRIDES, *pretrained, *keys]
+        checks.check(loader.load(root / "configs/tiny.yaml", overrides), 1)
+        stderr = capsys.readouterr().err
+        assert message in stderr if message else not stderr

@@ -1,4 +1,4 @@
-"""The figures of a finished run, and the bounds that they are made of."""
+"""Likelihood bounds: the table of a finished run, and the terms of the bounds against closed forms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.models.autoencoder import Autoencoder
 from stage2_diffusion import likelihood
 
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "chain": (("stage2.prediction_type=v", "stage2.conditions=[text, class, size]"), {"small", "large"}),
+    "ddpm": (("stage2.prediction_type=v", "stage2.conditions=[text, class, size]"), {"small", "large"}),
     "learned variance": (("stage2.process=improved-ddpm", "sample.solver=ddpm"), {"small", "large", "learned"}),
     "learned schedule": (("stage2.process=variational",), {"small", "large"}),
     "flow": (("stage2.prediction_type=flow", "stage2.conditions=[]"), set()),
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_every_kind_of_run_gets_its_table(
+def test_every_kind_of_run_gets_a_table(
     name: str, root: Path, tmp_path: Path, small: list[str], vae: Autoencoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vae.save(tmp_path / "vae")
@@ -49,9 +49,9 @@ def test_every_kind_of_run_gets_its_table(
     assert train_ldm.main(["--config", str(root / "configs/tiny.yaml"), *shared, *keys]) == 0
     capsys.readouterr()
     options = ["--count", "3", "--steps", "20", "4", "--ode-steps", "3"]
-    status, said = likelihood.main([str(run), *options]), capsys.readouterr()
-    assert status == 0, said.err
-    lines = [line for line in said.out.splitlines() if not line.startswith("data ")]
+    status, captured = likelihood.main([str(run), *options]), capsys.readouterr()
+    assert status == 0, captured.err
+    lines = [line for line in captured.out.splitlines() if not line.startswith("data ")]
     dimensions, unit = ("768", "bits/dim") if name == "pixels" else ("256", "nats/dim")
     assert lines[0] == f"3 held-out images, {dimensions} dimensions, {unit}"
     rows = [
@@ -61,14 +61,14 @@ def test_every_kind_of_run_gets_its_table(
         (steps, kind) for steps in ("20", "4") for kind in ("small", "large", "learned") if kind in variances
     ]
     for row in rows:
-        assert len(row) == (5 if name == "pixels" else 6)  # bits of pixels, where there is an autoencoder
+        assert len(row) == (5 if name == "pixels" else 6)  # with an autoencoder, also bits per pixel dimension
         assert all(math.isfinite(float(value)) for value in row[2:])
     (ode,) = [line.split() for line in lines if "ODE" in line]
     assert math.isfinite(float(ode[2]))
     drawn = [line.split()[0] for line in lines if "mean" in line]
     schedules = ["log_linear", "cosine", "learned"] if name == "learned schedule" else ["log_linear", "cosine"]
     assert drawn == ([] if name == "flow" else schedules)
-    assert "nan" not in said.out
+    assert "nan" not in captured.out
 
 
 def random_schedule(seed: int) -> likelihood.NoiseLevels:
@@ -77,32 +77,32 @@ def random_schedule(seed: int) -> likelihood.NoiseLevels:
     with torch.no_grad():
         for parameter in schedule.parameters():
             parameter += 0.5 * torch.randn_like(parameter) * parameter.abs().clamp(min=0.05)
-    return lambda u: tuple(each.detach() for each in schedule.draw(u))
+    return lambda u: tuple(tensor.detach() for tensor in schedule.draw(u))
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
 @pytest.mark.parametrize(
     "levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(0), random_schedule(1)]
 )
-def test_every_schedule_gives_the_bound_the_same_mean(target: str, levels: likelihood.NoiseLevels) -> None:
+def test_the_mean_bound_does_not_depend_on_the_schedule(target: str, levels: likelihood.NoiseLevels) -> None:
     """½∫(1 − σ²)dλ = ½∫sigmoid(λ)dλ between the ends, for standard normal data, whose ε̂ is σ·x_t."""
     process = DiffusionProcess(target, "log_linear", timesteps=4000)
 
-    def best(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def perfect(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = process.alpha_sigma(t)
         return process.target_from(alpha * x, sigma * x, t)
 
     x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = likelihood.one_sample_bounds(process, best, x0, levels)
-    assert found.shape == (64, 64)
+    bounds = likelihood.one_sample_bounds(process, perfect, x0, levels)
+    assert bounds.shape == (64, 64)
     high, low = (torch.nn.functional.softplus(torch.tensor(end)) for end in LOG_SNR)
-    sampling = float(found.std()) / math.sqrt(found.numel())
-    assert float(found.mean()) == pytest.approx(float(high - low) / 2, abs=4 * sampling + 0.01)
-    assert sampling < 0.2
+    standard_error = float(bounds.std()) / math.sqrt(bounds.numel())
+    assert float(bounds.mean()) == pytest.approx(float(high - low) / 2, abs=4 * standard_error + 0.01)
+    assert standard_error < 0.2
 
 
 @pytest.mark.parametrize("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(2)])
-def test_a_schedule_falls_from_end_to_end_by_its_slope(levels: likelihood.NoiseLevels) -> None:
+def test_the_slope_of_a_schedule_is_its_derivative_and_its_ends_are_fixed(levels: likelihood.NoiseLevels) -> None:
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)
     if levels not in (likelihood.log_linear_levels, likelihood.cosine_levels):
         u = u.float()
@@ -114,7 +114,7 @@ def test_a_schedule_falls_from_end_to_end_by_its_slope(levels: likelihood.NoiseL
 
 
 def linear_gaussian(n: int) -> tuple[torch.Tensor, ...]:
-    """Pixels x = w·z + noise, each of 12 numbers z standard normal and alone in 16 pixels; the posterior is exact."""
+    """Pixels x = w·z + noise, where each of 12 standard normal z determines 16 pixels; the posterior is exact."""
     g = torch.Generator().manual_seed(0)
     spread = 0.05
     w = 0.1 * torch.rand(3, 8, 8, generator=g, dtype=torch.float64) + 0.05
@@ -134,87 +134,87 @@ def linear_gaussian(n: int) -> tuple[torch.Tensor, ...]:
     # log N(x; 0, w·wᵀ + spread²), block by block, with the determinant and the inverse of a rank-one update
     square = pooled(x**2) / spread**2 - mean**2 * precision
     log_p = -0.5 * (square + precision.log() + 16 * math.log(2 * math.pi * spread**2)).flatten(1).sum(1)
-    exact = -(log_p / math.log(2) / x[0].numel() + math.log2(2 / 255))  # of bins so wide
+    exact = -(log_p / math.log(2) / x[0].numel() + math.log2(2 / 255))  # of bins 2/255 wide
     return x, mean, (1 / precision).log().expand_as(mean), exact, torch.tensor(spread**2), w
 
 
 def bits(
     x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor, error: float, w: torch.Tensor
 ) -> torch.Tensor:
-    """The expectation over the posterior, exactly: both terms are quadratic in z, of which two signs are enough."""
-    found = []
+    """The exact expectation over the posterior: both terms are quadratic in z, so mean ± std are enough."""
+    bounds = []
     for sign in (-1, 1):
         z = mean + sign * (0.5 * log_variance).exp()
         zero = torch.zeros_like(z)
         latent = gaussian_nll(z, zero, zero).flatten(1).mean(1)
         rebuilt = w * torch.nn.functional.interpolate(z, scale_factor=4.0)
-        found.append(through_autoencoder(latent, log_variance, x, rebuilt, error))
-    return torch.stack(found).mean(0)
+        bounds.append(through_autoencoder(latent, log_variance, x, rebuilt, error))
+    return torch.stack(bounds).mean(0)
 
 
-def test_the_bound_through_an_autoencoder_whose_posterior_is_exact_is_the_likelihood() -> None:
+def test_with_the_exact_posterior_the_bound_through_an_autoencoder_is_the_likelihood() -> None:
     x, mean, log_variance, exact, error, w = linear_gaussian(32)
     torch.testing.assert_close(bits(x, mean, log_variance, float(error), w), exact, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 2.0), (0.0, 0.5), (-1.0, 3.0)])
-def test_a_wrong_posterior_costs_its_divergence_from_the_right_one(shift: float, scale: float) -> None:
+def test_a_wrong_posterior_costs_its_kl_divergence_from_the_exact_one(shift: float, scale: float) -> None:
     x, mean, log_variance, exact, error, w = linear_gaussian(32)
     wrong = mean + shift * (0.5 * log_variance).exp(), log_variance + 2 * math.log(scale)
-    found = bits(x, *wrong, float(error), w)
-    assert bool((found > exact).all())
+    bounds = bits(x, *wrong, float(error), w)
+    assert bool((bounds > exact).all())
     nats = mean[0].numel() * (0.5 * (scale**2 + shift**2 - 1) - math.log(scale))
-    torch.testing.assert_close(found - exact, torch.full_like(exact, nats / math.log(2) / 192), rtol=0.05, atol=5e-3)
+    torch.testing.assert_close(bounds - exact, torch.full_like(exact, nats / math.log(2) / 192), rtol=0.05, atol=5e-3)
 
 
 @pytest.fixture
 def finished(root: Path, tmp_path: Path) -> Callable[..., str]:
     """A folder that looks like a finished run."""
 
-    def made(*overrides: str) -> str:
+    def write(*overrides: str) -> str:
         settings = loader.load(root / "configs/tiny.yaml", overrides)
         (tmp_path / "pipeline").mkdir()
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"configuration": loader.dump(settings)}))
         return str(tmp_path)
 
-    return made
+    return write
 
 
-CHAIN, INPAINT = ("stage2.prediction_type=v", "stage2.timesteps=50"), ("stage2.conditions=[text, inpaint]",)
+DDPM, INPAINT = ("stage2.prediction_type=v", "stage2.timesteps=50"), ("stage2.conditions=[text, inpaint]",)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options", "says"),
+    ("overrides", "options", "message"),
     [
         (INPAINT, (), "made for text, inpaint; the bound needs a model that makes complete images"),
-        (CHAIN, ("--steps", "0"), "--steps: 0; give 1 to 50"),
-        (CHAIN, ("--steps", "10", "51"), "--steps: 51; give 1 to 50"),
-        (CHAIN, ("--steps", "10", "--count", "0"), "--count: 0"),
-        (CHAIN, ("--steps", "10", "--ode-steps", "-1"), "--ode-steps: -1"),
-        (CHAIN, ("--steps", "ten"), "invalid int value: 'ten'"),
+        (DDPM, ("--steps", "0"), "--steps: 0; give 1 to 50"),
+        (DDPM, ("--steps", "10", "51"), "--steps: 51; give 1 to 50"),
+        (DDPM, ("--steps", "10", "--count", "0"), "--count: 0"),
+        (DDPM, ("--steps", "10", "--ode-steps", "-1"), "--ode-steps: -1"),
+        (DDPM, ("--steps", "ten"), "invalid int value: 'ten'"),
     ],
 )
 def test_a_mistake_is_one_line(
     overrides: tuple[str, ...],
     options: tuple[str, ...],
-    says: str,
+    message: str,
     finished: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert likelihood.main([finished(*overrides), *options]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
 
 
-def test_what_is_no_finished_run_is_named(
+def test_a_folder_without_a_finished_run_is_refused(
     tmp_path: Path, finished: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path / "nowhere", tmp_path):
         assert likelihood.main([str(folder)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {folder}: no finished run (it has no pipeline)")
-    finished(*CHAIN)
+    finished(*DDPM)
     (tmp_path / "config.yaml").unlink()
     assert likelihood.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no finished run (it has no config.yaml)")

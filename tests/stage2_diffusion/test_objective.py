@@ -44,7 +44,7 @@ DRAWS = {
 
 
 def take_a_step(stage: Stage2Config) -> None:
-    """As in training, at the times that are drawn, and at the first and the last that could be."""
+    """Takes two optimizer steps as in training: at drawn timesteps, and at the first and last possible ones."""
     torch.manual_seed(0)
     model = Denoiser(unet.build(stage, 2, 4), stage)
     objective = Objective(stage, 0, model)
@@ -70,14 +70,14 @@ def take_a_step(stage: Stage2Config) -> None:
 
 
 def refusal(error: ValidationError) -> str:
-    """The key that it names."""
+    """The key that a validation error names."""
     (problem,) = error.errors()
     key, colon, reason = problem["msg"].removeprefix("Value error, ").partition(": ")
     assert colon and reason and "\n" not in problem["msg"], problem["msg"]
     return key
 
 
-def test_what_can_be_configured_takes_a_finite_step_and_all_else_is_refused_by_its_key() -> None:
+def test_every_configuration_takes_a_finite_step_or_is_refused_by_a_key() -> None:
     outcomes = dict.fromkeys(("trained", "refused"), 0)
 
     @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -98,7 +98,7 @@ def test_what_can_be_configured_takes_a_finite_step_and_all_else_is_refused_by_i
 
 @pytest.mark.parametrize("target", CHOICES["prediction_type"])
 @pytest.mark.parametrize("weight", CHOICES["loss_weighting"])
-def test_every_schedule_trains_every_target_under_every_weight(target: str, weight: str) -> None:
+def test_every_prediction_type_trains_under_every_schedule_and_weighting(target: str, weight: str) -> None:
     for schedule in CHOICES["beta_schedule"]:
         if schedule != "learned" or (target, weight) == ("eps", "uniform"):
             take_a_step(Stage2Config(**TINY, beta_schedule=schedule, prediction_type=target, loss_weighting=weight))
@@ -112,5 +112,5 @@ def test_every_schedule_trains_every_target_under_every_weight(target: str, weig
 @pytest.mark.parametrize(
     "keys", [{"shift": 100.0, "timestep_sampling": "uniform"}, {"logit_mean": -10.0}, {"logit_std": 10.0}], ids=str
 )
-def test_a_flows_loss_is_finite_where_its_times_crowd_at_an_end(weight: str, keys: dict[str, Any]) -> None:
+def test_a_flows_loss_is_finite_for_timesteps_concentrated_at_one_end(weight: str, keys: dict[str, Any]) -> None:
     take_a_step(Stage2Config(**TINY, prediction_type="flow", loss_weighting=weight, **keys))

@@ -1,4 +1,4 @@
-"""The loss by noise level against closed forms, and against what it is by hand."""
+"""The validation loss by noise level against closed forms and a direct computation."""
 
 from __future__ import annotations
 
@@ -34,53 +34,55 @@ PROCESSES = [
 
 
 def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
-    """What diffusers' U-Net would be, of a prediction of x_0."""
+    """A stand-in for diffusers' U-Net, from a function (x_t, t) → x_0."""
 
-    def answer(x: torch.Tensor, model_time: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+    def forward(x: torch.Tensor, model_time: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
         t = model_time / process.timesteps if process.prediction_type == "flow" else model_time
         alpha, sigma = process.alpha_sigma(t)
         x0 = predict(x, t)
         return (process.target_from(x0, (x - alpha * x0) / sigma, t),)
 
-    return answer
+    return forward
 
 
 def signs(std: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0 and ε at ±std × ±1: the mean over them is the expectation of any quadratic under Gaussians."""
+    """x_0 and ε at ±std × ±1: their mean is the expectation of any quadratic form under Gaussians."""
     x0, eps = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])[:, :, None, None, None]
     return std * x0, eps
 
 
 @pytest.mark.parametrize("std", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("level", EVAL_LOG_SNRS)
-def test_the_perfect_denoiser_costs_the_same_for_every_target_and_schedule(level: float, std: float) -> None:
+def test_the_perfect_denoisers_loss_is_the_same_for_every_prediction_type_and_schedule(
+    level: float, std: float
+) -> None:
     """(1 + SNR) times the variance of x_0 given x_t: std²·(1 + SNR) / (1 + std²·SNR), for data N(0, std²)."""
     x0, eps = signs(std)
     for process in PROCESSES:
         exact_level = float(process.log_snr(process.time_at(torch.tensor([level]))))
-        assert exact_level == pytest.approx(level, abs=0.12)  # of 1000 steps, the nearest
+        assert exact_level == pytest.approx(level, abs=0.12)  # the nearest of 1000 steps
 
-        def best(x: torch.Tensor, t: torch.Tensor, process: DiffusionProcess = process) -> torch.Tensor:
+        def perfect(x: torch.Tensor, t: torch.Tensor, process: DiffusionProcess = process) -> torch.Tensor:
             alpha, sigma = process.alpha_sigma(t)
             return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
 
-        found = velocity_error(process, network(process, best), x0, eps, level, Condition()).mean()
+        error = velocity_error(process, network(process, perfect), x0, eps, level, Condition()).mean()
         snr = torch.tensor(exact_level).exp()
-        assert float(found) == pytest.approx(float(std**2 * (1 + snr) / (1 + std**2 * snr)), rel=1e-3)
+        assert float(error) == pytest.approx(float(std**2 * (1 + snr) / (1 + std**2 * snr)), rel=1e-3)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
-def test_the_trivial_answers_cost_about_one(process: DiffusionProcess) -> None:
+def test_trivial_predictions_have_a_loss_of_about_one(process: DiffusionProcess) -> None:
     x0, eps = signs(1.0)
-    nothing = network(process, lambda x, t: torch.zeros_like(x))
-    itself = network(process, lambda x, t: x / process.alpha_sigma(t)[0])
-    at_noise = velocity_error(process, nothing, x0, eps, EVAL_LOG_SNRS[0], Condition()).mean()
-    at_data = velocity_error(process, itself, x0, eps, EVAL_LOG_SNRS[-1], Condition()).mean()
+    zero = network(process, lambda x, t: torch.zeros_like(x))
+    rescaled = network(process, lambda x, t: x / process.alpha_sigma(t)[0])
+    at_noise = velocity_error(process, zero, x0, eps, EVAL_LOG_SNRS[0], Condition()).mean()
+    at_data = velocity_error(process, rescaled, x0, eps, EVAL_LOG_SNRS[-1], Condition()).mean()
     assert float(at_noise) == pytest.approx(1, abs=0.02)
     assert float(at_data) == pytest.approx(1, abs=0.02)
 
 
-def test_a_learned_variance_is_left_out() -> None:
+def test_a_learned_variance_does_not_count() -> None:
     process, (x0, eps) = DiffusionProcess("v", "cosine"), signs(1.0)
 
     def both(x: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
@@ -88,12 +90,12 @@ def test_a_learned_variance_is_left_out() -> None:
 
     plain = network(process, lambda x, t: process.alpha_sigma(t)[0] * x)  # v = 0
     for level in EVAL_LOG_SNRS:
-        found = velocity_error(process, both, x0, eps, level, Condition())
-        torch.testing.assert_close(found, velocity_error(process, plain, x0, eps, level, Condition()))
+        error = velocity_error(process, both, x0, eps, level, Condition())
+        torch.testing.assert_close(error, velocity_error(process, plain, x0, eps, level, Condition()))
 
 
 @pytest.mark.parametrize("target", ["flow", "x0"])
-def test_its_figures_are_means_over_held_out_and_training_pictures_under_average_weights(
+def test_losses_are_means_over_held_out_and_training_images_with_ema_weights(
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder, target: str
 ) -> None:
     settings, index = few(
@@ -109,10 +111,10 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
     run = Trainer(settings.run, stage, "stage2", denoiser)
     with torch.no_grad():
         for parameter in denoiser.parameters():
-            parameter.zero_()  # the average is what was built
+            parameter.zero_()  # the EMA keeps the weights as built
     model = LatentDiffusion(encoder, denoiser.unet, vae, scheduler(process, "dpm++"), classes=classes)
     validation = Validation(settings, index, model, Conditions(settings, vae, None, len(classes)), process)
-    found = validation(run)
+    measured = validation(run)
 
     chosen = {"held_out": index.select("combination").subset(3), "trained_on": index.select("train").subset(3)}
     assert [len(part) for part in chosen.values()] == [3, 3]
@@ -142,18 +144,18 @@ def test_its_figures_are_means_over_held_out_and_training_pictures_under_average
                     v, v_hat = alpha * eps - sigma * x0, alpha * (scaled - alpha * guess) / sigma - sigma * guess
                     table[k, j] = (v - v_hat).square().mean()
             errors[name] = table.mean(0)
-    assert found.keys() == {
+    assert measured.keys() == {
         "held_out_loss",
         "trained_on_loss",
         *(f"held_out_loss_at_{level:+.0f}" for level in EVAL_LOG_SNRS),
     }
     for name, by_level in errors.items():
-        assert found[f"{name}_loss"] == pytest.approx(float(by_level.mean()), rel=1e-4)
-    by_level = [found[f"held_out_loss_at_{level:+.0f}"] for level in EVAL_LOG_SNRS]
+        assert measured[f"{name}_loss"] == pytest.approx(float(by_level.mean()), rel=1e-4)
+    by_level = [measured[f"held_out_loss_at_{level:+.0f}"] for level in EVAL_LOG_SNRS]
     assert by_level == pytest.approx(errors["held_out"].tolist(), rel=1e-4)
 
 
-def test_without_held_out_pictures_nothing_is_measured(
+def test_without_held_out_images_nothing_is_measured(
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = few()

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from ldm.config.schema.base import Section, expand
+from ldm.config.schema.base import Section
+from ldm.utils.paths import expand
 
 
 def _expand(model: str) -> str:

@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ldm.models.finite import check_weights
-from ldm.models.weight_files import contents
+from ldm.models.weight_files import PICKLES, contents, is_pickle
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a full checkpoint; none if it is alone
 ATTENTION_NAMES = {  # of other programs, and of diffusers' versions → the original's
     "query": "q",
@@ -103,11 +102,7 @@ def read(path: Path) -> AutoencoderKL | VQModel:
 def opened(path: Path) -> Iterator[Any]:
     """Opens a `.safetensors` file to read tensors; UserError if it is missing, damaged, or a pickle."""
     if path.suffix in PICKLES and path.exists():
-        raise UserError(
-            f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of "
-            "it: torch.load(…, weights_only=True), then safetensors.torch.save_file (docs/guides/fine-tuning.md has "
-            "the command)"
-        )
+        raise UserError(is_pickle(path))
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Commands write no image of values that are not finite."""
+"""Scripts refuse to write an image whose values are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from scripts import txt2img
 
 
 @pytest.mark.parametrize(("folder", "name"), [("unet", "U-Net"), ("vae", "autoencoder")])
-def test_a_spoilt_model_is_refused_and_nothing_is_written(
-    folder: str, name: str, call: Callable[..., str], saved: Callable[..., str], tmp_path: Path
+def test_a_model_whose_output_is_nan_is_refused_and_nothing_is_written(
+    folder: str, name: str, call: Callable[..., str], model_dir: Callable[..., str], tmp_path: Path
 ) -> None:
-    shutil.copytree(saved("text"), tmp_path / "model")
+    shutil.copytree(model_dir("text"), tmp_path / "model")
     (file,) = (tmp_path / "model" / folder).glob("*.safetensors")
     tensors = {key: tensor * float("nan") if "conv_out" in key else tensor for key, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    text = call(
+    output = call(
         txt2img.main,
         "--model",
         tmp_path / "model",
@@ -32,5 +32,5 @@ def test_a_spoilt_model_is_refused_and_nothing_is_written(
         tmp_path / "a.png",
         status=2,
     )
-    assert f"error: the {name}'s output is NaN or infinite for 1 of 1 images: " in text
+    assert f"error: the {name}'s output is NaN or infinite for 1 of 1 images: " in output
     assert not (tmp_path / "a.png").exists()

@@ -1,4 +1,4 @@
-"""Configurations: what is read is what is meant, and what is wrong is said in one line."""
+"""Loading configurations: values, overrides, paths and old names are read as written, and mistakes take one line."""
 
 import re
 from pathlib import Path
@@ -30,18 +30,18 @@ def test_numbers_with_an_exponent_are_numbers(tiny: Path) -> None:
     assert loader.load(tiny, ["stage2.lr=1e-4"]).stage2.lr == 1e-4
 
 
-def test_no_is_a_word_and_false_a_boolean(tiny: Path) -> None:
-    read = loader.load(tiny, ["run.precision=no", "data.flip=false"])
-    assert (read.run.precision, read.data.flip) == ("no", False)
+def test_no_is_a_string_and_false_a_boolean(tiny: Path) -> None:
+    config = loader.load(tiny, ["run.precision=no", "data.flip=false"])
+    assert (config.run.precision, config.data.flip) == ("no", False)
 
 
 def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
-    read = loader.load(tiny)
-    assert loader.parse(loader.dump(read), "again") == read
+    config = loader.load(tiny)
+    assert loader.parse(loader.dump(config), "a dump") == config
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("stage2.stepz=3", "did you mean 'steps'"),
         ("stage3.steps=3", "did you mean 'stage"),
@@ -97,25 +97,25 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage2.conditions=[text,class,upscale]", "stage2.conditions: upscale passes its noise level"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_remedy(tiny: Path, override: str, says: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_mistake_is_reported_in_one_line_with_its_remedy(tiny: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
         loader.load(tiny, re.split(r" (?=\w+[.=])", override))
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_preset_fills_in_what_is_not_given(tiny: Path) -> None:
-    one = loader.load(tiny, ["stage1.model=kl-f16-16ch", "stage1.layers=1"]).stage1  # not the file's channels
-    assert (one.channels, one.layers, one.latent_channels) == ((128, 128, 256, 512, 512), 1, 16)
-    assert one.factor == 16
+def test_a_preset_sets_the_keys_that_are_not_overridden(tiny: Path) -> None:
+    stage1 = loader.load(tiny, ["stage1.model=kl-f16-16ch", "stage1.layers=1"]).stage1  # not the file's channels
+    assert (stage1.channels, stage1.layers, stage1.latent_channels) == ((128, 128, 256, 512, 512), 1, 16)
+    assert stage1.factor == 16
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file"):
         loader.load(tmp_path / "none.yaml")
 
 
-def test_differences_name_the_keys(tiny: Path) -> None:
+def test_differences_list_keys_with_both_values(tiny: Path) -> None:
     a, b = loader.load(tiny), loader.load(tiny, ["stage2.lr=1e-3", "run.seed=4"])
     changed = loader.differences(loader.dump(a), loader.dump(b))
     assert changed == ["run.seed: 0 → 4", "stage2.lr: 0.002 → 0.001"]
@@ -124,52 +124,57 @@ def test_differences_name_the_keys(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "conditions", ["[]", "[class]", "[text]", "[text, class]", "[text, size]", "[text, inpaint]", "[text, upscale]"]
 )
-def test_what_is_written_down_is_read_again(root: Path, conditions: str) -> None:
+def test_a_dumped_configuration_with_conditions_reads_back_equal(root: Path, conditions: str) -> None:
     pooled = f"stage2.pooled_text={'text' in conditions}"
     settings = loader.load(root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", pooled])
     assert loader.parse(loader.dump(settings), "a test") == settings
 
 
-def test_conditions_stand_in_one_order(tiny: Path) -> None:
+def test_conditions_are_sorted_into_a_fixed_order(tiny: Path) -> None:
     assert loader.load(tiny, ["stage2.conditions=[inpaint, text]"]).stage2.conditions == ("text", "inpaint")
 
 
-def test_a_section_by_itself_reads_overrides_as_the_whole_configuration_does() -> None:
+def test_a_single_section_reads_overrides_as_the_full_configuration_does() -> None:
     assert loader.section(SampleConfig, ["guidance=2e0", "steps=3"], "sample").guidance == 2.0
-    for override, said in (("guidence=2", "did you mean 'guidance'"), ("steps=many", "steps: 'many'"), ("x", "=value")):
-        with pytest.raises(UserError, match=said):
+    for override, message in (
+        ("guidence=2", "did you mean 'guidance'"),
+        ("steps=many", "steps: 'many'"),
+        ("x", "=value"),
+    ):
+        with pytest.raises(UserError, match=message):
             loader.section(SampleConfig, [override], "sample")
 
 
 @pytest.mark.parametrize(("stage", "batch", "parts"), [("stage1", 16, 4), ("stage2", 256, 8)])
-def test_micro_batches_load_as_the_images_that_a_device_computes_at_once(
+def test_micro_batches_load_as_device_batch(
     root: Path, stage: str, batch: int, parts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = [f"{stage}.batch={batch}", f"{stage}.micro_batches={parts}"]
-    settings = loader.load(root / "configs/tiny.yaml", old)
+    old_overrides = [f"{stage}.batch={batch}", f"{stage}.micro_batches={parts}"]
+    settings = loader.load(root / "configs/tiny.yaml", old_overrides)
     assert getattr(settings, stage).device_batch == batch // parts
-    said = capsys.readouterr().err
-    assert said.splitlines() == [
+    message = capsys.readouterr().err
+    assert message.splitlines() == [
         f"{stage}.micro_batches is now {stage}.device_batch, the images that a device computes at once: "
         f"{batch // parts} here"
     ]
-    assert loader.load(root / "configs/tiny.yaml", [*old[:1], f"{stage}.device_batch={batch // parts}"]) == settings
+    new_overrides = [f"{stage}.batch={batch}", f"{stage}.device_batch={batch // parts}"]
+    assert loader.load(root / "configs/tiny.yaml", new_overrides) == settings
 
 
-def test_micro_batches_beside_what_replaced_them_are_refused(root: Path) -> None:
+def test_micro_batches_together_with_device_batch_are_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.micro_batches: 2 beside stage2\.device_batch: 4"):
         loader.load(root / "configs/tiny.yaml", ["stage2.micro_batches=2", "stage2.device_batch=4"])
 
 
-def test_one_micro_batch_was_the_whole_share_as_by_default(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_micro_batch_equals_the_default(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert loader.load(tiny, ["stage1.micro_batches=1"]) == loader.load(tiny)
     assert capsys.readouterr().err == ""
 
 
-def test_micro_batches_were_parts_of_a_processs_share(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_divide_the_batch_of_a_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    old = ["stage2.batch=256", "stage2.micro_batches=8"]
-    assert loader.load(tiny, old).stage2.device_batch == 256 // 8 // 8
+    old_overrides = ["stage2.batch=256", "stage2.micro_batches=8"]
+    assert loader.load(tiny, old_overrides).stage2.device_batch == 256 // 8 // 8
     with pytest.raises(UserError, match=r"2 equal parts of stage2\.batch, 24, over 8 processes can't be"):
         loader.load(tiny, ["stage2.batch=24", "stage2.micro_batches=2"])
 
@@ -188,13 +193,13 @@ RENAMED = [
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED)
-def test_an_old_name_of_a_key_loads_with_a_line_that_names_the_new_one(
+def test_an_old_key_loads_with_a_line_that_names_the_new_key(
     tiny: Path, tmp_path: Path, old: str, new: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    today = loader.load(tiny)
+    current = loader.load(tiny)
     section, key = new.split(".")
-    value = loader.dump(today)[section][key]
-    assert loader.load(tiny, [f"{old}={value}"]) == today
+    value = loader.dump(current)[section][key]
+    assert loader.load(tiny, [f"{old}={value}"]) == current
     assert capsys.readouterr().err == f"{old} is now {new}\n"
 
     tree = yaml.safe_load(tiny.read_text("utf-8"))
@@ -202,11 +207,11 @@ def test_an_old_name_of_a_key_loads_with_a_line_that_names_the_new_one(
     tree[section][old.split(".")[1]] = value
     file = tmp_path / "old.yaml"
     file.write_text(yaml.safe_dump(tree), "utf-8")
-    assert getattr(getattr(loader.load(file), section), key) == getattr(getattr(today, section), key)
+    assert getattr(getattr(loader.load(file), section), key) == getattr(getattr(current, section), key)
     assert f"{old} is now {new}" in capsys.readouterr().err.splitlines()
 
 
-def test_an_override_by_an_old_name_stands_above_the_files_new_one(tiny: Path) -> None:
+def test_an_override_by_an_old_key_wins_over_the_files_new_key(tiny: Path) -> None:
     assert loader.load(tiny, ["stage2.ema=0.5"]).stage2.ema_decay == 0.5
 
 
@@ -217,7 +222,7 @@ def test_a_key_under_both_names_is_refused(tiny: Path, tmp_path: Path) -> None:
         loader.load(file)
 
 
-def test_the_old_names_of_presets_and_of_a_sources_keys_load(tiny: Path) -> None:
+def test_old_names_of_presets_and_of_source_keys_load(tiny: Path) -> None:
     old = loader.load(
         tiny, ["stage2.model=unet", "stage2.process=free", "data.source.column=caption", "data.source.kind=pictures"]
     )
@@ -233,18 +238,18 @@ def test_the_old_names_of_presets_and_of_a_sources_keys_load(tiny: Path) -> None
     assert old == new
 
 
-def test_a_key_that_is_there_twice_is_refused_with_its_line(tiny: Path, tmp_path: Path) -> None:
-    twice = tmp_path / "twice.yaml"
-    for added, says in (
+def test_a_duplicate_key_is_refused_with_its_line(tiny: Path, tmp_path: Path) -> None:
+    duplicate = tmp_path / "twice.yaml"
+    for addition, message in (
         ("\nstage2:\n  lr: 1e-3\n", "'stage2' is there already, in line"),
         ("\nrun2: {a: [{dir: b,\n dir: c}]}\n", "'dir' is there already, in line"),
     ):
-        text = tiny.read_text() + added
-        twice.write_text(text)
-        with pytest.raises(UserError, match=says) as error:
-            loader.load(twice)
-        last = len(text.splitlines()) - (1 if "lr" in added else 0)
-        assert f"{twice}: line {last}:" in str(error.value)
+        text = tiny.read_text() + addition
+        duplicate.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            loader.load(duplicate)
+        line = len(text.splitlines()) - (1 if "lr" in addition else 0)
+        assert f"{duplicate}: line {line}:" in str(error.value)
     with pytest.raises(UserError, match="'model' is there already"):
         loader.load(tiny, ["stage1={model: identity, model: kl}"])
 
@@ -264,57 +269,59 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(tiny: Path, tmp_path
         ("no", "no"),
     ],
 )
-def test_an_override_of_a_path_is_text(tiny: Path, override: str, value: str) -> None:
+def test_an_override_of_a_path_is_a_string(tiny: Path, override: str, value: str) -> None:
     assert loader.load(tiny, [f"data.source={override}"]).data.source[0].path == value
     assert loader.load(tiny, [f"data.source.path={override}"]).data.source[0].path == value
-    read = loader.load(tiny, [f"run.dir={override}", f"data.cache_dir={override}", f"stage1.pretrained={override}"])
-    assert (read.run.dir, read.data.cache_dir, read.stage1.pretrained) == (Path(value), Path(value), value)
+    config = loader.load(tiny, [f"run.dir={override}", f"data.cache_dir={override}", f"stage1.pretrained={override}"])
+    assert (config.run.dir, config.data.cache_dir, config.stage1.pretrained) == (Path(value), Path(value), value)
 
 
 def test_an_override_may_still_be_null_a_list_or_a_section(tiny: Path) -> None:
-    read = loader.load(tiny, ["data.cache_dir=null", "data.source=[a, {path: 2024, repeats: 2}]", "sample.prompts=[7]"])
-    assert (read.data.cache_dir, read.sample.prompts) == (None, ("7",))
-    assert [(source.path, source.repeats) for source in read.data.source] == [("a", 1), ("2024", 2)]
+    config = loader.load(
+        tiny, ["data.cache_dir=null", "data.source=[a, {path: 2024, repeats: 2}]", "sample.prompts=[7]"]
+    )
+    assert (config.data.cache_dir, config.sample.prompts) == (None, ("7",))
+    assert [(source.path, source.repeats) for source in config.data.source] == [("a", 1), ("2024", 2)]
 
 
-def test_a_comment_behind_a_number_is_no_comment(tiny: Path) -> None:
+def test_an_override_has_no_comments(tiny: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.lr: '1e-3 #x'"):
         loader.load(tiny, ["stage2.lr=1e-3 #x"])
 
 
-def test_a_file_may_name_folders_by_numbers(tiny: Path, tmp_path: Path) -> None:
+def test_folder_names_that_look_like_numbers_are_strings_in_a_file(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "numbers.yaml"
     tree = yaml.safe_load(tiny.read_text())
     for section in ("run", "data"):
         tree.pop(section, None)
     path.write_text(yaml.safe_dump(tree) + "run: {dir: 0123}\ndata: {source: [2024-01-02, {path: 1_0}], size: 32}\n")
-    read = loader.load(path)
-    assert (read.run.dir, [source.path for source in read.data.source]) == (Path("0123"), ["2024-01-02", "1_0"])
+    config = loader.load(path)
+    assert (config.run.dir, [source.path for source in config.data.source]) == (Path("0123"), ["2024-01-02", "1_0"])
 
 
-def test_paths_expand_and_prompts_do_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_and_home_expand_in_paths_but_not_in_prompts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DISK", "/mnt/disk")
     keys = ("run.dir", "data.cache_dir", "data.source", "stage1.pretrained", "stage2.init_from", "text.model")
-    read = loader.load(tiny, [*(f"{key}=~/a/${{DISK}}" for key in keys), "sample.prompts=['~ $DISK']"])
-    paths = (read.run.dir, read.data.cache_dir, read.data.source[0].path)
-    paths += (read.stage1.pretrained, read.stage2.init_from, read.text.model)
+    config = loader.load(tiny, [*(f"{key}=~/a/${{DISK}}" for key in keys), "sample.prompts=['~ $DISK']"])
+    paths = (config.run.dir, config.data.cache_dir, config.data.source[0].path)
+    paths += (config.stage1.pretrained, config.stage2.init_from, config.text.model)
     assert {str(path) for path in paths} == {str(Path("/home/me/a/mnt/disk")), "/home/me/a//mnt/disk"}
-    assert read.sample.prompts == ("~ $DISK",)
-    read = loader.load(tiny, ["stage1.init_from=$DISK/a", "text.model=open_clip:ViT-B-32:~/w.safetensors"])
-    assert (read.stage1.init_from, read.text.model) == ("/mnt/disk/a", "open_clip:ViT-B-32:/home/me/w.safetensors")
+    assert config.sample.prompts == ("~ $DISK",)
+    config = loader.load(tiny, ["stage1.init_from=$DISK/a", "text.model=open_clip:ViT-B-32:~/w.safetensors"])
+    assert (config.stage1.init_from, config.text.model) == ("/mnt/disk/a", "open_clip:ViT-B-32:/home/me/w.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [("$UNSET_DISK/a", "variable UNSET_DISK is not set"), ("~no-such-user/a", "no user")]
+    ("value", "message"), [("$UNSET_DISK/a", "variable UNSET_DISK is not set"), ("~no-such-user/a", "no user")]
 )
-def test_an_unknown_variable_or_user_is_refused(tiny: Path, value: str, says: str) -> None:
+def test_an_unknown_variable_or_user_is_refused(tiny: Path, value: str, message: str) -> None:
     for key in ("run.dir", "data.source.path", "text.model"):
-        with pytest.raises(UserError, match=f"{key}.*{says}" if "source" not in key else says):
+        with pytest.raises(UserError, match=f"{key}.*{message}" if "source" not in key else message):
             loader.load(tiny, [f"{key}={value}"])
 
 
-def test_a_folder_whose_name_holds_a_dollar_is_itself(
+def test_an_existing_folder_with_a_dollar_or_tilde_in_its_name_is_not_expanded(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -324,6 +331,6 @@ def test_a_folder_whose_name_holds_a_dollar_is_itself(
 
 
 @pytest.mark.parametrize("override", ["stage2.lr=.inf", "stage1.l1=.nan", "data.source={path: a, weight: 1e999}"])
-def test_numbers_are_finite(tiny: Path, override: str) -> None:
+def test_infinite_and_nan_numbers_are_refused(tiny: Path, override: str) -> None:
     with pytest.raises(UserError, match="finite number"):
         loader.load(tiny, [override])

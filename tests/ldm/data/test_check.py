@@ -1,4 +1,4 @@
-"""What the data check finds, and when it says that training would stop."""
+"""The data check: its facts, its report, and when it says that training would stop."""
 
 import json
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from scripts import check_data
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures: one twice, one once more at another quality, one small, one with a caption that is too long."""
-    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    """Ten images: seven of noise, an exact copy, a JPEG copy and a small one. One caption is too long."""
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
     folder.mkdir()
     for i in range(7):
         noise = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8))
         noise.resize((90, 60) if i % 2 else (60, 60), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     (folder / "copy.png").write_bytes((folder / "1.png").read_bytes())
     Image.open(folder / "2.png").save(folder / "alike.jpg", quality=80)
     Image.new("RGB", (12, 20), "red").save(folder / "small.png")
@@ -49,36 +49,38 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def checked(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
-    def facts() -> dict[str, object]:
-        given = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
-        return check.facts(indexed(given), text_encoder.load(text_encoder.MINILM, 16), given.text.model)
+def compute_facts(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
+    def compute() -> dict[str, object]:
+        config = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
+        return check.facts(indexed(config), text_encoder.load(text_encoder.MINILM, 16), config.text.model)
 
-    return facts
+    return compute
 
 
-def test_the_facts_are_those_of_the_pictures(checked: Callable[[], dict[str, object]]) -> None:
-    found = checked()
-    assert (found["images"], found["bad"], found["upscaled"]) == (10, 0, 1)
-    assert found["duplicates"]["exact"] == 1  # type: ignore[index]
-    assert found["duplicates"]["near"] == 2  # type: ignore[index]
-    assert {tuple(pair) for pair in found["duplicates"]["pairs"]} == {  # type: ignore[index]
+def test_the_facts_count_images_duplicates_and_truncated_captions(
+    compute_facts: Callable[[], dict[str, object]],
+) -> None:
+    facts = compute_facts()
+    assert (facts["images"], facts["bad"], facts["upscaled"]) == (10, 0, 1)
+    assert facts["duplicates"]["exact"] == 1  # type: ignore[index]
+    assert facts["duplicates"]["near"] == 2  # type: ignore[index]
+    assert {tuple(pair) for pair in facts["duplicates"]["pairs"]} == {  # type: ignore[index]
         ("copies", "1.png", "copy.png"),
         ("alike", "2.png", "alike.jpg"),
     }
-    captions = found["captions"]
+    captions = facts["captions"]
     assert (captions["distinct"], captions["truncated"], captions["lost"]) == (8, 1, 30 + 2 - 16)  # type: ignore[index]
-    assert sum(count for _, count in found["buckets"]) == 10  # type: ignore[attr-defined]
+    assert sum(count for _, count in facts["buckets"]) == 10  # type: ignore[attr-defined]
 
 
-def test_facts_are_kept_until_something_changes(checked: Callable[[], dict[str, object]], folder: Path) -> None:
-    first = json.loads(json.dumps(checked()))
-    (kept,) = (folder.parent / "run/cache").glob("check-*.json")
-    before = kept.stat().st_mtime_ns
-    assert json.loads(json.dumps(checked())) == first
-    assert kept.stat().st_mtime_ns == before
+def test_facts_are_cached_until_an_image_changes(compute_facts: Callable[[], dict[str, object]], folder: Path) -> None:
+    first = json.loads(json.dumps(compute_facts()))
+    (stored,) = (folder.parent / "run/cache").glob("check-*.json")
+    before = stored.stat().st_mtime_ns
+    assert json.loads(json.dumps(compute_facts())) == first
+    assert stored.stat().st_mtime_ns == before
     (folder / "copy.png").unlink()
-    assert checked()["images"] == 9
+    assert compute_facts()["images"] == 9
 
 
 def test_the_check_ends_with_status_1_where_training_would_stop(
@@ -96,10 +98,10 @@ def test_the_check_ends_with_status_1_where_training_would_stop(
     assert "training can begin" in capsys.readouterr().out
     assert check_data.main(arguments(root, folder, "data.max_bad=0.1", "data.on_error=stop")) == 1
     assert Image.open(run / "data-sheet.png").width > 800
-    assert not (run / "config.yaml").exists()  # a check begins no run
+    assert not (run / "config.yaml").exists()  # a check starts no run
 
 
-def test_pictures_without_captions_are_checked_without_figures_of_captions(
+def test_images_without_captions_are_checked_without_caption_statistics(
     root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for caption in folder.glob("*.txt"):
@@ -115,7 +117,7 @@ def test_pictures_without_captions_are_checked_without_figures_of_captions(
     assert Image.open(folder.parent / "run/data-sheet.png").width > 800
 
 
-def test_classes_are_checked_with_how_many_pictures_they_have(
+def test_classes_are_reported_with_their_image_counts(
     root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"file_name": f"{i}.png", "label": int(i > 0)} for i in range(7)]
@@ -129,7 +131,7 @@ def test_classes_are_checked_with_how_many_pictures_they_have(
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_the_check_ends_with_a_balance_of_all_that_was_seen(
+def test_the_check_ends_with_a_balance_of_good_bad_and_left_out_files(
     status: int, root: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "broken.png").write_bytes(b"")
@@ -153,21 +155,21 @@ def test_the_check_ends_with_a_balance_of_all_that_was_seen(
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
-def test_near_duplicates_are_those_that_every_pair_compared_would_find(bits: int) -> None:
+def test_near_duplicates_equal_those_of_a_comparison_of_every_pair(bits: int) -> None:
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 400, np.uint64)
-    for i in range(0, 100, 2):  # neighbours that differ in some bits
+    for i in range(0, 100, 2):  # pairs that differ in 0, 2 or 4 bits
         flips = np.bitwise_or.reduce(
             np.uint64(1) << rng.permutation(64)[: i % 6].astype(np.uint64), initial=np.uint64(0)
         )
         hashes[i + 1] = hashes[i] ^ flips
-    apart = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
-    expected = [(a, b) for a, b in np.argwhere(apart <= bits) if a < b]
+    distances = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
+    expected = [(a, b) for a, b in np.argwhere(distances <= bits) if a < b]
     assert near_duplicates(hashes, bits).tolist() == [list(pair) for pair in expected]
     assert len(expected) >= 8
 
 
-def test_buckets_have_about_one_area_and_every_picture_the_nearest_shape() -> None:
+def test_buckets_have_nearly_equal_areas_and_every_image_gets_the_nearest_shape() -> None:
     buckets = Buckets(512, BucketConfig(step=64))
     assert (512, 512) in buckets.sizes
     for width, height in buckets.sizes:
@@ -181,18 +183,18 @@ def test_buckets_have_about_one_area_and_every_picture_the_nearest_shape() -> No
     assert Buckets(64).of(4000, 3000) == (64, 64)
 
 
-def test_without_upscaling_a_small_picture_gets_a_small_bucket() -> None:
+def test_without_upscaling_a_small_image_gets_a_small_bucket() -> None:
     buckets = Buckets(512, BucketConfig(step=64, upscale=False))
     assert buckets.of(300, 200) == (256, 192)
     assert buckets.of(4000, 3000) == (576, 448)
 
 
-def test_the_crop_keeps_the_shorter_side_whole() -> None:
-    picture = Image.effect_noise((90, 60), 80)
-    part, (left, top) = crop_resize(picture, (30, 30))
-    assert (part.size, left, top) == ((30, 30), 8, 0)
-    left_part, at = crop_resize(picture, (30, 30), u=0.0)
-    assert at == (0, 0)
-    expected = picture.crop((0, 0, 60, 60)).resize((30, 30), Image.Resampling.LANCZOS)
-    inner = (slice(None), slice(0, 26))  # near the cut, the filter sees what lies beyond it
-    assert (np.asarray(left_part)[inner] == np.asarray(expected)[inner]).all()
+def test_a_crop_keeps_the_full_shorter_side() -> None:
+    image = Image.effect_noise((90, 60), 80)
+    cropped, (left, top) = crop_resize(image, (30, 30))
+    assert (cropped.size, left, top) == ((30, 30), 8, 0)
+    left_crop, offset = crop_resize(image, (30, 30), u=0.0)
+    assert offset == (0, 0)
+    expected = image.crop((0, 0, 60, 60)).resize((30, 30), Image.Resampling.LANCZOS)
+    inner = (slice(None), slice(0, 26))  # near the edge of the crop, the filter also reads pixels beyond it
+    assert (np.asarray(left_crop)[inner] == np.asarray(expected)[inner]).all()

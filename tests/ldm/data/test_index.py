@@ -1,4 +1,4 @@
-"""The index of pictures: made by one process or several, over an older one, and of any amount of text."""
+"""The index of images: built by one process or several, from an older index, and with any amount of text."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from forked import Process
+from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
@@ -16,17 +16,17 @@ from ldm.data import index, index_file
 from ldm.data.index import Index
 from ldm.data.index_file import SCHEMA
 
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
+Start = Callable[..., Forked]
+Finish = Callable[[Forked], str]
 GIB = 2**30
 
 
 @pytest.fixture
 def folder(three_shapes: Callable[[list[str]], Path]) -> Path:
-    """Thirty pictures, and one that is bad."""
-    made = three_shapes([f"picture {i}" for i in range(30)])
-    (made / "17.png").write_bytes(b"bad")
-    return made
+    """Thirty images, of which one is bad."""
+    images = three_shapes([f"image {i}" for i in range(30)])
+    (images / "17.png").write_bytes(b"bad")
+    return images
 
 
 def overrides(folder: Path, name: str) -> list[str]:
@@ -40,50 +40,50 @@ def overrides(folder: Path, name: str) -> list[str]:
     ]
 
 
-def settings(root: Path, folder: Path, name: str = "one") -> loader.Config:
+def settings(root: Path, folder: Path, name: str = "alone") -> loader.Config:
     return loader.load(root / "configs/tiny.yaml", overrides(folder, name))
 
 
-def written(cache: Path) -> Path:
-    """The only index of a cache."""
+def index_path(cache: Path) -> Path:
+    """The path of the only index in a cache."""
     (path,) = [path for path in cache.iterdir() if "index" in path.name]
     return path
 
 
-def narrow(kind: pa.DataType) -> pa.DataType:
-    """A type with offsets of 32 bits, as indices had them."""
+def with_32_bit_offsets(kind: pa.DataType) -> pa.DataType:
+    """A type with 32-bit offsets, which older indices had."""
     if pa.types.is_large_list(kind):
-        return pa.list_(narrow(kind.value_type))
+        return pa.list_(with_32_bit_offsets(kind.value_type))
     return pa.string() if pa.types.is_large_string(kind) else kind
 
 
-def test_an_index_with_offsets_of_32_bits_is_taken_over_without_opening_a_picture(
+def test_an_index_with_32_bit_offsets_is_converted_without_opening_an_image(
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = settings(root, folder)
-    before = indexed(given).fingerprint()
-    path = written(given.cache_dir)
-    now, table = path.read_bytes(), pa.ipc.open_stream(path.read_bytes()).read_all()
-    older = pa.schema([(field.name, narrow(field.type)) for field in SCHEMA])
+    config = settings(root, folder)
+    fingerprint = indexed(config).fingerprint()
+    path = index_path(config.cache_dir)
+    current, table = path.read_bytes(), pa.ipc.open_stream(path.read_bytes()).read_all()
+    older = pa.schema([(field.name, with_32_bit_offsets(field.type)) for field in SCHEMA])
     assert older != SCHEMA
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, older) as writer:
         writer.write_table(table.cast(older))
-    monkeypatch.setattr(index_file, "_read_image", lambda *_: pytest.fail("a picture was opened"))
-    found = indexed(given)
-    assert (found.fingerprint(), found.bad_count()) == (before, 1)
-    assert path.read_bytes() == now
+    monkeypatch.setattr(index_file, "_read_image", lambda *_: pytest.fail("an image was opened"))
+    rebuilt = indexed(config)
+    assert (rebuilt.fingerprint(), rebuilt.bad_count()) == (fingerprint, 1)
+    assert path.read_bytes() == current
 
 
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
-    path = written(indexed(settings(root, folder)).data.cache_dir or folder)
+    path = index_path(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
     table = pa.Table.from_batches(index_file._memory_map(path), SCHEMA)
     assert len(table) == 30
     assert pa.total_allocated_bytes() == held
 
 
-def rows(count: int, **facts: Any) -> pa.RecordBatch:
-    """So many pictures, all alike."""
+def rows(count: int, **fields: Any) -> pa.RecordBatch:
+    """`count` equal rows; `fields` replace the defaults."""
     row = {
         "key": "a",
         "file": "a.png",
@@ -98,7 +98,7 @@ def rows(count: int, **facts: Any) -> pa.RecordBatch:
         "stamp": bytes(16),
         "width": 16,
         "height": 16,
-        **facts,
+        **fields,
     }
     columns = {field.name: pa.repeat(pa.scalar(row.get(field.name), field.type), count) for field in SCHEMA}
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=SCHEMA)
@@ -106,30 +106,30 @@ def rows(count: int, **facts: Any) -> pa.RecordBatch:
 
 @pytest.mark.slow
 def test_an_index_may_hold_more_than_2_gib_of_text(root: Path, folder: Path) -> None:
-    caption, count = "x" * (GIB // 16), 33  # many times the same memory
-    one = rows(1, captions=[caption], key=caption)
-    found = Index(pa.Table.from_batches([one] * count, SCHEMA), None, settings(root, folder).data)  # type: ignore[arg-type]
-    assert sum(len(captions[0]) for captions in found.captions()) == count * len(caption) > 2 * GIB
-    assert [len(key) for key in found.first(2).column("key")] == [len(caption)] * 2
+    caption, count = "x" * (GIB // 16), 33  # every row shares the same memory
+    batch = rows(1, captions=[caption], key=caption)
+    built = Index(pa.Table.from_batches([batch] * count, SCHEMA), None, settings(root, folder).data)  # type: ignore[arg-type]
+    assert sum(len(captions[0]) for captions in built.captions()) == count * len(caption) > 2 * GIB
+    assert [len(key) for key in built.first(2).column("key")] == [len(caption)] * 2
 
 
 @pytest.mark.slow
-def test_more_sha256_than_fit_in_2_gib_are_drawn_from() -> None:
-    many, times = 2**20, 65
-    drawn = np.random.default_rng(0).integers(0, 256, (many, 32), np.uint8)
-    one = pa.Array.from_buffers(pa.binary(32), many, [None, pa.py_buffer(drawn)])
-    starts = index_file.leading_bytes(pa.chunked_array([one] * times), 4)
+def test_leading_bytes_of_more_than_2_gib_of_hashes() -> None:
+    rows_per_chunk, chunks = 2**20, 65
+    hashes = np.random.default_rng(0).integers(0, 256, (rows_per_chunk, 32), np.uint8)
+    chunk = pa.Array.from_buffers(pa.binary(32), rows_per_chunk, [None, pa.py_buffer(hashes)])
+    starts = index_file.leading_bytes(pa.chunked_array([chunk] * chunks), 4)
     assert len(starts) * 32 > 2 * GIB
-    for i in range(times):
-        assert (starts[i * many : (i + 1) * many] == drawn[:, :4]).all()
+    for i in range(chunks):
+        assert (starts[i * rows_per_chunk : (i + 1) * rows_per_chunk] == hashes[:, :4]).all()
 
 
-def test_rows_are_taken_in_the_order_that_is_asked_for() -> None:
+def test_rows_are_taken_in_the_given_order() -> None:
     column = pa.chunked_array([[], ["a", "b"], [], ["c"], ["d", "e", "f"]], pa.string())
     rng = np.random.default_rng(0)
-    for asked in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
-        found = [value for part in index._take_rows(column, asked) for value in part.to_pylist()]
-        assert found == ["abcdef"[i] for i in asked]
+    for order in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
+        values = [value for part in index._take_rows(column, order) for value in part.to_pylist()]
+        assert values == ["abcdef"[i] for i in order]
     assert not list(index._take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
 
 
@@ -154,103 +154,107 @@ import torch
 state = PartialState(cpu=True)
 assert state.num_processes == 2
 second = state.process_index == 1
-folder, tiny, told = Path(sys.argv[2]), str(Path(sys.argv[1]) / "configs/tiny.yaml"), {}
+folder, tiny, results = Path(sys.argv[2]), str(Path(sys.argv[1]) / "configs/tiny.yaml"), {}
 index_file.CHUNK = index_file.PREFETCH = 4
 consensus.WAITS = (0.05, 0.1)
 
 def settings(name, *overrides):
     return loader.load(tiny, [*sys.argv[3:], f"data.cache_dir={folder.parent / name}", *overrides])
 
-def attempt(name, action, owner=None, function="", instead=None):
-    '''Tells what an action gives, or its error, perhaps with another function in the place of one.'''
-    was = getattr(owner, function) if owner else None
+def attempt(name, action, owner=None, function="", replacement=None):
+    '''Records what an action returns, or its error; `owner.function` is replaced meanwhile.'''
+    original = getattr(owner, function) if owner else None
     if owner:
-        setattr(owner, function, instead)
+        setattr(owner, function, replacement)
     try:
-        told[name] = action()
+        results[name] = action()
     except UserError as error:
-        told[name] = f"error: {error}"
+        results[name] = f"error: {error}"
     if owner:
-        setattr(owner, function, was)
+        setattr(owner, function, original)
 
-opened, facts, records = [], index_file._read_image, Sources.records
+opened, read_image, records = [], index_file._read_image, Sources.records
 
-def counted(*given):
-    opened.append(given[1].file)
-    return facts(*given)
+def count_opened(*args):
+    opened.append(args[1].file)
+    return read_image(*args)
 
-index_file._read_image = counted
+index_file._read_image = count_opened
 
-def built(name, *overrides):
+def build_index(name, *overrides):
     opened.clear()
-    given = settings(name, *overrides)
-    found = index.build(given.data, given.cache_dir, given.stage2.conditions)
-    return [len(opened), len(found), found.bad_count(), found.fingerprint()]
+    config = settings(name, *overrides)
+    result = index.build(config.data, config.cache_dir, config.stage2.conditions)
+    return [len(opened), len(result), result.bad_count(), result.fingerprint()]
 
-def gives_up(sources, number):
-    '''A listing that one process can't read on.'''
+def fails_midway(sources, number):
+    '''A listing that fails in one process.'''
     for i, item in enumerate(records(sources, number)):
         if second and i == 26:
             raise UserError("data.source: can't list it; let it be read")
         yield item
 
-def lacks_one(sources, number):
-    found = list(records(sources, number))
-    return iter(found[:-1] if second else found)
+def one_short(sources, number):
+    listed = list(records(sources, number))
+    return iter(listed[:-1] if second else listed)
 
-def other_order(sources, number):
-    found = list(records(sources, number))
-    return iter(found[::-1] if second else found)
+def reversed_order(sources, number):
+    listed = list(records(sources, number))
+    return iter(listed[::-1] if second else listed)
 
-attempt("index", lambda: built("two"))
-attempt("again", lambda: built("two"))
-attempt("given up", lambda: built("given-up"), Sources, "records", gives_up)
-attempt("taken up", lambda: built("given-up"))
-attempt("lacks one", lambda: built("three"), Sources, "records", lacks_one)
-attempt("other order", lambda: built("three"), Sources, "records", other_order)
-attempt("not shared", lambda: built("four-too" if second else "four"))
-mapped = index_file._memory_map
-attempt("another", lambda: built("four"), index_file, "_memory_map", lambda path: mapped(path)[second:])
-attempt("after all", lambda: built("four"))
+attempt("index", lambda: build_index("shared"))
+attempt("unchanged", lambda: build_index("shared"))
+attempt("failed midway", lambda: build_index("failed"), Sources, "records", fails_midway)
+attempt("continued", lambda: build_index("failed"))
+attempt("one short", lambda: build_index("listings"), Sources, "records", one_short)
+attempt("reversed order", lambda: build_index("listings"), Sources, "records", reversed_order)
+attempt("not shared", lambda: build_index("rank-1" if second else "rank-0"))
+memory_map = index_file._memory_map
 
-drawings, drawn, whole_file = openmoji.drawings, [], openmoji.whole_file
+def other_content(path):
+    return memory_map(path)[second:]
+
+attempt("different content", lambda: build_index("rank-0"), index_file, "_memory_map", other_content)
+attempt("repaired", lambda: build_index("rank-0"))
+
+drawings, rendered, whole_file = openmoji.drawings, [], openmoji.whole_file
 openmoji.drawings = lambda subset: drawings(subset)[:10]
-openmoji.whole_file = lambda path: drawn.append(path) or whole_file(path)
-attempt("openmoji", lambda: built("five", "data.source=openmoji-demo")[1:])
-told["drawn"] = len(drawn)
+openmoji.whole_file = lambda path: rendered.append(path) or whole_file(path)
+attempt("openmoji", lambda: build_index("openmoji", "data.source=openmoji-demo")[1:])
+results["rendered"] = len(rendered)
 
 torch.manual_seed(0)
 shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
 vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
-given = settings("two")
-pictures = index.build(given.data, given.cache_dir, given.stage2.conditions)
-options = cache.CacheOptions.of(given.data, given.cache_dir)
+config = settings("shared")
+entries = index.build(config.data, config.cache_dir, config.stage2.conditions)
+options = cache.CacheOptions.of(config.data, config.cache_dir)
 
-def filled():
-    kept = cache.build(pictures, Augmentation.of(given.data), options, vae, None, per_file=6)
-    views = [Crop(size, flip=True) for size in pictures.sizes]
-    return [float(kept.latent(view, each.sha256)[0].sum()) for view, each in zip(views, pictures)]
+def latent_sums():
+    store = cache.build(entries, Augmentation.of(config.data), options, vae, None, per_file=6)
+    crops = [Crop(size, flip=True) for size in entries.sizes]
+    return [float(store.latent(crop, entry.sha256)[0].sum()) for crop, entry in zip(crops, entries)]
 
-opens = Path.open
+open_path = Path.open
 
-def blind(path, *more):
+def hide_safetensors(path, *args):
     if second and path.suffix == ".safetensors":
         raise FileNotFoundError(path)
-    return opens(path, *more)
+    return open_path(path, *args)
 
-attempt("filled", filled, Path, "glob", lambda path, name: iter(()))  # as if listings were old ones
-attempt("filled again", filled)
-attempt("blind", filled, Path, "open", blind)
-told["files"] = sorted(path.name for path in (folder.parent / "two/latents").rglob("*.safetensors"))
-(folder.parent / f"{state.process_index}.json").write_text(json.dumps(told))
+attempt("latents", latent_sums, Path, "glob", lambda path, name: iter(()))  # as if directory listings were stale
+attempt("latents again", latent_sums)
+attempt("hidden files", latent_sums, Path, "open", hide_safetensors)
+results["files"] = sorted(path.name for path in (folder.parent / "shared/latents").rglob("*.safetensors"))
+(folder.parent / f"{state.process_index}.json").write_text(json.dumps(results))
 state.wait_for_everyone()
 state.destroy_process_group()
 """
 
 
 @pytest.fixture
-def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path) -> list[dict[str, Any]]:
-    """What each of two processes tells of the facts below."""
+def results(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path) -> list[dict[str, Any]]:
+    """The results that the two processes of the script recorded, by rank."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     finish(launch(script, root, folder, *overrides(folder, "none"), processes=2))
@@ -258,40 +262,40 @@ def told(root: Path, folder: Path, launch: Start, finish: Finish, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_processes_share_an_index_and_a_cache_or_all_say_why_not(
-    root: Path, folder: Path, told: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_processes_share_an_index_and_a_cache_or_all_fail_with_the_same_error(
+    root: Path, folder: Path, results: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_file, "CHUNK", 4)
     alone = indexed(settings(root, folder))
     everything = [29, 1, alone.fingerprint()]
-    # Each opened its chunks of 4; the index is the same to the byte, whoever made it, and no part is left over.
-    assert [each["index"] for each in told] == [[16, *everything], [14, *everything]]
-    assert written(tmp_path / "two").read_bytes() == written(tmp_path / "one").read_bytes()
-    assert [each["again"] for each in told] == [[0, *everything]] * 2
-    # One's mistake is everybody's, and what was found until then is not opened again.
-    assert [each["given up"] for each in told] == ["error: data.source: can't list it; let it be read"] * 2
-    assert sum(each["taken up"][0] for each in told) <= 30 - 16 - 8
-    assert [each["taken up"][1:] for each in told] == [everything] * 2
-    # Each lists the same, and sees the same files.
+    # Each process opened its own chunks of 4; the index has the same bytes as one process's, and no part is left over.
+    assert [result["index"] for result in results] == [[16, *everything], [14, *everything]]
+    assert index_path(tmp_path / "shared").read_bytes() == index_path(tmp_path / "alone").read_bytes()
+    assert [result["unchanged"] for result in results] == [[0, *everything]] * 2
+    # The failure of one process ends all, and images that were read before it are not opened again.
+    assert [result["failed midway"] for result in results] == ["error: data.source: can't list it; let it be read"] * 2
+    assert sum(result["continued"][0] for result in results) <= 30 - 16 - 8
+    assert [result["continued"][1:] for result in results] == [everything] * 2
+    # All processes must list the same images and see the same files.
     elsewhere = "on a file system that all machines share"
-    for fact, says in (
-        ("lacks one", "data.source: process 1 lists other images than process 0 (29 and 30); put them"),
-        ("other order", "data.source: process 1 lists other images than process 0 (30 and 30); put them"),
+    for name, prefix in (
+        ("one short", "data.source: process 1 lists other images than process 0 (29 and 30); put them"),
+        ("reversed order", "data.source: process 1 lists other images than process 0 (30 and 30); put them"),
         ("not shared", "data.cache_dir: process 1, on "),
-        ("another", "data.cache_dir: the processes read different things in "),
-        ("blind", "data.cache_dir: process 1, on "),
+        ("different content", "data.cache_dir: the processes read different things in "),
+        ("hidden files", "data.cache_dir: process 1, on "),
     ):
-        first, second = (each[fact] for each in told)
+        first, second = (result[name] for result in results)
         assert first == second
-        assert first.startswith(f"error: {says}")
+        assert first.startswith(f"error: {prefix}")
         assert elsewhere in first
         assert "\n" not in first
-    assert [each["after all"] for each in told] == [[0, *everything]] * 2
-    # The main process draws, once.
-    assert [each["drawn"] for each in told] == [10, 0]
-    assert [each["openmoji"][:2] for each in told] == [[10, 0]] * 2
-    # What one wrote the other reads, though listings don't show it.
-    first, second = told
-    assert first["filled"] == second["filled"] == first["filled again"] == second["filled again"]
-    assert len(first["filled"]) == 29
+    assert [result["repaired"] for result in results] == [[0, *everything]] * 2
+    # Only the main process renders the drawings.
+    assert [result["rendered"] for result in results] == [10, 0]
+    assert [result["openmoji"][:2] for result in results] == [[10, 0]] * 2
+    # Each process reads what the other wrote, even if directory listings are stale.
+    first, second = results
+    assert first["latents"] == second["latents"] == first["latents again"] == second["latents again"]
+    assert len(first["latents"]) == 29
     assert len(first["files"]) > 6

@@ -1,4 +1,4 @@
-"""The embedded pictures."""
+"""The built-in OpenMoji images."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,28 +9,28 @@ from PIL import Image
 from ldm.data import openmoji
 
 
-def test_the_demo_holds_800_to_1000_pictures_and_fifty_three_combinations() -> None:
+def test_the_demo_has_800_to_1000_images_and_53_held_out_combinations() -> None:
     drawings = openmoji.drawings("openmoji-demo")
     assert 800 <= len(drawings) <= 1000
-    held = [d for d in drawings if d.split == "combination"]
-    assert sum(bool(d.role) for d in held) == 50
-    assert sorted(d.captions[0] for d in held if not d.role) == sorted(openmoji.HELD_OUT_SHAPES)
+    held_out = [d for d in drawings if d.split == "combination"]
+    assert sum(bool(d.role) for d in held_out) == 50
+    assert sorted(d.captions[0] for d in held_out if not d.role) == sorted(openmoji.HELD_OUT_SHAPES)
 
 
-def test_every_part_of_a_held_out_combination_is_seen_in_training() -> None:
+def test_every_part_of_a_held_out_combination_is_in_training() -> None:
     drawings = openmoji.drawings("openmoji-demo")
     train = [d for d in drawings if d.split == "train"]
     roles, tones = Counter(d.role for d in train), Counter(d.tone for d in train)
     words = Counter(word for d in train for word in d.captions[0].split())
-    for held in (d for d in drawings if d.split == "combination"):
-        if held.role:
-            assert roles[held.role] >= 4
-            assert tones[held.tone] >= 50
+    for held_out in (d for d in drawings if d.split == "combination"):
+        if held_out.role:
+            assert roles[held_out.role] >= 4
+            assert tones[held_out.tone] >= 50
         else:
-            assert all(words[word] >= 2 for word in held.captions[0].split())
+            assert all(words[word] >= 2 for word in held_out.captions[0].split())
 
 
-def test_both_subsets_hold_back_the_same_combinations() -> None:
+def test_both_subsets_hold_out_the_same_combinations() -> None:
     small, everything = (
         {d.captions[0] for d in openmoji.drawings(name) if d.split == "combination"} for name in openmoji.SUBSETS
     )
@@ -38,16 +38,16 @@ def test_both_subsets_hold_back_the_same_combinations() -> None:
 
 
 @pytest.mark.parametrize("subset", openmoji.SUBSETS)
-def test_no_training_picture_is_the_twin_of_a_held_out_one(subset: str, tmp_path: Path) -> None:
-    drawn: dict[bytes, set[str]] = {}
+def test_no_training_image_equals_a_held_out_one(subset: str, tmp_path: Path) -> None:
+    splits_by_image: dict[bytes, set[str]] = {}
     for drawing, path in openmoji.draw(subset, 64, tmp_path):
-        drawn.setdefault(Image.open(path).tobytes(), set()).add(drawing.split)
-    assert all(len(splits) == 1 for splits in drawn.values())
-    if subset == "openmoji-demo":  # here no two pictures are alike at all
-        assert len(drawn) == len(openmoji.drawings(subset))
+        splits_by_image.setdefault(Image.open(path).tobytes(), set()).add(drawing.split)
+    assert all(len(splits) == 1 for splits in splits_by_image.values())
+    if subset == "openmoji-demo":  # all images of the demo differ
+        assert len(splits_by_image) == len(openmoji.drawings(subset))
 
 
-def test_captions_are_tidy_and_tell_pictures_apart() -> None:
+def test_captions_are_tidy_and_unique_in_the_demo() -> None:
     drawings = openmoji.drawings("openmoji-all")
     captions = {d.captions[0] for d in drawings}
     assert {"woman firefighter, medium-dark skin tone", "flag of Japan", "red apple", "man with red hair"} <= captions
@@ -56,7 +56,7 @@ def test_captions_are_tidy_and_tell_pictures_apart() -> None:
     assert len({d.captions[0] for d in demo}) == len(demo)
 
 
-def test_pictures_are_drawn_once_and_on_white(tmp_path: Path) -> None:
+def test_images_are_rendered_once_and_on_white(tmp_path: Path) -> None:
     paths = [path for _, path in openmoji.draw("openmoji-demo", 16, tmp_path)]
     before = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for _, path in openmoji.draw("openmoji-demo", 16, tmp_path)] == before

@@ -1,4 +1,4 @@
-"""Randomness by position."""
+"""Order and noise are functions of the seed and the position."""
 
 import itertools
 import pickle
@@ -20,25 +20,25 @@ def test_an_epoch_of_equal_weights_shows_every_sample_once() -> None:
 
 def test_epochs_differ_and_the_order_is_a_pure_function_of_seed_and_position() -> None:
     order = Order([1.0] * 50, seed=3)
-    first, second = ([order[n] for n in range(a, a + 50)] for a in (0, 50))
-    assert first != second
-    assert [Order([1.0] * 50, seed=3)[n] for n in range(50, 100)] == second
-    assert [Order([1.0] * 50, seed=4)[n] for n in range(50)] != first
+    first_epoch, second_epoch = ([order[n] for n in range(a, a + 50)] for a in (0, 50))
+    assert first_epoch != second_epoch
+    assert [Order([1.0] * 50, seed=3)[n] for n in range(50, 100)] == second_epoch
+    assert [Order([1.0] * 50, seed=4)[n] for n in range(50)] != first_epoch
 
 
-def test_an_order_travels_to_loader_processes() -> None:
+def test_an_order_can_be_pickled_for_loader_processes() -> None:
     order = Order([1.0] * 50, seed=3)
     assert [pickle.loads(pickle.dumps(order))[n] for n in range(100)] == [order[n] for n in range(100)]
 
 
-def test_samples_come_as_often_as_their_weights_say() -> None:
+def test_samples_are_drawn_in_proportion_to_their_weights() -> None:
     weights = [1.0] * 20 + [0.5] * 40
     order = Order(weights, seed=0)
     seen = Counter(order[n] for n in range(60 * 50))
     for i, weight in enumerate(weights):
         assert abs(seen[i] - 50 * weight * 60 / 40) <= 50
-    full = sum(seen[i] for i in range(20))
-    assert abs(full - 1500) < 60
+    total = sum(seen[i] for i in range(20))
+    assert abs(total - 1500) < 60
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_processes_and_passes() -> None:
@@ -49,7 +49,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes_and_passes() -
     assert step_sets(1, 1) == step_sets(2, 1) == step_sets(2, 3) == step_sets(4, 2)
 
 
-def test_a_device_computes_as_many_images_at_once_as_it_may() -> None:
+def test_a_device_batch_is_as_large_as_allowed() -> None:
     assert accumulation(256, 1, 32) == (8, 32)
     assert accumulation(256, 8, 32) == (1, 32)
     assert accumulation(256, 64, 32) == (1, 4)
@@ -63,19 +63,19 @@ def test_a_device_computes_as_many_images_at_once_as_it_may() -> None:
             assert not any(batch // processes % more == 0 for more in larger)
 
 
-def test_a_batch_that_can_not_be_shared_names_the_nearest_that_can() -> None:
+def test_a_batch_that_can_not_be_shared_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="256 can't be shared evenly by 48 processes; 240 can"):
         accumulation(256, 48, 32)
     with pytest.raises(ValueError, match="2 can't be shared evenly by 8 processes; 8 can"):
         accumulation(2, 8)
 
 
-def test_noise_belongs_to_the_position_not_to_the_batch() -> None:
-    together = normal(7, "noise", torch.tensor([4, 5, 6]), (2, 3))
-    alone = normal(7, "noise", torch.tensor([5]), (2, 3))
-    assert torch.equal(together[1], alone[0])
-    assert not torch.equal(normal(7, "other", torch.tensor([5]), (2, 3)), alone)
-    assert not torch.equal(normal(8, "noise", torch.tensor([5]), (2, 3)), alone)
+def test_noise_depends_on_the_position_not_on_the_batch() -> None:
+    batched = normal(7, "noise", torch.tensor([4, 5, 6]), (2, 3))
+    single = normal(7, "noise", torch.tensor([5]), (2, 3))
+    assert torch.equal(batched[1], single[0])
+    assert not torch.equal(normal(7, "other", torch.tensor([5]), (2, 3)), single)
+    assert not torch.equal(normal(8, "noise", torch.tensor([5]), (2, 3)), single)
 
 
 def test_noise_is_standard_normal_and_uniform_is_uniform() -> None:

@@ -1,4 +1,4 @@
-"""Every kind of source: what it is taken for, and that all of them give the same pictures and captions."""
+"""Every kind of source is detected, and all of them yield the same images, captions and classes."""
 
 import csv
 import hashlib
@@ -28,8 +28,8 @@ CAPTIONS = {"a.png": ["a red hat"], "b.jpg": ["two shoes", "a pair of shoes"], "
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> dict[str, bytes]:
-    """Encoded pictures by name."""
+def images(tmp_path: Path) -> dict[str, bytes]:
+    """Encoded images by name."""
     rng, encoded = np.random.default_rng(0), {}
     for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("c.webp", "WEBP")):
         buffer = io.BytesIO()
@@ -38,90 +38,91 @@ def pictures(tmp_path: Path) -> dict[str, bytes]:
     return encoded
 
 
-def lay(folder: Path, pictures: dict[str, bytes]) -> Path:
+def write_images(folder: Path, images: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in pictures.items():
+    for name, data in images.items():
         (folder / name).write_bytes(data)
     return folder
 
 
-def as_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_jsonl(folder: Path, images: dict[str, bytes]) -> str:
     rows = [{"file_name": name, "text": text} for name, text in CAPTIONS.items()]
-    (lay(folder, pictures) / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (write_images(folder, images) / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder)
 
 
-def as_csv(folder: Path, pictures: dict[str, bytes]) -> str:
-    with (lay(folder, pictures) / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+def write_csv(folder: Path, images: dict[str, bytes]) -> str:
+    with (write_images(folder, images) / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerows([("file_name", "text"), *((name, "\n".join(text)) for name, text in CAPTIONS.items())])
     return f"{{path: {folder}, lines: true}}"
 
 
-def as_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_metadata_parquet(folder: Path, images: dict[str, bytes]) -> str:
     table = pa.table({"file_name": list(CAPTIONS), "text": list(CAPTIONS.values())})
-    pq.write_table(table, lay(folder, pictures) / "metadata.parquet")
+    pq.write_table(table, write_images(folder, images) / "metadata.parquet")
     return str(folder)
 
 
-def as_sidecars(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_sidecars(folder: Path, images: dict[str, bytes]) -> str:
     for name, text in CAPTIONS.items():
-        (lay(folder, pictures) / name).with_suffix(".txt").write_text("\n".join(text), "utf-8")
+        (write_images(folder, images) / name).with_suffix(".txt").write_text("\n".join(text), "utf-8")
     (folder / "a.txt").rename(folder / "a.caption")
     return f"{{path: {folder}, lines: true}}"
 
 
-def as_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_tar(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
     for shard, names in enumerate((["a.png", "b.jpg"], ["c.webp"])):
         with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
             for name in names:
-                about = json.dumps({"text": CAPTIONS[name]}).encode()
-                for member, data in ((name, pictures[name]), (Path(name).stem + ".json", about)):
+                metadata = json.dumps({"text": CAPTIONS[name]}).encode()
+                for member, data in ((name, images[name]), (Path(name).stem + ".json", metadata)):
                     info = tarfile.TarInfo(member)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return str(folder / "s-{0..1}.tar")
 
 
-def as_url(folder: Path, pictures: dict[str, bytes]) -> str:
-    return "file://" + as_tar(folder, pictures)
+def write_url(folder: Path, images: dict[str, bytes]) -> str:
+    return "file://" + write_tar(folder, images)
 
 
-def as_dataset(pictures: dict[str, bytes]) -> datasets.Dataset:
-    images = [{"bytes": data, "path": None} for data in pictures.values()]
+def dataset_of(images: dict[str, bytes]) -> datasets.Dataset:
+    rows = [{"bytes": data, "path": None} for data in images.values()]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
-    return datasets.Dataset.from_dict({"image": images, "text": list(CAPTIONS.values())}, features)
+    return datasets.Dataset.from_dict({"image": rows, "text": list(CAPTIONS.values())}, features)
 
 
-def as_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_parquet(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
-    as_dataset(pictures).to_parquet(folder / "train.parquet")
+    dataset_of(images).to_parquet(folder / "train.parquet")
     return str(folder)
 
 
-def as_plain_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_plain_parquet(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
-    table = pa.table({"image": list(pictures.values()), "text": list(CAPTIONS.values())})
+    table = pa.table({"image": list(images.values()), "text": list(CAPTIONS.values())})
     pq.write_table(table, folder / "train.parquet")
     return str(folder / "train.parquet")
 
 
-def as_saved(folder: Path, pictures: dict[str, bytes]) -> str:
-    as_dataset(pictures).save_to_disk(folder)
+def write_saved(folder: Path, images: dict[str, bytes]) -> str:
+    dataset_of(images).save_to_disk(folder)
     return str(folder)
 
 
+# Each writer takes a folder and the encoded images, and returns what `data.source` is set to.
 KINDS: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
-    "jsonl": as_jsonl,
-    "csv": as_csv,
-    "metadata parquet": as_metadata_parquet,
-    "sidecars": as_sidecars,
-    "tar": as_tar,
-    "url": as_url,
-    "parquet": as_parquet,
-    "plain parquet": as_plain_parquet,
-    "datasets": as_saved,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "metadata parquet": write_metadata_parquet,
+    "sidecars": write_sidecars,
+    "tar": write_tar,
+    "url": write_url,
+    "parquet": write_parquet,
+    "plain parquet": write_plain_parquet,
+    "datasets": write_saved,
 }
 DETECTED = {"jsonl": "metadata", "csv": "metadata", "metadata parquet": "metadata", "url": "tar"}
 DETECTED |= {"plain parquet": "parquet"}
@@ -133,186 +134,190 @@ def settings(root: Path, folder: Path, source: str, *overrides: str) -> loader.C
     )
 
 
-def by_picture(pictures: Index) -> dict[bytes, tuple[tuple[str, ...], int, int]]:
-    return {entry.sha256: (entry.captions, entry.width, entry.height) for entry in pictures}
+def entries_by_hash(index: Index) -> dict[bytes, tuple[tuple[str, ...], int, int]]:
+    return {entry.sha256: (entry.captions, entry.width, entry.height) for entry in index}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_tensors_and_captions(
-    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_every_kind_yields_the_same_tensors_and_captions(
+    kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    reference = indexed(settings(root, tmp_path / "a", as_jsonl(tmp_path / "reference", pictures)))
-    given = settings(root, tmp_path / "b", KINDS[kind](tmp_path / "data", pictures))
-    found = indexed(given)
-    assert found.bad_count() == 0
-    assert found.sources.kinds == [DETECTED.get(kind, kind)]
-    assert by_picture(found) == by_picture(reference)
-    order = {entry.sha256: i for i, entry in enumerate(found)}
+    reference = indexed(settings(root, tmp_path / "a", write_jsonl(tmp_path / "reference", images)))
+    config = settings(root, tmp_path / "b", KINDS[kind](tmp_path / "data", images))
+    index = indexed(config)
+    assert index.bad_count() == 0
+    assert index.sources.kinds == [DETECTED.get(kind, kind)]
+    assert entries_by_hash(index) == entries_by_hash(reference)
+    positions = {entry.sha256: i for i, entry in enumerate(index)}
     for i, entry in enumerate(reference):
-        mine = images_of(found, given, 1).plan.index.load_image(order[entry.sha256])
-        assert mine.tobytes() == reference.load_image(i).tobytes()
-    seen = {bytes(images_of(found, given, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
-    assert seen == {images_of(reference, given, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
+        image = images_of(index, config, 1).plan.index.load_image(positions[entry.sha256])
+        assert image.tobytes() == reference.load_image(i).tobytes()
+    pixels = {bytes(images_of(index, config, 1)[n]["pixels"].numpy().tobytes()) for n in range(3)}
+    assert pixels == {images_of(reference, config, 1)[n]["pixels"].numpy().tobytes() for n in range(3)}
 
 
-def test_class_folders_give_captions_by_template_and_labels(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_class_folders_yield_labels_and_captions_by_template(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    lay(tmp_path / "data/rain_coat", {"001.png": pictures["a.png"]})
-    lay(tmp_path / "data/hat/summer", {"001.jpg": pictures["b.jpg"]})
-    given = settings(root, tmp_path / "run", f"{{path: {tmp_path / 'data'}, template: 'a photo of a {{}}'}}")
-    found = indexed(given)
-    assert found.sources.kinds == ["classes"]
-    assert {(entry.captions, entry.label) for entry in found} == {
+    write_images(tmp_path / "data/rain_coat", {"001.png": images["a.png"]})
+    write_images(tmp_path / "data/hat/summer", {"001.jpg": images["b.jpg"]})
+    config = settings(root, tmp_path / "run", f"{{path: {tmp_path / 'data'}, template: 'a photo of a {{}}'}}")
+    index = indexed(config)
+    assert index.sources.kinds == ["classes"]
+    assert {(entry.captions, entry.label) for entry in index} == {
         (("a photo of a rain coat",), "rain_coat"),
         (("a photo of a hat",), "hat"),
     }
-    assert found.labels() == ["hat", "rain_coat"]
-    samples = images_of(found, given, 1)
+    assert index.labels() == ["hat", "rain_coat"]
+    samples = images_of(index, config, 1)
     assert {int(samples[n]["class"]) for n in range(2)} == {0, 1}
 
 
 UNCONDITIONAL = ("stage2.conditions=[]", "stage2.pooled_text=false")
 
 
-def bare_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
-    (lay(folder, pictures) / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}"}}\n' for name in pictures))
+def write_uncaptioned_jsonl(folder: Path, images: dict[str, bytes]) -> str:
+    (write_images(folder, images) / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{name}"}}\n' for name in images)
+    )
     return str(folder)
 
 
-def bare_csv(folder: Path, pictures: dict[str, bytes]) -> str:
-    (lay(folder, pictures) / "metadata.csv").write_text("\n".join(["file_name", *pictures]))
+def write_uncaptioned_csv(folder: Path, images: dict[str, bytes]) -> str:
+    (write_images(folder, images) / "metadata.csv").write_text("\n".join(["file_name", *images]))
     return str(folder)
 
 
-def bare_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
-    pq.write_table(pa.table({"file_name": list(pictures)}), lay(folder, pictures) / "metadata.parquet")
+def write_uncaptioned_metadata_parquet(folder: Path, images: dict[str, bytes]) -> str:
+    pq.write_table(pa.table({"file_name": list(images)}), write_images(folder, images) / "metadata.parquet")
     return str(folder)
 
 
-def bare_folder(folder: Path, pictures: dict[str, bytes]) -> str:
-    lay(folder / "deep/deeper", {"c.webp": pictures["c.webp"]})
-    return str(lay(folder, {name: pictures[name] for name in ("a.png", "b.jpg")}))
+def write_uncaptioned_folder(folder: Path, images: dict[str, bytes]) -> str:
+    write_images(folder / "deep/deeper", {"c.webp": images["c.webp"]})
+    return str(write_images(folder, {name: images[name] for name in ("a.png", "b.jpg")}))
 
 
-def bare_classes(folder: Path, pictures: dict[str, bytes]) -> str:
-    for name, data in pictures.items():
-        lay(folder / "_", {name: data})  # of which no caption can be made
+def write_uncaptioned_classes(folder: Path, images: dict[str, bytes]) -> str:
+    for name, data in images.items():
+        write_images(folder / "_", {name: data})  # a name that yields no caption
     return str(folder)
 
 
-def bare_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_uncaptioned_tar(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "0.tar", "w") as tar:
-        for name, data in sorted({**pictures, "b.json": b"{}", "c.json": b"[]"}.items()):
+        for name, data in sorted({**images, "b.json": b"{}", "c.json": b"[]"}.items()):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return str(folder)
 
 
-def bare_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_uncaptioned_parquet(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
-    pq.write_table(pa.table({"image": list(pictures.values())}), folder / "train.parquet")
+    pq.write_table(pa.table({"image": list(images.values())}), folder / "train.parquet")
     return str(folder)
 
 
-def bare_saved(folder: Path, pictures: dict[str, bytes]) -> str:
-    as_dataset(pictures).remove_columns("text").save_to_disk(folder)
+def write_uncaptioned_saved(folder: Path, images: dict[str, bytes]) -> str:
+    dataset_of(images).remove_columns("text").save_to_disk(folder)
     return str(folder)
 
 
-def bare_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
-    lay(folder / "one", pictures)
-    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'one'\n")
+def write_uncaptioned_kohya(folder: Path, images: dict[str, bytes]) -> str:
+    write_images(folder / "images", images)
+    (folder / "set.toml").write_text("[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'images'\n")
     return str(folder / "set.toml")
 
 
-BARE: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
-    "jsonl": ("metadata", bare_jsonl),
-    "csv": ("metadata", bare_csv),
-    "metadata parquet": ("metadata", bare_metadata_parquet),
-    "folder": ("images", bare_folder),
-    "classes": ("classes", bare_classes),
-    "tar": ("tar", bare_tar),
-    "parquet": ("parquet", bare_parquet),
-    "datasets": ("datasets", bare_saved),
-    "kohya": ("kohya", bare_kohya),
+UNCAPTIONED: dict[str, tuple[str, Callable[[Path, dict[str, bytes]], str]]] = {
+    "jsonl": ("metadata", write_uncaptioned_jsonl),
+    "csv": ("metadata", write_uncaptioned_csv),
+    "metadata parquet": ("metadata", write_uncaptioned_metadata_parquet),
+    "folder": ("images", write_uncaptioned_folder),
+    "classes": ("classes", write_uncaptioned_classes),
+    "tar": ("tar", write_uncaptioned_tar),
+    "parquet": ("parquet", write_uncaptioned_parquet),
+    "datasets": ("datasets", write_uncaptioned_saved),
+    "kohya": ("kohya", write_uncaptioned_kohya),
 }
 
 
-@pytest.mark.parametrize("kind", BARE)
-def test_pictures_of_every_kind_need_no_captions_where_nothing_is_made_from_them(
-    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+@pytest.mark.parametrize("kind", UNCAPTIONED)
+def test_no_kind_needs_captions_where_the_model_is_not_conditioned_on_text(
+    kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    detected, lay_out = BARE[kind]
-    given = settings(root, tmp_path / "run", lay_out(tmp_path / "data", pictures), *UNCONDITIONAL)
-    found = indexed(given)
-    assert found.sources.kinds == [detected]
-    assert found.bad_count() == 0
-    assert {entry.sha256: entry.captions for entry in found} == {
-        hashlib.sha256(data).digest(): ("",) for data in pictures.values()
+    detected, write_source = UNCAPTIONED[kind]
+    config = settings(root, tmp_path / "run", write_source(tmp_path / "data", images), *UNCONDITIONAL)
+    index = indexed(config)
+    assert index.sources.kinds == [detected]
+    assert index.bad_count() == 0
+    assert {entry.sha256: entry.captions for entry in index} == {
+        hashlib.sha256(data).digest(): ("",) for data in images.values()
     }
-    assert {images_of(found, given, 1)[n]["caption"] for n in range(3)} == {""}
+    assert {images_of(index, config, 1)[n]["caption"] for n in range(3)} == {""}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captions_that_are_there_are_kept_where_none_are_needed(
-    kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_present_captions_are_kept_where_none_are_needed(
+    kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    source = KINDS[kind](tmp_path / "data", pictures)
-    needed = indexed(settings(root, tmp_path / "run", source))
-    assert by_picture(indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == by_picture(needed)
+    source = KINDS[kind](tmp_path / "data", images)
+    with_text = indexed(settings(root, tmp_path / "run", source))
+    assert entries_by_hash(indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))) == entries_by_hash(
+        with_text
+    )
 
 
 def test_some_captions_may_be_missing_where_none_are_needed(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    folder = lay(tmp_path / "data", pictures)
+    folder = write_images(tmp_path / "data", images)
     (folder / "a.txt").write_text("a red hat")
     (folder / "b.txt").write_text(" \n")
-    found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
-    assert (found.sources.kinds, found.bad_count()) == (["sidecars"], 0)
-    assert {entry.key: entry.captions for entry in found} == {"a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",)}
+    index = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert (index.sources.kinds, index.bad_count()) == (["sidecars"], 0)
+    assert {entry.key: entry.captions for entry in index} == {"a.png": ("a red hat",), "b.jpg": ("",), "c.webp": ("",)}
 
 
 @pytest.mark.parametrize("text", [" ", [], ["", " "], None])
-def test_a_caption_that_says_nothing_is_none(
-    text: object, root: Path, tmp_path: Path, pictures: dict[str, bytes]
-) -> None:
-    (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+def test_an_empty_caption_counts_as_missing(text: object, root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "text": text})
+    )
     source = str(tmp_path / "data")
     (entry,) = indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL))
     assert entry.captions == ("",)
     assert indexed(settings(root, tmp_path / "run", source)).bad_count() == 1
 
 
-def test_a_caption_that_cant_be_read_is_bad_though_none_is_needed(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_an_unreadable_caption_is_bad_even_where_none_is_needed(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    folder = lay(tmp_path / "data", pictures)
+    folder = write_images(tmp_path / "data", images)
     (folder / "a.txt").write_bytes("grün".encode("latin-1"))
-    found = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
-    assert [(bad.key, bad.fix) for bad in found.bad_samples()] == [("a.png", "save it as UTF-8")]
+    index = indexed(settings(root, tmp_path / "run", str(folder), *UNCONDITIONAL))
+    assert [(bad.key, bad.fix) for bad in index.bad_samples()] == [("a.png", "save it as UTF-8")]
 
 
-def test_folders_of_pictures_are_classes_unless_the_kind_says_otherwise(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_folders_of_images_are_classes_unless_the_kind_is_images(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    lay(tmp_path / "data/hats", {"a.png": pictures["a.png"]})
+    write_images(tmp_path / "data/hats", {"a.png": images["a.png"]})
     for kind in ("classes", "images"):
-        asked = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: images}}"
-        (entry,) = (found := indexed(settings(root, tmp_path / "run", asked, *UNCONDITIONAL)))
-        assert found.sources.kinds == [kind]
+        source = str(tmp_path / "data") if kind == "classes" else f"{{path: {tmp_path / 'data'}, kind: images}}"
+        (entry,) = (index := indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)))
+        assert index.sources.kinds == [kind]
         assert entry.captions == (("hats",) if kind == "classes" else ("",))
 
 
-def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
-) -> None:
-    given = settings(root, tmp_path / "run", f"{{path: {bare_folder(tmp_path / 'data', pictures)}, kind: images}}")
+def test_kind_images_is_refused_where_captions_are_needed(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    config = settings(
+        root, tmp_path / "run", f"{{path: {write_uncaptioned_folder(tmp_path / 'data', images)}, kind: images}}"
+    )
     with pytest.raises(UserError) as caught:
-        indexed(given)
+        indexed(config)
     assert str(caught.value) == (
         f"data.source.kind: images, so {tmp_path / 'data'} has no captions, and stage2.conditions has text; "
         "leave out the kind, or text"
@@ -321,10 +326,10 @@ def test_a_folder_of_pictures_has_no_captions_and_says_so_where_they_are_needed(
         check([SourceConfig(path=str(tmp_path / "gone"), kind="images")], conditions=())
 
 
-def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_an_index_built_without_captions_is_never_used_where_they_are_needed(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    folder = lay(tmp_path / "data", pictures)
+    folder = write_images(tmp_path / "data", images)
     (folder / "a.txt").write_text("a red hat")
     run = tmp_path / "run"
     for conditions, bad in ((UNCONDITIONAL, 0), ((), 2), (UNCONDITIONAL, 0)):
@@ -332,12 +337,10 @@ def test_an_index_made_without_captions_is_never_used_where_they_are_needed(
     assert len(list((run / "cache").glob("index-*.arrow"))) == 2
 
 
-def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
-) -> None:
-    source = as_jsonl(tmp_path / "data", pictures)
+def test_the_name_of_an_index_with_captions_never_changes(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    source = write_jsonl(tmp_path / "data", images)
     indexed(settings(root, tmp_path / "run", source))
-    asked = {
+    fields = {
         "path": source,
         "kind": "auto",
         "caption_column": "text",
@@ -347,45 +350,45 @@ def test_the_index_of_a_run_with_captions_is_named_by_what_it_always_was(
         "split": "train",
         "at": source,
     }
-    name = hashlib.sha256(json.dumps([[asked], "white", 8, 16]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([[fields], "white", 8, 16]).encode()).hexdigest()[:12]
     assert [path.name for path in (tmp_path / "run/cache").glob("index-*")] == [f"index-{name}.arrow"]
 
 
-OF_CLASSES = ("stage2.conditions=[class]", "stage2.pooled_text=false")
+CLASS_CONDITIONAL = ("stage2.conditions=[class]", "stage2.pooled_text=false")
 LABELS = {"a.png": "hat", "b.jpg": "shoe", "c.webp": "hat"}
 
 
-def labelled_jsonl(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_jsonl(folder: Path, images: dict[str, bytes]) -> str:
     rows = (json.dumps({"file_name": name, "kind": label}) for name, label in LABELS.items())
-    (lay(folder, pictures) / "metadata.jsonl").write_text("\n".join(rows))
+    (write_images(folder, images) / "metadata.jsonl").write_text("\n".join(rows))
     return str(folder)
 
 
-def labelled_csv(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_csv(folder: Path, images: dict[str, bytes]) -> str:
     rows = (f"{name}, {label} " for name, label in LABELS.items())
-    (lay(folder, pictures) / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]))
+    (write_images(folder, images) / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]))
     return str(folder)
 
 
-def labelled_metadata_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_metadata_parquet(folder: Path, images: dict[str, bytes]) -> str:
     table = pa.table({"file_name": list(LABELS), "kind": pa.array(LABELS.values()).dictionary_encode()})
-    pq.write_table(table, lay(folder, pictures) / "metadata.parquet")
+    pq.write_table(table, write_images(folder, images) / "metadata.parquet")
     return str(folder)
 
 
-def labelled_folders(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_folders(folder: Path, images: dict[str, bytes]) -> str:
     for name, label in LABELS.items():
-        lay(folder / label / "deeper", {name: pictures[name]})
+        write_images(folder / label / "deeper", {name: images[name]})
     return str(folder)
 
 
-def labelled_tar(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_tar(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "0.tar", "w") as tar:
         for name, label in LABELS.items():
             stem = Path(name).stem
-            about = json.dumps({"kind": label}).encode()
-            files = {name: pictures[name], f"{stem}.json": about} | ({"a.txt": b"a red hat"} if stem == "a" else {})
+            metadata = json.dumps({"kind": label}).encode()
+            files = {name: images[name], f"{stem}.json": metadata} | ({"a.txt": b"a red hat"} if stem == "a" else {})
             for member, data in files.items():
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
@@ -393,77 +396,77 @@ def labelled_tar(folder: Path, pictures: dict[str, bytes]) -> str:
     return str(folder)
 
 
-def labelled_dataset(pictures: dict[str, bytes], kind: object) -> datasets.Dataset:
-    images = [{"bytes": data, "path": None} for data in pictures.values()]
+def labelled_dataset(images: dict[str, bytes], kind: object) -> datasets.Dataset:
+    rows = [{"bytes": data, "path": None} for data in images.values()]
     features = datasets.Features({"image": datasets.Image(), "kind": kind})
     names = ["shoe", "hat"]
     labels = [names.index(label) if isinstance(kind, datasets.ClassLabel) else label for label in LABELS.values()]
-    return datasets.Dataset.from_dict({"image": images, "kind": labels}, features)
+    return datasets.Dataset.from_dict({"image": rows, "kind": labels}, features)
 
 
-def labelled_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_parquet(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
-    labelled_dataset(pictures, datasets.Value("string")).to_parquet(folder / "train.parquet")
+    labelled_dataset(images, datasets.Value("string")).to_parquet(folder / "train.parquet")
     return str(folder)
 
 
-def named_parquet(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_parquet_with_class_names(folder: Path, images: dict[str, bytes]) -> str:
     folder.mkdir(parents=True)
-    labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).to_parquet(folder / "train.parquet")
+    labelled_dataset(images, datasets.ClassLabel(names=["shoe", "hat"])).to_parquet(folder / "train.parquet")
     return str(folder)
 
 
-def labelled_saved(folder: Path, pictures: dict[str, bytes]) -> str:
-    labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).save_to_disk(folder)
+def write_labelled_saved(folder: Path, images: dict[str, bytes]) -> str:
+    labelled_dataset(images, datasets.ClassLabel(names=["shoe", "hat"])).save_to_disk(folder)
     return str(folder)
 
 
-def labelled_kohya(folder: Path, pictures: dict[str, bytes]) -> str:
+def write_labelled_kohya(folder: Path, images: dict[str, bytes]) -> str:
     subsets = ""
     for name, label in LABELS.items():
-        lay(folder / Path(name).stem, {name: pictures[name]})
+        write_images(folder / Path(name).stem, {name: images[name]})
         subsets += f"[[datasets.subsets]]\nimage_dir = '{Path(name).stem}'\nclass_tokens = '{label}'\n"
     (folder / "set.toml").write_text(f"[[datasets]]\nresolution = 16\n{subsets}")
     return str(folder / "set.toml")
 
 
 LABELLED: dict[str, Callable[[Path, dict[str, bytes]], str]] = {
-    "jsonl": labelled_jsonl,
-    "csv": labelled_csv,
-    "metadata parquet": labelled_metadata_parquet,
-    "folders": labelled_folders,
-    "tar": labelled_tar,
-    "parquet": labelled_parquet,
-    "parquet with names": named_parquet,
-    "datasets": labelled_saved,
-    "kohya": labelled_kohya,
+    "jsonl": write_labelled_jsonl,
+    "csv": write_labelled_csv,
+    "metadata parquet": write_labelled_metadata_parquet,
+    "folders": write_labelled_folders,
+    "tar": write_labelled_tar,
+    "parquet": write_labelled_parquet,
+    "parquet with names": write_parquet_with_class_names,
+    "datasets": write_labelled_saved,
+    "kohya": write_labelled_kohya,
 }
 
 
 @pytest.mark.parametrize("kind", LABELLED)
-def test_every_kind_gives_the_same_classes(kind: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    source = LABELLED[kind](tmp_path / "data", pictures)
+def test_every_kind_yields_the_same_classes(kind: str, root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    source = LABELLED[kind](tmp_path / "data", images)
     column = "" if kind in ("folders", "kohya") else ", label: kind"
-    given = settings(root, tmp_path / "run", f"{{path: {source}{column}}}", *OF_CLASSES)
-    found = indexed(given)
-    assert found.bad_count() == 0
-    assert {entry.sha256: entry.label for entry in found} == {
-        hashlib.sha256(pictures[name]).digest(): label for name, label in LABELS.items()
+    config = settings(root, tmp_path / "run", f"{{path: {source}{column}}}", *CLASS_CONDITIONAL)
+    index = indexed(config)
+    assert index.bad_count() == 0
+    assert {entry.sha256: entry.label for entry in index} == {
+        hashlib.sha256(images[name]).digest(): label for name, label in LABELS.items()
     }
-    assert found.labels() == ["hat", "shoe"]
-    samples = images_of(found, given, 1)
+    assert index.labels() == ["hat", "shoe"]
+    samples = images_of(index, config, 1)
     numbers = {samples.plan[n].entry.sha256: int(samples[n]["class"]) for n in range(3)}
-    assert numbers == {hashlib.sha256(pictures[name]).digest(): int(LABELS[name] == "shoe") for name in LABELS}
+    assert numbers == {hashlib.sha256(images[name]).digest(): int(LABELS[name] == "shoe") for name in LABELS}
 
 
-def test_the_first_folder_is_the_class_beside_caption_files_too(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_the_first_folder_is_the_class_also_where_there_are_caption_files(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    (lay(tmp_path / "data/hats/red", {"a.png": pictures["a.png"]}) / "a.txt").write_text("a red hat")
-    (lay(tmp_path / "data", {"b.jpg": pictures["b.jpg"]}) / "b.txt").write_text("two shoes")
-    found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
-    assert [(entry.captions, entry.label) for entry in found] == [(("a red hat",), "hats")]
-    assert [(bad.key, bad.reason) for bad in found.bad_samples()] == [("b.jpg", "it has no class")]
+    (write_images(tmp_path / "data/hats/red", {"a.png": images["a.png"]}) / "a.txt").write_text("a red hat")
+    (write_images(tmp_path / "data", {"b.jpg": images["b.jpg"]}) / "b.txt").write_text("two shoes")
+    index = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), "stage2.conditions=[text,class]"))
+    assert [(entry.captions, entry.label) for entry in index] == [(("a red hat",), "hats")]
+    assert [(bad.key, bad.reason) for bad in index.bad_samples()] == [("b.jpg", "it has no class")]
 
 
 @pytest.mark.parametrize(
@@ -482,84 +485,88 @@ def test_the_first_folder_is_the_class_beside_caption_files_too(
     ],
 )
 def test_a_class_is_a_string_or_an_integer(
-    label: object, expected: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+    label: object, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    (lay(tmp_path / "data", pictures) / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
-    found = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *OF_CLASSES))
-    assert [*(entry.label for entry in found), *(bad.reason for bad in found.bad_samples())] == [expected]
-    assert found.labels() == ([] if found.bad_count() else [expected])
+    (write_images(tmp_path / "data", images) / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "label": label})
+    )
+    index = indexed(settings(root, tmp_path / "run", str(tmp_path / "data"), *CLASS_CONDITIONAL))
+    assert [*(entry.label for entry in index), *(bad.reason for bad in index.bad_samples())] == [expected]
+    assert index.labels() == ([] if index.bad_count() else [expected])
 
 
-def test_a_class_without_a_name_is_named_and_minus_one_is_none(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_a_class_number_without_a_name_is_bad_and_minus_one_is_no_class(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     (tmp_path / "data").mkdir()
-    named = labelled_dataset(pictures, datasets.ClassLabel(names=["shoe", "hat"])).data.table
+    named = labelled_dataset(images, datasets.ClassLabel(names=["shoe", "hat"])).data.table
     table = named.set_column(1, "kind", pa.array([-1, 1, 2])).replace_schema_metadata(named.schema.metadata)
     pq.write_table(table, tmp_path / "data/train.parquet")
     source = f"{{path: {tmp_path / 'data'}, label: kind}}"
-    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
-    assert [entry.label for entry in found] == ["hat"]
-    assert [bad.reason for bad in found.bad_samples()] == ["it has no class", "its class is 2, and only 2 have names"]
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
+    assert [entry.label for entry in index] == ["hat"]
+    assert [bad.reason for bad in index.bad_samples()] == ["it has no class", "its class is 2, and only 2 have names"]
 
 
-def test_a_picture_without_a_class_is_bad_only_where_classes_are_needed(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_an_image_without_a_class_is_bad_only_where_classes_are_needed(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    source = bare_jsonl(tmp_path / "data", pictures)
+    source = write_uncaptioned_jsonl(tmp_path / "data", images)
     assert indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
-    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
-    assert len(found) == 0
-    assert found.stop_reason(tmp_path / "data-report.json") == (
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
+    assert len(index) == 0
+    assert index.stop_reason(tmp_path / "data-report.json") == (
         f"data.source: no usable image in {source}; the first bad one: "
         "a.png: it has no class; write it into the column 'label', or put it in a class folder"
     )
-    kohya = indexed(settings(root, tmp_path / "other", bare_kohya(tmp_path / "set", pictures), *OF_CLASSES))
+    kohya = indexed(
+        settings(root, tmp_path / "other", write_uncaptioned_kohya(tmp_path / "set", images), *CLASS_CONDITIONAL)
+    )
     assert {bad.fix for bad in kohya.bad_samples()} == {"give its subset class_tokens"}
 
 
-def test_a_class_of_bad_pictures_is_none(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    source = labelled_folders(tmp_path / "data", pictures)
-    lay(tmp_path / "data/coat", {"d.png": b"damaged"})
-    found = indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
-    assert (found.labels(), found.bad_count()) == (["hat", "shoe"], 1)
+def test_a_folder_with_only_bad_images_is_no_class(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    source = write_labelled_folders(tmp_path / "data", images)
+    write_images(tmp_path / "data/coat", {"d.png": b"damaged"})
+    index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
+    assert (index.labels(), index.bad_count()) == (["hat", "shoe"], 1)
 
 
-def test_classes_are_part_of_what_a_run_is_bound_to_where_it_learns_them(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_classes_are_part_of_the_fingerprint_only_where_they_are_learned(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    source = f"{{path: {labelled_jsonl(tmp_path / 'data', pictures)}, label: kind}}"
+    source = f"{{path: {write_labelled_jsonl(tmp_path / 'data', images)}, label: kind}}"
     metadata = tmp_path / "data/metadata.jsonl"
 
     def fingerprints(*overrides: str) -> list[str]:
         built = indexed(settings(root, tmp_path / "run", source, *overrides))
         return [built.fingerprint(), built.first(1).fingerprint()]
 
-    before, without = fingerprints(*OF_CLASSES), fingerprints(*UNCONDITIONAL)
-    metadata.write_text(metadata.read_text().replace("shoe", "boot"))  # which is none of the first one's
-    after = fingerprints(*OF_CLASSES)
+    before, without = fingerprints(*CLASS_CONDITIONAL), fingerprints(*UNCONDITIONAL)
+    metadata.write_text(metadata.read_text().replace("shoe", "boot"))  # the first image stays a hat
+    after = fingerprints(*CLASS_CONDITIONAL)
     assert before[0] != after[0]
     assert before[1] != after[1]
     assert fingerprints(*UNCONDITIONAL) == without
 
 
-def test_a_column_of_labels_changes_nothing_where_no_classes_are_learned(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_a_label_column_changes_nothing_where_no_classes_are_learned(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "data"
-    plain = indexed(settings(root, tmp_path / "one", as_jsonl(folder, pictures)))
+    plain = indexed(settings(root, tmp_path / "plain", write_jsonl(folder, images)))
     rows = [{"file_name": name, "text": text, "label": [7]} for name, text in CAPTIONS.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    other = indexed(settings(root, tmp_path / "two", f"{{path: {folder}, label: label}}"))
-    assert other.fingerprint() == plain.fingerprint()
-    one, two = (next((tmp_path / run / "cache").glob("index-*")) for run in ("one", "two"))
-    assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
+    labelled = indexed(settings(root, tmp_path / "labelled", f"{{path: {folder}, label: label}}"))
+    assert labelled.fingerprint() == plain.fingerprint()
+    plain_file, labelled_file = (next((tmp_path / run / "cache").glob("index-*")) for run in ("plain", "labelled"))
+    assert (plain_file.name, plain_file.read_bytes()) == (labelled_file.name, labelled_file.read_bytes())
 
 
-def test_an_index_is_shared_only_by_runs_that_need_the_same(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_an_index_is_shared_only_by_runs_that_need_the_same_columns(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    source = as_jsonl(tmp_path / "data", pictures)
+    source = write_jsonl(tmp_path / "data", images)
     for label in ("label", "kind"):
         for conditions in ("[]", "[text]", "[class]", "[text,class]"):
             overrides = (f"stage2.conditions={conditions}", "stage2.pooled_text=false")
@@ -567,20 +574,18 @@ def test_an_index_is_shared_only_by_runs_that_need_the_same(
     assert len(list((tmp_path / "run/cache").glob("index-*.arrow"))) == 2 + 2 * 2
 
 
-def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    as_jsonl(tmp_path / "one", pictures)
-    as_sidecars(
-        tmp_path / "two", {"a.png": pictures["a.png"], "b.jpg": pictures["b.jpg"], "c.webp": pictures["c.webp"]}
-    )
+def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    write_jsonl(tmp_path / "first", images)
+    write_sidecars(tmp_path / "second", images)
     for mix, expected in (
-        (f"[{tmp_path / 'one'}, {{path: {tmp_path / 'two'}, repeats: 3}}]", 0.75),
-        (f"[{{path: {tmp_path / 'one'}, weight: 1}}, {{path: {tmp_path / 'two'}, weight: 4}}]", 0.8),
+        (f"[{tmp_path / 'first'}, {{path: {tmp_path / 'second'}, repeats: 3}}]", 0.75),
+        (f"[{{path: {tmp_path / 'first'}, weight: 1}}, {{path: {tmp_path / 'second'}, weight: 4}}]", 0.8),
     ):
-        given = settings(root, tmp_path / "run", mix)
-        found = indexed(given)
-        assert len(found) == 6
-        draws = images_of(found, given, 1).plan
-        share = np.mean([draws[n].entry.key.startswith("1:") for n in range(300)])
+        config = settings(root, tmp_path / "run", mix)
+        index = indexed(config)
+        assert len(index) == 6
+        plan = images_of(index, config, 1).plan
+        share = np.mean([plan[n].entry.key.startswith("1:") for n in range(300)])
         assert share == pytest.approx(expected, abs=0.02)
 
 
@@ -597,24 +602,24 @@ min_bucket_reso = 8
 max_bucket_reso = 32
 bucket_no_upscale = true
   [[datasets.subsets]]
-  image_dir = "one"
+  image_dir = "hats"
   num_repeats = 2
   flip_aug = true
   caption_dropout_rate = 0.5
   [[datasets.subsets]]
-  image_dir = "two"
+  image_dir = "scarves"
   class_tokens = "a scarf"
 """
 
 
-def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    lay(tmp_path / "one", {"a.png": pictures["a.png"]})
-    (tmp_path / "one/a.txt").write_text("hat, red, wool")
-    lay(tmp_path / "two", {"c.webp": pictures["c.webp"]})
+def test_a_kohya_toml_is_read_with_its_settings(root: Path, tmp_path: Path, images: dict[str, bytes]) -> None:
+    write_images(tmp_path / "hats", {"a.png": images["a.png"]})
+    (tmp_path / "hats/a.txt").write_text("hat, red, wool")
+    write_images(tmp_path / "scarves", {"c.webp": images["c.webp"]})
     (tmp_path / "set.toml").write_text(KOHYA)
-    given = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
-    assert given.data.buckets == BucketConfig(step=8, smallest=8, largest=32, upscale=False)
-    hat, scarf = indexed(given)
+    config = settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
+    assert config.data.buckets == BucketConfig(step=8, smallest=8, largest=32, upscale=False)
+    hat, scarf = indexed(config)
     assert set(hat.captions) == {"hat, red, wool", "hat, wool, red"}
     assert (hat.repeats, hat.flip, hat.dropout) == (2, True, 0.5)
     assert (scarf.captions, scarf.repeats, scarf.flip, scarf.dropout) == (("a scarf",), 1, None, None)
@@ -623,7 +628,7 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictu
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ("num_repeat = 2", "'num_repeat' is unknown or has no meaning here; the nearest is 'num_repeats'"),
         ("batch_size = 4", "batch_size has no meaning here; set stage2.batch"),
@@ -632,15 +637,15 @@ def test_kohyas_file_is_read_with_its_settings(root: Path, tmp_path: Path, pictu
         ("num_repeats = 0", "num_repeats: 0; give 1 or more"),
     ],
 )
-def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, says: str, root: Path, tmp_path: Path) -> None:
+def test_an_unsupported_key_of_a_kohya_toml_is_an_error(line: str, expected: str, root: Path, tmp_path: Path) -> None:
     (tmp_path / "set.toml").write_text(f"[general]\n{line}\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'x'\n")
     with pytest.raises(UserError) as caught:
         settings(root, tmp_path / "run", str(tmp_path / "set.toml"))
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         ('{"file_name": "../x.png", "text": "x"}', "leads out of the folder"),
         ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
@@ -656,24 +661,24 @@ def test_a_key_of_kohyas_that_has_no_meaning_is_named(line: str, says: str, root
         ("{", "no JSON"),
     ],
 )
-def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
-    line: str, says: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_a_bad_metadata_line_is_reported_and_the_next_line_is_read(
+    line: str, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    folder = lay(tmp_path / "data", pictures)
-    (tmp_path / "secret.png").write_bytes(pictures["a.png"])
+    folder = write_images(tmp_path / "data", images)
+    (tmp_path / "secret.png").write_bytes(images["a.png"])
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "metadata.jsonl").write_text(line + '\n{"file_name": "b.jpg", "text": "shoes"}\n')
     sources = Sources(settings(root, tmp_path, str(folder)).data.source, 16, tmp_path)
     bad, good = sources.records(0)
     assert isinstance(bad, BadSample)
     assert "line 1" in bad.key
-    assert says in bad.reason
+    assert expected in bad.reason
     assert not isinstance(good, BadSample)
     assert good.captions == ("shoes",)
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "expected"),
     [
         ("openmoji-dem", "did you mean 'openmoji-demo'"),
         ("{}/nothing", "neither a folder nor a built-in set"),
@@ -682,31 +687,31 @@ def test_a_bad_line_of_metadata_is_named_and_the_next_one_read(
         ("{}/no-*.tar", "no file matches"),
     ],
 )
-def test_what_is_no_source_is_named_with_what_to_do(
-    source: str, says: str, root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_a_path_that_is_no_source_is_an_error_with_a_remedy(
+    source: str, expected: str, root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    lay(tmp_path / "loose", pictures)
-    given = settings(root, tmp_path / "run", source.format(tmp_path))
+    write_images(tmp_path / "loose", images)
+    config = settings(root, tmp_path / "run", source.format(tmp_path))
     with pytest.raises(UserError) as caught:
-        indexed(given)
-    assert says in str(caught.value)
+        indexed(config)
+    assert expected in str(caught.value)
 
 
-def test_a_table_without_the_column_says_which_there_are(
-    root: Path, tmp_path: Path, pictures: dict[str, bytes]
+def test_a_missing_column_is_an_error_that_lists_the_columns(
+    root: Path, tmp_path: Path, images: dict[str, bytes]
 ) -> None:
-    source = as_parquet(tmp_path / "data", pictures)
+    source = write_parquet(tmp_path / "data", images)
     with pytest.raises(UserError, match=r"no column 'caption' among image, text; set data\.source\.caption_column"):
         indexed(settings(root, tmp_path / "run", f"{{path: {source}, column: caption}}"))
-    as_csv(tmp_path / "csv", pictures)
+    write_csv(tmp_path / "csv", images)
     with pytest.raises(UserError, match=r"no column 'caption' among file_name, text"):
         indexed(settings(root, tmp_path / "run", f"{{path: {tmp_path / 'csv'}, column: caption}}"))
     with pytest.raises(UserError, match=r"no column 'label' among image, text; set data\.source\.label"):
-        indexed(settings(root, tmp_path / "run", source, *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     with pytest.raises(UserError, match=r"no column 'label' .* or name the one with classes in data\.source\.label"):
-        indexed(settings(root, tmp_path / "run", str(tmp_path / "csv"), *OF_CLASSES))
+        indexed(settings(root, tmp_path / "run", str(tmp_path / "csv"), *CLASS_CONDITIONAL))
 
 
-def test_an_id_of_the_hub_is_taken_for_one(root: Path, tmp_path: Path) -> None:
-    assert detect(settings(root, tmp_path, "someone/pictures").data.source[0]) == "datasets"
+def test_a_hub_id_is_detected_as_datasets(root: Path, tmp_path: Path) -> None:
+    assert detect(settings(root, tmp_path, "someone/images").data.source[0]) == "datasets"

@@ -1,4 +1,4 @@
-"""Data sets that are read shard by shard."""
+"""Streaming: data sets that are read shard by shard."""
 
 import tarfile
 from collections import Counter
@@ -17,7 +17,7 @@ from ldm.config.schema import Training
 from ldm.data.stream import Stream, lane, lanes_of
 from ldm.utils.errors import UserError
 
-SHARDS, EACH = 6, 10
+SHARDS, SAMPLES_PER_SHARD = 6, 10
 
 
 class Streamed(NamedTuple):
@@ -27,18 +27,18 @@ class Streamed(NamedTuple):
 
 @pytest.fixture
 def tars(tmp_path: Path, shard: Callable[[Path, int, str], None]) -> Path:
-    """Six tars of ten pictures."""
+    """Six tars of ten images."""
     folder = tmp_path / "tars"
     folder.mkdir()
     for number in range(SHARDS):
-        shard(folder / f"{number:02}.tar", EACH, f"{number}-")
+        shard(folder / f"{number:02}.tar", SAMPLES_PER_SHARD, f"{number}-")
     return folder
 
 
 @pytest.fixture
 def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Streamed]:
-    def given(*overrides: str) -> Streamed:
-        settings = loader.load(
+    def build(*overrides: str) -> Streamed:
+        config = loader.load(
             root / "configs/tiny.yaml",
             [
                 f"run.dir={tmp_path}",
@@ -52,9 +52,9 @@ def streamed(root: Path, tmp_path: Path, tars: Path) -> Callable[..., Streamed]:
                 *overrides,
             ],
         )
-        return Streamed(of_config.streamed(settings), settings.stage2)
+        return Streamed(of_config.streamed(config), config.stage2)
 
-    return given
+    return build
 
 
 def test_tars_without_captions_are_streamed_where_none_are_needed(
@@ -71,16 +71,18 @@ def test_tars_without_captions_are_streamed_where_none_are_needed(
     assert {caption for step in steps for caption in step["caption"]} == {""}
 
 
-def read(stream: Streamed, processes: int = 1, workers: int = 0, first: int = 0, **places: Any) -> list[dict[str, Any]]:
+def read(
+    stream: Streamed, processes: int = 1, workers: int = 0, first: int = 0, **positions: Any
+) -> list[dict[str, Any]]:
     """The global batches of every step."""
     data, training = stream
-    shares = [list(data.batches(training, first, rank, processes, workers, places)) for rank in range(processes)]
+    shares = [list(data.batches(training, first, rank, processes, workers, positions)) for rank in range(processes)]
     return [
         {
             "position": torch.cat([part["position"] for part in parts]),
             "pixels": torch.cat([part["pixels"] for part in parts]),
             "caption": [caption for part in parts for caption in part["caption"]],
-            "places": {lane: place for part in parts for lane, place in part["places"].items()},
+            "places": {lane: position for part in parts for lane, position in part["places"].items()},
         }
         for parts in zip(*shares, strict=True)
     ]
@@ -95,10 +97,10 @@ def equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     )
 
 
-def test_every_sample_comes_once_a_round(streamed: Callable[..., Streamed]) -> None:
-    steps = read(streamed())  # 15 steps of 12 over 60 samples: three rounds
+def test_every_sample_comes_once_an_epoch(streamed: Callable[..., Streamed]) -> None:
+    steps = read(streamed())  # 15 steps of 12 over 60 samples: three epochs
     captions = [caption for step in steps for caption in step["caption"]]
-    assert Counter(captions) == dict.fromkeys((f"{s}-{i}" for s in range(SHARDS) for i in range(EACH)), 3)
+    assert Counter(captions) == dict.fromkeys((f"{s}-{i}" for s in range(SHARDS) for i in range(SAMPLES_PER_SHARD)), 3)
     assert captions[:60] != captions[60:120]
 
 
@@ -120,19 +122,19 @@ def test_the_global_batch_is_the_same_for_any_processes_and_workers(
 
 
 @pytest.mark.parametrize("first", [1, 4, 7, 11])
-def test_reading_goes_on_from_a_recorded_place(first: int, streamed: Callable[..., Streamed]) -> None:
-    whole = read(streamed())
-    assert equal(whole[first:], read(streamed(), 2, 1, first, **whole[first - 1]["places"]))
+def test_reading_continues_from_a_recorded_position(first: int, streamed: Callable[..., Streamed]) -> None:
+    full_run = read(streamed())
+    assert equal(full_run[first:], read(streamed(), 2, 1, first, **full_run[first - 1]["places"]))
 
 
-def test_passes_split_the_step(streamed: Callable[..., Streamed]) -> None:
-    whole, (stream, training) = read(streamed()), streamed("stage2.device_batch=4")
+def test_device_batches_split_the_global_batch(streamed: Callable[..., Streamed]) -> None:
+    full_run, (stream, training) = read(streamed()), streamed("stage2.device_batch=4")
     parts = list(stream.batches(training, 0, 0, 1, 0, {}))
     assert len(parts) == 45
-    assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), whole[0]["pixels"])
+    assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), full_run[0]["pixels"])
 
 
-def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..., Streamed]) -> None:
+def test_shuffling_continues_after_a_stop_within_a_block(streamed: Callable[..., Streamed]) -> None:
     stream = streamed().stream
     reading = lane(stream, 1, (0, 0))
     first = [next(reading) for _ in range(95)]
@@ -141,7 +143,9 @@ def test_blocks_are_shuffled_alike_after_a_stop_within_one(streamed: Callable[..
         assert [next(again)[1][0].captions for _ in range(30)] == [s[1][0].captions for s in first[stop : stop + 30]]  # type: ignore[index, union-attr]
 
 
-def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Streamed], tmp_path: Path, tars: Path) -> None:
+def test_a_streamed_dataset_yields_the_same_images_as_its_tars(
+    streamed: Callable[..., Streamed], tmp_path: Path, tars: Path
+) -> None:
     tar = streamed()
     samples = [sample for shard in tar.stream.shards for sample in tar.stream.sources.samples(shard)]
     rows = {
@@ -152,19 +156,19 @@ def test_a_stream_of_datasets_gives_its_pictures(streamed: Callable[..., Streame
     datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved", num_shards=3)
     stream = streamed(f"data.source={tmp_path / 'saved'}", "stage2.steps=5")
     assert stream.stream.sources.kinds == ["datasets"]
-    found = {
+    images = {
         caption: step["pixels"][i] for step in read(stream, workers=2) for i, caption in enumerate(step["caption"])
     }
     expected = {caption: step["pixels"][i] for step in read(tar)[:5] for i, caption in enumerate(step["caption"])}
-    assert found.keys() == expected.keys()
+    assert images.keys() == expected.keys()
     flips = (lambda x: x, lambda x: x.flip(2))
-    assert all(any(torch.equal(found[c], flip(expected[c])) for flip in flips) for c in found)
+    assert all(any(torch.equal(images[c], flip(expected[c])) for flip in flips) for c in images)
 
 
-def test_bad_samples_are_left_out_and_named(
+def test_bad_samples_are_skipped_and_reported(
     streamed: Callable[..., Streamed], tars: Path, tmp_path: Path, write_tar: Callable[[Path, dict[str, bytes]], None]
 ) -> None:
-    write_tar(tars / "03.tar", {"x.png": b"no picture", "x.txt": b"x", "y.png": b"\x89PNG"})
+    write_tar(tars / "03.tar", {"x.png": b"not an image", "x.txt": b"x", "y.png": b"\x89PNG"})
     (tars / "04.tar").write_bytes((tars / "04.tar").read_bytes()[:5000])
     steps = read(streamed("stage2.batch=3", "stage2.steps=60"), workers=2)  # three lanes of two shards
     assert len(steps) == 60
@@ -180,7 +184,7 @@ def test_bad_samples_are_left_out_and_named(
         read(streamed())
 
 
-def test_what_can_not_be_shared_or_streamed_is_said(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
+def test_what_can_not_be_shared_or_streamed_is_an_error(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
     assert lanes_of(12, SHARDS) == 6
     with pytest.raises(UserError, match="6 shards make 6 lanes of a batch of 12, which 4 processes can't share"):
         read(streamed(), processes=4)

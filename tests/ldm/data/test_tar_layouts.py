@@ -1,4 +1,4 @@
-"""Tars and tables as people bring them: nothing in them is passed over in silence."""
+"""Layouts of tars and parquet tables: every member and file is read, reported as bad, or counted as left out."""
 
 import io
 import tarfile
@@ -48,7 +48,7 @@ def members(prefix: str, hidden: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("prefix", "hidden"), [("set/", "set/._"), ("", "._"), ("set/", "__MACOSX/set/._")])
-def test_what_a_mac_adds_to_a_tar_is_left_out(prefix: str, hidden: str, tmp_path: Path) -> None:
+def test_macos_metadata_in_a_tar_is_left_out(prefix: str, hidden: str, tmp_path: Path) -> None:
     sources = sources_of(write_tar(tmp_path / "0.tar", members(prefix, hidden)))
     records = list(sources.records(0))
     assert [record.captions[0] for record in records if isinstance(record, Record)] == ["a a", "a b", "a c"]
@@ -61,13 +61,13 @@ def test_what_a_mac_adds_to_a_tar_is_left_out(prefix: str, hidden: str, tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["cls", "CLS"])
-def test_a_class_is_read_from_cls(suffix: str, tmp_path: Path) -> None:
+def test_a_class_is_read_from_a_cls_member(suffix: str, tmp_path: Path) -> None:
     tar = {f"{i}.{name}": data for i in range(2) for name, data in ((suffix, b" %d\n" % (i + 7)), ("jpg", encoded(i)))}
     records = list(sources_of(write_tar(tmp_path / "0.tar", tar), "class").records(0))
     assert [record.label for record in records if isinstance(record, Record)] == ["7", "8"]
 
 
-def test_a_json_comes_before_cls_and_a_missing_class_is_named_with_what_a_tar_takes(tmp_path: Path) -> None:
+def test_a_json_label_precedes_cls_and_a_missing_class_is_reported_with_a_remedy(tmp_path: Path) -> None:
     tar = {"a.jpg": encoded(), "a.json": b'{"label": "dog"}', "a.cls": b"3", "b.jpg": encoded(1), "c.jpg": encoded(2)}
     tar |= {"c.json": b'{"text": "no label"}', "c.cls": b"cat"}
     dog, bad, cat = sources_of(write_tar(tmp_path / "0.tar", tar), "class").records(0)
@@ -77,7 +77,7 @@ def test_a_json_comes_before_cls_and_a_missing_class_is_named_with_what_a_tar_ta
     assert str(bad) == "0.tar:b.jpg: it has no class; add a .cls of the same name, or the key 'label' to its .json"
 
 
-def test_a_tar_has_caption_files_of_both_names_and_its_other_members_are_counted(tmp_path: Path) -> None:
+def test_a_tar_may_hold_both_kinds_of_caption_files_and_its_other_members_are_counted(tmp_path: Path) -> None:
     tar = {"a.jpg": encoded(), "a.caption": b"a dog", "a.npy": b"\x93NUMPY", "b.dng": b"II*\0", "b.txt": b"a cat"}
     sources = sources_of(write_tar(tmp_path / "0.tar", tar))
     good, bad = sources.records(0)
@@ -98,7 +98,7 @@ def write_parquet(path: Path, rows: int) -> None:
         ("train-00000-of-00001", "test-00000-of-00001"),
         ("data/set_train", "data/set_test"),
         ("train/0", "test/0"),
-        ("more", "eval.0"),  # what names no split is trained on
+        ("more", "eval.0"),  # a name without a split belongs to train
     ],
 )
 def test_parquet_is_read_by_split(names: tuple[str, str], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_parquet_is_read_by_split(names: tuple[str, str], tmp_path: Path) -> Non
         list(Sources([SourceConfig(path=str(tmp_path / "set"), split="validation")], 16, tmp_path).records(0))
 
 
-def test_one_split_alone_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_single_split_is_read_whatever_its_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set/test-0.parquet", 2)
     assert len(list(Sources([SourceConfig(path=str(tmp_path / "set"))], 16, tmp_path / "cache").records(0))) == 2
 

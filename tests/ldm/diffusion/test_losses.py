@@ -1,4 +1,4 @@
-"""Distances, weights by noise level, learned uncertainty and learned variance."""
+"""Distances, weights by noise level, learned uncertainty and learned variance, against papers and libraries."""
 
 import math
 
@@ -22,7 +22,7 @@ PROCESSES = [
 def draw(process: DiffusionProcess, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, n, 2, 3, 3, generator=g)
-    u = torch.linspace(0, 1 - 2**-24, n)  # the ends are the hard cases
+    u = torch.linspace(0, 1 - 2**-24, n)  # including both ends, where schedules are extreme
     return x0, eps, process.time(u)
 
 
@@ -47,7 +47,7 @@ def test_every_schedule_target_weight_and_distance_gives_a_finite_loss_and_gradi
 
 @pytest.mark.parametrize("weight", [w for w in WEIGHTS if w != "uniform"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: str) -> None:
+def test_a_weight_gives_the_same_objective_for_every_prediction_type(weight: str, schedule: str) -> None:
     g = torch.Generator().manual_seed(0)
     x0, eps, wrong = torch.randn(3, 20, 1, 2, 2, generator=g, dtype=torch.float64)
     t = torch.arange(20, 940, 46)
@@ -61,18 +61,18 @@ def test_a_weight_is_the_same_objective_for_every_target(weight: str, schedule: 
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-5, atol=0)
 
 
-def test_min_snr_is_its_paper_for_every_target() -> None:
+def test_min_snr_equals_its_paper_for_every_prediction_type() -> None:
     """arXiv 2303.09556: min(SNR, γ) on x_0, over SNR on ε, over SNR + 1 on v."""
     t = torch.arange(0, 1000, 9)
     alpha_bar = DiffusionProcess("eps").chain().alpha_bar[t]
     snr = (alpha_bar / (1 - alpha_bar)).float()
-    for target, by in (("x0", 1), ("eps", snr), ("v", snr + 1)):
-        expected = snr.clamp(max=5) / by
+    for target, divisor in (("x0", 1), ("eps", snr), ("v", snr + 1)):
+        expected = snr.clamp(max=5) / divisor
         torch.testing.assert_close(weights("min_snr", DiffusionProcess(target), t), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("target", "theirs"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
-def test_min_snr_is_that_of_denoising_diffusion_pytorch(target: str, theirs: str) -> None:
+@pytest.mark.parametrize(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
+def test_min_snr_equals_denoising_diffusion_pytorch(target: str, objective: str) -> None:
     package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
     class Network(torch.nn.Module):
@@ -83,7 +83,7 @@ def test_min_snr_is_that_of_denoising_diffusion_pytorch(target: str, theirs: str
             return x / 2
 
     reference = package.GaussianDiffusion(
-        Network(), image_size=3, objective=theirs, beta_schedule="cosine", min_snr_loss_weight=True
+        Network(), image_size=3, objective=objective, beta_schedule="cosine", min_snr_loss_weight=True
     )
     process = DiffusionProcess(target, "cosine")
     t = torch.arange(0, 999, 27)
@@ -100,7 +100,7 @@ def test_soft_min_snr_is_half_the_harmonic_mean_of_snr_and_gamma() -> None:
     torch.testing.assert_close(weights("soft_min_snr", process, t, gamma=4), 1 / (1 / snr + 1 / 4), rtol=1e-4, atol=0)
 
 
-def test_p2_is_its_paper() -> None:
+def test_p2_equals_its_paper() -> None:
     process, t = DiffusionProcess("eps"), torch.arange(0, 1000, 9)
     snr = process.log_snr(t).exp()
     torch.testing.assert_close(weights("p2", process, t), 1 / (1 + snr), rtol=1e-4, atol=0)
@@ -108,9 +108,9 @@ def test_p2_is_its_paper() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-def test_the_sigmoid_weight_sums_to_the_same_integral_over_log_snr_on_every_schedule(schedule: str) -> None:
-    """arXiv 2303.00848: ∫ sigmoid(b − λ) dλ = softplus(b − λ_min) − softplus(b − λ_max), whatever the times between."""
-    process, t = DiffusionProcess("eps", schedule), torch.arange(1, 990)  # the last steps are clipped: they leap
+def test_the_sigmoid_weight_has_the_same_integral_over_log_snr_on_every_schedule(schedule: str) -> None:
+    """arXiv 2303.00848: ∫ sigmoid(b − λ) dλ = softplus(b − λ_min) − softplus(b − λ_max), for any schedule."""
+    process, t = DiffusionProcess("eps", schedule), torch.arange(1, 990)  # the last steps are clipped and jump
     log_snr = process.log_snr(t)
     total = weights("sigmoid", process, t, bias=-1.0).double().sum() / 1000
     ends = F.softplus(-1 - log_snr[[-1, 0]].double())
@@ -126,10 +126,10 @@ def test_the_sigmoid_weight_of_a_flow_has_the_slope_of_its_log_snr() -> None:
     torch.testing.assert_close(weights("sigmoid", flow, t, bias=2), expected, rtol=1e-2, atol=1e-4)
 
 
-def test_distances_are_torchs_own_a_sample() -> None:
+def test_distances_equal_torchs_losses_per_sample() -> None:
     a, b = torch.randn(2, 5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    for kind, theirs in (("l2", F.mse_loss), ("l1", F.l1_loss), ("huber", F.smooth_l1_loss)):
-        expected = torch.stack([theirs(x, y) for x, y in zip(a, b, strict=True)])
+    for kind, reference in (("l2", F.mse_loss), ("l1", F.l1_loss), ("huber", F.smooth_l1_loss)):
+        expected = torch.stack([reference(x, y) for x, y in zip(a, b, strict=True)])
         torch.testing.assert_close(distance(kind, a, b), expected)
     assert distance("l2", a.bfloat16(), b.bfloat16()).dtype == torch.float32
 
@@ -142,7 +142,7 @@ def test_unknown_names_are_refused() -> None:
         weights("snr", DiffusionProcess("eps"), torch.tensor([1]))
 
 
-def test_uncertainty_changes_nothing_at_first_and_learns_the_size_of_the_loss() -> None:
+def test_uncertainty_starts_as_the_identity_and_learns_the_size_of_the_loss() -> None:
     module = Uncertainty(features=32)
     log_snr = torch.linspace(-6, 6, 64)
     loss = 0.1 + torch.sigmoid(log_snr)
@@ -162,15 +162,15 @@ def test_uncertainty_changes_nothing_at_first_and_learns_the_size_of_the_loss() 
 def test_uncertainty_does_not_depend_on_the_runs_seed() -> None:
     before = torch.random.get_rng_state()
     torch.manual_seed(1)
-    one = Uncertainty()
+    first = Uncertainty()
     torch.manual_seed(2)
-    two = Uncertainty()
+    second = Uncertainty()
     torch.random.set_rng_state(before)
-    assert torch.equal(one.frequencies, two.frequencies)
-    assert torch.equal(one.phases, two.phases)
+    assert torch.equal(first.frequencies, second.frequencies)
+    assert torch.equal(first.phases, second.phases)
 
 
-def learned(
+def learned_variance_batch(
     n: int = 6,
 ) -> tuple[DiffusionProcess, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     process = DiffusionProcess("eps", "cosine", timesteps=50)
@@ -181,19 +181,19 @@ def learned(
 
 
 @pytest.mark.parametrize("decoder", ["gaussian", "discrete"])
-def test_the_bound_teaches_the_variance_alone(decoder: str) -> None:
-    """Improved DDPM, section 3.1: the mean learns from the simple loss, as if there were no bound."""
-    process, output, x0, x_t, eps, t = learned()
+def test_the_bound_trains_only_the_variance(decoder: str) -> None:
+    """Improved DDPM, section 3.1: the mean's gradient is that of the simple loss, as without the bound."""
+    process, output, x0, x_t, eps, t = learned_variance_batch()
     simple = distance("l2", output[:, :2], eps)
-    (of_simple,) = torch.autograd.grad(simple.sum(), output)
-    (of_hybrid,) = torch.autograd.grad(hybrid_loss(process, output, x0, x_t, eps, t, decoder=decoder).sum(), output)
-    assert torch.equal(of_simple[:, :2], of_hybrid[:, :2])
-    assert float(of_simple[:, 2:].abs().max()) == 0
-    assert bool((of_hybrid[:, 2:].abs().flatten(1).sum(1) > 0).all())
+    (simple_grad,) = torch.autograd.grad(simple.sum(), output)
+    (hybrid_grad,) = torch.autograd.grad(hybrid_loss(process, output, x0, x_t, eps, t, decoder=decoder).sum(), output)
+    assert torch.equal(simple_grad[:, :2], hybrid_grad[:, :2])
+    assert float(simple_grad[:, 2:].abs().max()) == 0
+    assert bool((hybrid_grad[:, 2:].abs().flatten(1).sum(1) > 0).all())
 
 
 @pytest.mark.parametrize("decoder", ["gaussian", "discrete"])
-def test_the_hybrid_loss_is_the_simple_one_and_a_share_of_the_whole_bound(decoder: str) -> None:
+def test_the_hybrid_loss_is_the_simple_loss_plus_a_share_of_the_full_bound(decoder: str) -> None:
     """Over all t, T times the term at t is on average the bound's sum: arXiv 2102.09672, eqs. 4 and 16."""
     process, t = DiffusionProcess("v", "cosine", timesteps=50), torch.arange(50)
     g = torch.Generator().manual_seed(1)
@@ -202,15 +202,15 @@ def test_the_hybrid_loss_is_the_simple_one_and_a_share_of_the_whole_bound(decode
     output = torch.randn(50, 4, 3, 3, generator=g, dtype=torch.float64) / 3
     loss = hybrid_loss(process, output, x0, process.add_noise(x0, eps, t), eps, t, share=0.01, decoder=decoder)
     simple = distance("l2", output[:, :2], process.target_from(x0, eps, t))
-    whole = bound(process, lambda x, t: output[t], x0[:1], lambda t: eps[:1], "learned", decoder)
-    bits = float(whole.steps.sum()) / (math.log(2) if decoder == "gaussian" else 1)
+    full_bound = bound(process, lambda x, t: output[t], x0[:1], lambda t: eps[:1], "learned", decoder)
+    bits = float(full_bound.steps.sum()) / (math.log(2) if decoder == "gaussian" else 1)
     assert float((loss - simple).mean()) == pytest.approx(0.01 * bits, rel=1e-9)
 
 
-def test_the_hybrid_loss_is_that_of_denoising_diffusion_pytorch_times_the_number_of_steps() -> None:
-    """Their share is of one term, the paper's of the sum of T; at t = 0 they clip the variance elsewhere."""
+def test_the_hybrid_loss_equals_denoising_diffusion_pytorchs_with_the_bound_times_the_steps() -> None:
+    """The package weights a single term of the bound, the paper the sum of T; at t = 0 it clips differently."""
     package = pytest.importorskip("denoising_diffusion_pytorch.learned_gaussian_diffusion")
-    process, output, x0, x_t, eps, t = learned()
+    process, output, x0, x_t, eps, t = learned_variance_batch()
 
     class Network(torch.nn.Module):
         channels, out_dim = 2, 4
@@ -222,7 +222,7 @@ def test_the_hybrid_loss_is_that_of_denoising_diffusion_pytorch_times_the_number
     reference = package.LearnedGaussianDiffusion(
         Network(), 0.001 * 50, image_size=3, timesteps=50, objective="pred_noise", beta_schedule="cosine"
     )
-    ours = hybrid_loss(process, output.detach(), x0, x_t, eps, t)
-    theirs = reference.p_losses(x0, t, eps, loss_reduction="none")
-    torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-3, atol=1e-4)
-    assert math.isfinite(float(ours[0]))
+    loss = hybrid_loss(process, output.detach(), x0, x_t, eps, t)
+    expected = reference.p_losses(x0, t, eps, loss_reduction="none")
+    torch.testing.assert_close(loss[1:], expected[1:], rtol=1e-3, atol=1e-4)
+    assert math.isfinite(float(loss[0]))

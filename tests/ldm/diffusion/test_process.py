@@ -1,4 +1,4 @@
-"""The forward process and its targets."""
+"""The forward process, its prediction targets and its posterior, against papers and libraries."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def draw(process: DiffusionProcess, n: int = 64) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize(("target", "schedule"), EVERY)
-def test_a_perfect_prediction_gives_the_picture_back(target: str, schedule: str) -> None:
+def test_a_perfect_prediction_gives_x0(target: str, schedule: str) -> None:
     process = DiffusionProcess(target, schedule)
     x0, eps, t = draw(process)
     x_t = process.add_noise(x0, eps, t)
@@ -30,7 +30,7 @@ def test_a_perfect_prediction_gives_the_picture_back(target: str, schedule: str)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
-def test_the_closed_form_is_the_chain_iterated(schedule: str) -> None:
+def test_the_closed_form_equals_the_iterated_chain(schedule: str) -> None:
     """DDPM, eq. 2 step by step against eq. 4: mean and variance of x_t for x_0 = 1."""
     mean, variance = 1.0, 0.0
     process = DiffusionProcess("eps", schedule)
@@ -43,14 +43,15 @@ def test_the_closed_form_is_the_chain_iterated(schedule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+    ("schedule", "diffusers_schedule"),
+    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
 )
-def test_schedules_and_targets_are_those_of_diffusers(ours: str, theirs: str) -> None:
-    start, end = (0.0001, 0.02) if ours == "linear" else (0.00085, 0.012)
-    reference = DDPMScheduler(beta_schedule=theirs, beta_start=start, beta_end=end)
-    process = DiffusionProcess("v", ours)
+def test_schedules_and_targets_equal_diffusers(schedule: str, diffusers_schedule: str) -> None:
+    start, end = (0.0001, 0.02) if schedule == "linear" else (0.00085, 0.012)
+    reference = DDPMScheduler(beta_schedule=diffusers_schedule, beta_start=start, beta_end=end)
+    process = DiffusionProcess("v", schedule)
     x0, eps, t = draw(process)
-    torch.testing.assert_close(betas(ours).float(), reference.betas, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(betas(schedule).float(), reference.betas, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(process.add_noise(x0, eps, t), reference.add_noise(x0, eps, t), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(
         process.target_from(x0, eps, t), reference.get_velocity(x0, eps, t), atol=1e-3, rtol=1e-3
@@ -65,7 +66,7 @@ def test_the_flow_target_is_the_derivative_of_its_path() -> None:
     torch.testing.assert_close(slope, process.target_from(x0, eps, t))
 
 
-def test_training_times_cover_their_range() -> None:
+def test_training_timesteps_cover_their_range() -> None:
     u = (torch.arange(10000) + 0.5) / 10000
     chain = DiffusionProcess("eps").time(u)
     assert chain.min() == 0
@@ -85,14 +86,14 @@ def test_training_times_cover_their_range() -> None:
         DiffusionProcess("v", timestep_sampling="logit_normal"),
     ],
 )
-def test_a_time_is_the_same_in_any_batch(process: DiffusionProcess) -> None:
+def test_a_timestep_is_the_same_in_any_batch(process: DiffusionProcess) -> None:
     u = torch.rand(64, generator=torch.Generator().manual_seed(0))
     for size in (1, 3, 8, 16, 40):
         assert torch.equal(torch.cat([process.time(part) for part in u.split(size)]), process.time(u)), size
 
 
-def exact(n: int = 32, timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_0, ε in float64 and times on the chain, the first and the last among them."""
+def chain_batch(n: int = 32, timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_0, ε in float64 and timesteps of the chain, the first and the last among them."""
     g = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, n, 2, 3, 3, generator=g, dtype=torch.float64)
     t = torch.randint(timesteps, (n,), generator=g)
@@ -100,8 +101,8 @@ def exact(n: int = 32, timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tenso
     return x0, eps, t
 
 
-def like(process: DiffusionProcess, kind: type, **options: object) -> Any:
-    """diffusers' scheduler on the very tables of a process, in float64."""
+def diffusers_scheduler(process: DiffusionProcess, kind: type, **options: object) -> Any:
+    """diffusers' scheduler with a process's own tables, in float64."""
     reference = kind(process.timesteps, clip_sample=False, **options)
     table = process.chain()
     reference.betas, reference.alphas, reference.alphas_cumprod = table.beta, 1 - table.beta, table.alpha_bar
@@ -110,63 +111,66 @@ def like(process: DiffusionProcess, kind: type, **options: object) -> Any:
     return reference
 
 
-ON_A_CHAIN = [
+CHAIN_PROCESSES = [
     DiffusionProcess(target, schedule, timesteps=timesteps, zero_snr=zero_snr, shift=shift)
     for target in ("eps", "x0", "v")
     for schedule in SCHEDULES
     for timesteps, zero_snr, shift in [(1000, False, 1.0), (50, False, 2.0), (100, True, 1.0), (30, True, 2.0)]
     if not (zero_snr and target == "eps")
 ]
-NAMES = [f"{p.prediction_type}-{p.beta_schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in ON_A_CHAIN]
+CHAIN_IDS = [f"{p.prediction_type}-{p.beta_schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in CHAIN_PROCESSES]
 
 
-@pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
+@pytest.mark.parametrize("process", CHAIN_PROCESSES, ids=CHAIN_IDS)
 def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: DiffusionProcess) -> None:
-    x0, eps, t = exact(timesteps=process.timesteps)
-    reference = like(process, DDPMScheduler)
+    x0, eps, t = chain_batch(timesteps=process.timesteps)
+    reference = diffusers_scheduler(process, DDPMScheduler)
     assert torch.equal(process.add_noise(x0, eps, t), reference.add_noise(x0, eps, t))
     assert torch.equal(process.target_from(x0, eps, t, "v"), reference.get_velocity(x0, eps, t))
 
 
-@pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_predictions_stand_for_the_picture_and_noise_that_diffusers_reads_from_them(process: DiffusionProcess) -> None:
-    x0, eps, t = exact(timesteps=process.timesteps)
+@pytest.mark.parametrize("process", CHAIN_PROCESSES, ids=CHAIN_IDS)
+def test_predictions_give_the_same_x0_and_noise_as_diffusers(process: DiffusionProcess) -> None:
+    x0, eps, t = chain_batch(timesteps=process.timesteps)
     names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-    reference = like(process, DDIMScheduler, prediction_type=names[process.prediction_type], set_alpha_to_one=True)
+    reference = diffusers_scheduler(
+        process, DDIMScheduler, prediction_type=names[process.prediction_type], set_alpha_to_one=True
+    )
     x_t, prediction = process.add_noise(x0, eps, t), process.target_from(x0, eps, t)
-    ours, noise = process.predict_x0(prediction, x_t, t), process.predict_eps(prediction, x_t, t)
+    x0_pred, eps_pred = process.predict_x0(prediction, x_t, t), process.predict_eps(prediction, x_t, t)
     before = process.chain().alpha_bar_before
     for i in range(len(t)):
         result = reference.step(prediction[i], int(t[i]), x_t[i])
-        assert torch.equal(ours[i], result.pred_original_sample)
-        moved = before[t[i]].sqrt() * ours[i] + (1 - before[t[i]]).sqrt() * noise[i]  # DDIM, eq. 12 without noise
-        torch.testing.assert_close(moved, result.prev_sample, rtol=1e-9, atol=1e-9)
+        assert torch.equal(x0_pred[i], result.pred_original_sample)
+        # DDIM, eq. 12 without noise
+        previous = before[t[i]].sqrt() * x0_pred[i] + (1 - before[t[i]]).sqrt() * eps_pred[i]
+        torch.testing.assert_close(previous, result.prev_sample, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_the_posterior_is_the_step_of_diffusers_ddpm(process: DiffusionProcess) -> None:
-    """Mean and variance; diffusers reckons β from the quotient of two ᾱ, hence equal only to rounding."""
-    x0, eps, t = exact(timesteps=process.timesteps)
-    reference = like(process, DDPMScheduler, prediction_type="sample")
+@pytest.mark.parametrize("process", CHAIN_PROCESSES, ids=CHAIN_IDS)
+def test_the_posterior_equals_a_step_of_diffusers_ddpm(process: DiffusionProcess) -> None:
+    """Mean and variance; diffusers computes β from the quotient of two ᾱ, so they are equal up to rounding."""
+    x0, eps, t = chain_batch(timesteps=process.timesteps)
+    reference = diffusers_scheduler(process, DDPMScheduler, prediction_type="sample")
     x_t = process.add_noise(x0, eps, t)
     mean, variance, log_variance = process.posterior(x0, x_t, t)
     for i in range(len(t)):
         g = torch.Generator().manual_seed(i)
-        stepped = reference.step(x0[i], int(t[i]), x_t[i], generator=g).prev_sample
+        previous = reference.step(x0[i], int(t[i]), x_t[i], generator=g).prev_sample
         if t[i] == 0:
-            torch.testing.assert_close(mean[i], stepped, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(mean[i], previous, rtol=1e-9, atol=1e-9)
             assert float(variance[i]) == 0
             continue
         noise = torch.randn(x0[i].shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        torch.testing.assert_close(mean[i] + variance[i].sqrt() * noise, stepped, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(mean[i] + variance[i].sqrt() * noise, previous, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(variance[i].squeeze(), reference._get_variance(int(t[i])), rtol=1e-8, atol=0)
         torch.testing.assert_close(log_variance[i].exp(), variance[i], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("process", ON_A_CHAIN, ids=NAMES)
-def test_the_posterior_is_bayes_rule(process: DiffusionProcess) -> None:
+@pytest.mark.parametrize("process", CHAIN_PROCESSES, ids=CHAIN_IDS)
+def test_the_posterior_follows_from_bayes_rule(process: DiffusionProcess) -> None:
     """q(x_{t-1} | x_0)·q(x_t | x_{t-1}), two Gaussians, against q(x_t | x_0)·q(x_{t-1} | x_t, x_0), at any x_{t-1}."""
-    x0, eps, t = exact(timesteps=process.timesteps)
+    x0, eps, t = chain_batch(timesteps=process.timesteps)
     t = t.clamp(min=1)
     x_t = process.add_noise(x0, eps, t)
     mean, variance, _ = process.posterior(x0, x_t, t)
@@ -184,7 +188,7 @@ def test_the_posterior_is_bayes_rule(process: DiffusionProcess) -> None:
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_steps_one_by_one_lead_to_the_closed_form(zero_snr: bool) -> None:
+def test_single_steps_accumulate_to_the_closed_form(zero_snr: bool) -> None:
     """DDPM, eq. 2 iterated on ±1 with every step's noise 0, and on 0 with one step's noise 1, against eq. 4."""
     process = DiffusionProcess("v", "cosine", timesteps=40, zero_snr=zero_snr)
     mean, variance = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
@@ -198,10 +202,10 @@ def test_steps_one_by_one_lead_to_the_closed_form(zero_snr: bool) -> None:
         torch.testing.assert_close(variance, sigma**2, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("process", [*ON_A_CHAIN, DiffusionProcess("flow")], ids=[*NAMES, "flow"])
+@pytest.mark.parametrize("process", [*CHAIN_PROCESSES, DiffusionProcess("flow")], ids=[*CHAIN_IDS, "flow"])
 @pytest.mark.parametrize("to", PREDICTION_TYPES)
 def test_a_prediction_converts_to_every_other_target(process: DiffusionProcess, to: str) -> None:
-    x0, eps, t = exact(timesteps=process.timesteps)
+    x0, eps, t = chain_batch(timesteps=process.timesteps)
     t = (
         process.time(torch.linspace(0.001, 0.999, len(t), dtype=torch.float64))
         if process.prediction_type == "flow"
@@ -209,12 +213,12 @@ def test_a_prediction_converts_to_every_other_target(process: DiffusionProcess, 
     )
     x_t = process.add_noise(x0, eps, t)
     converted = process.convert(process.target_from(x0, eps, t), x_t, t, to)
-    # sigma is 6e-3 at the least and alpha 2e-5, by which x0 and eps divide
+    # x0 and eps divide by alpha and sigma, which are as small as 2e-5 and 6e-3
     torch.testing.assert_close(converted, process.target_from(x0, eps, t, to), rtol=1e-9, atol=1e-9)
 
 
-def test_at_zero_terminal_snr_v_is_minus_the_picture_and_eps_is_refused() -> None:
-    x0, eps, _ = exact()
+def test_at_zero_terminal_snr_v_is_minus_x0_and_eps_is_refused() -> None:
+    x0, eps, _ = chain_batch()
     process, last = DiffusionProcess("v", zero_snr=True), torch.full((len(x0),), 999)
     x_t = process.add_noise(x0, eps, last)
     assert torch.equal(x_t, eps)
@@ -237,32 +241,32 @@ def test_impossible_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="a flow has no chain"):
         DiffusionProcess("flow").chain()
     with pytest.raises(ValueError, match="prediction_type: 'noise'"):
-        DiffusionProcess("eps").target_from(*exact(), "noise")
+        DiffusionProcess("eps").target_from(*chain_batch(), "noise")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-@pytest.mark.parametrize(("target", "theirs"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
-def test_the_process_is_that_of_denoising_diffusion_pytorch(target: str, theirs: str, schedule: str) -> None:
+@pytest.mark.parametrize(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
+def test_the_process_equals_denoising_diffusion_pytorch(target: str, objective: str, schedule: str) -> None:
     package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
     class Network(torch.nn.Module):
         channels = out_dim = 2
         self_condition = False
 
-    reference = package.GaussianDiffusion(Network(), image_size=3, objective=theirs, beta_schedule=schedule)
+    reference = package.GaussianDiffusion(Network(), image_size=3, objective=objective, beta_schedule=schedule)
     process = DiffusionProcess(target, schedule)
-    x0, eps, t = exact()
+    x0, eps, t = chain_batch()
     x0, eps = x0.float(), eps.float()
     x_t = process.add_noise(x0, eps, t)
-    near = {"rtol": 2e-4, "atol": 2e-4} if schedule == "sigmoid" else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(x_t, reference.q_sample(x0, t, eps), **near)
-    torch.testing.assert_close(process.target_from(x0, eps, t, "v"), reference.predict_v(x0, t, eps), **near)
+    tolerance = {"rtol": 2e-4, "atol": 2e-4} if schedule == "sigmoid" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(x_t, reference.q_sample(x0, t, eps), **tolerance)
+    torch.testing.assert_close(process.target_from(x0, eps, t, "v"), reference.predict_v(x0, t, eps), **tolerance)
     mean, variance, log_variance = process.posterior(x0, x_t, t)
-    their_mean, their_variance, their_log_variance = reference.q_posterior(x0, x_t, t)
-    torch.testing.assert_close(mean, their_mean, **near)
-    torch.testing.assert_close(variance, their_variance, rtol=1e-3, atol=0)
-    later = t > 0  # at 0 they take the logarithm of 1e-20, we of the next variance, as Improved DDPM
-    torch.testing.assert_close(log_variance[later], their_log_variance[later], rtol=1e-4, atol=1e-4)
+    expected_mean, expected_variance, expected_log_variance = reference.q_posterior(x0, x_t, t)
+    torch.testing.assert_close(mean, expected_mean, **tolerance)
+    torch.testing.assert_close(variance, expected_variance, rtol=1e-3, atol=0)
+    later = t > 0  # at 0 the package takes the logarithm of 1e-20; Improved DDPM, as here, that of the next variance
+    torch.testing.assert_close(log_variance[later], expected_log_variance[later], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         process.predict_x0(eps, x_t, t)[t < 900],
         {
@@ -275,7 +279,7 @@ def test_the_process_is_that_of_denoising_diffusion_pytorch(target: str, theirs:
     )
 
 
-def test_training_times_of_any_chain_stay_on_it() -> None:
+def test_training_timesteps_stay_on_a_chain_of_any_length() -> None:
     u = torch.tensor([0.0, 0.5, 1 - 2**-24])
     assert DiffusionProcess("v", timesteps=7).time(u).tolist() == [0, 3, 6]
     assert DiffusionProcess("v", timesteps=1).time(u).tolist() == [0, 0, 0]
@@ -293,7 +297,7 @@ def test_training_times_of_any_chain_stay_on_it() -> None:
     )
 
 
-def test_offset_noise_and_perturbation_add_the_variance_that_they_promise() -> None:
+def test_offset_noise_and_perturbation_add_their_variance() -> None:
     g = torch.Generator().manual_seed(0)
     eps, xi = torch.randn(2, 4000, 1, 4, 4, generator=g)
     shifted = offset_noise(eps, torch.randn(4000, 1, 1, 1, generator=g), 0.5)
@@ -305,28 +309,30 @@ def test_offset_noise_and_perturbation_add_the_variance_that_they_promise() -> N
 def test_a_learned_variance_lies_between_its_two_bounds() -> None:
     """Improved DDPM, eq. 15, against diffusers' `learned_range`."""
     process = DiffusionProcess("eps", "cosine", timesteps=100)
-    reference = like(process, DDPMScheduler, variance_type="learned_range")
+    reference = diffusers_scheduler(process, DDPMScheduler, variance_type="learned_range")
     v = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(1, 2, 3, 3)
     for step in (1, 50, 98):
-        ours = process.learned_log_variance(v, torch.tensor([step]))
-        torch.testing.assert_close(ours, reference._get_variance(step, predicted_variance=v), rtol=1e-6, atol=1e-6)
+        log_variance = process.learned_log_variance(v, torch.tensor([step]))
+        torch.testing.assert_close(
+            log_variance, reference._get_variance(step, predicted_variance=v), rtol=1e-6, atol=1e-6
+        )
         small, large = process.log_variances(torch.tensor([step]), torch.float64)
-        assert float(ours.flatten()[0]) == pytest.approx(float(small))
-        assert float(ours.flatten()[-1]) == pytest.approx(float(large))
+        assert float(log_variance.flatten()[0]) == pytest.approx(float(small))
+        assert float(log_variance.flatten()[-1]) == pytest.approx(float(large))
 
 
 @pytest.mark.parametrize(
     "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("v", "scaled_linear", zero_snr=True, shift=2.0)]
 )
-def test_a_respaced_chain_has_the_noise_levels_that_it_keeps_and_tells_the_network_their_numbers(
+def test_a_respaced_chain_keeps_noise_levels_and_their_model_timesteps(
     process: DiffusionProcess,
 ) -> None:
-    whole = process.chain().alpha_bar
+    alpha_bar = process.chain().alpha_bar
     for steps in (1, 7, 50, 1000):
         few = process.respaced(steps)
         model_timesteps = few.model_time(torch.arange(steps))
         assert int(model_timesteps[-1]) == process.timesteps - 1  # the noisiest, where sampling starts
-        torch.testing.assert_close(few.chain().alpha_bar, whole[model_timesteps], atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(few.chain().alpha_bar, alpha_bar[model_timesteps], atol=1e-12, rtol=1e-9)
     twice = process.respaced(100).respaced(10)
     assert twice.model_timesteps == process.respaced(10).model_timesteps
     for steps in (0, 1001):
@@ -334,20 +340,24 @@ def test_a_respaced_chain_has_the_noise_levels_that_it_keeps_and_tells_the_netwo
             process.respaced(steps)
 
 
-def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
+def test_a_respaced_chain_equals_diffusers_trailing_ddpm() -> None:
     process, x = (
         DiffusionProcess("eps", "scaled_linear"),
         torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
     )
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    rule = DDPMScheduler(trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False)
-    rule.set_timesteps(20)
+    noise_scheduler = DDPMScheduler(
+        trained_betas=process.chain().beta.tolist(), timestep_spacing="trailing", clip_sample=False
+    )
+    noise_scheduler.set_timesteps(20)
     few = process.respaced(20)
-    assert few.model_timesteps == tuple(rule.timesteps.flip(0).tolist())
+    assert few.model_timesteps == tuple(noise_scheduler.timesteps.flip(0).tolist())
     for i in (1, 10, 19):
         mean, log_variance = reverse_step(few, eps, x, torch.full((2,), i))
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-        expected = rule.step(eps, few.model_timesteps[i], x, generator=torch.Generator().manual_seed(2)).prev_sample
+        expected = noise_scheduler.step(
+            eps, few.model_timesteps[i], x, generator=torch.Generator().manual_seed(2)
+        ).prev_sample
         torch.testing.assert_close(mean + (0.5 * log_variance).exp() * noise, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -355,6 +365,7 @@ def test_a_respaced_chain_has_the_steps_of_diffusers_trailing_ddpm() -> None:
     "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("x0", "log_linear"), DiffusionProcess("flow")]
 )
 def test_the_time_of_a_log_snr_has_that_log_snr(process: DiffusionProcess) -> None:
-    wanted = torch.linspace(-6, 6, 25)
-    found = process.log_snr(process.time_at(wanted))
-    torch.testing.assert_close(found, wanted, atol=1e-4 if process.prediction_type == "flow" else 0.1, rtol=0)
+    log_snr = torch.linspace(-6, 6, 25)
+    t = process.time_at(log_snr)
+    tolerance = 1e-4 if process.prediction_type == "flow" else 0.1  # a chain's timesteps are integers
+    torch.testing.assert_close(process.log_snr(t), log_snr, atol=tolerance, rtol=0)

@@ -1,4 +1,4 @@
-"""Noise schedules against the libraries that define them, and the identities that they must keep."""
+"""Noise schedules against the libraries that define them, and their identities."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from ldm.diffusion.schedules import (
     zero_terminal_snr,
 )
 
-THEIRS = {
+DIFFUSERS = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
@@ -26,9 +26,9 @@ THEIRS = {
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
-@pytest.mark.parametrize("schedule", THEIRS)
-def test_in_float32_schedules_equal_those_of_diffusers_bit_for_bit(schedule: str, scheduler: type, zero_snr: bool):
-    reference = scheduler(**THEIRS[schedule], rescale_betas_zero_snr=zero_snr)
+@pytest.mark.parametrize("schedule", DIFFUSERS)
+def test_float32_schedules_equal_diffusers_bit_for_bit(schedule: str, scheduler: type, zero_snr: bool):
+    reference = scheduler(**DIFFUSERS[schedule], rescale_betas_zero_snr=zero_snr)
     beta = betas(schedule, dtype=torch.float32)
     beta = zero_terminal_snr(beta) if zero_snr else beta
     assert torch.equal(beta, reference.betas)
@@ -36,17 +36,17 @@ def test_in_float32_schedules_equal_those_of_diffusers_bit_for_bit(schedule: str
 
 
 @pytest.mark.parametrize("timesteps", [1, 7, 100, 4000])
-def test_a_cosine_of_any_length_is_that_of_diffusers(timesteps: int) -> None:
-    reference = DDPMScheduler(timesteps, **THEIRS["cosine"])
+def test_a_cosine_schedule_of_any_length_equals_diffusers(timesteps: int) -> None:
+    reference = DDPMScheduler(timesteps, **DIFFUSERS["cosine"])
     assert torch.equal(betas("cosine", timesteps, torch.float32), reference.betas)
 
 
 @pytest.mark.parametrize("timesteps", [50, 250, 1000])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-def test_schedules_of_any_length_are_those_of_denoising_diffusion_pytorch(schedule: str, timesteps: int) -> None:
-    theirs = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-    reference = getattr(theirs, f"{schedule}_beta_schedule")(timesteps).clamp(max=0.999)
-    # Their sigmoid takes its ends in float32.
+def test_schedules_of_any_length_equal_denoising_diffusion_pytorch(schedule: str, timesteps: int) -> None:
+    package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    reference = getattr(package, f"{schedule}_beta_schedule")(timesteps).clamp(max=0.999)
+    # The package's sigmoid computes its ends in float32.
     torch.testing.assert_close(
         betas(schedule, timesteps), reference, rtol=1e-3 if schedule == "sigmoid" else 1e-9, atol=0
     )
@@ -54,7 +54,7 @@ def test_schedules_of_any_length_are_those_of_denoising_diffusion_pytorch(schedu
 
 @pytest.mark.parametrize("timesteps", [1, 2, 10, 333, 1000])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_betas_lie_between_0_and_1_and_the_picture_fades(schedule: str, timesteps: int) -> None:
+def test_betas_lie_between_0_and_1_and_alpha_bar_falls(schedule: str, timesteps: int) -> None:
     beta = betas(schedule, timesteps)
     assert beta.shape == (timesteps,)
     assert beta.dtype == torch.float64
@@ -64,7 +64,7 @@ def test_betas_lie_between_0_and_1_and_the_picture_fades(schedule: str, timestep
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_noise_at_the_end_hardly_depends_on_the_number_of_steps(schedule: str) -> None:
+def test_the_final_noise_level_hardly_depends_on_the_number_of_steps(schedule: str) -> None:
     ends = [float((1 - betas(schedule, timesteps)).prod()) for timesteps in (250, 1000, 4000)]
     assert max(ends) < 0.01
     assert max(ends) < 5 * min(ends) or max(ends) < 1e-4
@@ -72,28 +72,28 @@ def test_the_noise_at_the_end_hardly_depends_on_the_number_of_steps(schedule: st
 
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_zero_terminal_snr_is_exactly_zero_and_the_start_stays(schedule: str, shift: float) -> None:
+def test_zero_terminal_snr_is_exactly_0_and_keeps_the_first_step(schedule: str, shift: float) -> None:
     table = DiffusionProcess("v", schedule, zero_snr=True, shift=shift).chain()
-    without = DiffusionProcess("v", schedule, shift=shift).chain()
+    unscaled = DiffusionProcess("v", schedule, shift=shift).chain()
     assert float(table.alpha_bar[-1]) == 0
-    assert float(table.alpha_bar[0]) == pytest.approx(float(without.alpha_bar[0]), abs=1e-12)
+    assert float(table.alpha_bar[0]) == pytest.approx(float(unscaled.alpha_bar[0]), abs=1e-12)
     assert bool(torch.isfinite(table.log_snr).all())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
 def test_a_resolution_shift_moves_log_snr_by_twice_the_logarithm_of_the_ratio(schedule: str) -> None:
-    plain, shifted = ((1 - beta).cumprod(0) for beta in (betas(schedule), shift_snr(betas(schedule), 2.0)))
-    keep = slice(0, 990)  # cosine's last steps are clipped
-    moved = torch.logit(shifted)[keep] - torch.logit(plain)[keep]
-    torch.testing.assert_close(moved, torch.full_like(moved, -2 * torch.log(torch.tensor(2.0)).item()))
+    unshifted, shifted = ((1 - beta).cumprod(0) for beta in (betas(schedule), shift_snr(betas(schedule), 2.0)))
+    keep = slice(0, 990)  # without cosine's last, clipped steps
+    difference = torch.logit(shifted)[keep] - torch.logit(unshifted)[keep]
+    torch.testing.assert_close(difference, torch.full_like(difference, -2 * torch.log(torch.tensor(2.0)).item()))
     assert torch.equal(shift_snr(betas(schedule), 1.0), betas(schedule))
 
 
 def test_a_shifted_flow_time_has_a_log_snr_lower_by_twice_the_logarithm_of_the_ratio() -> None:
     """arXiv 2403.03206 derives eq. 23 from the standard deviation of a mean; in log-SNR it is the same shift."""
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    moved = -2 * torch.logit(shift_time(t, 3.0)) + 2 * torch.logit(t)
-    torch.testing.assert_close(moved, torch.full_like(moved, -2 * torch.log(torch.tensor(3.0)).item()))
+    difference = -2 * torch.logit(shift_time(t, 3.0)) + 2 * torch.logit(t)
+    torch.testing.assert_close(difference, torch.full_like(difference, -2 * torch.log(torch.tensor(3.0)).item()))
     assert torch.equal(shift_time(t, 1.0), t)
     assert shift_time(torch.tensor([0.0, 1.0]), 3.0).tolist() == [0, 1]
 
@@ -113,7 +113,7 @@ def test_impossible_schedules_are_refused() -> None:
         shift_time(torch.ones(1), 0)
 
 
-def test_a_learned_schedule_falls_between_its_ends_whatever_its_weights() -> None:
+def test_a_learned_schedule_falls_between_its_ends_for_any_weights() -> None:
     t = torch.linspace(0, 1, 101)
     for seed in range(5):
         schedule = LearnedSchedule(8.0, -6.0, width=16)
@@ -129,29 +129,29 @@ def test_a_learned_schedule_falls_between_its_ends_whatever_its_weights() -> Non
         torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
 
 
-def test_training_a_schedule_lowers_the_variance_of_the_bound_and_leaves_its_mean() -> None:
-    """arXiv 2107.00630, section 5.1, on standard normal data: the perfect ε̂ is σ·x_t, and its expected error α²."""
+def test_training_a_schedule_lowers_the_variance_of_the_bound_but_not_its_mean() -> None:
+    """arXiv 2107.00630, section 5.1, on standard normal data: the optimal ε̂ is σ·x_t, and its expected error α²."""
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     schedule = LearnedSchedule(5.0, -5.0, width=16).double()
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.05)
-    means, spreads = [], []
+    means, stds = [], []
     for _ in range(150):
         log_snr, slope = schedule.draw(u)
         error = torch.sigmoid(log_snr).sqrt()[:, None]
         loss = bound_integrand(torch.zeros_like(error), error, slope)
         means.append(float(loss.detach().mean()))
-        spreads.append(float(loss.detach().std()))
+        stds.append(float(loss.detach().std()))
         optimizer.zero_grad()
         loss.square().mean().backward()
         optimizer.step()
     ends = torch.nn.functional.softplus(torch.tensor([5.0, -5.0])).tolist()
     exact = 0.5 * (ends[0] - ends[1])  # ½ ∫ sigmoid(λ) dλ from -5 to 5
     assert means == pytest.approx([exact] * 150, rel=1e-3)
-    assert spreads[-1] < 0.5 * spreads[0]
+    assert stds[-1] < 0.5 * stds[0]
 
 
-def test_one_backward_pass_lowers_the_loss_by_the_network_and_its_variance_by_the_schedule() -> None:
-    """The gradients are those of the mean loss for the network and of its mean square for the schedule."""
+def test_a_single_backward_pass_gives_the_networks_and_the_schedules_gradients() -> None:
+    """The network's gradient is that of the mean loss, the schedule's that of the mean squared loss."""
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 16, 1, 2, 2, generator=g, dtype=torch.float64)
     u = torch.rand(16, generator=g, dtype=torch.float64)
@@ -161,23 +161,23 @@ def test_one_backward_pass_lowers_the_loss_by_the_network_and_its_variance_by_th
     def losses() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         log_snr, slope = schedule.draw(u)
         alpha, sigma = alpha_sigma(log_snr)
-        told = schedule.chain_time(log_snr, 1000)[:, None, None, None] / 1000
-        prediction = weight[0] * (alpha * x0 + sigma * eps) + weight[1] * told
+        model_time = schedule.chain_time(log_snr, 1000)[:, None, None, None] / 1000
+        prediction = weight[0] * (alpha * x0 + sigma * eps) + weight[1] * model_time
         return bound_integrand(prediction, eps, slope), log_snr, slope
 
     parameters = list(schedule.parameters())
-    of_square = torch.autograd.grad(losses()[0].square().mean(), parameters)
-    (of_loss,) = torch.autograd.grad(losses()[0].mean(), weight)
-    values, *drawn = losses()
-    lower_variance(values, *drawn)
+    square_grads = torch.autograd.grad(losses()[0].square().mean(), parameters)
+    (loss_grad,) = torch.autograd.grad(losses()[0].mean(), weight)
+    values, log_snr, slope = losses()
+    lower_variance(values, log_snr, slope)
     values.mean().backward()
-    torch.testing.assert_close(weight.grad, of_loss)
-    for (name, parameter), expected in zip(schedule.named_parameters(), of_square, strict=True):
+    torch.testing.assert_close(weight.grad, loss_grad)
+    for (name, parameter), expected in zip(schedule.named_parameters(), square_grads, strict=True):
         assert float(expected.abs().max()) > 0, name
         torch.testing.assert_close(parameter.grad, expected)
 
 
-def test_what_the_network_is_told_of_a_learned_schedule_is_its_place_on_the_log_linear_chain() -> None:
+def test_a_learned_schedules_chain_time_is_its_timestep_on_the_log_linear_chain() -> None:
     schedule = LearnedSchedule()
     chain = DiffusionProcess("eps", "log_linear", timesteps=200)
     t = torch.arange(200)

@@ -1,4 +1,4 @@
-"""accelerate as a run starts it."""
+"""The Accelerator that a run builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_compiled(accelerator: Accelerator) -> bool:
 @pytest.mark.parametrize(
     "environment", [{"BACKEND": "INDUCTOR"}, {"BACKEND": "eager", "USE_REGIONAL_COMPILATION": "true"}, {}]
 )
-def test_accelerates_configuration_compiles_nothing(
+def test_dynamo_settings_of_accelerates_configuration_are_ignored_with_one_line(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch.say_dynamo_is_ignored.cache_clear()
@@ -29,5 +29,5 @@ def test_accelerates_configuration_compiles_nothing(
     for _ in range(2):
         assert not is_compiled(launch.accelerator(CONFIG))
     backend = environment.get("BACKEND", "").lower()
-    line = f"accelerate's dynamo_backend ({backend}) is ignored; stage2.compile=true compiles the U-Net.\n"
-    assert capsys.readouterr().err == (line if environment else "")
+    message = f"accelerate's dynamo_backend ({backend}) is ignored; stage2.compile=true compiles the U-Net.\n"
+    assert capsys.readouterr().err == (message if environment else "")

@@ -1,4 +1,4 @@
-"""What can't be sharded is said before anything is trained; the run itself is in tests of processes."""
+"""Settings that FSDP and DeepSpeed can't shard are refused before training. Sharded runs are in tests/end_to_end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
 
 
 @pytest.mark.parametrize(
-    ("environment", "overrides", "said"),
+    ("environment", "overrides", "message"),
     [
         ({**FSDP, "FSDP_VERSION": "1"}, (), "fsdp_version: 1 in accelerate's configuration"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, (), "fsdp_offload_params: true"),
@@ -33,20 +33,20 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         (ZERO, ("stage2.uncond_embedding=learned",), "stage2.uncond_embedding: learned"),
     ],
 )
-def test_what_can_not_be_sharded_is_one_line(
-    root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: tuple[str, ...], said: str
+def test_settings_that_cannot_be_sharded_are_refused_in_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
     settings = loader.load(root / "configs/tiny.yaml", list(overrides))
     sharding.check(settings.stage2, settings.run.precision)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         sharding.check(settings.stage2, settings.run.precision)
     assert "\n" not in str(error.value)
 
 
-def test_without_deepspeed_it_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_deepspeed_names_the_package_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     for name, value in ZERO.items():
         monkeypatch.setenv(name, value)
@@ -56,7 +56,7 @@ def test_without_deepspeed_it_says_what_to_install(root: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("environment", [FSDP, ZERO])
-def test_what_the_configurations_say_is_accepted(
+def test_the_shipped_sd_512_configuration_can_be_sharded(
     root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)

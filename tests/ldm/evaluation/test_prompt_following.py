@@ -1,4 +1,4 @@
-"""The prompt-following figure."""
+"""Prompt following: do a generated image's nearest real images match its prompt?"""
 
 import torch
 
@@ -18,16 +18,17 @@ def people() -> list[Record]:
 REAL = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
-def test_the_real_pictures_themselves_follow_perfectly() -> None:
-    found = nearest_neighbors(pixel_features(REAL), pixel_features(REAL))
-    assert set(prompt_following(found, range(10), people()).values()) == {1.0}
-    shuffled = prompt_following(found, [*range(5, 10), *range(5)], people())
+def test_real_images_score_1_and_shuffled_ones_0() -> None:
+    neighbors = nearest_neighbors(pixel_features(REAL), pixel_features(REAL))
+    assert set(prompt_following(neighbors, range(10), people()).values()) == {1.0}
+    shuffled = prompt_following(neighbors, [*range(5, 10), *range(5)], people())
     assert (shuffled["top1"], shuffled["role"]) == (0, 0)
 
 
-def test_a_neighbouring_tone_is_near_and_another_role_is_wrong() -> None:
-    found = torch.tensor([[1, 0], [6, 2]])  # a cook one tone off, then the right one; judge and cook for a cook
-    assert prompt_following(found, [0, 0], people()) == {
+def test_a_neighboring_tone_counts_as_near_and_another_role_as_wrong() -> None:
+    # for a cook: a cook one tone off, then the right cook; a judge, then a cook
+    neighbors = torch.tensor([[1, 0], [6, 2]])
+    assert prompt_following(neighbors, [0, 0], people()) == {
         "top1": 0.0,
         "top5": 0.5,
         "role": 0.5,

@@ -1,4 +1,4 @@
-"""Reconstruction figures."""
+"""Reconstruction metrics, the recommendation that follows from them, and the networks of LPIPS and rFID."""
 
 import json
 import math
@@ -23,18 +23,18 @@ from ldm.models import feature_networks
 from ldm.utils.errors import UserError
 
 GOOD = {"psnr": 28.0, "ssim": 0.85, "red": 0.1, "green": -0.2, "blue": 0.3}
-PLAIN = {"psnr": 23.0, "ssim": 0.60, "lpips": 0.5}
+BICUBIC = {"psnr": 23.0, "ssim": 0.60, "lpips": 0.5}
 UNIT = torch.ones(4)
 
 
 def pairs(count: int, height: int, width: int, seed: int = 0, noise: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth pictures in [-1, 1] and noisy copies that leave it here and there."""
+    """Smooth images in [-1, 1] and noisy copies, some of whose values lie outside; `(count, 3, height, width)` both."""
     random = torch.Generator().manual_seed(seed)
     real = F.interpolate(torch.randn(count, 3, 8, 8, generator=random), (height, width), mode="bicubic").clamp(-1, 1)
     return real, real + noise * torch.randn(real.shape, generator=random)
 
 
-def test_psnr_is_its_definition_and_the_mean_over_pictures() -> None:
+def test_psnr_equals_its_definition_averaged_over_images() -> None:
     real = torch.zeros(2, 3, 32, 32)
     rebuilt = real.clone()
     rebuilt[0] += 0.2  # 0.1 of the range: 20 dB
@@ -42,14 +42,14 @@ def test_psnr_is_its_definition_and_the_mean_over_pictures() -> None:
     assert reconstruction([(real[:1], rebuilt[:1]), (real[1:], rebuilt[1:])])["psnr"] == pytest.approx(30, abs=1e-3)
 
 
-def test_a_perfect_copy_has_ssim_one_and_clipping_is_applied() -> None:
+def test_a_perfect_copy_has_ssim_1_and_values_are_clipped_to_the_range() -> None:
     real = torch.randn(2, 3, 32, 32).clamp(-1, 1)
     assert reconstruction([(real, real)])["ssim"] == pytest.approx(1, abs=1e-5)
     white = torch.ones(1, 3, 32, 32)
     assert reconstruction([(white, white + 0.01 * torch.rand(1, 3, 32, 32))])["ssim"] == pytest.approx(1, abs=1e-5)
 
 
-def test_figures_are_those_that_numpy_and_torchmetrics_give_on_all_at_once() -> None:
+def test_batched_metrics_equal_numpys_and_torchmetrics_on_the_full_set() -> None:
     real, rebuilt = pairs(5, 48, 64)
     figures = Figures(scales=3)
     for part in (slice(0, 2), slice(2, 5)):
@@ -71,16 +71,16 @@ def test_figures_are_those_that_numpy_and_torchmetrics_give_on_all_at_once() -> 
     )
 
 
-def test_pictures_of_several_sizes_count_alike() -> None:
+def test_images_of_several_sizes_have_equal_weight() -> None:
     wide, square = pairs(3, 24, 48, seed=1), pairs(1, 32, 32, seed=2, noise=0.6)
     figures = Figures(scales=2)
     figures.add(*wide)
     figures.add(*square)
-    apart = [Figures(scales=2) for _ in range(2)]
-    for one, pair in zip(apart, (wide, square), strict=True):
-        one.add(*pair)
+    separate = [Figures(scales=2) for _ in range(2)]
+    for metrics, pair in zip(separate, (wide, square), strict=True):
+        metrics.add(*pair)
     for name, mean in figures.means().items():
-        assert mean == pytest.approx((3 * apart[0].means()[name] + apart[1].means()[name]) / 4, abs=1e-9)
+        assert mean == pytest.approx((3 * separate[0].means()[name] + separate[1].means()[name]) / 4, abs=1e-9)
         assert figures.per_image[name].shape == (4,)
     assert figures.means()["psnr"] == pytest.approx(reconstruction([wide, square])["psnr"])
 
@@ -93,21 +93,22 @@ def test_the_colour_bias_has_the_sign_and_size_of_the_shift() -> None:
     assert (means["red"], means["green"], means["blue"]) == pytest.approx((3, 0, -5), abs=1e-4)
 
 
-def test_a_picture_that_is_not_finite_is_counted_and_left_out() -> None:
+def test_a_nonfinite_image_is_counted_and_left_out_of_the_means() -> None:
     real, rebuilt = pairs(3, 32, 32)
-    whole = Figures()
-    whole.add(real[:2], rebuilt[:2])
+    finite = Figures()
+    finite.add(real[:2], rebuilt[:2])
     rebuilt[2, 1, 5, 5] = torch.nan
     figures = Figures()
     figures.add(real, rebuilt)
     assert (figures.count, figures.broken) == (3, 1)
     assert figures.per_image["psnr"].isnan().tolist() == [False, False, True]
-    assert figures.means() == pytest.approx(whole.means())
-    assert all(math.isnan(value) for value in reconstruction([(real, rebuilt)]).values())  # who trains must see it
+    assert figures.means() == pytest.approx(finite.means())
+    # during training, the means must show it
+    assert all(math.isnan(value) for value in reconstruction([(real, rebuilt)]).values())
 
 
 @pytest.mark.parametrize(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
-def test_ms_ssim_takes_as_many_scales_as_there_is_room_for(side: int, scales: int) -> None:
+def test_ms_ssim_uses_as_many_scales_as_fit_the_side(side: int, scales: int) -> None:
     assert max_scales(side) == scales
     assert max_scales(side - 1) < scales or not scales
     if scales:
@@ -115,20 +116,20 @@ def test_ms_ssim_takes_as_many_scales_as_there_is_room_for(side: int, scales: in
         assert float(ms_ssim(real / 2 + 0.5, real / 2 + 0.5, scales)) == pytest.approx(1, abs=1e-5)
 
 
-def test_bicubic_keeps_flat_colours_and_loses_what_is_finer_than_its_factor() -> None:
+def test_bicubic_keeps_flat_colours_and_loses_detail_finer_than_its_factor() -> None:
     flat = torch.full((1, 3, 32, 32), 0.3)
     torch.testing.assert_close(Bicubic(8).decode(Bicubic(8).encode(flat)), flat)
     stripes = torch.tensor([-1.0, 1.0]).repeat(16).expand(1, 3, 32, 32)
-    lost = Bicubic(4).decode(Bicubic(4).encode(stripes))
-    assert lost.shape == stripes.shape
-    assert float(lost.std()) < 0.1
+    blurred = Bicubic(4).decode(Bicubic(4).encode(stripes))
+    assert blurred.shape == stripes.shape
+    assert float(blurred.std()) < 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------------------------------------ recommendations
 
 
 @pytest.mark.parametrize(
-    ("found", "std", "broken", "answer", "says"),
+    ("means", "std", "nonfinite", "expected", "reason"),
     [
         (GOOD, UNIT, 0, "keep", "PSNR 28.0 dB (bicubic 23.0), SSIM 0.850 (0.600)"),
         (GOOD | {"psnr": 24.0, "ssim": 0.62}, UNIT, 0, "tune the decoder", "too little detail"),
@@ -146,32 +147,32 @@ def test_bicubic_keeps_flat_colours_and_loses_what_is_finer_than_its_factor() ->
         (dict.fromkeys(GOOD, torch.nan), UNIT, 3, "retrain", "3 reconstructions"),
     ],
 )
-def test_the_verdict_follows_from_the_figures(
-    found: dict[str, float], std: torch.Tensor, broken: int, answer: str, says: str
+def test_the_recommendation_follows_from_the_metrics(
+    means: dict[str, float], std: torch.Tensor, nonfinite: int, expected: str, reason: str
 ) -> None:
-    given, reasons = recommend_action(found, PLAIN, std, broken)
-    assert given == answer
-    assert says in " ".join(reasons)
+    action, reasons = recommend_action(means, BICUBIC, std, nonfinite)
+    assert action == expected
+    assert reason in " ".join(reasons)
 
 
-def test_an_exact_copy_is_kept_and_a_blur_and_a_tint_are_not() -> None:
+def test_an_exact_copy_is_kept_and_blurred_or_tinted_copies_are_not() -> None:
     real, _ = pairs(6, 64, 64)
     real = (real + 0.3 * torch.randn(real.shape, generator=torch.Generator().manual_seed(3))).clamp(-0.9, 0.9)
-    plain = Bicubic(4)
+    bicubic = Bicubic(4)
 
-    def judged(rebuilt: torch.Tensor) -> str:
+    def recommended(rebuilt: torch.Tensor) -> str:
         figures, baseline = Figures(), Figures()
         figures.add(real, rebuilt)
-        baseline.add(real, plain.decode(plain.encode(real)))
+        baseline.add(real, bicubic.decode(bicubic.encode(real)))
         return recommend_action(figures.means(), baseline.means(), UNIT)[0]
 
-    assert judged(real) == "keep"
-    assert judged(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
-    assert judged(0.35 * real + 0.65 * plain.decode(plain.encode(real))) != "retrain"
-    assert judged(real + torch.tensor([0.05, 0.0, 0.0])[:, None, None]) == "tune the decoder"
+    assert recommended(real) == "keep"
+    assert recommended(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
+    assert recommended(0.35 * real + 0.65 * bicubic.decode(bicubic.encode(real))) != "retrain"
+    assert recommended(real + torch.tensor([0.05, 0.0, 0.0])[:, None, None]) == "tune the decoder"
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-owt-"), ("squeeze", "squeezenet1_1-")])
-def test_missing_weights_are_named_with_their_place(net: str, file: str, checkpoints: Path) -> None:
+def test_missing_weights_are_named_with_their_folder(net: str, file: str, checkpoints: Path) -> None:
     with pytest.raises(UserError, match=rf"^LPIPS: {file}\w+\.pth is not in {checkpoints}.*HF_HUB_OFFLINE"):
         feature_networks.lpips(net, 64)
     with pytest.raises(
@@ -194,7 +195,7 @@ def test_missing_weights_are_named_with_their_place(net: str, file: str, checkpo
         feature_networks.fid()
 
 
-def test_a_download_that_fails_is_one_line_and_leaves_nothing(
+def test_a_failed_download_is_reported_in_one_line_and_leaves_no_file(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
@@ -206,7 +207,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(
     assert not list(checkpoints.iterdir())
 
 
-def test_a_file_that_is_not_the_weights_is_named(checkpoints: Path) -> None:
+def test_a_file_with_other_content_is_refused_by_name(checkpoints: Path) -> None:
     file = checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2]
     for content in (b"<html>not found</html>", b""):
         file.write_bytes(content)
@@ -217,7 +218,7 @@ def test_a_file_that_is_not_the_weights_is_named(checkpoints: Path) -> None:
         feature_networks.lpips("squeeze", 64)
 
 
-def test_lpips_is_torchmetrics_own_with_the_file_in_the_cache(checkpoints: Path) -> None:
+def test_lpips_equals_torchmetrics_with_the_cached_weights(checkpoints: Path) -> None:
     torch.manual_seed(0)
     backbone = torchvision.models.squeezenet1_1(weights=None)
     torch.save(backbone.state_dict(), checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2])
@@ -234,7 +235,7 @@ def test_lpips_is_torchmetrics_own_with_the_file_in_the_cache(checkpoints: Path)
 
 
 @pytest.mark.slow
-def test_rfid_is_the_distance_of_the_gaussians_of_inceptions_features(checkpoints: Path) -> None:
+def test_rfid_is_the_frechet_distance_of_inception_features(checkpoints: Path) -> None:
     torch.manual_seed(0)
     file = checkpoints / "weights-inception-2015-12-05-6726825d.pth"
     torch.save({}, file)

@@ -1,4 +1,4 @@
-"""The classifier of noisy pictures, and the gradient that guides by it."""
+"""The classifier of noisy images, and the gradient that guides sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor
     return x, torch.tensor([0, 400, 999])[: len(x)], torch.tensor([2, 0, 1])[: len(x)]
 
 
-def test_the_gradient_is_that_of_finite_differences() -> None:
+def test_the_gradient_equals_finite_differences() -> None:
     classifier = small().double()
     x, t, y = batch(dtype=torch.float64)
     directions = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
         torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), slope, rtol=1e-6, atol=1e-9)
 
 
-def test_pictures_of_a_batch_do_not_change_each_others_gradient() -> None:
+def test_an_images_gradient_does_not_depend_on_its_batch() -> None:
     classifier, (x, t, y) = small(), batch()
     together = classifier.gradient(x, t, y)
     for i in range(len(x)):
@@ -66,7 +66,7 @@ def test_the_gradient_is_float32_under_no_grad_and_leaves_parameters_alone() -> 
     assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
-def test_gradients_towards_all_classes_weighted_by_their_probability_cancel() -> None:
+def test_the_gradients_of_all_classes_weighted_by_probability_sum_to_0() -> None:
     """Σ_y p(y | x)·∇ log p(y | x) = ∇ Σ_y p(y | x) = 0."""
     classifier = small().double()
     x, t, _ = batch(dtype=torch.float64)
@@ -77,14 +77,14 @@ def test_gradients_towards_all_classes_weighted_by_their_probability_cancel() ->
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 16), (1, 3, 5, 3), (2, 3, 1, 1)])
-def test_pictures_may_have_any_shape(shape: tuple[int, ...]) -> None:
+def test_images_may_have_any_shape(shape: tuple[int, ...]) -> None:
     classifier, (x, t, y) = small(), batch(*shape)
     assert classifier(x, t).shape == (len(x), 3)
     assert classifier.gradient(x, t, y).shape == x.shape
 
 
 @pytest.mark.parametrize("process", [CHAIN, FLOW], ids=["chain", "flow"])
-def test_a_saved_classifier_comes_back_equal(process: DiffusionProcess, tmp_path: Path) -> None:
+def test_a_saved_classifier_loads_unchanged(process: DiffusionProcess, tmp_path: Path) -> None:
     classifier, (x, t, _) = small(process), batch()
     classifier.save_pretrained(tmp_path / "model")
     for folder in (tmp_path, tmp_path / "model"):
@@ -97,7 +97,7 @@ def test_a_saved_classifier_comes_back_equal(process: DiffusionProcess, tmp_path
     assert not list((tmp_path / "model").glob("*.bin"))
 
 
-def test_what_is_no_classifier_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
     for content in (None, "{}", "no JSON"):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
@@ -116,7 +116,9 @@ def test_what_is_no_classifier_is_one_clear_line(tmp_path: Path) -> None:
     ],
     ids=["v", "eps", "zero snr", "shifted"],
 )
-def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: DiffusionProcess, solver: str) -> None:
+def test_a_chain_with_the_same_noise_is_accepted_for_any_solver_and_prediction_type(
+    process: DiffusionProcess, solver: str
+) -> None:
     autoencoder = Autoencoder(Identity())
     classifier = small(process)
     classifier.check(scheduler(process, solver), autoencoder)
@@ -126,7 +128,7 @@ def test_a_chain_of_the_same_noise_is_taken_whatever_solver_and_target(process: 
 
 
 @pytest.mark.parametrize("solver", STRAIGHT)
-def test_a_flow_is_taken_whatever_its_shift(solver: str) -> None:
+def test_a_flow_is_accepted_with_any_shift(solver: str) -> None:
     autoencoder, classifier = Autoencoder(Identity()), small(FLOW)
     for shift in (1.0, 3.0):
         classifier.check(scheduler(replace(FLOW, shift=shift), solver), autoencoder)
@@ -138,13 +140,13 @@ def test_latents_of_another_autoencoder_are_refused() -> None:
     torch.manual_seed(0)
     shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False)
     first, second = Autoencoder(build(shape, 16)), Autoencoder(build(shape, 16))
-    rule = scheduler(CHAIN, "ddim")
-    small(CHAIN, first).check(rule, first)
+    noise_scheduler = scheduler(CHAIN, "ddim")
+    small(CHAIN, first).check(noise_scheduler, first)
     with pytest.raises(UserError, match="another autoencoder"):
-        small(CHAIN, first).check(rule, second)
+        small(CHAIN, first).check(noise_scheduler, second)
 
 
-def test_settings_that_fit_no_network_are_named() -> None:
+def test_settings_that_no_network_fits_are_named() -> None:
     for key, change in (
         ("attention", {"attention": (True,)}),
         ("norm_num_groups", {"norm_num_groups": 5}),

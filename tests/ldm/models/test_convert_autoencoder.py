@@ -1,4 +1,4 @@
-"""Autoencoders as one file in the original layout."""
+"""Autoencoders as a single file in the original layout."""
 
 import re
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from ldm.models.convert import autoencoder as single_file
 from ldm.utils.errors import UserError
 
-PICTURES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 Tensors = dict[str, torch.Tensor]
 
 
 def options(widths: tuple[int, ...], attention: tuple[int, ...] = (), **changes: object) -> dict[str, object]:
-    """Settings of an autoencoder with attention at the levels given."""
+    """Settings of an autoencoder with attention at these levels."""
     attn = ["Attn" if i in attention else "" for i in range(len(widths))]
     return {
         "block_out_channels": widths,
@@ -39,12 +39,12 @@ def kl(*args: object, **changes: object) -> AutoencoderKL:
 
 
 def vq(*args: object, **changes: object) -> VQModel:
-    made = options(*args, **{"num_vq_embeddings": 16, "scaling_factor": 1.0, **changes})  # type: ignore[arg-type]
-    return perturbed(VQModel(**made))
+    config = options(*args, **{"num_vq_embeddings": 16, "scaling_factor": 1.0, **changes})  # type: ignore[arg-type]
+    return perturbed(VQModel(**config))
 
 
 def perturbed(vae: Any) -> Any:
-    """With no weight at its initial value, so that none can be missed."""
+    """Moves every weight from its initial value, so that a weight that isn't copied shows."""
     generator = torch.Generator().manual_seed(0)
     for tensor in vae.parameters():
         tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
@@ -52,8 +52,8 @@ def perturbed(vae: Any) -> Any:
 
 
 def latents(vae: AutoencoderKL | VQModel) -> torch.Tensor:
-    made = vae.encode(PICTURES)
-    return made.latents if isinstance(vae, VQModel) else made.latent_dist.parameters
+    output = vae.encode(IMAGES)
+    return output.latents if isinstance(vae, VQModel) else output.latent_dist.parameters
 
 
 MODELS: dict[str, Callable[[], AutoencoderKL | VQModel]] = {
@@ -76,41 +76,41 @@ MODELS: dict[str, Callable[[], AutoencoderKL | VQModel]] = {
 def test_a_round_trip_changes_nothing(tmp_path: Path, name: str) -> None:
     vae = MODELS[name]()
     single_file.write(vae, tmp_path / "new" / "vae.safetensors")
-    again = single_file.read(tmp_path / "new" / "vae.safetensors")
-    assert type(again) is type(vae) and not again.training
-    assert all(parameter.requires_grad for parameter in again.parameters())
-    ours, theirs = vae.state_dict(), again.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    loaded = single_file.read(tmp_path / "new" / "vae.safetensors")
+    assert type(loaded) is type(vae) and not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    before, after = vae.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     for key in vae.config:
         if key != "vq_embed_dim" and not key.startswith("_"):
-            assert again.config[key] == vae.config[key], key
+            assert loaded.config[key] == vae.config[key], key
     z = latents(vae)
-    assert torch.equal(latents(again), z)
+    assert torch.equal(latents(loaded), z)
     z = z if isinstance(vae, VQModel) else z.chunk(2, 1)[0]
-    assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
+    assert torch.equal(loaded.decode(z).sample, vae.decode(z).sample)
 
 
-def test_names_and_shapes_written_are_those_of_the_original(tmp_path: Path) -> None:
+def test_the_file_has_the_names_and_shapes_of_the_original_layout(tmp_path: Path) -> None:
     """The module tree of CompVis with ch_mult (1, 2), num_res_blocks 1, attn_resolutions of the lower level."""
 
-    def both(*names: str) -> set[str]:
+    def tensors_of(*names: str) -> set[str]:
         return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 
     block = ("norm1", "conv1", "norm2", "conv2")
     attn = ("norm", "q", "k", "v", "proj_out")
-    expected = both("encoder.conv_in", "encoder.norm_out", "encoder.conv_out", "quant_conv", "post_quant_conv")
-    expected |= both("decoder.conv_in", "decoder.norm_out", "decoder.conv_out")
-    expected |= both(*(f"encoder.down.0.block.0.{part}" for part in block), "encoder.down.0.downsample.conv")
-    expected |= both(*(f"encoder.down.1.block.0.{part}" for part in (*block, "nin_shortcut")))
-    expected |= both(*(f"encoder.down.1.attn.0.{part}" for part in attn))
+    expected = tensors_of("encoder.conv_in", "encoder.norm_out", "encoder.conv_out", "quant_conv", "post_quant_conv")
+    expected |= tensors_of("decoder.conv_in", "decoder.norm_out", "decoder.conv_out")
+    expected |= tensors_of(*(f"encoder.down.0.block.0.{part}" for part in block), "encoder.down.0.downsample.conv")
+    expected |= tensors_of(*(f"encoder.down.1.block.0.{part}" for part in (*block, "nin_shortcut")))
+    expected |= tensors_of(*(f"encoder.down.1.attn.0.{part}" for part in attn))
     for side in ("encoder", "decoder"):
-        expected |= both(*(f"{side}.mid.{i}.{part}" for i in ("block_1", "block_2") for part in block))
-        expected |= both(*(f"{side}.mid.attn_1.{part}" for part in attn))
-    expected |= both(
+        expected |= tensors_of(*(f"{side}.mid.{i}.{part}" for i in ("block_1", "block_2") for part in block))
+        expected |= tensors_of(*(f"{side}.mid.attn_1.{part}" for part in attn))
+    expected |= tensors_of(
         *(f"decoder.up.1.block.{i}.{part}" for i in (0, 1) for part in block), "decoder.up.1.upsample.conv"
     )
-    expected |= both(*(f"decoder.up.1.attn.{i}.{part}" for i in (0, 1) for part in attn))
-    expected |= both(
+    expected |= tensors_of(*(f"decoder.up.1.attn.{i}.{part}" for i in (0, 1) for part in attn))
+    expected |= tensors_of(
         *(f"decoder.up.0.block.{i}.{part}" for i in (0, 1) for part in block), "decoder.up.0.block.0.nin_shortcut"
     )
     single_file.write(kl((8, 16), (1,), scaling_factor=0.3), tmp_path / "vae.safetensors")
@@ -136,8 +136,8 @@ def original_encoder(w: Tensors, x: torch.Tensor, groups: int) -> torch.Tensor:
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x, groups, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
-    def conv(name: str, x: torch.Tensor, **how: int) -> torch.Tensor:
-        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], **how)
+    def conv(name: str, x: torch.Tensor, **options: int) -> torch.Tensor:
+        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], **options)
 
     def block(name: str, x: torch.Tensor) -> torch.Tensor:
         h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)), padding=1)
@@ -164,59 +164,59 @@ def original_encoder(w: Tensors, x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_originals_forward_pass_over_the_file_gives_our_latents(tmp_path: Path) -> None:
+def test_the_original_encoders_forward_pass_on_the_file_gives_the_same_latents(tmp_path: Path) -> None:
     vae = kl((8, 24, 12), (0, 2), layers_per_block=2)
     single_file.write(vae, tmp_path / "vae.safetensors")
-    theirs = original_encoder(load_file(tmp_path / "vae.safetensors"), PICTURES, 4)
-    torch.testing.assert_close(theirs, latents(vae), atol=1e-4, rtol=1e-4)
+    reference = original_encoder(load_file(tmp_path / "vae.safetensors"), IMAGES, 4)
+    torch.testing.assert_close(reference, latents(vae), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_diffusers_own_single_file_loader_reads_what_is_written(tmp_path: Path) -> None:
+def test_diffusers_single_file_loader_reads_the_file(tmp_path: Path) -> None:
     vae = kl((8, 16, 24), layers_per_block=2)
     vae.save_pretrained(tmp_path / "folder")
     single_file.write(vae, tmp_path / "vae.safetensors")
-    theirs = AutoencoderKL.from_single_file(
+    reference = AutoencoderKL.from_single_file(
         str(tmp_path / "vae.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
     )
-    assert torch.equal(theirs(PICTURES).sample, vae(PICTURES).sample)
+    assert torch.equal(reference(IMAGES).sample, vae(IMAGES).sample)
     converted = convert_ldm_vae_checkpoint(load_file(tmp_path / "vae.safetensors"), vae.config)
     assert converted.keys() == vae.state_dict().keys()
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Tensors:
+def tensors(tmp_path: Path) -> Tensors:
     """The tensors of a small autoencoder in the original layout."""
-    single_file.write(kl((8, 16)), tmp_path / "parts.safetensors")
-    return load_file(tmp_path / "parts.safetensors")
+    single_file.write(kl((8, 16)), tmp_path / "small.safetensors")
+    return load_file(tmp_path / "small.safetensors")
 
 
-def saved(tmp_path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
+def save(tmp_path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
     save_file(tensors, tmp_path / "file.safetensors", metadata)
     return tmp_path / "file.safetensors"
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", ""])
-def test_an_autoencoder_is_found_among_other_tensors(tmp_path: Path, parts: Tensors, prefix: str) -> None:
+def test_an_autoencoder_is_found_among_other_tensors(tmp_path: Path, tensors: Tensors, prefix: str) -> None:
     others = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
-    whole = {f"{prefix}{name}": tensor for name, tensor in (parts | others).items()}
+    checkpoint = {f"{prefix}{name}": tensor for name, tensor in (tensors | others).items()}
     if prefix:
-        whole |= {"model.diffusion_model.out.2.weight": torch.zeros(4), "model_ema.decay": torch.zeros(1)}
-    again = single_file.read(saved(tmp_path, whole, {"norm_num_groups": "4"}))
-    assert torch.equal(again.encoder.conv_in.weight, parts["encoder.conv_in.weight"])
-    assert torch.equal(again.decoder.conv_out.bias, parts["decoder.conv_out.bias"])
+        checkpoint |= {"model.diffusion_model.out.2.weight": torch.zeros(4), "model_ema.decay": torch.zeros(1)}
+    loaded = single_file.read(save(tmp_path, checkpoint, {"norm_num_groups": "4"}))
+    assert torch.equal(loaded.encoder.conv_in.weight, tensors["encoder.conv_in.weight"])
+    assert torch.equal(loaded.decoder.conv_out.bias, tensors["decoder.conv_out.bias"])
 
 
-def test_half_precision_is_read_as_float32_and_linear_attention_weights_too(tmp_path: Path, parts: Tensors) -> None:
-    parts = {name: tensor.half() for name, tensor in parts.items()}
-    parts["encoder.mid.attn_1.q.weight"] = parts["encoder.mid.attn_1.q.weight"][:, :, 0, 0].contiguous()
-    again = single_file.read(saved(tmp_path, parts))
-    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.float32}
+def test_half_precision_and_linear_attention_weights_load_as_float32(tmp_path: Path, tensors: Tensors) -> None:
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    tensors["encoder.mid.attn_1.q.weight"] = tensors["encoder.mid.attn_1.q.weight"][:, :, 0, 0].contiguous()
+    loaded = single_file.read(save(tmp_path, tensors))
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("names", [("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")])
 @pytest.mark.parametrize("attention", [(), (1,)])
-def test_other_names_of_the_attention_are_read(
+def test_other_names_of_attention_tensors_load(
     tmp_path: Path, names: tuple[str, ...], attention: tuple[int, ...]
 ) -> None:
     single_file.write(kl((8, 16), attention), tmp_path / "original.safetensors")
@@ -227,26 +227,26 @@ def test_other_names_of_the_attention_are_read(
             name = re.sub(rf"(\.attn(_1|\.\d)\.){old}\.", rf"\g<1>{new}.", name)
         renamed[name] = tensor
     assert renamed.keys() != tensors.keys()
-    expected, read = (single_file.read(saved(tmp_path, t)).state_dict() for t in (tensors, renamed))
-    assert all(torch.equal(expected[name], read[name]) for name in expected)
+    expected, loaded = (single_file.read(save(tmp_path, t)).state_dict() for t in (tensors, renamed))
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
     clash = renamed | {"encoder.mid.attn_1.q.weight": torch.zeros(16, 16, 1, 1)}
     with pytest.raises(UserError, match="which are one tensor"):
-        single_file.read(saved(tmp_path, clash))
+        single_file.read(save(tmp_path, clash))
 
 
-def test_scale_and_groups_are_guessed_from_channels_and_marks(tmp_path: Path, parts: Tensors) -> None:
-    def known(extra: Tensors, metadata: dict[str, str] | None = None) -> tuple[object, ...]:
-        whole = {f"first_stage_model.{name}": tensor for name, tensor in parts.items()} | extra
-        config = single_file.read(saved(tmp_path, whole, metadata)).config
+def test_scale_and_groups_are_inferred_from_channels_and_marker_tensors(tmp_path: Path, tensors: Tensors) -> None:
+    def inferred(extra: Tensors, metadata: dict[str, str] | None = None) -> tuple[object, ...]:
+        checkpoint = {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()} | extra
+        config = single_file.read(save(tmp_path, checkpoint, metadata)).config
         return config.scaling_factor, config.shift_factor, config.norm_num_groups
 
     flux = {"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}
-    assert known({}) == (0.18215, None, 2)  # 2 is the most that leaves 8 channels in groups of 4
-    assert known({"scale_factor": torch.tensor(0.25)}) == (0.25, None, 2)
-    assert known(flux) == (0.3611, 0.1159, 2)
-    assert known(flux, {"scaling_factor": "2", "shift_factor": "-1", "norm_num_groups": "8"}) == (2.0, -1.0, 8)
+    assert inferred({}) == (0.18215, None, 2)  # at most 2 groups leave 4 of a level's 8 channels to a group
+    assert inferred({"scale_factor": torch.tensor(0.25)}) == (0.25, None, 2)
+    assert inferred(flux) == (0.3611, 0.1159, 2)
+    assert inferred(flux, {"scaling_factor": "2", "shift_factor": "-1", "norm_num_groups": "8"}) == (2.0, -1.0, 8)
     single_file.write(kl((32, 64), latent_channels=5, norm_num_groups=32), tmp_path / "other.safetensors")
-    other = single_file.read(saved(tmp_path, load_file(tmp_path / "other.safetensors"))).config
+    other = single_file.read(save(tmp_path, load_file(tmp_path / "other.safetensors"))).config
     assert (other.scaling_factor, other.norm_num_groups) == (1.0, 32)
 
 
@@ -265,27 +265,27 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_doesnt_fit_is_named_in_one_line(tmp_path: Path, parts: Tensors, name: str) -> None:
-    spoil, message = DAMAGE[name]
-    spoil(parts)
+def test_a_tensor_that_does_not_fit_is_reported_in_one_line(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    damage, message = DAMAGE[name]
+    damage(tensors)
     with pytest.raises(UserError, match=message) as error:
-        single_file.read(saved(tmp_path, parts))
+        single_file.read(save(tmp_path, tensors))
     assert str(error.value).startswith(f"{tmp_path / 'file.safetensors'}: ") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "metadata", [{"scaling_factor": "much"}, {"scaling_factor": "0"}, {"norm_num_groups": "3"}, {"latents_mean": "["}]
 )
-def test_metadata_that_cannot_be_is_named(tmp_path: Path, parts: Tensors, metadata: dict[str, str]) -> None:
+def test_invalid_metadata_is_refused_by_key(tmp_path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     with pytest.raises(UserError, match=f"metadata {next(iter(metadata))} is"):
-        single_file.read(saved(tmp_path, parts, metadata))
+        single_file.read(save(tmp_path, tensors, metadata))
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, parts: Tensors) -> None:
-    path = saved(tmp_path, parts)
+def test_unreadable_files_are_refused_by_name(tmp_path: Path, tensors: Tensors) -> None:
+    path = save(tmp_path, tensors)
     content = path.read_bytes()
-    for spoiled in (content[:-100], content[:50], b"", b"\x80\x02}q\x00.", b"{" * 200):
-        path.write_bytes(spoiled)
+    for damaged in (content[:-100], content[:50], b"", b"\x80\x02}q\x00.", b"{" * 200):
+        path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"file\.safetensors: can't be read as safetensors") as error:
             single_file.read(path)
         assert "\n" not in str(error.value)
@@ -295,7 +295,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, parts: Tensors) -> 
         single_file.read(tmp_path)
 
 
-def test_what_the_layout_cannot_say_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_model_that_the_layout_cannot_express_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     cases = {
         "AutoencoderTiny": AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
         "act_fn relu": kl((8, 16), act_fn="relu"),

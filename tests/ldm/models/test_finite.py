@@ -1,4 +1,4 @@
-"""Values that are not finite do not leave a model."""
+"""NaN and infinite values are refused in weights and in the outputs of networks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,26 +24,28 @@ def small_vae() -> AutoencoderKL:
     return AutoencoderKL(down_block_types=down, up_block_types=up, **BLOCKS).eval()
 
 
-def test_names_are_those_of_the_tensors_that_hold_nan_or_infinity() -> None:
+def test_nonfinite_names_lists_the_tensors_with_nan_or_infinity() -> None:
     tensors = {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(2), "c": torch.tensor(float("-inf"))}
     assert nonfinite_names({**tensors, "ids": torch.arange(3), "empty": torch.empty(0)}) == ["a", "c"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", ["U-Net", "autoencoder", "text encoder"])
-def test_sampling_names_the_network_whose_values_are_not_finite(
-    random_model: RandomModel, part: str, value: float
+@pytest.mark.parametrize("component", ["U-Net", "autoencoder", "text encoder"])
+def test_sampling_names_the_network_whose_output_is_not_finite(
+    random_model: RandomModel, component: str, value: float
 ) -> None:
     model = random_model("text")
     weights = {
         "U-Net": lambda: model.unet.conv_out.bias,
         "autoencoder": lambda: model.autoencoder.vae.decoder.conv_out.bias,
         "text encoder": lambda: next(p for n, p in model.text.model.named_parameters() if n.endswith("LayerNorm.bias")),
-    }[part]()
+    }[component]()
     before = weights.detach().clone()
     try:
         weights.data[0] = value
-        with pytest.raises(UserError, match=rf"the {part}'s output is .* for 2 of 2 images: 1 of \d+ tensors hold"):
+        with pytest.raises(
+            UserError, match=rf"the {component}'s output is .* for 2 of 2 images: 1 of \d+ tensors hold"
+        ):
             model(["a", "b"], num_inference_steps=2)
     finally:
         weights.data.copy_(before)
@@ -61,7 +63,7 @@ def test_an_overflow_of_finite_weights_names_a_remedy(random_model: RandomModel)
         weight.data.copy_(before)
 
 
-def test_an_image_that_an_autoencoder_cannot_encode_is_named(random_model: RandomModel) -> None:
+def test_a_nonfinite_encoder_output_is_refused(random_model: RandomModel) -> None:
     model = random_model("text")
     bias = model.autoencoder.vae.encoder.conv_out.bias
     before = bias.detach().clone()
@@ -76,7 +78,7 @@ def test_an_image_that_an_autoencoder_cannot_encode_is_named(random_model: Rando
 @pytest.mark.parametrize("layer", ["decoder", "encoder"])
 def test_an_autoencoder_too_wide_for_fp16_continues_in_float32(layer: str, capsys: pytest.CaptureFixture[str]) -> None:
     vae = small_vae()
-    getattr(vae, layer).conv_in.weight.data *= 1e5  # the norms that follow undo it
+    getattr(vae, layer).conv_in.weight.data *= 1e5  # the following norms undo it
     half, full = Autoencoder(small_vae().half()), Autoencoder(vae)
     half.vae.load_state_dict({name: tensor.half() for name, tensor in vae.state_dict().items()})
     full.vae.load_state_dict({name: tensor.float() for name, tensor in half.vae.state_dict().items()})
@@ -89,7 +91,7 @@ def test_an_autoencoder_too_wide_for_fp16_continues_in_float32(layer: str, capsy
     assert capsys.readouterr().err == "the autoencoder overflows in fp16; it computes in float32 from now on\n"
 
 
-def test_weights_that_are_not_finite_are_not_written(random_model: RandomModel, tmp_path: Path) -> None:
+def test_nonfinite_weights_are_not_written(random_model: RandomModel, tmp_path: Path) -> None:
     model = random_model("text")
     model.save(tmp_path / "pipeline")
     files = {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}

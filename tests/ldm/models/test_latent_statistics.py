@@ -1,4 +1,4 @@
-"""The latent report: its figures, its warnings, its sums."""
+"""The latent report: statistics against numpy and closed forms, warnings, merging."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def report(*batches: torch.Tensor) -> Report:
-    made = Report(batches[0].shape[1])
+    statistics = Report(batches[0].shape[1])
     for batch in batches:
-        made.add(batch)
-    return made
+        statistics.add(batch)
+    return statistics
 
 
 def mixed() -> torch.Tensor:
@@ -30,34 +30,34 @@ def mixed() -> torch.Tensor:
     return x * torch.tensor([0.5, 1, 3])[:, None, None] + torch.tensor([-1.0, 0, 2])[:, None, None]
 
 
-def test_mean_std_and_correlation_are_numpys() -> None:
+def test_mean_std_and_correlation_equal_numpy() -> None:
     x = mixed()
-    made, flat = report(x), x.transpose(0, 1).flatten(1).double().numpy()
-    np.testing.assert_allclose(made.mean(), flat.mean(1), atol=1e-9)
-    np.testing.assert_allclose(made.std(), flat.std(1), atol=1e-9)
-    np.testing.assert_allclose(made.correlation(), np.corrcoef(flat), atol=1e-9)
-    assert made.correlation()[0, 2] == pytest.approx(0.6, abs=0.03)
+    statistics, flat = report(x), x.transpose(0, 1).flatten(1).double().numpy()
+    np.testing.assert_allclose(statistics.mean(), flat.mean(1), atol=1e-9)
+    np.testing.assert_allclose(statistics.std(), flat.std(1), atol=1e-9)
+    np.testing.assert_allclose(statistics.correlation(), np.corrcoef(flat), atol=1e-9)
+    assert statistics.correlation()[0, 2] == pytest.approx(0.6, abs=0.03)
 
 
-def test_the_histogram_sums_to_the_count_and_holds_what_lies_outside() -> None:
+def test_the_histogram_sums_to_the_count_with_outliers_in_its_last_bins() -> None:
     x = noise(4, 2, 8, 8) * 5
-    made = report(x)
-    assert made.histogram.sum(1).tolist() == [4 * 64] * 2 == [int(made.count)] * 2
-    assert made.histogram[:, -1].tolist() == [int((x[:, c] >= 6 - 1 / 8).sum()) for c in (0, 1)]
+    statistics = report(x)
+    assert statistics.histogram.sum(1).tolist() == [4 * 64] * 2 == [int(statistics.count)] * 2
+    assert statistics.histogram[:, -1].tolist() == [int((x[:, c] >= 6 - 1 / 8).sum()) for c in (0, 1)]
 
 
-def test_white_noise_has_power_of_its_variance_at_every_frequency() -> None:
+def test_the_power_of_white_noise_is_its_variance_at_every_frequency() -> None:
     frequency, power = report(2 * noise(64, 2, 32, 32)).spectrum()
     assert frequency[0] == 1 / 16 and frequency[-1] == 1
     torch.testing.assert_close(power, torch.full_like(power, 4), rtol=0.15, atol=0)
 
 
-def test_power_and_frequency_are_those_of_a_known_wave() -> None:
-    """cos(2π·4x/32) lies at 4/16 of Nyquist's frequency, and its mean power over the picture is 1/2 (Parseval)."""
+def test_a_cosine_wave_has_its_power_at_its_frequency() -> None:
+    """cos(2π·4x/32) lies at 4/16 of Nyquist's frequency, and its mean power over the image is 1/2 (Parseval)."""
     wave = torch.cos(2 * torch.pi * 4 * torch.arange(32) / 32).expand(1, 1, 32, 32)
-    made = report(wave + 7)  # the constant doesn't count
-    assert float(made.power[0, 3]) / 32**2 == pytest.approx(0.5, rel=1e-6)
-    assert float(made.power.sum()) == pytest.approx(float(made.power[0, 3]), rel=1e-6)
+    statistics = report(wave + 7)  # the constant doesn't count
+    assert float(statistics.power[0, 3]) / 32**2 == pytest.approx(0.5, rel=1e-6)
+    assert float(statistics.power.sum()) == pytest.approx(float(statistics.power[0, 3]), rel=1e-6)
 
 
 def test_blurred_noise_has_a_falling_spectrum() -> None:
@@ -67,80 +67,80 @@ def test_blurred_noise_has_a_falling_spectrum() -> None:
 
 
 def test_gaussian_latents_have_no_warnings() -> None:
-    made = report(noise(64, 4, 16, 16))
-    assert made.warnings() == [] and made.dead() == []
-    assert (made.distance() < 0.02).all()
+    statistics = report(noise(64, 4, 16, 16))
+    assert statistics.warnings() == [] and statistics.dead() == []
+    assert (statistics.distance() < 0.02).all()
 
 
-def test_distance_is_large_for_two_valued_latents_and_blind_to_scale() -> None:
-    two = noise(64, 1, 16, 16).sign()
-    made = report(torch.cat([two, noise(64, 1, 16, 16, seed=1) * 1.7 + 0.4], 1))
-    assert made.distance()[0] > 0.8 and made.distance()[1] < 0.03
-    assert [text[:33] for text in made.warnings()] == ["channel 0 is far from Gaussian: t"]
+def test_the_distance_is_large_for_binary_latents_and_independent_of_scale() -> None:
+    binary = noise(64, 1, 16, 16).sign()
+    statistics = report(torch.cat([binary, noise(64, 1, 16, 16, seed=1) * 1.7 + 0.4], 1))
+    assert statistics.distance()[0] > 0.8 and statistics.distance()[1] < 0.03
+    assert [text[:33] for text in statistics.warnings()] == ["channel 0 is far from Gaussian: t"]
 
 
-def test_dead_channels_and_correlated_pairs_are_named_with_their_figures() -> None:
+def test_dead_channels_and_correlated_pairs_are_named_with_their_values() -> None:
     x = noise(16, 5, 16, 16)
     x[:, 1] *= 0.01
     x[:, 2] = 0.5
     x[:, 4] = -x[:, 3]
-    made = report(x)
-    assert made.dead() == [1, 2]
-    dead, constant, pair = made.warnings()
+    statistics = report(x)
+    assert statistics.dead() == [1, 2]
+    dead, constant, pair = statistics.warnings()
     assert dead.startswith("channel 1 is dead: its std is 0.01,") and constant.startswith("channel 2 is dead")
     assert pair == "channels 3 and 4 are strongly correlated: r = -1.00"
-    assert made.facts()["strongest_correlation"] == {"channels": [3, 4], "r": -1.0}
+    assert statistics.facts()["strongest_correlation"] == {"channels": [3, 4], "r": -1.0}
 
 
-def test_a_dead_channel_of_two_is_seen() -> None:
+def test_a_dead_channel_of_two_is_detected() -> None:
     assert report(noise(8, 2, 8, 8) * torch.tensor([1, 0.001])[:, None, None]).dead() == [1]
 
 
-def test_means_and_scales_beyond_bounds_are_named() -> None:
+def test_means_and_scales_out_of_bounds_are_named() -> None:
     assert report(noise(8, 1, 16, 16) - 1).warnings()[0].startswith("channel 0 is off centre: its mean is -0.9")
     assert report(noise(8, 1, 16, 16) * 3).warnings()[0].startswith("channel 0 is out of scale: its std is 3.0")
     assert report(noise(8, 1, 16, 16) * 0.4).warnings()[0].startswith("channel 0 is out of scale: its std is 0.4")
 
 
-def test_many_correlated_pairs_are_told_in_few_sentences() -> None:
+def test_many_correlated_pairs_are_summarized() -> None:
     warnings = report(noise(4, 1, 8, 8).expand(4, 8, 8, 8)).warnings()
     assert len(warnings) == 6 and warnings[-1].startswith("23 more pairs")
 
 
-def test_parts_of_differing_sizes_merged_are_the_whole() -> None:
+def test_merged_reports_of_different_sizes_equal_a_single_report() -> None:
     batches = [mixed(), noise(3, 3, 8, 24, seed=1), noise(1, 3, 12, 10, seed=2)]
-    whole, first, second = report(*batches), report(batches[0]), report(*batches[1:])
+    full, first, second = report(*batches), report(batches[0]), report(*batches[1:])
     first.merge(second)
-    for name, tensor in whole.tensors().items():
+    for name, tensor in full.tensors().items():
         torch.testing.assert_close(first.tensors()[name], tensor)
-    assert first.facts() == whole.facts()
+    assert first.facts() == full.facts()
 
 
-def test_tensors_are_the_sums_themselves() -> None:
-    """So that a caller can add up processes in place."""
-    one, two = report(mixed()), report(mixed(), mixed())
-    for tensor in one.tensors().values():
+def test_changing_the_tensors_changes_the_report() -> None:
+    """A caller sums them over processes in place."""
+    single, twice = report(mixed()), report(mixed(), mixed())
+    for tensor in single.tensors().values():
         tensor *= 2
-    assert one.facts() == two.facts()
+    assert single.facts() == twice.facts()
 
 
-def test_facts_are_json_also_of_tiny_and_constant_latents() -> None:
+def test_facts_are_valid_json_even_of_tiny_and_constant_latents() -> None:
     for latents in (mixed(), noise(2, 2, 1, 1), torch.zeros(2, 2, 4, 4), noise(2, 1, 4, 4)):
         facts = report(latents).facts()
         assert json.loads(json.dumps(facts, allow_nan=False)) == facts
         assert len(facts["spectrum"]["power"]) == 16
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
+def test_nonfinite_latents_are_refused() -> None:
     with pytest.raises(UserError, match="not finite"):
         report(torch.full((1, 2, 4, 4), torch.nan))
 
 
 @pytest.mark.parametrize("channels", [1, 4, 16])
-def test_the_plot_is_one_png(tmp_path: Path, channels: int) -> None:
+def test_the_plot_is_a_single_png(tmp_path: Path, channels: int) -> None:
     x = noise(4, channels, 8, 8)
     x[:, 0] = 1
     report(x).plot(tmp_path / "latents.png")
     assert [path.name for path in tmp_path.iterdir()] == ["latents.png"]
-    with Image.open(tmp_path / "latents.png") as picture:
-        assert picture.format == "PNG" and picture.width > 1000
+    with Image.open(tmp_path / "latents.png") as plot:
+        assert plot.format == "PNG" and plot.width > 1000

@@ -1,4 +1,4 @@
-"""OpenCLIP's text towers as transformers' encoders."""
+"""OpenCLIP's text towers converted to transformers' CLIP encoders, against OpenCLIP itself."""
 
 import json
 import sys
@@ -36,10 +36,10 @@ PROMPTS = [
 ]
 
 TOWERS: dict[str, dict[str, Any]] = {
-    "of CLIP": {},
+    "CLIP": {},
     "with QuickGELU": {"quick_gelu": True},
-    "of CustomTextCLIP": {"custom_text": True},
-    "with other numbers": {
+    "CustomTextCLIP": {"custom_text": True},
+    "with other hyperparameters": {
         "custom_text": True,
         "text_cfg": {
             "context_length": 32,
@@ -61,8 +61,8 @@ def tiny(**changes: Any) -> dict[str, Any]:
     return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 4, "layers": 2}, **changes}
 
 
-def folder_of(path: Path, config: dict[str, Any]) -> Path:
-    """A random model as OpenCLIP keeps it in a folder."""
+def save_model(path: Path, config: dict[str, Any]) -> Path:
+    """Saves a random model as an OpenCLIP folder."""
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
     torch.manual_seed(0)
     model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**arguments)
@@ -72,33 +72,33 @@ def folder_of(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def their_states(name: str, prompts: list[str], layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """OpenCLIP's own ids, and states of a layer after `ln_final`."""
+def open_clip_states(name: str, prompts: list[str], layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """OpenCLIP's token ids `(N, L)`, and a layer's states `(N, L, C)` after `ln_final`."""
     model = open_clip.create_model(name).eval()
     context = model.context_length
     ids = open_clip.get_tokenizer(name, context_length=context)(prompts)
     with torch.no_grad():
-        found = model.forward_intermediates(text=ids, normalize_intermediates=True, text_output_fmt="NLC")
-    return ids, found["text_intermediates"][layer]
+        output = model.forward_intermediates(text=ids, normalize_intermediates=True, text_output_fmt="NLC")
+    return ids, output["text_intermediates"][layer]
 
 
 @pytest.mark.parametrize("changes", TOWERS.values(), ids=TOWERS)
-def test_ids_and_token_states_are_open_clips(changes: dict[str, Any], tmp_path: Path) -> None:
-    name = f"local-dir:{folder_of(tmp_path, tiny(**changes))}"
+def test_token_ids_and_states_equal_open_clips(changes: dict[str, Any], tmp_path: Path) -> None:
+    name = f"local-dir:{save_model(tmp_path, tiny(**changes))}"
     encoder = text_encoder.load(f"open_clip:{name}")
-    ids, states = their_states(name, PROMPTS)
+    ids, states = open_clip_states(name, PROMPTS)
     assert torch.equal(encoder.tokens(PROMPTS)[0][:, 0], ids)
     torch.testing.assert_close(encoder.encode(PROMPTS), states, rtol=0, atol=1e-5)
 
 
-def test_a_skipped_layer_is_open_clips_penultimate(tmp_path: Path) -> None:
-    name = f"local-dir:{folder_of(tmp_path, tiny())}"
+def test_a_skipped_layer_equals_open_clips_penultimate_layer(tmp_path: Path) -> None:
+    name = f"local-dir:{save_model(tmp_path, tiny())}"
     states = text_encoder.load(f"open_clip:{name}", skip_layers=1).encode(PROMPTS)
-    torch.testing.assert_close(states, their_states(name, PROMPTS, layer=-2)[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(states, open_clip_states(name, PROMPTS, layer=-2)[1], rtol=0, atol=1e-5)
 
 
-def test_plain_diffusers_opens_a_saved_tower(tmp_path: Path) -> None:
-    name = f"local-dir:{folder_of(tmp_path, tiny())}"
+def test_a_saved_tower_opens_in_diffusers(tmp_path: Path) -> None:
+    name = f"local-dir:{save_model(tmp_path, tiny())}"
     encoder = text_encoder.load(f"open_clip:{name}")
     StableDiffusionPipeline(
         vae=None,
@@ -110,7 +110,7 @@ def test_plain_diffusers_opens_a_saved_tower(tmp_path: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(tmp_path / "saved")
-    again = StableDiffusionPipeline(
+    loaded = StableDiffusionPipeline(
         vae=None,
         text_encoder=CLIPTextModel.from_pretrained(tmp_path / "saved/text_encoder"),
         tokenizer=AutoTokenizer.from_pretrained(tmp_path / "saved/tokenizer"),
@@ -121,15 +121,15 @@ def test_plain_diffusers_opens_a_saved_tower(tmp_path: Path) -> None:
         requires_safety_checker=False,
     )
     with torch.no_grad():
-        states = again.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        states = loaded.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     torch.testing.assert_close(states, encoder.encode(PROMPTS), rtol=0, atol=0)
 
 
-def test_an_architecture_takes_its_weights_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = folder_of(tmp_path, tiny())
+def test_an_architecture_loads_its_weights_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path, tiny())
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", tiny())
-    one = text_encoder.load(f"open_clip:tiny:{folder}/open_clip_model.safetensors")
-    assert one.fingerprint() == text_encoder.load(f"open_clip:local-dir:{folder}").fingerprint()
+    encoder = text_encoder.load(f"open_clip:tiny:{folder}/open_clip_model.safetensors")
+    assert encoder.fingerprint() == text_encoder.load(f"open_clip:local-dir:{folder}").fingerprint()
     torch.save({}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"text\.model: .*weights\.pt is no \.safetensors"):
         text_encoder.load(f"open_clip:tiny:{tmp_path}/weights.pt")
@@ -140,7 +140,7 @@ def test_an_architecture_takes_its_weights_from_a_file(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason"),
     [
         ("ViT-H-41:laion2b_s32b_b79k", "did you mean 'ViT-H-1"),
         ("ViT-H-14:laion", "is neither a file nor a tag of ViT-H-14; give a .safetensors or one of laion2b_s32b_b79k"),
@@ -154,20 +154,20 @@ def test_an_architecture_takes_its_weights_from_a_file(tmp_path: Path, monkeypat
         ("hf-hub:no/such-model", "OpenCLIP can't load 'hf-hub:no/such-model'"),
     ],
 )
-def test_what_is_no_clip_tower_is_named_in_a_line(name: str, said: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_tower_that_is_not_clips_is_refused_in_one_line(name: str, reason: str) -> None:
+    with pytest.raises(UserError) as error:
         text_encoder.load(f"open_clip:{name}")
-    message = str(caught.value)
-    assert message.startswith("text.model: ") and said in message and "\n" not in message
+    message = str(error.value)
+    assert message.startswith("text.model: ") and reason in message and "\n" not in message
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     changed = tiny(text_cfg={"width": 32, "heads": 4, "layers": 2, "vocab_size": 100})
     with pytest.raises(UserError, match=r"is not CLIP's \(vocab_size: 100\)"):
-        text_encoder.load(f"open_clip:local-dir:{folder_of(tmp_path, changed)}")
+        text_encoder.load(f"open_clip:local-dir:{save_model(tmp_path, changed)}")
 
 
-def test_the_package_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_open_clip_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(UserError, match=r"open_clip_torch; install the extra 'open-clip'"):
         text_encoder.load("open_clip:ViT-H-14:laion2b_s32b_b79k")

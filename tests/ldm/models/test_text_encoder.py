@@ -1,4 +1,4 @@
-"""Text encoders."""
+"""Text encoders: states against diffusers and transformers, chunks, skipped layers, gradients."""
 
 import json
 import shutil
@@ -26,19 +26,19 @@ from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
 
-def test_minilm_loads_offline_and_pads_to_one_length() -> None:
+def test_minilm_loads_offline_and_pads_to_a_fixed_length() -> None:
     encoder = text_encoder.load(text_encoder.MINILM, 16)
     states = encoder.encode(["red heart", "a very long caption " * 20])
     assert states.shape == (2, 16, 384)
     assert torch.allclose(encoder.encode(["red heart"])[0], states[0], atol=1e-5)
 
 
-def test_padding_does_not_change_the_words() -> None:
+def test_padding_does_not_change_the_states_of_words() -> None:
     short, long = text_encoder.load(text_encoder.MINILM, 8), text_encoder.load(text_encoder.MINILM, 16)
     assert torch.allclose(short.encode(["red heart"])[0, :4], long.encode(["red heart"])[0, :4], atol=1e-4)
 
 
-def test_another_minilm_than_the_published_one_is_refused(tmp_path: Path) -> None:
+def test_a_minilm_that_differs_from_the_published_one_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "all-MiniLM-L6-v2"
     shutil.copytree(text_encoder._folder(text_encoder.MINILM), folder)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -54,7 +54,7 @@ WORDS = [chr(c) for c in range(97, 123)]  # one token each
 
 
 def tiny_clip(folder: Path) -> Path:
-    """A CLIP text encoder of two layers, in a local folder as the Hub keeps them."""
+    """A CLIP text encoder of two layers, in a local folder laid out as on the Hub."""
     names = [*WORDS, *(letter + "</w>" for letter in WORDS), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -74,7 +74,7 @@ def tiny_clip(folder: Path) -> Path:
 
 
 def tiny_tokenizer(template: str, **special: str) -> PreTrainedTokenizerFast:
-    """Letters are tokens; a caption is put into the template of special tokens."""
+    """Letters are tokens; `template` adds special tokens to a caption."""
     ids = {name: i for i, name in enumerate([*dict.fromkeys(special.values()), *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -116,7 +116,7 @@ def any_kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def diffusers_states(encoder: text_encoder.TextEncoder, prompts: list[str], **options: int) -> torch.Tensor:
-    """What plain diffusers makes of the prompts with this encoder and its tokenizer."""
+    """The prompts' states from diffusers with this encoder and its tokenizer, `(N, L, C)`."""
     pipeline = StableDiffusionPipeline(
         vae=None,
         text_encoder=encoder.model,
@@ -131,7 +131,7 @@ def diffusers_states(encoder: text_encoder.TextEncoder, prompts: list[str], **op
         return pipeline.encode_prompt(prompts, "cpu", 1, False, **options)[0]
 
 
-def test_clip_loads_by_the_same_key(clip: Path) -> None:
+def test_clip_loads_from_a_folder_and_its_width_is_checked(clip: Path) -> None:
     encoder = text_encoder.load(str(clip), width=32)
     assert (encoder.length, encoder.width) == (77, 32)
     assert encoder.encode(["abc", "xyz"]).shape == (2, 77, 32)
@@ -139,7 +139,7 @@ def test_clip_loads_by_the_same_key(clip: Path) -> None:
         text_encoder.load(str(clip), width=768)
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_a_missing_model_is_named() -> None:
     with pytest.raises(UserError, match=r"text\.model: 'no/such-model'"):
         text_encoder.load("no/such-model")
 
@@ -147,70 +147,70 @@ def test_what_is_not_there_is_named() -> None:
 PROMPTS = ["", "a b c", " ".join(WORDS * 4)]
 
 
-def test_states_are_what_diffusers_computes(any_kind: str) -> None:
+def test_states_equal_diffusers(any_kind: str) -> None:
     encoder = text_encoder.load(any_kind, 12)
     torch.testing.assert_close(encoder.encode(PROMPTS), diffusers_states(encoder, PROMPTS), rtol=0, atol=0)
 
 
-def test_a_t5_encoder_does_not_see_padding(tmp_path: Path) -> None:
+def test_a_t5_encoder_masks_padding(tmp_path: Path) -> None:
     short, long = text_encoder.load(str(tiny_t5(tmp_path)), 8), text_encoder.load(str(tmp_path), 16)
     assert isinstance(long.model, T5EncoderModel)
     torch.testing.assert_close(short.encode(["a b c"])[0, :4], long.encode(["a b c"])[0, :4])
 
 
-def test_a_skipped_layer_is_diffusers_clip_skip(clip: Path) -> None:
-    whole = text_encoder.load(str(clip))
-    object.__setattr__(whole.model, "text_model", whole.model)  # where diffusers looks for the last norm
-    expected = diffusers_states(whole, PROMPTS, clip_skip=1)
-    assert not torch.allclose(expected, whole.encode(PROMPTS))
+def test_a_skipped_layer_equals_diffusers_clip_skip(clip: Path) -> None:
+    full = text_encoder.load(str(clip))
+    object.__setattr__(full.model, "text_model", full.model)  # where diffusers looks for the last norm
+    expected = diffusers_states(full, PROMPTS, clip_skip=1)
+    assert not torch.allclose(expected, full.encode(PROMPTS))
     torch.testing.assert_close(text_encoder.load(str(clip), skip_layers=1).encode(PROMPTS), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [tiny_bert, tiny_t5])
-def test_a_skipped_layer_is_the_hidden_state_before_it(kind: Callable[[Path], Path], tmp_path: Path) -> None:
-    whole = text_encoder.load(str(kind(tmp_path)), 8)
-    ids, mask = whole.tokens(PROMPTS)
+def test_a_skipped_layer_returns_the_hidden_state_before_it(kind: Callable[[Path], Path], tmp_path: Path) -> None:
+    full = text_encoder.load(str(kind(tmp_path)), 8)
+    ids, mask = full.tokens(PROMPTS)
     with torch.no_grad():
-        states = whole.model(ids[:, 0], attention_mask=mask[:, 0], output_hidden_states=True).hidden_states[-2]
+        states = full.model(ids[:, 0], attention_mask=mask[:, 0], output_hidden_states=True).hidden_states[-2]
         if kind is tiny_t5:
-            states = whole.model.encoder.final_layer_norm(states)
+            states = full.model.encoder.final_layer_norm(states)
     torch.testing.assert_close(
         text_encoder.load(str(tmp_path), 8, skip_layers=1).encode(PROMPTS), states, rtol=0, atol=0
     )
 
 
-def test_a_saved_encoder_is_the_shortened_one(any_kind: str, tmp_path: Path) -> None:
+def test_a_saved_encoder_lacks_the_skipped_layers(any_kind: str, tmp_path: Path) -> None:
     encoder = text_encoder.load(any_kind, 8, skip_layers=1)
     encoder.model.save_pretrained(tmp_path / "saved")
-    again = type(encoder.model).from_pretrained(tmp_path / "saved")
-    assert again.config.num_hidden_layers == text_encoder.load(any_kind).model.config.num_hidden_layers - 1
-    expected = text_encoder.TextEncoder(again, encoder.tokenizer).encode(PROMPTS)
+    loaded = type(encoder.model).from_pretrained(tmp_path / "saved")
+    assert loaded.config.num_hidden_layers == text_encoder.load(any_kind).model.config.num_hidden_layers - 1
+    expected = text_encoder.TextEncoder(loaded, encoder.tokenizer).encode(PROMPTS)
     torch.testing.assert_close(encoder.encode(PROMPTS), expected, rtol=0, atol=0)
 
 
-def test_a_layer_must_be_left(clip: Path) -> None:
+def test_skipping_all_layers_is_refused(clip: Path) -> None:
     with pytest.raises(UserError, match=r"text\.skip_layers: 2 of the 2 layers .*; at most 1"):
         text_encoder.load(str(clip), skip_layers=2)
 
 
-def test_pieces_are_captions_of_their_own(any_kind: str) -> None:
-    plain, pieces = text_encoder.load(any_kind, 8), text_encoder.load(any_kind, 8, chunks=3)
-    room = 8 - plain.tokenizer.num_special_tokens_to_add()
-    words = (WORDS * 4)[: 3 * room]
-    states = pieces.encode([" ".join(words), " ".join(words[: room + 1]), "a", ""])
-    assert states.shape == (4, pieces.length, 32) == (4, 24, 32)
-    alone = [
-        [words[:room], words[room : 2 * room], words[2 * room :]],
-        [words[:room], words[room : room + 1], []],
+def test_chunks_are_encoded_as_separate_captions(any_kind: str) -> None:
+    single, chunked = text_encoder.load(any_kind, 8), text_encoder.load(any_kind, 8, chunks=3)
+    capacity = 8 - single.tokenizer.num_special_tokens_to_add()
+    words = (WORDS * 4)[: 3 * capacity]
+    states = chunked.encode([" ".join(words), " ".join(words[: capacity + 1]), "a", ""])
+    assert states.shape == (4, chunked.length, 32) == (4, 24, 32)
+    chunks = [
+        [words[:capacity], words[capacity : 2 * capacity], words[2 * capacity :]],
+        [words[:capacity], words[capacity : capacity + 1], []],
         [["a"], [], []],
         [[], [], []],
     ]
-    expected = [torch.cat(list(plain.encode([" ".join(piece) for piece in several]))) for several in alone]
+    expected = [torch.cat(list(single.encode([" ".join(chunk) for chunk in caption]))) for caption in chunks]
     torch.testing.assert_close(states, torch.stack(expected))
-    torch.testing.assert_close(pieces.encode([" ".join(WORDS * 4)])[0, :16], states[0, :16])
+    torch.testing.assert_close(chunked.encode([" ".join(WORDS * 4)])[0, :16], states[0, :16])
 
 
-def test_what_exceeds_the_length_is_lost(any_kind: str) -> None:
+def test_tokens_past_the_length_are_counted(any_kind: str) -> None:
     for chunks in (1, 2, 3):
         encoder = text_encoder.load(any_kind, 6, chunks=chunks)
         prompts = [" ".join(WORDS[:count]) for count in range(20)]
@@ -222,22 +222,22 @@ def test_what_exceeds_the_length_is_lost(any_kind: str) -> None:
 
 def test_a_saved_encoder_remembers_its_chunks(clip: Path, tmp_path: Path) -> None:
     encoder = text_encoder.load(str(clip), 8, chunks=2)
-    for part in (encoder.model, encoder.tokenizer):
-        part.save_pretrained(tmp_path / "saved")
-    again = text_encoder.TextEncoder(
+    for component in (encoder.model, encoder.tokenizer):
+        component.save_pretrained(tmp_path / "saved")
+    loaded = text_encoder.TextEncoder(
         CLIPTextModel.from_pretrained(tmp_path / "saved"), CLIPTokenizer.from_pretrained(tmp_path / "saved")
     )
-    assert torch.equal(again.encode(PROMPTS), encoder.encode(PROMPTS))
+    assert torch.equal(loaded.encode(PROMPTS), encoder.encode(PROMPTS))
     assert text_encoder.load(str(tmp_path / "saved"), 8).length == 8
 
 
-def test_the_fingerprint_tells_chunks_apart(clip: Path) -> None:
-    one, two = (text_encoder.load(str(clip), 8, chunks=chunks) for chunks in (1, 2))
-    assert one.fingerprint() == tensors_sha256(one.model.state_dict(), 8)
-    assert len({one.fingerprint(), two.fingerprint(), text_encoder.load(str(clip), 16).fingerprint()}) == 3
+def test_the_fingerprint_depends_on_the_chunks(clip: Path) -> None:
+    single, double = (text_encoder.load(str(clip), 8, chunks=chunks) for chunks in (1, 2))
+    assert single.fingerprint() == tensors_sha256(single.model.state_dict(), 8)
+    assert len({single.fingerprint(), double.fingerprint(), text_encoder.load(str(clip), 16).fingerprint()}) == 3
 
 
-def test_what_is_trained_gets_a_gradient_and_dropout_stays_off(any_kind: str) -> None:
+def test_trainable_parameters_get_gradients_and_dropout_stays_off(any_kind: str) -> None:
     encoder = text_encoder.load(any_kind, 8, chunks=2)
     before = encoder.encode(PROMPTS)
     trained = encoder.trainable()
@@ -245,13 +245,13 @@ def test_what_is_trained_gets_a_gradient_and_dropout_stays_off(any_kind: str) ->
     torch.testing.assert_close(states, before)
     (states * torch.randn_like(states)).sum().backward()
     assert all(parameter.grad is not None for parameter in trained)
-    still = {name.partition(".")[0] for name, p in encoder.model.named_parameters() if not p.requires_grad}
-    assert still == ({"pooler"} if isinstance(encoder.model, BertModel) else set())
+    frozen = {name.partition(".")[0] for name, p in encoder.model.named_parameters() if not p.requires_grad}
+    assert frozen == ({"pooler"} if isinstance(encoder.model, BertModel) else set())
     assert not encoder.encode(PROMPTS).requires_grad
     assert not any(module.training for module in encoder.model.modules())
 
 
-def test_a_gradient_is_the_states_slope(clip: Path) -> None:
+def test_gradients_equal_finite_differences(clip: Path) -> None:
     encoder = text_encoder.load(str(clip), 8)
     encoder.model.double()
     weight = encoder.trainable()[-1]
@@ -270,6 +270,6 @@ def test_a_gradient_is_the_states_slope(clip: Path) -> None:
     assert (up - down) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=1e-3)
 
 
-def test_every_key_reaches_the_encoder(clip: Path) -> None:
+def test_every_key_of_the_configuration_is_applied(clip: Path) -> None:
     encoder = text_encoder.of(TextConfig(model=str(clip), max_tokens=8, skip_layers=1, chunks=2))
     assert (encoder.piece, encoder.chunks, encoder.model.config.num_hidden_layers) == (8, 2, 1)

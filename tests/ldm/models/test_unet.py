@@ -1,4 +1,4 @@
-"""The U-Net that a configuration describes."""
+"""The U-Net that a configuration describes: attention backends, loading, widening, gradients."""
 
 import importlib.util
 from pathlib import Path
@@ -22,28 +22,28 @@ def test_attention_backends_agree(root: Path) -> None:
     stage = loader.load(root / "configs/tiny.yaml").stage2
     model = unet.build(stage, 4, 16, 384).eval()
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 16, 384)
-    answers = []
+    outputs = []
     for backend in ("eager", "sdpa"):
         attention.use_attention(model, backend, torch.device("cpu"))
         with torch.no_grad():
-            answers.append(model(x, t, text).sample)
-    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-4)
+            outputs.append(model(x, t, text).sample)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("xformers")), reason="needs a GPU and xformers"
 )
-def test_xformers_gives_what_sdpa_gives(root: Path) -> None:
+def test_xformers_agrees_with_sdpa(root: Path) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda")
     model = unet.build(loader.load(root / "configs/tiny.yaml").stage2, 4, 16, 384).eval().to(device)
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 16, 384)
-    answers = []
+    outputs = []
     for backend in ("sdpa", "xformers"):
         attention.use_attention(model, backend, device, torch.bfloat16)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            answers.append(model(*(each.to(device) for each in (x, t, text))).sample)
-    torch.testing.assert_close(*answers, atol=2e-2, rtol=2e-2)
+            outputs.append(model(x.to(device), t.to(device), text.to(device)).sample)
+    torch.testing.assert_close(*outputs, atol=2e-2, rtol=2e-2)
 
 
 HALF = [torch.bfloat16, torch.float16]
@@ -97,7 +97,7 @@ def test_kernels_are_checked_in_the_precision_of_training(
         attention.use_attention(model, "xformers", torch.device("cpu"), dtype)
 
 
-def test_a_wrong_gradient_of_kernels_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_of_kernels_is_detected(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class NoneForKeys(Kernels):
         def __call__(self, q: torch.Tensor, k: torch.Tensor, *more: torch.Tensor, **options: None) -> torch.Tensor:
             return super().__call__(q, k.detach(), *more, **options)
@@ -107,25 +107,25 @@ def test_a_wrong_gradient_of_kernels_is_found(root: Path, monkeypatch: pytest.Mo
         attention.use_attention(small(root, "text"), "xformers", torch.device("cpu"), torch.bfloat16)
 
 
-def test_xformers_computes_in_half_precision_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, model, plain = Kernels(), small(root, "text").eval(), small(root, "text").eval()
+def test_xformers_is_used_only_in_half_precision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, model, reference = Kernels(), small(root, "text").eval(), small(root, "text").eval()
     kernels.install(monkeypatch)
     attention.use_attention(model, "xformers", torch.device("cpu"), torch.bfloat16)
-    attention.use_attention(plain, "sdpa", torch.device("cpu"))
+    attention.use_attention(reference, "sdpa", torch.device("cpu"))
     x, t, condition = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), Condition(torch.randn(2, 16, 384))
     kernels.seen.clear()
     with torch.no_grad():
-        assert torch.equal(predict(model, x, t, condition), predict(plain, x, t, condition))
+        assert torch.equal(predict(model, x, t, condition), predict(reference, x, t, condition))
         assert not kernels.seen
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(predict(model, x, t, condition), predict(plain, x, t, condition))
+            torch.testing.assert_close(predict(model, x, t, condition), predict(reference, x, t, condition))
         layers = sum(isinstance(m, Attention) for m in model.modules())
         assert kernels.seen == layers * [torch.bfloat16]
         predict(model.half(), x.half(), t, condition.to(torch.float16))
         assert kernels.seen == layers * [torch.bfloat16] + layers * [torch.float16]
 
 
-def test_a_run_in_float32_takes_sdpa_and_says_so_once(
+def test_a_float32_run_uses_sdpa_instead_of_xformers_and_reports_it_once(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernels, model = Kernels(), small(root, "text")
@@ -138,7 +138,7 @@ def test_a_run_in_float32_takes_sdpa_and_says_so_once(
     assert capsys.readouterr().out.count("stage2.attention_backend: xformers computes in half precision") == 1
 
 
-def test_a_backend_that_is_not_there_is_an_error(root: Path) -> None:
+def test_a_missing_backend_is_an_error(root: Path) -> None:
     model = unet.build(loader.load(root / "configs/tiny.yaml").stage2, 4, 16, 384)
     with pytest.raises(UserError, match="xformers"):
         attention.use_attention(model, "xformers", torch.device("cpu"))
@@ -164,8 +164,8 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
         unet.load(stage.model_copy(update={"prediction_type": "v"}), 4, 16, 384)
 
 
-def test_a_widened_unet_answers_as_before_until_it_learns(root: Path, tmp_path: Path) -> None:
-    """Text to picture, widened for inpainting, for super-resolution and for classes: the new weights are 0."""
+def test_a_widened_unet_predicts_as_before_until_it_is_trained(root: Path, tmp_path: Path) -> None:
+    """A text-to-image model widened for inpainting, super-resolution or classes: the new weights start at 0."""
     torch.manual_seed(0)
     before = loader.load(root / "configs/tiny.yaml").stage2
     old = unet.build(before, 4, 16, 32).eval()
@@ -183,13 +183,13 @@ def test_a_widened_unet_answers_as_before_until_it_learns(root: Path, tmp_path: 
         assert new.config.in_channels == unet.inputs(stage, 4)
         predict(new, x, t, condition).square().sum().backward()
         added = new.conv_in.weight.grad[:, 4:] if condition.image is not None else new.class_embedding.weight.grad
-        assert float(added.abs().max()) > 0  # and they learn
+        assert float(added.abs().max()) > 0  # the new weights get gradients
         new.save_pretrained(tmp_path / "new")
-        again = type(new).from_pretrained(tmp_path / "new")
-        torch.testing.assert_close(predict(again, x, t, condition), expected)
+        loaded = type(new).from_pretrained(tmp_path / "new")
+        torch.testing.assert_close(predict(loaded, x, t, condition), expected)
 
 
-def test_a_unet_for_a_learned_variance_starts_from_one_without(root: Path, tmp_path: Path) -> None:
+def test_a_unet_with_a_learned_variance_starts_from_a_unet_without(root: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = loader.load(root / "configs/tiny.yaml").stage2
     unet.build(before, 4, 16, 32).save_pretrained(tmp_path / "unet")
@@ -198,8 +198,8 @@ def test_a_unet_for_a_learned_variance_starts_from_one_without(root: Path, tmp_p
     expected = predict(
         unet.load(before.model_copy(update={"init_from": str(tmp_path)}), 4, 16, 32), x, t, Condition(text)
     )
-    found = predict(unet.load(stage, 4, 16, 32), x, t, Condition(text))
-    torch.testing.assert_close(found, torch.cat([expected, torch.zeros_like(expected)], dim=1))
+    prediction = predict(unet.load(stage, 4, 16, 32), x, t, Condition(text))
+    torch.testing.assert_close(prediction, torch.cat([expected, torch.zeros_like(expected)], dim=1))
 
 
 @pytest.mark.parametrize(
@@ -208,14 +208,14 @@ def test_a_unet_for_a_learned_variance_starts_from_one_without(root: Path, tmp_p
 @pytest.mark.parametrize("pooled", [False, True])
 def test_every_parameter_of_the_unet_receives_a_gradient(root: Path, conditions: list[str], pooled: bool) -> None:
     torch.manual_seed(0)
-    words = "text" in conditions
+    with_text = "text" in conditions
     stage = loader.load(
-        root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", f"stage2.pooled_text={pooled and words}"]
+        root / "configs/tiny.yaml", [f"stage2.conditions={conditions}", f"stage2.pooled_text={pooled and with_text}"]
     ).stage2
-    model = unet.build(stage, 4, 8, 32 if words else 0, 3)
+    model = unet.build(stage, 4, 8, 32 if with_text else 0, 3)
     label = torch.tensor([0, 3]) if {"class", "upscale"} & set(conditions) else None
     condition = Condition(
-        torch.randn(2, 5, 32) if words else None,
+        torch.randn(2, 5, 32) if with_text else None,
         label,
         torch.rand(2, 6) * 64 if stage.sizes else None,
         torch.randn(2, 3, 8, 8) if stage.image else None,
@@ -229,20 +229,20 @@ def test_every_parameter_of_the_unet_receives_a_gradient(root: Path, conditions:
 @pytest.mark.parametrize(
     ("name", "millions"), [("unet-5m", 5), ("unet-34m", 34), ("unet-110m", 110), ("unet-425m", 425), ("unet-860m", 860)]
 )
-def test_presets_have_the_size_that_they_are_named_after(name: str, millions: int) -> None:
+def test_presets_have_the_parameter_count_in_their_name(name: str, millions: int) -> None:
     tree = {"data": {"source": "x", "size": 512}, "stage2": {"model": name}}
     stage, width = loader.parse(tree, "a test").stage2, 384 if name == "unet-5m" else 768
     count = sum(p.numel() for p in unet.build_empty(stage, 4, 64, width).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.04)
 
 
-def test_dropout_of_a_loaded_unet_is_left_out_and_told(
+def test_dropout_of_a_loaded_unet_is_removed_and_reported(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = loader.load(root / "configs/tiny.yaml", [f"stage2.init_from={tmp_path}"]).stage2
-    its = unet.build(stage, 4, 16, 32)
-    its.register_to_config(dropout=0.1)
-    its.save_pretrained(tmp_path / "unet")
+    original = unet.build(stage, 4, 16, 32)
+    original.register_to_config(dropout=0.1)
+    original.save_pretrained(tmp_path / "unet")
     loaded = unet.load(stage, 4, 16, 32)
     assert "dropout 0.1, which is left out" in capsys.readouterr().out
     assert {layer.p for layer in loaded.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}

@@ -1,4 +1,4 @@
-"""Tiles against the whole function, which they must equal: every model, both ways."""
+"""Tiled encoding and decoding equal the untiled functions, for every kind of autoencoder."""
 
 from typing import Any
 
@@ -70,14 +70,14 @@ def seeded() -> None:
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    made = MODELS[request.param]().eval()
-    if isinstance(made, VQModel):  # as created its codes are so alike that their pictures are rounding errors
-        nn.init.normal_(made.quantize.embedding.weight)
-    return made
+    vae = MODELS[request.param]().eval()
+    if isinstance(vae, VQModel):  # its initial codes are so similar that the images differ by rounding errors only
+        nn.init.normal_(vae.quantize.embedding.weight)
+    return vae
 
 
 def pixels() -> torch.Tensor:
-    """Two pictures of noise on a slope: tiles differ in mean and variance, as photographs' do."""
+    """Two images of noise on a slope: tiles differ in mean and variance, as in photographs; `(2, 3, HEIGHT, WIDTH)`."""
     slope = torch.linspace(-1, 1, HEIGHT)[:, None] * torch.linspace(0, 1, WIDTH)
     return (slope + torch.randn(2, 3, HEIGHT, WIDTH) * slope.abs() * 0.3).clamp(-1, 1)
 
@@ -87,76 +87,76 @@ def latents() -> torch.Tensor:
 
 
 @torch.no_grad()
-def whole_latents(model: Any, x: torch.Tensor) -> torch.Tensor:
+def untiled_latents(model: Any, x: torch.Tensor) -> torch.Tensor:
     encoded = model.encode(x)
     return encoded.latent_dist.parameters if "latent_dist" in encoded else encoded[0]
 
 
 @torch.no_grad()
-def whole_pixels(model: Any, z: torch.Tensor) -> torch.Tensor:
+def untiled_pixels(model: Any, z: torch.Tensor) -> torch.Tensor:
     return model.decode(z).sample
 
 
 @pytest.mark.parametrize("tile", [30, 48])  # 30 is rounded up to 32; with 48 only level 0 runs in tiles
-def test_tiled_decode_equals_whole_decode(model: Any, tile: int) -> None:
+def test_tiled_decode_equals_untiled_decode(model: Any, tile: int) -> None:
     z = latents()
-    torch.testing.assert_close(vae_tiling.decode(model, z, tile), whole_pixels(model, z), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae_tiling.decode(model, z, tile), untiled_pixels(model, z), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tile", [30, 48])
-def test_tiled_encode_equals_whole_encode(model: Any, tile: int) -> None:
+def test_tiled_encode_equals_untiled_encode(model: Any, tile: int) -> None:
     x = pixels()
-    torch.testing.assert_close(vae_tiling.encode(model, x, tile), whole_latents(model, x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae_tiling.encode(model, x, tile), untiled_latents(model, x), atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_within_one_tile_is_the_whole_function(model: Any) -> None:
+def test_an_image_within_a_tile_equals_the_untiled_function_bit_for_bit(model: Any) -> None:
     z, x = latents(), pixels()
-    assert torch.equal(vae_tiling.decode(model, z, HEIGHT), whole_pixels(model, z))
-    assert torch.equal(vae_tiling.encode(model, x, HEIGHT), whole_latents(model, x))
+    assert torch.equal(vae_tiling.decode(model, z, HEIGHT), untiled_pixels(model, z))
+    assert torch.equal(vae_tiling.encode(model, x, HEIGHT), untiled_latents(model, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_differs_by_rounding_and_no_more_along_the_borders_of_tiles(dtype: torch.dtype) -> None:
+def test_half_precision_differs_by_rounding_only_also_along_tile_borders(dtype: torch.dtype) -> None:
     model, z = convolutional(AutoencoderKL).eval(), latents()
-    exact = whole_pixels(model, z)
+    exact = untiled_pixels(model, z)
     model, z = model.to(dtype), z.to(dtype)
     tiled = vae_tiling.decode(model, z, TILE)
     assert tiled.dtype == dtype
-    assert (tiled - exact).abs().mean() <= 1.1 * (whole_pixels(model, z) - exact).abs().mean()
-    difference = (tiled - whole_pixels(model, z)).float().abs().mean(dim=(0, 1, 2))  # of each column
+    assert (tiled - exact).abs().mean() <= 1.1 * (untiled_pixels(model, z) - exact).abs().mean()
+    difference = (tiled - untiled_pixels(model, z)).float().abs().mean(dim=(0, 1, 2))  # of each column
     border = torch.arange(1, WIDTH + 1) % TILE <= 1  # on both sides
     assert difference[border].mean() <= 1.2 * difference[~border].mean()
 
 
-def test_no_activation_is_larger_than_one_tile_with_its_halo() -> None:
+def test_no_activation_is_larger_than_a_tile_with_its_halo() -> None:
     model = convolutional(AutoencoderKL).eval()
     largest = {"decoder": 0, "encoder": 0}
 
-    def see(side: str, output: torch.Tensor) -> None:
+    def record(side: str, output: torch.Tensor) -> None:
         largest[side] = max(largest[side], output[0].numel())
 
     for side in largest:
         for module in getattr(model, side).modules():
             if isinstance(module, nn.Conv2d | nn.SiLU | ResnetBlock2D):
-                module.register_forward_hook(lambda _module, _inputs, output, side=side: see(side, output))
+                module.register_forward_hook(lambda _module, _inputs, output, side=side: record(side, output))
     vae_tiling.decode(model, latents(), TILE)
     vae_tiling.encode(model, pixels(), TILE)
-    # Level 0 looks around by 6 pixels: of an upsampler, of two ResNet blocks (encoder: one) and of a last convolution.
+    # Level 0's halo is 6 pixels: an upsampler, two ResNet blocks (a single one in the encoder) and a last convolution.
     assert largest["decoder"] <= 16 * (TILE + 12) ** 2
     assert largest["encoder"] <= 16 * (TILE + 12) ** 2
-    whole_pixels(model, latents())
+    untiled_pixels(model, latents())
     assert largest["decoder"] == 16 * HEIGHT * WIDTH
 
 
-def test_a_model_is_left_as_it_was_even_by_an_error() -> None:
+def test_a_model_is_unchanged_after_tiling_even_after_an_error() -> None:
     model, z = convolutional(AutoencoderKL).eval(), latents()
-    before = whole_pixels(model, z)
+    before = untiled_pixels(model, z)
     stop = model.decoder.conv_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         vae_tiling.decode(model, z, TILE)
     stop.remove()
     vae_tiling.decode(model, z, TILE)
-    assert torch.equal(whole_pixels(model, z), before)
+    assert torch.equal(untiled_pixels(model, z), before)
     assert not any("forward" in vars(module) for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""Folders whose weights are of one variant, whole or in shards."""
+"""Folders whose weights have only a variant such as fp16, in a single file or in shards."""
 
 from pathlib import Path
 
@@ -20,23 +20,23 @@ def small_vae() -> AutoencoderKL:
 
 
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
-@pytest.mark.parametrize("shard", ["1GB", "20KB"])
-def test_an_autoencoder_of_one_variant_loads_as_float32(tmp_path: Path, variant: str, shard: str) -> None:
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_an_autoencoder_with_only_a_variant_loads_as_float32(tmp_path: Path, variant: str, shard_size: str) -> None:
     vae = small_vae()
-    vae.save_pretrained(tmp_path / "vae", variant=variant, max_shard_size=shard)
-    assert (len([*(tmp_path / "vae").glob("*.safetensors")]) > 1) == (shard == "20KB")
+    vae.save_pretrained(tmp_path / "vae", variant=variant, max_shard_size=shard_size)
+    assert (len([*(tmp_path / "vae").glob("*.safetensors")]) > 1) == (shard_size == "20KB")
     for folder in (tmp_path, tmp_path / "vae"):
         loaded = autoencoder.load(folder).vae.state_dict()
         assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in vae.state_dict().items())
 
 
-@pytest.mark.parametrize("shard", ["1GB", "200KB"])
-def test_a_unet_of_one_variant_loads(root: Path, tmp_path: Path, shard: str) -> None:
+@pytest.mark.parametrize("shard_size", ["1GB", "200KB"])
+def test_a_unet_with_only_a_variant_loads_as_float32(root: Path, tmp_path: Path, shard_size: str) -> None:
     config = {"cross_attention_dim": 16, "attention_head_dim": 4, "layers_per_block": 1, "sample_size": 8}
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     torch.manual_seed(0)
     network = UNet2DConditionModel(down_block_types=down, up_block_types=up, **config, **BLOCKS).half()
-    network.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size=shard)
+    network.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size=shard_size)
     stage = loader.load(root / "configs/tiny.yaml", ["stage2.prediction_type=eps", "stage2.pooled_text=false"]).stage2
     loaded = unet.load(stage.model_copy(update={"init_from": str(tmp_path)}), 4, 8, 16).state_dict()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in network.state_dict().items())
@@ -52,7 +52,7 @@ def test_a_unet_of_one_variant_loads(root: Path, tmp_path: Path, shard: str) -> 
         (("other.fp16.safetensors",), None),
     ],
 )
-def test_full_weights_come_before_variants(tmp_path: Path, names: tuple[str, ...], variant: str | None) -> None:
+def test_weights_without_a_variant_are_preferred(tmp_path: Path, names: tuple[str, ...], variant: str | None) -> None:
     for name in names:
         (tmp_path / name).touch()
     assert variant_of(tmp_path) == variant

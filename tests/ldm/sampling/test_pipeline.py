@@ -1,4 +1,4 @@
-"""All parts together, with random weights."""
+"""LatentDiffusion with random weights: saving, loading, guidance and every kind of autoencoder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +30,15 @@ def model(root: Path) -> LatentDiffusion:
     return LatentDiffusion(encoder, network, vae, scheduler(DiffusionProcess("flow"), "dpm++"), steps=3, guidance=2.0)
 
 
-def test_a_saved_model_comes_back_as_it_was(model: LatentDiffusion, tmp_path: Path) -> None:
+def test_a_saved_model_loads_unchanged(model: LatentDiffusion, tmp_path: Path) -> None:
     model.save(tmp_path / "pipeline")
     loaded = LatentDiffusion.load(tmp_path / "pipeline")
     for solver in ("dpm++", "euler", "unipc"):
-        one, other = (m.latents(["red heart"], [3], Sampling(3, 2.0, solver)) for m in (model, loaded))
-        torch.testing.assert_close(one, other)
+        original, reloaded = (m.latents(["red heart"], [3], Sampling(3, 2.0, solver)) for m in (model, loaded))
+        torch.testing.assert_close(original, reloaded)
 
 
-def test_a_saved_model_keeps_pieces_and_skipped_layers(model: LatentDiffusion, tmp_path: Path) -> None:
+def test_a_saved_model_keeps_chunks_and_skipped_layers(model: LatentDiffusion, tmp_path: Path) -> None:
     encoder = text_encoder.load(text_encoder.MINILM, 8, skip_layers=2, chunks=2)
     replace(model, text=encoder).save(tmp_path / "pipeline")
     loaded = LatentDiffusion.load(tmp_path / "pipeline", "cpu").text
@@ -47,13 +47,13 @@ def test_a_saved_model_keeps_pieces_and_skipped_layers(model: LatentDiffusion, t
     assert loaded.fingerprint() == encoder.fingerprint()
 
 
-def test_what_is_no_text_to_image_pipeline_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_pipeline_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
     model.autoencoder.save(tmp_path / "autoencoder")
     with pytest.raises(UserError, match="--model: can't load a pipeline"):
         LatentDiffusion.load(tmp_path / "autoencoder")
 
 
-def test_guidance_of_one_ignores_the_negative_prompt_and_more_does_not(model: LatentDiffusion) -> None:
+def test_guidance_1_ignores_the_negative_prompt_and_a_higher_scale_does_not(model: LatentDiffusion) -> None:
     def latents(guidance: float, negative: str) -> torch.Tensor:
         return model.latents(["red heart"], [0], Sampling(guidance_scale=guidance, negative_prompt=negative))
 
@@ -76,7 +76,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
+def test_a_saved_model_with_any_kind_of_autoencoder_loads_unchanged(
     kind: str, model: LatentDiffusion, root: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -84,10 +84,14 @@ def test_a_model_in_any_autoencoders_latents_comes_back_as_it_was(
     stage = Stage1Config(model=kind, layers=1, **{"latent_channels": 4, **SHAPES[kind]})
     vae = autoencoder.Autoencoder(autoencoder.build(stage, 16))
     network = unet.build(settings.stage2, vae.channels, 16 // vae.factor, model.text.width).eval()
-    one = LatentDiffusion(model.text, network, vae, scheduler(DiffusionProcess("flow"), "dpm++"), steps=2, guidance=2.0)
-    one.save(tmp_path / "pipeline")
-    other = LatentDiffusion.load(tmp_path / "pipeline")
-    assert type(other.autoencoder.vae) is type(vae.vae)
-    pictures = [each("red heart", seed=3, num_inference_steps=2, guidance_scale=2.0)[0] for each in (one, other)]
-    assert pictures[0].size == (16, 16)
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    original = LatentDiffusion(
+        model.text, network, vae, scheduler(DiffusionProcess("flow"), "dpm++"), steps=2, guidance=2.0
+    )
+    original.save(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline")
+    assert type(loaded.autoencoder.vae) is type(vae.vae)
+    images = [
+        pipeline("red heart", seed=3, num_inference_steps=2, guidance_scale=2.0)[0] for pipeline in (original, loaded)
+    ]
+    assert images[0].size == (16, 16)
+    assert images[0].tobytes() == images[1].tobytes()

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were written, or are named damaged."""
+"""Checkpoints are read as written, or refused as damaged."""
 
 from pathlib import Path
 
@@ -9,23 +9,23 @@ from ldm.training.checkpoint import read_checkpoint, write_checkpoint
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_checkpoint_comes_back_whole_or_is_named_damaged(tmp_path: Path, damage) -> None:
+def test_a_checkpoint_is_read_as_written_and_damage_names_its_file(tmp_path: Path, damage) -> None:
     parts = {"model": {"a": torch.arange(3.0)}, "ema": {"0": torch.ones(2, 2)}}
     write_checkpoint(tmp_path / "c", parts, {"step": 7})
-    back, state = read_checkpoint(tmp_path / "c")
+    loaded, state = read_checkpoint(tmp_path / "c")
     assert state["step"] == 7
-    assert torch.equal(back["model"]["a"], parts["model"]["a"])
+    assert torch.equal(loaded["model"]["a"], parts["model"]["a"])
     damage(tmp_path / "c/ema.safetensors")
     with pytest.raises((ValueError, OSError), match="ema"):
         read_checkpoint(tmp_path / "c")
 
 
-def test_a_checkpoint_of_version_0_has_its_parts_under_the_new_names(tmp_path: Path) -> None:
+def test_a_version_0_checkpoint_loads_under_the_new_names(tmp_path: Path) -> None:
     tensors = {"0.exp_avg": torch.ones(1)}
     parts = {"model": tensors, "adversary": tensors, "adversary_optimizer": tensors}
     old = {"step": 7, "contract": {"data": "a"}, "groups": {"optimizer": [], "adversary_optimizer": [{"lr": 1.0}]}}
     write_checkpoint(tmp_path / "c", parts, old)
-    back, state = read_checkpoint(tmp_path / "c")
-    assert back.keys() == {"model", "discriminator", "discriminator_optimizer"}
+    loaded, state = read_checkpoint(tmp_path / "c")
+    assert loaded.keys() == {"model", "discriminator", "discriminator_optimizer"}
     assert state["fingerprint"] == {"data": "a"} and "contract" not in state
     assert state["groups"] == {"optimizer": [], "discriminator_optimizer": [{"lr": 1.0}]}

@@ -1,4 +1,4 @@
-"""What is found before training."""
+"""Checks before training: configurations, processes and autoencoders that would fail later are refused."""
 
 import importlib.util
 from pathlib import Path
@@ -18,29 +18,29 @@ def tiny(root: Path, *overrides: str) -> loader.Config:
     return loader.load(root / "configs/tiny.yaml", overrides)
 
 
-def test_a_sound_configuration_gives_its_text_encoder(root: Path) -> None:
+def test_a_valid_configuration_returns_its_text_encoder(root: Path) -> None:
     encoder = checks.check(tiny(root), processes=2)
     assert (encoder.length, encoder.width) == (16, 384)
 
 
-def test_attention_that_cannot_be_compiled_is_found_before_stage_one_is_trained(
+def test_attention_that_cannot_be_compiled_is_refused_before_stage_1(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.models.attention.check_backend", lambda *_: None)  # as where there is a GPU, and xformers
+    monkeypatch.setattr("ldm.models.attention.check_backend", lambda *_: None)  # as on a GPU with xformers
     keys = "stage2.compile=true", "stage2.attention_backend=xformers"
     with pytest.raises(UserError, match=r"stage2\.compile: xformers.* set stage2\.attention_backend=sdpa"):
         checks.check(tiny(root, *keys, "run.precision=bf16"), processes=1)
-    assert checks.check(tiny(root, *keys, "run.precision=no"), processes=1)  # sdpa's attention
+    assert checks.check(tiny(root, *keys, "run.precision=no"), processes=1)  # in float32 attention is sdpa's
 
 
-def test_the_plan_counts_the_tokens_of_all_pieces(root: Path) -> None:
+def test_the_plan_counts_the_tokens_of_all_chunks(root: Path) -> None:
     config = tiny(root, "text.chunks=3", "text.skip_layers=1")
     assert checks.check(config, processes=1).length == 48
     assert "48 tokens × 384" in checks.describe(config)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "processes", "says"),
+    ("overrides", "processes", "message"),
     [
         (["stage2.batch=16"], 3, r"stage2\.batch: 16 can't be shared evenly by 3 processes; 15 can"),
         (["stage1.batch=30"], 4, r"stage1\.batch: 30 can't be shared evenly by 4 processes; 32 can"),
@@ -53,15 +53,15 @@ def test_the_plan_counts_the_tokens_of_all_pieces(root: Path) -> None:
         ),
     ],
 )
-def test_what_would_stop_a_later_stage_is_found_first(
-    root: Path, overrides: list[str], processes: int, says: str
+def test_errors_of_later_stages_are_reported_before_training(
+    root: Path, overrides: list[str], processes: int, message: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         checks.check(tiny(root, *overrides), processes)
 
 
 @pytest.mark.parametrize(("processes", "passes", "images"), [(1, 8, 32), (8, 1, 32), (64, 1, 4)])
-def test_one_file_is_for_one_gpu_and_for_64(root: Path, processes: int, passes: int, images: int) -> None:
+def test_the_same_configuration_fits_1_to_64_gpus(root: Path, processes: int, passes: int, images: int) -> None:
     large = loader.load(root / "configs/sd-512.yaml")
     assert accumulated("stage2", large.stage2, processes) == (passes, images)
     line = next(line for line in checks.describe(large, processes).splitlines() if line.startswith("batch"))
@@ -69,15 +69,16 @@ def test_one_file_is_for_one_gpu_and_for_64(root: Path, processes: int, passes: 
     assert line.endswith(f" × {passes} pass{'es' if passes > 1 else ''} of {images}")
 
 
-def test_processes_that_cannot_share_the_batch_hear_of_the_nearest(root: Path) -> None:
+def test_processes_that_cannot_share_the_batch_get_the_nearest_batch_that_they_can(root: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.batch: 256 can't be shared evenly by 48 processes; 240 can"):
         checks.describe(loader.load(root / "configs/sd-512.yaml"), 48)
 
 
-def test_a_batch_without_divisors_is_told_a_better_one(root: Path) -> None:
-    said = checks.describe(tiny(root, "stage2.batch=134", "stage2.device_batch=32"), processes=2)  # 67 each, a prime
-    assert "batch    16 images a step: 2 processes × 1 pass of 8\n" in said
-    assert "batch    134 images a step: 2 processes × 67 passes of 1\n         stage2.batch: 132 would be" in said
+def test_a_batch_without_divisors_gets_a_better_suggestion(root: Path) -> None:
+    config = tiny(root, "stage2.batch=134", "stage2.device_batch=32")  # 67 per process, a prime
+    plan = checks.describe(config, processes=2)
+    assert "batch    16 images a step: 2 processes × 1 pass of 8\n" in plan
+    assert "batch    134 images a step: 2 processes × 67 passes of 1\n         stage2.batch: 132 would be" in plan
     assert accumulated("stage2", tiny(root, "stage2.batch=132", "stage2.device_batch=32").stage2, 2) == (3, 22)
     assert "would be" not in checks.describe(tiny(root, "stage2.batch=128", "stage2.device_batch=32"))
     assert "would be" not in checks.describe(tiny(root, "stage2.batch=16", "stage2.device_batch=64"))
@@ -92,14 +93,14 @@ def test_eight_bit_moments_need_bitsandbytes(root: Path, monkeypatch: pytest.Mon
         checks.check(tiny(root, "stage1.optimizer=adamw8bit"), processes=1)
 
 
-def test_a_stage_that_is_not_trained_limits_no_processes(root: Path, tmp_path: Path) -> None:
+def test_a_stage_that_is_not_trained_does_not_limit_the_processes(root: Path, tmp_path: Path) -> None:
     autoencoder.build(
         Stage1Config(channels=(16, 32), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 32
     ).save_pretrained(tmp_path)
     checks.check(tiny(root, f"stage1.pretrained={tmp_path}", "stage2.batch=32"), processes=32)
 
 
-def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Path) -> None:
+def test_a_loaded_autoencoder_that_differs_from_the_configuration_is_refused(root: Path, tmp_path: Path) -> None:
     autoencoder.build(
         Stage1Config(channels=(16, 16, 16), layers=1, latent_channels=4, norm_num_groups=8, mid_attention=False), 32
     ).save_pretrained(tmp_path)
@@ -110,35 +111,36 @@ def test_a_loaded_autoencoder_must_be_the_one_described(root: Path, tmp_path: Pa
 PIXELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def saved(folder: Path, broken: float = 1.0) -> Path:
+def save_autoencoder(folder: Path, output_scale: float = 1.0) -> Path:
     torch.manual_seed(0)
     vae = autoencoder.build(Stage1Config(channels=(16, 32), layers=1, norm_num_groups=8, mid_attention=False), 32)
-    vae.decoder.conv_out.weight.data *= broken
+    vae.decoder.conv_out.weight.data *= output_scale
     vae.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("keys", ["pretrained: {}", "init_from: {}, train: decoder"])
-def test_an_autoencoder_that_gives_no_numbers_is_refused(root: Path, tmp_path: Path, keys: str) -> None:
-    folder = saved(tmp_path, float("inf"))
+def test_an_autoencoder_with_nonfinite_output_is_refused(root: Path, tmp_path: Path, keys: str) -> None:
+    folder = save_autoencoder(tmp_path, float("inf"))
     settings = tiny(root, f"stage1={{{keys.format(folder)}, channels: [16, 32], groups: 8}}")
     with pytest.raises(UserError, match=r"stage1\..*: its weights are broken"):
         checks.check_on_images(settings, PIXELS, torch.device("cpu"))
 
 
 def test_an_autoencoder_for_values_from_0_to_1_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = autoencoder.load("identity")
-    monkeypatch.setattr(ours, "decode", lambda z: z.clamp(0, 1))  # as if its last layer were a sigmoid
-    monkeypatch.setattr(autoencoder, "load", lambda *_: ours)
+    identity = autoencoder.load("identity")
+    monkeypatch.setattr(identity, "decode", lambda z: z.clamp(0, 1))  # as if its last layer were a sigmoid
+    monkeypatch.setattr(autoencoder, "load", lambda *_: identity)
     with pytest.raises(UserError, match=r"stage1\.pretrained: .* with pixels in \[0, 1\]"):
-        checks.check_on_images(tiny(root, "stage1.pretrained=theirs"), PIXELS, torch.device("cpu"))
+        checks.check_on_images(tiny(root, "stage1.pretrained=sigmoid"), PIXELS, torch.device("cpu"))
 
 
-def test_an_autoencoder_that_gives_back_other_pictures_is_warned_of(
+def test_a_pretrained_autoencoder_with_bad_reconstructions_gives_a_warning(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = saved(tmp_path)
-    checks.check_on_images(tiny(root, f"stage1.init_from={folder}"), PIXELS, torch.device("cpu"))  # it will learn
+    folder = save_autoencoder(tmp_path)
+    trained_further = tiny(root, f"stage1.init_from={folder}")
+    checks.check_on_images(trained_further, PIXELS, torch.device("cpu"))
     assert not capsys.readouterr().err
     checks.check_on_images(tiny(root, f"stage1.pretrained={folder}"), PIXELS, torch.device("cpu"))
     assert "a single colour would have" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A dry run measures a training, leaves nothing on the disk, and keeps nothing of it alive."""
+"""A dry run measures training, writes nothing to disk and keeps no reference to the run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"position": torch.tensor(n), "x": torch.tensor([float(n)])}
 
 
-def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: int = 4) -> None:
-    """As a stage does."""
+def train(folder: Path, due: list[int], references: list[weakref.ref[object]], steps: int = 4) -> None:
+    """Trains as a stage does; adds steps with an evaluation to `due`, and weak references to the run's tensors."""
     config = RunConfig(dir=folder, tracker="tensorboard", log_every=2)
     run = Trainer(
         config,
@@ -35,7 +35,7 @@ def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: 
         "stage2",
         nn.Linear(1, 1),
     )
-    made += [weakref.ref(run), *map(weakref.ref, (*run.parameters, *run.ema.main.shadow_params))]
+    references += [weakref.ref(run), *map(weakref.ref, (*run.parameters, *run.ema.main.shadow_params))]
     for batch in run.batches(Numbers()):
         with run.accumulate():
             loss = run.model(batch["x"]).square().mean()
@@ -47,15 +47,15 @@ def train(folder: Path, due: list[int], made: list[weakref.ref[object]], steps: 
             due.append(run.step)
             with run.ema_weights("a validation"):
                 pass
-    raise AssertionError("past its steps is the export")
+    raise AssertionError("the loop continued past the dry run's steps")
 
 
 @pytest.mark.parametrize("evaluate", [True, False])
-def test_a_dry_run_takes_its_steps_and_leaves_nothing(tmp_path: Path, evaluate: bool) -> None:
+def test_a_dry_run_trains_its_steps_and_leaves_no_files(tmp_path: Path, evaluate: bool) -> None:
     due: list[int] = []
-    made: list[weakref.ref[object]] = []
+    references: list[weakref.ref[object]] = []
     with DryRun(evaluate) as measured:
-        train(tmp_path / "run", due, made)
+        train(tmp_path / "run", due, references)
     assert due == ([4] if evaluate else [])
     assert len(measured.step_ends) == 4 and measured.step_ends == sorted(measured.step_ends)
     assert ("a validation" in measured.seconds) == evaluate
@@ -65,11 +65,11 @@ def test_a_dry_run_takes_its_steps_and_leaves_nothing(tmp_path: Path, evaluate: 
     assert measured.weight_bytes == 2 * 4
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "events" not in path.name]
     gc.collect()
-    assert [each() for each in made] == [None] * len(made)
+    assert [reference() for reference in references] == [None] * len(references)
     assert dry_run.current() is None
 
 
-def test_an_error_says_what_memory_was_needed_for_and_ends_the_block(tmp_path: Path) -> None:
+def test_an_error_records_its_activity_and_ends_the_dry_run(tmp_path: Path) -> None:
     def train() -> None:
         run = Trainer(RunConfig(dir=tmp_path), Training(steps=1, batch=1), "stage2", nn.Linear(1, 1))
         with run.ema_weights("a sample sheet"):
@@ -82,7 +82,7 @@ def test_an_error_says_what_memory_was_needed_for_and_ends_the_block(tmp_path: P
     assert dry_run.current() is None
 
 
-def test_of_a_sheet_what_grows_with_the_solvers_steps_is_told_apart(
+def test_the_denoising_time_of_a_sample_sheet_is_measured_separately(
     drawings: Callable[..., tuple[Config, Index]], random_model: Callable[..., LatentDiffusion]
 ) -> None:
     settings, data = drawings("stage2.conditions=[class]", "stage2.pooled_text=false")

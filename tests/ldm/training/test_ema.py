@@ -1,4 +1,4 @@
-"""Averages of weights, and those that are put together afterwards."""
+"""Averages of weights while training, and post-hoc averages from snapshots."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ldm.utils.errors import UserError
 
 
 def walk(steps: int, size: int = 8) -> torch.Tensor:
-    """Weights `(steps, size)` that walk at random."""
+    """A random walk of weights, `(steps, size)`."""
     return torch.randn(steps, size, generator=torch.Generator().manual_seed(0)).cumsum(0)
 
 
-def follow(history: torch.Tensor, folder: Path, widths: tuple[float, ...], every: int = 100) -> Averages:
-    """Averages of a parameter that has gone through a history `(steps, size)`, with snapshots."""
+def averages_of(history: torch.Tensor, folder: Path, widths: tuple[float, ...], every: int = 100) -> Averages:
+    """The averages of a parameter whose values over training are `history`, `(steps, size)`; writes their snapshots."""
     parameter = nn.Parameter(torch.zeros_like(history[0]))
     training = Training(steps=len(history), ema_widths=widths, ema_snapshot_every=every)
     averages = Averages([("layer.weight", parameter)], training)
@@ -41,7 +41,7 @@ def follow(history: torch.Tensor, folder: Path, widths: tuple[float, ...], every
 
 
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.2, 0.288])
-def test_the_exponent_gives_the_width_that_was_asked_for(width: float) -> None:
+def test_the_exponent_gives_the_configured_width(width: float) -> None:
     gamma = exponent(width)
     assert ((gamma + 1) / (gamma + 2) ** 2 / (gamma + 3)) ** 0.5 == pytest.approx(width, rel=1e-9)
     assert gamma == pytest.approx(sigma_rel_to_gamma(width), rel=1e-12)
@@ -50,7 +50,7 @@ def test_the_exponent_gives_the_width_that_was_asked_for(width: float) -> None:
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
-def test_each_step_weighs_as_the_integral_of_its_power_profile(width: float) -> None:
+def test_a_steps_weight_is_the_integral_of_the_power_profile(width: float) -> None:
     t, gamma = 500, exponent(width)
     parameter = nn.Parameter(torch.zeros(t, dtype=torch.float64))
     average = PowerEMA([parameter], width)
@@ -60,13 +60,13 @@ def test_each_step_weighs_as_the_integral_of_its_power_profile(width: float) -> 
     s = np.arange(1, t + 1)
     expected = (s / t) ** (gamma + 1) - ((s - 1) / t) ** (gamma + 1)  # of (γ + 1) τ^γ / t^(γ+1), from s − 1 to s
     np.testing.assert_allclose(average.shadow_params[0].numpy(), expected, rtol=1e-9, atol=1e-15)
-    spread = np.sqrt(np.cov(s, aweights=expected, ddof=0)) / t
-    assert spread == pytest.approx(width, rel=1e-3)
+    std = np.sqrt(np.cov(s, aweights=expected, ddof=0)) / t
+    assert std == pytest.approx(width, rel=1e-3)
 
 
-def test_without_widths_it_is_diffusers_average_with_its_warm_up(tmp_path: Path) -> None:
+def test_without_widths_the_average_equals_diffusers_with_warm_up(tmp_path: Path) -> None:
     history = walk(50)
-    averages = follow(history, tmp_path, ())
+    averages = averages_of(history, tmp_path, ())
     expected = history[0]
     for n, weights in enumerate(history[1:], start=1):
         decay = min(0.999, (1 + n) / (10 + n))
@@ -76,36 +76,36 @@ def test_without_widths_it_is_diffusers_average_with_its_warm_up(tmp_path: Path)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
-def test_it_equals_diffusers_average_of_the_same_weights(decay: float) -> None:
+def test_the_average_equals_diffusers_ema_model(decay: float) -> None:
     parameter = nn.Parameter(torch.zeros(8))
-    ours, theirs = EMA([parameter], decay), EMAModel([parameter], decay=decay)
+    average, reference = EMA([parameter], decay), EMAModel([parameter], decay=decay)
     for weights in walk(60):
         parameter.data.copy_(weights)
-        ours.step([parameter])
-        theirs.step([parameter])
-        torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=1e-6, atol=1e-6)
+        average.step([parameter])
+        reference.step([parameter])
+        torch.testing.assert_close(average.shadow_params, reference.shadow_params, rtol=1e-6, atol=1e-6)
 
 
-def test_an_update_takes_no_memory_and_a_swap_that_of_one_tensor() -> None:
+def test_an_update_allocates_nothing_and_a_swap_a_single_tensor() -> None:
     parameters: list[torch.Tensor] = [nn.Parameter(torch.randn(256, 256)) for _ in range(16)]
     average = EMA(parameters, 0.9)
 
     def peak(action: Callable[[list[torch.Tensor]], None]) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             action(parameters)
-        held = most = 0
+        allocated = maximum = 0
         for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
             if event.name() == "[memory]":
-                held += event.nbytes()
-                most = max(most, held)
-        return most
+                allocated += event.nbytes()
+                maximum = max(maximum, allocated)
+        return maximum
 
     average.step(parameters)
     assert peak(average.step) < 4096
     assert peak(average.swap) <= 256 * 256 * 4 + 4096
 
 
-def test_swapped_twice_all_is_as_it_was() -> None:
+def test_two_swaps_restore_weights_and_averages() -> None:
     parameters = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
     average = EMA(parameters, 0.9)
     for p in parameters:
@@ -119,7 +119,7 @@ def test_swapped_twice_all_is_as_it_was() -> None:
     assert all(map(torch.equal, average.shadow_params, before[1]))
 
 
-def test_swapped_averages_go_by_the_same_names() -> None:
+def test_swapped_averages_keep_their_names() -> None:
     parameter = nn.Parameter(torch.zeros(8))
     averages = Averages([("weight", parameter)], Training(ema_decay=0.5))
     for weights in walk(5):
@@ -132,84 +132,87 @@ def test_swapped_averages_go_by_the_same_names() -> None:
     assert torch.equal(parameter, weights)
 
 
-def test_snapshots_say_what_they_are_and_hold_the_averages_by_name(tmp_path: Path) -> None:
-    averages = follow(walk(250), tmp_path, (0.1, 0.05))
-    found = read_snapshots(tmp_path)
-    assert [each[1:] for each in found] == [(step, step, width) for step in (100, 200, 250) for width in (0.05, 0.1)]
+def test_snapshots_have_step_and_width_in_their_name_and_the_averages_inside(tmp_path: Path) -> None:
+    averages = averages_of(walk(250), tmp_path, (0.1, 0.05))
+    snapshots = read_snapshots(tmp_path)
+    assert [snapshot[1:] for snapshot in snapshots] == [
+        (step, step, width) for step in (100, 200, 250) for width in (0.05, 0.1)
+    ]
     assert {path.name for path in tmp_path.iterdir()} >= {"step-000100-0.05.safetensors", "step-000250-0.1.safetensors"}
-    for each, model in zip(found[-2:], reversed(averages.models), strict=True):
-        assert torch.equal(load_file(each.path)["layer.weight"], model.shadow_params[0])
+    for snapshot, model in zip(snapshots[-2:], reversed(averages.models), strict=True):
+        assert torch.equal(load_file(snapshot.path)["layer.weight"], model.shadow_params[0])
 
 
-def test_a_file_that_is_no_snapshot_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "step-000001-0.1.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"step-000001-0\.1\.safetensors: not a sound snapshot"):
         read_snapshots(tmp_path)
 
 
-def test_the_average_that_was_kept_comes_back(tmp_path: Path) -> None:
-    follow(walk(1000), tmp_path, (0.05, 0.1))
-    found = read_snapshots(tmp_path)
-    for last in (found[3], found[-2], found[-1]):
-        kept = [each for each in found if each.step <= last.step]
-        shares, off = fit(kept, last.width)
-        assert off < 1e-6
-        torch.testing.assert_close(weighted_sum([each.path for each in kept], shares), load_file(last.path))
+def test_post_hoc_averages_reproduce_the_snapshots(tmp_path: Path) -> None:
+    averages_of(walk(1000), tmp_path, (0.05, 0.1))
+    snapshots = read_snapshots(tmp_path)
+    for last in (snapshots[3], snapshots[-2], snapshots[-1]):
+        earlier = [snapshot for snapshot in snapshots if snapshot.step <= last.step]
+        shares, error = fit(earlier, last.width)
+        assert error < 1e-6
+        torch.testing.assert_close(weighted_sum([snapshot.path for snapshot in earlier], shares), load_file(last.path))
 
 
-@pytest.mark.parametrize(("width", "least"), [(0.04, 4e-2), (0.075, 3e-3), (0.15, 8e-3), (0.2, 2e-2)])
-def test_another_width_is_as_near_to_the_tracked_one_as_its_profile(tmp_path: Path, width: float, least: float) -> None:
+@pytest.mark.parametrize(("width", "max_error"), [(0.04, 4e-2), (0.075, 3e-3), (0.15, 8e-3), (0.2, 2e-2)])
+def test_a_post_hoc_width_is_as_close_to_the_tracked_average_as_its_profile(
+    tmp_path: Path, width: float, max_error: float
+) -> None:
     history = walk(2000)
-    follow(history, tmp_path, (0.05, 0.1))
-    found = read_snapshots(tmp_path)
-    shares, off = fit(found, width)
-    made = weighted_sum([each.path for each in found], shares)["layer.weight"]
-    tracked = follow(history.double(), tmp_path / "tracked", (width,)).main.shadow_params[0]
+    averages_of(history, tmp_path, (0.05, 0.1))
+    snapshots = read_snapshots(tmp_path)
+    shares, error = fit(snapshots, width)
+    post_hoc = weighted_sum([snapshot.path for snapshot in snapshots], shares)["layer.weight"]
+    tracked = averages_of(history.double(), tmp_path / "tracked", (width,)).main.shadow_params[0]
     assert shares.sum() == pytest.approx(1)
-    assert off < least
+    assert error < max_error
     # Cauchy-Schwarz: |∫ (Σ share·p − p_r)(θ − c) dτ| ≤ ‖Σ share·p − p_r‖ ‖θ − c‖ for any c, since shares add up to 1
     gamma = exponent(width)
     norm = (gamma + 1) / (2 * gamma + 1) ** 0.5 / 2000**0.5
-    bound = off * norm * (history.double() - history.double().mean(0)).norm(dim=0)
-    assert ((made - tracked).abs() <= bound + 1e-4).all()
+    bound = error * norm * (history.double() - history.double().mean(0)).norm(dim=0)
+    assert ((post_hoc - tracked).abs() <= bound + 1e-4).all()
 
 
-def test_the_shares_are_those_of_another_implementation() -> None:
+def test_the_coefficients_equal_ema_pytorchs() -> None:
     t = np.repeat(np.arange(100.0, 3300.0, 100.0), 2)
     gamma = np.tile([exponent(0.05), exponent(0.1)], 32)
     for t_r, width in ((3200.0, 0.075), (3200.0, 0.2), (1600.0, 0.12)):
-        wanted = torch.tensor([t_r], dtype=torch.float64), torch.tensor([exponent(width)], dtype=torch.float64)
-        theirs = solve_weights(torch.tensor(t), torch.tensor(gamma), *wanted)
-        np.testing.assert_allclose(coefficients(t, gamma, t_r, exponent(width)), theirs[:, 0].numpy(), atol=1e-8)
+        target = torch.tensor([t_r], dtype=torch.float64), torch.tensor([exponent(width)], dtype=torch.float64)
+        expected = solve_weights(torch.tensor(t), torch.tensor(gamma), *target)
+        np.testing.assert_allclose(coefficients(t, gamma, t_r, exponent(width)), expected[:, 0].numpy(), atol=1e-8)
 
 
 @pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def test_sharded_weights_are_averaged_and_kept_as_whole_ones_are(one_process: None, tmp_path: Path) -> None:
+def test_sharded_weights_have_the_same_averages_and_snapshots_as_full_ones(process_group: None, tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (1,))
     history = walk(20)
-    whole, sharded = (
-        nn.Parameter(make(history[0])) for make in (torch.clone, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
-    )
+    full = nn.Parameter(history[0].clone())
+    sharded = nn.Parameter(distribute_tensor(history[0], mesh, [Shard(0)]))
     training = Training(steps=20, ema_widths=(0.1, 0.2))
-    both = [Averages([("weight", p)], training) for p in (whole, sharded)]
+    both = [Averages([("weight", p)], training) for p in (full, sharded)]
     for weights in history:
-        whole.data.copy_(weights)
+        full.data.copy_(weights)
         sharded.data.copy_(distribute_tensor(weights, mesh, [Shard(0)]))
         for averages in both:
             averages.step()
-    for averages, folder in zip(both, (tmp_path / "whole", tmp_path / "sharded"), strict=True):
+    for averages, folder in zip(both, (tmp_path / "full", tmp_path / "sharded"), strict=True):
         averages.snapshot(folder, 20)
         averages.swap()
     assert isinstance(sharded.data, DTensor)
-    assert torch.equal(sharded.full_tensor(), whole)
+    assert torch.equal(sharded.full_tensor(), full)
     for averages in both:
         averages.swap()
     assert torch.equal(sharded.full_tensor(), history[-1])
-    for a, b in zip(read_snapshots(tmp_path / "whole"), read_snapshots(tmp_path / "sharded"), strict=True):
+    for a, b in zip(read_snapshots(tmp_path / "full"), read_snapshots(tmp_path / "sharded"), strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()

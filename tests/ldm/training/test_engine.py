@@ -1,4 +1,4 @@
-"""A module in training: it computes in one precision, whatever shares it out over the processes."""
+"""A module in training: autocast under every strategy of distribution, and the settings of DDP."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from ldm.training.engine import Engine
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
-    """An accelerator that takes itself to be on a GPU, where nothing of a GPU is used."""
-    found = Accelerator(cpu=True, mixed_precision="bf16")
-    found.device_placement = False
+    """An accelerator that reports a GPU as its device but uses none."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator.device_placement = False
     monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(deepspeed_config={}, enable_msamp=False))
     monkeypatch.setattr(
-        found, "prepare", lambda module, optimizer: (found.prepare_model(module, evaluation_mode=True), optimizer)
+        accelerator,
+        "prepare",
+        lambda module, optimizer: (accelerator.prepare_model(module, evaluation_mode=True), optimizer),
     )
-    states = found.state.__dict__, PartialState().__dict__  # accelerate asks the one and the other
+    states = accelerator.state.__dict__, PartialState().__dict__  # accelerate reads both
     before = [dict(state) for state in states]
     for state in states:
         state["device"] = torch.device("cuda")
     states[0]["fsdp_plugin"] = SimpleNamespace(fsdp_version=1)
-    yield found
-    for state, was in zip(states, before, strict=True):
+    yield accelerator
+    for state, previous in zip(states, before, strict=True):
         state.clear()
-        state.update(was)
+        state.update(previous)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
 @pytest.mark.parametrize("strategy", ["NO", "MULTI_GPU", "FSDP", "DEEPSPEED"])
-def test_autocast_has_its_dtype_under_every_strategy(
+def test_autocast_has_the_configured_dtype_under_every_strategy(
     strategy: str, precision: str, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without one it computes in fp16 on a GPU, where small gradients vanish unless the loss is scaled."""
+    """Without a dtype, autocast on a GPU is fp16, in which small gradients vanish unless the loss is scaled."""
     seen: list[tuple[str, torch.dtype | None]] = []
     real = torch.autocast
 
@@ -63,7 +65,7 @@ def test_autocast_has_its_dtype_under_every_strategy(
     assert set(seen) == ({("cuda", expected[precision])} if precision != "no" else set())
 
 
-def test_a_copy_of_the_module_computes_with_its_own_weights(accelerator: Accelerator) -> None:
+def test_a_deep_copy_of_the_ddp_model_uses_its_own_weights(accelerator: Accelerator) -> None:
     module = nn.Linear(4, 4)
     accelerator.state.device = PartialState().device = torch.device("cpu")
     network = Engine(module, 1e-3, Training(), accelerator, "bf16")
@@ -73,10 +75,10 @@ def test_a_copy_of_the_module_computes_with_its_own_weights(accelerator: Acceler
     assert not copied(x).any()
     assert network.ddp_model(x).any()
     assert network.export_ema({}) is module
-    assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))  # in float32 again
+    assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))  # in float32, without autocast
 
 
-def test_ddp_keeps_gradients_in_its_buckets_and_leaves_buffers_alone() -> None:
+def test_ddp_keeps_gradients_in_buckets_and_does_not_broadcast_buffers() -> None:
     ddp = launch.accelerator(RunConfig(device="cpu", tracker="none")).ddp_handler
     assert ddp is not None
     assert ddp.gradient_as_bucket_view

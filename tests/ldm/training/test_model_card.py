@@ -14,7 +14,7 @@ def settings(root: Path, tmp_path: Path) -> loader.Config:
     return loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}"])
 
 
-def test_the_card_names_data_figures_and_licence(settings: loader.Config) -> None:
+def test_the_card_lists_metrics_and_the_datas_licence(settings: loader.Config) -> None:
     prepare_run_dir(settings)
     write_card(settings, {"psnr": 28.0, "held-out": {"top1": 0.5}})
     card = (settings.run.dir / "README.md").read_text()

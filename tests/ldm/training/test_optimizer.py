@@ -1,4 +1,4 @@
-"""The optimizer's state as named tensors, and the learning rate's schedule."""
+"""The optimizer's state as named tensors, and the learning rate schedule."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from ldm.config.schema import Training
 from ldm.training.optimizer import flatten_optimizer, lr_factor, unflatten_optimizer
 
 
-def test_an_optimizer_goes_through_named_tensors() -> None:
+def test_an_optimizers_state_survives_the_round_trip_through_named_tensors() -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
@@ -19,12 +19,12 @@ def test_an_optimizer_goes_through_named_tensors() -> None:
         assert all(torch.equal(entry[name], after["state"][i][name]) for name in entry)
 
 
-def test_the_learning_rate_rises_holds_and_falls() -> None:
+def test_the_learning_rate_warms_up_and_decays() -> None:
     training = Training(steps=110, lr_warmup_steps=10, lr_scheduler="cosine")
     rates = [lr_factor(step, training) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10 + 50] == pytest.approx(0.5)
     assert rates[110] == pytest.approx(0, abs=1e-9)
     assert lr_factor(1000, Training()) == 1.0
-    straight = Training(steps=110, lr_warmup_steps=10, lr_scheduler="linear")
-    assert [lr_factor(step, straight) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])
+    linear = Training(steps=110, lr_warmup_steps=10, lr_scheduler="linear")
+    assert [lr_factor(step, linear) for step in (9, 10, 35, 60, 110)] == pytest.approx([1, 1, 0.75, 0.5, 0])

@@ -1,4 +1,4 @@
-"""FLOPs against torch's own count of the real computation; a clock against sums by hand."""
+"""FLOPs against torch's count of the real computation, and the clock against sums by hand."""
 
 from __future__ import annotations
 
@@ -34,92 +34,92 @@ def inputs(
     conditions: tuple[str, ...], n: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, Condition, torch.Tensor | None]:
     labels = {"class", "upscale"} & set(conditions)
-    beside = unet.inputs(Stage2Config(conditions=conditions), 4) - 4
+    image_channels = unet.inputs(Stage2Config(conditions=conditions), 4) - 4
     condition = Condition(
         text=torch.randn(n, TOKENS, TEXT_WIDTH) if "text" in conditions else None,
         label=torch.zeros(n, dtype=torch.int64) if labels else None,
         sizes=torch.full((n, 6), 8.0) if "size" in conditions else None,
-        image=torch.randn(n, beside, 8, 8) if beside else None,
+        image=torch.randn(n, image_channels, 8, 8) if image_channels else None,
     )
     dropped = torch.zeros(n, dtype=torch.bool) if "text" in conditions else None
     return torch.randn(n, 4, 8, 8), torch.zeros(n, dtype=torch.int64), condition, dropped
 
 
-def counted(module: nn.Module, *args: object) -> int:
+def measured_flops(module: nn.Module, *args: object) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*args)
     return counter.get_total_flops()
 
 
-def test_a_product_is_a_multiplication_and_an_addition_each() -> None:
+def test_a_multiply_add_counts_as_two_flops() -> None:
     assert forward_flops(nn.Linear(3, 5), torch.randn(7, 3)) == 2 * 7 * 3 * 5
-    convolution = nn.Conv2d(3, 5, 3, stride=2, padding=1)  # of 8 × 6 to 4 × 3 places
+    convolution = nn.Conv2d(3, 5, 3, stride=2, padding=1)  # from 8 × 6 to 4 × 3 positions
     assert forward_flops(convolution, torch.randn(2, 3, 8, 6)) == 2 * (2 * 4 * 3) * (3 * 3 * 3) * 5
 
 
-def test_inputs_that_carry_gradients_count_alike() -> None:  # a learned schedule's times do
+def test_inputs_that_require_gradients_do_not_change_the_count() -> None:  # as a learned schedule's times do
     network, (x, t, condition, dropped) = denoiser(("text",)), inputs(("text",))
     learned = t.float().requires_grad_() * 1
     assert forward_flops(network, x, learned, condition, dropped) == forward_flops(network, x, t, condition, dropped)
 
 
-def test_a_copy_without_weights_has_the_same() -> None:
-    network, given = denoiser(("text", "class")), inputs(("text", "class"))
-    assert forward_flops(without_weights(network), *given) == forward_flops(network, *given) > 0
+def test_a_copy_without_weights_has_the_same_count() -> None:
+    network, args = denoiser(("text", "class")), inputs(("text", "class"))
+    assert forward_flops(without_weights(network), *args) == forward_flops(network, *args) > 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("conditions", KINDS)
-def test_the_count_without_computing_is_that_of_the_computation(conditions: tuple[str, ...], backend: str) -> None:
-    model, given = denoiser(conditions), inputs(conditions)
+def test_the_count_of_a_unet_equals_that_of_the_computation(conditions: tuple[str, ...], backend: str) -> None:
+    model, args = denoiser(conditions), inputs(conditions)
     attention.use_attention(model.unet, backend, torch.device("cpu"))
-    assert forward_flops(model, *given) == counted(model, *given) > 0
+    assert forward_flops(model, *args) == measured_flops(model, *args) > 0
 
 
-def test_so_it_is_of_a_text_encoder_that_is_trained() -> None:
+def test_the_count_with_a_trained_text_encoder_equals_that_of_the_computation() -> None:
     encoder = text_encoder.load(text_encoder.MINILM, TOKENS)
     stage = Stage2Config(**SHAPE)
     model = Denoiser(unet.build(stage, 4, 8, encoder.width), stage, None, encoder)
     x, t, condition, dropped = inputs(("text",))
-    given = x, t, condition._replace(text=torch.stack(encoder.tokens(["cat", "a red heart"]), dim=1)), dropped
-    assert forward_flops(model, *given) == counted(model, *given)
+    args = x, t, condition._replace(text=torch.stack(encoder.tokens(["cat", "a red heart"]), dim=1)), dropped
+    assert forward_flops(model, *args) == measured_flops(model, *args)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq", "tiny"])
 @pytest.mark.parametrize("change", [None, Change(1, 2, 3)])
-def test_so_it_is_of_an_autoencoder(kind: str, change: Change | None) -> None:
+def test_the_count_of_an_autoencoder_equals_that_of_the_computation(kind: str, change: Change | None) -> None:
     stage = Stage1Config(
         model={"vq": "vq-f8", "kl": "kl", "tiny": "tiny"}[kind], channels=(8, 8), layers=1, norm_num_groups=4
     )
     model = Reconstruction(autoencoder.build(stage, 8), stage)
     x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, stage.latent_channels, 4, 4)
-    assert forward_flops(model, x, eps, change) == counted(model, x, eps, change) > 0
+    assert forward_flops(model, x, eps, change) == measured_flops(model, x, eps, change) > 0
 
 
-def test_twice_the_batch_is_twice_the_work() -> None:
+def test_twice_the_batch_has_twice_the_flops() -> None:
     model = denoiser(("text", "class"))
     assert forward_flops(model, *inputs(("text", "class"), 6)) == 2 * forward_flops(
         model, *inputs(("text", "class"), 3)
     )
 
 
-def test_mixed_precision_recomputed_activations_and_compilation_leave_the_count_as_it_is() -> None:
-    model, given = denoiser(("text",), channels=(8, 16), attention_head_dim=8), inputs(("text",))
-    plain = counted(model, *given)
+def test_mixed_precision_gradient_checkpointing_and_compilation_do_not_change_the_count() -> None:
+    model, args = denoiser(("text",), channels=(8, 16), attention_head_dim=8), inputs(("text",))
+    expected = measured_flops(model, *args)
     model.unet.enable_gradient_checkpointing()
     model.unet.to(memory_format=torch.channels_last)
     Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     model.unet.compile()
-    x, t, condition, dropped = given
+    x, t, condition, dropped = args
     in_half = x.bfloat16(), t, condition._replace(text=condition.text.bfloat16()), dropped
-    assert forward_flops(model, *given) == forward_flops(model, *in_half) == plain
+    assert forward_flops(model, *args) == forward_flops(model, *in_half) == expected
 
 
-def test_counting_changes_nothing() -> None:
-    model, given = denoiser(("text",)).train(), inputs(("text",))
+def test_counting_does_not_change_the_model() -> None:
+    model, args = denoiser(("text",)).train(), inputs(("text",))
     tensors = [*model.parameters(), *model.buffers()]
     before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
-    forward_flops(model, *given)
+    forward_flops(model, *args)
     assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], tensors, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert all(p.device.type == "cpu" and p.requires_grad and p.grad is None for p in model.parameters())
@@ -127,29 +127,29 @@ def test_counting_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_model_too_large_for_memory_is_counted() -> None:
+def test_a_model_larger_than_memory_is_counted() -> None:
     with torch.device("meta"):
         wide, x = nn.Linear(2**22, 2**22, bias=False), torch.empty(1, 2**22)  # 70 TB
     assert forward_flops(wide, x) == 2 * 2**44
 
 
-def test_a_forward_that_depends_on_values_is_not_counted() -> None:
-    class Depends(nn.Linear):
+def test_a_forward_pass_that_depends_on_values_counts_as_0() -> None:
+    class ValueDependent(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if float(x.sum()) > 0 else x
 
-    assert forward_flops(Depends(2, 2), torch.ones(1, 2)) == 0
+    assert forward_flops(ValueDependent(2, 2), torch.ones(1, 2)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_positive_and_draws_no_random_numbers(dtype: torch.dtype) -> None:
+def test_the_measured_peak_is_positive_and_leaves_the_random_state(dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
     assert 0 < matmul_peak(torch.device("cpu"), dtype, seconds=0.01) < 1e16
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Time:
-    """Stands still until it is moved on."""
+class ManualClock:
+    """A clock that stands still until `seconds` is changed."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -158,8 +158,8 @@ class Time:
         return self.seconds
 
 
-def test_a_clock_tells_shares_and_rates_since_it_was_read_last() -> None:
-    time = Time()
+def test_the_clock_reports_rates_and_waiting_since_the_last_reading() -> None:
+    time = ManualClock()
 
     def loader() -> Iterator[int]:
         for seconds in (3.0, 1.0, 2.0):
@@ -175,9 +175,9 @@ def test_a_clock_tells_shares_and_rates_since_it_was_read_last() -> None:
     assert read[2] == pytest.approx({"images_per_second": 16 / 5, "waiting": 3 / 5, "mfu": 3.2 * 50 / 1000})
 
 
-def test_a_clock_without_flops_or_peak_tells_no_utilisation() -> None:
+def test_the_clock_reports_no_utilisation_without_flops_or_peak() -> None:
     for known in ({}, {"flops": 1.0}, {"peak": 1.0}):
-        time = Time()
+        time = ManualClock()
         clock = Clock(**known, now=time)
         time.seconds += 2.0
         assert clock.read() == {"images_per_second": 0.0, "waiting": 0.0}

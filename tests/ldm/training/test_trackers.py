@@ -1,4 +1,4 @@
-"""Pictures reach each tracker with the metrics of their step, through accelerate's own classes and real packages."""
+"""Images reach every tracker with the metrics of their step, through accelerate's classes and the real packages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def track(
     """Logs to a tracker in `tmp_path`: metrics, the sheet and more metrics of step 40, metrics of step 60."""
     monkeypatch.chdir(tmp_path)
 
-    def given(name: str) -> Accelerator:
+    def log_run(name: str) -> Accelerator:
         accelerator = Accelerator(cpu=True, log_with=name, project_dir=str(tmp_path))
         accelerator.init_trackers("stage1")
         assert [tracker.name for tracker in accelerator.trackers] == [name]
@@ -49,30 +49,30 @@ def track(
         assert "did not take" not in capsys.readouterr().err
         return accelerator
 
-    return given
+    return log_run
 
 
-def same(file: Path | io.BytesIO, sheet: Image.Image) -> bool:
-    with Image.open(file) as found:
-        return np.array_equal(np.array(found.convert("RGB")), np.array(sheet))
+def shows(file: Path | io.BytesIO, sheet: Image.Image) -> bool:
+    with Image.open(file) as image:
+        return np.array_equal(np.array(image.convert("RGB")), np.array(sheet))
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
     """The records of a file in leveldb's log format, after wandb's own seven bytes."""
-    place, record = 7, b""
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:  # no header fits into the rest of a block
-            place += left
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # no header fits into the rest of a block
+            position += left
             continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        record += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # complete, or its last fragment
             yield record
             record = b""
 
 
-def test_every_tracker_of_accelerate_has_its_interface() -> None:
+def test_every_tracker_of_accelerate_has_an_interface() -> None:
     assert INTERFACES.keys() == LOGGER_TYPE_TO_CLASS.keys()
     assert tuple(sorted(map(str, LOGGER_TYPE_TO_CLASS))) == TRACKERS
 
@@ -80,16 +80,16 @@ def test_every_tracker_of_accelerate_has_its_interface() -> None:
 def test_tensorboard_shows_the_sheet_at_its_step(
     track: Callable[[str], Accelerator], sheet: Image.Image, tmp_path: Path
 ) -> None:
-    track("tensorboard")  # it is written before the training ends
+    track("tensorboard")  # written before training ends
     events = EventAccumulator(str(tmp_path / "stage1")).Reload()
     (logged,) = events.Images("samples")
     assert logged.step == 40
-    assert same(io.BytesIO(logged.encoded_image_string), sheet)
-    assert [(each.step, each.value) for each in events.Scalars("loss")] == [(40, 0.5), (60, 0.125)]
-    assert [(each.step, each.value) for each in events.Scalars("held_out_loss")] == [(40, 0.25)]
+    assert shows(io.BytesIO(logged.encoded_image_string), sheet)
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("loss")] == [(40, 0.5), (60, 0.125)]
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("held_out_loss")] == [(40, 0.25)]
 
 
-def test_wandb_has_the_sheet_in_the_row_of_its_steps_metrics(
+def test_wandb_logs_the_sheet_in_the_row_of_its_steps_metrics(
     track: Callable[[str], Accelerator], sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -112,26 +112,26 @@ def test_wandb_has_the_sheet_in_the_row_of_its_steps_metrics(
     }
     assert (rows[40]["loss"], rows[40]["held_out_loss"], rows[60]["loss"]) == (0.5, 0.25, 0.125)
     (file,) = (folder / "files/media/images").glob("samples_40_*.png")
-    assert same(file, sheet)
+    assert shows(file, sheet)
 
 
-def test_swanlab_keeps_the_sheet_with_its_step(
+def test_swanlab_logs_the_sheet_with_its_step(
     track: Callable[[str], Accelerator], sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("swanlab")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     track("swanlab").end_training()
     (file,) = (tmp_path / "swanlog").glob("run-*/media/image/040-*.png")
-    assert same(file, sheet)
+    assert shows(file, sheet)
     (records,) = (tmp_path / "swanlog").glob("run-*/*.swanlab")
     for name in ("loss", "held_out_loss", "samples", file.name):
         assert name.encode() in records.read_bytes()
 
 
-def test_trackio_keeps_the_sheet_with_its_step(
+def test_trackio_logs_the_sheet_with_its_step(
     track: Callable[[str], Accelerator], sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -145,36 +145,36 @@ def test_trackio_keeps_the_sheet_with_its_step(
         (60, 0.125, None),
     ]
     assert samples["step"] == 40
-    assert same(tmp_path / "trackio/media" / samples["samples"]["file_path"], sheet)
+    assert shows(tmp_path / "trackio/media" / samples["samples"]["file_path"], sheet)
 
 
-def test_aim_keeps_the_sheet_with_its_step(track: Callable[[str], Accelerator], sheet: Image.Image) -> None:
+def test_aim_logs_the_sheet_with_its_step(track: Callable[[str], Accelerator], sheet: Image.Image) -> None:
     pytest.importorskip("aim")
     from aim.storage.context import Context
 
     accelerator = track("aim")
     run = accelerator.trackers[0].tracker
-    steps, pictures = run.get_image_sequence("samples", Context({})).values.sparse_list()
+    steps, images = run.get_image_sequence("samples", Context({})).values.sparse_list()
     assert steps == [40]
-    assert np.array_equal(np.array(pictures[0].to_pil_image().convert("RGB")), np.array(sheet))
-    assert run.get_metric("held_out_loss", Context({})).values.sparse_list()[1] == [0.25]  # their steps are hashed
+    assert np.array_equal(np.array(images[0].to_pil_image().convert("RGB")), np.array(sheet))
+    assert run.get_metric("held_out_loss", Context({})).values.sparse_list()[1] == [0.25]  # aim hashes their steps
     accelerator.end_training()
 
 
-def test_a_tracker_that_fails_is_named_once_and_the_others_get_the_sheet(
+def test_a_failing_tracker_is_reported_once_and_the_others_get_the_sheet(
     sheet: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "_failed", set())
 
-    class Away(GeneralTracker):
-        """A tracker of a person's own, in the place of one whose server does not answer."""
+    class Unreachable(GeneralTracker):
+        """Stands in for a tracker whose server does not answer."""
 
         name, requires_logging_directory, tracker = "wandb", False, None
 
         def log_images(self, *_: object, **__: object) -> None:
             raise ConnectionError("no route\nto host")
 
-    accelerator = Accelerator(cpu=True, log_with=[Away(), "tensorboard"], project_dir=str(tmp_path))
+    accelerator = Accelerator(cpu=True, log_with=[Unreachable(), "tensorboard"], project_dir=str(tmp_path))
     accelerator.init_trackers("stage1")
     for step in (40, 60):
         log_image(accelerator.trackers, "samples", sheet, step)
@@ -183,17 +183,17 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_get_the_sheet(
         "run.tracker: wandb did not log the image 'samples' of step 40 (no route to host); training goes on, and "
         "the image is in the run's folder"
     )
-    assert [each.step for each in EventAccumulator(str(tmp_path / "stage1")).Reload().Images("samples")] == [40, 60]
+    assert [image.step for image in EventAccumulator(str(tmp_path / "stage1")).Reload().Images("samples")] == [40, 60]
 
 
-def test_a_tracker_of_a_persons_own_is_passed_over(sheet: Image.Image) -> None:
+def test_a_users_own_tracker_is_skipped(sheet: Image.Image) -> None:
     class Own(GeneralTracker):
         name, requires_logging_directory, tracker = "own", False, None
 
     log_image([Own()], "samples", sheet, 40)
 
 
-def test_stage_twos_sheet_goes_to_the_tracker(
+def test_stage_2_logs_its_sheet(
     drawings: Callable[..., tuple[Config, Index]], random_model: Callable[..., LatentDiffusion]
 ) -> None:
     settings, data = drawings("run.tracker=tensorboard", "stage2.conditions=[class]", "stage2.pooled_text=false")
@@ -203,20 +203,20 @@ def test_stage_twos_sheet_goes_to_the_tracker(
     write_sheet(settings, run, model, data)
     (logged,) = EventAccumulator(str(run.folder), size_guidance={"images": 0}).Reload().Images("samples")
     assert logged.step == 7
-    with Image.open(run.folder / "samples/step-000007.png") as saved:
-        assert same(io.BytesIO(logged.encoded_image_string), saved.convert("RGB"))
+    with Image.open(run.folder / "samples/step-000007.png") as file:
+        assert shows(io.BytesIO(logged.encoded_image_string), file.convert("RGB"))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "swanlab", "aim", "clearml"])
 def test_a_sheet_fits_the_signature_of_the_trackers_method(name: str) -> None:
-    """Where its package is not installed too; trackio, comet_ml, mlflow and dvclive take it by their own methods."""
-    takes = inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images)
+    """Even if its package is not installed; for trackio, comet_ml, mlflow and dvclive their own methods are called."""
+    signature = inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images)
 
     class Recorder:
         tracker = SimpleNamespace(flush=lambda: None)
 
-        def log_images(self, *given: object, **options: object) -> None:
-            bound = takes.bind(self, *given, **options).arguments
+        def log_images(self, *args: object, **options: object) -> None:
+            bound = signature.bind(self, *args, **options).arguments
             assert bound["step"] == 3
             assert bool(bound.get("kwargs")) == (name == "tensorboard")
             (value,) = bound["values"].values()

@@ -1,4 +1,4 @@
-"""The bookkeeping of a run."""
+"""The trainer: exact resume, signals, checkpoints, averages, skipped steps, metrics."""
 
 import json
 import math
@@ -52,11 +52,9 @@ def train(
     keys: bool = False,
     **changes: object,
 ) -> Trainer:
-    """Teaches a linear layer to give back its input; `stop` sends the signal `number` after that many steps.
+    """Trains a linear layer to be the identity; after `stop` steps it sends the signal `number` to all its processes.
 
-    It is sent to all processes, as a cluster or a launcher does.
-
-    In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is.
+    In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is finite.
     """
     torch.manual_seed(0)
     options = {
@@ -115,68 +113,69 @@ def weights(run: Trainer) -> list[torch.Tensor]:
     ]
 
 
-def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole")
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "parts", stop=6)  # the signal is heeded at the end of step 7
-    assert stopped.value.code == 128 + 15
-    resumed = train(tmp_path / "parts")
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert [line["step"] for line in metrics(tmp_path / "whole")] == [3, 6, 9, 12]
+def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    full_run = train(tmp_path / "uninterrupted")
+    with pytest.raises(SystemExit) as exit_error:
+        train(tmp_path / "stopped", stop=6)  # the run ends after step 7
+    assert exit_error.value.code == 128 + 15
+    resumed = train(tmp_path / "stopped")
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
+    assert metrics(tmp_path / "uninterrupted") == metrics(tmp_path / "stopped")
+    assert [line["step"] for line in metrics(tmp_path / "uninterrupted")] == [3, 6, 9, 12]
 
 
-def test_eight_bit_moments_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
-    """Of a layer that is large enough for them: bitsandbytes keeps small tensors' in 32 bits."""
+def test_resume_with_8_bit_moments_equals_uninterrupted(tmp_path: Path) -> None:
+    """The layer is large enough for them: bitsandbytes keeps the moments of small tensors in 32 bits."""
     pytest.importorskip("bitsandbytes", reason="pip install 'ldm[8bit]'")
     options = {"optimizer": "adamw8bit", "side": 80, "lr": 0.01}
-    whole = train(tmp_path / "whole", **options)
-    moments = whole._engine.optimizer.optimizer.state[whole.parameters[0]]
+    full_run = train(tmp_path / "uninterrupted", **options)
+    moments = full_run._engine.optimizer.optimizer.state[full_run.parameters[0]]
     assert moments["state1"].dtype == torch.uint8
     with pytest.raises(SystemExit):
-        train(tmp_path / "parts", stop=6, **options)
-    assert all(map(torch.equal, weights(whole), weights(train(tmp_path / "parts", **options))))
-    plain = train(tmp_path / "plain", side=80, lr=0.01)
-    assert abs(metrics(tmp_path / "whole")[-1]["loss"] / metrics(tmp_path / "plain")[-1]["loss"] - 1) < 0.1
-    assert not torch.equal(plain.parameters[0], whole.parameters[0])
+        train(tmp_path / "stopped", stop=6, **options)
+    assert all(map(torch.equal, weights(full_run), weights(train(tmp_path / "stopped", **options))))
+    adamw = train(tmp_path / "adamw", side=80, lr=0.01)
+    assert abs(metrics(tmp_path / "uninterrupted")[-1]["loss"] / metrics(tmp_path / "adamw")[-1]["loss"] - 1) < 0.1
+    assert not torch.equal(adamw.parameters[0], full_run.parameters[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_loaders_processes_too_is_heeded_by_the_run_alone(tmp_path: Path, number: int) -> None:
+def test_a_signal_to_data_loader_workers_too_stops_the_run_only_once(tmp_path: Path, number: int) -> None:
     with pytest.raises(SystemExit):
         train(tmp_path, stop=6, workers=1, number=number)
     assert [folder.name for folder in checkpoints(tmp_path / "stage1")] == ["step-000004", "step-000007"]
 
 
-def test_a_wish_to_stop_at_the_last_step_is_heeded_too(tmp_path: Path) -> None:
-    for stop in (11, 12):  # heeded at the end of step 12; after its checkpoint
+def test_a_signal_at_the_last_step_stops_the_run_too(tmp_path: Path) -> None:
+    for stop in (11, 12):  # the run ends after step 12; after its checkpoint
         with pytest.raises(SystemExit):
             train(tmp_path / str(stop), stop=stop)
         assert train(tmp_path / str(stop)).step == 12
 
 
 def test_accumulated_passes_give_the_same_step(tmp_path: Path) -> None:
-    for a, b in zip(weights(train(tmp_path / "one")), weights(train(tmp_path / "four", device_batch=1)), strict=True):
+    single_pass, accumulated = train(tmp_path / "single"), train(tmp_path / "accumulated", device_batch=1)
+    for a, b in zip(weights(single_pass), weights(accumulated), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = weights(train(tmp_path))
+    expected = weights(train(tmp_path))
     newest = tmp_path / "stage1/checkpoints/step-000012/ema.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     resumed = train(tmp_path, keep=1)
-    assert "step-000012 is damaged" in (said := capsys.readouterr().err)
-    assert "continuing from step 8 of 12" in said
-    assert all(map(torch.equal, whole, weights(resumed)))
-    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "stage1/checkpoints").iterdir()}
-    assert kept["step"].name == "step-000012"
-    read_checkpoint(kept["step"])  # the sound one, written anew
-    assert kept["damaged"].name.startswith("damaged-step-000012")
+    assert "step-000012 is damaged" in (stderr := capsys.readouterr().err)
+    assert "continuing from step 8 of 12" in stderr
+    assert all(map(torch.equal, expected, weights(resumed)))
+    folders = {path.name.partition("-")[0]: path for path in (tmp_path / "stage1/checkpoints").iterdir()}
+    assert folders["step"].name == "step-000012"
+    read_checkpoint(folders["step"])  # written again
+    assert folders["damaged"].name.startswith("damaged-step-000012")
 
 
-def test_a_run_of_an_older_version_goes_on_and_keeps_its_metrics(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_continues_and_keeps_its_metrics(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         train(tmp_path, stop=6)
     before = metrics(tmp_path)
@@ -217,7 +216,7 @@ def test_a_checkpoint_for_other_latents_is_refused_with_both_values(tmp_path: Pa
         )
 
 
-def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> None:
+def test_the_averaged_weights_equal_the_exponential_average(tmp_path: Path) -> None:
     """diffusers' EMAModel: the decay after update n is min(ema, (1 + n) / (10 + n)), and 0 for the first."""
     runs = [train(tmp_path / str(steps), steps=steps) for steps in range(1, 6)]
     averaged = [p.detach() for p in runs[0].parameters]
@@ -227,25 +226,25 @@ def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> Non
     torch.testing.assert_close(runs[-1].ema.main.shadow_params, averaged)
 
 
-def test_a_killed_run_ends_with_the_averages_and_snapshots_of_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_killed_run_has_the_same_averages_and_snapshots_as_an_uninterrupted_one(tmp_path: Path) -> None:
     widths = {"ema_widths": (0.05, 0.2), "ema_snapshot_every": 3}
-    whole = train(tmp_path / "whole", **widths)
+    full_run = train(tmp_path / "uninterrupted", **widths)
     with pytest.raises(SystemExit):
-        train(tmp_path / "parts", stop=6, **widths)
-    shutil.rmtree(tmp_path / "parts/stage1/checkpoints/step-000007")  # killed: it goes on from step 4
-    resumed = train(tmp_path / "parts", **widths)
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
-    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        train(tmp_path / "stopped", stop=6, **widths)
+    shutil.rmtree(tmp_path / "stopped/stage1/checkpoints/step-000007")  # as if killed: it continues from step 4
+    resumed = train(tmp_path / "stopped", **widths)
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
+    for folder in (tmp_path / "uninterrupted", tmp_path / "stopped"):
         parts, _ = read_checkpoint(checkpoints(folder / "stage1")[-1])
         assert parts["ema"].keys() == parts["ema-0.2"].keys() == {"weight", "bias"}
     names = [f"step-{step:06d}-{width}.safetensors" for step in (3, 6, 9, 12) for width in (0.05, 0.2)]
-    assert sorted(path.name for path in (tmp_path / "parts/stage1/ema").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "stopped/stage1/ema").iterdir()) == names
     for name in names:
-        first, second = (tmp_path / folder / "stage1/ema" / name for folder in ("whole", "parts"))
+        first, second = (tmp_path / folder / "stage1/ema" / name for folder in ("uninterrupted", "stopped"))
         assert first.read_bytes() == second.read_bytes(), name
 
 
-def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> None:
+def test_ema_weights_are_the_average_of_the_first_width(tmp_path: Path) -> None:
     run = train(tmp_path, ema_widths=(0.2, 0.05))
     before, average = weights(run), run.ema.models[0].shadow_params[0].clone()
     with run.ema_weights("a test"):
@@ -254,58 +253,56 @@ def test_the_first_width_is_what_stands_in_for_the_weights(tmp_path: Path) -> No
     assert all(map(torch.equal, weights(run), before))
 
 
-def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is left equals a run in which the gradient of that step was never taken."""
-    with_it = train(tmp_path / "with", bad=(5,))
+def test_a_nonfinite_step_is_skipped_logged_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The optimizer has taken a step fewer than the run."""
+    run = train(tmp_path / "run", bad=(5,))
     assert "a loss or gradient is not finite at step 6, of sample 22; the step is skipped" in capsys.readouterr().out
-    optimizer = with_it._engine.optimizer.state_dict()["state"][0]
-    assert (with_it.step, with_it.nonfinite.total, int(optimizer["step"])) == (12, 1, 11)
-    assert all(tensor.isfinite().all() for tensor in weights(with_it))
-    lines = metrics(tmp_path / "with")
+    optimizer = run._engine.optimizer.state_dict()["state"][0]
+    assert (run.step, run.nonfinite.total, int(optimizer["step"])) == (12, 1, 11)
+    assert all(tensor.isfinite().all() for tensor in weights(run))
+    lines = metrics(tmp_path / "run")
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line.get("skipped") for line in lines] == [None, 1, 1, 1]
 
 
-def test_samples_that_bring_their_names_are_called_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_samples_are_logged_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, bad=(5,), keys=True, steps=6)
     assert "not finite at step 6, of sample 22, 22.png; the step is skipped" in capsys.readouterr().out
 
 
-def test_a_line_of_metrics_tells_the_speed_and_later_ones_the_utilisation(tmp_path: Path) -> None:
+def test_metrics_have_the_speed_and_from_the_second_line_the_utilisation(tmp_path: Path) -> None:
     train(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "stage1/metrics.jsonl").read_text().splitlines()]
     assert all(line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1 for line in lines)
     assert [line.get("mfu", 0) > 0 for line in lines] == [False, True, True, True]
 
 
-def test_sheets_and_snapshots_from_after_the_step_that_a_run_goes_on_from_are_made_again(tmp_path: Path) -> None:
+def test_samples_and_snapshots_later_than_the_resumed_step_are_deleted(tmp_path: Path) -> None:
     later = [tmp_path / "stage1/samples/step-000009.png", tmp_path / "stage1/ema/step-000009-0.1.safetensors"]
-    sooner = tmp_path / "stage1/samples/step-000003.png"
-    for path in (*later, sooner):
+    earlier = tmp_path / "stage1/samples/step-000003.png"
+    for path in (*later, earlier):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    with pytest.raises(SystemExit):  # begins anew, as there is no checkpoint: all of them go
+    with pytest.raises(SystemExit):  # starts at step 0, without a checkpoint: all are deleted
         train(tmp_path, stop=6)
-    assert not any(path.exists() for path in (*later, sooner))
-    for path in (*later, sooner):
+    assert not any(path.exists() for path in (*later, earlier))
+    for path in (*later, earlier):
         path.touch()
     train(tmp_path, steps=8)
     assert not any(path.exists() for path in later)
-    assert sooner.exists()
+    assert earlier.exists()
 
 
 def test_a_skipped_step_is_skipped_again_after_a_resume(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", bad=(5, 6))
+    full_run = train(tmp_path / "uninterrupted", bad=(5, 6))
     with pytest.raises(SystemExit):
-        train(tmp_path / "parts", stop=5, bad=(5, 6))  # the checkpoint is of step 6, which was skipped
-    resumed = train(tmp_path / "parts", bad=(5, 6))
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+        train(tmp_path / "stopped", stop=5, bad=(5, 6))  # the checkpoint is of step 6, which was skipped
+    resumed = train(tmp_path / "stopped", bad=(5, 6))
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
+    assert metrics(tmp_path / "uninterrupted") == metrics(tmp_path / "stopped")
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 10, of sample 38; 3 steps in a row .*step-000008 stands"):
         train(tmp_path, bad=(2, 3, 7, 8, 9), max_skipped=3)
     for folder in checkpoints(tmp_path / "stage1"):
@@ -314,70 +311,72 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_last_checkpoint_st
 
 
 @pytest.fixture
-def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
-    """Losses of `train` are multiplied by 4 at first, as fp16's are by more: accelerate does so on a GPU only."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+def scaler(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """A gradient scaler of `train`'s losses, 4 at first; accelerate has one (for fp16) on a GPU only."""
+    grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 
-    def with_scaler(*given: object) -> Accelerator:
-        made = accelerator(*given)
-        made.scaler = scaler
-        made.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
-        return made
+    def with_scaler(*args: object) -> Accelerator:
+        built = accelerator(*args)
+        built.scaler = grad_scaler
+        built.unscale_gradients = lambda optimizer: grad_scaler.unscale_(optimizer.optimizer)
+        return built
 
     monkeypatch.setattr(ldm.training.trainer, "accelerator", with_scaler)
-    return scaler
+    return grad_scaler
 
 
-def test_a_scale_that_is_too_high_is_lowered_and_not_counted(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+def test_a_too_high_loss_scale_is_lowered_and_not_counted_as_a_skip(
+    tmp_path: Path, scaler: torch.amp.GradScaler
+) -> None:
     run = train(tmp_path, steep=(2, 3))
-    assert (run.nonfinite.total, run.ema.updates, scaled.get_scale()) == (0, 10, 1.0)
+    assert (run.nonfinite.total, run.ema.updates, scaler.get_scale()) == (0, 10, 1.0)
 
 
-def test_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path: Path, scaled: torch.amp.GradScaler) -> None:
+def test_gradients_that_are_nonfinite_at_any_scale_stop_the_run(tmp_path: Path, scaler: torch.amp.GradScaler) -> None:
     with pytest.raises(UserError, match=r"step 7, of sample 24, .* 3 steps in a row"):
         train(tmp_path, steep=tuple(range(2, 12)), max_skipped=3)
 
 
-def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(
-    tmp_path: Path, scaled: torch.amp.GradScaler, monkeypatch: pytest.MonkeyPatch
+def test_a_nonfinite_loss_is_skipped_even_if_its_gradient_is_finite(
+    tmp_path: Path, scaler: torch.amp.GradScaler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = Trainer.backward
 
-    def overflown(run: Trainer, loss: torch.Tensor) -> None:
+    def overflow(run: Trainer, loss: torch.Tensor) -> None:
         backward(run, loss)
         run._losses[-1] = loss.detach() / (run.step != 5)
 
-    monkeypatch.setattr(Trainer, "backward", overflown)
+    monkeypatch.setattr(Trainer, "backward", overflow)
     run = train(tmp_path)
     steps = run._engine.optimizer.state_dict()["state"][0]["step"]
     assert (run.nonfinite.total, int(steps), run.ema.updates) == (1, 11, 11)
 
 
-def test_a_gradient_apart_that_is_not_finite_is_noticed() -> None:
-    class Two(nn.Linear):
+def test_a_nonfinite_gradient_of_extra_parameters_is_detected() -> None:
+    class WithExtraParameters(nn.Linear):
         @property
         def extra_parameters(self) -> list[nn.Parameter]:
             return [self.bias]
 
-    engine = Engine(Two(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
+    engine = Engine(WithExtraParameters(2, 2), 0.1, Training(), Accelerator(cpu=True), "no")
     engine.module(torch.ones(1, 2)).sum().backward()
     assert engine.clip_gradients().isfinite()
     engine.module.bias.grad.fill_(torch.nan)
     assert not engine.clip_gradients().isfinite()
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = train(tmp_path / "whole")
-    asked = train(tmp_path / "asked", stop=5, number=signal.SIGUSR1, keep=9)
+def test_sigusr1_saves_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full_run = train(tmp_path / "uninterrupted")
+    signalled = train(tmp_path / "signalled", stop=5, number=signal.SIGUSR1, keep=9)
     assert "stage1: saved at step 6." in capsys.readouterr().out
-    assert [folder.name[-2:] for folder in checkpoints(tmp_path / "asked/stage1")] == ["04", "06", "08", "12"]
-    assert all(map(torch.equal, weights(whole), weights(asked)))
+    assert [folder.name[-2:] for folder in checkpoints(tmp_path / "signalled/stage1")] == ["04", "06", "08", "12"]
+    assert all(map(torch.equal, weights(full_run), weights(signalled)))
 
 
-@pytest.mark.usefixtures("capsys")  # which keeps what is printed out of files
-def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the weights no longer fit, as they would not there."""
-    whole = train(tmp_path / "whole")
+@pytest.mark.usefixtures("capsys")  # keeps output out of files, which the limit covers too
+def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_kept(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: the weights no longer fit."""
+    full_run = train(tmp_path / "uninterrupted")
     with pytest.raises(SystemExit):
         train(tmp_path / "full", stop=6)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -389,11 +388,11 @@ def test_a_full_disk_is_told_in_a_line_and_the_last_checkpoint_stands(tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
     resumed = train(tmp_path / "full")
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
 
 
 @pytest.mark.slow
-def test_processes_that_train_on_other_pictures_are_told_apart(tmp_path: Path, launch: Callable[..., Process]) -> None:
+def test_processes_with_different_data_are_refused_by_all(tmp_path: Path, launch: Callable[..., Process]) -> None:
     (tmp_path / "other.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -406,8 +405,8 @@ def test_processes_that_train_on_other_pictures_are_told_apart(tmp_path: Path, l
         "try:\n"
         "    Trainer(run, Training(batch=4), 'stage2', nn.Linear(2, 2), {'data': rank})\n"
         "except UserError as error:\n"
-        "    print(rank, 'said:', error, flush=True)\n"
+        "    print(rank, 'reported:', error, flush=True)\n"
     )
-    said, _ = launch(tmp_path / "other.py", tmp_path, processes=2).communicate(timeout=240)
-    told = "stage2: process 1 has other images, captions or latents than process 0 (data: 0 → 1)"
-    assert all(f"{rank} said: {told}" in said for rank in (0, 1)), said
+    output, _ = launch(tmp_path / "other.py", tmp_path, processes=2).communicate(timeout=240)
+    message = "stage2: process 1 has other images, captions or latents than process 0 (data: 0 → 1)"
+    assert all(f"{rank} reported: {message}" in output for rank in (0, 1)), output

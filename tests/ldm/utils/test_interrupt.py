@@ -1,4 +1,4 @@
-"""Ctrl-C before a command has begun."""
+"""Ctrl-C during a command's imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULES = ["train_ldm", "ldm.cli.txt2img", "stage1_vae.suitability"]
 
 
 def run(root: Path, folder: Path, module: str, source: str) -> subprocess.CompletedProcess[str]:
-    """Imports a command's module where the library that it imports next, numpy or yaml, is `source`."""
+    """Imports a command's module with numpy, yaml and torch replaced by modules whose code is `source`."""
     for name in ("numpy", "yaml", "torch"):
         (folder / f"{name}.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(root)]), "OMP_NUM_THREADS": "1"}
@@ -28,16 +28,16 @@ def run(root: Path, folder: Path, module: str, source: str) -> subprocess.Comple
 @pytest.mark.parametrize("after", ["", "    raise ImportError('a library hides the reason')"])
 def test_an_interrupt_during_imports_is_one_line(root: Path, tmp_path: Path, module: str, after: str) -> None:
     source = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time; time.sleep(9)\n"
-    ended = run(root, tmp_path, module, f"{source}except KeyboardInterrupt:\n{after or '    raise'}\n")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", f"{MESSAGE}\n")
+    completed = run(root, tmp_path, module, f"{source}except KeyboardInterrupt:\n{after or '    raise'}\n")
+    assert (completed.returncode, completed.stdout, completed.stderr) == (130, "", f"{MESSAGE}\n")
 
 
 def test_other_errors_keep_their_traceback(root: Path, tmp_path: Path) -> None:
-    ended = run(root, tmp_path, "train_ldm", "raise ImportError('broken')")
-    assert ended.returncode == 1 and "Traceback" in ended.stderr and "broken" in ended.stderr
+    completed = run(root, tmp_path, "train_ldm", "raise ImportError('broken')")
+    assert completed.returncode == 1 and "Traceback" in completed.stderr and "broken" in completed.stderr
 
 
-def test_a_cause_is_found_and_a_mere_error_is_none() -> None:
+def test_an_interrupt_is_recognized_as_the_cause_of_another_error() -> None:
     error = ImportError()
     error.__context__ = ValueError()
     assert not was_interrupted(error)

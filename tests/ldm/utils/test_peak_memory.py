@@ -1,4 +1,4 @@
-"""The peak of a process's memory, in bytes on every system, and forgotten where that can be."""
+"""A process's peak memory: bytes on every system, reset where the system can."""
 
 import os
 import resource
@@ -10,21 +10,21 @@ import pytest
 from ldm.utils import peak_memory
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system can't forget a peak")
-def test_a_peak_is_forgotten() -> None:
-    def take() -> None:
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system can't reset the peak")
+def test_the_peak_is_reset() -> None:
+    def allocate() -> None:
         bytearray(b"x") * (256 << 20)
 
     peak_memory.reset_peak_memory(cuda=False)
     before = peak_memory.peak_memory(cuda=False).allocated
-    take()
+    allocate()
     assert peak_memory.peak_memory(cuda=False).allocated > before + (200 << 20)
     peak_memory.reset_peak_memory(cuda=False)
     assert peak_memory.peak_memory(cuda=False).allocated < before + (100 << 20)
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
-def test_a_system_without_proc_counts_in_its_own_unit(
+def test_without_proc_the_unit_of_getrusage_is_converted_to_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, unit: int
 ) -> None:
     monkeypatch.setattr(peak_memory, "PROCESS", tmp_path)

@@ -1,4 +1,4 @@
-"""What a classifier's guidance is measured by."""
+"""The table that measures classifier guidance, and the accuracy in it."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ KEYS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v", "flow"])
-def test_each_solver_and_scale_gets_a_row(
+def test_every_solver_and_scale_gets_a_row(
     target: str, train: Callable[..., str], call: Callable[..., str], tmp_path: Path, small: list[str], vae: Autoencoder
 ) -> None:
     vae.save(tmp_path / "vae")
     run, guide, evaluator = tmp_path / "run", tmp_path / "guide", tmp_path / "evaluator"
-    chain = [] if target == "flow" else ["stage2.timesteps=20", "sample.solver=ddim"]
-    given = [
+    ddpm = [] if target == "flow" else ["stage2.timesteps=20", "sample.solver=ddim"]
+    overrides = [
         f"stage1.pretrained={tmp_path / 'vae'}",
         "stage2.conditions=[]",
         f"stage2.prediction_type={target}",
-        *chain,
+        *ddpm,
     ]
-    train(run, *small, *given)
+    train(run, *small, *overrides)
     call(training.main, run, "--out", guide, *KEYS, "half=0")
     call(training.main, run, "--out", evaluator, *KEYS, "half=1", "seed=1")
     options = ["--guide", guide, "--evaluator", evaluator, "--count", 10, "--scales", 0, 3, "--steps", 4]
-    said = call(evaluate.main, run, *options)
-    header, *rows = (line.split() for line in said[said.index("solver") :].splitlines())
+    output = call(evaluate.main, run, *options)
+    header, *rows = (line.split() for line in output[output.index("solver") :].splitlines())
     assert header == ["solver", "steps", "scale", "guide", "evaluator", "seconds"]
     assert [row[:3] for row in rows] == [["ddpm", "4", "0"], ["ddpm", "4", "3"], ["ddim", "2", "0"], ["ddim", "2", "3"]]
     assert all(round(float(share) * 10, 6).is_integer() for row in rows for share in row[3:5])
@@ -59,26 +59,26 @@ def test_each_solver_and_scale_gets_a_row(
 
 
 @pytest.mark.slow
-def test_what_can_not_be_measured_is_one_clear_line(tiny_run: Path, tmp_path: Path, call: Callable[..., str]) -> None:
+def test_a_mistake_is_one_line(tiny_run: Path, tmp_path: Path, call: Callable[..., str]) -> None:
     both = ["--guide", tmp_path, "--judge", tmp_path]
-    for more, says in (
+    for more, message in (
         (["--count", 0], "--count: 0; give 1 or more"),
         (["--steps", 1], "--steps: 1; give 2 or more"),
         ([], "has text or class conditions"),
     ):
-        said = call(evaluate.main, tiny_run, *both, *more, status=2)
-        assert says in said
-        assert said.count("\n") == 1
+        output = call(evaluate.main, tiny_run, *both, *more, status=2)
+        assert message in output
+        assert output.count("\n") == 1
 
 
-def test_the_share_is_that_of_the_largest_logits_without_noise() -> None:
+def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_class() -> None:
     torch.manual_seed(0)
     settings = ClassifierConfig(
         channels=(16, 16), layers=1, attention=(False, True), attention_head_dim=8, norm_num_groups=4
     )
-    found = NoisyClassifier.of(settings, Autoencoder(Identity()), DiffusionProcess("v"), ["cat", "dog"]).eval()
+    classifier = NoisyClassifier.of(settings, Autoencoder(Identity()), DiffusionProcess("v"), ["cat", "dog"]).eval()
     x0 = torch.randn(40, 3, 8, 8)
-    taken = found(x0, torch.tensor(0)).argmax(1)
-    assert evaluate.accuracy(found, x0, taken) == 1
-    assert evaluate.accuracy(found, x0, 1 - taken) == 0
-    assert evaluate.accuracy(found, x0, torch.where(torch.arange(40) < 10, taken, 1 - taken)) == 0.25
+    predicted = classifier(x0, torch.tensor(0)).argmax(1)
+    assert evaluate.accuracy(classifier, x0, predicted) == 1
+    assert evaluate.accuracy(classifier, x0, 1 - predicted) == 0
+    assert evaluate.accuracy(classifier, x0, torch.where(torch.arange(40) < 10, predicted, 1 - predicted)) == 0.25

@@ -1,4 +1,4 @@
-"""Training the classifier of classifier guidance on a finished run, as its command does."""
+"""The command that trains a classifier, for classifier guidance, on a finished run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def trained(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training on a run that was told captions, and no classes."""
+    """The output of an uninterrupted training, on a run conditioned on captions and not on classes."""
     out = tmp_path_factory.mktemp("classifier") / "out"
     assert train.main([str(tiny_run), "--out", str(out), *KEYS]) == 0
     return out
@@ -55,11 +55,11 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_finished_classifier_fits_the_model_of_its_run(trained: Path, tiny_run: Path) -> None:
-    model, found = LatentDiffusion.load(tiny_run / "pipeline", "cpu"), NoisyClassifier.load(trained)
-    found.check(model.scheduler, model.autoencoder)
-    assert {"person", "shape", "food"} < set(found.classes)
+    model, classifier = LatentDiffusion.load(tiny_run / "pipeline", "cpu"), NoisyClassifier.load(trained)
+    classifier.check(model.scheduler, model.autoencoder)
+    assert {"person", "shape", "food"} < set(classifier.classes)
     x = torch.randn(2, model.autoencoder.channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert found(x, torch.tensor(500.0)).shape == (2, len(found.classes))
+    assert classifier(x, torch.tensor(500.0)).shape == (2, len(classifier.classes))
     measured = [line for line in metrics(trained) if "held_out_accuracy" in line]
     assert [line["step"] for line in measured] == [2, 4, 6]
     for line in measured:
@@ -70,7 +70,7 @@ def test_a_finished_classifier_fits_the_model_of_its_run(trained: Path, tiny_run
 
 
 @pytest.mark.slow
-def test_what_is_saved_are_the_averaged_weights(trained: Path) -> None:
+def test_the_ema_weights_are_saved(trained: Path) -> None:
     parts, _ = read_checkpoint(trained / "classifier/checkpoints/step-000006")
     saved = NoisyClassifier.load(trained).state_dict()
     assert parts["ema"].keys() == saved.keys()
@@ -78,35 +78,35 @@ def test_what_is_saved_are_the_averaged_weights(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_training_ends_as_the_uninterrupted_one(
+def test_a_killed_training_resumes_to_the_uninterrupted_result(
     trained: Path, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     out = tmp_path / "out"
-    shutil.copytree(trained, out)  # as a SIGKILL between two steps leaves it
+    shutil.copytree(trained, out)  # the state that a SIGKILL between two steps leaves
     shutil.rmtree(out / "model")
     shutil.rmtree(out / "classifier/checkpoints/step-000006")
     assert "continuing from step 3 of 6" in call(train.main, tiny_run, "--out", out, *KEYS)
     assert metrics(out) == metrics(trained)
-    ended, whole = (NoisyClassifier.load(folder).state_dict() for folder in (out, trained))
-    assert all(torch.equal(value, whole[name]) for name, value in ended.items())
+    resumed, uninterrupted = (NoisyClassifier.load(folder).state_dict() for folder in (out, trained))
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in resumed.items())
 
 
 @pytest.mark.slow
-def test_a_finished_one_is_not_trained_again_and_takes_no_other_settings(
+def test_a_finished_classifier_is_not_trained_again_and_refuses_other_settings(
     trained: Path, tiny_run: Path, call: Callable[..., str]
 ) -> None:
     model = trained / "model/diffusion_pytorch_model.safetensors"
     before, lines = model.stat(), metrics(trained)
     assert f"finished: {trained / 'model'}" in call(train.main, tiny_run, "--out", trained, *KEYS, "evaluate_every=1")
-    said = call(train.main, tiny_run, "--out", trained, *KEYS, "steps=7", "half=0", status=2)
-    assert "belongs to another training" in said
-    assert "classifier.steps: 6 → 7" in said
-    assert "classifier.half: None → 0" in said
+    output = call(train.main, tiny_run, "--out", trained, *KEYS, "steps=7", "half=0", status=2)
+    assert "belongs to another training" in output
+    assert "classifier.steps: 6 → 7" in output
+    assert "classifier.half: None → 0" in output
     assert (model.stat().st_mtime_ns, metrics(trained)) == (before.st_mtime_ns, lines)
 
 
 @pytest.mark.slow
-def test_one_that_had_not_begun_takes_other_settings(
+def test_a_training_without_a_checkpoint_accepts_other_settings(
     trained: Path, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -115,22 +115,22 @@ def test_one_that_had_not_begun_takes_other_settings(
 
 
 @pytest.mark.slow
-def test_the_table_counts_each_class(trained: Path, tiny_run: Path, call: Callable[..., str], tmp_path: Path) -> None:
+def test_the_table_counts_the_images_of_every_class(
+    trained: Path, tiny_run: Path, call: Callable[..., str], tmp_path: Path
+) -> None:
     more = ["steps=1", "half=1", "seed=3", "evaluate_images=1000"]
-    said = call(train.main, tiny_run, "--out", tmp_path / "out", *KEYS, *more)
-    rows = said[said.index("held out") :].splitlines()
-    header, everything, *classes = [
-        row.split() for row in rows[: next(i for i, r in enumerate(rows) if r[:5] == "finis")]
-    ]
+    output = call(train.main, tiny_run, "--out", tmp_path / "out", *KEYS, *more)
+    rows = output[output.index("held out") :].splitlines()
+    header, total, *classes = [row.split() for row in rows[: next(i for i, r in enumerate(rows) if r[:5] == "finis")]]
     assert header == ["held", "out", "images", "-5", "-3", "-1", "+1", "+3", "+5", "log-SNR"]
     counts = [int(row[1]) for row in classes]
-    assert int(everything[1]) == sum(counts)
+    assert int(total[1]) == sum(counts)
     for column in range(2, 8):
-        right = sum(float(row[column]) * n for row, n in zip(classes, counts, strict=True))
-        assert float(everything[column]) == pytest.approx(right / sum(counts), abs=1e-3)
+        correct = sum(float(row[column]) * n for row, n in zip(classes, counts, strict=True))
+        assert float(total[column]) == pytest.approx(correct / sum(counts), abs=1e-3)
 
 
-def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_right_as_of_the_whole_batch(
+def test_validation_is_split_into_device_batches_without_changing_the_accuracy(
     drawings: Callable[..., tuple[loader.Config, Index]],
     random_model: Callable[..., LatentDiffusion],
     tmp_path: Path,
@@ -151,9 +151,9 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
     monkeypatch.setattr(NoisyClassifier, "forward", spy)
 
     def validated(device_batch: int | None) -> tuple[dict[str, float], int]:
-        """Each held-out accuracy, and the most images computed at once in the training and for the table after it."""
+        """The held-out accuracies, and the most images computed at once in training and for the final table."""
         out = tmp_path / str(device_batch)
-        own = ClassifierConfig(
+        classifier_settings = ClassifierConfig(
             batch=8,
             device_batch=device_batch,
             steps=1,
@@ -166,19 +166,21 @@ def test_no_more_images_are_validated_at_once_than_trained_on_and_as_many_are_ri
             lr=1e-30,  # the weights stay
         )
         computed.clear()
-        of_it = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": out})})
-        train.train(of_it, own, tmp_path / "run", out)
+        run_settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": out})})
+        train.train(run_settings, classifier_settings, tmp_path / "run", out)
         (line,) = [line for line in metrics(out) if "held_out_accuracy" in line]
         return line, max(computed)
 
-    (whole, most), (in_passes, fewer) = validated(None), validated(2)
-    assert (most, fewer) == (8, 2)
-    assert in_passes == whole
+    (full_batch, full_size), (device_batches, device_size) = validated(None), validated(2)
+    assert (full_size, device_size) == (8, 2)
+    assert device_batches == full_batch
 
 
-def test_two_halves_are_disjoint_and_cover_everything(drawings: Callable[..., tuple[loader.Config, Index]]) -> None:
-    _, pictures = drawings()
-    train = pictures.select("train")
+def test_the_two_halves_are_disjoint_and_cover_the_training_images(
+    drawings: Callable[..., tuple[loader.Config, Index]],
+) -> None:
+    _, index = drawings()
+    train = index.select("train")
     halves = [set(train.half(number).column("sha256").tolist()) for number in (0, 1)]
     assert not halves[0] & halves[1]
     assert halves[0] | halves[1] == set(train.column("sha256").tolist())
@@ -186,8 +188,8 @@ def test_two_halves_are_disjoint_and_cover_everything(drawings: Callable[..., tu
     assert 0.4 < len(train.half(0)) / len(train) < 0.6
 
 
-def other(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
-    """A run like a finished one whose configuration differs."""
+def write_run_like(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    """Writes the folder of a run like a finished one, with `changes` to its configuration."""
     folder.mkdir()
     written = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
     written["configuration"]["run"]["dir"] = str(folder)
@@ -201,7 +203,7 @@ def other(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (
             {"stage2.conditions": ["text", "inpaint"]},
@@ -220,25 +222,25 @@ def other(run: Path, folder: Path, changes: dict[str, Any]) -> Path:
     ],
     ids=["inpaint", "stream", "no classes", "one class", "another process"],
 )
-def test_runs_that_no_classifier_can_be_trained_on_are_one_clear_line(
-    changes: dict[str, Any], says: str, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
+def test_a_run_that_a_classifier_cannot_be_trained_on_is_refused_in_one_line(
+    changes: dict[str, Any], message: str, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
-    for place in (tmp_path / "none", tmp_path / "one/cat"):
-        place.mkdir(parents=True)
+    for folder in (tmp_path / "none", tmp_path / "one/cat"):
+        folder.mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(place / f"{i}.png")
+            Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(folder / f"{i}.png")
     if "data.source" in changes:
         changes = {**changes, "data.source": [{"path": str(tmp_path / changes["data.source"][0]["path"])}]}
-    run = other(tiny_run, tmp_path / "run", changes)
-    said = call(train.main, run, "--out", tmp_path / "out", *KEYS, status=2)
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert says in line
+    run = write_run_like(tiny_run, tmp_path / "run", changes)
+    output = call(train.main, run, "--out", tmp_path / "out", *KEYS, status=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert message in line
     assert not (tmp_path / "out/classifier").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         (["step=3"], "unknown key 'step'; did you mean 'steps'?"),
         (["half=2"], "half: 2"),
@@ -248,17 +250,17 @@ def test_runs_that_no_classifier_can_be_trained_on_are_one_clear_line(
     ],
     ids=["unknown", "half", "levels", "batch", "no value"],
 )
-def test_wrong_keys_are_one_clear_line(
-    keys: list[str], says: str, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
+def test_a_wrong_key_is_one_line(
+    keys: list[str], message: str, tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
-    said = call(train.main, tiny_run, "--out", tmp_path / "out", *KEYS, *keys, status=2)
-    assert says in said
-    assert len(said.splitlines()) == 1
+    output = call(train.main, tiny_run, "--out", tmp_path / "out", *KEYS, *keys, status=2)
+    assert message in output
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_not_finished_and_a_folder_of_another_kind_are_refused(
+def test_an_unfinished_run_and_a_folder_of_another_kind_are_refused(
     tiny_run: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     assert "no finished run (it has no pipeline)" in call(train.main, tmp_path, "--out", tmp_path / "out", status=2)

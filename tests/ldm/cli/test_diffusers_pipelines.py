@@ -1,8 +1,9 @@
-"""Pipelines that diffusers itself builds and saves, through txt2img.py."""
+"""txt2img.py on pipelines that diffusers itself builds and saves, against diffusers' own images."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def vae(kind: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """CLIP's text encoder and tokenizer, whose tokens are letters."""
     folder = tmp_path_factory.mktemp("clip")
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -88,29 +89,30 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
 
 
-NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 @pytest.fixture(scope="module")
-def like_sd1(words: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a pipeline as Stable Diffusion 1 comes, with its scheduler."""
-    folder = tmp_path_factory.mktemp("others") / "sd1"
-    rule = PNDMScheduler(
+def sd1_dir(clip: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small pipeline with the layout and the scheduler of Stable Diffusion 1."""
+    folder = tmp_path_factory.mktemp("pipelines") / "sd1"
+    noise_scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
-    StableDiffusionPipeline(**words, vae=vae(AutoencoderKL), unet=unet(), scheduler=rule, **NONE).save_pretrained(
-        folder
-    )
+    StableDiffusionPipeline(
+        **clip, vae=vae(AutoencoderKL), unet=unet(), scheduler=noise_scheduler, **NO_SAFETY_CHECKER
+    ).save_pretrained(folder)
     path = folder / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": False}))  # it has that key too
+    scheduler_config = {**json.loads(path.read_text()), "clip_sample": False}  # Stable Diffusion 1 has this key too
+    path.write_text(json.dumps(scheduler_config))
     return folder
 
 
-def ours(call: Callable[..., str], folder: Path, out: Path, *more: object) -> np.ndarray:
-    call(txt2img.main, "--model", folder, "--seed", 5, *EXACT, *more, "--out", out)
-    found = np.asarray(Image.open(out)).astype(int)
-    assert found.std() > 1
-    return found
+def txt2img_pixels(call: Callable[..., str], folder: Path, out: Path, *options: object) -> np.ndarray:
+    call(txt2img.main, "--model", folder, "--seed", 5, *EXACT, *options, "--out", out)
+    image = np.asarray(Image.open(out)).astype(int)
+    assert image.std() > 1
+    return image
 
 
 @pytest.mark.parametrize(
@@ -122,13 +124,13 @@ def ours(call: Callable[..., str], folder: Path, out: Path, *more: object) -> np
         ("dpm++", DPMSolverMultistepScheduler),
     ],
 )
-def test_a_stable_diffusion_makes_what_plain_diffusers_makes(
-    solver: str | None, kind: Any, like_sd1: Path, call: Callable[..., str], tmp_path: Path
+def test_stable_diffusion_equals_diffusers(
+    solver: str | None, kind: Any, sd1_dir: Path, call: Callable[..., str], tmp_path: Path
 ) -> None:
-    asked = ("--solver", solver) if solver else ()
-    found = ours(
+    options = ("--solver", solver) if solver else ()
+    image = txt2img_pixels(
         call,
-        like_sd1,
+        sd1_dir,
         tmp_path / "a.png",
         "--prompt",
         "red heart",
@@ -138,76 +140,81 @@ def test_a_stable_diffusion_makes_what_plain_diffusers_makes(
         6,
         "--guidance",
         3,
-        *asked,
+        *options,
     )
-    pipe = DiffusionPipeline.from_pretrained(like_sd1)
+    pipe = DiffusionPipeline.from_pretrained(sd1_dir)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    theirs = pipe(
+    expected = pipe(
         "red heart",
         negative_prompt="blue",
         num_inference_steps=6,
         guidance_scale=3.0,
         latents=initial_noise((4, 8, 8), [5]),
     ).images[0]
-    assert np.abs(found - np.asarray(theirs)).max() <= 1
+    assert np.abs(image - np.asarray(expected)).max() <= 1
 
 
-def test_a_consistency_model_is_told_its_guidance_as_plain_diffusers_tells_it(
-    words: dict[str, Any], call: Callable[..., str], tmp_path: Path
+def test_a_latent_consistency_models_guidance_embedding_equals_diffusers(
+    clip: dict[str, Any], call: Callable[..., str], tmp_path: Path
 ) -> None:
-    network, rule = unet(time_cond_proj_dim=32), LCMScheduler(beta_start=0.00085, beta_end=0.012)
-    pipe = LatentConsistencyModelPipeline(**words, vae=vae(AutoencoderKL), unet=network, scheduler=rule, **NONE)
+    network, noise_scheduler = unet(time_cond_proj_dim=32), LCMScheduler(beta_start=0.00085, beta_end=0.012)
+    pipe = LatentConsistencyModelPipeline(
+        **clip, vae=vae(AutoencoderKL), unet=network, scheduler=noise_scheduler, **NO_SAFETY_CHECKER
+    )
     pipe.save_pretrained(tmp_path / "lcm")
     for scale in (4.0, 8.0):
-        found = ours(call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 1, "--guidance", scale)
-        theirs = pipe("owl", num_inference_steps=1, guidance_scale=scale, latents=initial_noise((4, 8, 8), [5]))
-        assert np.abs(found - np.asarray(theirs.images[0])).max() <= 1
-    ours(call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 4)
+        image = txt2img_pixels(
+            call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 1, "--guidance", scale
+        )
+        expected = pipe("owl", num_inference_steps=1, guidance_scale=scale, latents=initial_noise((4, 8, 8), [5]))
+        assert np.abs(image - np.asarray(expected.images[0])).max() <= 1
+    txt2img_pixels(call, tmp_path / "lcm", tmp_path / "a.png", "--prompt", "owl", "--steps", 4)
 
 
-def test_models_of_no_text_make_what_plain_diffusers_makes(call: Callable[..., str], tmp_path: Path) -> None:
-    chain = DDIMScheduler(clip_sample=True)
+def test_unconditional_pipelines_equal_diffusers(call: Callable[..., str], tmp_path: Path) -> None:
     pipes = {
         "ldm": LDMPipeline(vqvae=vae(VQModel), unet=plain_unet(8, 4), scheduler=DDIMScheduler(clip_sample=False)),
-        "ddim": DDIMPipeline(unet=plain_unet(16, 3), scheduler=chain),
+        "ddim": DDIMPipeline(unet=plain_unet(16, 3), scheduler=DDIMScheduler(clip_sample=True)),
         "ddpm": DDPMPipeline(unet=plain_unet(16, 3), scheduler=DDPMScheduler()),
     }
     for name, pipe in pipes.items():
         pipe.save_pretrained(tmp_path / name)
-        found = ours(call, tmp_path / name, tmp_path / "a.png", "--steps", 4)
-        theirs = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
-        assert np.abs(found - np.asarray(theirs)).max() <= 1, name
-    whole = ours(call, tmp_path / "ddpm", tmp_path / "a.png", "--solver", "ddim", "--steps", 4)
-    theirs = DDIMPipeline(unet=pipes["ddpm"].unet, scheduler=DDIMScheduler.from_config(pipes["ddpm"].scheduler.config))
-    expected = theirs(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
-    assert np.abs(whole - np.asarray(expected)).max() <= 1
+        image = txt2img_pixels(call, tmp_path / name, tmp_path / "a.png", "--steps", 4)
+        expected = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+        assert np.abs(image - np.asarray(expected)).max() <= 1, name
+    image = txt2img_pixels(call, tmp_path / "ddpm", tmp_path / "a.png", "--solver", "ddim", "--steps", 4)
+    ddim = DDIMPipeline(unet=pipes["ddpm"].unet, scheduler=DDIMScheduler.from_config(pipes["ddpm"].scheduler.config))
+    expected = ddim(num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
+    assert np.abs(image - np.asarray(expected)).max() <= 1
 
 
-@pytest.mark.parametrize("shard", ["1GB", "20KB"])
-def test_a_pipeline_of_fp16_weights_without_unused_components_loads(
-    shard: str, like_sd1: Path, call: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_a_pipeline_of_fp16_weights_loads_without_its_unused_components(
+    shard_size: str, sd1_dir: Path, call: Callable[..., str], tmp_path: Path
 ) -> None:
-    pipe = DiffusionPipeline.from_pretrained(like_sd1, torch_dtype=torch.float16)
-    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard)
+    pipe = DiffusionPipeline.from_pretrained(sd1_dir, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard_size)
     index = tmp_path / "half/model_index.json"
     unused = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     }
     index.write_text(json.dumps(json.loads(index.read_text()) | unused))
     names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
     assert names and all(".fp16" in name for name in names)
-    more = ("--prompt", "red heart", "--steps", 4)
-    images = [ours(call, folder, tmp_path / "a.png", *more) for folder in (like_sd1, tmp_path / "half")]
+    options = ("--prompt", "red heart", "--steps", 4)
+    images = [txt2img_pixels(call, folder, tmp_path / "a.png", *options) for folder in (sd1_dir, tmp_path / "half")]
     assert 0 < np.abs(images[0] - images[1]).mean() < 2
     encoder = text_encoder.load(str(tmp_path / "half"))
     assert encoder.encode(["a"]).dtype == torch.float32
 
 
-def test_pickled_weights_are_refused(like_sd1: Path, call: Callable[..., str], tmp_path: Path) -> None:
-    DiffusionPipeline.from_pretrained(like_sd1).save_pretrained(tmp_path / "bin", safe_serialization=False)
+def test_pickled_weights_are_refused(sd1_dir: Path, call: Callable[..., str], tmp_path: Path) -> None:
+    DiffusionPipeline.from_pretrained(sd1_dir).save_pretrained(tmp_path / "bin", safe_serialization=False)
     assert list((tmp_path / "bin").rglob("*.bin"))
-    said = call(txt2img.main, "--model", tmp_path / "bin", "--prompt", "a", "--out", tmp_path / "out", status=2)
-    assert said.startswith("error: --model: can't load a pipeline")
-    assert said.count("\n") == 1
+    output = call(txt2img.main, "--model", tmp_path / "bin", "--prompt", "a", "--out", tmp_path / "out", status=2)
+    assert output.startswith("error: --model: can't load a pipeline")
+    assert re.search(r"\.bin: is a pickle, which can run anything when it is opened, and is not read; make a", output)
+    assert output.count("\n") == 1
     assert not (tmp_path / "out").exists()
