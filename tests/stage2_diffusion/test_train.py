@@ -278,7 +278,7 @@ def trained(
 ) -> Path:
     """A folder with the RUNS that a single process trained, and two with DDP and FSDP; and runs that FSDP began."""
     folder = tmp_path_factory.mktemp("processes")
-    shared = [*small, "stage2.evaluate_images=20", "stage2.evaluate_every=2", "stage2.steps=4"]
+    shared = [*small, "stage2.evaluate_images=6", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
         "first half": (*RUNS[ALL_LEARNED], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
         "resumed": RUNS[ALL_LEARNED],
