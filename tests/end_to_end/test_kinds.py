@@ -41,8 +41,8 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture
-def trained(tiny_run: Path, tmp_path: Path):
-    """Trains stage two of the tiny configuration with overrides, in the latents of its finished run."""
+def trained(tiny_run: Path, words: Path, tmp_path: Path):
+    """Trains stage two of the tiny configuration with overrides and a small text encoder, in the latents of its run."""
 
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
@@ -53,6 +53,7 @@ def trained(tiny_run: Path, tmp_path: Path):
                 "stage2.steps=25",
                 f"stage1.pretrained={tiny_run / 'autoencoder'}",
                 f"data.cache_dir={tiny_run / 'cache'}",
+                f"text.model={words}",
                 *overrides,
             ]
         )

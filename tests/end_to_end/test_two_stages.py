@@ -157,9 +157,10 @@ def test_torchrun_starts_two_processes_that_find_each_other(launch_python: Start
 
 
 def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
-    train: Callable[..., str], launch: Start, finish: Finish, tiny_run: Path, tmp_path: Path
+    train: Callable[..., str], launch: Start, finish: Finish, tiny_run: Path, words: Path, tmp_path: Path
 ) -> None:
     shared = (
+        f"text.model={words}",
         f"data.cache_dir={tiny_run / 'cache'}",
         f"stage1.pretrained={tiny_run / 'autoencoder'}",
         "stage2.batch=8",
