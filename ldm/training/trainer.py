@@ -129,15 +129,16 @@ class Trainer:
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
         self._progress = ProgressBar(self.stage, self.step, t.steps, t.batch, hidden)
-        start, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[self.precision])
+        start = self.step
+        if self.is_main:  # which alone writes metrics
+            self._clock.count_flops(  # after the first line of metrics; dry runs end before
+                self.model,
+                self._engine.unsharded,
+                self.passes.images,
+                a.num_processes * matmul_peak(self.device, DTYPES[self.precision]),
+                lambda: self.step >= start + self.config.log_every,
+            )
         self._clock.restart()
-        self._clock.count_flops(  # after the first line of metrics; dry runs end before
-            self.model,
-            self._engine.unsharded,
-            self.passes.images,
-            peak,
-            lambda: self.step >= start + self.config.log_every,
-        )
         self.model.train()
         try:
             with nullcontext() if self.dry_run else self._signals.installed():
