@@ -53,6 +53,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
 
 
+def steps_done(folder: Path) -> int:
+    """The step of the last checkpoint in a stage's folder; 0 where there is none."""
+    last = checkpoints(folder)[-1:]
+    return int(last[0].name.removeprefix("step-")) if last else 0
+
+
 class CheckpointManager:
     """`FOLDER/checkpoints/step-000500` and so on, of which the last few are kept."""
 
