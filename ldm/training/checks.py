@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import source_kinds
+from ldm.data.sources import CONFIRMATION, Sources
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
@@ -123,7 +124,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
         unet.load(stage2, *shape)
-        if not (stage1.needs_none or stage1.init_from or (config.run.dir / "autoencoder").exists()):
+        trained = on_main((config.run.dir / "autoencoder").exists)
+        if not (stage1.needs_none or stage1.init_from or trained):
             raise UserError(
                 f"stage2.init_from: {stage2.init_from} was trained in the latents of its own autoencoder, and stage "
                 "one would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
@@ -132,6 +134,18 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     else:
         unet.build_empty(stage2, *shape)
     return encoder
+
+
+def check_captions(config: Config, confirmation: str = CONFIRMATION) -> None:
+    """UserError, naming the `confirmation`, where all images share a caption guessed from a folder's name."""
+    data = config.data
+
+    def check() -> None:  # it may have to walk the folder
+        sources = Sources(data.source, data.size, config.cache_dir, config.stage2.conditions)
+        if problem := sources.unconfirmed_caption(confirmation):
+            raise UserError(problem)
+
+    on_main(check)
 
 
 def _check_noise(config: Config) -> None:

@@ -95,7 +95,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
     }
     on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))
-    if (out / "model").exists():
+    if on_main((out / "model").exists):
         on_main(lambda: print(f"finished: {out / 'model'}"))
         return
     if stage.gradient_checkpointing:
