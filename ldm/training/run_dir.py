@@ -59,6 +59,8 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
     file, origin, stage2_begun = folder / "config.yaml", None, False
     if file.exists():
         written = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(written, dict) or "configuration" not in written:
+            raise UserError(f"run.dir: {folder} is not a run of train_ldm.py; give another folder")
         stage2_begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
         origin, old = written["about"] if stage2_begun else None, _with_defaults(written["configuration"])
         if changed := _fixed_changes(folder, old, config, stage2_begun):

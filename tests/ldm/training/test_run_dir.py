@@ -184,3 +184,10 @@ def test_more_steps_without_a_checkpoint_are_refused_and_nothing_moves(root: Pat
     with pytest.raises(UserError, match="has no checkpoint to continue from"):
         prepare_run_dir(load_for(root, settings, "stage2.steps=80"))
     assert (settings.run.dir / "pipeline").exists()
+
+
+def test_the_folder_of_a_classifier_is_refused(settings: loader.Config) -> None:
+    settings.run.dir.mkdir()
+    (settings.run.dir / "config.yaml").write_text("run: runs/faces\nclassifier: {steps: 3}\n")
+    with pytest.raises(UserError, match=r"run\.dir: .* is not a run of train_ldm\.py; give another folder"):
+        prepare_run_dir(settings)
