@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from functools import cache
@@ -20,6 +19,7 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.training.optimizer import check_installed
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -109,8 +109,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
         if stage1.gan and stage1.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     for key, stage in (("stage1", stage1), ("stage2", stage2)):
-        if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-            raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
+        check_installed(stage, f"{key}.optimizer")
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
