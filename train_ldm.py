@@ -21,7 +21,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 # What imports torch or diffusers, which takes seconds, is imported in functions: help and mistakes need none of it.
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.utils.errors import Parser, UserError, command, disable_progress_bars
+from ldm.utils.errors import Parser, UserError, disable_progress_bars, training_command
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ldm.models.text_encoder import AnyTextEncoder
 
 
-@command
+@training_command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
