@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import loader, old_names
+from ldm.config.schema import Config
 from ldm.data import check, index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main
@@ -82,13 +83,12 @@ class FolderTrainer:
                 "solver": "euler" if flow else "ddim",
             },
         }
-        if "micro_batches" in keys:  # what device_batch once was
-            tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         notes: list[str] = []
         for key, value in keys.items():
             section, _, name = old_names.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
-        old_names.print_notes(notes)
+        tree, more = old_names.rename_keys(Config, tree)
+        old_names.print_notes([*notes, *more])
         self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 
