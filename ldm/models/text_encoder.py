@@ -229,11 +229,12 @@ def load(
         folder = _folder(name)
         components = _pipeline_components(folder)
         if components.get("text_encoder_2", [None])[0]:
-            options = {"max_tokens": max_tokens, "skip_layers": skip_layers, "chunks": None if chunks == 1 else chunks}
-            for key, value in options.items():
-                if value:
+            encoders = _of_two(name, folder, components)
+            fixed = {"max_tokens": encoders.length, "skip_layers": 0, "chunks": 1}
+            for key, value in {"max_tokens": max_tokens, "skip_layers": skip_layers, "chunks": chunks}.items():
+                if value not in (None, fixed[key]):
                     raise UserError(f"text.{key}: {value}, but {name} has several text encoders; leave it out")
-            return _check_width(_of_two(name, folder, components), width, name)
+            return _check_width(encoders, width, name)
         if components and not components.get("text_encoder", [None])[0]:
             raise UserError(f"text.model: the pipeline {name} has no text encoder; give one that has one")
         parts = (folder / "text_encoder", folder / "tokenizer") if components else (folder, folder)
