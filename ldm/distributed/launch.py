@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, patch_environment
 
+from ldm.config.loader import key_of
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.distributed.sharding import KINDS
@@ -157,7 +158,7 @@ def accumulated(stage: str, training: Training, processes: int) -> Accumulation:
     try:
         return accumulation(training.batch, processes, training.device_batch)
     except ValueError as error:
-        raise UserError(f"{stage}.batch: {error}") from None
+        raise UserError(f"{key_of(stage, 'batch')}: {error}") from None
 
 
 def _on_cpu(config: RunConfig) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from functools import cache
@@ -15,10 +14,12 @@ from torch import nn
 
 from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import source_kinds
+from ldm.data.sources import CONFIRMATION, Sources
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.training.optimizer import check_installed
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -108,8 +109,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
         if stage1.gan and stage1.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     for key, stage in (("stage1", stage1), ("stage2", stage2)):
-        if stage.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-            raise UserError(f"{key}.optimizer: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
+        check_installed(stage, f"{key}.optimizer")
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")
@@ -123,7 +123,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
         unet.load(stage2, *shape)
-        if not (stage1.needs_none or stage1.init_from or (config.run.dir / "autoencoder").exists()):
+        trained = on_main((config.run.dir / "autoencoder").exists)
+        if not (stage1.needs_none or stage1.init_from or trained):
             raise UserError(
                 f"stage2.init_from: {stage2.init_from} was trained in the latents of its own autoencoder, and stage "
                 "one would train another; set stage1.pretrained, to the same where it is a whole pipeline or checkpoint"
@@ -132,6 +133,18 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     else:
         unet.build_empty(stage2, *shape)
     return encoder
+
+
+def check_captions(config: Config, confirmation: str = CONFIRMATION) -> None:
+    """UserError, naming the `confirmation`, where all images share a caption guessed from a folder's name."""
+    data = config.data
+
+    def check() -> None:  # it may have to walk the folder
+        sources = Sources(data.source, data.size, config.cache_dir, config.stage2.conditions)
+        if problem := sources.unconfirmed_caption(confirmation):
+            raise UserError(problem)
+
+    on_main(check)
 
 
 def _check_noise(config: Config) -> None:

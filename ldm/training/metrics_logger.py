@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -47,12 +48,13 @@ class MetricsLogger:
         return dict(zip(names, self._accelerator.reduce(totals, "mean").tolist(), strict=True))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A line of metrics, to the trackers too."""
+        """A line of metrics, to the trackers too; NaN and infinity, which JSON lacks, are `null` in the line."""
         self._accelerator.log(dict(values), step=step)
         if self._accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **finite, "time": round(time.time(), 3)}) + "\n")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: what was added since the last means. All processes call it."""

@@ -31,7 +31,7 @@ from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
 from ldm.training import checks
-from ldm.training.checkpoint import checkpoints
+from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
 from ldm.utils.atomic_files import whole_file
@@ -83,7 +83,7 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
     UserError where a step doesn't fit in the GPU's memory.
     """
     state = join(config.run)
-    key, done = _cache_key(config, stage), _steps_done(config, stage)
+    key, done = _cache_key(config, stage), steps_done(config.run.dir / stage)
     file = config.run.dir / FILE
     measured = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
     if measured.get(stage, {}).get("about") == key:
@@ -107,12 +107,6 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
 
     on_main(write)
     return estimate.describe(config, stage, done)
-
-
-def _steps_done(config: Config, stage: str) -> int:
-    """Steps of the stage's last checkpoint."""
-    last = checkpoints(config.run.dir / stage)[-1:]
-    return int(last[0].name.removeprefix("step-")) if last else 0
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:

@@ -18,7 +18,8 @@ import torch
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
 
-from ldm.config.schema import RunConfig, Training
+from ldm.config.loader import key_of
+from ldm.config.schema import Config, RunConfig, Training
 from ldm.data.stream import Stream
 from ldm.distributed.launch import (
     accelerator,
@@ -209,10 +210,13 @@ class Trainer:
         message = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {samples}"
         if skipped.in_a_row >= self.config.max_skipped:
             last = self._checkpoints.last()
+            lr = key_of(self.stage, "lr")
+            is_run = self.stage in Config.model_fields  # not a model made from a run, which has its run.max_skipped
             raise UserError(
                 f"{message}; {skipped.in_a_row} steps in a row were so, and nothing was learned from them; "
-                f"{f'{last} stands' if last else 'there is no checkpoint yet'}. Raise run.max_skipped to go on, or "
-                f"mend these samples or lower {self.stage}.lr and start with --fresh"
+                f"{f'{last} stands' if last else 'there is no checkpoint yet'}. "
+                f"{'Raise run.max_skipped to go on, or mend' if is_run else 'Mend'} these samples or lower {lr} and "
+                f"{'start with --fresh' if is_run else 'give another --out'}"
             )
         if self._progress and self.is_main:
             self._progress.write(f"{message}; the step is skipped, {skipped.in_a_row} in a row, {skipped.total} in all")

@@ -43,14 +43,14 @@ from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file, whole_folder
-from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.validation import EVAL_LOG_SNRS
 
 STAGE = "classifier"
 
 
-@command
+@training_command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="stage2_diffusion.classifier.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
@@ -95,7 +95,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
     }
     on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))
-    if (out / "model").exists():
+    if on_main((out / "model").exists):
         on_main(lambda: print(f"finished: {out / 'model'}"))
         return
     if stage.gradient_checkpointing:

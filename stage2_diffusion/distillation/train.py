@@ -45,7 +45,7 @@ from ldm.sampling.solvers import scheduler
 from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir, provenance
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256, whole_file
-from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
@@ -55,7 +55,7 @@ METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
 
 
-@command
+@training_command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="stage2_diffusion.distillation.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")

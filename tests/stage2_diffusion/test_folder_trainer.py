@@ -135,6 +135,35 @@ def test_a_wrong_argument_is_one_line(keys: dict[str, Any], message: str, build_
     assert "\n" not in str(caught.value)
 
 
+def test_a_caption_that_all_images_share_has_to_be_confirmed(
+    build_trainer: BuildTrainer, image_folder: Path, words: Path, tmp_path: Path
+) -> None:
+    keys = {"conditions": ("text",), "text__model": str(words), "text__max_tokens": 8, "sample__prompts": []}
+    image_folder.rename(tmp_path / "dog")
+    image_folder.mkdir()
+    (tmp_path / "dog").rename(image_folder / "dog")
+    with pytest.raises(
+        UserError, match=r"share the caption 'dog', .* give data__source=\{'path': …, 'kind': 'classes'"
+    ):
+        build_trainer(DiffusionProcess("v"), **keys).train()
+    assert not (tmp_path / "run").exists()
+    source = {"path": str(image_folder), "kind": "classes"}
+    model = build_trainer(DiffusionProcess("v"), **keys, data__source=source).train()
+    assert model("dog", num_inference_steps=1)[0].size == (16, 16)
+
+
+def test_an_old_key_loads_with_a_line_that_names_the_new_one(
+    build_trainer: BuildTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = build_trainer(DiffusionProcess("v"), stage2__micro_batches=2, stage2__dropout=0.25).config.stage2
+    assert (stage.device_batch, stage.cond_dropout) == (2, 0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "stage2.dropout is now stage2.cond_dropout",
+        "stage2.micro_batches is now stage2.device_batch",
+    ]
+
+
 def test_a_preset_unet_keeps_its_shape_except_for_overridden_keys(image_folder: Path) -> None:
     stage = FolderTrainer(DiffusionProcess("v"), image_folder, stage2__model="unet-34m", stage2__layers=3).config.stage2
     assert (stage.channels, stage.attention, stage.layers) == ((96, 192, 256), (False, True, True), 3)
