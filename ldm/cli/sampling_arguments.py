@@ -15,7 +15,7 @@ from ldm.data import images
 from ldm.data.records import BadSampleError
 from ldm.sampling.animation import Animation
 from ldm.sampling.options import Sampling
-from ldm.utils.errors import Parser, UserError
+from ldm.utils.errors import Parser, UserError, first_line
 from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
@@ -116,7 +116,7 @@ def check_arguments(args: argparse.Namespace, num_images: int) -> None:
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device: {args.device}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--device: {args.device}: {first_line(error)}") from None
     if args.classifier and not args.label and not args.again:
         raise UserError("--classifier: guides to a class; name it with --label")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ldm.config.schema import Stage2Config
-from ldm.diffusion.choices import unknown_choice
 from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
+from ldm.utils.errors import unknown_choice
 
 __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
 CLOSED_FORM_TIMES = ("uniform", "logit_normal")  # values of `timestep_sampling`; `loss` needs a `LossSecondMoment`

@@ -15,7 +15,7 @@ from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES, PREDICTIO
 from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
 from ldm.models.weight_files import PICKLES, load_variant
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel without text
 GUIDANCE_DIM = 256  # channels of the guidance scale's embedding in a distilled U-Net, as in arXiv 2310.04378
@@ -176,7 +176,7 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
             kind.from_pretrained, name, subfolder, output_loading_info=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         message = reason if reason.startswith(key) else f"{key}: can't load a U-Net from {name!r}: {reason}"
         raise UserError(message) from None
     if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:

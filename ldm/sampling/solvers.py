@@ -34,7 +34,7 @@ from ldm.diffusion.parameterization import (
 )
 from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import betas_of
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
@@ -206,7 +206,7 @@ class Solver:
         try:
             scheduler.set_timesteps(steps)  # on the CPU, so that reading them needs no synchronisation
         except ValueError as error:
-            raise UserError(f"steps: {steps}; {str(error).splitlines()[0]}") from None
+            raise UserError(f"steps: {steps}; {first_line(error)}") from None
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
             _avoid_negative_root(scheduler)
         config = scheduler.config

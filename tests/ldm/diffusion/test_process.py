@@ -230,7 +230,7 @@ def test_at_zero_terminal_snr_v_is_minus_x0_and_eps_is_refused() -> None:
 
 
 def test_impossible_processes_are_refused() -> None:
-    with pytest.raises(ValueError, match="prediction_type: 'noise' is not eps, x0, v or flow"):
+    with pytest.raises(ValueError, match="prediction_type: 'noise'; give eps, x0, v or flow"):
         DiffusionProcess("noise")
     with pytest.raises(ValueError, match="beta_schedule: 'quadratic'"):
         DiffusionProcess("eps", "quadratic")
