@@ -152,14 +152,6 @@ class DiffusionProcess:
         alpha, sigma = self.alpha_sigma(t, _precision(x0))
         return alpha * x0 + sigma * eps
 
-    def add_step(self, x_before: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t, a draw of q(x_t | x_{t-1}), from x_{t-1} and the noise of this step alone; DDPM, eq. 2.
-
-        Shapes `(N, C, h, w)`, t `(N,)`; for t = 0, x_{t-1} is the image.
-        """
-        beta = _wide(self.chain(t.device).beta[t])
-        return (1 - beta).sqrt().to(_precision(x_before)) * x_before + beta.sqrt().to(_precision(x_before)) * eps
-
     def posterior(
         self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -39,12 +39,8 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
 
     It has one more class than `classes`, for no class. Without text it is a UNet2DModel, with self-attention alone.
     """
-    halvings = len(stage.channels) - 1
-    if side % 2**halvings:
-        raise UserError(
-            f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is "
-            f"{side}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
-        )
+    levels = len(stage.channels)
+    _check_side(side, levels, f"stage2.channels: {levels} levels halve", "fewer levels or ")
     config: dict[str, Any] = {
         "sample_size": side,
         "in_channels": inputs(stage, channels),
@@ -86,6 +82,16 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
     )
 
 
+def _check_side(side: int, levels: int, subject: str, remedy: str = "") -> None:
+    """UserError if latents of `side` can't be halved between `levels` levels; its message begins with `subject`."""
+    halvings = levels - 1
+    if side % 2**halvings:
+        raise UserError(
+            f"{subject} the latents {halvings} times, but their side is {side}; use {remedy}a data.size that gives a "
+            f"multiple of {2**halvings}"
+        )
+
+
 def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
     """The U-Net of `stage2.init_from`, in its own architecture, with the inputs added that it lacks.
 
@@ -95,12 +101,7 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
     kind = UNet2DConditionModel if stage.text else UNet2DModel
     unet, predicts = _from_file_or_diffusers(name, kind, stage)
     _check_prediction_type(stage.prediction_type, name, predicts)
-    halvings = len(unet.config.block_out_channels) - 1
-    if side % 2**halvings:
-        raise UserError(
-            f"stage2.init_from: {name} halves the latents {halvings} times, but their side is {side}; use a data.size "
-            f"that gives a multiple of {2**halvings}"
-        )
+    _check_side(side, len(unet.config.block_out_channels), f"stage2.init_from: {name} halves")
     if dropout := unet.config.get("dropout"):
         print(f"stage2.init_from: {name} has dropout {dropout}, which is left out: no run could repeat it", flush=True)
         for layer in unet.modules():

@@ -33,7 +33,7 @@ from ldm.diffusion.parameterization import (
     target_from,
 )
 from ldm.diffusion.process import DiffusionProcess
-from ldm.diffusion.schedules import betas_of
+from ldm.diffusion.schedules import betas_of, shift_time
 from ldm.utils.errors import UserError, first_line
 
 SCHEDULERS: dict[str, Any] = {
@@ -166,8 +166,7 @@ def _from(kind: Any, config: dict[str, Any], solver: str) -> Any:
 def _chain_of_flow(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a chain with as many steps as the flow, and the noise levels of its own solvers."""
     steps, shift = config["num_train_timesteps"], config.get("flow_shift", 1.0)
-    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps * (1 - 1 / steps)
-    t = shift * t / (1 + (shift - 1) * t)
+    t = shift_time(torch.arange(1, steps + 1, dtype=torch.float64) / steps * (1 - 1 / steps), shift)
     alpha_bar = (1 - t).square() / ((1 - t).square() + t.square())
     return {
         "num_train_timesteps": steps,
