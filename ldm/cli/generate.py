@@ -15,7 +15,7 @@ from accelerate import PartialState
 from ldm.cli.image_writer import ImageWriter
 from ldm.cli.jobs import Job, check_prompts, interpolation_of, jobs_from, labels_of, prompts_of
 from ldm.cli.recipe import recipe_of, restore_arguments, weights_fingerprint
-from ldm.cli.sampling_arguments import check_arguments, sampling_options
+from ldm.cli.sampling_arguments import check_arguments, errors_name_flags, sampling_options
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import join, on_main
 from ldm.models.classifier import NoisyClassifier
@@ -40,6 +40,7 @@ UNET_INTERFACE = (
 """Keys of U-Net configurations that decide its inputs and outputs."""
 
 
+@errors_name_flags()
 def generate_images(args: argparse.Namespace, script: str, prepare_inputs: PrepareInputs) -> None:
     """Generates the images that the arguments ask for and writes them; several processes share the work.
 

@@ -208,5 +208,5 @@ def solver_for(model: LatentDiffusion, options: Sampling) -> Solver:
             steps = scheduler.config.num_train_timesteps
     chain_steps = scheduler.config.num_train_timesteps
     if steps > chain_steps and not is_flow(scheduler.config):
-        raise UserError(f"steps: {steps}; the model's chain has {chain_steps}")
+        raise UserError(f"num_inference_steps: {steps}; the model's chain has {chain_steps}")
     return Solver(scheduler, steps, model.device, model.prediction_type, options.eta)

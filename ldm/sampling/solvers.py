@@ -108,7 +108,7 @@ def solver_name(scheduler: Any) -> str:
         return "euler" if is_flow(config) and config.solver_order == 1 else "dpm++"
     solver = next((name for name, kind in SCHEDULERS.items() if type(scheduler) is kind), None)
     if not solver:
-        raise UserError(f"spacing: the model comes with {type(scheduler).__name__}; name a solver too")
+        raise UserError(f"timestep_spacing: the model comes with {type(scheduler).__name__}; name a solver too")
     return solver
 
 
@@ -119,10 +119,10 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
     straight paths it is a chain with the flow's noise levels: see `Solver`.
     """
     if spacing and solver == "lcm":
-        raise UserError(f"spacing: lcm has its own; leave out {spacing!r}, or use another solver")
+        raise UserError(f"timestep_spacing: lcm has its own; leave out {spacing!r}, or use another solver")
     if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a"):
         others = ", ".join(name for name in SPACINGS if name not in BY_SIGMA)
-        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
+        raise UserError(f"timestep_spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     config = dict(current.config)
     if is_flow(config):
         if not spacing and solver == "heun":
@@ -205,7 +205,7 @@ class Solver:
         try:
             scheduler.set_timesteps(steps)  # on the CPU, so that reading them needs no synchronisation
         except ValueError as error:
-            raise UserError(f"steps: {steps}; {first_line(error)}") from None
+            raise UserError(f"num_inference_steps: {steps}; {first_line(error)}") from None
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
             _avoid_negative_root(scheduler)
         config = scheduler.config
@@ -218,7 +218,9 @@ class Solver:
         outside = self._expected != "flow" and float(max(self._times)) >= config.num_train_timesteps
         repeated = hasattr(scheduler, "sigmas") and self.per_step == 1 and bool((scheduler.sigmas.diff() == 0).any())
         if outside or repeated:
-            raise UserError(f"steps: {steps}; too many for the chain with this spacing; use fewer, or another spacing")
+            raise UserError(
+                f"num_inference_steps: {steps}; too many for the chain with this spacing; use fewer, or another spacing"
+            )
         self._alphas_sigmas = _alphas_sigmas(scheduler, straight or is_flow(config))
         self._by_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0  # these schedulers keep x_t / α
         total = config.num_train_timesteps
