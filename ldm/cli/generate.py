@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,12 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         options["guidance_scale"] = args.guidance = model.guidance
     if args.steps is None and args.solver != "ddpm":
         options["num_inference_steps"] = args.steps = model.steps
-    _request(jobs, inputs, Sampling(**options, **guides)).check(model)
+    request = _request(jobs, inputs, Sampling(**options, **guides))
+    if recipe:  # options without effect were not always refused
+        for name in request.without_effect(model):
+            del options[name]
+        request = replace(request, options=Sampling(**options, **guides))
+    request.check(model)
     model.optimize_for_inference(args.precision, args.compile)
     args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)
     if recipe and model.device.type == "cpu":

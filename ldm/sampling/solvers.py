@@ -235,7 +235,8 @@ class Solver:
             for t, (alpha, sigma), time in zip(model_times.unbind(), self._alphas_sigmas, times, strict=True)
         ]
         parameters = inspect.signature(scheduler.step).parameters
-        self._eta = {"eta": eta} if "eta" in parameters else {}
+        self.takes_eta = "eta" in parameters
+        self._eta = {"eta": eta} if self.takes_eta else {}
         self._takes_generator = "generator" in parameters
 
     @property

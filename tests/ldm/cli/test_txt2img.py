@@ -96,6 +96,19 @@ def test_again_reproduces_an_interpolated_image_bit_for_bit(
     assert png_metadata.read(original)["toward"] == ["a cat", 1, 0.5]
 
 
+def test_again_reproduces_an_image_whose_recipe_has_options_without_effect(
+    call: Call, model_dir: ModelDir, read_pixels: ReadPixels, tmp_path: Path
+) -> None:
+    """Such options are refused, but they once were not, and they changed nothing."""
+    original, older = tmp_path / "original.png", tmp_path / "older.png"
+    call(txt2img.main, "--model", model_dir(), "--out", original)
+    recipe = png_metadata.read(original) | {"eta": 0.5, "negative": "blue", "classifier_scale": 3.0}
+    png_metadata.save(Image.open(original), older, recipe)
+    call(txt2img.main, "--again", older, "--out", tmp_path / "again.png")
+    assert np.array_equal(read_pixels(tmp_path / "again.png"), read_pixels(original))
+    assert png_metadata.read(tmp_path / "again.png") == recipe
+
+
 def test_again_reproduces_a_truncated_prompt_and_can_animate_it(
     call: Call, model_dir: ModelDir, tmp_path: Path
 ) -> None:
@@ -522,6 +535,9 @@ def test_a_classifier_works_with_an_autoencoder_in_bfloat16(classifier: Path, mo
         ((), ("--guidance", -1), "--guidance: -1.0; give 0 or more"),
         ((), ("--guidance", "nan"), "--guidance: nan; give 0 or more"),
         ((), ("--solver", "ddim", "--spacing", "karras"), "--spacing: ddim has no 'karras'"),
+        ((), ("--eta", 0.5), "--eta: only ddim adds noise by it; leave it out"),
+        ((), ("--negative", "blue"), "--negative: this model was trained without text"),
+        ((), ("--classifier-scale", 2), "--classifier-scale: there is no classifier"),
         ((), ("--threshold", 0.9), "--threshold: is for pixels"),
         ((), ("--interval", 0.9, 0.1), "--interval: 0.9 to 0.1"),
         ((), ("--between", -1), "--between: -1; give 0 or more"),
