@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ldm.data.index import Index
     from ldm.data.stream import Stream
-    from ldm.models.text_encoder import TextEncoder
+    from ldm.models.text_encoder import AnyTextEncoder
 
 
 @command
@@ -114,7 +114,7 @@ def autoencoder_path(settings: Config) -> str | Path:
     return stage.pretrained or ("identity" if stage.needs_none else settings.run.dir / "autoencoder")
 
 
-def load_data(settings: Config, encoder: TextEncoder | None) -> Index | Stream:
+def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Stream:
     """The data set, after the checks that need all its samples."""
     from ldm.data import check, index
     from ldm.data.stream import Stream
@@ -175,7 +175,7 @@ def dry_run(settings: Config, stage: str | None) -> None:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def measure(settings: Config, stage: str, data: Index | Stream, encoder: TextEncoder | None) -> None:
+def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyTextEncoder | None) -> None:
     """Prints the cost of `stage1` or `stage2`, from two steps; an untrained autoencoder has random weights."""
     import torch
     from accelerate import PartialState

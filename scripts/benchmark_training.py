@@ -31,19 +31,19 @@ from ldm.data.index import Index
 from ldm.distributed.launch import accelerator, join, precision
 from ldm.models import text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.training.throughput import TRAINING, forward_flops, matmul_peak
 from ldm.utils.errors import UserError
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.train import train
 
 
-def images_per_second(settings: Config, data: Index, vae: Autoencoder, encoder: TextEncoder) -> float:
+def images_per_second(settings: Config, data: Index, vae: Autoencoder, encoder: AnyTextEncoder) -> float:
     """Speed of stage two's own loop."""
     return settings.stage2.batch / seconds_per_step(our_loop(settings, data, vae, encoder))
 
 
-def our_loop(settings: Config, data: Index, vae: Autoencoder, encoder: TextEncoder) -> Metrics:
+def our_loop(settings: Config, data: Index, vae: Autoencoder, encoder: AnyTextEncoder) -> Metrics:
     return collect_metrics(train, settings, data, vae, encoder)
 
 

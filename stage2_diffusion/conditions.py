@@ -7,7 +7,14 @@ import torch
 from ldm.config.schema import Config
 from ldm.data.dataset import Item
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NOISIEST, Condition, downsample, mask_and_masked_latents, noise_augmented
+from ldm.models.conditioning import (
+    NOISIEST,
+    Condition,
+    TextEmbedding,
+    downsample,
+    mask_and_masked_latents,
+    noise_augmented,
+)
 from ldm.models.text_encoder import TextEncoder
 from ldm.utils.rng import generator, normal, uniform
 from stage2_diffusion.masks import random_mask
@@ -24,7 +31,7 @@ class Conditions:
         self.autoencoder, self.encoder, self.classes = autoencoder, encoder, classes
 
     def __call__(
-        self, batch: Item, x0: torch.Tensor, text: torch.Tensor | None
+        self, batch: Item, x0: torch.Tensor, text: TextEmbedding | None
     ) -> tuple[Condition, torch.Tensor | None, dict[str, torch.Tensor]]:
         """The condition of latents x0 `(N, C, h, w)`; a mask `(N,)` of dropped captions; dropout rates to log."""
         stage, n, device = self.stage, batch["position"], x0.device
@@ -40,14 +47,15 @@ class Conditions:
                 rates["dropped_class"] = unlabelled.float().mean()
             label = torch.where(unlabelled | (batch["class"] < 0), self.classes, batch["class"])
         if self.encoder:
-            text = torch.stack(self.encoder.tokens(batch["caption"]), dim=1)
+            text = TextEmbedding(torch.stack(self.encoder.tokens(batch["caption"]), dim=1))
         if stage.sizes:
             sizes = self._sizes(batch, x0)
         if "inpaint" in stage.conditions:
             image = self._inpaint_channels(batch["pixels"], n)
         if "upscale" in stage.conditions:
             image, label = self._low_res(batch["pixels"], n)
-        return Condition(text, label, sizes, image), dropped if stage.text else None, rates
+        condition = Condition(label=label, sizes=sizes, image=image)
+        return condition.with_text(text) if text else condition, dropped if stage.text else None, rates
 
     def _sizes(self, batch: Item, x0: torch.Tensor) -> torch.Tensor:
         """SDXL's size conditions, `(N, 6)`: original size, crop's corner, target size, each as (height, width)."""

@@ -9,7 +9,7 @@ from ldm.config.schema import Stage2Config
 from ldm.diffusion.losses import Uncertainty
 from ldm.diffusion.schedules import LearnedSchedule
 from ldm.diffusion.timestep_sampling import LossSecondMoment
-from ldm.models.conditioning import Condition, predict
+from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
 from ldm.models.unet import UNet
 
@@ -18,22 +18,24 @@ class Denoiser(nn.Module):
     """What a run of stage two trains, averages and keeps in checkpoints.
 
     `unet` always; a `null` embedding, the text `encoder`, the `schedule`, the `uncertainty` of each noise level and the
-    losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` `(T, D)` is the
-    embedding of the empty caption by a frozen encoder; an `encoder` passed here is trained.
+    losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` is the embedding of the
+    empty caption by a frozen encoder; an `encoder` passed here is trained.
     """
 
     empty: torch.Tensor | None
+    empty_pooled: torch.Tensor | None
 
     def __init__(
         self,
         unet: UNet,
         stage: Stage2Config,
-        empty: torch.Tensor | None = None,
+        empty: TextEmbedding | None = None,
         encoder: TextEncoder | None = None,
     ):
         super().__init__()
         self.unet = unet
-        self.register_buffer("empty", empty, persistent=False)
+        self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
+        self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder
         self.encoder = encoder.model if encoder else None
         if encoder:
@@ -63,16 +65,18 @@ class Denoiser(nn.Module):
         The captions of `dropped` samples, `(N,)` bool, are replaced by the embedding of no caption. A trained encoder
         takes `condition.text` as tokens and mask, `(N, 2, chunks, L)` int64.
         """
-        text = condition.text
+        text, pooled = condition.text, condition.pooled
         if text is not None:
             if self.text:
                 text = self.text.states(*text.unbind(1))
             if dropped is not None:
                 text = torch.where(dropped[:, None, None], self.uncond_embedding(), text)
-        return predict(self.unet, x, t, condition._replace(text=text))
+                if pooled is not None and self.empty_pooled is not None:
+                    pooled = torch.where(dropped[:, None], self.empty_pooled, pooled)
+        return predict(self.unet, x, t, condition._replace(text=text, pooled=pooled))
 
     def uncond_embedding(self) -> torch.Tensor:
-        """The embedding of no caption, `(T, D)`."""
+        """The states of no caption, `(T, D)`."""
         return self.null if self.null is not None else self._empty()
 
     def _empty(self) -> torch.Tensor:

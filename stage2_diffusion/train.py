@@ -19,7 +19,7 @@ from ldm.distributed.launch import join, on_main, precision
 from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
-from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
+from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder, TextEncoder
 from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -32,7 +32,7 @@ from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: TextEncoder | None) -> None:
+def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: AnyTextEncoder | None) -> None:
     """Trains the U-Net on the images of split `train` and exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
@@ -41,15 +41,17 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     # Weights, in the order in which random numbers are drawn for them.
     torch.manual_seed(seed)
-    shape = (autoencoder.channels, config.data.size // autoencoder.factor, text.width if text else 0, len(classes))
+    widths = (text.width, len(classes), text.pooled_width) if text else (0, len(classes))
+    shape = (autoencoder.channels, config.data.size // autoencoder.factor, *widths)
     unet = load(stage, *shape) if stage.init_from else build(stage, *shape)
     if stage.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
-    trained_encoder, frozen_encoder = (text, None) if config.text.train else (None, text)
-    uncond = frozen_encoder.encode([NULL_PROMPT])[0] if frozen_encoder else None
+    trained_encoder = text if isinstance(text, TextEncoder) and config.text.train else None
+    frozen_encoder = None if trained_encoder else text
+    uncond = frozen_encoder.embed([NULL_PROMPT]) if frozen_encoder else None
     denoiser = Denoiser(unet, stage, uncond, trained_encoder)
 
     # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
@@ -110,7 +112,7 @@ def pipeline_of(
     config: Config,
     denoiser: Denoiser,
     autoencoder: Autoencoder,
-    text: TextEncoder | None,
+    text: AnyTextEncoder | None,
     process: DiffusionProcess,
     classes: Sequence[str],
 ) -> LatentDiffusion:

@@ -92,7 +92,9 @@ class Validation:
         assert model.text or not stage.text, "the configuration asks for text"
         text, device = model.text if stage.text else None, model.unet.device
         batch, x0, _, states = evaluation_batch(index, numbers, model.autoencoder, text, model.classes, device)
-        condition = self.conditions(batch, x0, None)[0]._replace(text=states)  # also where training has tokens
+        condition = self.conditions(batch, x0, None)[0]
+        if states:  # also where training has tokens
+            condition = condition.with_text(states)
         eps = normal(self.config.run.seed, "validation", batch["position"], x0.shape[1:]).to(device)
         errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in EVAL_LOG_SNRS]
         return torch.stack([*errors, torch.tensor(float(len(numbers)))]).double().cpu()

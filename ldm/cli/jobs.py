@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.sampling.pipeline import Interpolation
 from ldm.utils.errors import UserError
 
@@ -86,7 +86,7 @@ def read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def check_prompts(encoder: TextEncoder | None, jobs: Sequence[Job], negative: str) -> None:
+def check_prompts(encoder: AnyTextEncoder | None, jobs: Sequence[Job], negative: str) -> None:
     """UserError if a prompt is longer than the text encoder reads."""
     options = {negative: "--negative"} | {job.prompt: "--prompt" for job in jobs}
     for prompt, option in options.items():

@@ -57,7 +57,7 @@ def recipe_of(args: argparse.Namespace, script: str, weights: str, device: torch
 
 def weights_fingerprint(model: LatentDiffusion, *others: torch.nn.Module) -> str:
     """SHA-256 of all weights that an image depends on, `others` included, and of the scheduler's configuration."""
-    parts = [model.unet, model.autoencoder.vae, *([model.text.model] if model.text else []), *others]
+    parts = [model.unet, model.autoencoder.vae, *(model.text.models if model.text else []), *others]
     tensors = {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.state_dict().items()}
     if model.null is not None:
         tensors["null"] = model.null

@@ -21,7 +21,7 @@ from ldm.data.encoding_store import EncodingJob, EncodingStore, encode_missing
 from ldm.data.images import Size
 from ldm.data.index import Index
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 
 PER_FILE = 4096  # entries
 BATCH = 32
@@ -55,10 +55,10 @@ class Cache:
         entry, variant = self.latents[crop.size][sha256], self.variants.index((crop.number, crop.flip))
         return entry["mean"][variant], entry["logvar"][variant]
 
-    def embedding(self, caption: str) -> torch.Tensor:
-        """`(T, D)`."""
+    def embedding(self, caption: str) -> dict[str, torch.Tensor]:
+        """`text` `(T, D)`, and `pooled` `(P,)` where the encoder has it."""
         assert self.text, "a cache without captions"
-        return self.text[_caption_key(caption)]["text"]
+        return self.text[_caption_key(caption)]
 
 
 class CropDataset(torch.utils.data.Dataset[torch.Tensor]):
@@ -88,7 +88,7 @@ def build(
     augmentation: Augmentation,
     options: CacheOptions,
     autoencoder: Autoencoder,
-    text: TextEncoder | None,
+    text: AnyTextEncoder | None,
     per_file: int = PER_FILE,
 ) -> Cache:
     """The cache of an index; encodes what is missing. Every process of the run calls it. No `text`: no embeddings."""
@@ -136,7 +136,7 @@ def _image_jobs(
     return jobs
 
 
-def _caption_job(index: Index, options: CacheOptions, text: TextEncoder) -> EncodingJob:
+def _caption_job(index: Index, options: CacheOptions, text: AnyTextEncoder) -> EncodingJob:
     """The job of all distinct captions."""
     captions = {_caption_key(caption): caption for of_entry in index.captions() for caption in of_entry}
     keys, dtype = list(captions), getattr(torch, options.dtype)
@@ -144,7 +144,8 @@ def _caption_job(index: Index, options: CacheOptions, text: TextEncoder) -> Enco
     def encode(indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(indices), 2 * BATCH):
             batch = [captions[keys[i]] for i in indices[start : start + 2 * BATCH]]
-            yield {"text": text.encode(batch).to("cpu", dtype)}
+            embedding = text.embed(batch).map(lambda tensor: tensor.to("cpu", dtype))
+            yield {"text": embedding.states} | ({} if embedding.pooled is None else {"pooled": embedding.pooled})
 
     metadata = {"the text encoder": text.fingerprint(), "data.cache_dtype": options.dtype}
     return EncodingJob(EncodingStore(options.folder / "text", metadata), keys, encode)

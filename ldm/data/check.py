@@ -18,7 +18,7 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
 
@@ -27,7 +27,7 @@ NEAR_DUPLICATE_BITS = 3  # of the 64 of a perceptual hash, by which near duplica
 MAX_EXAMPLES = 5  # of each kind
 
 
-def facts(index: Index, text: TextEncoder | None, text_name: str = "") -> dict[str, Any]:
+def facts(index: Index, text: AnyTextEncoder | None, text_name: str = "") -> dict[str, Any]:
     """Statistics of an index as plain data. They are stored beside it, and read from there until something changes.
 
     They have captions and classes where the index was built for a model with these conditions; without captions, `text`
@@ -120,7 +120,7 @@ def _sizes(index: Index) -> dict[str, Any]:
     }
 
 
-def _captions(index: Index, text: TextEncoder) -> dict[str, Any]:
+def _captions(index: Index, text: AnyTextEncoder) -> dict[str, Any]:
     lengths: list[int] = []
     seen: set[int] = set()  # hashes, which take less memory than the captions
     longest: list[tuple[int, str]] = []
@@ -195,7 +195,7 @@ def _spread(quantiles: list[int]) -> str:
 
 
 def before_training(
-    index: Index | Stream, run_dir: Path, text: TextEncoder | None, text_name: str, batches: Sequence[int]
+    index: Index | Stream, run_dir: Path, text: AnyTextEncoder | None, text_name: str, batches: Sequence[int]
 ) -> None:
     """Prints the statistics and writes the run's `data-report.json`; UserError where too many samples are bad.
 

@@ -24,7 +24,8 @@ from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.conditioning import TextEmbedding
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.utils.rng import generator, normal
 
 Item = dict[str, Any]
@@ -158,12 +159,12 @@ class Stage2Dataset(NamedTuple):
         for batch in run.batches(samples.dataset):
             x0, text = samples.encode(batch)
 
-    Latents are `(N, C, h, w)`, embeddings `(N, T, D)`, both float32 on the device. Without a frozen text encoder,
+    Latents are `(N, C, h, w)`; they and the embeddings are float32 on the device. Without a frozen text encoder,
     embeddings are None, and the captions are in `batch["caption"]`.
     """
 
     dataset: torch.utils.data.Dataset[Item] | Stream
-    encode: Callable[[Item], tuple[torch.Tensor, torch.Tensor | None]]
+    encode: Callable[[Item], tuple[torch.Tensor, TextEmbedding | None]]
 
 
 def stage2_dataset(
@@ -171,7 +172,7 @@ def stage2_dataset(
     spec: SampleSpec,
     cache_options: CacheOptions | None,
     autoencoder: Autoencoder,
-    text: TextEncoder | None,
+    text: AnyTextEncoder | None,
     device: torch.device,
     with_pixels: bool = False,
 ) -> Stage2Dataset:
@@ -184,16 +185,21 @@ def stage2_dataset(
         assert isinstance(data, Index), "the configuration allows a stream no cache"
         built = cache.build(data, spec.augmentation, cache_options, autoencoder, text)
         dataset = _CachedDataset(data, spec, built, with_pixels)
-        return Stage2Dataset(dataset, lambda batch: (batch["latent"], batch.get("text")))
+        return Stage2Dataset(dataset, _cached)
 
-    def encode(batch: Item) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
         mean, logvar = autoencoder.moments(batch["pixels"])
         if spec.latents == "sample":
             eps = normal(spec.seed, "latent", batch["position"], mean.shape[1:]).to(device)
             mean = mean + (0.5 * logvar).exp() * eps
-        return mean, text.encode(batch["caption"]) if text else None
+        return mean, text.embed(batch["caption"]) if text else None
 
     return Stage2Dataset(data.with_spec(spec) if isinstance(data, Stream) else ImageDataset(data, spec), encode)
+
+
+def _cached(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
+    states = batch.get("text")
+    return batch["latent"], None if states is None else TextEmbedding(states, batch.get("pooled"))
 
 
 class _CachedDataset(torch.utils.data.Dataset[Item]):
@@ -209,7 +215,7 @@ class _CachedDataset(torch.utils.data.Dataset[Item]):
         corner = crop.corner((sample.entry.width, sample.entry.height), sha256)
         item = {**self.plan.conditions(n, sample), "crop": torch.tensor(corner), "latent": mean}
         if self.cache.text:
-            item["text"] = self.cache.embedding(sample.caption)
+            item |= self.cache.embedding(sample.caption)
         else:
             item["caption"] = sample.caption
         if self.with_pixels:
@@ -223,20 +229,20 @@ class _CachedDataset(torch.utils.data.Dataset[Item]):
 class EvaluationBatch(NamedTuple):
     """A batch to evaluate on: its items as of a data set, and the posterior of its latents, `(N, C, h, w)` each.
 
-    `text` `(N, T, D)` is None without a text encoder.
+    `text` is None without a text encoder.
     """
 
     batch: Item
     mean: torch.Tensor
     log_variance: torch.Tensor
-    text: torch.Tensor | None
+    text: TextEmbedding | None
 
 
 def evaluation_batch(
     index: Index,
     numbers: Sequence[int],
     autoencoder: Autoencoder,
-    text: TextEncoder | None,
+    text: AnyTextEncoder | None,
     classes: Sequence[str],
     device: torch.device,
 ) -> EvaluationBatch:
@@ -257,5 +263,5 @@ def evaluation_batch(
     }
     batch = send_to_device(batch, device)
     batch |= {"position": torch.tensor(list(numbers)), "caption": [entry.captions[0] for entry in entries]}
-    states = text.encode(batch["caption"]) if text else None
-    return EvaluationBatch(batch, *autoencoder.moments(batch["pixels"]), states)
+    embedding = text.embed(batch["caption"]) if text else None
+    return EvaluationBatch(batch, *autoencoder.moments(batch["pixels"]), embedding)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,35 @@ from ldm.diffusion.schedules import betas
 
 NUM_NOISE_LEVELS = 1000  # of an upscaler's low-resolution input, as its U-Net's class embedding knows them
 NOISIEST = 350  # training uses the levels below it, as Stable Diffusion's upscaler does
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What a U-Net reads of N texts."""
+
+    states: torch.Tensor
+    """`(N, T, D)`: the states of their tokens, for cross-attention."""
+    pooled: torch.Tensor | None = None
+    """`(N, P)`: one embedding of each text, which is added to that of the time; None where the encoder has none."""
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TextEmbedding:
+        """`function` of both tensors."""
+        return TextEmbedding(function(self.states), None if self.pooled is None else function(self.pooled))
+
+    def lerp(self, end: TextEmbedding, weight: torch.Tensor) -> TextEmbedding:
+        """Texts in between: at weight 0 of `(N,)` this one, at 1 the `end`, which has N texts or one."""
+
+        def between(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            return start + weight.reshape(-1, *[1] * (start.dim() - 1)) * (end - start)
+
+        pooled = None if self.pooled is None or end.pooled is None else between(self.pooled, end.pooled)
+        return TextEmbedding(between(self.states, end.states), pooled)
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbedding]) -> TextEmbedding:
+        """All texts of `parts`, which come from one encoder."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return TextEmbedding(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 class Condition(NamedTuple):
@@ -27,11 +58,17 @@ class Condition(NamedTuple):
     """`(N, C, h, w)`: concatenated to x_t."""
     guidance: torch.Tensor | None = None
     """`(N,)`: the guidance scale of a guidance-distilled U-Net."""
+    pooled: torch.Tensor | None = None
+    """`(N, P)`: one embedding of each caption, where the text encoder has them."""
 
     def to(self, dtype: torch.dtype) -> Condition:
-        """The same with text and image in `dtype`; numbers that become sinusoids keep their precision."""
-        text, image = (None if tensor is None else tensor.to(dtype) for tensor in (self.text, self.image))
-        return self._replace(text=text, image=image)
+        """The same with texts and image in `dtype`; numbers that become sinusoids keep their precision."""
+        names = ("text", "pooled", "image")
+        tensors = {name: tensor.to(dtype) for name in names if (tensor := getattr(self, name)) is not None}
+        return self._replace(**tensors)
+
+    def with_text(self, embedding: TextEmbedding) -> Condition:
+        return self._replace(text=embedding.states, pooled=embedding.pooled)
 
     def of(self, *others: Condition) -> Condition:
         """This condition and others, concatenated along the batch."""
@@ -51,9 +88,9 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
         inputs["timestep_cond"] = guidance_embedding(condition.guidance, width).to(x.dtype)
     if condition.sizes is not None:
         assert condition.text is not None, "the configuration allows sizes only with text"
-        time_ids_dim = 6 * unet.config.addition_time_embed_dim
-        takes_pooled_text = unet.config.projection_class_embeddings_input_dim > time_ids_dim
-        pooled = condition.text.mean(1) if takes_pooled_text else condition.text[:, 0, :0]
+        pooled = condition.text.mean(1) if condition.pooled is None else condition.pooled
+        if unet.config.projection_class_embeddings_input_dim == 6 * unet.config.addition_time_embed_dim:
+            pooled = pooled[:, :0]  # the U-Net reads sizes alone
         inputs["added_cond_kwargs"] = {"time_ids": condition.sizes, "text_embeds": pooled}
     if condition.image is not None:
         x = torch.cat([x, condition.image], dim=1)

@@ -12,17 +12,26 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+    T5EncoderModel,
+)
 from transformers.utils import logging
 
 from ldm.config.schema import TextConfig
 from ldm.models import open_clip
+from ldm.models.conditioning import TextEmbedding
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
@@ -30,6 +39,8 @@ from ldm.utils.errors import UserError
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OPEN_CLIP = "open_clip:"
+TWO = ("", "_2")  # suffixes of the components of a pipeline that has two text encoders
+SDXL_CLASSES = ["CLIPTextModel", "CLIPTextModelWithProjection"]
 NULL_PROMPT = ""  # its embedding is the unconditional one
 
 
@@ -37,25 +48,42 @@ class TextEncoder:
     """A text encoder, frozen until `trainable` is called: captions to `length` token states of `width` channels.
 
     A caption is split into `chunks` pieces; by default as many as the model's configuration records, else 1. Each piece
-    has its own first and last token and its own padding. `length` counts the tokens of all pieces.
+    has its own first and last token and its own padding. `length` counts the tokens of all pieces. The states are those
+    of the last layer, after the final norm; with `penultimate`, of the layer before, without it, as SDXL takes them.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, chunks: int | None = None):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, chunks: int | None = None, *, penultimate: bool = False):
         recorded = getattr(model.config, "chunks", 1)
         self.chunks: int = chunks or recorded
         if self.chunks != recorded:
             model.config.chunks = self.chunks
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.penultimate = tokenizer, penultimate
         self.piece: int = tokenizer.model_max_length  # tokens of a piece
         self.length = self.chunks * self.piece
         self.width: int = model.config.hidden_size
+        self.pooled_width: int = model.config.projection_dim if self._projects else 0
+        """Channels of the pooled embedding; 0 where there is none."""
+
+    @property
+    def _projects(self) -> bool:
+        """Whether the model has CLIP's text projection, which gives one embedding of each text."""
+        return isinstance(self.model, CLIPTextModelWithProjection)
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model]
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], batch: int = 64) -> TextEmbedding:
+        """The embeddings of N prompts, float32. Text beyond `length` tokens is cut off."""
+        parts = (prompts[i : i + batch] for i in range(0, len(prompts), batch))
+        return TextEmbedding.cat([self._embed(*self.tokens(part)) for part in parts])
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 64) -> torch.Tensor:
-        """`(N, length, width)` float32. Text beyond `length` tokens is cut off."""
-        parts = (prompts[i : i + batch] for i in range(0, len(prompts), batch))
-        return torch.cat([self.states(*self.tokens(part)) for part in parts])
+        """The states of `embed`, `(N, length, width)`."""
+        return self.embed(prompts, batch).states
 
     def tokens(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and their mask (0 at padding), `(N, chunks, piece)` int64 each. Unused pieces are empty captions."""
@@ -76,9 +104,17 @@ class TextEncoder:
 
     def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`(N, length, width)` float32 from the result of `tokens`, with gradients if they are enabled."""
+        return self._embed(ids, mask).states
+
+    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> TextEmbedding:
         attention_mask = mask.flatten(0, 1) if getattr(self.model.config, "use_attention_mask", False) else None
-        states = self.model(ids.flatten(0, 1), attention_mask=attention_mask)[0].float()
-        return states.unflatten(0, ids.shape[:2]).flatten(1, 2)
+        output = self.model(
+            ids.flatten(0, 1), attention_mask=attention_mask, output_hidden_states=self.penultimate or None
+        )
+        states = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        states = states.float().unflatten(0, ids.shape[:2]).flatten(1, 2)
+        pooled = output.text_embeds.float().unflatten(0, ids.shape[:2])[:, 0] if self._projects else None
+        return TextEmbedding(states, pooled)  # of several pieces, the first one's pooled embedding
 
     def trainable(self) -> list[nn.Parameter]:
         """Enables gradients for the parameters that the states depend on, and returns them. Dropout stays off."""
@@ -109,30 +145,100 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of weights, length and chunks, on which cached embeddings depend."""
-        return tensors_sha256(self.model.state_dict(), self.piece, *([self.chunks] if self.chunks > 1 else []))
+        settings = [*([self.chunks] if self.chunks > 1 else []), *(["penultimate"] if self.penultimate else [])]
+        return tensors_sha256(self.model.state_dict(), self.piece, *settings)
 
 
-def of(config: TextConfig) -> TextEncoder:
-    """The encoder of a configuration, frozen."""
-    return load(config.model, config.max_tokens, config.width, skip_layers=config.skip_layers, chunks=config.chunks)
+class TextEncoders:
+    """Several frozen text encoders, whose states are joined channel by channel: SDXL's two, arXiv 2307.01952, 2.1.
+
+    The pooled embedding is the last encoder's. `zero_null`: the embedding of the empty prompt is 0, as SDXL was trained
+    (diffusers' `force_zeros_for_empty_prompt`). ValueError if they read different numbers of tokens.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], zero_null: bool = False):
+        self.encoders, self.zero_null = tuple(encoders), zero_null
+        lengths = {encoder.length for encoder in encoders}
+        if len(lengths) > 1:
+            raise ValueError(f"its text encoders read {', '.join(map(str, sorted(lengths)))} tokens")
+        self.length = lengths.pop()
+        self.width = sum(encoder.width for encoder in encoders)
+        self.pooled_width = self.encoders[-1].pooled_width
+        self.chunks = self.encoders[-1].chunks
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [encoder.model for encoder in self.encoders]
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], batch: int = 64) -> TextEmbedding:
+        """The embeddings of N prompts, float32. Text beyond `length` tokens is cut off."""
+        parts = [encoder.embed(prompts, batch) for encoder in self.encoders]
+        embedding = TextEmbedding(torch.cat([part.states for part in parts], dim=-1), parts[-1].pooled)
+        if not self.zero_null:
+            return embedding
+        kept = torch.tensor([float(prompt != NULL_PROMPT) for prompt in prompts]).to(embedding.states)
+        return embedding.map(lambda tensor: tensor * kept.reshape(-1, *[1] * (tensor.dim() - 1)))
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before truncation, by the encoder that finds most."""
+        counts = zip(*(encoder.count_tokens(prompts) for encoder in self.encoders), strict=True)
+        return [max(of_prompt) for of_prompt in counts]
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `length` tokens of every encoder; empty if all of it fits."""
+        return max((encoder.unread(prompt) for encoder in self.encoders), key=len)
+
+    def to(self, device: torch.device) -> TextEncoders:
+        for encoder in self.encoders:
+            encoder.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all on which cached embeddings depend."""
+        parts = [*(encoder.fingerprint() for encoder in self.encoders), str(self.zero_null)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+AnyTextEncoder: TypeAlias = TextEncoder | TextEncoders
+
+
+def of(config: TextConfig) -> AnyTextEncoder:
+    """The encoder of a configuration, frozen; UserError as `load`, and where several encoders would be trained."""
+    encoder = load(config.model, config.max_tokens, config.width, skip_layers=config.skip_layers, chunks=config.chunks)
+    if config.train and not isinstance(encoder, TextEncoder):
+        raise UserError(
+            f"text.train: {config.model} has several text encoders, which stay frozen here; set it to false"
+        )
+    return encoder
 
 
 def load(
     name: str, max_tokens: int | None = None, width: int | None = None, *, skip_layers: int = 0, chunks: int = 1
-) -> TextEncoder:
+) -> AnyTextEncoder:
     """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that contains it.
 
-    From a diffusers pipeline it takes the pipeline's own. `open_clip:` before a name loads a text tower of OpenCLIP.
-    The last `skip_layers` layers are removed; the final norm stays. UserError if nothing can be loaded, if the
-    encoder's width is not `width`, if the file of all-MiniLM-L6-v2 is not the published one, and for options that the
-    encoder can't satisfy.
+    From a diffusers pipeline it takes the pipeline's own, or both of SDXL's. `open_clip:` before a name loads a text
+    tower of OpenCLIP. The last `skip_layers` layers are removed; the final norm stays. UserError if nothing can be
+    loaded, if the encoder's width is not `width`, if the file of all-MiniLM-L6-v2 is not the published one, and for
+    options that the encoder can't satisfy.
     """
     if name.startswith(OPEN_CLIP):
         model, tokenizer = open_clip.load(name.removeprefix(OPEN_CLIP))
     else:
-        model, tokenizer = _from_transformers(name)
-    if width and width != model.config.hidden_size:
-        raise UserError(f"text.width: {width}, but {name} has {model.config.hidden_size}; set it to that")
+        folder = _folder(name)
+        components = _pipeline_components(folder)
+        if components.get("text_encoder_2", [None])[0]:
+            encoders = _of_two(name, folder, components)
+            fixed = {"max_tokens": encoders.length, "skip_layers": 0, "chunks": 1}
+            for key, value in {"max_tokens": max_tokens, "skip_layers": skip_layers, "chunks": chunks}.items():
+                if value not in (None, fixed[key]):
+                    raise UserError(f"text.{key}: {value}, but {name} has several text encoders; leave it out")
+            return _check_width(encoders, width, name)
+        if components and not components.get("text_encoder", [None])[0]:
+            raise UserError(f"text.model: the pipeline {name} has no text encoder; give one that has one")
+        parts = (folder / "text_encoder", folder / "tokenizer") if components else (folder, folder)
+        model, tokenizer = _from_transformers(name, *parts)
     if skip_layers:
         _remove_layers(model, skip_layers, name)
     positions = getattr(model.config, "max_position_embeddings", 512)
@@ -144,20 +250,38 @@ def load(
     tokenizer.model_max_length = max_tokens or default
     if not isinstance(model, CLIPTextModel):  # CLIP was trained without a mask for padding
         model.config.use_attention_mask = True
-    return TextEncoder(model, tokenizer, chunks)
+    return _check_width(TextEncoder(model, tokenizer, chunks), width, name)
 
 
-def _from_transformers(name: str) -> tuple[PreTrainedModel, Any]:
-    folder = _folder(name)
-    tokenizer_folder = folder
-    if components := _pipeline_components(folder):
-        if components.get("text_encoder_2", [None])[0] or not components.get("text_encoder", [None])[0]:
-            raise UserError(f"text.model: the pipeline {name} has no text encoder, or several; give one that has one")
-        folder, tokenizer_folder = folder / "text_encoder", folder / "tokenizer"
+def _check_width(encoder: AnyTextEncoder, width: int | None, name: str) -> AnyTextEncoder:
+    if width and width != encoder.width:
+        raise UserError(f"text.width: {width}, but {name} has {encoder.width}; set it to that")
+    return encoder
+
+
+def _of_two(name: str, folder: Path, components: dict[str, Any]) -> TextEncoders:
+    """The text encoders of a pipeline that has two, in the way of SDXL; UserError for another pair."""
+    names = [components[f"text_encoder{suffix}"] for suffix in TWO if components.get(f"text_encoder{suffix}")]
+    if [class_name for _, class_name in names] != SDXL_CLASSES or components.get("text_encoder_3", [None])[0]:
+        listed = ", ".join(str(class_name) for _, class_name in names)
+        raise UserError(
+            f"text.model: the pipeline {name} has {listed}; known are one text encoder, or SDXL's two, "
+            f"{', '.join(SDXL_CLASSES)}"
+        )
+    encoders = []
+    for suffix in TWO:
+        parts = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
+        encoders.append(TextEncoder(*_from_transformers(name, *parts), penultimate=True))
+    return TextEncoders(encoders, components.get("force_zeros_for_empty_prompt", True))
+
+
+def _from_transformers(name: str, folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         classes = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+        if CLIPTextModelWithProjection.__name__ in (config.architectures or ()):
+            classes["clip_text_model"] = CLIPTextModelWithProjection
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it would list all weights of CLIP's image tower as unused
         try:
@@ -202,12 +326,10 @@ def _folder(name: str) -> Path:
         else:
             try:
                 files = ["*.json", "*.txt", "*.model", "*.safetensors"]
-                if _pipeline_components(
-                    Path(snapshot_download(name, allow_patterns="model_index.json"))
-                ):  # not the whole pipeline
-                    files = [
-                        f"{component}/{pattern}" for component in ("text_encoder", "tokenizer") for pattern in files
-                    ]
+                index = Path(snapshot_download(name, allow_patterns="model_index.json"))
+                if _pipeline_components(index):  # not the whole pipeline
+                    parts = [f"{part}{suffix}" for suffix in TWO for part in ("text_encoder", "tokenizer")]
+                    files = ["model_index.json", *(f"{part}/{pattern}" for part in parts for pattern in files)]
                 folder = Path(snapshot_download(name, allow_patterns=files))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
                 raise UserError(

@@ -34,7 +34,9 @@ def outputs(stage: Stage2Config, channels: int) -> int:
     return 2 * channels if stage.variance == "learned" else channels
 
 
-def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+def build(
+    stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0, pooled_width: int = 0
+) -> UNet:
     """A U-Net with random weights for latents `(N, channels, side, side)`; UserError if its levels don't divide them.
 
     It has one more class than `classes`, for no class. Without text it is a UNet2DModel, with self-attention alone.
@@ -66,7 +68,8 @@ def build(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cl
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": SIZE_DIM,
-            "projection_class_embeddings_input_dim": NUM_SIZES * SIZE_DIM + (text_width if stage.pooled_text else 0),
+            "projection_class_embeddings_input_dim": NUM_SIZES * SIZE_DIM
+            + ((pooled_width or text_width) if stage.pooled_text else 0),
         }
     elif stage.pooled_text:
         config |= {"addition_embed_type": "text", "addition_embed_type_num_heads": 8}
@@ -92,7 +95,9 @@ def _check_side(side: int, levels: int, subject: str, remedy: str = "") -> None:
         )
 
 
-def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+def load(
+    stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0, pooled_width: int = 0
+) -> UNet:
     """The U-Net of `stage2.init_from`, in its own architecture, with the inputs added that it lacks.
 
     UserError if it does not fit the latents, text, classes (0: not known yet) or prediction type.
@@ -129,7 +134,7 @@ def load(stage: Stage2Config, channels: int, side: int, text_width: int = 0, cla
                 f"stage2.init_from: {name} has {key} {actual}, but {source} are {required[key]}; use its own"
             )
     if stage.text:
-        _check_text(unet, stage, name, text_width)
+        _check_text(unet, stage, name, text_width, pooled_width)
     return unet
 
 
@@ -198,29 +203,36 @@ def scheduler_of(name: str) -> DDIMScheduler | None:
         return None
 
 
-def _check_text(unet: UNet, stage: Stage2Config, name: str, width: int) -> None:
+def _check_text(unet: UNet, stage: Stage2Config, name: str, width: int, pooled_width: int) -> None:
     """UserError if a U-Net was trained with other text embeddings or sizes than `stage` has."""
     config, cross_attention_dim = unet.config, unet.config.cross_attention_dim
     kind, sizes = config.addition_embed_type, config.addition_embed_type == "text_time"
     pooled = config.projection_class_embeddings_input_dim - NUM_SIZES * config.addition_time_embed_dim if sizes else 0
-    if kind not in (None, "text", "text_time") or config.class_embed_type or pooled not in (0, cross_attention_dim):
+    if kind not in (None, "text", "text_time") or config.class_embed_type:
         raise UserError(
-            f"stage2.init_from: {name} reads more than one text encoder's token states and sizes (SDXL has two "
-            "encoders, and their pooled states); such a U-Net is not trained here"
+            f"stage2.init_from: {name} reads {kind or config.class_embed_type}; U-Nets trained here read text, pooled "
+            "text and sizes"
         )
     if cross_attention_dim != width:
         raise UserError(
             f"text.model: has {width} channels, but {name} was trained with cross_attention_dim {cross_attention_dim}; "
             "set text.model to the encoder that it was trained with"
         )
+    if pooled not in (0, pooled_width or width):
+        raise UserError(
+            f"text.model: has a pooled embedding of {pooled_width} channels, but {name} was trained with {pooled}; set "
+            "text.model to the pipeline that it was trained with"
+        )
     if sizes != stage.sizes:
         raise UserError(f"stage2.conditions: size or none, as {name} has it; its U-Net's other inputs can't be changed")
 
 
-def build_empty(stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0) -> UNet:
+def build_empty(
+    stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0, pooled_width: int = 0
+) -> UNet:
     """The same as `build` on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
-        return build(stage, channels, side, text_width, classes)
+        return build(stage, channels, side, text_width, classes, pooled_width)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from PIL import Image
 from ldm.data.images import to_pil
 from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NUM_NOISE_LEVELS
+from ldm.models.conditioning import NUM_NOISE_LEVELS, TextEmbedding
 from ldm.models.finite import check_output
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.models.unet import UNet
 from ldm.sampling import pipeline_io
 from ldm.sampling.background_worker import BackgroundWorker
@@ -50,7 +50,7 @@ class LatentDiffusion:
     embedding of the empty prompt. `classes` are the names of a class-conditional model's classes.
     """
 
-    text: TextEncoder | None
+    text: AnyTextEncoder | None
     unet: UNet
     autoencoder: Autoencoder
     scheduler: Any
@@ -58,7 +58,7 @@ class LatentDiffusion:
     guidance: float = 7.5
     null: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
-    _embedding_cache: dict[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)  # by prompt
+    _embedding_cache: dict[str, TextEmbedding] | None = field(default=None, repr=False, compare=False)  # by prompt
 
     @property
     def task(self) -> str:
@@ -173,17 +173,18 @@ class LatentDiffusion:
             callback=callback,
         )
 
-    def embedded(self, prompts: Sequence[str]) -> torch.Tensor:
-        """`(N, T, D)`; encodes each prompt once per call, and after `optimize_for_inference` once for all calls."""
+    def embedded(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Encodes each prompt once per call, and after `optimize_for_inference` once for all calls."""
         assert self.text, "this model reads no text"
-        cache = self._embedding_cache
-        if cache is None or len(cache) > MAX_CACHED_PROMPTS:
-            cache = {}
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]:
-            encoded = self.text.encode(new, batch=1)  # one at a time: bits depend on a batch
-            check_output(encoded, "text encoder", self.text.model, "take another one")
-            cache.update(zip(new, encoded, strict=True))
-        return torch.stack([cache[prompt] for prompt in prompts])
+        cache = {} if self._embedding_cache is None else self._embedding_cache
+        if len(cache) > MAX_CACHED_PROMPTS:
+            cache.clear()
+        for prompt in dict.fromkeys(prompts):  # one at a time: bits depend on a batch
+            if prompt not in cache:
+                cache[prompt] = self.text.embed([prompt])
+                for model in self.text.models:
+                    check_output(cache[prompt].states, "text encoder", model, "take another one")
+        return TextEmbedding.cat([cache[prompt] for prompt in prompts])
 
     def __call__(
         self,

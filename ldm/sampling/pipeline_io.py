@@ -22,6 +22,9 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
@@ -31,7 +34,7 @@ from ldm.diffusion.schedules import betas
 from ldm.models.autoencoder import Autoencoder, Identity, fold
 from ldm.models.conditioning import NOISIEST
 from ldm.models.finite import check_weights
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import whole_folder
 from ldm.utils.errors import UserError
@@ -42,6 +45,9 @@ PIPELINES = (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     LatentConsistencyModelPipeline,
     DDPMPipeline,
     DDIMPipeline,
@@ -61,38 +67,39 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     logging.set_verbosity(logging.CRITICAL)  # our own error repeats what it logs
     try:
         config = DiffusionPipeline.load_config(str(name))
+        kind = next((kind for kind in PIPELINES if kind.__name__ == config.get("_class_name")), None)
+        if not kind:
+            known = ", ".join(kind.__name__ for kind in PIPELINES)
+            raise UserError(f"{option}: {name} is a {config.get('_class_name')}; known are {known}")
         components: dict[str, Any] = {"vae": None} if config.get("vae") == [None, None] else {}  # diffusion on pixels
         components |= dict.fromkeys(UNUSED & config.keys())  # a folder may lack them
-        if "text_encoder" in config:  # by itself: a pipeline would initialise missing weights at random
-            components["text_encoder"] = _text_encoder(str(name), config["text_encoder"][1])
+        for part in ("text_encoder", "text_encoder_2"):  # alone: a pipeline would initialise missing weights at random
+            if config.get(part, [None])[0]:
+                components[part] = _text_encoder(str(name), part, config[part][1])
         for part in ("unet", "vae", "vqvae"):
             library, class_name = config.get(part) or ("", "")
             if library == "diffusers" and (component := getattr(diffusers, str(class_name), None)):
                 components[part] = load_variant(component.from_pretrained, str(name), part)
-        # its own class: DiffusionPipeline itself ignores `image_encoder=None`
-        kind = getattr(diffusers, str(config.get("_class_name")), DiffusionPipeline)
         pipeline = kind.from_pretrained(str(name), use_safetensors=True, **components)
         facts, null = _facts(Path(name))
+    except UserError:
+        raise
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
-    if not isinstance(pipeline, PIPELINES):
-        known = ", ".join(kind.__name__ for kind in PIPELINES)
-        raise UserError(f"{option}: {name} is a {type(pipeline).__name__}; known are {known}")
     if "prediction_type" not in pipeline.scheduler.config:
         scheduler = type(pipeline.scheduler).__name__
         raise UserError(
             f"{option}: {name} comes with {scheduler}, which these pipelines of diffusers can't run; save another"
         )
-    encoder = getattr(pipeline, "text_encoder", None)
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
     for module in (pipeline.unet, vae):
         if missing := [key for key, tensor in module.state_dict().items() if tensor.is_meta]:
             raise UserError(f"{option}: {name} lacks {missing[0]} and {len(missing) - 1} more weights; fetch it anew")
     return {
-        "text": TextEncoder(encoder, pipeline.tokenizer) if encoder else None,
+        "text": _text(pipeline, str(name), option),
         "unet": pipeline.unet.eval(),
         "autoencoder": Autoencoder(vae),
         "scheduler": pipeline.scheduler,
@@ -103,23 +110,47 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     }
 
 
-def _text_encoder(name: str, class_name: str) -> Any:
-    """The text encoder of a pipeline; ValueError if its files lack weights."""
+def _text_encoder(name: str, part: str, class_name: str) -> Any:
+    """A text encoder of a pipeline; ValueError if its files lack weights."""
     verbosity = text_logging.get_verbosity()
     text_logging.set_verbosity(text_logging.CRITICAL)
     try:
         encoder, loading_info = load_variant(
             getattr(transformers, class_name).from_pretrained,
             name,
-            "text_encoder",
+            part,
             output_loading_info=True,
             dtype=torch.float32,
         )
     finally:
         text_logging.set_verbosity(verbosity)
     if missing := sorted(loading_info["missing_keys"]):
-        raise ValueError(f"its text encoder lacks {missing[0]} and {len(missing) - 1} more")
+        raise ValueError(f"its {part} lacks {missing[0]} and {len(missing) - 1} more")
     return encoder
+
+
+def _text(pipeline: DiffusionPipeline, name: str, option: str) -> AnyTextEncoder | None:
+    """The text encoder of a pipeline, or both of SDXL's; UserError where one is missing."""
+    if "text_encoder" not in pipeline.config:
+        return None
+    first, second = (getattr(pipeline, f"text_encoder{suffix}", None) for suffix in TWO)
+    if "text_encoder_2" not in pipeline.config:
+        if not first:
+            raise UserError(f"{option}: {name} was saved without its text encoder; fetch it anew")
+        return TextEncoder(first, pipeline.tokenizer)
+    if pipeline.config.get("requires_aesthetics_score"):
+        raise UserError(
+            f"{option}: {name} is a refiner, which finishes the images of another model; give the base model"
+        )
+    if not first or not second:
+        missing = "text_encoder_2" if first else "text_encoder"
+        raise UserError(f"{option}: {name} lacks its {missing}; SDXL has two text encoders: fetch it anew")
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+    encoders = [
+        TextEncoder(model, tokenizer, penultimate=True)
+        for model, tokenizer in zip((first, second), tokenizers, strict=True)
+    ]
+    return TextEncoders(encoders, pipeline.config.get("force_zeros_for_empty_prompt", True))
 
 
 def _default_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -136,7 +167,9 @@ def write(model: Model, folder: Path) -> None:
 
     UserError, before anything is written, where weights are not finite.
     """
-    parts = {"U-Net": model.unet, "text encoder": model.text and model.text.model, "null embedding": model.null}
+    parts = {"U-Net": model.unet, "null embedding": model.null}
+    for number, encoder in enumerate(model.text.models if model.text else (), start=1):
+        parts["text encoder" if number == 1 else f"text encoder {number}"] = encoder
     if not isinstance(model.autoencoder.vae, Identity):
         parts["autoencoder"] = model.autoencoder.vae
     check_weights({name: part for name, part in parts.items() if part is not None}, folder)
@@ -156,6 +189,8 @@ def _pipeline(model: Model) -> DiffusionPipeline:
         return LDMPipeline(vqvae=vae, unet=model.unet, scheduler=model.scheduler)
     if isinstance(vae, AutoencoderDC):  # the pipeline derives its scale factor from it
         vae.register_to_config(block_out_channels=vae.config.encoder_block_out_channels)
+    if isinstance(model.text, TextEncoders):
+        return _sdxl_pipeline(model, vae)
     parts: dict[str, Any] = {
         "text_encoder": model.text.model,
         "tokenizer": model.text.tokenizer,
@@ -176,6 +211,22 @@ def _pipeline(model: Model) -> DiffusionPipeline:
             vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=NOISIEST
         )
     return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
+
+
+def _sdxl_pipeline(model: Model, vae: Any) -> DiffusionPipeline:
+    first, second = model.text.encoders
+    kind = StableDiffusionXLInpaintPipeline if model.task == "inpaint" else StableDiffusionXLPipeline
+    return kind(
+        vae=vae,
+        text_encoder=first.model,
+        text_encoder_2=second.model,
+        tokenizer=first.tokenizer,
+        tokenizer_2=second.tokenizer,
+        unet=model.unet,
+        scheduler=model.scheduler,
+        force_zeros_for_empty_prompt=model.text.zero_null,
+        add_watermarker=False,
+    )
 
 
 def _facts(folder: Path) -> tuple[dict[str, Any], torch.Tensor | None]:

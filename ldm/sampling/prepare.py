@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ldm.models.conditioning import Condition, mask_and_masked_latents, noise_augmented
+from ldm.models.conditioning import Condition, TextEmbedding, mask_and_masked_latents, noise_augmented
 from ldm.models.finite import check_output
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.sampling.loop import InpaintMask, initial_noise, slerp
@@ -76,16 +76,16 @@ def prepare_text_to_image(model: LatentDiffusion, inputs: SamplingInputs) -> Pre
     else:
         prepared = prepare_unconditional(model, inputs)
     text = _text(model, inputs)
-    condition = prepared.condition._replace(text=text)
+    condition, count, device = prepared.condition.with_text(text), len(inputs.prompts), text.states.device
     if model.unet.config.get("addition_embed_type") == "text_time":  # an image that was not cropped
         height, width = (n * model.autoencoder.factor for n in prepared.noise.shape[2:])
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=text.device).float()
-        condition = condition._replace(sizes=sizes.expand(len(text), 6))
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device).float()
+        condition = condition._replace(sizes=sizes.expand(count, 6))
     if model.unet.config.get("time_cond_proj_dim"):  # distilled: its prediction is guided already, in one forward
         scale = torch.as_tensor(guidance_scale(model, inputs), dtype=torch.float32, device=model.device)
-        return replace(prepared, condition=condition._replace(guidance=scale.expand(len(text))), unconditional=None)
+        return replace(prepared, condition=condition._replace(guidance=scale.expand(count)), unconditional=None)
     label = None if prepared.unconditional is None else prepared.unconditional.label
-    null = condition._replace(text=_negative_text(model, inputs, text), label=label)
+    null = condition.with_text(_negative_text(model, inputs, count))._replace(label=label)
     return replace(prepared, condition=condition, unconditional=null)
 
 
@@ -167,32 +167,29 @@ def _noise(model: LatentDiffusion, inputs: SamplingInputs) -> tuple[torch.Tensor
         width, height = inputs.size or (model.side, model.side)
     shape = model.autoencoder.channels, height // factor, width // factor
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
-    noise = initial_noise(shape, inputs.seeds)
-    for generator in generators:  # `initial_noise` drew the same numbers: advance past them
-        torch.randn(shape, generator=generator)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     if inputs.toward:
         pairs = zip(noise, initial_noise(shape, inputs.toward.seeds), inputs.toward.shares, strict=True)
         noise = torch.stack([slerp(*pair) for pair in pairs])
     return noise.to(model.device), generators
 
 
-def _text(model: LatentDiffusion, inputs: SamplingInputs) -> torch.Tensor:
-    """`(N, T, D)`: the prompts' embeddings, interpolated towards those of `toward` if it is set."""
+def _text(model: LatentDiffusion, inputs: SamplingInputs) -> TextEmbedding:
+    """The prompts' embeddings, interpolated towards those of `toward` if it is set."""
     assert inputs.prompts is not None
     text = model.embedded(inputs.prompts)
     if inputs.toward and inputs.toward.prompts is not None:
-        shares = torch.tensor(inputs.toward.shares, device=text.device)[:, None, None]
-        text = text + shares * (model.embedded(inputs.toward.prompts) - text)
+        shares = torch.tensor(inputs.toward.shares, device=text.states.device)
+        text = text.lerp(model.embedded(inputs.toward.prompts), shares)
     return text
 
 
-def _negative_text(model: LatentDiffusion, inputs: SamplingInputs, text: torch.Tensor) -> torch.Tensor:
-    """`(N, T, D)`: the negative prompts' embeddings; a trained null embedding replaces that of the empty prompt."""
+def _negative_text(model: LatentDiffusion, inputs: SamplingInputs, count: int) -> TextEmbedding:
+    """The negative prompts' embeddings, `count`; a trained null embedding replaces that of the empty prompt."""
     negative = inputs.options.negative_prompt
     prompts = [negative] if isinstance(negative, str) else negative
     null = model.embedded(prompts)
     if model.null is not None:
-        null = torch.stack(
-            [model.null if prompt == NULL_PROMPT else e for prompt, e in zip(prompts, null, strict=True)]
-        )
-    return null.to(text).expand_as(text)
+        empty = torch.tensor([prompt == NULL_PROMPT for prompt in prompts], device=null.states.device)
+        null = replace(null, states=torch.where(empty[:, None, None], model.null.to(null.states), null.states))
+    return null.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))

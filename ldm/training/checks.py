@@ -81,14 +81,16 @@ def _batch(stage: str, training: Training, processes: int) -> list[str]:
 def networks(config: Config) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
     stage1, stage2, size = config.stage1, config.stage2, config.data.size
-    width = text_encoder_sizes(config.text).width if stage2.text else 0
+    text = text_encoder_sizes(config.text) if stage2.text else NO_TEXT
     with torch.device("meta"):
         vae = autoencoder.build(stage1, size)
     local = stage2.init_from and Path(stage2.init_from).exists()
-    return vae, (unet.load if local else unet.build_empty)(stage2, stage1.latent_channels, size // stage1.factor, width)
+    return vae, (unet.load if local else unet.build_empty)(
+        stage2, stage1.latent_channels, size // stage1.factor, text.width, pooled_width=text.pooled_width
+    )
 
 
-def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
+def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     """UserError for whatever would stop the run later and can be known now; returns the text encoder."""
     stage1, stage2 = config.stage1, config.stage2
     accumulated("stage2", stage2, processes)
@@ -117,7 +119,8 @@ def check(config: Config, processes: int) -> text_encoder.TextEncoder | None:
     if stage1.pretrained:
         check_autoencoder(config, "stage1.pretrained", stage1.pretrained)
     encoder = text_encoder.of(config.text) if stage2.text else None
-    shape = stage1.latent_channels, config.data.size // stage1.factor, encoder.width if encoder else 0
+    widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()
+    shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
         unet.load(stage2, *shape)
         if not (stage1.needs_none or stage1.init_from or (config.run.dir / "autoencoder").exists()):
@@ -203,6 +206,8 @@ class TextEncoderSizes(NamedTuple):
     """Its parameters that are not trained."""
     trained: tuple[int, ...]
     """The elements of each trained one."""
+    pooled_width: int = 0
+    """Channels of the pooled embedding; 0 where there is none."""
 
 
 NO_TEXT = TextEncoderSizes(0, 0, 0, ())
@@ -216,9 +221,11 @@ def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
         return TextEncoderSizes(config.width, length, 0 if config.train else CLIP.get(config.model, 0), ())
     with torch.device("cpu"):
         encoder = text_encoder.of(config)
-    trained = tuple(p.numel() for p in encoder.trainable()) if config.train else ()
-    total = sum(p.numel() for p in encoder.model.parameters())
-    return TextEncoderSizes(encoder.width, encoder.length, total - sum(trained), trained)
+    trained: tuple[int, ...] = ()
+    if config.train and isinstance(encoder, text_encoder.TextEncoder):
+        trained = tuple(p.numel() for p in encoder.trainable())
+    total = sum(p.numel() for model in encoder.models for p in model.parameters())
+    return TextEncoderSizes(encoder.width, encoder.length, total - sum(trained), trained, encoder.pooled_width)
 
 
 def _presence(config: Config) -> str:

@@ -162,6 +162,7 @@ def _unet_inputs(
         label=numbers if stage.classes or "upscale" in stage.conditions else None,
         sizes=empty(count, 6) if stage.sizes else None,
         image=empty(count, image_channels, side, side) if image_channels else None,
+        pooled=empty(count, text.pooled_width) if stage.text and text.pooled_width else None,
     )
     return empty(count, channels, side, side), numbers, condition
 

@@ -12,7 +12,7 @@ from ldm.config.schema import DistillConfig
 from ldm.data.dataset import Item
 from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_huber, x0_weight
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models.conditioning import Condition, predict
+from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.models.unet import UNet
 from ldm.sampling.few_steps import grid, lcm_scheduler
 from ldm.training.trainer import Trainer
@@ -36,7 +36,7 @@ class DistillationBatch(NamedTuple):
 class DistillationMethod(ABC):
     """Distils a `teacher`, a U-Net of `process`; random numbers follow from positions.
 
-    `null` `(T, D)` is the embedding of no caption, `classes` the index of the null class; None where the model has no
+    `null` is the embedding of no caption, `classes` the index of the null class; None where the model has no
     such input.
     """
 
@@ -44,11 +44,11 @@ class DistillationMethod(ABC):
     process: DiffusionProcess
     settings: DistillConfig
     seed: int
-    null: torch.Tensor | None
+    null: TextEmbedding | None
     classes: int | None
 
-    others: torch.Tensor | None = field(default=None, kw_only=True)
-    """`(K, T, D)`: embeddings of captions that those of a batch are blended with."""
+    others: TextEmbedding | None = field(default=None, kw_only=True)
+    """Embeddings of K captions that those of a batch are blended with."""
 
     can_be_sharded: ClassVar[bool] = True
 
@@ -80,15 +80,17 @@ class DistillationMethod(ABC):
         A teacher responds to any text; distilled on training captions alone, a student of few steps forgets how to
         combine them.
         """
-        text = condition.text
-        if text is None or self.others is None:
+        if condition.text is None or self.others is None:
             return condition
+        text = TextEmbedding(condition.text, condition.pooled)
         which, how_far, chosen = (
-            uniform(self.seed, f"distill {name}", n).to(text.device) for name in ("other", "way", "blended")
+            uniform(self.seed, f"distill {name}", n).to(condition.text.device) for name in ("other", "way", "blended")
         )
-        other = self.others[(which * len(self.others)).long().clamp(max=len(self.others) - 1)].to(text)
-        weight = torch.where(chosen < self.settings.blended, how_far, 0.0)[:, None, None].to(text)
-        return condition._replace(text=text + weight * (other - text))
+        count = len(self.others.states)
+        chosen_other = (which * count).long().clamp(max=count - 1)
+        other = self.others.map(lambda tensor: tensor[chosen_other].to(condition.text))
+        weight = torch.where(chosen < self.settings.blended, how_far, 0.0).to(condition.text)
+        return condition.with_text(text.lerp(other, weight))
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
         """The input at timesteps from uniform numbers u `(N,)`."""
@@ -111,7 +113,9 @@ class DistillationMethod(ABC):
         label = condition.label
         if label is not None and self.classes is not None:
             label = torch.full_like(label, self.classes)
-        null = condition._replace(text=self.null.to(condition.text).expand_as(condition.text), label=label)
+        count = len(condition.text)
+        text = self.null.map(lambda tensor: tensor.to(condition.text).expand(count, *tensor.shape[1:]))
+        null = condition.with_text(text)._replace(label=label)
         both = predict(self.teacher, torch.cat([z, z]), torch.cat([model_time, model_time]), null.of(condition)).float()
         without, with_it = both.chunk(2)
         return without + w[:, None, None, None] * (with_it - without)

@@ -36,6 +36,7 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
+from ldm.models.conditioning import TextEmbedding
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
@@ -147,7 +148,7 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
     assert options.guidance_to, "the command sets it"
     null = None
     if model.text:
-        null = model.text.encode([NULL_PROMPT])[0] if model.null is None else model.null
+        null = model.text.embed([NULL_PROMPT]) if model.null is None else TextEmbedding(model.null[None])
         within = min(max(model.guidance, options.guidance_from), options.guidance_to)
         model = replace(model, guidance=within)
     arguments = (process, options, config.run.seed, null, len(model.classes) if stage.classes else None)
@@ -219,7 +220,7 @@ def train_student(
     held = held_out(model, everything, options.batch, trainer.passes.images)
     if options.blended and model.text and isinstance(data, Index):
         captions = data.subset(CAPTIONS)
-        distillation.others = model.text.encode([captions[i].captions[0] for i in range(len(captions))])
+        distillation.others = model.text.embed([captions[i].captions[0] for i in range(len(captions))])
 
     def evaluate_if_due() -> None:
         if held and trainer.due(options.evaluate_every, last=True):

@@ -13,7 +13,7 @@ import torch
 
 from ldm.config import loader
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NOISIEST, Condition, downsample, mask_and_masked_latents
+from ldm.models.conditioning import NOISIEST, Condition, TextEmbedding, downsample, mask_and_masked_latents
 from ldm.utils.rng import generator
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.masks import random_mask
@@ -42,7 +42,7 @@ def batch(n: torch.Tensor, side: int = 1, rate: float = 0.0) -> dict[str, Any]:
 
 
 def apply(conditions: Conditions, n: torch.Tensor, **options: Any) -> tuple[Condition, Any, dict[str, torch.Tensor]]:
-    return conditions(batch(n, **options), torch.zeros(len(n), 4, 8, 8), torch.ones(len(n), 2, 3))
+    return conditions(batch(n, **options), torch.zeros(len(n), 4, 8, 8), TextEmbedding(torch.ones(len(n), 2, 3)))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
@@ -73,7 +73,9 @@ def test_dropout_each_drops_captions_and_classes_independently(conditions: Build
 def test_a_sample_is_dropped_at_its_own_rate(conditions: BuildConditions) -> None:
     samples = batch(torch.arange(N))
     samples["dropout"] = torch.where(torch.arange(N) % 2 == 0, 0.0, 0.4)
-    _, dropped, _ = conditions("conditions=[text]")(samples, torch.zeros(N, 4, 1, 1), torch.ones(N, 1, 1))
+    _, dropped, _ = conditions("conditions=[text]")(
+        samples, torch.zeros(N, 4, 1, 1), TextEmbedding(torch.ones(N, 1, 1))
+    )
     assert not bool(dropped[::2].any())
     assert abs(float(dropped[1::2].float().mean()) - 0.4) <= 4 * math.sqrt(0.24 / (N / 2))
 

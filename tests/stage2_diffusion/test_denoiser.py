@@ -23,7 +23,7 @@ def stage(**keys: object) -> Stage2Config:
 def model(stage: Stage2Config, encoder: text_encoder.TextEncoder, trained: bool = False) -> Denoiser:
     torch.manual_seed(0)
     network = unet.build(stage, 2, 4, encoder.width, 3)
-    return Denoiser(network, stage, None if trained else encoder.encode([""])[0], encoder if trained else None)
+    return Denoiser(network, stage, None if trained else encoder.embed([""]), encoder if trained else None)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_learned_null_starts_as_the_empty_caption_and_learns_from_dropped_samp
     encoder: text_encoder.TextEncoder, trained: bool
 ) -> None:
     denoiser = model(stage(uncond_embedding="learned"), encoder, trained)
-    torch.testing.assert_close(denoiser.null.detach(), encoder.encode([""])[0])
+    torch.testing.assert_close(denoiser.null.detach(), encoder.embed([""]))
     x, t, label = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([3, 0])
     captions = ["cat", "dog"]
     text = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
@@ -82,7 +82,7 @@ def test_a_trained_encoder_encodes_the_empty_caption_anew_and_gets_its_gradient(
 ) -> None:
     denoiser = model(stage(), encoder, trained=True)
     before = denoiser.uncond_embedding().detach()
-    torch.testing.assert_close(before, encoder.encode([""])[0])
+    torch.testing.assert_close(before, encoder.embed([""]))
     tokens = torch.stack(encoder.tokens(["cat"]), dim=1)
     condition = Condition(tokens, torch.tensor([3]))
     denoiser(torch.randn(1, 2, 4, 4), torch.tensor([5]), condition, torch.tensor([True])).square().sum().backward()

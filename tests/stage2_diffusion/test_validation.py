@@ -107,7 +107,7 @@ def test_losses_are_means_over_held_out_and_training_images_with_ema_weights(
     stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
-    denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.encode([""])[0])
+    denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.embed([""]))
     run = Trainer(settings.run, stage, "stage2", denoiser)
     with torch.no_grad():
         for parameter in denoiser.parameters():
@@ -163,5 +163,5 @@ def test_without_held_out_images_nothing_is_measured(
     network = unet.build(stage, 4, 8, encoder.width)
     model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
     validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)
-    assert validation(Trainer(settings.run, stage, "stage2", Denoiser(network, stage, encoder.encode([""])[0]))) == {}
+    assert validation(Trainer(settings.run, stage, "stage2", Denoiser(network, stage, encoder.embed([""])))) == {}
     assert not (settings.run.dir / "stage2/metrics.jsonl").exists()

@@ -93,7 +93,7 @@ def test_an_entry_equals_the_encoded_crop(root: Path, folder: Path, encoder: tex
             torch.testing.assert_close(latent[0], mean[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(latent[1], logvar[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
-            store.embedding(entry.captions[0]), encoder.encode(entry.captions)[0], atol=1e-5, rtol=1e-5
+            store.embedding(entry.captions[0])["text"], encoder.encode(entry.captions)[0], atol=1e-5, rtol=1e-5
         )
     assert len(store.text.keys) == 12  # each distinct caption once
 
@@ -263,8 +263,10 @@ def test_cached_samples_equal_those_encoded_on_the_fly(
         for step in range(8):
             items = [samples.dataset[n] for n in range(step * 4, step * 4 + 4)]  # type: ignore[index]
             batch = torch.utils.data.default_collate(items)
-            x0, states = samples.encode(batch)
-            batches.append((x0, states, batch["position"], batch["dropout"], batch["crop"], batch["original_size"]))
+            x0, text = samples.encode(batch)
+            batches.append(
+                (x0, text.states, batch["position"], batch["dropout"], batch["crop"], batch["original_size"])
+            )
         batches_by_kind[kind] = batches
     for cached_values, encoded_values in zip(batches_by_kind["disk"], batches_by_kind["none"], strict=True):
         for a, b in zip(cached_values, encoded_values, strict=True):

@@ -23,7 +23,7 @@ from ldm.config.presets import AUTOENCODERS
 from ldm.config.schema import Stage2Config
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import Condition, predict
+from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.training import checks, memory_estimate, memory_tracker
 from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
@@ -170,7 +170,10 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     )
     shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
     run = Trainer(
-        one.run, one.stage2, "stage2", Denoiser(unet.build(one.stage2, *shape), one.stage2, torch.zeros(16, 384))
+        one.run,
+        one.stage2,
+        "stage2",
+        Denoiser(unet.build(one.stage2, *shape), one.stage2, TextEmbedding(torch.zeros(1, 16, 384))),
     )
     for parameter in run.parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.distributed.sharding import without_weights
 from ldm.models import attention, autoencoder, text_encoder, unet
-from ldm.models.conditioning import Condition
+from ldm.models.conditioning import Condition, TextEmbedding
 from ldm.training.throughput import Clock, forward_flops, matmul_peak
 from stage1_vae.model import Change, Reconstruction
 from stage2_diffusion.denoiser import Denoiser
@@ -27,7 +27,7 @@ def denoiser(conditions: tuple[str, ...], **keys: object) -> Denoiser:
     torch.manual_seed(0)
     stage = Stage2Config(**{**SHAPE, "conditions": conditions, **keys})
     network = unet.build(stage, 4, 8, TEXT_WIDTH if stage.text else 0, 3 if stage.classes else 0)
-    return Denoiser(network, stage, torch.randn(TOKENS, TEXT_WIDTH) if stage.text else None)
+    return Denoiser(network, stage, TextEmbedding(torch.randn(1, TOKENS, TEXT_WIDTH)) if stage.text else None)
 
 
 def inputs(

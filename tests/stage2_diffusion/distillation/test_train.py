@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models.conditioning import Condition, predict
+from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.models.unet import build, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import grid
 from ldm.sampling.pipeline import LatentDiffusion
@@ -60,7 +60,7 @@ def method_and_batch(kind: Any, unet: Any, target: str = "flow", *args: Any, **s
     process = DiffusionProcess(target, zero_snr=target == "v")
     g = torch.Generator().manual_seed(1)
     text, x0, null = (torch.randn(*shape, generator=g) for shape in ((3, 5, 16), (3, 4, 8, 8), (5, 16)))
-    method = kind(unet, process, DistillConfig(guidance_to=4.0, **settings), 0, null, None, *args)
+    method = kind(unet, process, DistillConfig(guidance_to=4.0, **settings), 0, TextEmbedding(null[None]), None, *args)
     return method, method.make_batch(torch.arange(3), x0, Condition(text))
 
 
@@ -79,7 +79,7 @@ def test_the_guidance_target_is_the_guided_teacher_and_at_scale_1_the_conditiona
     text, w = batch.condition.text, batch.condition.guidance
     assert (w >= 1).all() and (w < 4).all() and len(set(w.tolist())) == 3
     conditional, unconditional = (
-        predict(unet, batch.z, batch.model_time, Condition(e)) for e in (text, method.null.expand(3, 5, 16))
+        predict(unet, batch.z, batch.model_time, Condition(e)) for e in (text, method.null.states.expand(3, 5, 16))
     )
     torch.testing.assert_close(
         method.target(batch, None), unconditional + w[:, None, None, None] * (conditional - unconditional)
@@ -120,7 +120,7 @@ def test_the_blended_share_of_captions_is_interpolated_with_others(unet: Any) ->
     for share in (0.0, 0.5, 1.0):
         method, _ = method_and_batch(Guidance, unet, blended=share)
         assert torch.equal(method.blended(n, Condition(text)).text, text)  # without others nothing is blended
-        method.others = torch.ones(3, 5, 16)
+        method.others = TextEmbedding(torch.ones(3, 5, 16))
         blended = method.blended(n, Condition(text)).text
         assert ((blended >= 0) & (blended < 1)).all()
         moved = (blended > 0).all((1, 2)).float().mean()
