@@ -64,7 +64,7 @@ def loop_of_diffusers(rule, denoise: PredictFn, noise: torch.Tensor, steps: int,
 def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target: str, spacing: str | None) -> None:
     noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess(target)
     if spacing in REFUSED_SPACINGS.get(solver, ()):
-        with pytest.raises(UserError, match=f"^spacing: {re.escape(solver)} has "):
+        with pytest.raises(UserError, match=f"^timestep_spacing: {re.escape(solver)} has "):
             with_solver(scheduler(process, "dpm++"), solver, spacing)
         return
     rule = with_solver(scheduler(process, "dpm++"), solver, spacing)
@@ -312,9 +312,9 @@ def test_every_number_of_steps_gives_an_image_or_a_line(
     takes_all = solver in ("ddim", "dpm++", "unipc") and (spacing is None or process.timesteps < 1000)
     for steps in (1, 3, 50, *([process.timesteps] if takes_all else [])):
         if spacing in REFUSED_SPACINGS.get(solver, ()):
-            reason = f"^spacing: {re.escape(solver)} has "
+            reason = f"^timestep_spacing: {re.escape(solver)} has "
         elif steps == process.timesteps and spacing in REFUSED_AS_FULL_CHAIN.get(solver, ()):
-            reason = f"^steps: {steps}; too many for the chain"
+            reason = f"^num_inference_steps: {steps}; too many for the chain"
         else:
             assert drawn(process, solver, steps, noise, spacing=spacing).isfinite().all(), steps
             continue
