@@ -24,7 +24,7 @@ from ldm.config.schema import Stage2Config
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.training import checks, memory_estimate, memory_tracker
+from ldm.training import memory_estimate, memory_tracker, plan
 from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
@@ -188,7 +188,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     states = run._engine.optimizer.optimizer.state.values()
     assert found["moments of adamw"] == taken(tensor for state in states for tensor in state.values())
     assert found["2 averages of the weights"] == taken(p for model in run.ema.models for p in model.shadow_params)
-    vae, encoder = checks.networks(one)[0], text_encoder.of(one.text)
+    vae, encoder = plan.networks(one)[0], text_encoder.of(one.text)
     assert found["autoencoder"] == taken(vae.parameters())
     assert found["text encoder"] == taken(encoder.model.parameters())
 
@@ -219,7 +219,7 @@ def test_the_text_encoder_of_stable_diffusion_is_known_where_it_is_not() -> None
     )
     with torch.device("meta"):
         model = CLIPTextModel(shape)
-    assert sum(p.numel() for p in model.parameters()) == checks.CLIP["openai/clip-vit-large-patch14"]
+    assert sum(p.numel() for p in model.parameters()) == plan.CLIP["openai/clip-vit-large-patch14"]
 
 
 def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoencoder) -> None:
