@@ -72,7 +72,7 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
     Small trained tensors outside the networks (a null embedding, a schedule) are left out.
     """
     stage, data = config.stage2, config.data
-    passes = accumulated("stage2", stage, processes)
+    accumulation = accumulated("stage2", stage, processes)
     vae, unet = (network.to("meta") for network in plan.networks(config))
     text = plan.text_encoder_sizes(config.text) if stage.text else plan.NO_TEXT
     sizes = [*(p.numel() for p in unet.parameters()), *text.trained]
@@ -82,9 +82,9 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         partial(_unet_inputs, config, text),
         "bf16" if config.run.precision == "auto" else config.run.precision,
     )
-    encoded, sampled, decoded, overlap = _batch_sizes(config, processes, passes.images)
+    encoded, sampled, decoded, overlap = _batch_sizes(config, processes, accumulation.images)
     encoding, decoding = of_autoencoder(vae, config, encoded, decoded)
-    training = of_unet(unet, partial(unet_inputs, passes.images), precision, stage.gradient_checkpointing)
+    training = of_unet(unet, partial(unet_inputs, accumulation.images), precision, stage.gradient_checkpointing)
     sampling = sum(of_unet(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
     if (data.cache == "none" or data.streaming) and encoding > sum(training):  # just before a pass
         training = Peak(0, encoding)
@@ -107,7 +107,7 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         Row("text encoder", frozen, frozen),
         Row("autoencoder", vaes, vaes),
         Row(f"weights in {precision}, during a pass", training.copies, 0),
-        Row(f"activations of {passes.images} images{recomputed}", training.others, 0),
+        Row(f"activations of {accumulation.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
     )
     return MemoryEstimate(tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text)))

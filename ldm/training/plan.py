@@ -60,15 +60,15 @@ def describe(config: Config, processes: int = 1) -> str:
 
 def _batch(stage: str, training: Training, processes: int) -> list[str]:
     """How a step's batch is computed, in a line; a batch that would be in larger parts, in another."""
-    passes, most = accumulated(stage, training, processes), training.device_batch
+    (steps, images), most = accumulated(stage, training, processes), training.device_batch
     workers = f"{processes} process{'es' if processes > 1 else ''}"
-    parts = f"{passes.steps} pass{'es' if passes.steps > 1 else ''} of {passes.images}"
+    parts = f"{steps} accumulation step{'s' if steps > 1 else ''} of {images} image{'s' if images > 1 else ''}"
     lines = [f"batch    {training.batch} images a step: {workers} × {parts}"]
     share = training.batch // processes
-    if most and passes.steps > (fewest := math.ceil(share / most)) and 2 * passes.images < most:
-        images = min(most, round(share / fewest))
+    if most and steps > (fewest := math.ceil(share / most)) and 2 * images < most:
+        better = min(most, round(share / fewest))
         lines.append(
-            f"         {stage}.batch: {processes * fewest * images} would be {fewest} passes of {images}, "
+            f"         {stage}.batch: {processes * fewest * better} would be {fewest} accumulation steps of {better}, "
             f"nearer to {stage}.device_batch, {most}"
         )
     return lines

@@ -103,7 +103,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
     autoencoder.to(trainer.device)
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(train_set, spec, cache, autoencoder, None, trainer.device)
-    validation = Validation(stage, images, autoencoder, process, trainer.device, trainer.passes.images)
+    validation = Validation(stage, images, autoencoder, process, trainer.device, trainer.accumulation.images)
 
     def evaluate_if_due() -> None:
         if trainer.due(stage.evaluate_every, last=True):

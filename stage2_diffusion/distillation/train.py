@@ -180,7 +180,7 @@ def train_student(
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, trainer.device, stage.image)
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
-    held = held_out_batches(model, everything, options.batch, trainer.passes.images)
+    held = held_out_batches(model, everything, options.batch, trainer.accumulation.images)
     if options.blended and model.text and isinstance(data, Index):
         captions = data.subset(CAPTIONS)
         distillation.others = model.text.embed([captions[i].captions[0] for i in range(len(captions))])

@@ -319,6 +319,6 @@ def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
         == 0
     )
     said = capsys.readouterr().out
-    assert "batch    256 images a step: 1 process × 8 passes of 32" in said
+    assert "batch    256 images a step: 1 process × 8 accumulation steps of 32 images" in said
     assert "activations of 32 images" in said and "together" in said and "not measured: " in said
     assert not (tmp_path / "run").exists()
