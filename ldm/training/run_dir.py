@@ -1,4 +1,4 @@
-"""A run's folder: made, continued, or refused where it belongs to another configuration."""
+"""The folder of a run, or of a model made from one: made, continued, or refused where it is another's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from ldm.config.loader import differences, dump, parse
-from ldm.config.schema import Config, Stage2Config
+from ldm.config.old_names import rename_keys
+from ldm.config.schema import Config, Section, Stage2Config
 from ldm.distributed.launch import join, on_main
 from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
@@ -79,6 +80,42 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
     if config.data.cache_dir:
         make_dir("data.cache_dir", config.data.cache_dir)
     return folder
+
+
+def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[str, Any]) -> None:
+    """Makes the folder of a model made from a run, or continues it, and writes `tree` to its `config.yaml`.
+
+    `tree` has the configuration, of the `kind`, in its `section`, and what the model is made from. Once there is a
+    checkpoint, UserError where it differs from what was written, but for the run's path and CHANGEABLE_IN_STAGES.
+    """
+    file, origin = folder / "config.yaml", provenance()
+    if file.exists():
+        old = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(old, dict) or section not in old:
+            raise UserError(f"--out: {folder} is a folder of another kind; give another one")
+        if "pictures" in old:  # a former name
+            old["fingerprint"] = old.pop("pictures")
+        finished = any((folder / name).exists() for name in ("model", "pipeline"))
+        if finished or any(folder.glob("*/checkpoints/step-*")):
+            origin = old.get("about", origin)
+            if changed := _fixed_out_changes(kind, section, old, tree):
+                raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
+    make_dir("--out", folder)
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
+
+
+def _fixed_out_changes(kind: type[Section], section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences in keys that may not change any more, named as the command takes them."""
+    renamed, _ = rename_keys(kind, old[section])
+    values = {**kind().model_dump(mode="json"), **renamed}  # an older version's may lack some
+    changed = [
+        change
+        for change in differences(values, new[section])
+        if change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
+    ]
+    origins = new.keys() - {section, "run"}  # the run may have moved
+    return changed + differences({name: old.get(name) for name in origins}, {name: new[name] for name in origins})
 
 
 def _fixed_changes(folder: Path, old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:

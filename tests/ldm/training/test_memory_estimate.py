@@ -24,7 +24,7 @@ from ldm.config.schema import Stage2Config
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.training import checks, memory_estimate, memory_tracker
+from ldm.training import memory_estimate, memory_tracker, plan
 from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
@@ -195,7 +195,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     states = run._engine.optimizer.optimizer.state.values()
     assert rows["moments of adamw"] == num_bytes(tensor for state in states for tensor in state.values())
     assert rows["2 averages of the weights"] == num_bytes(p for model in run.ema.models for p in model.shadow_params)
-    vae, encoder = checks.networks(config)[0], text_encoder.of(config.text)
+    vae, encoder = plan.networks(config)[0], text_encoder.of(config.text)
     assert rows["autoencoder"] == num_bytes(vae.parameters())
     assert rows["text encoder"] == num_bytes(encoder.model.parameters())
 
@@ -228,7 +228,7 @@ def test_the_text_encoder_of_stable_diffusion_is_known_where_it_is_not() -> None
     )
     with torch.device("meta"):
         model = CLIPTextModel(shape)
-    assert sum(p.numel() for p in model.parameters()) == checks.CLIP["openai/clip-vit-large-patch14"]
+    assert sum(p.numel() for p in model.parameters()) == plan.CLIP["openai/clip-vit-large-patch14"]
 
 
 def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoencoder) -> None:
@@ -318,6 +318,6 @@ def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
         == 0
     )
     output = capsys.readouterr().out
-    assert "batch    256 images a step: 1 process × 8 passes of 32" in output
+    assert "batch    256 images a step: 1 process × 8 accumulation steps of 32 images" in output
     assert "activations of 32 images" in output and "together" in output and "not measured: " in output
     assert not (tmp_path / "run").exists()
