@@ -15,10 +15,10 @@ from torch import nn
 
 from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import source_kinds
-from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import UserError
 
 CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
@@ -136,7 +136,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
 
 def _check_noise(config: Config) -> None:
     """Warns where the noise schedule differs from the one that the U-Net to start from was trained with."""
-    stage2, process = config.stage2, DiffusionProcess.of(config.stage2)
+    stage2, process = config.stage2, diffusion_process(config.stage2)
     pretrained = unet.scheduler_of(str(stage2.init_from))
     if pretrained is None or process.prediction_type == "flow":
         return

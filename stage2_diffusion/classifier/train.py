@@ -39,6 +39,7 @@ from ldm.models.classifier import NoisyClassifier
 from ldm.models.finite import check_weights
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir
 from ldm.training.trainer import Trainer
@@ -85,7 +86,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {stage.half} holds no training image of {config.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(config.stage2), timestep_sampling="uniform")  # as ADM draws them
+    process = replace(diffusion_process(config.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(stage.seed)
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
