@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from ldm.data import check, images, index, source_kinds
 from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
-from ldm.distributed.launch import join
+from ldm.distributed.launch import join, on_main
 from ldm.models import text_encoder
+from ldm.training.run_dir import make_dir
 from ldm.utils.errors import Parser, command
 
 STREAM_SAMPLES = 1000  # a stream is checked by its first samples
@@ -37,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = loader.load(args.config, args.overrides)
     join(settings.run)
     source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
-    folder = settings.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
+    on_main(partial(make_dir, "run.dir", settings.run.dir))
     return check_stream(settings) if settings.data.streaming else check_index(settings)
 
 

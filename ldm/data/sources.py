@@ -52,6 +52,9 @@ def _is_utf8(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
+CONFIRMATION = "--yes or data.source.kind=classes"  # of a caption that all images share, on the command line
+
+
 class Sources:
     """The sources of a run, in the order of `data.source`: their records, and the bytes of the images."""
 
@@ -95,8 +98,11 @@ class Sources:
             lines.append(f"repeats  from folder names: {', '.join(f'{n} × {name}' for n, name in repeats)}")
         return lines
 
-    def unconfirmed_caption(self) -> str:
-        """The problem where all images of a source share a caption guessed from a folder's name; else empty."""
+    def unconfirmed_caption(self, confirmation: str = CONFIRMATION) -> str:
+        """The problem where all images of a source share a caption guessed from a folder's name; else empty.
+
+        The message names the `confirmation` that the caller takes.
+        """
         for source, kind in zip(self.configs, self.kinds, strict=True):
             confirmed = source.kind == "classes" or source.template != "{}"
             if kind == "classes" and not confirmed and "text" in self.conditions:
@@ -106,8 +112,8 @@ class Sources:
                     caption = folders.class_caption(labels[0], source.template)
                     return (
                         f"data.source: all images of {source.path} share the caption {caption!r}, guessed from the "
-                        "folder's name; if that is meant, give --yes or data.source.kind=classes; else write a "
-                        "metadata.jsonl, or a .txt beside each image"
+                        f"folder's name; if that is meant, give {confirmation}; else write a metadata.jsonl, or a .txt "
+                        "beside each image"
                     )
         return ""
 

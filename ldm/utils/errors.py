@@ -24,6 +24,16 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message names the key or file, the value and the fix, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unknown_choice(key: str, value: object, choices: Sequence[str]) -> UserError:
+    """The error to raise where `value` is none of two or more `choices`."""
+    return UserError(f"{key}: {value!r}; give {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def cant_write(error: BaseException) -> str:
     """The reason and remedy of an error of writing; empty for other errors."""
     number = getattr(error, "errno", None)
@@ -90,8 +100,11 @@ class Command(Protocol):
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
-    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line."""
+def command(main: Callable[[Sequence[str] | None], int | None], continues: bool = False) -> Command:
+    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line.
+
+    `continues`: called again after Ctrl-C, it goes on where it was.
+    """
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
         disable_progress_bars()
@@ -103,7 +116,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
             print(f"error: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(interrupt.MESSAGE, file=sys.stderr)
+            print(interrupt.MESSAGE + "; the same command continues" * continues, file=sys.stderr)
             return interrupt.STATUS
 
     return guarded
+
+
+def training_command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
+    """Decorates the `main` of a training, which the same command continues."""
+    return command(main, continues=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.utils.errors import UserError, command
+from ldm.utils.errors import UserError, command, first_line, training_command, unknown_choice
 
 
 class Broken(torch.utils.data.Dataset):
@@ -34,6 +34,18 @@ def test_a_user_error_in_a_data_loader_worker_is_the_same_line(capsys: pytest.Ca
         list(torch.utils.data.DataLoader(Broken(), num_workers=1))
 
     assert run_command(action, capsys) == (2, "error: a.png: not a readable image; mend or remove it\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError("no weights\nin a/b"), "no weights"), (OSError("\ngone"), "gone"), (OSError(), "OSError")],
+)
+def test_the_first_line_of_an_error_is_never_empty(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+def test_an_unknown_choice_is_reported_with_the_known_ones() -> None:
+    assert str(unknown_choice("solver", "dmp", ("ddpm", "ddim", "lcm"))) == "solver: 'dmp'; give ddpm, ddim or lcm"
 
 
 def test_success_is_status_0_and_other_errors_propagate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +75,9 @@ def test_ctrl_c_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -
     def action() -> None:
         raise KeyboardInterrupt
 
-    assert run_command(action, capsys) == (130, "interrupted; the same command continues.\n")
+    assert run_command(action, capsys) == (130, "interrupted\n")
+    assert training_command(lambda _: action())([]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command continues\n"
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("stage2.stepz=3", 2)])
