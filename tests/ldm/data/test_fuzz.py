@@ -294,7 +294,7 @@ def test_every_file_of_a_folder_is_used_named_or_counted(
         for name in present:
             accounts = result.places(name) + (["left out"] if one_line(f"{name}/") in result.left_out else [])
             row_of = kind == "metadata" and any(
-                one_line(repr(PurePosixPath(name).name))[1:-1] in bad for bad in result.bad
+                one_line(repr(PurePosixPath(name).name))[1:-1] in row for row in (*result.bad, *result.left_out)
             )
             if (root / "data" / name).is_dir() and not is_image_name(name):
                 continue  # a link that is followed, or named by where it leads
