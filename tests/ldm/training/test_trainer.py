@@ -82,6 +82,7 @@ def train(
         nn.Linear(side, side),
         {"shape": [4]},
     )
+    others = {child.pid for child in psutil.Process().children()}  # the server of `forked` among them
     for batch in run.batches(Positions(side, keys), workers):
         with run.accumulate():
             output = run.model(batch["x"])
@@ -96,7 +97,7 @@ def train(
             run.log(loss=loss)
         run.checkpoint_if_due()
         if run.step == stop:
-            loaders = [str(child.pid) for child in psutil.Process().children() if workers]
+            loaders = [str(child.pid) for child in psutil.Process().children() if workers and child.pid not in others]
             subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
             time.sleep(0.2 * bool(loaders))
     return run
