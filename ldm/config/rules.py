@@ -317,6 +317,16 @@ def unet_levels_fit(config: Config) -> None:
             f"stage2.attention: {len(stage2.attention)} values for {len(stage2.channels)} levels of stage2.channels; "
             "give one a level"
         )
+    if len(stage2.transformer_layers) not in (0, len(stage2.channels)):
+        raise ValueError(
+            f"stage2.transformer_layers: {len(stage2.transformer_layers)} values for {len(stage2.channels)} levels of "
+            "stage2.channels; give one a level"
+        )
+    if not stage2.text and (stage2.transformer_layers or stage2.linear_projection):
+        raise ValueError(
+            "stage2.transformer_layers, stage2.linear_projection: have no effect without text among stage2.conditions; "
+            "leave them out"
+        )
     for width, attends in zip(stage2.channels, stage2.attention, strict=True):
         if attends:
             divides("stage2.channels", width, stage2.attention_head_dim, "stage2.attention_head_dim")
