@@ -1,4 +1,4 @@
-"""Evaluation of the autoencoder during and after training: held-out figures, sheets of reconstructions."""
+"""Evaluation of the autoencoder during and after training: held-out figures, grids of reconstructions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 
 SHEET_IMAGES = 8
-AMPLIFICATION = 4  # of a reconstruction's difference from its original, on sheets
+AMPLIFICATION = 4  # of a reconstruction's difference from its original, on grids
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -77,7 +77,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
 
 
 def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
-    """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
+    """Figures of each held-out split, and a grid of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))

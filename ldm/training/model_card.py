@@ -15,7 +15,7 @@ from ldm.utils.atomic_files import whole_file
 
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """`README.md` of a finished run: its data, settings, figures, and a sheet of samples.
+    """`README.md` of a finished run: its data, settings, figures, and a grid of samples.
 
     `figures` are added to those of the autoencoder's own folder, a row each.
     """

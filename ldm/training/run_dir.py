@@ -67,7 +67,7 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
         if changed := _fixed_changes(folder, old, config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
-                "give another run.dir, or --fresh to start beside it"
+                "give another run.dir, or --fresh to start in a new one"
             )
         if stage2_begun:
             _change_steps(folder, old["stage2"]["steps"], config.stage2)
@@ -225,7 +225,7 @@ def _commit() -> str:
 
 
 def remove_later_outputs(stage_dir: Path, step: int) -> None:
-    """Removes sheets and snapshots of later steps than the one that a run continues from; it makes them again."""
+    """Removes sample grids and snapshots of later steps than the one that a run continues from; it makes them again."""
     for path in (*stage_dir.glob("samples/step-*"), *stage_dir.glob("ema/step-*")):
         number = path.name.split("-")[1].partition(".")[0]
         if number.isdigit() and (int(number) > step or not step):

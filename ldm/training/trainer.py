@@ -125,7 +125,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
-        """This process's batches, one an accumulation step, from the current step on; on its device but for `position`."""
+        """This process's batches, an accumulation step each, from the current step on; `position` stays on the CPU."""
         t, a = self.training, self.accelerator
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
@@ -307,7 +307,7 @@ class Trainer:
         return self._engine.export_ema(self.ema.tensors(self.ema.main))
 
     def close(self) -> None:
-        """Ends the trackers' runs: last, after the last sheet."""
+        """Ends the trackers' runs: last, after the last sample grid."""
         self._logger.close()
 
     @property

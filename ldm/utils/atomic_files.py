@@ -63,7 +63,7 @@ def _writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if not (reason := cant_write(error)):
             raise
-        raise UserError(f"can't write {path}: {reason}; what stood before is kept") from None
+        raise UserError(f"can't write {path}: {reason}; the previous version is kept") from None
 
 
 def tensors_sha256(tensors: Tensors, *more: object) -> str:
