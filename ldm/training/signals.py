@@ -20,7 +20,7 @@ class Interrupted(SystemExit):
 
 
 class SignalHandler:
-    """`end` is the signal that ends the run, SIGINT or SIGTERM, or 0; `save`: whether SIGUSR1 asked for a checkpoint."""
+    """`end` is the signal that ends the run, SIGINT or SIGTERM, or 0; `save`: SIGUSR1 asked for a checkpoint."""
 
     def __init__(self) -> None:
         self.end, self.save = 0, False
