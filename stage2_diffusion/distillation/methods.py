@@ -133,7 +133,7 @@ class Guidance(DistillationMethod):
 
 
 @dataclass
-class Halving(DistillationMethod):
+class ProgressiveDistillation(DistillationMethod):
     """One step for two of a teacher that takes the same conditions; arXiv 2202.00512, Algorithm 2."""
 
     steps: int

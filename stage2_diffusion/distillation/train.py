@@ -47,7 +47,7 @@ from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving
+from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, ProgressiveDistillation
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
@@ -143,9 +143,8 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
             solver = scheduler(process, config.sample.solver)
             model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
         for steps in options.halvings():
-            model = teach(
-                f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order_scheduler(process), steps
-            )
+            halving = ProgressiveDistillation(model.unet, *arguments, steps)
+            model = teach(f"steps-{steps}", halving, first_order_scheduler(process), steps)
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
