@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from metrics_lines import MEASURED
 from PIL import Image
 
 from ldm.config import loader
@@ -20,7 +21,6 @@ from ldm.data.index import Index
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 from stage2_diffusion.classifier import train
 
 KEYS = [
