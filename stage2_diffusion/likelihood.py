@@ -32,6 +32,7 @@ from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import read_checkpoint, read_last
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.conditions import Conditions
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
     settings = loader.load_run(args.run)
-    stage, process = settings.stage2, DiffusionProcess.of(settings.stage2)
+    stage, process = settings.stage2, diffusion_process(settings.stage2)
     if stage.image:
         raise UserError(
             f"{args.run}: made for {', '.join(stage.conditions)}; the bound needs a model that makes complete images"
@@ -110,7 +111,7 @@ class EvaluationTask:
         if float(log_variance.max()) > POINT_LOG_VARIANCE:
             x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)
             rebuilt = model.autoencoder.decode(x0)
-        process = DiffusionProcess.of(settings.stage2)
+        process = diffusion_process(settings.stage2)
         return cls(process, model.unet, pixels, condition, x0, log_variance, rebuilt, bool(len(held_out)))
 
     def denoise(self, process: DiffusionProcess, variance: bool = False) -> likelihood.ModelFn:

@@ -54,8 +54,9 @@ def check_index(settings: loader.Config) -> int:
     if len(data):
         encoder = text_encoder.of(settings.text) if stage.text else None
         print(check.describe(check.facts(data, encoder, settings.text.model)))
+    if len(training := data.select("train")):
         spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
-        check.sheet(data.select("train"), spec).save(folder / "data-sheet.png")
+        check.sheet(training, spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
     print(check.balance(data))
     if problem := data.stop_reason(folder / "data-report.json") or data.sources.unconfirmed_caption():

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm.cli.sampling_arguments import sampling_options
+from ldm.cli.sampling_arguments import errors_name_flags, sampling_options
 from ldm.config import loader
 from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data import images, index
@@ -44,6 +44,7 @@ Features = dict[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
 @command
+@errors_name_flags()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     options = Sampling(**sampling_options(args))

@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import PartialState
 from ldm.cli.image_writer import ImageWriter
 from ldm.cli.jobs import Job, check_prompts, interpolation_of, jobs_from, labels_of, prompts_of
 from ldm.cli.recipe import recipe_of, restore_arguments, weights_fingerprint
-from ldm.cli.sampling_arguments import check_arguments, sampling_options
+from ldm.cli.sampling_arguments import check_arguments, errors_name_flags, sampling_options
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import join, on_main
 from ldm.models.classifier import NoisyClassifier
@@ -40,6 +41,7 @@ UNET_INTERFACE = (
 """Keys of U-Net configurations that decide its inputs and outputs."""
 
 
+@errors_name_flags()
 def generate_images(args: argparse.Namespace, script: str, prepare_inputs: PrepareInputs) -> None:
     """Generates the images that the arguments ask for and writes them; several processes share the work.
 
@@ -68,7 +70,12 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         options["guidance_scale"] = args.guidance = model.guidance
     if args.steps is None and args.solver != "ddpm":
         options["num_inference_steps"] = args.steps = model.steps
-    _request(jobs, inputs, Sampling(**options, **guides)).check(model)
+    request = _request(jobs, inputs, Sampling(**options, **guides))
+    if recipe:  # options without effect were not always refused
+        for name in request.without_effect(model):
+            del options[name]
+        request = replace(request, options=Sampling(**options, **guides))
+    request.check(model)
     model.optimize_for_inference(args.precision, args.compile)
     args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)
     if recipe and model.device.type == "cpu":

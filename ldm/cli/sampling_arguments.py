@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ldm.data import images
 from ldm.data.records import BadSampleError
 from ldm.sampling.animation import Animation
 from ldm.sampling.options import Sampling
-from ldm.utils.errors import Parser, UserError
+from ldm.utils.errors import Parser, UserError, first_line
 from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
@@ -34,21 +36,37 @@ SAMPLING = {
     "noise_level": "noise_level",
 }
 """Arguments, and the fields of `ldm.sampling.options.Sampling` that they set."""
+FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in SAMPLING.items()} | {
+    "prompt": "--prompt",
+    "labels": "--label",
+    "toward": "--between",
+    "animation": "--animate",
+    "recipe": "--again",
+    **{name: f"--{name}" for name in ("count", "seed", "batch", "size", "image", "mask", "classifier", "precision")},
+}
+"""The first words of `ldm.sampling`'s errors, and the flags that they stand for."""
 INPUT_IMAGES = ("image", "mask")
 MODELS = ("model", "weaker", "classifier")
 SHEET_SUFFIXES = (".png", ".jpg", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as fields of `Sampling`; UserError, which names the argument, for an invalid value."""
-    options = {field: getattr(args, name) for name, field in SAMPLING.items() if hasattr(args, name)}
+@contextmanager
+def errors_name_flags() -> Iterator[None]:
+    """UserErrors of `ldm.sampling`, `field: reason`, get the command's flag in place of the field. A decorator too."""
     try:
-        Sampling(**options)
+        yield
     except UserError as error:
-        field, _, reason = str(error).partition(":")
-        name = next((name for name in SAMPLING if SAMPLING[name] == field), field)
-        raise UserError(f"--{name.replace('_', '-')}:{reason}") from None
+        field, _, reason = str(error).partition(": ")
+        if field not in FLAGS:
+            raise
+        raise UserError(f"{FLAGS[field]}: {reason}") from None
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as fields of `Sampling`; UserError for an invalid value."""
+    options = {field: getattr(args, name) for name, field in SAMPLING.items() if hasattr(args, name)}
+    Sampling(**options)  # checks them, before a model is loaded
     return options
 
 
@@ -116,7 +134,7 @@ def check_arguments(args: argparse.Namespace, num_images: int) -> None:
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device: {args.device}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--device: {args.device}: {first_line(error)}") from None
     if args.classifier and not args.label and not args.again:
         raise UserError("--classifier: guides to a class; name it with --label")
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.diffusion.choices import unknown_choice
 from ldm.diffusion.process import DiffusionProcess
+from ldm.utils.errors import unknown_choice
 
 ModelFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VARIANCES = ("small", "large", "learned")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.diffusion.choices import unknown_choice
 from ldm.diffusion.likelihood import decoder_nll, step_kl
 from ldm.diffusion.process import DiffusionProcess
+from ldm.utils.errors import unknown_choice
 
 DISTANCES = ("l2", "l1", "huber")
 WEIGHTS = ("uniform", "min_snr", "soft_min_snr", "p2", "sigmoid")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion.choices import unknown_choice
+from ldm.utils.errors import unknown_choice
 
 PREDICTION_TYPES = ("eps", "x0", "v", "flow")
 DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ldm.config.schema import Stage2Config
-from ldm.diffusion.choices import unknown_choice
 from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
+from ldm.utils.errors import unknown_choice
 
 __all__ = ["TIMESTEPS", "DiffusionProcess", "betas", "offset_noise", "perturbed"]
 CLOSED_FORM_TIMES = ("uniform", "logit_normal")  # values of `timestep_sampling`; `loss` needs a `LossSecondMoment`
@@ -65,20 +64,6 @@ class DiffusionProcess:
             raise ValueError(
                 "prediction_type: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0"
             )
-
-    @classmethod
-    def of(cls, stage: Stage2Config) -> DiffusionProcess:
-        """The process that `stage` describes. A learned schedule is log_linear here: it differs in training alone."""
-        return cls(
-            prediction_type=stage.prediction_type,
-            beta_schedule="log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
-            logit_mean=stage.logit_mean,
-            logit_std=stage.logit_std,
-            timesteps=stage.timesteps,
-            zero_snr=stage.zero_snr,
-            shift=stage.shift,
-            timestep_sampling=stage.timestep_sampling if stage.timestep_sampling in CLOSED_FORM_TIMES else None,
-        )
 
     def respaced(self, steps: int) -> DiffusionProcess:
         """The chain of `steps` of this chain's noise levels, the noisiest included, for the same network.
@@ -151,14 +136,6 @@ class DiffusionProcess:
         """x_t, a draw of q(x_t | x_0); DDPM, eq. 4. Shapes `(N, C, h, w)`, t `(N,)`."""
         alpha, sigma = self.alpha_sigma(t, _precision(x0))
         return alpha * x0 + sigma * eps
-
-    def add_step(self, x_before: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t, a draw of q(x_t | x_{t-1}), from x_{t-1} and the noise of this step alone; DDPM, eq. 2.
-
-        Shapes `(N, C, h, w)`, t `(N,)`; for t = 0, x_{t-1} is the image.
-        """
-        beta = _wide(self.chain(t.device).beta[t])
-        return (1 - beta).sqrt().to(_precision(x_before)) * x_before + beta.sqrt().to(_precision(x_before)) * eps
 
     def posterior(
         self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldm.diffusion.choices import unknown_choice
+from ldm.utils.errors import unknown_choice
 
 TIMESTEPS = 1000  # of the discrete chain; a flow's network gets its time in thousandths too
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "log_linear")

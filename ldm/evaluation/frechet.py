@@ -13,7 +13,10 @@ GRID = 4  # latents are averaged over the cells of a 4 × 4 grid
 
 
 class Features(nn.Module):
-    """Images `(N, 3, H, W)` uint8 → latents averaged over a 4 × 4 grid, `(N, 16·C)`."""
+    """Images `(N, 3, H, W)` uint8 → latents averaged over a 4 × 4 grid, `(N, 16·C)`, on the CPU.
+
+    There the metric keeps its sums, in float64, which not every accelerator has.
+    """
 
     def __init__(self, autoencoder: Autoencoder):
         super().__init__()
@@ -22,7 +25,7 @@ class Features(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         latents = self.autoencoder.encode(images.float() / 127.5 - 1)
-        return F.adaptive_avg_pool2d(latents, GRID).flatten(1)
+        return F.adaptive_avg_pool2d(latents, GRID).flatten(1).cpu()
 
 
 def frechet_distance(autoencoder: Autoencoder, real: torch.Tensor, generated: torch.Tensor, batch: int = 64) -> float:

@@ -26,7 +26,7 @@ from ldm.models.convert import autoencoder as single_file
 from ldm.models.finite import check_weights
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import tensors_sha256, whole_folder
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 STATISTICS = "latents.json"
 DETERMINISTIC = -60.0  # log-variance of latents that are no distribution: a sample equals the mean
@@ -252,7 +252,7 @@ def load(name: str | Path, key: str = "stage1.pretrained") -> Autoencoder:
             return Autoencoder(single_file.read(path))
         return Autoencoder(_diffusers(str(name), path, key))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         message = reason if str(name) in reason else f"can't load an autoencoder from {str(name)!r}: {reason}"
         raise UserError(message if message.startswith(key) else f"{key}: {message}") from None
 
@@ -273,11 +273,15 @@ def _diffusers(name: str, folder: Path, key: str) -> Model:
     kind = KINDS.get(config.get("_class_name", ""))
     if not kind:
         raise UserError(f"{key}: {name} holds a {config.get('_class_name')}; known are {', '.join(KINDS)}")
-    if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
-        raise UserError(f"{key}: {name} is for images of {config['in_channels']} channels; ours have 3")
-    if config.get("scaling_factor", 1.0) is None or config.get("vq_embed_dim") not in (None, config["latent_channels"]):
+    for channels in (config.get("in_channels", 3), config.get("out_channels", 3)):
+        if channels != 3:
+            raise UserError(f"{key}: {name} is for images of {channels} channels; ours have 3")
+    if config.get("scaling_factor", 1.0) is None:
+        raise UserError(f"{key}: {name} has scaling_factor null, which is not known; give another autoencoder")
+    if (width := config.get("vq_embed_dim")) not in (None, config.get("latent_channels")):
         raise UserError(
-            f"{key}: {name} has scaling_factor null, or vq_embed_dim beside latent_channels; neither is known"
+            f"{key}: {name} has vq_embed_dim {width}, but latent_channels {config.get('latent_channels')}; "
+            "only equal ones are known"
         )
     vae, loading_info = load_variant(kind.from_pretrained, name, subfolder, output_loading_info=True)
     if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:

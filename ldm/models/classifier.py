@@ -17,7 +17,7 @@ from ldm.config.schema import ClassifierConfig
 from ldm.diffusion.parameterization import is_flow
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 EPS = 1e-5  # of the group normalisations, as in diffusers' U-Nets
 
@@ -104,9 +104,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         try:
             classifier = cls.from_pretrained(folder, use_safetensors=True)
         except (OSError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).splitlines()[:1])
             raise UserError(
-                f"classifier: can't load one from {str(name)!r} ({reason}); "
+                f"classifier: can't load one from {str(name)!r} ({first_line(error)}); "
                 "give a folder of stage2_diffusion.classifier.train"
             ) from None
         return classifier.eval().to(device)  # type: ignore[no-any-return]

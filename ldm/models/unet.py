@@ -15,7 +15,7 @@ from ldm.diffusion.parameterization import DIFFUSERS_PREDICTION_TYPES, PREDICTIO
 from ldm.models.conditioning import NUM_NOISE_LEVELS
 from ldm.models.convert import unet as single_file_unet
 from ldm.models.weight_files import PICKLES, load_variant
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 UNet: TypeAlias = Any  # diffusers' UNet2DConditionModel, or UNet2DModel without text
 GUIDANCE_DIM = 256  # channels of the guidance scale's embedding in a distilled U-Net, as in arXiv 2310.04378
@@ -41,12 +41,8 @@ def build(
 
     It has one more class than `classes`, for no class. Without text it is a UNet2DModel, with self-attention alone.
     """
-    halvings = len(stage.channels) - 1
-    if side % 2**halvings:
-        raise UserError(
-            f"stage2.channels: {halvings + 1} levels halve the latents {halvings} times, but their side is "
-            f"{side}; use fewer levels or a data.size that gives a multiple of {2**halvings}"
-        )
+    levels = len(stage.channels)
+    _check_side(side, levels, f"stage2.channels: {levels} levels halve", "fewer levels or ")
     config: dict[str, Any] = {
         "sample_size": side,
         "in_channels": inputs(stage, channels),
@@ -89,6 +85,16 @@ def build(
     )
 
 
+def _check_side(side: int, levels: int, subject: str, remedy: str = "") -> None:
+    """UserError if latents of `side` can't be halved between `levels` levels; its message begins with `subject`."""
+    halvings = levels - 1
+    if side % 2**halvings:
+        raise UserError(
+            f"{subject} the latents {halvings} times, but their side is {side}; use {remedy}a data.size that gives a "
+            f"multiple of {2**halvings}"
+        )
+
+
 def load(
     stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0, pooled_width: int = 0
 ) -> UNet:
@@ -100,12 +106,7 @@ def load(
     kind = UNet2DConditionModel if stage.text else UNet2DModel
     unet, predicts = _from_file_or_diffusers(name, kind, stage)
     _check_prediction_type(stage.prediction_type, name, predicts)
-    halvings = len(unet.config.block_out_channels) - 1
-    if side % 2**halvings:
-        raise UserError(
-            f"stage2.init_from: {name} halves the latents {halvings} times, but their side is {side}; use a data.size "
-            f"that gives a multiple of {2**halvings}"
-        )
+    _check_side(side, len(unet.config.block_out_channels), f"stage2.init_from: {name} halves")
     if dropout := unet.config.get("dropout"):
         print(f"stage2.init_from: {name} has dropout {dropout}, which is left out: no run could repeat it", flush=True)
         for layer in unet.modules():
@@ -181,7 +182,7 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
             kind.from_pretrained, name, subfolder, output_loading_info=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         message = reason if reason.startswith(key) else f"{key}: can't load a U-Net from {name!r}: {reason}"
         raise UserError(message) from None
     if wrong := [*loading_info["missing_keys"], *loading_info["unexpected_keys"]]:

@@ -29,12 +29,12 @@ class Animation:
     def check(path: Path) -> None:
         """UserError if such a file can't be written on this machine."""
         if path.suffix.lower() not in FORMATS:
-            raise UserError(f"--animate: {path} is none of {', '.join(FORMATS)}")
+            raise UserError(f"animation: {path} is none of {', '.join(FORMATS)}")
         if path.suffix.lower() == ".mp4":
             try:
                 import imageio_ffmpeg  # noqa: F401
             except ImportError:
-                raise UserError("--animate: .mp4 needs pip install 'ldm[video]'; .gif and .webp need nothing") from None
+                raise UserError("animation: .mp4 needs pip install 'ldm[video]'; .gif and .webp need nothing") from None
 
     def step(self, step: Step) -> None:
         """Adds a frame."""

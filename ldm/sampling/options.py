@@ -10,7 +10,7 @@ from typing import Any
 from ldm.config.schema import SOLVERS, SPACINGS
 from ldm.models.conditioning import NOISIEST
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, unknown_choice
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sampling:
         for name, choices in (("solver", SOLVERS), ("timestep_spacing", SPACINGS)):
             value = getattr(self, name)
             if value is not None and value not in choices:
-                raise UserError(f"{name}: {value!r}; give {', '.join(choices[:-1])} or {choices[-1]}")
+                raise unknown_choice(name, value, choices)
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise UserError(f"num_inference_steps: {self.num_inference_steps}; give 1 or more")
         scales = self.guidance_scale if isinstance(self.guidance_scale, Sequence) else [self.guidance_scale]

@@ -30,19 +30,19 @@ def read(path: Path) -> dict[str, Any]:
         with Image.open(path) as opened:
             text = opened.info.get(KEY)
     except FileNotFoundError:
-        raise UserError(f"--again: no file {path}") from None
+        raise UserError(f"recipe: no file {path}") from None
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--again: can't read {path}: {error}") from None
+        raise UserError(f"recipe: can't read {path}: {error}") from None
     if not text:
-        raise UserError(f"--again: {path} does not say how it was made; give a PNG as these scripts write it")
+        raise UserError(f"recipe: {path} does not say how it was made; give a PNG as these scripts write it")
     try:
         recipe = dict(json.loads(text))
         if recipe.get("version") == VERSION and (missing := REQUIRED - recipe.keys()):
             raise ValueError(missing)
     except (ValueError, TypeError):
-        raise UserError(f"--again: what {path} says of how it was made is damaged; give another PNG") from None
+        raise UserError(f"recipe: what {path} says of how it was made is damaged; give another PNG") from None
     if recipe.pop("version", None) != VERSION:
-        raise UserError(f"--again: {path} was written by a later version; update ldm")
+        raise UserError(f"recipe: {path} was written by a later version; update ldm")
     return recipe
 
 

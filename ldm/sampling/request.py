@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.diffusion.parameterization import is_flow
+from ldm.models.text_encoder import NULL_PROMPT
 from ldm.sampling.inpainting import Images, image_batch, mask_batch, pad_to_multiple
 from ldm.sampling.options import Sampling
 from ldm.sampling.solvers import Solver, solver_name, with_solver
@@ -89,8 +90,7 @@ class SamplingRequest:
         """The prompt of each image."""
         if self.prompts is None:
             return None
-        prompts = [self.prompts] if isinstance(self.prompts, str) else self.prompts
-        return [prompt for prompt in prompts for _ in range(self.count)]
+        return [prompt for prompt in _listed(self.prompts) for _ in range(self.count)]
 
     @property
     def every_label(self) -> list[str | int] | None:
@@ -107,8 +107,11 @@ class SamplingRequest:
 
     def check(self, model: LatentDiffusion) -> None:
         """UserError, before anything is computed, if the model can't do what is requested."""
+        if self.count < 1:
+            raise UserError(f"count: {self.count}; give 1 or more")
         self._check_words(model)
         self._check_images(model)
+        self._check_interpolation(model)
         label_numbers(model, self.every_label, self.options)
         solver_for(model, self.options)
         options = self.options
@@ -124,6 +127,23 @@ class SamplingRequest:
         for name, value in (("guidance_scale", options.guidance_scale), ("negative_prompt", options.negative_prompt)):
             if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != self.number:
                 raise UserError(f"{name}: {len(value)} for {self.number} images; give one, or one each")
+        for name, reason in self.without_effect(model).items():
+            raise UserError(f"{name}: {reason}; leave it out")
+
+    def without_effect(self, model: LatentDiffusion) -> dict[str, str]:
+        """The options that were set and change nothing, each with the reason; UserError for an unusable solver."""
+        options, reasons = self.options, {}
+        if options.eta and not solver_for(model, options).takes_eta:
+            reasons["eta"] = "only ddim adds noise by it"
+        if options.strength is not None and (self.image is None or model.task == "upscale"):
+            reasons["strength"] = "no image is changed"
+        if options.noise_level != AS_SAVED.noise_level and model.task != "upscale":
+            reasons["noise_level"] = "this model enlarges no image"
+        if not model.text and set(_listed(options.negative_prompt)) != {NULL_PROMPT}:
+            reasons["negative_prompt"] = "this model was trained without text"
+        if options.classifier is None and options.classifier_scale != AS_SAVED.classifier_scale:
+            reasons["classifier_scale"] = "there is no classifier"
+        return reasons
 
     def _check_words(self, model: LatentDiffusion) -> None:
         prompts, labels = self.every_prompt, self.every_label
@@ -162,6 +182,16 @@ class SamplingRequest:
         if self.options.threshold is not None and model.autoencoder.factor != 1:
             raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
 
+    def _check_interpolation(self, model: LatentDiffusion) -> None:
+        if self.toward is None:
+            return
+        for name in ("prompts", "seeds", "shares"):
+            values = getattr(self.toward, name)
+            if values is not None and len(values) != self.number:
+                raise UserError(f"toward: {len(values)} {name} for {self.number} images; give one each")
+        if self.toward.prompts is not None and not model.text:
+            raise UserError("toward: it has prompts, and this model was trained without text; give None for them")
+
     def resolve(self, model: LatentDiffusion) -> SamplingInputs:
         """The inputs of every image, images and masks as tensors; UserError as `check`."""
         self.check(model)
@@ -177,6 +207,10 @@ class SamplingRequest:
         return SamplingInputs(
             seeds, self.every_prompt, self.every_label, image, mask, self.size, self.toward, self.options
         )
+
+
+def _listed(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 def class_number(label: str | int, classes: Sequence[str]) -> int:
@@ -208,5 +242,5 @@ def solver_for(model: LatentDiffusion, options: Sampling) -> Solver:
             steps = scheduler.config.num_train_timesteps
     chain_steps = scheduler.config.num_train_timesteps
     if steps > chain_steps and not is_flow(scheduler.config):
-        raise UserError(f"steps: {steps}; the model's chain has {chain_steps}")
+        raise UserError(f"num_inference_steps: {steps}; the model's chain has {chain_steps}")
     return Solver(scheduler, steps, model.device, model.prediction_type, options.eta)

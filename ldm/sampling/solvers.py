@@ -33,8 +33,8 @@ from ldm.diffusion.parameterization import (
     target_from,
 )
 from ldm.diffusion.process import DiffusionProcess
-from ldm.diffusion.schedules import betas_of
-from ldm.utils.errors import UserError
+from ldm.diffusion.schedules import betas_of, shift_time
+from ldm.utils.errors import UserError, first_line
 
 SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
@@ -108,7 +108,7 @@ def solver_name(scheduler: Any) -> str:
         return "euler" if is_flow(config) and config.solver_order == 1 else "dpm++"
     solver = next((name for name, kind in SCHEDULERS.items() if type(scheduler) is kind), None)
     if not solver:
-        raise UserError(f"spacing: the model comes with {type(scheduler).__name__}; name a solver too")
+        raise UserError(f"timestep_spacing: the model comes with {type(scheduler).__name__}; name a solver too")
     return solver
 
 
@@ -119,10 +119,10 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
     straight paths it is a chain with the flow's noise levels: see `Solver`.
     """
     if spacing and solver == "lcm":
-        raise UserError(f"spacing: lcm has its own; leave out {spacing!r}, or use another solver")
+        raise UserError(f"timestep_spacing: lcm has its own; leave out {spacing!r}, or use another solver")
     if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a"):
         others = ", ".join(name for name in SPACINGS if name not in BY_SIGMA)
-        raise UserError(f"spacing: {solver} has no {spacing!r}; use {others}, or another solver")
+        raise UserError(f"timestep_spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     config = dict(current.config)
     if is_flow(config):
         if not spacing and solver == "heun":
@@ -166,8 +166,7 @@ def _from(kind: Any, config: dict[str, Any], solver: str) -> Any:
 def _chain_of_flow(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a chain with as many steps as the flow, and the noise levels of its own solvers."""
     steps, shift = config["num_train_timesteps"], config.get("flow_shift", 1.0)
-    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps * (1 - 1 / steps)
-    t = shift * t / (1 + (shift - 1) * t)
+    t = shift_time(torch.arange(1, steps + 1, dtype=torch.float64) / steps * (1 - 1 / steps), shift)
     alpha_bar = (1 - t).square() / ((1 - t).square() + t.square())
     return {
         "num_train_timesteps": steps,
@@ -206,7 +205,7 @@ class Solver:
         try:
             scheduler.set_timesteps(steps)  # on the CPU, so that reading them needs no synchronisation
         except ValueError as error:
-            raise UserError(f"steps: {steps}; {str(error).splitlines()[0]}") from None
+            raise UserError(f"num_inference_steps: {steps}; {first_line(error)}") from None
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
             _avoid_negative_root(scheduler)
         config = scheduler.config
@@ -219,7 +218,9 @@ class Solver:
         outside = self._expected != "flow" and float(max(self._times)) >= config.num_train_timesteps
         repeated = hasattr(scheduler, "sigmas") and self.per_step == 1 and bool((scheduler.sigmas.diff() == 0).any())
         if outside or repeated:
-            raise UserError(f"steps: {steps}; too many for the chain with this spacing; use fewer, or another spacing")
+            raise UserError(
+                f"num_inference_steps: {steps}; too many for the chain with this spacing; use fewer, or another spacing"
+            )
         self._alphas_sigmas = _alphas_sigmas(scheduler, straight or is_flow(config))
         self._by_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0  # these schedulers keep x_t / α
         total = config.num_train_timesteps
@@ -234,7 +235,8 @@ class Solver:
             for t, (alpha, sigma), time in zip(model_times.unbind(), self._alphas_sigmas, times, strict=True)
         ]
         parameters = inspect.signature(scheduler.step).parameters
-        self._eta = {"eta": eta} if "eta" in parameters else {}
+        self.takes_eta = "eta" in parameters
+        self._eta = {"eta": eta} if self.takes_eta else {}
         self._takes_generator = "generator" in parameters
 
     @property

@@ -11,10 +11,10 @@ from accelerate.tracking import get_available_trackers
 from ldm.config.schema import Config
 from ldm.data import source_kinds
 from ldm.data.sources import CONFIRMATION, Sources
-from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_installed
 from ldm.utils.errors import UserError
 
@@ -77,7 +77,7 @@ def check_captions(config: Config, confirmation: str = CONFIRMATION) -> None:
 
 def _check_noise(config: Config) -> None:
     """Warns where the noise schedule differs from the one that the U-Net to start from was trained with."""
-    stage2, process = config.stage2, DiffusionProcess.of(config.stage2)
+    stage2, process = config.stage2, diffusion_process(config.stage2)
     pretrained = unet.scheduler_of(str(stage2.init_from))
     if pretrained is None or process.prediction_type == "flow":
         return

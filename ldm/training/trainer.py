@@ -125,20 +125,21 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
-        """This process's batches, an accumulation step each, from the current step on; `position` stays on the CPU."""
+        """This process's batches, one an accumulation step; all but `position` is on its device."""
         t, a = self.training, self.accelerator
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
         self._progress = ProgressBar(self.stage, self.step, t.steps, t.batch, hidden)
-        start, peak = self.step, a.num_processes * matmul_peak(self.device, DTYPES[self.precision])
+        start = self.step
+        if self.is_main:  # which alone writes metrics
+            self._clock.count_flops(  # after the first line of metrics; dry runs end before
+                self.model,
+                self._engine.unsharded,
+                self.accumulation.images,
+                a.num_processes * matmul_peak(self.device, DTYPES[self.precision]),
+                lambda: self.step >= start + self.config.log_every,
+            )
         self._clock.restart()
-        self._clock.count_flops(  # after the first line of metrics; dry runs end before
-            self.model,
-            self._engine.unsharded,
-            self.accumulation.images,
-            peak,
-            lambda: self.step >= start + self.config.log_every,
-        )
         self.model.train()
         try:
             with nullcontext() if self.dry_run else self._signals.installed():

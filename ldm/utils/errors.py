@@ -24,6 +24,16 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message names the key or file, the value and the fix, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unknown_choice(key: str, value: object, choices: Sequence[str]) -> UserError:
+    """The error to raise where `value` is none of two or more `choices`."""
+    return UserError(f"{key}: {value!r}; give {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def cant_write(error: BaseException) -> str:
     """The reason and remedy of an error of writing; empty for other errors."""
     number = getattr(error, "errno", None)

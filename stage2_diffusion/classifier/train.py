@@ -35,6 +35,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.finite import check_weights
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import make_dir, prepare_out_dir
 from ldm.training.trainer import Trainer
@@ -81,7 +82,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {stage.half} holds no training image of {config.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(config.stage2), timestep_sampling="uniform")  # as ADM draws them
+    process = replace(diffusion_process(config.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(stage.seed)
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)

@@ -30,7 +30,6 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
-from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
@@ -40,6 +39,7 @@ from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.run_dir import prepare_out_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256
@@ -112,7 +112,7 @@ def check(stage: Stage2Config, options: DistillConfig, method: str) -> None:
 
 def distill(config: Config, options: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:
     """Trains one student after the other; each is exported, the last one as `pipeline` too."""
-    stage, process = config.stage2, DiffusionProcess.of(config.stage2)
+    stage, process = config.stage2, diffusion_process(config.stage2)
     device = join(config.run).device
     model.to(device)
     data: Index | Stream

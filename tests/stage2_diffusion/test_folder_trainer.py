@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import UserError
 from stage2_diffusion.folder_trainer import FolderTrainer
 
@@ -21,6 +22,7 @@ KEYS = {
     "batch": 4,
     "steps": 2,
     "precision": "no",
+    "run__preflight": False,
     "run__tracker": "none",
     "run__device": "cpu",
     "stage2__channels": [8, 8],
@@ -29,6 +31,7 @@ KEYS = {
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
 }
+FAST_SHEETS = {"sample__steps": 2}
 BuildTrainer = Callable[..., FolderTrainer]
 
 
@@ -58,20 +61,20 @@ def test_a_finished_run_returns_its_model_until_its_data_changes(
     build_trainer: BuildTrainer, image_folder: Path
 ) -> None:
     process = DiffusionProcess("eps", "cosine")
-    first = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
-    again = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
+    first = build_trainer(process, **FAST_SHEETS).train()(count=2, seed=1, num_inference_steps=2)
+    again = build_trainer(process, **FAST_SHEETS).train()(count=2, seed=1, num_inference_steps=2)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
     write_random_image(image_folder / "new.png")
     with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
-        build_trainer(process).train()
+        build_trainer(process, **FAST_SHEETS).train()
 
 
 def test_a_run_trained_longer_equals_one_trained_in_one_go(build_trainer: BuildTrainer, tmp_path: Path) -> None:
     process, name = DiffusionProcess("v", "cosine"), "pipeline/unet/diffusion_pytorch_model.safetensors"
-    build_trainer(process, steps=2).train()
+    build_trainer(process, steps=2, **FAST_SHEETS).train()
     before = (tmp_path / "run" / name).read_bytes()
-    build_trainer(process, steps=5).train()
-    build_trainer(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
+    build_trainer(process, steps=5, **FAST_SHEETS).train()
+    build_trainer(process, steps=5, run__dir=str(tmp_path / "at_once"), **FAST_SHEETS).train()
     assert (tmp_path / "run/pipeline-2" / name.partition("/")[2]).read_bytes() == before
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes() != before
 
@@ -89,7 +92,7 @@ def test_every_process_is_trained_and_sampled(
     process: DiffusionProcess, kind: str, steps: int, build_trainer: BuildTrainer
 ) -> None:
     trainer = build_trainer(process)
-    assert DiffusionProcess.of(trainer.config.stage2) == process
+    assert diffusion_process(trainer.config.stage2) == process
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ldm.models.finite import check_weights
 from ldm.models.weight_files import PICKLES, contents, is_pickle
 from ldm.utils.atomic_files import whole_file
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -109,7 +109,7 @@ def opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a model's or a whole checkpoint's .safetensors") from None
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: can't be read as safetensors ({reason}); copy or download it again, or convert a .ckpt first"
         ) from None

@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_c
 
 from ldm.models.convert.autoencoder import Shapes, check_names, opened
 from ldm.models.weight_files import contents
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 PREFIXES = (LDM_UNET_KEY, "diffusion_model.", "unet.", "")  # of a U-Net's tensors; none if it is alone
 FIRST = ("input_blocks.0.0.weight", "conv_in.weight")  # the original's, diffusers'
@@ -109,7 +109,7 @@ def _build_empty(
         raise
     except (OSError, ValueError) as error:  # diffusers' own checks, such as that of groups
         raise UserError(
-            f"{path}: can't be built: {str(error).splitlines()[0]}; stage2.norm_num_groups is {norm_num_groups}"
+            f"{path}: can't be built: {first_line(error)}; stage2.norm_num_groups is {norm_num_groups}"
         ) from None
 
 

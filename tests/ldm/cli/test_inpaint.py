@@ -142,8 +142,8 @@ def test_strokes_on_a_transparent_mask_are_generated_and_the_rest_is_unchanged(
 @pytest.mark.parametrize(
     ("mask", "options", "message"),
     [
-        (np.eye(16, dtype=np.uint8), (), "its values are 0 and 1 of 255"),
-        (np.eye(16, dtype=np.uint8), ("--invert",), "its values are 0 and 1 of 255"),
+        (np.eye(16, dtype=np.uint8), (), "--mask: its values are 0 and 1 of 255"),
+        (np.eye(16, dtype=np.uint8), ("--invert",), "--mask: its values are 0 and 1 of 255"),
         (np.eye(16, dtype=np.uint16), (), "it generates nothing: its brightest value is 0"),
         (np.zeros((16, 16), np.uint8), (), "paint what to generate white, or invert"),
         (np.full((16, 16, 3), 100, np.uint8), (), "its brightest value is 100 of 255"),
@@ -209,7 +209,7 @@ def test_again_reproduces_an_image_bit_for_bit_from_the_same_inputs_only(
         (("text",), ("--image", "a.png", "--mask", "b.png"), "--mask: 8 × 8 pixels, but the image has 16 ×"),
         (("text",), ("--image", "a.png", "--mask", "no.png"), "--mask: no.png: it is none of"),
         (("text",), ("--image", "big.png", "--mask", "big.png"), "trained on 16; give --size 16"),
-        (("text",), ("--image", "a.png", "--mask", "a.png", "--strength", -1), "strength: -1.0; give 0 to 1"),
+        (("text",), ("--image", "a.png", "--mask", "a.png", "--strength", -1), "--strength: -1.0; give 0 to 1"),
         (("text",), ("--image", "a.png", "--mask", "a.png", "--size", "0"), "--size: '0'; give 512, or 640x512"),
         (("text", "upscale"), ("--image", "a.png", "--mask", "a.png"), "enlarges images"),
     ],

@@ -96,6 +96,19 @@ def test_again_reproduces_an_interpolated_image_bit_for_bit(
     assert png_metadata.read(original)["toward"] == ["a cat", 1, 0.5]
 
 
+def test_again_reproduces_an_image_whose_recipe_has_options_without_effect(
+    call: Call, model_dir: ModelDir, read_pixels: ReadPixels, tmp_path: Path
+) -> None:
+    """Such options are refused, but they once were not, and they changed nothing."""
+    original, older = tmp_path / "original.png", tmp_path / "older.png"
+    call(txt2img.main, "--model", model_dir(), "--out", original)
+    recipe = png_metadata.read(original) | {"eta": 0.5, "negative": "blue", "classifier_scale": 3.0}
+    png_metadata.save(Image.open(original), older, recipe)
+    call(txt2img.main, "--again", older, "--out", tmp_path / "again.png")
+    assert np.array_equal(read_pixels(tmp_path / "again.png"), read_pixels(original))
+    assert png_metadata.read(tmp_path / "again.png") == recipe
+
+
 def test_again_reproduces_a_truncated_prompt_and_can_animate_it(
     call: Call, model_dir: ModelDir, tmp_path: Path
 ) -> None:
@@ -492,34 +505,41 @@ def test_a_classifier_works_with_an_autoencoder_in_bfloat16(classifier: Path, mo
     ("conditions", "arguments", "message"),
     [
         (("text",), ("--prompt", "a", "--solver", "magic"), "invalid choice: 'magic'"),
-        (("text",), ("--prompt", "a", "--size", "17"), "17x17; this model makes sides that are multiples of 2, 16x16"),
+        (
+            ("text",),
+            ("--prompt", "a", "--size", "17"),
+            "--size: 17x17; this model makes sides that are multiples of 2, 16x16",
+        ),
         (("text",), ("--prompt", "a", "--size", "0"), "argument --size: '0'; give 512, or 640x512"),
         (("text",), ("--prompt", "a", "--size", "16x"), "give 512, or 640x512"),
         ((), ("--model", "none"), "--model: can't load a pipeline from 'none'"),
         ((), ("--model", ""), "--model: none given"),
-        (("text",), (), "prompt: an empty prompt"),
+        (("text",), (), "error: --prompt: an empty prompt"),
         (("text",), ("--prompt",), "--prompt: expected at least one argument"),
         (("text",), ("--prompt", "a", " "), "--prompt: empty"),
         (("text",), ("--prompts", "-"), "--prompts: no prompt in standard input"),
         (("text",), ("--prompts", "empty.txt"), "--prompts: no prompt in"),
         (("text",), ("--prompts", "none.txt"), "--prompts: can't read"),
         (("text",), ("--prompts", "bytes.txt"), "--prompts: can't read"),
-        (("text",), ("--prompt", "a", "--label", "dog"), "labels: this model knows no classes"),
-        (("class",), ("--label", "dgo"), "labels: no class 'dgo'; did you mean 'dog'?"),
-        (("class",), (), "labels: none given; there are cat, dog, heart"),
+        (("text",), ("--prompt", "a", "--label", "dog"), "--label: this model knows no classes"),
+        (("class",), ("--label", "dgo"), "--label: no class 'dgo'; did you mean 'dog'?"),
+        (("class",), (), "--label: none given; there are cat, dog, heart"),
         (("text", "class"), ("--prompt", "a", "--label", "dog", "cat"), "--label: 2 for 1 prompts"),
-        ((), ("--prompt", "a"), "this model was trained without text"),
-        ((), ("--steps", 0), "steps: 0; give 1 or more"),
-        ((), ("--steps", 1001), "steps: 1001; the model's chain has 1000"),
+        ((), ("--prompt", "a"), "--prompt: this model was trained without text"),
+        ((), ("--steps", 0), "error: --steps: 0; give 1 or more"),
+        ((), ("--steps", 1001), "error: --steps: 1001; the model's chain has 1000"),
         ((), ("--count", 0), "--count: 0; give 1 or more"),
         ((), ("--batch", 0), "--batch: 0; give 1 or more"),
         ((), ("--seed", -1), "--seed: -1; give 0 or more"),
         ((), ("--seed", 2**63), "give 0 or more, below 2^63"),
-        ((), ("--guidance", -1), "guidance: -1.0; give 0 or more"),
-        ((), ("--guidance", "nan"), "guidance: nan; give 0 or more"),
-        ((), ("--solver", "ddim", "--spacing", "karras"), "spacing: ddim has no 'karras'"),
-        ((), ("--threshold", 0.9), "threshold: is for pixels"),
-        ((), ("--interval", 0.9, 0.1), "interval: 0.9 to 0.1"),
+        ((), ("--guidance", -1), "--guidance: -1.0; give 0 or more"),
+        ((), ("--guidance", "nan"), "--guidance: nan; give 0 or more"),
+        ((), ("--solver", "ddim", "--spacing", "karras"), "--spacing: ddim has no 'karras'"),
+        ((), ("--eta", 0.5), "--eta: only ddim adds noise by it; leave it out"),
+        ((), ("--negative", "blue"), "--negative: this model was trained without text"),
+        ((), ("--classifier-scale", 2), "--classifier-scale: there is no classifier"),
+        ((), ("--threshold", 0.9), "--threshold: is for pixels"),
+        ((), ("--interval", 0.9, 0.1), "--interval: 0.9 to 0.1"),
         ((), ("--between", -1), "--between: -1; give 0 or more"),
         ((), ("--between", 1), "--between: needs two images"),
         ((), ("--count", 2, "--out", "x.png"), "x.png is one file for 2 images; give a folder"),
@@ -530,16 +550,20 @@ def test_a_classifier_works_with_an_autoencoder_in_bfloat16(classifier: Path, mo
         ((), ("--out", "/dev/null/out"), "--out: can't write /dev/null/out"),
         ((), ("--grid", "none/x.png"), "--grid: no folder"),
         ((), ("--grid", "x.pdf"), "x.pdf is no .png, .jpg or .webp"),
-        ((), ("--animate", "x.avi"), "x.avi is none of .gif, .webp, .mp4"),
+        ((), ("--animate", "x.avi"), "--animate: x.avi is none of .gif, .webp, .mp4"),
         ((), ("--device", "gpu"), "--device: gpu:"),
-        ((), ("--precision", "fp16"), "precision: fp16 is for GPUs"),
+        ((), ("--precision", "fp16"), "--precision: fp16 is for GPUs"),
         ((), ("--classifier", "none"), "--classifier: guides to a class; name it with --label"),
-        ((), ("--classifier", "none", "--label", "dog"), "classifier: can't load one from"),
+        ((), ("--classifier", "none", "--label", "dog"), "--classifier: can't load one from"),
         ((), ("--weaker", "none"), "--weaker: can't load a pipeline"),
         ((), ("--again", "none.png"), "--again: no file none.png"),
         ((), ("--again", "empty.txt"), "--again: can't read empty.txt"),
-        ((), ("--again", "plain.png"), "plain.png does not say how it was made"),
-        ((), ("--again", "odd.png"), "odd.png"),
+        ((), ("--again", "plain.png"), "--again: plain.png does not say how it was made"),
+        (
+            (),
+            ("--again", "--again: what odd.png says of how it was made is damaged"),
+            "--again: what odd.png says of how it was made is damaged",
+        ),
         (("text", "inpaint"), ("--prompt", "a"), "needs an image; use inpaint.py"),
         (("text", "upscale"), ("--prompt", "a"), "needs an image; use upscale.py"),
     ],
@@ -622,7 +646,9 @@ def test_folders_that_are_no_pipeline_and_pickled_weights_are_refused(
     assert "can't load a pipeline" in refused(txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a")
     index = tmp_path / "pickled/model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "MyOwnPipeline"))
-    assert "can't load a pipeline" in refused(txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a")
+    assert "is a MyOwnPipeline; known are StableDiffusionPipeline" in refused(
+        txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a"
+    )
 
 
 def test_autoguidance_by_a_model_of_another_shape_is_refused(

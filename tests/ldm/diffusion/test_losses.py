@@ -136,9 +136,9 @@ def test_distances_equal_torchs_losses_per_sample() -> None:
 
 def test_unknown_names_are_refused() -> None:
     a = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="distance: 'l3' is not l2, l1 or huber"):
+    with pytest.raises(ValueError, match="distance: 'l3'; give l2, l1 or huber"):
         distance("l3", a, a)
-    with pytest.raises(ValueError, match="loss_weighting: 'snr' is not uniform, min_snr"):
+    with pytest.raises(ValueError, match="loss_weighting: 'snr'; give uniform, min_snr"):
         weights("snr", DiffusionProcess("eps"), torch.tensor([1]))
 
 

@@ -100,7 +100,7 @@ def test_a_shifted_flow_time_has_a_log_snr_lower_by_twice_the_logarithm_of_the_r
 
 def test_impossible_schedules_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="beta_schedule: 'quadratic' is not linear, scaled_linear, cosine, sigmoid or log_linear"
+        ValueError, match="beta_schedule: 'quadratic'; give linear, scaled_linear, cosine, sigmoid or log_linear"
     ):
         betas("quadratic")
     with pytest.raises(ValueError, match="timesteps: 0"):

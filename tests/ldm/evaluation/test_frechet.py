@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.evaluation.frechet import Features, frechet_distance
 from ldm.models.autoencoder import Autoencoder, Identity
@@ -30,3 +31,11 @@ def test_the_distance_to_a_set_of_twice_the_contrast_is_the_trace_and_the_square
     features = Features(PIXELS)((real * 127.5 + 127.5).round().byte()).double()
     expected = float(features.T.cov().trace() + features.mean(0).square().sum())
     assert frechet_distance(PIXELS, real, 2 * real) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_features_of_an_autoencoder_on_a_gpu_are_on_the_cpu_as_the_metrics_sums_are() -> None:
+    with FakeTensorMode():  # has a GPU on every machine
+        autoencoder = Autoencoder(Identity()).to(torch.device("cuda"))
+        images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+        assert autoencoder.encode(images.float()).device.type == "cuda"
+        assert Features(autoencoder)(images).device.type == "cpu"

@@ -203,6 +203,21 @@ def test_an_autoencoder_of_other_channels_or_without_scale_is_refused(
         autoencoder.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "VQModel", "vq_embed_dim": 3}, "has vq_embed_dim 3, but latent_channels None; only equal"),
+        ({"_class_name": "AutoencoderKL", "out_channels": 1}, "is for images of 1 channels; ours have 3"),
+    ],
+)
+def test_a_config_that_lacks_a_key_is_refused_in_a_line(
+    config: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"stage1\.pretrained: .*{message}"):
+        autoencoder.load(tmp_path)
+
+
 def test_statistics_in_the_config_are_folded_into_the_convolutions() -> None:
     unscaled = autoencoder.Autoencoder(small())
     normalized = autoencoder.Autoencoder(small(latents_mean=[0.1, 0.2, 0.3], latents_std=[2.0, 3.0, 4.0]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.utils.errors import UserError, command, training_command
+from ldm.utils.errors import UserError, command, first_line, training_command, unknown_choice
 
 
 class Broken(torch.utils.data.Dataset):
@@ -34,6 +34,18 @@ def test_a_user_error_in_a_data_loader_worker_is_the_same_line(capsys: pytest.Ca
         list(torch.utils.data.DataLoader(Broken(), num_workers=1))
 
     assert run_command(action, capsys) == (2, "error: a.png: not a readable image; mend or remove it\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError("no weights\nin a/b"), "no weights"), (OSError("\ngone"), "gone"), (OSError(), "OSError")],
+)
+def test_the_first_line_of_an_error_is_never_empty(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+def test_an_unknown_choice_is_reported_with_the_known_ones() -> None:
+    assert str(unknown_choice("solver", "dmp", ("ddpm", "ddim", "lcm"))) == "solver: 'dmp'; give ddpm, ddim or lcm"
 
 
 def test_success_is_status_0_and_other_errors_propagate(capsys: pytest.CaptureFixture[str]) -> None:
