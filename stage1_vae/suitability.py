@@ -34,7 +34,7 @@ from ldm.distributed.launch import join
 from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, max_scales
 from ldm.models import autoencoder, feature_networks
 from ldm.models.autoencoder import Autoencoder
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 from stage1_vae.suitability_report import ImageName, Row, Subject, describe, draw_sheet, recommendations, table, to_json
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "names": names,
         "per_image": per_image,
     }
-    with whole_file(out / "report.json") as tmp_path:
+    with atomic_file(out / "report.json") as tmp_path:
         tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
     for file, rows in (("reconstructions.png", examples), ("worst.png", worst)):
         draw_sheet(rows, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)

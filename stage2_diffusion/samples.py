@@ -20,7 +20,7 @@ from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.rng import generator
 from stage2_diffusion.masks import random_mask
 
@@ -54,7 +54,7 @@ def write_sheet(config: Config, trainer: Trainer, model: LatentDiffusion, data: 
         path.parent.mkdir(parents=True, exist_ok=True)
         captions = ["input"] * len(inputs.sources) + inputs.captions
         sheet = grid(inputs.sources + samples, captions, columns=8, marked=inputs.marked)
-        with whole_file(path) as tmp_path:
+        with atomic_file(path) as tmp_path:
             sheet.save(tmp_path, "PNG")
         log_image(trainer.accelerator.trackers, "samples", sheet, trainer.step)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
-from ldm.utils.atomic_files import Tensors, file_sha256, whole_folder
+from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256
 from ldm.utils.errors import UserError
 
 Content = TypeVar("Content")
@@ -20,7 +20,7 @@ DAMAGE = (OSError, ValueError, KeyError)  # what reading a damaged checkpoint ra
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
     """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         for name, tensors in parts.items():
             save_file(
                 {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 from ldm.config.schema import Config
 from ldm.data import openmoji
 from ldm.models.autoencoder import STATISTICS
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -53,7 +53,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         "All settings are in `config.yaml`.",
         "",
     ]
-    with whole_file(folder / "README.md") as tmp_path:
+    with atomic_file(folder / "README.md") as tmp_path:
         tmp_path.write_text("\n".join(lines), "utf-8")
 
 

@@ -34,7 +34,7 @@ from ldm.training import plan
 from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
@@ -100,7 +100,7 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
             shutil.rmtree(folder, ignore_errors=True)
 
     def write() -> None:
-        with whole_file(file) as tmp_path:
+        with atomic_file(file) as tmp_path:
             tmp_path.write_text(
                 json.dumps({**measured, stage: {"about": key, "needs": asdict(estimate)}}, indent=1) + "\n"
             )

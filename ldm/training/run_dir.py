@@ -18,7 +18,7 @@ from ldm.config.schema import Config, Section, Stage2Config
 from ldm.distributed.launch import join, on_main
 from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 # Keys that change neither a run's numbers nor their meaning: a run may be continued with other values.
@@ -73,7 +73,7 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
             _change_steps(folder, old["stage2"]["steps"], config.stage2)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
     if stage2_begun:
         _restore_pipeline(folder, config.stage2.steps)  # after config.yaml, which then has its steps
@@ -101,7 +101,7 @@ def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[
             if changed := _fixed_out_changes(kind, section, old, tree):
                 raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
     make_dir("--out", folder)
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
 
 
