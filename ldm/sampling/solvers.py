@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm.config.schema import SPACINGS, STRAIGHT
+from ldm.config.schema import FLOW_SOLVERS, SPACINGS
 from ldm.diffusion.parameterization import (
     DIFFUSERS_PREDICTION_TYPES,
     PREDICTION_TYPE_OF,
@@ -80,8 +80,8 @@ def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, cli
     if process.prediction_type == "x0" and solver == "euler_a":
         raise UserError("solver: 'euler_a' can't be saved with x0, which its scheduler does not know; use another")
     if process.prediction_type == "flow":
-        if solver not in STRAIGHT:
-            raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(STRAIGHT)}")
+        if solver not in FLOW_SOLVERS:
+            raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(FLOW_SOLVERS)}")
         common |= {"use_flow_sigmas": True, "flow_shift": process.shift}
         if solver != "unipc":
             common["solver_order"] = 1 if solver == "euler" else 2
@@ -127,7 +127,7 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
     if is_flow(config):
         if not spacing and solver == "heun":
             return FlowMatchHeunDiscreteScheduler(config["num_train_timesteps"], shift=config.get("flow_shift", 1.0))
-        if not spacing and solver in STRAIGHT:
+        if not spacing and solver in FLOW_SOLVERS:
             config["solver_order"] = 1 if solver == "euler" else 2
             return _from(DPMSolverMultistepScheduler if solver == "euler" else SCHEDULERS[solver], config, solver)
         config = _chain_of_flow(config)

@@ -69,9 +69,9 @@ class Stage2Config(Training):
     beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
     """Noise schedule of eps, v and x0; flow has none."""
     timesteps: PositiveInt = 1000
-    """Steps of the chain from image to noise."""
+    """Training timesteps, from image to noise."""
     zero_snr: bool = False
-    """The chain ends in pure noise, so that very dark and very bright images can be generated."""
+    """The last timestep is pure noise, so that very dark and very bright images can be generated."""
     shift: float = Field(default=1.0, gt=0)
     """Side of the latents, or pixels, over the side that the schedule was made for: larger ones get more noise."""
     variance: Literal["fixed", "learned"] = "fixed"

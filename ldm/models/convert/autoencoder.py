@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ldm.models.finite import check_weights
 from ldm.models.weight_files import PICKLES, contents, is_pickle
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError, first_line
 
 Shapes = dict[str, tuple[int, ...]]
@@ -135,7 +135,7 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
         **{key: json.dumps(value) for key, value in values.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         save_file(tensors, tmp_path, metadata)
 
 
