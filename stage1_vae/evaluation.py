@@ -96,7 +96,9 @@ def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Train
     for tensor in report.tensors().values():
         tensor.copy_(trainer.sum(tensor))
     if trainer.is_main:
-        report.plot(trainer.folder / "latents.png")
+        from ldm.models.latent_plots import plot_latents  # imports matplotlib, which is slow
+
+        plot_latents(report, trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()
