@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 # What imports torch or diffusers, which takes seconds, is imported in functions: help and mistakes need none of it.
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.utils.errors import Parser, UserError, command, disable_progress_bars
+from ldm.utils.errors import Parser, UserError, disable_progress_bars, training_command
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ldm.models.text_encoder import AnyTextEncoder
 
 
-@command
+@training_command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, for example configs/openmoji.yaml")
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with training_processes(settings.run) as state:
         if args.dry_run:
-            dry_run(settings, args.stage)
+            dry_run(settings, args.stage, args.yes)
         else:
             train(settings, state, args.stage, args.fresh, args.yes)
 
@@ -61,7 +62,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
-    from ldm.training import checks
+    from ldm.training import checks, plan
     from ldm.training.fingerprint import check_finished
     from ldm.training.model_card import write_card
     from ldm.training.run_dir import prepare_run_dir
@@ -70,18 +71,18 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
 
     disable_progress_bars()
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
-    if not confirmed and (problem := unconfirmed_caption(settings)):
-        raise UserError(problem)
+    if not confirmed:
+        checks.check_captions(settings)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     pipeline, stages = folder / "pipeline", unfinished_stages(settings, stage)
     if "stage1" in stages and stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     data = load_data(settings, encoder)
-    if not pipeline.exists():
+    if not on_main(pipeline.exists):
         on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
-        print(checks.describe(settings, state.num_processes), flush=True)
+        print(plan.describe(settings, state.num_processes), flush=True)
     for name in stages if settings.run.preflight else ():
         measure(settings, name, data, encoder)
 
@@ -91,7 +92,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
         if "stage2" in stages:
             train_unet(settings, data, autoencoder.load(autoencoder_path(settings)), encoder)
         else:
-            check_finished(folder / "stage2", {"data": data.select("train").fingerprint()})
+            on_main(partial(check_finished, folder / "stage2", {"data": data.select("train").fingerprint()}))
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
     if state.is_main_process:
@@ -100,10 +101,12 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
 
 def unfinished_stages(settings: Config, stage: str | None) -> list[str]:
     """`stage1`, `stage2`, both or neither. Stage two needs stage one, so `stage` 2 does not exclude it."""
+    from ldm.distributed.launch import on_main
+
     stages = []
-    if not settings.stage1.needs_none and not (settings.run.dir / "autoencoder").exists():
+    if not settings.stage1.needs_none and not on_main((settings.run.dir / "autoencoder").exists):
         stages.append("stage1")
-    if stage != "1" and not (settings.run.dir / "pipeline").exists():
+    if stage != "1" and not on_main((settings.run.dir / "pipeline").exists):
         stages.append("stage2")
     return stages
 
@@ -130,25 +133,22 @@ def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Strea
     return data
 
 
-def unconfirmed_caption(settings: Config) -> str:
-    from ldm.data.sources import Sources
+def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
+    """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder.
 
-    data = settings.data
-    return Sources(data.source, data.size, settings.cache_dir, settings.stage2.conditions).unconfirmed_caption()
-
-
-def dry_run(settings: Config, stage: str | None) -> None:
-    """Prints what would be trained; measures it if data and text encoder are available. Creates no run folder."""
+    A guessed caption is reported where it is not `confirmed`.
+    """
     from ldm.data import source_kinds
     from ldm.distributed.launch import join, on_main
     from ldm.models import text_encoder
-    from ldm.training import checks, memory_estimate
+    from ldm.training import checks, memory_estimate, plan
 
     disable_progress_bars()
     state = join(settings.run)
+    stages = unfinished_stages(settings, stage)
     if state.is_main_process:
-        print(checks.describe(settings, state.num_processes), flush=True)
-        if settings.run.device != "cpu" and "stage2" in unfinished_stages(settings, stage):
+        print(plan.describe(settings, state.num_processes), flush=True)
+        if settings.run.device != "cpu" and "stage2" in stages:
             print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
     try:  # a dry run may come before data and text encoder are downloaded
         source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
@@ -159,13 +159,16 @@ def dry_run(settings: Config, stage: str | None) -> None:
             print(f"not measured: {error}")
         return
     encoder = checks.check(settings, state.num_processes)
-    stages = unfinished_stages(settings, stage)
     tmp_path = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
     try:
-        if not settings.run.dir.exists():
+        if not on_main(settings.run.dir.exists):
             settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
-        if state.is_main_process and (problem := unconfirmed_caption(settings)):
-            print(f"training would stop: {problem}")
+        if not confirmed:
+            try:
+                checks.check_captions(settings)
+            except UserError as error:
+                if state.is_main_process:
+                    print(f"training would stop: {error}")
         data = load_data(settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)
@@ -180,6 +183,7 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
     import torch
     from accelerate import PartialState
 
+    from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
     from ldm.training import preflight
     from stage1_vae.train import train as train_autoencoder
@@ -188,7 +192,7 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
     def train(settings: Config, data: Index | Stream) -> None:
         if stage == "stage1":
             return train_autoencoder(settings, data)
-        if path == "identity" or settings.stage1.pretrained or Path(path).exists():
+        if path == "identity" or settings.stage1.pretrained or on_main(Path(path).exists):
             vae = autoencoder.load(path)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))

@@ -111,7 +111,8 @@ def timed(action: Callable[[], Any]) -> float:
 
 def in_subprocess(action: Callable[..., Any], *arguments: Any) -> tuple[Any, Memory]:
     """The result of `action` in a process of its own, and its peak memory; an error if the process is killed."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows has no fork
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as process:
         return process.submit(action, *arguments).result(), process.submit(peak).result()
 
 

@@ -22,15 +22,20 @@ from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import whole_file
 
 SHEET_IMAGES = 8
-AMPLIFICATION = 4  # of differences on sheets
+AMPLIFICATION = 4  # of a reconstruction's difference from its original, on sheets
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
-def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
+def held_out_splits(data: Index | Stream) -> dict[str, Index | Stream]:
     """What stage one never trains on: each held-out split that has images, and all of them as `held_out`."""
     splits = {name: data.select(name) for name in HELD_OUT}
     splits["held_out"] = data.select(*HELD_OUT)
     return {name: split for name, split in splits.items() if len(split)}
+
+
+def amplified_difference(rebuilt: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The difference of images in [-1, 1], AMPLIFICATION times as large; no difference is mid-grey, 0."""
+    return AMPLIFICATION * (rebuilt - original)
 
 
 @torch.no_grad()
@@ -64,7 +69,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
     with trainer.ema_weights("a validation"):
         rebuild = rebuild_with(vae, trainer.device)
-        if (held := held_out(data).get("held_out")) is not None:
+        if (held := held_out_splits(data).get("held_out")) is not None:
             held = held.subset(config.stage1.evaluate_images)
             means = figures(held, rebuild, trainer, config.data.workers)
             trainer.log_values({f"held_out_{name}": value for name, value in means.items()})
@@ -80,7 +85,7 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, tr
     write_sheet(data, rebuild, trainer)
     by_split: dict[str, Any] = {
         name: figures(split.subset(config.stage1.evaluate_images), rebuild, trainer, config.data.workers)
-        for name, split in held_out(data).items()
+        for name, split in held_out_splits(data).items()
     }
     if trainer.is_main:
         for name, values in by_split.items():
@@ -113,11 +118,11 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> Non
     path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
     if path.exists() or not trainer.is_main:
         return
-    data = held_out(data).get("held_out", data)
+    data = held_out_splits(data).get("held_out", data)
     candidates = data if isinstance(data, Stream) else data.first(8 * SHEET_IMAGES)
     x = max(iter_images(candidates, SHEET_IMAGES), key=len)  # a batch has one size; take the fullest
     rebuilt = rebuild(x).float().cpu()
-    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFICATION}-fold": (rebuilt - x) / 2 * AMPLIFICATION}
+    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFICATION}-fold": amplified_difference(rebuilt, x)}
     images = [image for row in rows.values() for image in to_pil(row)]
     sheet = grid(images, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)

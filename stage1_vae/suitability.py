@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "notes": notes,
         "models": facts,
         "names": names,
-        "each": per_image,
+        "per_image": per_image,
     }
     with whole_file(out / "report.json") as tmp_path:
         tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")

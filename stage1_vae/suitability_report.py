@@ -13,10 +13,10 @@ from ldm.data import images
 from ldm.evaluation.reconstruction import Bicubic, Figures, recommend_action
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latent_statistics import Report
+from stage1_vae.evaluation import AMPLIFICATION, amplified_difference
 
 ImageName = tuple[str, str]  # key, caption
 
-AMPLIFICATION = 4  # of differences on sheets
 COLUMNS = {
     "psnr": ("PSNR dB", ".2f"),
     "ssim": ("SSIM", ".3f"),
@@ -76,7 +76,7 @@ def describe(subject: Subject, baselines: Mapping[int, Mapping[str, float]]) -> 
         return facts
     action, reasons = recommend_action(means, baselines[model.factor], subject.std(), figures.broken)
     latents = subject.latents.facts() if subject.latents.count else {}
-    return {**facts, "latents": latents, "verdict": action, "reasons": reasons}
+    return {**facts, "latents": latents, "recommendation": action, "reasons": reasons}
 
 
 def table(facts: Sequence[Mapping[str, Any]]) -> str:
@@ -100,8 +100,9 @@ def recommendations(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines: what to do with each autoencoder, the reasons, and published figures of the same factors."""
     lines = []
     for entry in facts:
-        if "verdict" in entry:
-            lines += ["", f"{entry['model']}: {entry['verdict']}", *(f"  - {reason}" for reason in entry["reasons"])]
+        if "recommendation" in entry:
+            reasons = (f"  - {reason}" for reason in entry["reasons"])
+            lines += ["", f"{entry['model']}: {entry['recommendation']}", *reasons]
     published = [PUBLISHED[f] for f in sorted({entry["factor"] for entry in facts}) if f in PUBLISHED]
     return lines + (["", f"published, at 256 px: {'; '.join(published)}"] if published else [])
 
@@ -122,7 +123,7 @@ def draw_sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence
         for subject, rebuilt in zip(subjects, row.images[1:], strict=False):  # the bicubic ones come last
             psnr, ssim = (float(subject.figures.per_image[name][row.number]) for name in ("psnr", "ssim"))
             rebuilt = rebuilt.nan_to_num(-1)
-            cells += [rebuilt, AMPLIFICATION * (rebuilt - row.images[0])]
+            cells += [rebuilt, amplified_difference(rebuilt, row.images[0])]
             figures = f"{psnr:.1f} dB, SSIM {ssim:.2f}" if math.isfinite(ssim) else "not finite"
             captions += [f"{tail(subject.name)} {figures}", f"{AMPLIFICATION}x the difference"]
     return images.grid([images.to_pil(x[None])[0] for x in cells], captions, columns=1 + 2 * len(subjects))

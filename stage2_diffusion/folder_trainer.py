@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.config import loader, old_names
+from ldm.config.schema import Config
 from ldm.data import check, index
 from ldm.diffusion.process import DiffusionProcess
-from ldm.distributed.launch import join
+from ldm.distributed.launch import join, on_main
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import checks
@@ -81,13 +83,12 @@ class FolderTrainer:
                 "solver": "euler" if flow else "ddim",
             },
         }
-        if "micro_batches" in keys:  # what device_batch once was
-            tree["stage2"]["micro_batches"] = keys.pop("micro_batches")
         notes: list[str] = []
         for key, value in keys.items():
             section, _, name = old_names.current_key(key.replace("__", ".", 1), notes).partition(".")
             tree.setdefault(section, {})[name] = value
-        old_names.print_notes(notes)
+        tree, more = old_names.rename_keys(Config, tree)
+        old_names.print_notes([*notes, *more])
         self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 
@@ -95,11 +96,13 @@ class FolderTrainer:
         """Trains to the end, or continues, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)
         text = checks.check(self.config, state.num_processes)
+        checks.check_captions(self.config, "data__source={'path': …, 'kind': 'classes'}")
         settings = prepare_run_dir(self.config)
         pipeline = settings.run.dir / "pipeline"
         images = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-        if pipeline.exists():
-            check_finished(settings.run.dir / "stage2", {"data": images.select("train").fingerprint()})
+        if on_main(pipeline.exists):
+            stage2 = settings.run.dir / "stage2"
+            on_main(partial(check_finished, stage2, {"data": images.select("train").fingerprint()}))
         else:
             batches = (settings.stage1.batch, settings.stage2.batch)
             check.before_training(images, settings.run.dir, text, settings.text.model, batches)

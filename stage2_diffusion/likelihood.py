@@ -31,7 +31,7 @@ from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule, bound_integrand
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.training.checkpoint import checkpoints, read_checkpoint
+from ldm.training.checkpoint import read_checkpoint, read_last
 from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
@@ -189,10 +189,10 @@ def cosine_levels(u: torch.Tensor, endpoints: tuple[float, float] = LOG_SNR) -> 
 
 
 def learned_levels(run: Path) -> NoiseLevels:
-    """The schedule that a run has learned, from its last checkpoint; UserError if the run has no checkpoints."""
-    if not (paths := checkpoints(run / "stage2")):
+    """The schedule that a run has learned, from its last checkpoint; UserError where that is gone or damaged."""
+    if not (content := read_last(run / "stage2", read_checkpoint)):
         raise UserError(f"{run}: its checkpoints are gone, and with them the schedule that it learned")
-    parts, _ = read_checkpoint(paths[-1])
+    parts, _ = content
     schedule = LearnedSchedule()
     prefix = "schedule."
     schedule.load_state_dict({k.removeprefix(prefix): v for k, v in parts["model"].items() if k.startswith(prefix)})

@@ -85,7 +85,7 @@ class Objective:
         return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, **options)
 
     def record_losses(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
-        """Remembers the losses of timesteps drawn by loss; after a step's last pass, those of all processes."""
+        """Remembers the losses of timesteps drawn by loss; after a step's last batch, those of all processes."""
         if not self.model.times:
             return
         self._recorded.append((n.to(t.device), t, losses.detach()))

@@ -112,7 +112,7 @@ def _generate(
         for name, values in arguments.items()
     }
     per_prompt = 1 if "prompts" in arguments or "labels" in arguments else share  # an unconditional call is one prompt
-    batch = min(sizes.SHEET_BATCH, trainer.passes.images)
+    batch = min(sizes.SHEET_BATCH, trainer.accumulation.images)
     callback = trainer.dry_run.evaluated if trainer.dry_run else None
     images = model(seed=[seed + i for i in own], count=per_prompt, batch=batch, callback=callback, **own_arguments)
     return list(gather_object(images))[:count]

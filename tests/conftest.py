@@ -1,32 +1,44 @@
-"""What is set before anything is imported; the order of tests. Their fixtures lie in `shared_fixtures`."""
+"""What is set before anything is imported; the order of tests. Their fixtures are in `shared_fixtures`."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything; read when huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network; read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # here as in the processes that are started: sums have one order, bits agree
+os.environ["OMP_NUM_THREADS"] = "1"  # here as in started processes: sums have one order, bits agree
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("end_to_end", "stage2_diffusion")  # folders of tests that train
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Fixtures import torch, so the process that only hands tests out to others does without: it starts them sooner."""
+    """Fixtures import torch, so the process that only distributes tests does without: it starts the others sooner."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a trained run is slow. Files with slow tests come first, so that short ones fill the end."""
+    """Tests that need a trained run are slow. Files that take longest come first, so that short ones fill the end."""
     for item in items:
         if "tiny_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection, which some code asks for in each step, no longer visits the millions of imported objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report what they find alive at the end as leaks

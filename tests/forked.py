@@ -1,7 +1,7 @@
-"""Processes that have imported everything already: a script runs in a fork of a server, not in a Python that starts.
+"""Processes that have imported everything already: a script runs in a fork of a server, not in a new Python.
 
-What a started Python imports takes ten seconds; a fork takes none. What the script sees is the same: `sys.argv`,
-`__main__`, the environment that torchrun sets for several processes, an output of its own, signals.
+The imports of a new Python take ten seconds; a fork takes none. A script sees the same in both: `sys.argv`, `__main__`,
+the environment that torchrun sets for several processes, its own output, signals.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SERVER.set_forkserver_preload(["imported"])
 
 
 def start_server(root: Path) -> None:
-    """Starts the server, which is not told of `sys.path` before Python 3.13."""
+    """Starts the server, which gets no `sys.path` before Python 3.13."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "scripts", root / "tests"))))
         forkserver.ensure_running()
 
 
 def of_accelerate(config: Path) -> dict[str, str]:
-    """The variables that `accelerate launch` sets for two processes that one of its configurations describes."""
+    """The variables that `accelerate launch --config_file CONFIG` sets for two processes."""
     arguments = ["--config_file", str(config), "--num_processes", "2", "any.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     return {name: str(value) for name, value in prepare_multi_gpu_env(args).items()}
@@ -43,7 +43,7 @@ def of_accelerate(config: Path) -> dict[str, str]:
 class Forked:
     """A script in one process, or in several that find each other; like `subprocess.Popen`, as far as tests need it.
 
-    A failure ends all of them, as it does with torchrun. Their output, errors among it, lies in one file.
+    A failure ends all of them, as it does with torchrun. Their output, errors included, goes to one file.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Forked:
 
     @property
     def pid(self) -> int:
-        """Of the only process, or of the first one."""
+        """The id of the first process."""
         assert self.ranks[0].pid
         return self.ranks[0].pid
 
@@ -84,7 +84,7 @@ class Forked:
             process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What all of them wrote, once they have ended; TimeoutError where they haven't within so many seconds."""
+        """What all of them wrote, once they have ended; TimeoutError if that takes longer than `timeout` seconds."""
         end = time.monotonic() + (timeout or 600)
         while running := [process.sentinel for process in self.ranks if process.exitcode is None]:
             if time.monotonic() > end:
@@ -93,7 +93,7 @@ class Forked:
             wait(running, 1)
             if any(process.exitcode for process in self.ranks):
                 for process in self.ranks:
-                    process.join(30)  # an error in one reaches the others, which say so
+                    process.join(30)  # an error in one reaches the others, which report it
                     process.terminate()
         return self.output.read_text(), None
 
@@ -102,9 +102,9 @@ Process = subprocess.Popen[str] | Forked
 
 
 def _run(script: list[str], root: Path, environment: dict[str, str], output: Path) -> None:
-    """In the fork: the arguments of Python, which are a file's or `-m` and a module's."""
-    assert "imported" in sys.modules, "the server could not import it, and said nothing"
-    multiprocessing.set_start_method(None, force=True)  # of its own processes: the default, as in any other command
+    """Runs in the fork; `script` has the arguments of Python: a file or `-m MODULE`, then its own."""
+    assert "imported" in sys.modules, "the server could not import it, and printed nothing"
+    multiprocessing.set_start_method(None, force=True)  # its own processes start in the default way, as in any command
     os.setsid()  # Ctrl-C is for pytest
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ldm.config.schema import Config
-from ldm.data import cache, index
+from ldm.data import cache, index, openmoji
 from ldm.data.cache import Cache, CacheOptions
 from ldm.data.dataset import ImageDataset
 from ldm.data.index import Index
@@ -12,9 +14,21 @@ from ldm.data.stream import Stream
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import TextEncoder
 
+_EMBEDDED: dict[tuple[str, Path, tuple[str, ...]], Index] = {}
+
 
 def indexed(config: Config) -> Index:
     return index.build(config.data, config.cache_dir, config.stage2.conditions)
+
+
+def indexed_once(config: Config) -> Index:
+    """The same for the embedded drawings, which don't change, is built once a process."""
+    if any(source.path not in openmoji.SUBSETS for source in config.data.source):
+        return indexed(config)
+    key = config.data.model_dump_json(), config.cache_dir, tuple(config.stage2.conditions)
+    if key not in _EMBEDDED:
+        _EMBEDDED[key] = indexed(config)
+    return _EMBEDDED[key]
 
 
 def spec_of(config: Config, batch: int | None = None) -> SampleSpec:

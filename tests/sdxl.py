@@ -23,13 +23,13 @@ def tokenizer(folder: Path, padding: str) -> CLIPTokenizer:
     return CLIPTokenizer(**files, model_max_length=77, pad_token=padding)
 
 
-def text_encoder(kind: Any, vocabulary: int, width: int) -> Any:
+def text_encoder(kind: Any, vocabulary: int, width: int, layers: int = 3) -> Any:
     return kind(
         CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=2 * width,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             projection_dim=POOLED,
             bos_token_id=vocabulary - 2,

@@ -1,10 +1,11 @@
-"""Fixtures of all tests: the root, small models, a finished tiny run, calling commands as a person does."""
+"""Fixtures of all tests: the root, small models, a finished tiny run, calling commands as a user does."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,16 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from forked import Forked, Process
-from of_config import indexed
+from of_config import indexed_once
 from PIL import Image
 from tiny import TINY
+from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ldm.config import loader
@@ -32,6 +37,7 @@ from ldm.models import autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
+from ldm.training import throughput
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[[list[str]], int]
@@ -44,37 +50,65 @@ def fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def flops_counted_once() -> Iterator[None]:
+    """Tests train the same small networks again and again: counting their FLOPs, half a second's work, is done once."""
+    counts: dict[Any, int] = {}
+    forward_flops = throughput.forward_flops
+
+    def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+        parts = [(type(part), repr(getattr(part, "config", None))) for part in module.modules()]
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, (args, kwargs))
+        key = (*parts, repr(module), repr(shapes))
+        if key not in counts:
+            counts[key] = forward_flops(module, *args, **kwargs)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "forward_flops", count)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that tests share: what one of them drew and checked, the next one finds."""
-    return tmp_path_factory.mktemp("drawn")
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pytest-xdist's workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def drawn(of_all_workers: Path) -> Path:
+    """A cache that tests share, at once too: images that one of them rendered and indexed are there for the next."""
+    folder = of_all_workers / "drawn"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
 def drawings(tmp_path: Path, drawn: Path) -> Callable[..., tuple[loader.Config, Index]]:
-    """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their pictures."""
+    """Settings of configs/tiny.yaml at 16 px with overrides, and the index of their images."""
 
-    def given(*overrides: str) -> tuple[loader.Config, Index]:
+    def load(*overrides: str) -> tuple[loader.Config, Index]:
         settings = loader.load(
             ROOT / "configs/tiny.yaml",
             [f"run.dir={tmp_path / 'run'}", "run.tracker=none", "data.size=16", f"data.cache_dir={drawn}", *overrides],
         )
-        return settings, indexed(settings)
+        return settings, indexed_once(settings)
 
-    return given
+    return load
 
 
 @pytest.fixture
 def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
-    """A folder of pictures, one for each caption, that are square, wide and tall in turn."""
+    """Writes a folder of images, one for each caption, that are square, wide and tall in turn."""
 
-    def lay(captions: list[str]) -> Path:
-        rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    def write(captions: list[str]) -> Path:
+        rng, folder = np.random.default_rng(0), tmp_path / "images"
         folder.mkdir()
         for i, caption in enumerate(captions):
             width, height = [(20, 20), (36, 14), (18, 33)][i % 3]
@@ -82,12 +116,12 @@ def three_shapes(tmp_path: Path) -> Callable[[list[str]], Path]:
             (folder / f"{i:02}.txt").write_text(caption)
         return folder
 
-    return lay
+    return write
 
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small text encoder, with a dropout of its own and a pooler that no state depends on."""
+    """The folder of a small text encoder, with dropout layers and a pooler that no hidden state depends on."""
     folder = tmp_path_factory.mktemp("words")
     tokenizer = AutoTokenizer.from_pretrained(text_encoder._folder(text_encoder.MINILM))
     tokenizer.save_pretrained(folder)
@@ -111,9 +145,9 @@ def random_vae() -> Autoencoder:
 
 @pytest.fixture(scope="session")
 def random_model(words: Path) -> Callable[..., LatentDiffusion]:
-    """A model of 16 px with random weights that is told `conditions`, the classes cat, dog and heart among them."""
+    """Builds a model of 16 px with random weights and these conditions; its classes are cat, dog and heart."""
 
-    def make(*conditions: str, pixels: bool = False) -> LatentDiffusion:
+    def build(*conditions: str, pixels: bool = False) -> LatentDiffusion:
         vae = random_vae()
         with torch.no_grad():  # a posterior that is a point: diffusers draws from it
             vae.vae.quant_conv.weight[4:] = 0
@@ -140,7 +174,7 @@ def random_model(words: Path) -> Callable[..., LatentDiffusion]:
             classes=("cat", "dog", "heart") if stage.classes else (),
         )
 
-    return make
+    return build
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +193,7 @@ def write_tar() -> Callable[[Path, dict[str, bytes]], None]:
 
 @pytest.fixture(scope="session")
 def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path, int, str], None]:
-    """Writes a WebDataset tar of so many pictures, whose captions are a prefix and their number."""
+    """Writes a WebDataset tar of `count` images, whose captions are a prefix and their number."""
 
     def write(path: Path, count: int, prefix: str) -> None:
         rng, files = np.random.default_rng([*prefix.encode()]), {}
@@ -174,11 +208,11 @@ def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}  # what one said that is killed is not lost
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}  # the output of a killed process is not lost
 
 
 def kill_all(process: Process) -> None:
-    """SIGKILL for a process and those that it started, also in sessions of their own, as torchrun's are."""
+    """SIGKILL for a process and all that it started, including those in other sessions, as torchrun's are."""
     for pid in [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(pid).children(recursive=True):
@@ -194,7 +228,7 @@ def kill() -> Callable[[Process], None]:
 
 @pytest.fixture(scope="session")
 def kill_one() -> Callable[[Process, int], str]:
-    """SIGKILL for one rank of several; returns what the others printed until they ended."""
+    """SIGKILL for a single rank of several; returns what the others printed until they ended."""
 
     def kill(process: Process, rank: int) -> str:
         if isinstance(process, Forked):
@@ -223,9 +257,9 @@ def children() -> Iterator[list[Process]]:
 def launch(
     root: Path, environment: dict[str, str], children: list[Process], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Forked]:
-    """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in so many processes of their own; `finish` waits for them.
+    """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in `processes` new processes; `finish` waits for them.
 
-    `more` is added to their environment. They are forks of one that has imported everything, so they start at once.
+    `more` is added to their environment. They are forks of a server that has imported everything, so they start fast.
     """
 
     def start(*script: object, processes: int = 1, more: Mapping[str, str] = MappingProxyType({})) -> Forked:
@@ -240,7 +274,7 @@ def launch(
 def launch_python(
     root: Path, environment: dict[str, str], children: list[Process]
 ) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python ARGUMENTS`, as a person does; `finish` waits for it."""
+    """Starts `python ARGUMENTS`, as a user does; `finish` waits for it."""
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -261,7 +295,7 @@ def launch_python(
 
 @pytest.fixture(scope="session")
 def finish() -> Callable[[Process], str]:
-    """Waits for the success of a process, and returns what it printed."""
+    """Waits for a process to succeed, and returns what it printed."""
 
     def wait(process: Process) -> str:
         output, _ = process.communicate(timeout=400)
@@ -287,39 +321,45 @@ def wait_for() -> Callable[[Path, Process], None]:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Calls the `main` of a command in this process, as it does in its own; returns what it printed."""
+    """Calls the `main` of a command in this process; returns what it printed. `status` is the expected exit status."""
 
-    def given(main: Main, *arguments: object, status: int = 0) -> str:
+    def run(main: Main, *arguments: object, status: int = 0) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
-        found = main([*map(str, arguments)])
-        said = "".join(capsys.readouterr())
-        assert found == status, said[-3000:]
-        return said
+        returned = main([*map(str, arguments)])
+        output = "".join(capsys.readouterr())
+        assert returned == status, output[-3000:]
+        return output
 
-    return given
+    return run
 
 
 @pytest.fixture
 def train(call: Callable[..., str], root: Path) -> Callable[..., str]:
-    """Calls train_ldm.py with the tiny configuration, a run's folder and more; returns what it printed."""
+    """Calls train_ldm.py with the tiny configuration, a run's folder and overrides; returns what it printed."""
     import train_ldm
 
-    def given(folder: Path, *more: str, status: int = 0) -> str:
+    def run(folder: Path, *more: str, status: int = 0) -> str:
         return call(train_ldm.main, *TINY, f"run.dir={folder}", *more, status=status)
 
-    return given
+    return run
 
 
 @pytest.fixture(scope="session")
 def tiny_run(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], finish: Callable[[Process], str]
+    tmp_path_factory: pytest.TempPathFactory,
+    of_all_workers: Path,
+    environment: dict[str, str],
+    finish: Callable[[Process], str],
 ) -> Path:
-    """The folder of an uninterrupted run of the tiny configuration.
+    """The folder of an uninterrupted run of the tiny configuration: a worker's own copy of what one of them trained.
 
-    Another run whose `data.cache_dir` is this one's `cache` needs to draw no pictures and encode no captions.
+    Another run whose `data.cache_dir` is this one's `cache` needs to render no images and encode no captions.
     """
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = ["train_ldm.py", *TINY, f"run.dir={folder}", "run.preflight=true"]
-    finish(Forked(command, 1, ROOT, environment, folder.parent / "output.txt"))
+    original, folder = of_all_workers / "tiny", tmp_path_factory.mktemp("runs") / "tiny"
+    with FileLock(of_all_workers / "tiny.lock"):
+        if not (original / "pipeline").exists():
+            command = ["train_ldm.py", *TINY, f"run.dir={original}", "run.preflight=true"]
+            finish(Forked(command, 1, ROOT, environment, folder.parent / "output.txt"))
+    shutil.copytree(original, folder)
     return folder

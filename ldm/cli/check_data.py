@@ -10,6 +10,7 @@ training would stop.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from ldm.data import check, images, index, source_kinds
 from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
-from ldm.distributed.launch import join
+from ldm.distributed.launch import join, on_main
 from ldm.models import text_encoder
+from ldm.training.run_dir import make_dir
 from ldm.utils.errors import Parser, command
 
 STREAM_SAMPLES = 1000  # a stream is checked by its first samples
@@ -36,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = loader.load(args.config, args.overrides)
     join(settings.run)
     source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
-    folder = settings.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
+    on_main(partial(make_dir, "run.dir", settings.run.dir))
     return check_stream(settings) if settings.data.streaming else check_index(settings)
 
 
@@ -53,8 +54,9 @@ def check_index(settings: loader.Config) -> int:
     if len(data):
         encoder = text_encoder.of(settings.text) if stage.text else None
         print(check.describe(check.facts(data, encoder, settings.text.model)))
+    if len(training := data.select("train")):
         spec = SampleSpec.of(settings.data, stage.batch, settings.run.seed, stage.cond_dropout)
-        check.sheet(data.select("train"), spec).save(folder / "data-sheet.png")
+        check.sheet(training, spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
     print(check.balance(data))
     if problem := data.stop_reason(folder / "data-report.json") or data.sources.unconfirmed_caption():

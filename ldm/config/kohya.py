@@ -34,6 +34,12 @@ CAPTION_KEYS: dict[str, Any] = {
     "class_tokens": str,
 }
 
+# Keys that have an effect only where another one is true.
+NEEDED_KEYS = {
+    **{key: "enable_bucket" for key in SIZE_KEYS if key not in ("resolution", "enable_bucket")},
+    "keep_tokens": "shuffle_caption",
+}
+
 REPLACEMENTS = {
     "batch_size": "set stage2.batch",
     "color_aug": "the latents are cached; leave it out",
@@ -99,13 +105,35 @@ def subsets(file: Path) -> list[Subset]:
     return result
 
 
+def keys_without_effect(file: Path) -> list[str]:
+    """The keys that change nothing of any subset: inner ones take their place, or the key that they need is not set."""
+    tree = _read(file)
+    sections = {"general": tree.get("general", {})}
+    effective = set[tuple[str, str]]()
+    for i, dataset in enumerate(tree["datasets"], start=1):
+        for j, subset in enumerate(dataset["subsets"], start=1):
+            inner = {f"data set {i}": dataset, f"data set {i}, subset {j}": subset}
+            sections |= inner
+            chain = {"general": sections["general"], **inner}
+            settings = dict(_innermost({**SIZE_KEYS, **CAPTION_KEYS}, *chain.values()))
+            for key in settings:
+                if key not in NEEDED_KEYS or settings.get(NEEDED_KEYS[key]):
+                    effective.add((next(name for name in reversed(chain) if key in chain[name]), key))
+    return [
+        f"{name}: {key}"
+        for name, section in sections.items()
+        for key in section
+        if key not in ("subsets", "image_dir", "is_reg") and (name, key) not in effective
+    ]
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The parsed file; UserError where a key is unknown, with the nearest known one, or of the wrong type."""
     try:
         tree = tomllib.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.source: no file {file}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not valid TOML ({error})") from None
     inherited = {**SIZE_KEYS, **CAPTION_KEYS}
     _check(file, "", tree, {"general": dict, "datasets": list})
@@ -137,7 +165,7 @@ def _check(file: Path, prefix: str, section: Any, known: Mapping[str, Any]) -> N
         least = 1 if key == "num_repeats" or key.endswith(("steps", "reso")) or key == "resolution" else 0
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
             raise UserError(f"{file}: {prefix}{key}: {value!r}; give {least} or more")
-        if key == "caption_dropout_rate" and value >= 1:
+        if key == "caption_dropout_rate" and not value < 1:  # nor is NaN
             raise UserError(f"{file}: {prefix}{key}: {value!r}; give less than 1")
 
 

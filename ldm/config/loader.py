@@ -99,6 +99,11 @@ def section(kind: type[Kind], overrides: Sequence[str], origin: str) -> Kind:
         raise UserError(f"{origin}: {_explain(error, kind)}") from None
 
 
+def key_of(section: str, name: str) -> str:
+    """A key as its command takes it: `stage2.lr`, or `lr` of a section that has a command of its own."""
+    return f"{section}.{name}" if section in Config.model_fields else name
+
+
 def dump(config: Config) -> dict[str, Any]:
     """The configuration as plain data, with all defaults."""
     return config.model_dump(mode="json")

@@ -11,9 +11,9 @@ from typing import IO, Any
 import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from ldm.data.formats import IMAGE_SUFFIXES, REMEDIES
+from ldm.data.formats import IMAGE_SUFFIXES, REMEDIES, is_image_file
 from ldm.data.layout import choose_split
 from ldm.data.records import (
     BadSample,
@@ -27,6 +27,7 @@ from ldm.data.records import (
     captions_of,
     label_of,
 )
+from ldm.data.unread_files import UNREAD_CAPTIONS
 from ldm.utils.errors import UserError
 
 TEXTS = (".txt", ".caption", ".json", ".cls")
@@ -35,32 +36,45 @@ MAX_CAPTION_BYTES = 2**20
 TARS = (".tar", ".tar.gz", ".tgz")
 
 
-def expand(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files that a pattern (`data-{000..099}.tar`, `data/*.tar`), a folder or a URL stands for, in order."""
-    files: list[str] = []
+def expand(path: str, suffixes: tuple[str, ...]) -> tuple[list[str], list[LeftOut]]:
+    """The files that a pattern (`data-{000..099}.tar`, `data/*.tar`), a folder or a URL stands for, in order.
+
+    And what is left out of a folder, or of what a pattern matches.
+    """
+    files, left_out = list[str](), list[LeftOut]()
     try:
         for pattern in braceexpand(path):
             system, root = url_to_fs(pattern)
-            if system.isdir(root):
-                names = (name for name in system.find(root) if name.endswith(suffixes))
-                files += [_with_protocol(system, name) for name in sorted(names)]
-            elif any(character in root for character in "*?["):
-                files += [_with_protocol(system, name) for name in sorted(system.glob(root))]
-            else:
+            folder = system.isdir(root)
+            if not folder and not any(character in root for character in "*?["):
                 files.append(pattern)
+                continue
+            for name in sorted(system.find(root) if folder else system.glob(root)):
+                if _is_hidden(name.removeprefix(root) if folder else Path(name).name):
+                    left_out.append(LeftOut(_with_protocol(system, name), "hidden files"))
+                elif folder and not name.endswith(suffixes):
+                    reason = "images outside of the tars or tables" if is_image_file(name) else "other files"
+                    left_out.append(LeftOut(_with_protocol(system, name), reason))
+                else:
+                    files.append(_with_protocol(system, name))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"data.source: can't list {path} ({' '.join(str(error).split())})") from None
     if not files:
         raise UserError(f"data.source: no file matches {path}; expected {' or '.join(suffixes)}")
-    return files
+    return files, left_out
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or one of its folders is hidden, or was added by macOS."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 
 def files_of_split(path: str, suffixes: tuple[str, ...], split: str) -> tuple[list[str], list[LeftOut]]:
-    """The files of a pattern, folder or URL that belong to a split by their names, and those of other splits."""
-    files = expand(path, suffixes)
+    """The files of a pattern, folder or URL that belong to a split by their names, and what is left out."""
+    files, left_out = expand(path, suffixes)
     chosen = choose_split(files, split, path)
     others = set(files).difference(chosen)
-    return chosen, [LeftOut(file, "files of other splits") for file in files if file in others]
+    return chosen, [*left_out, *(LeftOut(file, "files of other splits") for file in files if file in others)]
 
 
 def tar_records(urls: Sequence[str], options: ReadOptions) -> Records:
@@ -71,21 +85,14 @@ def tar_records(urls: Sequence[str], options: ReadOptions) -> Records:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
         for group in _groups(url, with_bytes=False):
-            if isinstance(group, BadSample | LeftOut):
-                yield group
-            else:
-                sample = _record(url, group, options)
-                yield sample if isinstance(sample, BadSample) else sample[0]
+            for sample in _samples(url, group, options):
+                yield sample[0] if isinstance(sample, tuple) else sample
 
 
 def tar_samples(url: str, options: ReadOptions) -> Iterator[Sample | LeftOut]:
     """The samples of one tar, read sequentially, with the bytes of each image."""
     for group in _groups(url, with_bytes=True):
-        if isinstance(group, BadSample | LeftOut):
-            yield group
-        else:
-            sample = _record(url, group, options)
-            yield sample if isinstance(sample, BadSample) else (sample[0], sample[1])
+        yield from _samples(url, group, options)
 
 
 class _Header(tarfile.TarInfo):
@@ -122,22 +129,25 @@ def _groups(url: str, with_bytes: bool) -> Iterator[dict[str, Any] | BadSample |
                     end = member.offset_data
                     suffix = Path(member.name).suffix.lower()
                     key = f"{Path(url).name}:{member.name}"
-                    hidden = Path(member.name).name.startswith(".") or "__MACOSX" in Path(member.name).parts
-                    if hidden and not member.isdir():
-                        problems.append(LeftOut(key, "hidden files"))
+                    tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header in memory
+                    if _is_hidden(member.name):
+                        if not member.isdir():
+                            problems.append(LeftOut(key, "hidden files"))
                         continue
                     if suffix in TEXTS and (member.issparse() or member.size > MAX_CAPTION_BYTES):
                         problems.append(BadSample(key, f"a caption of {member.size:,} bytes", "shorten it"))
                         continue
+                    known = suffix in TEXTS or suffix in IMAGE_SUFFIXES or suffix in REMEDIES
                     if not member.isreg() and suffix in IMAGE_SUFFIXES:
                         problems.append(BadSample(key, "it is a link, a folder or a device", "store the image itself"))
-                    if member.isreg() and (suffix in TEXTS or suffix in IMAGE_SUFFIXES or suffix in REMEDIES):
+                    elif member.isreg() and known and base_plus_ext(member.name)[0] is None:
+                        problems.append(BadSample(key, "a sample can't be named so", "rename it"))
+                    elif member.isreg() and known:
                         read = with_bytes or suffix in TEXTS
                         data = tar.extractfile(member).read() if read else member  # type: ignore[union-attr]
                         yield {"fname": member.name, "data": data, "__url__": url}
-                    elif member.isreg():
+                    elif not member.isdir():
                         problems.append(LeftOut(key, "other files"))
-                    tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header in memory
             if not tar.ended:  # type: ignore[attr-defined]
                 raise tarfile.ReadError(f"it ends at byte {tar.offset} without the mark of an end")
         except Exception as error:  # damaged headers make tarfile raise anything
@@ -160,18 +170,58 @@ def _left_out_so_far(problems: list[BadSample | LeftOut]) -> Iterator[LeftOut]:
     problems[:] = [problem for problem in problems if isinstance(problem, BadSample)]
 
 
-def _record(url: str, group: dict[str, Any], options: ReadOptions) -> tuple[Record, Any] | BadSample:
-    """The record of a group, and its image: bytes, or the header in the tar."""
-    suffix = next((suffix for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
+def _samples(
+    url: str, group: dict[str, Any] | BadSample | LeftOut, options: ReadOptions
+) -> Iterator[tuple[Record, Any] | BadSample | LeftOut]:
+    """The record of a group, with its image: bytes, or the header in the tar; and its members that aren't read."""
+    if isinstance(group, BadSample | LeftOut):
+        yield group
+        return
     key = f"{Path(url).name}:{group['__key__']}"
-    unread = next((suffix for suffix in group if f".{suffix}" in REMEDIES), None)
-    if not suffix and unread:
-        return BadSample(f"{key}.{unread}", f"images of type .{unread} aren't read here", REMEDIES[f".{unread}"])
-    if not suffix:
-        return BadSample(key, "it has no image (a name ends at its first dot)", "add one, or drop its other files")
+    members = [name for name in group if not name.startswith("__")]
+    images = [name for name in members if f".{name}" in IMAGE_SUFFIXES]
+    dotted = [name for name in members if "." in name and Path(name).suffix in (*IMAGE_SUFFIXES, *REMEDIES)]
+    unread = [name for name in members if f".{name}" in REMEDIES]
+    if not images and not unread:
+        for name in dotted:
+            yield BadSample(f"{key}.{name}", "a sample's name ends at its first dot", "rename it without other dots")
+        if not dotted:
+            yield BadSample(key, "it has no image", "add one, or drop its other files")
+        return
+    if not images:
+        for name in unread:
+            yield BadSample(f"{key}.{name}", f"images of type .{name} aren't read here", REMEDIES[f".{name}"])
+        unread = []
+    else:
+        yield _record(url, key, group, images[0], options)
+    for name in members:
+        if name in unread:
+            yield LeftOut(f"{key}.{name}", "images that are read in another format")
+        elif name in images[1:] or name in dotted:
+            yield LeftOut(f"{key}.{name}", "other images of a sample")
+        elif images and name not in (images[0], *_texts_read(group, images[0], options)):
+            yield LeftOut(f"{key}.{name}", UNREAD_CAPTIONS if name != "cls" else "classes that are not read")
+
+
+def _caption_member(group: dict[str, Any], image: str) -> str | None:
+    """The text file of a sample, which may repeat the image's suffix."""
+    names = (f"{prefix}{text}" for prefix in ("", f"{image}.") for text in ("txt", "caption"))
+    return next((name for name in names if name in group), None)
+
+
+def _texts_read(group: dict[str, Any], image: str, options: ReadOptions) -> list[str]:
+    """The members of a sample that are read beside its image: captions and class."""
+    captions = _caption_member(group, image) or "json"
+    return [captions] if options.label is None else [captions, "json", "cls"]
+
+
+def _record(
+    url: str, key: str, group: dict[str, Any], suffix: str, options: ReadOptions
+) -> tuple[Record, Any] | BadSample:
+    """The record of a group, and its image: bytes, or the header in the tar."""
     image = group[suffix]
     try:
-        if text := next((name for name in ("txt", "caption") if name in group), None):
+        if text := _caption_member(group, suffix):
             captions = captions_of(group[text], options)
         elif "json" in group:
             captions = captions_of(

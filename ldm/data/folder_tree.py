@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ldm.data.formats import is_image_file
 from ldm.data.records import LeftOut
+from ldm.data.unread_files import METADATA, SIDECARS
 from ldm.utils.errors import UserError
 
 
@@ -50,13 +51,22 @@ class FolderTree:
                 else:
                     entered.append(name)
             directories[:] = entered
-            if self.in_other_split(path.relative_to(self.path)):
-                left_out = [LeftOut(self.key(path / name), OTHER_SPLITS) for name in names if is_image_file(name)]
-                yield Directory(path, [], left_out)
-                continue
             names.sort()
+            if self.in_other_split(path.relative_to(self.path)):
+                yield Directory(path, [], [*left_out, *self._of_other_split(path, names)])
+                continue
             left_out += [LeftOut(self.key(path / name), "hidden files") for name in names if name.startswith(".")]
             yield Directory(path, [name for name in names if not name.startswith(".")], left_out)
+
+    def _of_other_split(self, directory: Path, names: list[str]) -> Iterator[LeftOut]:
+        """The images of a directory, with which their captions count, and its other files."""
+        images = set(filter(is_image_file, names))
+        stems = images | {Path(name).stem for name in images}
+        for name in names:
+            if name in images:
+                yield LeftOut(self.key(directory / name), OTHER_SPLITS)
+            elif name not in METADATA and not (name.lower().endswith(SIDECARS) and Path(name).stem in stems):
+                yield LeftOut(self.key(directory / name), "other files of other splits")
 
     def in_other_split(self, relative: Path) -> bool:
         return not self.other_splits.isdisjoint(relative.parts[:1])

@@ -6,6 +6,7 @@ What is read of a folder, and which links are followed, is in ldm/data/folder_tr
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from ldm.data.unread_files import SIDECARS, unread_file
 class CaptionFiles:
     """The caption file of each image of a directory: `a.txt` or `a.jpg.txt` of `a.jpg`, in any case.
 
-    A file whose name fits exactly comes first; one that fits in another case only belongs to no other image.
+    A file whose name fits exactly comes first; one that fits in another case, or with its accents written otherwise
+    (macOS takes them apart), only belongs to no other image.
     """
 
     def __init__(self, names: Sequence[str], extensions: Sequence[str] = SIDECARS):
@@ -43,20 +45,24 @@ class CaptionFiles:
                     base = name[: -len(extension)]
                     by_base[base, extension] = name
                     if base not in bases:
-                        in_any_case[base.lower(), extension] = name
+                        in_any_case[_folded(base), extension] = name
         self.by_image: dict[str, str] = {}
         for image, stem in stems.items():
             exact = (stem + extension for extension in extensions if stem + extension in present)
             near = (
                 table.get((base, extension.lower()))
-                for table, pairs in ((by_base, (stem, image)), (in_any_case, (stem.lower(), image.lower())))
+                for table, pairs in ((by_base, (stem, image)), (in_any_case, (_folded(stem), _folded(image))))
                 for base in pairs
                 for extension in extensions
             )
             if file := next((name for name in itertools.chain(exact, near) if name), None):
                 self.by_image[image] = file
-        self.stems = set(stems.values())
+        self.stems = bases
         self.used = set(self.by_image.values())
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def sidecars(
@@ -111,7 +117,7 @@ def classes(tree: FolderTree, template: str, options: ReadOptions, layout: Folde
     """A folder of class folders; the caption is the folder's name in `template`, whose `{}` it replaces."""
     for directory in tree.walk():
         yield from directory.left_out
-        stems = {Path(name).stem for name in directory.names if is_image_file(name)}
+        stems = CaptionFiles(directory.names).stems
         for name in directory.names:
             key = tree.key(directory.path / name)
             if not is_image_file(name):

@@ -42,6 +42,8 @@ FORMATS = tuple(
     if name in Image.OPEN  # builds of Pillow differ
 )
 _TGA_END = b"TRUEVISION-XFILE.\0"  # TGA has no mark at its beginning, and its older version none at all
+# DIB is BMP without its file header. It begins with the size of the next one, which alone is no mark either.
+_DIB_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124))
 _REGISTERED = Image.registered_extensions()
 # Suffixes whose files are opened. MPO is what some cameras and phones write as JPEG.
 IMAGE_SUFFIXES = frozenset(
@@ -115,6 +117,8 @@ def is_image_file(name: str) -> bool:
 
 def formats_of(data: bytes) -> tuple[str, ...]:
     """The formats that an encoded image may have."""
+    if data.startswith(_DIB_HEADERS):
+        return (*FORMATS, "DIB")
     return (*FORMATS, "TGA") if data.endswith(_TGA_END) and "TGA" in Image.OPEN else FORMATS
 
 

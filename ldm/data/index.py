@@ -190,6 +190,9 @@ class Index:
             return f"data.source: no usable image in {self.data.name}" + (
                 f"; the first bad one: {first}" if first else ""
             )
+        if not len(self.select("train")):
+            fraction = self.data.val_fraction
+            return f"data.val_fraction: {fraction} holds out all {len(self)} images; set it to 0, or add some"
         stops = bad and self.data.on_error == "stop"
         if stops or bad > self.data.max_bad * total:
             rule = "data.on_error is stop" if stops else f"data.max_bad is {self.data.max_bad}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ldm.config.kohya import Subset, subsets
+from ldm.config.kohya import Subset, keys_without_effect, subsets
 from ldm.data.folder_tree import FolderTree
 from ldm.data.folders import sidecars
 from ldm.data.records import BadSample, LeftOut, ReadOptions, Record, Records, label_of
@@ -25,9 +26,10 @@ def read(file: Path, options: ReadOptions) -> Records:
     An epoch shows regularization images (`is_reg`) as often as all the others together, as kohya's own scripts do. They
     come last.
     """
+    yield from (LeftOut(f"{file.name}: {key}", "keys without effect") for key in keys_without_effect(file))
     regularization, shown = list[Record](), 0
     for subset in sorted(subsets(file), key=lambda subset: subset.is_reg):
-        if not subset.folder.is_dir():
+        if not os.path.isdir(subset.folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
         for record in _records(subset, options):
             if not isinstance(record, Record):

@@ -20,7 +20,7 @@ SPLITS = {
 }
 _CANONICAL = {name: split for split, names in SPLITS.items() for name in names}
 _WORD = re.compile(rf"(?:^|[^a-z])({'|'.join(sorted(_CANONICAL, key=len, reverse=True))})(?=[^a-z]|$)")
-_REPEATED = re.compile(r"([1-9]\d*)_(.*\S.*)")
+_REPEATED = re.compile(r"([1-9][0-9]{0,2})_(.*\S.*)", re.DOTALL)  # more digits are years, dates or numbers
 
 
 class FolderLayout(NamedTuple):

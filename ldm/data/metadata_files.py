@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.folder_tree import FolderTree
+from ldm.data.folder_tree import OTHER_SPLITS, FolderTree
 from ldm.data.formats import is_image_file
 from ldm.data.records import (
     BadSample,
@@ -25,11 +25,10 @@ from ldm.data.records import (
     Records,
     captions_of,
     label_of,
+    one_line,
 )
-from ldm.data.unread_files import unread_file
+from ldm.data.unread_files import METADATA, SIDECARS, UNREAD_CAPTIONS, unread_file
 from ldm.utils.errors import UserError
-
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def metadata_files(folder: Path) -> list[Path]:
@@ -54,39 +53,54 @@ def read_metadata(tree: FolderTree, options: ReadOptions) -> Records:
             raise UserError(f"{table}: {reason}; write it into the folder")
         for record in _table(tree, table, options):
             if isinstance(record, str):
-                named.add(hash(record))
+                named.add(hash(one_line(record)))
             else:
                 yield record
     for directory in tree.walk():
-        yield from directory.left_out
+        yield from (file for file in directory.left_out if file.reason == OTHER_SPLITS or hash(file.key) not in named)
+        stems = {stem for name in directory.names if is_image_file(name) for stem in (name, Path(name).stem)}
         for name in directory.names:
             if directory.path / name in tables:
                 continue
             key = tree.key(directory.path / name)
-            if hash(key) in named:
+            if hash(one_line(key)) in named:
                 continue
             unnamed = LeftOut(key, "images that no row names")
-            file = unnamed if is_image_file(name) else unread_file(directory.path / name, key)
-            yield unnamed if isinstance(file, BadSample) else file
+            if is_image_file(name):
+                yield unnamed
+            elif name.lower().endswith(SIDECARS) and Path(name).stem in stems:
+                yield LeftOut(key, UNREAD_CAPTIONS)
+            else:
+                file = unread_file(directory.path / name, key)
+                yield unnamed if isinstance(file, BadSample) else file
 
 
 def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Record | BadSample | LeftOut | str]:
-    """The record of each row, after the name of its image, relative to the source, where it has one."""
+    """The record of each row, after the name of its image, relative to the source, where it has one.
+
+    At the end, the columns that are not read.
+    """
     column, prefix = options.column, table.parent.relative_to(tree.path)
+    read = {"file_name", *([column] if options.captions else []), options.label}
+    unread = dict[str, None]()
     for number, row in _rows(table, options):
         row_key = f"{table} {'row' if table.suffix == '.parquet' else 'line'} {number}"
         if isinstance(row, BadSampleError):
             yield BadSample(row_key, *row.args)
             continue
+        unread |= dict.fromkeys(name for name in row if name not in read)
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             yield BadSample(row_key, "it has no file_name", "name the image, relative to the folder")
             continue
         key = str(prefix / name) if prefix.parts else name
-        yield os.path.normpath(key)
-        if tree.in_other_split(Path(os.path.normpath(key))):
-            continue  # its image is left out
+        image = os.path.relpath(tree.path / key, tree.path) if Path(key).is_absolute() else os.path.normpath(key)
+        yield image
         row_key = f"{row_key}, {name!r}"
+        if tree.in_other_split(Path(image)):
+            if isinstance(tree.file(key), str) or not is_image_file(key):  # or it counts with its image
+                yield LeftOut(row_key, "rows of other splits")
+            continue
         path = tree.file(key)
         if isinstance(path, str):
             yield BadSample(row_key, path, f"name a file inside {tree.path}")
@@ -99,7 +113,8 @@ def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Reco
         except BadSampleError as error:
             yield BadSample(row_key, *error.args)
             continue
-        yield Record(key, ImageLocation(str(path)), captions, label)
+        yield Record(image, ImageLocation(str(path)), captions, label)
+    yield from (LeftOut(f"{tree.key(table)}: {name}", "columns that are not read") for name in unread)
 
 
 def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any] | BadSampleError]]:
@@ -118,11 +133,12 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
                 names = table.schema_arrow.names
                 _check_columns(file, names, options)
                 columns = [name for name in names if name in ("file_name", options.column, options.label)]
+                unread = dict.fromkeys(name for name in names if name not in columns)
                 number = 0
                 for batch in table.iter_batches(4096, columns=columns):
                     for values in zip(*(_raw(batch[name]).to_pylist() for name in columns), strict=True):
                         number += 1
-                        cells = dict(zip(columns, values, strict=True))
+                        cells = unread | dict(zip(columns, values, strict=True))
                         if isinstance(cells["file_name"], bytes):
                             cells["file_name"] = os.fsdecode(cells["file_name"])
                         yield number, cells
@@ -132,10 +148,13 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
             reader = csv.DictReader(text, strict=True)  # or an open quote swallows what follows
             _check_columns(file, list(reader.fieldnames or []), options)
             while True:
+                first = reader.reader.line_num + 1  # DictReader's own count stands still after an error
                 try:
                     row = next(reader, None)
                 except csv.Error as error:
-                    yield reader.line_num, BadSampleError(f"it is no CSV ({error})", "close its quotes")
+                    last = reader.reader.line_num
+                    end = f", so lines {first} to {last} are lost" if last > first else ""
+                    yield first, BadSampleError(f"it is no CSV ({error}){end}", "close its quotes")
                     continue
                 if row is None:
                     return
@@ -150,12 +169,19 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
 
 def _json_row(line: bytes) -> dict[str, Any] | str:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return f"it is not UTF-8 ({error.reason} at byte {error.start})"
     except (ValueError, RecursionError) as error:
         return f"it is no JSON ({error})"
     return row if isinstance(row, dict) else "it is no JSON object"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key comes twice")
+    return row
 
 
 def _raw(strings: pa.Array) -> pa.Array:
@@ -176,3 +202,5 @@ def _check_columns(file: Path, names: list[str], options: ReadOptions) -> None:
     ):
         if name is not None and name not in names:
             raise UserError(f"{file}: no column {name!r} among {', '.join(names) or 'none'}; add it{alternative}")
+        if name is not None and names.count(name) > 1:
+            raise UserError(f"{file}: {names.count(name)} columns are named {name!r}; rename all but one")

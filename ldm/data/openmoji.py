@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from ldm.data.records import ImageLocation, ReadOptions, Record
@@ -115,7 +116,8 @@ class Drawing:
         return Record(self.code, location, self.captions, label, self.split, self.weight, attributes=attributes)
 
 
-def drawings(subset: str) -> list[Drawing]:
+@cache
+def drawings(subset: str) -> tuple[Drawing, ...]:
     """The drawings of `openmoji-demo` (about 800) or `openmoji-all` (about 3,900), in order of their codes.
 
     Splits follow from the codes, for every seed and in both subsets. `combination`: 50 pairs of role and skin tone and
@@ -131,7 +133,7 @@ def drawings(subset: str) -> list[Drawing]:
     plain = sorted((d.code for d in chosen if _is_single(d.code) and not _is_shape(d)), key=_sort_key)
     reconstruction = set(plain[: round(0.05 * len(plain))])
     splits = dict.fromkeys(reconstruction, "reconstruction") | dict.fromkeys(combination, "combination")
-    return [replace(d, split=splits.get(d.code, d.split)) for d in chosen]
+    return tuple(replace(d, split=splits.get(d.code, d.split)) for d in chosen)
 
 
 def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
@@ -209,10 +211,11 @@ def _is_single(code: str) -> bool:
 def _merge_alike(chosen: list[Drawing]) -> list[Drawing]:
     """The man of a role in DRAWN_ALIKE goes; his captions become the person's."""
     men = {(role, d.tone): d for d in chosen for role in DRAWN_ALIKE if d.role == f"man {role}"}
+    codes_of_men = {man.code for man in men.values()}
     merged = []
     for d in chosen:
         man = men.get((d.role.removeprefix("person "), d.tone))
-        if d not in men.values():
+        if d.code not in codes_of_men:
             merged.append(replace(d, captions=(*d.captions, *man.captions)) if man else d)
     return merged
 

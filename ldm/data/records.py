@@ -44,7 +44,7 @@ class Record:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", _one_line(self.key))
+        object.__setattr__(self, "key", one_line(self.key))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BadSample:
 
     def __post_init__(self) -> None:
         for name in ("key", "reason", "fix"):
-            object.__setattr__(self, name, _one_line(getattr(self, name)))
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}; {self.fix}"
@@ -65,17 +65,17 @@ class BadSample:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is left out on purpose: its name, and what it is, in the plural: `hidden files`."""
+    """What is left out on purpose, a file, column, split or key: its name, and what it is, in the plural."""
 
     key: str
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", _one_line(self.key))
+        object.__setattr__(self, "key", one_line(self.key))
 
 
 class LeftOutCounts:
-    """How many files were left out for each reason, with the names of the first ones."""
+    """How much was left out for each reason, with the names of the first ones."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -183,7 +183,7 @@ def _decoded(value: Any, what: str = "caption") -> Any:
         raise BadSampleError(reason, "save it as UTF-8") from None
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text with every unprintable character escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -13,8 +13,8 @@ from ldm.data import archives, folders, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import REMEDIES, is_image_file
 from ldm.data.layout import choose_split, folder_layout
-from ldm.data.metadata_files import METADATA, metadata_files
-from ldm.data.unread_files import may_hold_captions
+from ldm.data.metadata_files import metadata_files
+from ldm.data.unread_files import METADATA, may_hold_captions
 from ldm.utils.errors import UserError
 
 # Each kind of source, as it is described to the user.
@@ -65,7 +65,7 @@ def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
     if path.endswith(".toml"):
         return "kohya"
     folder = Path(path)
-    if not folder.is_dir():
+    if not _is_folder(path):
         close = difflib.get_close_matches(path, openmoji.SUBSETS, n=1)
         if close or not HUB_ID.match(path) or folder.exists():
             hint = f"did you mean {close[0]!r}?" if close else f"give a folder or one of {', '.join(openmoji.SUBSETS)}"
@@ -76,6 +76,13 @@ def detect(source: SourceConfig, conditions: Sequence[str] = CAPTIONED) -> str:
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
         return "datasets"
     return _kind_of_folder(folder, source, "text" in conditions)
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise UserError(f"data.source: can't look at {path} ({error.strerror}); give another path") from None
 
 
 def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
@@ -143,7 +150,7 @@ def check_keys(source: SourceConfig, kind: str) -> None:
                 f"data.source.kind to one of {', '.join(kinds)}"
             )
 
-    if kind in FOLDERS and source.split != "train" and Path(source.path).is_dir():
+    if kind in FOLDERS and source.split != "train" and _is_folder(source.path):
         layout = folder_layout(Path(source.path), source.split)
         if not layout.depth:  # no folder there names a split
             choose_split((), source.split, source.path)
@@ -158,7 +165,7 @@ def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: 
             raise UserError(
                 f"data.streaming: {source.path} is {KINDS[kind]}; set it to false: tars, parquet and datasets stream"
             )
-        if kind in FOLDERS and not Path(source.path).is_dir():
+        if kind in FOLDERS and not _is_folder(source.path):
             raise UserError(f"data.source: no folder {source.path}")
         if kind == "metadata" and not metadata_files(Path(source.path)):
             raise UserError(f"data.source: none of {', '.join(METADATA)} in {source.path}; write one")

@@ -29,10 +29,14 @@ from ldm.data.records import (
     ReadOptions,
     Record,
     Sample,
+    one_line,
 )
 from ldm.data.source_kinds import CAPTIONED, KINDS, check, check_keys, detect
 from ldm.data.tables import Table
 from ldm.data.unread_files import SIDECARS
+from ldm.utils.errors import UserError
+
+MAX_REPEATS = 1_000_000  # an epoch's order takes some bytes for each
 
 
 def _class_remedy(kind: str, column: str) -> str:
@@ -46,6 +50,9 @@ def _class_remedy(kind: str, column: str) -> str:
 def _is_utf8(name: str) -> bool:
     """Python puts surrogates for bytes of a file name that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+CONFIRMATION = "--yes or data.source.kind=classes"  # of a caption that all images share, on the command line
 
 
 class Sources:
@@ -70,7 +77,7 @@ class Sources:
                 lines.append(f"captions {source.caption!r} where an image has no caption file")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
-        return lines
+        return [one_line(line) for line in lines]
 
     def _describe_folder_names(self, source: SourceConfig, kind: str) -> list[str]:
         """What was made of the names of folders, with examples."""
@@ -89,8 +96,11 @@ class Sources:
             lines.append(f"repeats  from folder names: {', '.join(f'{n} × {name}' for n, name in repeats)}")
         return lines
 
-    def unconfirmed_caption(self) -> str:
-        """The problem where all images of a source share a caption guessed from a folder's name; else empty."""
+    def unconfirmed_caption(self, confirmation: str = CONFIRMATION) -> str:
+        """The problem where all images of a source share a caption guessed from a folder's name; else empty.
+
+        The message names the `confirmation` that the caller takes.
+        """
         for source, kind in zip(self.configs, self.kinds, strict=True):
             confirmed = source.kind == "classes" or source.template != "{}"
             if kind == "classes" and not confirmed and "text" in self.conditions:
@@ -100,8 +110,8 @@ class Sources:
                     caption = folders.class_caption(labels[0], source.template)
                     return (
                         f"data.source: all images of {source.path} share the caption {caption!r}, guessed from the "
-                        "folder's name; if that is meant, give --yes or data.source.kind=classes; else write a "
-                        "metadata.jsonl, or a .txt beside each image"
+                        f"folder's name; if that is meant, give {confirmation}; else write a metadata.jsonl, or a .txt "
+                        "beside each image"
                     )
         return ""
 
@@ -135,7 +145,10 @@ class Sources:
             elif "class" in self.conditions and not record.label:
                 yield BadSample(key, "it has no class", _class_remedy(kind, source.label))
             else:
-                yield replace(record, key=key, repeats=record.repeats * source.repeats)
+                repeats = record.repeats * source.repeats
+                if repeats > MAX_REPEATS:
+                    raise UserError(f"data.source: {key} is repeated {repeats:,} times; give {MAX_REPEATS:,} at most")
+                yield replace(record, key=key, repeats=repeats)
 
     def read(self, location: ImageLocation) -> bytes:
         """The encoded bytes of an image; OSError or ValueError where they can't be read."""
@@ -146,11 +159,17 @@ class Sources:
     def shards(self, number: int) -> list[tuple[int, str | int]]:
         """The parts of source `number` that are read sequentially: (number, URL of a tar or shard of a table)."""
         source, kind = self.configs[number], self.kinds[number]
+        shards: list[str] | range
         if kind == "tar":
-            urls, _ = archives.files_of_split(source.path, archives.TARS, source.split)
-            return [(number, url) for url in urls]
-        check([source], streaming=True, conditions=self.conditions)
-        return [(number, shard) for shard in range(self._streams[number].rows.num_shards)]
+            shards, left_out = archives.files_of_split(source.path, archives.TARS, source.split)
+        else:
+            check([source], streaming=True, conditions=self.conditions)
+            table = self._streams[number]
+            shards, left_out = range(table.rows.num_shards), table.left_out
+        self._left_out[number] = LeftOutCounts()
+        for file in left_out:
+            self._left_out[number].add(file)
+        return [(number, shard) for shard in shards]
 
     def samples(self, shard: tuple[int, str | int]) -> Iterator[Sample]:
         """The samples of a shard with the bytes of their images, in the order of the shard."""
@@ -210,14 +229,11 @@ class Sources:
         if kind == "kohya":
             return kohya.read(folder, options)
         if kind == "tar":
-            urls, other_splits = archives.files_of_split(source.path, archives.TARS, source.split)
-            return itertools.chain(other_splits, archives.tar_records(urls, options))
-        samples = self._tables[number].samples(str(number))
-        records = (sample if isinstance(sample, BadSample) else sample[0] for sample in samples)
-        if kind == "datasets":
-            return records
-        _, other_splits = archives.files_of_split(source.path, (".parquet",), source.split)
-        return itertools.chain(other_splits, records)
+            urls, left_out = archives.files_of_split(source.path, archives.TARS, source.split)
+            return itertools.chain(left_out, archives.tar_records(urls, options))
+        table = self._tables[number]
+        records = (sample if isinstance(sample, BadSample) else sample[0] for sample in table.samples(str(number)))
+        return itertools.chain(table.left_out, records)
 
     def _draw(self, source: SourceConfig) -> list[tuple[openmoji.Drawing, Path]]:
         return openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")

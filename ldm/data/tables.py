@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldm.data.records import (
     BadSample,
     BadSampleError,
     ImageLocation,
+    LeftOut,
     ReadOptions,
     Record,
     Sample,
@@ -40,10 +41,11 @@ class Table:
         import datasets  # with pandas, a second: only for those who have such a table
 
         self.options, self.image_column = options, image_column
+        self.left_out: list[LeftOut] = []
         progress_bars = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
-            self.rows: Any = _load(path, kind, split, streaming, cache_dir)
+            self.rows: Any = self._load(path, kind, split, streaming, cache_dir)
             self._check_columns(path)
             self._prepare_columns()
         except UserError:
@@ -62,6 +64,30 @@ class Table:
             self.image_rows = self.rows.select_columns([image_column])
             self.stamp: str = self.rows._fingerprint  # of its content, as datasets' own caches use it
 
+    def _load(self, path: str, kind: str, split: str, streaming: bool, cache_dir: str) -> Any:
+        """The rows of a split, as a `Dataset` or, with `streaming`, an `IterableDataset`."""
+        import datasets
+
+        arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir or None}
+        if kind == "parquet":
+            files, self.left_out = files_of_split(path, (".parquet",), split)
+            return datasets.load_dataset("parquet", data_files={split: files}, **arguments)
+        if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+            table = datasets.load_dataset(path, **arguments)
+            self._leave_out_splits(path, table.info.splits or (), split)
+            return table
+        table = datasets.load_from_disk(path)
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise UserError(f"data.source.split: {path} has no {split!r}, but {', '.join(table)}; name one of them")
+            self._leave_out_splits(path, table, split)
+            table = table[split]
+        return table.to_iterable_dataset(min(64, len(table))) if streaming else table
+
+    def _leave_out_splits(self, path: str, names: Iterable[str], split: str) -> None:
+        prefix = Path(path.rstrip("/")).name
+        self.left_out += [LeftOut(f"{prefix}: {name}", "other splits") for name in names if name != split]
+
     def _check_columns(self, path: str) -> None:
         names = self.rows.column_names or list(next(iter(self.rows)))
         captions = self.options.column if self.options.captions else None
@@ -70,6 +96,9 @@ class Table:
                 raise UserError(
                     f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                 )
+        read = {captions, self.options.label, self.image_column}
+        label = f"{Path(path.rstrip('/')).name}: "
+        self.left_out += [LeftOut(label + name, "columns that are not read") for name in names if name not in read]
 
     def _prepare_columns(self) -> None:
         """Has texts read as bytes, since they may not be UTF-8, and images as they are stored; sets `classes`."""
@@ -138,21 +167,3 @@ class Table:
         allowed = (self.folder.resolve(), Path(datasets.config.HF_CACHE_HOME).resolve())
         file = Path(path).resolve()
         return file.read_bytes() if any(map(file.is_relative_to, allowed)) and file.is_file() else None
-
-
-def _load(path: str, kind: str, split: str, streaming: bool, cache_dir: str) -> Any:
-    """The rows of a split, as a `Dataset` or, with `streaming`, an `IterableDataset`."""
-    import datasets
-
-    arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir or None}
-    if kind == "parquet":
-        files, _ = files_of_split(path, (".parquet",), split)
-        return datasets.load_dataset("parquet", data_files={split: files}, **arguments)
-    if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return datasets.load_dataset(path, **arguments)
-    table = datasets.load_from_disk(path)
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise UserError(f"data.source.split: {path} has no {split!r}, but {', '.join(table)}; name one of them")
-        table = table[split]
-    return table.to_iterable_dataset(min(64, len(table))) if streaming else table

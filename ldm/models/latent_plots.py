@@ -18,7 +18,7 @@ from ldm.utils.atomic_files import whole_file
 
 def plot_latents(statistics: Report, path: Path) -> None:
     """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
-    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 8), dpi=110)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     many = statistics.channels > 10
@@ -40,6 +40,8 @@ def plot_latents(statistics: Report, path: Path) -> None:
     _plot_scale(statistics, axes[1, 1], colours)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+    bottom = 0.08 + 0.02 * max(1, len(lines))  # fixed margins: matplotlib takes half a second to find them
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=bottom, top=0.93, hspace=0.28, wspace=0.2)
     with whole_file(path) as tmp_path:
         canvas.print_figure(tmp_path, format="png")
 

@@ -174,14 +174,14 @@ def write(model: Model, folder: Path) -> None:
         parts["autoencoder"] = model.autoencoder.vae
     check_weights({name: part for name, part in parts.items() if part is not None}, folder)
     with whole_folder(folder) as tmp_path:
-        _pipeline(model).save_pretrained(tmp_path)
+        pipeline_of(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
         (tmp_path / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
         if model.null is not None:
             save_file({"null": model.null.detach().float().cpu().contiguous()}, tmp_path / NULL)
 
 
-def _pipeline(model: Model) -> DiffusionPipeline:
+def pipeline_of(model: Model) -> DiffusionPipeline:
     vae = None if isinstance(model.autoencoder.vae, Identity) else model.autoencoder.vae
     if not model.text:
         if vae is None:

@@ -7,11 +7,15 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
 from ldm.utils.atomic_files import Tensors, file_sha256, whole_folder
+from ldm.utils.errors import UserError
+
+Content = TypeVar("Content")
+DAMAGE = (OSError, ValueError, KeyError)  # what reading a damaged checkpoint raises
 
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
@@ -53,6 +57,22 @@ def checkpoints(folder: Path) -> list[Path]:
     return [numbered[name] for name in sorted(filter(str.isdigit, numbered), key=int)]
 
 
+def steps_done(folder: Path) -> int:
+    """The step of the last checkpoint in a stage's folder; 0 where there is none."""
+    last = checkpoints(folder)[-1:]
+    return int(last[0].name.removeprefix("step-")) if last else 0
+
+
+def read_last(folder: Path, read: Callable[[Path], Content]) -> Content | None:
+    """What `read` returns of the last checkpoint in a stage's folder, or None; UserError where that is damaged."""
+    for checkpoint in checkpoints(folder)[-1:]:
+        try:
+            return read(checkpoint)
+        except DAMAGE as error:
+            raise UserError(f"{checkpoint} is damaged ({error}); restore it from a copy, or remove it") from None
+    return None
+
+
 class CheckpointManager:
     """`FOLDER/checkpoints/step-000500` and so on, of which the last few are kept."""
 
@@ -71,7 +91,7 @@ class CheckpointManager:
         for folder in reversed(checkpoints(self.folder)):
             try:
                 return folder, *read_checkpoint(folder)
-            except (OSError, ValueError, KeyError) as error:
+            except DAMAGE as error:
                 say(f"{folder} is damaged ({error}); going back to the checkpoint before it, or else to step 0.")
                 self._damaged.append(folder)
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm.config.loader import differences
 from ldm.distributed.consensus import gather_objects
-from ldm.training.checkpoint import checkpoints, read_state
+from ldm.training.checkpoint import read_last, read_state
 from ldm.utils.errors import UserError
 
 Fingerprint = dict[str, Any]
@@ -30,16 +30,17 @@ def check_same(checkpoint: Path, stored: Fingerprint, fingerprint: Fingerprint) 
         changed = "; ".join(differences(stored, fingerprint))
         raise UserError(
             f"{checkpoint}: its images, captions or latents were others ({changed}); "
-            "give back those that it was trained with, or start with --fresh"
+            "give back those that it was trained with, or train in a new folder"
         )
 
 
 def check_finished(stage_dir: Path, fingerprint: Fingerprint) -> None:
     """UserError where the finished stage in `stage_dir` was trained on other images, or with other latents."""
-    for checkpoint in checkpoints(stage_dir)[-1:]:
-        stored = read_state(checkpoint)["fingerprint"]
-        if changed := [name for name, value in fingerprint.items() if stored.get(name) != value]:
-            raise UserError(
-                f"{stage_dir.parent} is finished, but its {' and '.join(changed)} changed since; "
-                "give another run.dir, or --fresh to train beside it"
-            )
+    stored = read_last(stage_dir, lambda checkpoint: read_state(checkpoint)["fingerprint"])
+    if stored is None:
+        return
+    if changed := [name for name, value in fingerprint.items() if stored.get(name) != value]:
+        raise UserError(
+            f"{stage_dir.parent} is finished, but its {' and '.join(changed)} changed since; "
+            "give another run.dir, or --fresh to train in a new one"
+        )

@@ -24,7 +24,7 @@ from ldm.models import autoencoder
 from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet, inputs
-from ldm.training import checks
+from ldm.training import plan
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
 
@@ -72,9 +72,9 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
     Small trained tensors outside the networks (a null embedding, a schedule) are left out.
     """
     stage, data = config.stage2, config.data
-    passes = accumulated("stage2", stage, processes)
-    vae, unet = (network.to("meta") for network in checks.networks(config))
-    text = checks.text_encoder_sizes(config.text) if stage.text else checks.NO_TEXT
+    accumulation = accumulated("stage2", stage, processes)
+    vae, unet = (network.to("meta") for network in plan.networks(config))
+    text = plan.text_encoder_sizes(config.text) if stage.text else plan.NO_TEXT
     sizes = [*(p.numel() for p in unet.parameters()), *text.trained]
     weights, moments, averages = 4 * sum(sizes), of_moments(sizes, stage), max(1, len(stage.ema_widths))
 
@@ -82,9 +82,9 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         partial(_unet_inputs, config, text),
         "bf16" if config.run.precision == "auto" else config.run.precision,
     )
-    encoded, sampled, decoded, overlap = _batch_sizes(config, processes, passes.images)
+    encoded, sampled, decoded, overlap = _batch_sizes(config, processes, accumulation.images)
     encoding, decoding = of_autoencoder(vae, config, encoded, decoded)
-    training = of_unet(unet, partial(unet_inputs, passes.images), precision, stage.gradient_checkpointing)
+    training = of_unet(unet, partial(unet_inputs, accumulation.images), precision, stage.gradient_checkpointing)
     sampling = sum(of_unet(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
     if (data.cache == "none" or data.streaming) and encoding > sum(training):  # just before a pass
         training = Peak(0, encoding)
@@ -107,13 +107,13 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
         Row("text encoder", frozen, frozen),
         Row("autoencoder", vaes, vaes),
         Row(f"weights in {precision}, during a pass", training.copies, 0),
-        Row(f"activations of {passes.images} images{recomputed}", training.others, 0),
+        Row(f"activations of {accumulation.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
     )
     return MemoryEstimate(tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text)))
 
 
-def _not_counted(config: Config, text: checks.TextEncoderSizes) -> Iterator[str]:
+def _not_counted(config: Config, text: plan.TextEncoderSizes) -> Iterator[str]:
     yield "CUDA itself, workspaces of its libraries, fragmentation; leave 2 GB"
     if config.stage2.text and not (text.frozen or text.trained):
         yield f"the text encoder, {config.text.model}, which is not here"
@@ -149,7 +149,7 @@ def of_moments(sizes: Iterable[int], training: Training) -> int:
 
 
 def _unet_inputs(
-    config: Config, text: checks.TextEncoderSizes, count: int
+    config: Config, text: plan.TextEncoderSizes, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """x, t and condition of `count` images."""
     stage, channels, side = config.stage2, config.stage1.latent_channels, config.data.size // config.stage1.factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metri
 
 
 class MetricsLogger:
-    """Sums scalars over the passes of many steps, and writes lines of metrics at `path`, on the main process."""
+    """Sums scalars over accumulation steps and steps, and writes lines of metrics at `path`, on the main process."""
 
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path = path
@@ -27,7 +28,7 @@ class MetricsLogger:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Adds the scalars of one step, a mapping a pass."""
+        """Adds the scalars of one step, a mapping for each of its accumulation steps."""
         for name, value in (scalar for scalars in metrics for scalar in scalars.items()):
             self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -47,12 +48,13 @@ class MetricsLogger:
         return dict(zip(names, self._accelerator.reduce(totals, "mean").tolist(), strict=True))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A line of metrics, to the trackers too."""
+        """A line of metrics, to the trackers too; NaN and infinity, which JSON lacks, are `null` in the line."""
         self._accelerator.log(dict(values), step=step)
         if self._accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **finite, "time": round(time.time(), 3)}) + "\n")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: what was added since the last means. All processes call it."""

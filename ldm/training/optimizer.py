@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -17,15 +18,22 @@ from ldm.utils.errors import UserError
 def make_optimizer(
     training: Training, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
-    """AdamW; UserError where the 8-bit one does not work with what accelerate is configured for."""
+    """AdamW; UserError where the 8-bit one is not installed, or would have to be sharded."""
     options: dict[str, Any] = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     if accelerator.distributed_type in SHARDED:
         raise UserError("optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
+    check_installed(training, "optimizer")
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
+
+
+def check_installed(training: Training, key: str) -> None:
+    """UserError, naming the key of the optimizer, where its library is missing."""
+    if training.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(f"{key}: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
 
 
 def lr_factor(step: int, training: Training) -> float:

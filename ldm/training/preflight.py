@@ -30,8 +30,8 @@ from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
-from ldm.training import checks
-from ldm.training.checkpoint import checkpoints
+from ldm.training import plan
+from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
 from ldm.utils.atomic_files import whole_file
@@ -83,7 +83,7 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
     UserError where a step doesn't fit in the GPU's memory.
     """
     state = join(config.run)
-    key, done = _cache_key(config, stage), _steps_done(config, stage)
+    key, done = _cache_key(config, stage), steps_done(config.run.dir / stage)
     file = config.run.dir / FILE
     measured = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
     if measured.get(stage, {}).get("about") == key:
@@ -107,12 +107,6 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
 
     on_main(write)
     return estimate.describe(config, stage, done)
-
-
-def _steps_done(config: Config, stage: str) -> int:
-    """Steps of the stage's last checkpoint."""
-    last = checkpoints(config.run.dir / stage)[-1:]
-    return int(last[0].name.removeprefix("step-")) if last else 0
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:
@@ -161,8 +155,8 @@ def _estimate(
 ) -> ResourceEstimate:
     """What the whole stage needs, from what the small configuration took."""
     t, seconds, processes = getattr(config, stage), dry_run.seconds, join(config.run).num_processes
-    cache = small.run.dir / "cache"
-    written = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    cache_dir = small.run.dir / "cache"
+    written = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
     share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the images
     # weights, two moments and the averages in each checkpoint; the weights once more in what is exported
     states = (3 + max(1, len(t.ema_widths))) * (config.run.checkpoints_total_limit + 1) + 1
@@ -228,7 +222,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
     """On a CPU, where a step that does not fit kills the process silently: why it isn't tried."""
     if _on_gpu(config):
         return ""
-    networks = dict(zip(("stage1", "stage2"), checks.networks(config), strict=True))
+    networks = dict(zip(("stage1", "stage2"), plan.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
     if sharding.sharding_kind() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

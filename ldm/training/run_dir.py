@@ -1,4 +1,4 @@
-"""A run's folder: made, continued, or refused where it belongs to another configuration."""
+"""The folder of a run, or of a model made from one: made, continued, or refused where it is another's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from ldm.config.loader import differences, dump, parse
-from ldm.config.schema import Config, Stage2Config
+from ldm.config.old_names import rename_keys
+from ldm.config.schema import Config, Section, Stage2Config
 from ldm.distributed.launch import join, on_main
-from ldm.training.checkpoint import checkpoints
+from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
 from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
@@ -42,9 +43,10 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
     """Makes the run's folder, or continues the one there, and writes `config.yaml`.
 
     With more `stage2.steps` than it was trained for, a run continues to these; its pipeline is kept as
-    `pipeline-STEPS`. UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a
-    used folder is left alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names
-    it.
+    `pipeline-STEPS`, and comes back where the steps are lowered again before the longer run is finished.
+
+    UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
+    alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names it.
     """
     join(config.run)
     folder = on_main(lambda: _prepare(config, config.run.dir, fresh))
@@ -55,28 +57,68 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
     if (folder / "config.yaml").exists() and fresh:
         folder = _make_next(folder)
         print(f"This run is in {folder}; to continue it, give run.dir={folder} without --fresh.", file=sys.stderr)
-    file, origin = folder / "config.yaml", None
+    file, origin, stage2_begun = folder / "config.yaml", None, False
     if file.exists():
         written = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(written, dict) or "configuration" not in written:
+            raise UserError(f"run.dir: {folder} is not a run of train_ldm.py; give another folder")
         stage2_begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
         origin, old = written["about"] if stage2_begun else None, _with_defaults(written["configuration"])
-        if changed := _fixed_changes(old, config, stage2_begun):
+        if changed := _fixed_changes(folder, old, config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start beside it"
             )
         if stage2_begun:
-            _train_longer(folder, old["stage2"]["steps"], config.stage2)
+            _change_steps(folder, old["stage2"]["steps"], config.stage2)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
     with whole_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
+    if stage2_begun:
+        _restore_pipeline(folder, config.stage2.steps)  # after config.yaml, which then has its steps
     if config.data.cache_dir:
         make_dir("data.cache_dir", config.data.cache_dir)
     return folder
 
 
-def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:
+def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[str, Any]) -> None:
+    """Makes the folder of a model made from a run, or continues it, and writes `tree` to its `config.yaml`.
+
+    `tree` has the configuration, of the `kind`, in its `section`, and what the model is made from. Once there is a
+    checkpoint, UserError where it differs from what was written, but for the run's path and CHANGEABLE_IN_STAGES.
+    """
+    file, origin = folder / "config.yaml", provenance()
+    if file.exists():
+        old = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(old, dict) or section not in old:
+            raise UserError(f"--out: {folder} is a folder of another kind; give another one")
+        if "pictures" in old:  # a former name
+            old["fingerprint"] = old.pop("pictures")
+        finished = any((folder / name).exists() for name in ("model", "pipeline"))
+        if finished or any(folder.glob("*/checkpoints/step-*")):
+            origin = old.get("about", origin)
+            if changed := _fixed_out_changes(kind, section, old, tree):
+                raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
+    make_dir("--out", folder)
+    with whole_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
+
+
+def _fixed_out_changes(kind: type[Section], section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences in keys that may not change any more, named as the command takes them."""
+    renamed, _ = rename_keys(kind, old[section])
+    values = {**kind().model_dump(mode="json"), **renamed}  # an older version's may lack some
+    changed = [
+        change
+        for change in differences(values, new[section])
+        if change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
+    ]
+    origins = new.keys() - {section, "run"}  # the run may have moved
+    return changed + differences({name: old.get(name) for name in origins}, {name: new[name] for name in origins})
+
+
+def _fixed_changes(folder: Path, old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:
     """Differences from a run's configuration in keys that may not change any more."""
     prefixes = CHANGEABLE if stage2_begun else (*CHANGEABLE, "stage2.", "text.")
     names = set(CHANGEABLE_IN_STAGES)
@@ -84,7 +126,8 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
     if config.stage1.family == "vq" or (gan and (gan.adaptive or gan.norm == "batch")):
         names.remove("device_batch")  # stage one's loss depends on what is computed together
         prefixes = (*prefixes, "stage2.device_batch")
-    if old.get("stage2", {}).get("steps", 0) < config.stage2.steps:
+    steps = config.stage2.steps
+    if old.get("stage2", {}).get("steps", 0) < steps or (stage2_begun and _can_be_lowered(folder, steps)):
         prefixes = (*prefixes, "stage2.steps")
     return [
         change
@@ -93,25 +136,44 @@ def _fixed_changes(old: dict[str, Any], config: Config, stage2_begun: bool) -> l
     ]
 
 
-def _train_longer(folder: Path, old_steps: int, stage2: Stage2Config) -> None:
-    """Says what more steps mean, and sets the pipeline of fewer steps aside: without it, stage two continues."""
-    if stage2.steps <= old_steps:
+def _can_be_lowered(folder: Path, steps: int) -> bool:
+    """Whether an unfinished stage two may end at `steps`: it has not gone further, or has been exported there."""
+    if (folder / "pipeline").exists():
+        return False
+    return (folder / f"pipeline-{steps}").exists() or steps_done(folder / "stage2") <= steps
+
+
+def _change_steps(folder: Path, old_steps: int, stage2: Stage2Config) -> None:
+    """Says what other steps mean, and sets the pipeline of the old number aside: without it, stage two continues."""
+    if stage2.steps == old_steps:
         return
+    done, change = steps_done(folder / "stage2"), f"stage2.steps: {old_steps} → {stage2.steps}"
+    lr = "the learning rate stays constant"
+    if stage2.lr_scheduler != "constant":
+        factor = lr_factor(done, stage2)
+        lr = f"lr_scheduler {stage2.lr_scheduler} now ends at {stage2.steps}: {factor:.0%} of stage2.lr at {done}"
     pipeline = folder / "pipeline"
-    if pipeline.exists():
-        if not checkpoints(folder / "stage2"):
+    if not (folder / f"pipeline-{stage2.steps}").exists():
+        if not done:
             raise UserError(
-                f"stage2.steps: {old_steps} → {stage2.steps}, but {folder / 'stage2/checkpoints'} has no checkpoint to "
-                f"continue from; stage2.init_from={pipeline} with another run.dir trains from its weights"
+                f"{change}, but {folder / 'stage2/checkpoints'} has no checkpoint to continue from; "
+                f"stage2.init_from={pipeline} with another run.dir trains from its weights"
             )
+        if done > stage2.steps:
+            raise UserError(f"{change}, but the run has gone to {done}; give {done} or more")
+        print(f"{change}; {lr}.", file=sys.stderr)
+    if pipeline.exists():  # before config.yaml is written: the pipeline always has the steps that are named there
         kept = folder / f"pipeline-{old_steps}"
         pipeline.replace(kept)
         print(f"The pipeline of {old_steps} steps is kept as {kept}.", file=sys.stderr)
-    lr = "the learning rate stays constant"
-    if stage2.lr_scheduler != "constant":
-        factor = lr_factor(old_steps, stage2)
-        lr = f"lr_scheduler {stage2.lr_scheduler} now ends at {stage2.steps}: {factor:.0%} of stage2.lr at {old_steps}"
-    print(f"stage2.steps: {old_steps} → {stage2.steps}; {lr}.", file=sys.stderr)
+
+
+def _restore_pipeline(folder: Path, steps: int) -> None:
+    """Takes up the pipeline of `steps` again, which was set aside for a longer training."""
+    pipeline, kept = folder / "pipeline", folder / f"pipeline-{steps}"
+    if kept.exists() and not pipeline.exists():
+        kept.replace(pipeline)
+        print(f"The pipeline of {steps} steps, {kept}, is {pipeline} again.", file=sys.stderr)
 
 
 def provenance() -> dict[str, Any]:

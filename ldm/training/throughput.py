@@ -103,10 +103,13 @@ class Clock:
     def count_flops(
         self, model: nn.Module, unsharded: nn.Module, images: int, peak: float, ready: Callable[[], bool]
     ) -> None:
-        """Counts FLOPs on `model`'s first forward of so many `images` once `ready()`, and restarts with them."""
+        """Counts FLOPs on `model`'s first forward of so many `images` once `ready()`, and restarts with them.
 
-        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if ready():
+        Only in training: a validation's batches are of other sizes.
+        """
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training and ready():
                 hook.remove()
                 self.restart(TRAINING * forward_flops(unsharded, *args, **kwargs) / images, peak)
 

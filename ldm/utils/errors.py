@@ -100,8 +100,11 @@ class Command(Protocol):
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
-    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line."""
+def command(main: Callable[[Sequence[str] | None], int | None], continues: bool = False) -> Command:
+    """Decorates `main(arguments)` to return an exit status: 2 after a UserError, which is printed in one line.
+
+    `continues`: called again after Ctrl-C, it goes on where it was.
+    """
 
     def guarded(arguments: Sequence[str] | None = None) -> int:
         disable_progress_bars()
@@ -113,7 +116,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
             print(f"error: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(interrupt.MESSAGE, file=sys.stderr)
+            print(interrupt.MESSAGE + "; the same command continues" * continues, file=sys.stderr)
             return interrupt.STATUS
 
     return guarded
+
+
+def training_command(main: Callable[[Sequence[str] | None], int | None]) -> Command:
+    """Decorates the `main` of a training, which the same command continues."""
+    return command(main, continues=True)

@@ -6,7 +6,7 @@ import os
 import sys
 from types import TracebackType
 
-MESSAGE = "interrupted; the same command continues."
+MESSAGE = "interrupted"
 STATUS = 130  # a shell's, of a program that SIGINT ended
 
 

@@ -1,4 +1,4 @@
-"""Every kind of model, trained on a few drawings by the real command, and sampled: here and in plain diffusers."""
+"""Every kind of model, trained on a few drawings by the real command, and sampled: by ldm and by plain diffusers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty drawings in a folder, food and faces in class folders, and nothing else."""
-    folder, drawn = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("drawn")
-    for kind in ("food", "face"):
-        (folder / kind).mkdir()
-        chosen = [d for d, _ in openmoji.draw("openmoji-demo", 32, drawn) if d.label == kind][:20]
-        for each in chosen:
-            shutil.copy(drawn / f"{each.code}.png", folder / kind / f"{each.code}.png")
+def images(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """A folder of forty drawings, food and faces in class folders, without captions."""
+    folder = tmp_path_factory.mktemp("images")
+    rendered = openmoji.draw("openmoji-demo", 32, tiny_run / "cache/openmoji-demo-32px")
+    for label in ("food", "face"):
+        (folder / label).mkdir()
+        for path in [path for drawing, path in rendered if drawing.label == label][:20]:
+            shutil.copy(path, folder / label / path.name)
     return folder
 
 
@@ -41,8 +41,8 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture
-def trained(tiny_run: Path, tmp_path: Path):
-    """Trains stage two of the tiny configuration with overrides, in the latents of its finished run."""
+def trained(tiny_run: Path, words: Path, tmp_path: Path):
+    """Trains stage two of the tiny configuration with overrides and a small text encoder, in the latents of its run."""
 
     def train(*overrides: str) -> LatentDiffusion:
         status = train_ldm.main(
@@ -53,6 +53,7 @@ def trained(tiny_run: Path, tmp_path: Path):
                 "stage2.steps=25",
                 f"stage1.pretrained={tiny_run / 'autoencoder'}",
                 f"data.cache_dir={tiny_run / 'cache'}",
+                f"text.model={words}",
                 *overrides,
             ]
         )
@@ -66,14 +67,14 @@ def trained(tiny_run: Path, tmp_path: Path):
 
 
 @pytest.fixture(autouse=True)
-def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
 
 
-def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path, tmp_path: Path) -> None:
+def test_an_unconditional_model_of_pixels_in_five_lines_of_python(images: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
         DiffusionProcess("eps", "cosine"),
-        pictures,
+        images,
         size=16,
         batch=8,
         lr=2e-3,
@@ -93,18 +94,18 @@ def test_an_unconditional_model_of_pixels_in_five_lines_of_python(pictures: Path
     model = trainer.train()
     course = losses(tmp_path / "run")
     assert course[-1] < 0.6 * course[0]
-    made = model(count=3, seed=1, num_inference_steps=10)
-    assert [each.size for each in made] == [(16, 16)] * 3
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
-    found = theirs(generator=torch.Generator().manual_seed(1), num_inference_steps=10).images[0]
-    assert np.abs(np.asarray(found, int) - np.asarray(made[0], int)).max() <= 1
+    samples = model(count=3, seed=1, num_inference_steps=10)
+    assert [image.size for image in samples] == [(16, 16)] * 3
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    expected = pipe(generator=torch.Generator().manual_seed(1), num_inference_steps=10).images[0]
+    assert np.abs(np.asarray(expected, int) - np.asarray(samples[0], int)).max() <= 1
 
 
-def test_a_class_conditional_model(trained, pictures: Path) -> None:
+def test_a_class_conditional_model(trained, images: Path) -> None:
     model = trained(
         "stage2.conditions=[class]",
         "stage2.pooled_text=false",
-        f"data.source={pictures}",
+        f"data.source={images}",
         "sample.guidance=2",
         "stage2.cond_dropout=0.2",
     )
@@ -115,40 +116,43 @@ def test_a_class_conditional_model(trained, pictures: Path) -> None:
     assert np.abs(np.asarray(food, int) - np.asarray(unguided, int)).max() > 0
 
 
-def test_an_unconditional_model_of_latents(trained, pictures: Path, tmp_path: Path) -> None:
-    model = trained("stage2.conditions=[]", "stage2.pooled_text=false", "sample.guidance=1", f"data.source={pictures}")
-    made = model(count=2, seed=5, num_inference_steps=4)[0]
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
-    found = theirs(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
-    assert np.abs(np.asarray(found, int) - np.asarray(made, int)).max() <= 1
+def test_an_unconditional_model_of_latents(trained, images: Path, tmp_path: Path) -> None:
+    model = trained("stage2.conditions=[]", "stage2.pooled_text=false", "sample.guidance=1", f"data.source={images}")
+    image = model(count=2, seed=5, num_inference_steps=4)[0]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    expected = pipe(generator=torch.Generator().manual_seed(5), num_inference_steps=4).images[0]
+    assert np.abs(np.asarray(expected, int) - np.asarray(image, int)).max() <= 1
 
 
 def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,inpaint]")
     assert model.task == "inpaint"
-    picture = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
+    image = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
     mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
-    made = model("red heart", seed=2, image=picture, mask=mask, num_inference_steps=4, guidance_scale=2.0)[0]
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline", safety_checker=None)
+    inpainted = model("red heart", seed=2, image=image, mask=mask, num_inference_steps=4, guidance_scale=2.0)[0]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline", safety_checker=None)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    grey = to_tensor(picture) * (to_tensor(mask.convert("RGB")) < 0)
-    seen = model.autoencoder.encode(grey[None])  # theirs would draw from the autoencoder's posterior
-    found = theirs(
+    masked = to_tensor(image) * (to_tensor(mask.convert("RGB")) < 0)
+    masked_latents = model.autoencoder.encode(masked[None])  # the pipeline would draw from the autoencoder's posterior
+    expected = pipe(
         "red heart",
-        image=picture,
+        image=image,
         mask_image=mask,
         height=32,
         width=32,
         latents=noise,
-        masked_image_latents=seen,
+        masked_image_latents=masked_latents,
         num_inference_steps=4,
         guidance_scale=2.0,
         strength=1.0,
     ).images[0]
-    hole = (slice(8, 24), slice(8, 24))  # around it theirs has what the autoencoder rebuilds, ours the picture itself
-    assert np.abs(np.asarray(found, int)[hole] - np.asarray(made, int)[hole]).max() <= 1
+    hole = (
+        slice(8, 24),
+        slice(8, 24),
+    )  # around it diffusers shows a reconstruction, ldm the image itself
+    assert np.abs(np.asarray(expected, int)[hole] - np.asarray(inpainted, int)[hole]).max() <= 1
     around = np.asarray(mask) == 0
-    assert np.array_equal(np.asarray(made)[around], np.asarray(picture)[around])
+    assert np.array_equal(np.asarray(inpainted)[around], np.asarray(image)[around])
 
 
 def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
@@ -156,5 +160,5 @@ def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
     assert model.task == "upscale"
     small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
     assert model("red heart", seed=2, image=small, num_inference_steps=4)[0].size == (32, 32)
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
-    assert theirs("red heart", image=small, num_inference_steps=4, noise_level=20).images[0].size == (32, 32)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert pipe("red heart", image=small, num_inference_steps=4, noise_level=20).images[0].size == (32, 32)

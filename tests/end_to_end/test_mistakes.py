@@ -13,15 +13,15 @@ import train_ldm
 
 
 def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert status == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1, said
-    return said
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1, message
+    return message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("overrides", "message"),
     [
         (["stage2.stepz=3"], "did you mean 'steps'"),
         (["stage2.lr=fast"], "stage2.lr: 'fast'"),
@@ -46,17 +46,17 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
     ],
 )
 def test_training_names_the_mistake(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    given = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *arguments]
-    assert says in refused(capsys, train_ldm.main(given))
-    assert not list((tmp_path / "run").glob("*/checkpoints"))  # nothing was trained before it was found
+    arguments = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *overrides]
+    assert message in refused(capsys, train_ldm.main(arguments))
+    assert not list((tmp_path / "run").glob("*/checkpoints"))  # nothing was trained before the mistake was named
 
 
 def test_options_and_overrides_come_in_any_order(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
+    arguments = [
         "stage1.steps=7",
         "--config",
         str(root / "configs/tiny.yaml"),
@@ -65,7 +65,7 @@ def test_options_and_overrides_come_in_any_order(
         f"run.dir={tmp_path}",
         f"data.source={tmp_path / 'none'}",
     ]
-    assert train_ldm.main(given) == 0
+    assert train_ldm.main(arguments) == 0
     plan = capsys.readouterr().out
     assert "7 steps of 16" in plan
     assert "9 steps of 16" in plan
@@ -76,7 +76,7 @@ def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert "no file configs/none.yaml" in refused(capsys, train_ldm.main(["--config", "configs/none.yaml"]))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; /dev/null/run above stands for it")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; /dev/null/run above covers it")
 def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.chmod(0o500)
     status = train_ldm.main(["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}"])
@@ -87,22 +87,22 @@ def test_a_folder_without_permission_is_named(root: Path, tmp_path: Path, capsys
 def test_the_folder_of_another_configuration_is_refused_with_the_keys(
     root: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*TINY, f"run.dir={tiny_run}", "stage2.batch=32"]
-    assert "stage2.batch: 8 → 32" in refused(capsys, train_ldm.main(given))
+    arguments = [*TINY, f"run.dir={tiny_run}", "stage2.batch=32"]
+    assert "stage2.batch: 8 → 32" in refused(capsys, train_ldm.main(arguments))
 
 
 @pytest.mark.slow
 def test_a_loaded_autoencoder_of_other_channels_is_refused(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
+    arguments = [
         "--config",
         str(root / "configs/tiny.yaml"),
         f"run.dir={tmp_path / 'run'}",
         f"stage1.pretrained={tiny_run / 'autoencoder'}",
         "stage1.latent_channels=8",
     ]
-    assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(given))
+    assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(arguments))
 
 
 @pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512"])
@@ -113,12 +113,12 @@ def test_a_dry_run_prints_the_plan_of_any_configuration(
     name: str,
     three_shapes: Callable[[list[str]], Path],
 ) -> None:
-    given = ["--config", str(root / f"configs/{name}.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}"]
-    if name == "tiny":  # what it takes, test_preflight measures
-        given.append(f"data.source={tmp_path / 'none'}")
+    arguments = ["--config", str(root / f"configs/{name}.yaml"), "--dry-run", f"run.dir={tmp_path / 'run'}"]
+    if name == "tiny":  # test_preflight measures it
+        arguments.append(f"data.source={tmp_path / 'none'}")
     if name == "openmoji":  # its models at their size try a step
-        given += [f"data.source={three_shapes(['cat', 'dog', 'heart'])}", "stage1.batch=2", "stage2.batch=2"]
-    assert train_ldm.main(given) == 0
+        arguments += [f"data.source={three_shapes(['cat', 'dog', 'heart'])}", "stage1.batch=2", "stage2.batch=2"]
+    assert train_ldm.main(arguments) == 0
     plan = capsys.readouterr().out
     assert "U-Net," in plan
     assert "autoencoder," in plan

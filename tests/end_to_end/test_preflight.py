@@ -1,4 +1,4 @@
-"""What a run will take, told before it begins."""
+"""What a run will take, printed before it begins."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    given = [
+    arguments = [
         *TINY,
         "--dry-run",
         f"run.dir={folder}",
@@ -43,35 +43,35 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
         "stage1.gan.warmup=5",
         f"data.cache_dir={tiny_run / 'cache'}",
     ]
-    assert train_ldm.main(given) == 0
-    said = capsys.readouterr().out
+    assert train_ldm.main(arguments) == 0
+    output = capsys.readouterr().out
     for stage in ("stage1", "stage2"):
         measured = rf"measured {stage}: [\d,.]+ images/s in global batches of 8, [\d,.]+ [MG]B of memory .* of disk"
-        assert re.search(measured, said), said
-    assert "cache: " not in said
+        assert re.search(measured, output), output
+    assert "cache: " not in output
     assert not folder.exists()
 
 
 def test_a_start_measures_once_and_ends_with_the_same_weights(
     tiny_run: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That the weights are the same is held in test_two_stages, against runs without."""
+    """test_two_stages holds that the weights are the same, against runs without a preflight."""
     needs = json.loads((tiny_run / "preflight.json").read_text())
     assert needs["stage2"]["needs"]["step"] > 0
     settings = load(root / "configs/tiny.yaml")
     state = 4 * 4 * settings.run.checkpoints_total_limit  # bytes of a parameter in that many checkpoints
     unet = load_file(tiny_run / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert needs["stage2"]["needs"]["disk"] > sum(tensor.numel() for tensor in unet.values()) * state
-    given = [*TINY, "--dry-run", f"run.dir={tiny_run}"]
-    assert train_ldm.main(given) == 0
+    arguments = [*TINY, "--dry-run", f"run.dir={tiny_run}"]
+    assert train_ldm.main(arguments) == 0
     assert "measured" not in capsys.readouterr().out  # nothing is left to train
 
 
-def test_where_memory_lacks_nothing_is_tried(
+def test_where_memory_is_short_nothing_is_tried(
     root: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3_400_000))
-    given = [
+    arguments = [
         "--config",
         str(root / "configs/tiny.yaml"),
         "--dry-run",
@@ -79,11 +79,11 @@ def test_where_memory_lacks_nothing_is_tried(
         f"data.cache_dir={tiny_run / 'cache'}",
         "stage1.steps=1",
     ]
-    assert train_ldm.main(given) == 0
+    assert train_ldm.main(arguments) == 0
     assert "stage2: not measured: it needs more than 33 MB of memory, and 3 MB are free here" in capsys.readouterr().out
 
 
-ALONE = """
+OUT_OF_MEMORY = """
 import sys, torch
 sys.path.insert(0, ".")
 from ldm.config import loader
@@ -104,20 +104,20 @@ try:
     data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     preflight.measure(settings, "stage1", data, train)
 except UserError as error:
-    print("said:", error, flush=True)
+    print("error:", error, flush=True)
     sys.exit(2)
 """
 
 
-def test_a_process_whose_memory_lacks_does_not_wait_for_the_others(launch: Launch, tmp_path: Path) -> None:
-    (tmp_path / "alone.py").write_text(ALONE)
-    process = launch(tmp_path / "alone.py", tmp_path, processes=2)
-    said, _ = process.communicate(timeout=60)
+def test_a_process_that_is_out_of_memory_does_not_wait_for_the_others(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "out_of_memory.py").write_text(OUT_OF_MEMORY)
+    process = launch(tmp_path / "out_of_memory.py", tmp_path, processes=2)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode
-    assert "said: stage1: the model does not fit in the memory of the device (CUDA out of memory); set" in said
+    assert "error: stage1: the model does not fit in the memory of the device (CUDA out of memory); set" in output
 
 
-def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
+def test_a_dry_run_of_two_processes_prints_once_and_leaves_nothing(
     launch: Launch,
     finish: Callable[..., str],
     environment: dict[str, str],
@@ -126,7 +126,7 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(environment, "TMPDIR", str(tmp_path))
-    said = finish(
+    output = finish(
         launch(
             "train_ldm.py",
             *TINY,
@@ -138,11 +138,11 @@ def test_a_dry_run_of_two_processes_says_it_once_and_leaves_nothing(
             processes=2,
         )
     )
-    assert said.count("stage 1  kl") == said.count("measured stage1: ") == 1
+    assert output.count("stage 1  kl") == output.count("measured stage1: ") == 1
     assert not [*tmp_path.glob("ldm-*"), *tmp_path.glob("run")]
 
 
-def test_a_validation_counts_for_all_its_pictures(drawings: Callable[..., tuple[Config, Index]]) -> None:
+def test_a_validation_counts_for_all_its_images(drawings: Callable[..., tuple[Config, Index]]) -> None:
     settings, index = drawings("data.val_fraction=0.4", "stage2.evaluate_images=40")
     held, few = len(index.select(*HELD_OUT)), preflight._few(index, 16)
     assert held > 40
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr(where, full)
-    given = [
+    arguments = [
         *TINY,
         "--dry-run",
         "--stage",
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_named(
         f"stage1.pretrained={tiny_run / 'autoencoder'}",
         f"data.cache_dir={drawn}",
     ]
-    assert train_ldm.main(given) == 2
+    assert train_ldm.main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"error: stage2: {activity} does not fit in the memory of the device (CUDA out of memory); {remedy}" in error
 
@@ -211,45 +211,45 @@ def test_what_does_not_fit_is_not_named_after_the_stage_before(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
 
     monkeypatch.setattr("stage2_diffusion.train.use_attention", full)  # before there is a run
-    given = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
-    assert train_ldm.main(given) == 2
-    said = capsys.readouterr()
-    assert "measured stage1: " in said.out
-    assert "error: stage2: the model does not fit in the memory of the device" in said.err.splitlines()[-1]
+    arguments = [*TINY, "--dry-run", f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
+    assert train_ldm.main(arguments) == 2
+    output = capsys.readouterr()
+    assert "measured stage1: " in output.out
+    assert "error: stage2: the model does not fit in the memory of the device" in output.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_what_was_measured_is_left(
     drawings: Callable[..., tuple[Config, Index]], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    made: list[weakref.ref[object]] = []
-    start, loss = stage1.start, Objective.add_latent_losses
+    created: list[weakref.ref[object]] = []
+    start, add_latent_losses = stage1.start, Objective.add_latent_losses
 
-    def started(*given: Any) -> Any:
-        vae = start(*given)
-        made.append(weakref.ref(vae))
+    def recorded_start(*args: Any) -> Any:
+        vae = start(*args)
+        created.append(weakref.ref(vae))
         return vae
 
-    def lost(*given: Any) -> Any:
+    def failing_losses(*args: Any) -> Any:
         if fails:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.4 GiB")
-        return loss(*given)
+        return add_latent_losses(*args)
 
-    class Noted(Trainer):
-        def __init__(self, *given: Any, **options: Any):
-            super().__init__(*given, **options)
-            made.extend(map(weakref.ref, (self, *self.parameters, *self.ema.main.shadow_params)))
+    class RecordedTrainer(Trainer):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            created.extend(map(weakref.ref, (self, *self.parameters, *self.ema.main.shadow_params)))
 
-    monkeypatch.setattr(stage1, "start", started)
-    monkeypatch.setattr(Objective, "add_latent_losses", lost)
-    monkeypatch.setattr(stage1, "Trainer", Noted)
+    monkeypatch.setattr(stage1, "start", recorded_start)
+    monkeypatch.setattr(Objective, "add_latent_losses", failing_losses)
+    monkeypatch.setattr(stage1, "Trainer", RecordedTrainer)
     settings, index = drawings(
         "stage1.channels=[16, 16]", "stage1.groups=8", "stage1.gan.layers=1", "stage1.gan.warmup=5"
     )
     with pytest.raises(UserError, match="a training step does not fit") if fails else nullcontext():
         preflight.measure(settings, "stage1", index, stage1.train)
-    assert len(made) > 10
-    assert {each() for each in made} == {None}
+    assert len(created) > 10
+    assert {reference() for reference in created} == {None}
     assert not (settings.run.dir / ".preflight").exists()
 
 
@@ -270,10 +270,10 @@ def test_remedies_are_those_of_stage_one(root: Path, overrides: list[str], activ
 @pytest.mark.parametrize(
     ("conditions", "sheet"), [("[text]", 2 * 70), ("[class]", 70), ("[]", 70), ("[text, inpaint]", 70)]
 )
-def test_a_sheet_counts_for_its_pictures_and_denoising_for_its_steps(
+def test_a_sheet_counts_for_its_images_and_denoising_for_its_steps(
     root: Path, tmp_path: Path, conditions: str, sheet: float
 ) -> None:
-    prompts = [f"picture {i}" for i in range(16)]
+    prompts = [f"image {i}" for i in range(16)]
     settings = load(
         root / "configs/openmoji.yaml",
         [f"stage2.conditions={conditions}", "stage2.pooled_text=false", f"sample.prompts={prompts}", "sample.steps=12"],
@@ -285,14 +285,14 @@ def test_a_sheet_counts_for_its_pictures_and_denoising_for_its_steps(
     assert preflight._sheet(small, small, 20.0, 5.0, 1) == 20
 
 
-def test_what_is_kept_does_not_count_for_other_sheets(root: Path) -> None:
-    def about(stage: str, *overrides: str) -> dict[str, Any]:
+def test_a_kept_estimate_is_not_used_for_other_sheets(root: Path) -> None:
+    def cache_key(stage: str, *overrides: str) -> dict[str, Any]:
         return preflight._cache_key(load(root / "configs/openmoji.yaml", list(overrides)), stage)
 
     for other in ("prompts=[]", "steps=3", "solver=euler", "guidance=1"):
-        assert about("stage2", f"sample.{other}") != about("stage2")
-        assert about("stage1", f"sample.{other}") == about("stage1")
-    assert about("stage2", "sample.every=3") == about("stage2")
+        assert cache_key("stage2", f"sample.{other}") != cache_key("stage2")
+        assert cache_key("stage1", f"sample.{other}") == cache_key("stage1")
+    assert cache_key("stage2", "sample.every=3") == cache_key("stage2")
 
 
 def test_encoding_is_shared_by_as_many_processes_as_there_are_files(

@@ -30,11 +30,11 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
     settings = loader.load(root / "configs/sd-512.yaml")
     autoencoder.Autoencoder(autoencoder.build(settings.stage1, 512)).save(tmp_path / "vae")
     clip_of_768_channels(tmp_path / "text")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (512, 512, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
-        (tmp_path / f"pictures/{i}.txt").write_text("abc")
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+        (tmp_path / f"images/{i}.txt").write_text("abc")
     began = time.monotonic()
     command = [
         sys.executable,
@@ -42,7 +42,7 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
         "--config",
         "configs/sd-512.yaml",
         f"run.dir={tmp_path / 'run'}",
-        f"data.source={tmp_path / 'pictures'}",
+        f"data.source={tmp_path / 'images'}",
         f"stage1.pretrained={tmp_path / 'vae'}",
         f"text.model={tmp_path / 'text'}",
         "data.workers=0",
@@ -63,8 +63,8 @@ def test_the_published_size_trains_a_step_at_512_px_and_samples_in_two(
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert sum(p.numel() for p in model.unet.parameters()) == 859_520_964
     began = time.monotonic()
-    (picture,) = model("abc", num_inference_steps=2, guidance_scale=7.5)
-    assert picture.size == (512, 512)
+    (image,) = model("abc", num_inference_steps=2, guidance_scale=7.5)
+    assert image.size == (512, 512)
     with capsys.disabled():
         print(
             f"\nthe command with one training step: {trained:.0f} s, {peak:.1f} GB; "

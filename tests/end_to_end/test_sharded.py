@@ -1,4 +1,4 @@
-"""FSDP and DeepSpeed as people launch them: killed, taken up by one process, opened by plain diffusers."""
+"""FSDP and DeepSpeed as users launch them: killed, resumed by a single process, opened by plain diffusers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ZERO = (
 )
 
 
-def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffusers(
+def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_diffusers(
     train: Callable[..., str],
     launch: Start,
     wait_for: Wait,
@@ -63,15 +63,13 @@ def test_a_sharded_run_is_killed_goes_on_in_one_process_and_opens_in_plain_diffu
     losses = [json.loads(line).get("loss") for line in (folder / "stage2/metrics.jsonl").read_text().splitlines()]
     assert [loss for loss in losses if loss][-1] < losses[0]
     pipe = DiffusionPipeline.from_pretrained(folder / "pipeline")
-    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
-    theirs = pipe("red heart", **given).images[0]
-    ours = LatentDiffusion.load(folder / "pipeline", "cpu")(
-        "red heart", seed=5, num_inference_steps=3, guidance_scale=3.0
-    )[0]
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    expected = pipe("red heart", generator=torch.Generator().manual_seed(5), **options).images[0]
+    image = LatentDiffusion.load(folder / "pipeline", "cpu")("red heart", seed=5, **options)[0]
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
+def test_deepspeed_trains_as_a_single_process_does_and_resumes_with_or_without_it(
     train: Callable[..., str],
     launch_python: Start,
     finish: Finish,
@@ -88,18 +86,18 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on_with_or_without_it(
         "stage2.steps=20",
         "stage2.device_batch=4",
     ]
-    one, zero = tmp_path / "one", tmp_path / "zero"
-    train(one, *more)
+    single, zero = tmp_path / "single", tmp_path / "zero"
+    train(single, *more)
     process = launch_python(*ZERO, f"run.dir={zero}", *more)
     wait_for(zero / "stage2/checkpoints/step-000010", process)
     kill(process)
-    shutil.copytree(zero, tmp_path / "zero then one")
+    shutil.copytree(zero, tmp_path / "zero then single")
     finish(launch_python(*ZERO, f"run.dir={zero}", *more))
-    assert "stage2: continuing from step 10" in train(tmp_path / "zero then one", *more)
-    whole, *others = (
+    assert "stage2: continuing from step 10" in train(tmp_path / "zero then single", *more)
+    expected, *resumed = (
         load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors")
-        for folder in (one, zero, tmp_path / "zero then one")
+        for folder in (single, zero, tmp_path / "zero then single")
     )
-    for other in others:
-        for name, tensor in whole.items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+    for weights in resumed:
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)

@@ -1,7 +1,8 @@
-"""The benchmarks run and print figures; how fast anything is, no test says."""
+"""The benchmarks run and print figures; no test says how fast anything is."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import benchmark_sampling
 import benchmark_training
 import pytest
 import torch
+from forked import start_server
 
 from ldm.config.loader import Config
 from ldm.data.index import Index
@@ -51,27 +53,28 @@ def main(benchmark: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_training_is_measured_beside_the_reference_in_both_precisions(
+def test_training_is_measured_next_to_the_reference_in_both_precisions(
     main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path]
 ) -> None:
-    given = [f"data.source={three_shapes(['cat', 'dog', 'red heart'] * 3)}", "run.precision=bf16", *SMALLEST]
-    said = call(main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, *given)
-    rows = {name: [float(x.replace(",", "")) for x in figures] for name, *figures in ROW.findall(said)}
-    assert [*rows] == ["reference, no", "reference, bf16", "ours, bf16"], said
+    start_server(root)  # the rows' processes are forks of it
+    overrides = [f"data.source={three_shapes(['cat', 'dog', 'red heart'] * 3)}", "run.precision=bf16", *SMALLEST]
+    output = call(main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, *overrides)
+    rows = {name: [float(x.replace(",", "")) for x in figures] for name, *figures in ROW.findall(output)}
+    assert [*rows] == ["reference, no", "reference, bf16", "ours, bf16"], output
     for rate, ratio, flops, _, peak, memory in rows.values():
         assert min(rate, flops, peak, memory) > 0
         assert ratio == pytest.approx(rate / rows["reference, no"][0], abs=0.02, rel=0.02)
-    ratio = float(re.search(r"ours is ([\d.]+) × the reference", said)[1])
+    ratio = float(re.search(r"ours is ([\d.]+) × the reference", output)[1])
     assert ratio == pytest.approx(rows["ours, bf16"][0] / rows["reference, bf16"][0], abs=0.02, rel=0.02)
 
 
 def test_the_chosen_row_alone_is_measured_and_appended_as_json(
     main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path], tmp_path: Path
 ) -> None:
-    file, pictures = tmp_path / "results.jsonl", three_shapes(["cat", "dog", "red heart"] * 3)
+    file, images = tmp_path / "results.jsonl", three_shapes(["cat", "dog", "red heart"] * 3)
     earlier = {"what": "training", "row": "reference, no", "value": 2.0, **benchmark_results.machine()}
     benchmark_results.append(file, earlier)
-    said = call(
+    output = call(
         main,
         "train",
         "--config",
@@ -86,10 +89,10 @@ def test_the_chosen_row_alone_is_measured_and_appended_as_json(
         6,
         "--baseline",
         "reference, no",
-        f"data.source={pictures}",
+        f"data.source={images}",
         *SMALLEST,
     )
-    assert len(re.findall("^training ", said, re.MULTILINE)) == 1
+    assert len(re.findall("^training ", output, re.MULTILINE)) == 1
     kept, line = benchmark_results.read(file)
     assert kept == earlier
     assert line["step"] == 6 and line["row"] == "ours, no, device_batch=4" and line["unit"] == "img/s"
@@ -101,7 +104,7 @@ def test_the_chosen_row_alone_is_measured_and_appended_as_json(
 def test_a_measured_run_writes_no_weights(
     drawings: Callable[..., tuple[Config, Index]], vae: Autoencoder, words: Path
 ) -> None:
-    settings, pictures = drawings(
+    settings, index = drawings(
         f"text.model={words}",
         "text.max_tokens=8",
         "stage1.channels=[16, 16]",
@@ -113,7 +116,7 @@ def test_a_measured_run_writes_no_weights(
         "sample.every=1",
         "run.log_every=1",
     )
-    lines = benchmark_training.our_loop(settings, pictures, vae, text_encoder.of(settings.text))
+    lines = benchmark_training.our_loop(settings, index, vae, text_encoder.of(settings.text))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     left = [path for path in settings.run.dir.rglob("*") if path.is_file() and "cache" not in path.parts]
     assert left == []
@@ -122,7 +125,7 @@ def test_a_measured_run_writes_no_weights(
 def test_stage_ones_rows_can_be_chosen(
     main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path]
 ) -> None:
-    said = call(
+    output = call(
         main,
         "stage1",
         "--config",
@@ -134,16 +137,16 @@ def test_stage_ones_rows_can_be_chosen(
         f"data.source={three_shapes(['cat', 'dog'])}",
         *SMALLEST,
     )
-    assert re.search(r"^stage 1 +discriminator, no, gan.layers=1 +[\d.]+ img/s +1.00 × +[\d,]+ MB$", said, re.M)
-    assert "plain" not in said
+    assert re.search(r"^stage 1 +discriminator, no, gan.layers=1 +[\d.]+ img/s +1.00 × +[\d,]+ MB$", output, re.M)
+    assert "plain" not in output
 
 
-def test_rows_name_whose_code_its_precision_and_keys_of_their_own() -> None:
+def test_rows_name_the_code_its_precision_and_its_overrides() -> None:
     rows = benchmark_rows.parse_rows(
         "reference-no,ours,ours-fp16+stage2.compile=true,ours", ("reference", "ours"), "bf16"
     )
     assert [row.name for row in rows] == ["reference, no", "ours, bf16", "ours, fp16, compile=true"]
-    for wrong in ("theirs", "ours-int8", "ours+compile"):
+    for wrong in ("other", "ours-int8", "ours+compile"):
         with pytest.raises(UserError, match=r"^--rows: .* a row is reference or ours"):
             benchmark_rows.parse_rows(wrong, ("reference", "ours"), "bf16")
 
@@ -152,10 +155,10 @@ def test_rows_name_whose_code_its_precision_and_keys_of_their_own() -> None:
 def test_a_row_that_is_measured_in_this_process_has_its_own_peak() -> None:
     bytearray(b"x") * (256 << 20)
     before = benchmark_rows.peak().allocated
-    ((_, found, memory),) = benchmark_rows.each_in_subprocess(
+    ((_, result, memory),) = benchmark_rows.each_in_subprocess(
         lambda row: row.subject, [benchmark_rows.Row("ours", "no")]
     )
-    assert found == "ours"
+    assert result == "ours"
     assert 0 < memory.allocated < before - 100
 
 
@@ -170,7 +173,7 @@ def test_kernels_of_attention_agree(main: Any, call: Callable[..., str], tmp_pat
 
 def test_an_earlier_figure_counts_on_the_same_machine_only(tmp_path: Path) -> None:
     file, line = tmp_path / "results.jsonl", {"what": "training", "row": "ours", **benchmark_results.machine()}
-    for more in ({"value": 1.0}, {"value": 2.0}, {"value": 3.0, "gpu": "another"}, {"value": 4.0, "row": "theirs"}):
+    for more in ({"value": 1.0}, {"value": 2.0}, {"value": 3.0, "gpu": "another"}, {"value": 4.0, "row": "other"}):
         benchmark_results.append(file, {**line, **more})
     assert benchmark_results.newest(file, "training", "ours") == 2.0
     assert benchmark_results.newest(tmp_path / "none", "training", "ours") is None
@@ -178,10 +181,11 @@ def test_an_earlier_figure_counts_on_the_same_machine_only(tmp_path: Path) -> No
 
 def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_path: Path) -> None:
     def files(folder: Path) -> dict[str, bytes]:
-        made = (
-            path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".jpg", ".txt")
-        )
-        return {str(path.relative_to(folder)): path.read_bytes() for path in made}
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix in (".safetensors", ".jpg", ".txt")
+        }
 
     for name in ("a", "b"):
         benchmark_fixtures.create_fixtures(tmp_path / name, benchmark_fixtures.TINY)
@@ -193,22 +197,22 @@ def test_fixtures_follow_from_a_seed_and_a_complete_folder_is_left_alone(tmp_pat
     assert not (tmp_path / "a/images/000.jpg").exists()
 
 
-def test_what_the_reference_can_not_train_is_refused_in_a_line(main: Any, call: Callable[..., str], root: Path) -> None:
+def test_keys_that_the_reference_lacks_are_refused_in_a_line(main: Any, call: Callable[..., str], root: Path) -> None:
     tiny = root / "configs/tiny.yaml"
-    said = call(main, "train", "--config", tiny, "stage2.conditions=[class]", "stage2.pooled_text=false", status=2)
-    assert "set stage2.conditions=[text]" in said
-    assert "Traceback" not in said
+    output = call(main, "train", "--config", tiny, "stage2.conditions=[class]", "stage2.pooled_text=false", status=2)
+    assert "set stage2.conditions=[text]" in output
+    assert "Traceback" not in output
 
 
-def test_sampling_is_measured_beside_diffusers_pipeline(
+def test_sampling_is_measured_next_to_diffusers_pipeline(
     main: Any, call: Callable[..., str], tiny_run: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.jsonl"
-    given = ("--model", tiny_run / "pipeline", "--batch", 2, "--count", 3, "--rounds", 1, "--precision", "no")
-    printed = call(main, "sample", *given, "--json", file)
+    options = ("--model", tiny_run / "pipeline", "--batch", 2, "--count", 3, "--rounds", 1, "--precision", "no")
+    printed = call(main, "sample", *options, "--json", file)
     for what in ("one image", "3 in batches of 2"):
-        for who in ("diffusers, no", "ours, no"):
-            assert re.search(rf"^sampling {what} {who} +[\d.]+ img/s +[\d.]+ × +[\d.]+ s$", printed, re.MULTILINE)
+        for row in ("diffusers, no", "ours, no"):
+            assert re.search(rf"^sampling {what} {row} +[\d.]+ img/s +[\d.]+ × +[\d.]+ s$", printed, re.MULTILINE)
         assert re.search(rf"^sampling {what} in the same precision, no: ours is [\d.]+ ×", printed, re.MULTILINE)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["value"] * line["seconds"] for line in lines] == pytest.approx([1, 1, 3, 3])
@@ -216,23 +220,23 @@ def test_sampling_is_measured_beside_diffusers_pipeline(
 
 
 class Allocator:
-    """A GPU's, of which MB are known."""
+    """Counts the MB that a GPU's allocator would have."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    def use(self, kept: int, besides: int = 0) -> None:
-        """Takes so much and more `besides`, which is given back."""
+    def use(self, kept: int, temporary: int = 0) -> None:
+        """Allocates `kept` MB and `temporary` MB, which are freed at once."""
         self.now += kept
-        self.most = max(self.most, self.now + besides)
+        self.most = max(self.most, self.now + temporary)
 
     def reset(self) -> None:
         self.most = self.now
 
 
-@pytest.mark.parametrize("asked", ["diffusers-no,ours-no", "ours-no"])
+@pytest.mark.parametrize("rows", ["diffusers-no,ours-no", "ours-no"])
 def test_a_rows_memory_is_its_own_whatever_other_pipelines_are_there(
-    main: Any, call: Callable[..., str], asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    main: Any, call: Callable[..., str], rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu, file = Allocator(), tmp_path / "results.jsonl"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -246,27 +250,29 @@ def test_a_rows_memory_is_its_own_whatever_other_pipelines_are_there(
     model = SimpleNamespace(text=True, task="generate", side=8, steps=1, scheduler=None, guidance=1.0)
     monkeypatch.setattr(benchmark_sampling.LatentDiffusion, "load", lambda *_: model)
 
-    def drawer(row: benchmark_rows.Row, *_: Any) -> Callable[[list[str]], None]:
-        weights, a_picture, kept = {"diffusers": (1000, 100, 0), "ours": (500, 30, 7)}[row.subject]
-        gpu.use(weights, besides=weights)
-        turns = itertools.count()
-        return lambda prompts: gpu.use(0 if next(turns) else kept, besides=a_picture * len(prompts))
+    def sampler(row: benchmark_rows.Row, *_: Any) -> Callable[[list[str]], None]:
+        weights, per_image, kept = {"diffusers": (1000, 100, 0), "ours": (500, 30, 7)}[row.subject]
+        gpu.use(weights, temporary=weights)
+        calls = itertools.count()
+        return lambda prompts: gpu.use(0 if next(calls) else kept, temporary=per_image * len(prompts))
 
-    monkeypatch.setattr(benchmark_sampling, "_sampler", drawer)
-    given = ("--model", "any", "--batch", 4, "--rounds", 2, "--precision", "no", "--rows", asked, "--json", file)
-    call(main, "sample", *given)
-    found = {
+    monkeypatch.setattr(benchmark_sampling, "_sampler", sampler)
+    options = ("--model", "any", "--batch", 4, "--rounds", 2, "--precision", "no", "--rows", rows, "--json", file)
+    gc.collect()
+    gc.freeze()  # each turn collects garbage, which visits the objects of all tests before this one
+    call(main, "sample", *options)
+    measured = {
         (line["row"], line["what"]): (line["allocated"], line["reserved"]) for line in benchmark_results.read(file)
     }
     ours = {("ours, no", "sampling one image"): (537, None), ("ours, no", "sampling batches of 4"): (627, None)}
-    theirs = {
+    diffusers = {
         ("diffusers, no", "sampling one image"): (1100, None),
         ("diffusers, no", "sampling batches of 4"): (1400, None),
     }
-    assert found == (ours | theirs if "diffusers" in asked else ours)
+    assert measured == (ours | diffusers if "diffusers" in rows else ours)
 
 
-def test_what_can_not_be_measured_is_one_line(main: Any, call: Callable[..., str], tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_a_line(main: Any, call: Callable[..., str], tmp_path: Path) -> None:
     assert "--model: none given" in call(main, "sample", status=2)
     assert "--config: none given" in call(main, "train", status=2)
     assert "--model: can't load" in call(main, "sample", "--model", tmp_path, status=2)

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data.dataset import iter_images
+from ldm.data.images import to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.evaluation.reconstruction import Figures, max_scales
@@ -147,3 +148,10 @@ def test_the_grid_of_reconstructions_is_logged_to_the_tracker(
     assert logged.step == 7
     with Image.open(trainer.folder / "samples/step-000007.png") as saved:
         assert np.array_equal(np.array(Image.open(io.BytesIO(logged.encoded_image_string))), np.array(saved))
+
+
+def test_differences_are_shown_as_many_times_as_large_as_sheets_say() -> None:
+    original = torch.full((1, 3, 2, 2), -1.0)
+    rebuilt = original + 2 * 10 / 255  # brighter by ten of 255
+    shown = to_pil(evaluation.amplified_difference(rebuilt, original))[0].getpixel((0, 0))
+    assert shown[0] - 128 == pytest.approx(10 * evaluation.AMPLIFICATION, abs=1)

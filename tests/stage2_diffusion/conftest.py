@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from of_config import indexed
+from of_config import indexed_once
 
 from ldm.config import loader
 from ldm.config.schema import Config
@@ -35,12 +35,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of drawings and their index that all tests share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def small(drawn: Path, words: Path) -> list[str]:
     """Overrides of configs/tiny.yaml."""
     return [*SMALL, f"data.cache_dir={drawn}", f"text.model={words}"]
@@ -52,7 +46,7 @@ def few(root: Path, tmp_path: Path, small: list[str]) -> Callable[..., tuple[Con
 
     def load_few(*overrides: str) -> tuple[Config, Index]:
         settings = loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *small, *overrides])
-        index = indexed(settings)
+        index = indexed_once(settings)
         splits = index.column("split")
         rows = [np.flatnonzero(splits == "train")[::50][:12], np.flatnonzero(splits == "combination")[::9][:4]]
         return settings, Index(index.table, index.sources, index.data, np.concatenate(rows))

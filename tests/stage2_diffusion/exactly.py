@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from ldm.config import loader
 from ldm.data import index
+from ldm.data.index import Index
 from ldm.distributed.launch import join
 from ldm.distributed.sharding import to_local
 from ldm.models import text_encoder
@@ -50,14 +51,15 @@ torch.nn.modules.module.register_module_forward_pre_hook(record_shares)
 torch.set_default_dtype(torch.float64)
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)
+drawings: Index | None = None
 for name, more in json.loads(runs).items():
     settings = loader.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)
     vae, encoder = Autoencoder(build(settings.stage1, settings.data.size)), text_encoder.of(settings.text)
     encoder.model.double()
-    images = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-    train(settings, images, vae, encoder if settings.stage2.text else None)
+    drawings = drawings or index.build(settings.data, settings.cache_dir, ("text", "class"))  # they suit all conditions
+    train(settings, drawings, vae, encoder if settings.stage2.text else None)
 assert PartialState().num_processes == int(world)
 (Path(folder) / f"shares-{PartialState().process_index}.json").write_text(json.dumps(shares))
 PartialState().wait_for_everyone()

@@ -80,8 +80,8 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text,inpaint", "dc", DPM),
 ]
 CASES = [
-    pytest.param(*each, marks=pytest.mark.slow if i >= 10 else (), id=" ".join(each).replace("sample.solver=", ""))
-    for i, each in enumerate(COMBINATIONS)
+    pytest.param(*names, marks=pytest.mark.slow if i >= 10 else (), id=" ".join(names).replace("sample.solver=", ""))
+    for i, names in enumerate(COMBINATIONS)
 ]
 
 
@@ -93,9 +93,11 @@ def expected_sheet(model: LatentDiffusion, stage: Stage2Config) -> Image.Image:
     """With the kernels of training: a network that has learned nothing may blow rounding up."""
     use_attention(model.unet, stage.attention_backend, torch.device("cpu"), torch.float32)
     prompts = ['red "heart"'] if stage.text else list(model.classes) if stage.classes else [""] * SHEET_UNCONDITIONAL
-    asked: dict[str, Any] = {"prompts": prompts} if stage.text else {}
-    asked |= {"labels": list(model.classes[: len(prompts)])} if stage.classes else {}
-    images = model(**asked, count=1 if asked else SHEET_UNCONDITIONAL, seed=list(range(len(prompts))), batch=2)
+    conditions: dict[str, Any] = {"prompts": prompts} if stage.text else {}
+    conditions |= {"labels": list(model.classes[: len(prompts)])} if stage.classes else {}
+    images = model(
+        **conditions, count=1 if conditions else SHEET_UNCONDITIONAL, seed=list(range(len(prompts))), batch=2
+    )
     return grid(images, prompts, columns=8, marked=[])
 
 
@@ -123,32 +125,32 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
     train(settings, index, Autoencoder(build(settings.stage1, 16)), encoder)
     write_card(settings)
 
-    given = {"image": noise(16, 16, 3), "mask": noise(16, 16), "small": noise(8, 8, 3)}
-    asked: dict[str, Any] = {"prompts": 'red "heart"'} if stage.text else {}
-    asked |= {"labels": 0} if stage.classes else {}
-    asked |= {"image": given["small" if "upscale" in conditions else "image"]} if stage.image else {}
-    asked |= {"mask": given["mask"]} if "inpaint" in conditions else {}
+    images = {"image": noise(16, 16, 3), "mask": noise(16, 16), "small": noise(8, 8, 3)}
+    arguments: dict[str, Any] = {"prompts": 'red "heart"'} if stage.text else {}
+    arguments |= {"labels": 0} if stage.classes else {}
+    arguments |= {"image": images["small" if "upscale" in conditions else "image"]} if stage.image else {}
+    arguments |= {"mask": images["mask"]} if "inpaint" in conditions else {}
     model = LatentDiffusion.load(folder / "pipeline", "cpu")
-    made = model(**asked)
-    assert [image.size for image in made] == [(16, 16)]
+    samples = model(**arguments)
+    assert [sample.size for sample in samples] == [(16, 16)]
     sheet = np.asarray(Image.open(folder / "stage2/samples/step-000001.png"), int)
     if stage.image:
         assert sheet.std() > 0
-    else:  # the trained model drew on it what the exported one draws
+    else:  # the trained model sampled on it what the exported one samples
         assert np.abs(sheet - np.asarray(expected_sheet(model, stage), int)).max() <= 1
 
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     *before, call = code.splitlines()
-    scope: dict[str, Any] = dict(given)
+    scope: dict[str, Any] = dict(images)
     exec("\n".join(before), scope)
     torch.manual_seed(0)
-    picture = eval(call, scope)
-    assert picture.size == (16, 16)
+    image = eval(call, scope)
+    assert image.size == (16, 16)
     decoded = not stage.text or autoencoder in ("kl", "tiny")
-    ours = not decoded or stage.classes or stage.sizes or "uncond_embedding=learned" in process
-    assert ("LatentDiffusion" in code) == ours
-    if ours:
+    needs_ldm = not decoded or stage.classes or stage.sizes or "uncond_embedding=learned" in process
+    assert ("LatentDiffusion" in code) == needs_ldm
+    if needs_ldm:
         none = {"vae": None} if pixels and stage.text else {}
         assert isinstance(DiffusionPipeline.from_pretrained(folder / "pipeline", **none).unet, torch.nn.Module)
-    elif not stage.image:  # where pictures are given, theirs draws more, or in another order
-        assert np.abs(np.asarray(picture, int) - np.asarray(made[0], int)).max() <= 1
+    elif not stage.image:  # with an image, diffusers draws more random numbers, or in another order
+        assert np.abs(np.asarray(image, int) - np.asarray(samples[0], int)).max() <= 1

@@ -67,7 +67,7 @@ def test_a_learned_null_starts_as_the_empty_caption_and_learns_from_dropped_samp
     encoder: text_encoder.TextEncoder, trained: bool
 ) -> None:
     denoiser = model(stage(uncond_embedding="learned"), encoder, trained)
-    torch.testing.assert_close(denoiser.null.detach(), encoder.embed([""]))
+    torch.testing.assert_close(denoiser.null.detach(), encoder.encode([""])[0])
     x, t, label = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([3, 0])
     captions = ["cat", "dog"]
     text = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
@@ -82,7 +82,7 @@ def test_a_trained_encoder_encodes_the_empty_caption_anew_and_gets_its_gradient(
 ) -> None:
     denoiser = model(stage(), encoder, trained=True)
     before = denoiser.uncond_embedding().detach()
-    torch.testing.assert_close(before, encoder.embed([""]))
+    torch.testing.assert_close(before, encoder.encode([""])[0])
     tokens = torch.stack(encoder.tokens(["cat"]), dim=1)
     condition = Condition(tokens, torch.tensor([3]))
     denoiser(torch.randn(1, 2, 4, 4), torch.tensor([5]), condition, torch.tensor([True])).square().sum().backward()

@@ -22,6 +22,7 @@ KEYS = {
     "batch": 4,
     "steps": 2,
     "precision": "no",
+    "run__preflight": False,
     "run__tracker": "none",
     "run__device": "cpu",
     "stage2__channels": [8, 8],
@@ -30,6 +31,7 @@ KEYS = {
     "stage2__attention_head_dim": 4,
     "stage2__layers": 1,
 }
+FAST_SHEETS = {"sample__steps": 2}
 BuildTrainer = Callable[..., FolderTrainer]
 
 
@@ -59,20 +61,20 @@ def test_a_finished_run_returns_its_model_until_its_data_changes(
     build_trainer: BuildTrainer, image_folder: Path
 ) -> None:
     process = DiffusionProcess("eps", "cosine")
-    first = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
-    again = build_trainer(process).train()(count=2, seed=1, num_inference_steps=2)
+    first = build_trainer(process, **FAST_SHEETS).train()(count=2, seed=1, num_inference_steps=2)
+    again = build_trainer(process, **FAST_SHEETS).train()(count=2, seed=1, num_inference_steps=2)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
     write_random_image(image_folder / "new.png")
     with pytest.raises(UserError, match=r"is finished, but its data changed since; give another run\.dir"):
-        build_trainer(process).train()
+        build_trainer(process, **FAST_SHEETS).train()
 
 
 def test_a_run_trained_longer_equals_one_trained_in_one_go(build_trainer: BuildTrainer, tmp_path: Path) -> None:
     process, name = DiffusionProcess("v", "cosine"), "pipeline/unet/diffusion_pytorch_model.safetensors"
-    build_trainer(process, steps=2).train()
+    build_trainer(process, steps=2, **FAST_SHEETS).train()
     before = (tmp_path / "run" / name).read_bytes()
-    build_trainer(process, steps=5).train()
-    build_trainer(process, steps=5, run__dir=str(tmp_path / "at_once")).train()
+    build_trainer(process, steps=5, **FAST_SHEETS).train()
+    build_trainer(process, steps=5, run__dir=str(tmp_path / "at_once"), **FAST_SHEETS).train()
     assert (tmp_path / "run/pipeline-2" / name.partition("/")[2]).read_bytes() == before
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes() != before
 
@@ -132,6 +134,35 @@ def test_a_wrong_argument_is_one_line(keys: dict[str, Any], message: str, build_
         build_trainer(**{"process": DiffusionProcess("eps", "cosine"), **keys})
     assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_a_caption_that_all_images_share_has_to_be_confirmed(
+    build_trainer: BuildTrainer, image_folder: Path, words: Path, tmp_path: Path
+) -> None:
+    keys = {"conditions": ("text",), "text__model": str(words), "text__max_tokens": 8, "sample__prompts": []}
+    image_folder.rename(tmp_path / "dog")
+    image_folder.mkdir()
+    (tmp_path / "dog").rename(image_folder / "dog")
+    with pytest.raises(
+        UserError, match=r"share the caption 'dog', .* give data__source=\{'path': …, 'kind': 'classes'"
+    ):
+        build_trainer(DiffusionProcess("v"), **keys).train()
+    assert not (tmp_path / "run").exists()
+    source = {"path": str(image_folder), "kind": "classes"}
+    model = build_trainer(DiffusionProcess("v"), **keys, data__source=source).train()
+    assert model("dog", num_inference_steps=1)[0].size == (16, 16)
+
+
+def test_an_old_key_loads_with_a_line_that_names_the_new_one(
+    build_trainer: BuildTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = build_trainer(DiffusionProcess("v"), stage2__micro_batches=2, stage2__dropout=0.25).config.stage2
+    assert (stage.device_batch, stage.cond_dropout) == (2, 0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "stage2.dropout is now stage2.cond_dropout",
+        "stage2.micro_batches is now stage2.device_batch",
+    ]
 
 
 def test_a_preset_unet_keeps_its_shape_except_for_overridden_keys(image_folder: Path) -> None:

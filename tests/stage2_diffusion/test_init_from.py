@@ -120,9 +120,12 @@ def test_the_text_encoder_of_a_pipeline_is_loaded(root: Path, tmp_path: Path, wo
     assert torch.equal(loaded.encode(prompts), expected.encode(prompts))
     assert loaded.fingerprint() == expected.fingerprint()  # so caches of embeddings stay valid
     index = json.loads((folder / "model_index.json").read_text())
-    for parts in ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, {"text_encoder": [None, None]}):
+    for parts, reason in (
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has BertModel, CLIPTextModel; known are"),
+        ({"text_encoder": [None, None]}, "has no text encoder"),
+    ):
         (folder / "model_index.json").write_text(json.dumps(index | parts))
-        with pytest.raises(UserError, match=r"text\.model: the pipeline .* has no text encoder, or several"):
+        with pytest.raises(UserError, match=rf"text\.model: the pipeline .* {reason}"):
             text_encoder.load(str(folder))
     with pytest.raises(UserError, match=r"text\.model: .*model\.safetensors is a file; a text encoder is a folder"):
         text_encoder.load(str(words / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""Stage two on a handful of pictures."""
+"""Stage two on a handful of images."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def tensors(module: torch.nn.Module) -> dict[str, bytes]:
 
 
 def lines(folder: Path, key: str = "loss") -> list[dict[str, float]]:
-    found = map(json.loads, (folder / "stage2/metrics.jsonl").read_text().splitlines())
-    return [line for line in found if key in line]
+    logged = map(json.loads, (folder / "stage2/metrics.jsonl").read_text().splitlines())
+    return [line for line in logged if key in line]
 
 
 def last_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -58,13 +58,13 @@ def test_every_target_is_learned_and_named_in_the_export(
         "stage2.beta_schedule=cosine",
         "sample.prompts=[]",
     )
-    pictures = index.select("train").first(8)
-    train(settings, pictures, vae, text_encoder.load(settings.text.model, settings.text.max_tokens))
+    images = index.select("train").first(8)
+    train(settings, images, vae, text_encoder.load(settings.text.model, settings.text.max_tokens))
     losses = [line["loss"] for line in lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]
     model = LatentDiffusion.load(tmp_path / "run/pipeline")
     assert model.scheduler.config.prediction_type == DIFFUSERS_PREDICTION_TYPES[target]
-    assert model(pictures[0].captions[0], num_inference_steps=4, guidance_scale=2.0)[0].size == (16, 16)
+    assert model(images[0].captions[0], num_inference_steps=4, guidance_scale=2.0)[0].size == (16, 16)
 
 
 TASKS = [
@@ -157,7 +157,7 @@ def test_the_exported_text_encoder_has_the_average_of_the_checkpoint(
         assert torch.equal(exported[name], parts["ema"][f"encoder.{name}"]), name
 
 
-def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
+def test_a_learned_null_embedding_is_trained_exported_and_what_guidance_turns_away_from(
     tmp_path: Path, few: Few, vae: Autoencoder
 ) -> None:
     settings, index = few("stage2.uncond_embedding=learned", "stage2.cond_dropout=0.5", "stage2.ema_decay=0")
@@ -173,26 +173,26 @@ def test_a_learned_null_is_trained_exported_and_what_guidance_turns_away_from(
     def latents(model: LatentDiffusion, guidance: float) -> torch.Tensor:
         return model.latents(["red heart"], [0], Sampling(guidance_scale=guidance))
 
-    of_empty = replace(model, null=None)
-    assert torch.equal(latents(model, 1.0), latents(of_empty, 1.0))
-    assert not torch.allclose(latents(model, 5.0), latents(of_empty, 5.0))
-    assert torch.equal(latents(replace(model, null=empty), 5.0), latents(of_empty, 5.0))
+    with_empty_prompt = replace(model, null=None)
+    assert torch.equal(latents(model, 1.0), latents(with_empty_prompt, 1.0))
+    assert not torch.allclose(latents(model, 5.0), latents(with_empty_prompt, 5.0))
+    assert torch.equal(latents(replace(model, null=empty), 5.0), latents(with_empty_prompt, 5.0))
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_the_rate_that_is_logged_is_that_of_the_positions(
-    few: Few, vae: Autoencoder, tmp_path: Path, each: bool
+@pytest.mark.parametrize("dropout_each", [False, True])
+def test_the_logged_dropout_rate_is_that_of_the_positions(
+    few: Few, vae: Autoencoder, tmp_path: Path, dropout_each: bool
 ) -> None:
     settings, index = few(
         "stage2.conditions=[text, class]",
         "stage2.cond_dropout=0.4",
-        f"stage2.dropout_each={each}".lower(),
+        f"stage2.dropout_each={dropout_each}".lower(),
         "stage2.device_batch=4",
         "run.log_every=2",
         "stage2.steps=4",
     )
     train(settings, index, vae, encoder_of(settings))
-    names = {"dropped": "dropout", "dropped_class": "class dropout"} if each else {"dropped": "dropout"}
+    names = {"dropped": "dropout", "dropped_class": "class dropout"} if dropout_each else {"dropped": "dropout"}
     for line, start in zip(lines(tmp_path / "run"), (0, 16), strict=True):
         assert {name for name in line if name.startswith("dropped")} == names.keys()
         for name, stream in names.items():
@@ -201,7 +201,7 @@ def test_the_rate_that_is_logged_is_that_of_the_positions(
 
 
 RUNS = {
-    "all that is learned beside the U-Net": (
+    "all that is learned besides the U-Net": (
         "text.train=true",
         "stage2.uncond_embedding=learned",
         "stage2.loss_weighting=learned",
@@ -216,7 +216,7 @@ RUNS = {
         "stage2.prediction_type=v",
         "stage2.batch=16",
     ),
-    "activations of pixels computed again": (
+    "recomputed activations of pixels": (
         "stage2.conditions=[]",
         "stage2.gradient_checkpointing=true",
         "stage2.device_batch=4",
@@ -233,7 +233,7 @@ LAYOUTS = {
         "stage2.attention=[true, false]",
         "stage2.attention_head_dim=4",
     ),
-    "activations computed again": (
+    "recomputed activations": (
         "stage2.channels_last=true",
         "stage2.gradient_checkpointing=true",
         "stage2.attention=[true, true]",
@@ -245,24 +245,27 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [*RUNS.values(), *LAYOUTS.values()], ids=[*RUNS, *LAYOUTS])
 def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path, keys: tuple[str, ...]) -> None:
-    folders = tmp_path / "whole", tmp_path / "resumed"
+    folders = tmp_path / "uninterrupted", tmp_path / "resumed"
     for folder, steps in ((folders[0], 6), (folders[1], 3), (folders[1], 6)):
         settings, index = few(*keys, f"run.dir={folder}", f"stage2.steps={steps}", "stage2.checkpoint_every=3")
         train(settings, index, vae, encoder_of(settings) if settings.stage2.text else None)
-    (whole, state), (resumed, other) = map(last_checkpoint, folders)
-    assert {**state, "metrics_bytes": None} == {**other, "metrics_bytes": None}  # of times, written out
-    for part, values in whole.items():
+    (expected, expected_state), (resumed, state) = map(last_checkpoint, folders)
+    assert {**state, "metrics_bytes": None} == {
+        **expected_state,
+        "metrics_bytes": None,
+    }  # times have more digits or fewer
+    for part, values in expected.items():
         assert values.keys() == resumed[part].keys()
         assert all(torch.equal(value, resumed[part][name]) for name, value in values.items()), part
     losses = [[line["loss"] for line in lines(folder)] for folder in folders]
     assert losses[0] == losses[1]
     if settings.stage2.timestep_sampling == "loss":
-        assert int(whole["model"]["times.counts"].sum()) == 6 * settings.stage2.batch
-        assert whole["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
+        assert int(expected["model"]["times.counts"].sum()) == 6 * settings.stage2.batch
+        assert expected["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
 
 
-TWO = ("ddp", "fsdp")
-BESIDE = "all that is learned beside the U-Net"
+TWO_PROCESSES = ("ddp", "fsdp")
+ALL_LEARNED = "all that is learned besides the U-Net"
 
 
 @pytest.fixture(scope="module")
@@ -273,48 +276,48 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
     small: list[str],
 ) -> Path:
-    """A folder with what one process trained, and two of each of TWO: the RUNS, and what FSDP trained half way."""
+    """A folder with the RUNS that a single process trained, and two with DDP and FSDP; and runs that FSDP began."""
     folder = tmp_path_factory.mktemp("processes")
-    shared = [*small, "stage2.evaluate_images=64", "stage2.evaluate_every=2", "stage2.steps=4"]
+    shared = [*small, "stage2.evaluate_images=6", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
-        "first half": (*RUNS[BESIDE], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
-        "resumed": RUNS[BESIDE],
-        "half": (*RUNS[BESIDE], "stage2.steps=2"),
+        "first half": (*RUNS[ALL_LEARNED], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
+        "resumed": RUNS[ALL_LEARNED],
+        "half": (*RUNS[ALL_LEARNED], "stage2.steps=2"),
     }
-    for name in ("fsdp", "one", "ddp"):
-        runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[BESIDE]})})
-        world = 2 if name in TWO else 1
+    for name in ("fsdp", "single", "ddp"):
+        runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[ALL_LEARNED]})})
+        world = 2 if name in TWO_PROCESSES else 1
         if name != "fsdp":
             shutil.copytree(folder / "fsdp/half", folder / name / "half")
         script = ["tests/stage2_diffusion/exactly.py", world, folder / name, runs, json.dumps(shared)]
-        own = of_accelerate(root / "configs/accelerate/fsdp.yaml") if name == "fsdp" else {}
-        finish(Forked(script, world, root, environment | own, folder / f"{name}.txt"))
+        fsdp = of_accelerate(root / "configs/accelerate/fsdp.yaml") if name == "fsdp" else {}
+        finish(Forked(script, world, root, environment | fsdp, folder / f"{name}.txt"))
     return folder
 
 
-def assert_close(one: Path, other: Path) -> None:
-    (parts, _), (others, _) = map(last_checkpoint, (one, other))
-    assert parts.keys() == others.keys()
-    for part, values in parts.items():
-        assert values.keys() == others[part].keys()
+def assert_close(run: Path, expected: Path) -> None:
+    (parts, _), (expected_parts, _) = map(last_checkpoint, (run, expected))
+    assert parts.keys() == expected_parts.keys()
+    for part, values in expected_parts.items():
+        assert values.keys() == parts[part].keys()
         for key, value in values.items():
-            torch.testing.assert_close(others[part][key], value, rtol=1e-5, atol=1e-7, msg=f"{other} {part} {key}")
+            torch.testing.assert_close(parts[part][key], value, rtol=1e-5, atol=1e-7, msg=f"{run} {part} {key}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", TWO)
-def test_two_processes_train_and_validate_as_one_does(trained: Path, processes: str) -> None:
+@pytest.mark.parametrize("processes", TWO_PROCESSES)
+def test_two_processes_train_and_validate_as_a_single_one_does(trained: Path, processes: str) -> None:
     for name in RUNS:
-        one, two = trained / "one" / name, trained / processes / name
-        assert_close(one, two)
+        single, run = trained / "single" / name, trained / processes / name
+        assert_close(run, single)
         for key in ("loss", "held_out_loss"):
-            lines_of = [lines(one, key), lines(two, key)]
-            assert len(lines_of[0]) == (4 if key == "loss" else 2)
-            for a, b in zip(*lines_of, strict=True):
+            expected = lines(single, key)
+            assert len(expected) == (4 if key == "loss" else 2)
+            for a, b in zip(expected, lines(run, key), strict=True):
                 assert {k: v for k, v in b.items() if k not in MEASURED} == pytest.approx(
                     {k: v for k, v in a.items() if k not in MEASURED}, rel=1e-5
                 )
-        exported = [load_file(path / "pipeline/unet/diffusion_pytorch_model.safetensors") for path in (one, two)]
+        exported = [load_file(path / "pipeline/unet/diffusion_pytorch_model.safetensors") for path in (single, run)]
         for key, value in exported[0].items():
             torch.testing.assert_close(exported[1][key], value, rtol=1e-5, atol=1e-7)
 
@@ -329,11 +332,11 @@ def test_fsdp_gives_each_process_half_of_the_weights(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_sharded_or_not(trained: Path) -> None:
-    for part, values in last_checkpoint(trained / "fsdp" / BESIDE)[0].items():
+def test_a_run_resumes_sharded_or_not(trained: Path) -> None:
+    for part, values in last_checkpoint(trained / "fsdp" / ALL_LEARNED)[0].items():
         resumed = last_checkpoint(trained / "fsdp/resumed")[0][part]
         assert values.keys() == resumed.keys()
         assert all(torch.equal(resumed[key], value) for key, value in values.items())
-    for processes in ("one", "ddp"):
+    for processes in ("single", "ddp"):
         assert last_checkpoint(trained / processes / "half")[1]["step"] == 4
-        assert_close(trained / "one" / BESIDE, trained / processes / "half")
+        assert_close(trained / processes / "half", trained / "single" / ALL_LEARNED)

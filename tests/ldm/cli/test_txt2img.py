@@ -646,7 +646,9 @@ def test_folders_that_are_no_pipeline_and_pickled_weights_are_refused(
     assert "can't load a pipeline" in refused(txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a")
     index = tmp_path / "pickled/model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "MyOwnPipeline"))
-    assert "can't load a pipeline" in refused(txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a")
+    assert "is a MyOwnPipeline; known are StableDiffusionPipeline" in refused(
+        txt2img.main, "--model", tmp_path / "pickled", "--prompt", "a"
+    )
 
 
 def test_autoguidance_by_a_model_of_another_shape_is_refused(

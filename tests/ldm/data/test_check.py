@@ -198,3 +198,11 @@ def test_a_crop_keeps_the_full_shorter_side() -> None:
     expected = image.crop((0, 0, 60, 60)).resize((30, 30), Image.Resampling.LANCZOS)
     inner = (slice(None), slice(0, 26))  # near the edge of the crop, the filter also reads pixels beyond it
     assert (np.asarray(left_crop)[inner] == np.asarray(expected)[inner]).all()
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(
+    root: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert check_data.main(arguments(root, folder, f"run.dir={tmp_path / 'file/run'}")) == 2
+    assert capsys.readouterr().err.startswith(f"error: run.dir: can't write {tmp_path / 'file/run'}: ")

@@ -178,9 +178,10 @@ def test_the_closest_caption_file_is_used_and_others_are_left_out(tmp_path: Path
     contents = Contents(tmp_path / "data")
     assert contents.captions == {"a.png": "a.txt", "b.png": "b.png.txt", "b.jpg": "b.jpg.txt", "c.png": "c.txt"}
     assert list(contents.bad) == ["A.png"]
-    assert contents.left_out == {"caption files without an image": 3}
+    assert contents.left_out == {"caption files without an image": 2, "caption files that are not read": 1}
     assert contents.sources.left_out().lines() == [
-        "left out   3 caption files without an image: c.TXT, d.txt, notes.txt"
+        "left out   1 caption files that are not read: c.TXT",
+        "left out   2 caption files without an image: d.txt, notes.txt",
     ]
 
 

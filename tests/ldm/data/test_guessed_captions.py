@@ -66,3 +66,21 @@ def test_training_and_the_check_ask_for_it(
         assert train_ldm.main([*arguments, "--fresh", confirmation]) == 2
         assert "the data would be read" in capsys.readouterr().err
     assert check_data.main([*arguments, "data.source.kind=classes"]) == 0
+
+
+def test_a_dry_run_reports_it_until_it_is_confirmed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_images(tmp_path / "data", "images/a.png", "images/b.png")
+    arguments = [*TINY, f"data.source={source}", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+
+    def load_data(*_: object) -> None:
+        raise UserError("the data would be read")
+
+    monkeypatch.setattr(train_ldm, "load_data", load_data)
+    outputs = []
+    for confirmation in ((), ("--yes",)):
+        assert train_ldm.main([*arguments, *confirmation]) == 2
+        outputs.append(capsys.readouterr())
+    assert ["training would stop: " in output.out for output in outputs] == [True, False]
+    assert all("the data would be read" in output.err for output in outputs)

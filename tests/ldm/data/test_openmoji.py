@@ -37,10 +37,18 @@ def test_both_subsets_hold_out_the_same_combinations() -> None:
     assert small == everything
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all drawings at 64 px."""
+    folder = tmp_path_factory.mktemp("rendered")
+    openmoji.draw("openmoji-all", 64, folder)
+    return folder
+
+
 @pytest.mark.parametrize("subset", openmoji.SUBSETS)
-def test_no_training_image_equals_a_held_out_one(subset: str, tmp_path: Path) -> None:
+def test_no_training_image_equals_a_held_out_one(subset: str, rendered: Path) -> None:
     splits_by_image: dict[bytes, set[str]] = {}
-    for drawing, path in openmoji.draw(subset, 64, tmp_path):
+    for drawing, path in openmoji.draw(subset, 64, rendered):
         splits_by_image.setdefault(Image.open(path).tobytes(), set()).add(drawing.split)
     assert all(len(splits) == 1 for splits in splits_by_image.values())
     if subset == "openmoji-demo":  # all images of the demo differ
@@ -56,8 +64,8 @@ def test_captions_are_tidy_and_unique_in_the_demo() -> None:
     assert len({d.captions[0] for d in demo}) == len(demo)
 
 
-def test_images_are_rendered_once_and_on_white(tmp_path: Path) -> None:
-    paths = [path for _, path in openmoji.draw("openmoji-demo", 16, tmp_path)]
-    before = [path.stat().st_mtime_ns for path in paths]
-    assert [path.stat().st_mtime_ns for _, path in openmoji.draw("openmoji-demo", 16, tmp_path)] == before
+def test_images_are_rendered_once_and_on_white(rendered: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in rendered.iterdir()}
+    paths = [path for _, path in openmoji.draw("openmoji-demo", 64, rendered)]
+    assert {path: path.stat().st_mtime_ns for path in rendered.iterdir()} == before
     assert Image.open(paths[0]).convert("RGB").getpixel((0, 0)) == (255, 255, 255)

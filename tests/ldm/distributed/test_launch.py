@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ldm.config.schema import RunConfig
+from ldm.config.schema import RunConfig, Training
 from ldm.distributed import launch
+from ldm.utils.errors import UserError
 
 CONFIG = RunConfig(device="cpu", tracker="none")
 
@@ -31,3 +32,9 @@ def test_dynamo_settings_of_accelerates_configuration_are_ignored_with_one_line(
     backend = environment.get("BACKEND", "").lower()
     message = f"accelerate's dynamo_backend ({backend}) is ignored; stage2.compile=true compiles the U-Net.\n"
     assert capsys.readouterr().err == (message if environment else "")
+
+
+@pytest.mark.parametrize(("stage", "key"), [("stage2", "stage2.batch"), ("steps-8", "batch"), ("classifier", "batch")])
+def test_a_batch_that_cannot_be_shared_is_named_as_its_command_takes_it(stage: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: 63 can't be shared evenly by 2 processes; 64 can"):
+        launch.accumulated(stage, Training(batch=63), 2)

@@ -1,9 +1,10 @@
-"""Compiled blocks against the same U-Net that is not compiled; graphs are run as they are, no code is generated."""
+"""Compiled blocks against the same U-Net without compilation; graphs are run as they are, no code is generated."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from ldm.utils.errors import UserError
 CPU = torch.device("cpu")
 SIDES = (4, 6, 10)
 BUCKETS = [(h, w) for h in SIDES for w in SIDES]
-DIFFERENT = 8  # blocks of the small U-Net with text: seven residual ones and a transformer, which is there thrice
+TWO_LEVELS = {"channels": (8, 16), "attention": (False, True)}
+DIFFERENT = 8  # blocks of a U-Net of two levels with text: seven residual ones and a transformer, which is there thrice
+DIFFERENT_SINGLE = 4  # of a single level: three residual ones and the transformer
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
 
 
@@ -36,11 +39,11 @@ def nothing_compiled() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def network(words: bool = True, backend: str = "sdpa", recomputed: bool = False) -> unet.UNet:
+def network(words: bool = True, backend: str = "sdpa", recomputed: bool = False, **levels: Any) -> unet.UNet:
+    """A U-Net of a single level, if `levels` doesn't describe others."""
     torch.manual_seed(0)
     stage = Stage2Config(
-        channels=(8, 16),
-        attention=(False, True),
+        **{"channels": (8,), "attention": (True,), **levels},
         layers=1,
         attention_head_dim=8,
         norm_num_groups=4,
@@ -59,11 +62,11 @@ def inputs(h: int, w: int, words: bool = True, n: int = 4) -> Inputs:
     return torch.randn(n, 4, h, w, generator=g), 999 * torch.rand(n, generator=g), Condition(text)
 
 
-def learned(model: torch.nn.Module, given: Inputs, half: bool = False) -> list[torch.Tensor]:
+def learned(model: torch.nn.Module, x: Inputs, half: bool = False) -> list[torch.Tensor]:
     """The output and the gradients of a training step; the backward pass is in another thread, as on a GPU."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        output = model(*given) if isinstance(model, DistributedDataParallel) else predict(model, *given)
+        output = model(*x) if isinstance(model, DistributedDataParallel) else predict(model, *x)
     thread = threading.Thread(target=output.float().square().sum().backward)
     thread.start()
     thread.join()
@@ -84,63 +87,63 @@ def learned(model: torch.nn.Module, given: Inputs, half: bool = False) -> list[t
 def test_a_block_is_compiled_once_for_all_buckets_and_learns_the_same(
     words: bool, backend: str, recomputed: bool, half: bool
 ) -> None:
-    model, plain = (network(words, backend, recomputed) for _ in range(2))
+    model, plain = (network(words, backend, recomputed, **TWO_LEVELS) for _ in range(2))
     counter = CompileCounter()
     compile_blocks(model, backend=counter)
     counts = []
     for h, w in BUCKETS:
-        given = inputs(h, w, words)
-        for found, expected in zip(learned(model, given, half), learned(plain, given, half), strict=True):
-            torch.testing.assert_close(found, expected)
+        x = inputs(h, w, words)
+        for actual, expected in zip(learned(model, x, half), learned(plain, x, half), strict=True):
+            torch.testing.assert_close(actual, expected)
         counts.append(counter.frame_count)
     assert set(counts) == {DIFFERENT if words else counts[0]}
     assert not torch._dynamo.utils.counters["graph_break"]
 
-    given = inputs(12, 14, words)
+    x = inputs(12, 14, words)
     model.eval(), plain.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as in a validation, in its precision and size
-        assert torch.equal(predict(model, *given), predict(plain, *given))
+        assert torch.equal(predict(model, *x), predict(plain, *x))
     model.train()
-    learned(model, given, half)
+    learned(model, x, half)
     assert counter.frame_count == counts[-1]
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_answers_with_weights_that_stand_in_for_its_own() -> None:
+def test_a_compiled_unet_runs_with_substituted_weights() -> None:
     """As an averaged student does in each step of a distillation."""
     model, plain, counter = network(), network(), CompileCounter()
     compile_blocks(model, backend=counter)
     torch.manual_seed(1)
     others = {name: p.detach() + torch.randn_like(p) for name, p in model.named_parameters()}
     for h, w in BUCKETS[:3]:
-        x, t, condition = given = inputs(h, w)
+        x, t, condition = inputs(h, w)
         with torch.no_grad():
-            found, expected = (
-                torch.func.functional_call(each, others, (x, t, condition.text)).sample for each in (model, plain)
+            actual, expected = (
+                torch.func.functional_call(unet, others, (x, t, condition.text)).sample for unet in (model, plain)
             )
-        torch.testing.assert_close(found, expected)
-        learned(model, given)
-        assert counter.frame_count == 2 * DIFFERENT
+        torch.testing.assert_close(actual, expected)
+        learned(model, (x, t, condition))
+        assert counter.frame_count == 2 * DIFFERENT_SINGLE
 
 
 @pytest.mark.slow
-def test_without_buckets_blocks_are_compiled_for_one_size_and_what_is_too_often_is_an_error(
+def test_without_buckets_blocks_are_compiled_for_a_single_size_and_too_many_compilations_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", 1)
     model, plain, counter = network(), network(), CompileCounter()
     compile_blocks(model, dynamic=False, backend=counter)
     for _ in range(2):
-        for found, expected in zip(learned(model, inputs(8, 8)), learned(plain, inputs(8, 8)), strict=True):
-            torch.testing.assert_close(found, expected)
-        assert counter.frame_count == DIFFERENT
+        for actual, expected in zip(learned(model, inputs(8, 8)), learned(plain, inputs(8, 8)), strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert counter.frame_count == DIFFERENT_SINGLE
     with pytest.raises(FailOnRecompileLimitHit):
         for h, w in BUCKETS:
             predict(model, *inputs(h, w))
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -152,20 +155,20 @@ class Predicting(torch.nn.Module):
         super().__init__()
         self.unet = network
 
-    def forward(self, *given: torch.Tensor | Condition) -> torch.Tensor:
-        return predict(self.unet, *given)
+    def forward(self, *inputs: torch.Tensor | Condition) -> torch.Tensor:
+        return predict(self.unet, *inputs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_blocks_stay_whole_under_ddp(alone: None, recomputed: bool) -> None:
+def test_blocks_stay_single_graphs_under_ddp(process_group: None, recomputed: bool) -> None:
     model, plain, counter = network(recomputed=recomputed), network(), CompileCounter()
     compile_blocks(model, backend=counter)
-    wrapped = DistributedDataParallel(Predicting(model), bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    ddp_model = DistributedDataParallel(Predicting(model), bucket_cap_mb=0.001, gradient_as_bucket_view=True)
     for h, w in BUCKETS[:2]:
-        for found, expected in zip(learned(wrapped, inputs(h, w)), learned(plain, inputs(h, w)), strict=True):
-            torch.testing.assert_close(found, expected)
-    assert counter.frame_count == DIFFERENT
+        for actual, expected in zip(learned(ddp_model, inputs(h, w)), learned(plain, inputs(h, w)), strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == DIFFERENT_SINGLE
 
 
 def test_attention_of_xformers_is_not_compiled() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ldm.training.checkpoint import read_checkpoint, write_checkpoint
+from ldm.training.fingerprint import check_finished
+from ldm.utils.errors import UserError
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
@@ -29,3 +31,17 @@ def test_a_version_0_checkpoint_loads_under_the_new_names(tmp_path: Path) -> Non
     assert loaded.keys() == {"model", "discriminator", "discriminator_optimizer"}
     assert state["fingerprint"] == {"data": "a"} and "contract" not in state
     assert state["groups"] == {"optimizer": [], "discriminator_optimizer": [{"lr": 1.0}]}
+
+
+@pytest.mark.parametrize("state", ["", "{", '{"step": 7}'])
+def test_a_damaged_last_checkpoint_of_a_finished_stage_is_one_line(tmp_path: Path, state: str) -> None:
+    folder = tmp_path / "stage2/checkpoints/step-000007"
+    check_finished(tmp_path / "stage2", {"data": "a"})  # without a checkpoint there is nothing to compare
+    write_checkpoint(folder, {"model": {"a": torch.arange(3.0)}}, {"step": 7, "fingerprint": {"data": "a"}})
+    check_finished(tmp_path / "stage2", {"data": "a"})
+    (folder / "state.json").write_text(state)
+    with pytest.raises(
+        UserError, match=r"step-000007 is damaged \(.*\); restore it from a copy, or remove it"
+    ) as caught:
+        check_finished(tmp_path / "stage2", {"data": "a"})
+    assert "\n" not in str(caught.value)

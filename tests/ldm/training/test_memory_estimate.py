@@ -24,7 +24,7 @@ from ldm.config.schema import Stage2Config
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.training import checks, memory_estimate, memory_tracker
+from ldm.training import memory_estimate, memory_tracker, plan
 from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
@@ -37,6 +37,7 @@ SHAPE: dict[str, Any] = {
     "attention_head_dim": 8,
     "norm_num_groups": 4,
 }
+SMALL = ("stage2.channels=[8]", "stage2.attention=[true]", "stage2.norm_num_groups=4", "stage2.attention_head_dim=4")
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
 
 
@@ -45,36 +46,36 @@ def settings(root: Path, name: str = "tiny", *overrides: str) -> loader.Config:
 
 
 def inputs(device: str, stage: Stage2Config) -> Inputs:
-    make = partial(torch.zeros, device=device)
-    numbers = make(2, dtype=torch.int64)
+    zeros = partial(torch.zeros, device=device)
+    numbers = zeros(2, dtype=torch.int64)
     condition = Condition(
-        text=make(2, 5, 16) if stage.text else None,
+        text=zeros(2, 5, 16) if stage.text else None,
         label=numbers if stage.classes else None,
-        sizes=make(2, 6) if stage.sizes else None,
+        sizes=zeros(2, 6) if stage.sizes else None,
     )
-    return make(2, 4, 16, 16), numbers, condition
+    return zeros(2, 4, 16, 16), numbers, condition
 
 
-def network(device: str, stage: Stage2Config, again: bool = False) -> Any:
+def network(device: str, stage: Stage2Config, checkpointed: bool = False) -> Any:
     """A U-Net with gradients, ready to be trained."""
     with torch.device(device):
         net = unet.build(stage, 4, 16, 16 if stage.text else 0, 3).train()
     attention.use_attention(net, "sdpa", torch.device("cpu"))
-    if again:
+    if checkpointed:
         net.enable_gradient_checkpointing()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return net
 
 
-def given(net: torch.nn.Module) -> list[torch.Tensor]:
+def weights_and_gradients(net: torch.nn.Module) -> list[torch.Tensor]:
     return [tensor for p in net.parameters() for tensor in (p, p.grad) if tensor is not None]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
-def test_what_is_counted_after_a_forward_is_what_autograd_really_saves(again: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_what_is_counted_after_a_forward_is_what_autograd_really_saves(checkpointed: bool) -> None:
     stage, saved = Stage2Config(**SHAPE), dict[int, int]()
-    net = network("cpu", stage, again)
+    net = network("cpu", stage, checkpointed)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -85,28 +86,28 @@ def test_what_is_counted_after_a_forward_is_what_autograd_really_saves(again: bo
         output = predict(net, x, t, condition)
     for tensor in (output, x, t, condition.text):
         pack(tensor)
-    for tensor in given(net):
+    for tensor in weights_and_gradients(net):
         saved.pop(tensor.untyped_storage().data_ptr(), None)
 
-    without = network("meta", stage, again)
-    with MemoryTracker(given(without)) as living, AsOnGPU("no"):
+    without = network("meta", stage, checkpointed)
+    with MemoryTracker(weights_and_gradients(without)) as living, AsOnGPU("no"):
         x, t, condition = inputs("meta", stage)
         output = predict(without, x, t, condition)
     assert living.now == [0, sum(saved.values())]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
-def test_a_step_is_counted_to_take_what_the_allocator_gives_it(again: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_a_step_is_counted_to_take_what_the_allocator_gives_it(checkpointed: bool) -> None:
     stage = Stage2Config(**SHAPE)
-    net = network("cpu", stage, again)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    net = network("cpu", stage, checkpointed)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         predict(net, *inputs("cpu", stage)).float().square().mean().backward()
-    changes = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         now += change.nbytes()
         most = max(most, now)
-    counted = of_unet(network("meta", stage), partial(inputs, "meta", stage), "no", again)
+    counted = of_unet(network("meta", stage), partial(inputs, "meta", stage), "no", checkpointed)
     assert counted.copies == 0
     assert counted.others == pytest.approx(most, rel=0.03)
 
@@ -120,16 +121,22 @@ class Attention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "keys",
-    [{"conditions": ()}, {"conditions": ("class",)}, {}, {"pooled_text": True}, {"conditions": ("text", "size")}],
-    ids=["none", "class", "text", "pooled", "size"],
+    ("precision", "keys"),
+    [
+        ("bf16", {"conditions": ()}),
+        ("fp16", {"conditions": ("class",)}),
+        ("bf16", {}),
+        ("fp16", {}),
+        ("bf16", {"pooled_text": True}),
+        ("fp16", {"conditions": ("text", "size")}),
+    ],
+    ids=["none", "class", "text-bf16", "text-fp16", "pooled", "size"],
 )
 def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, Any]) -> None:
     stage = Stage2Config(**SHAPE, **keys)
     net = network("meta", stage)
-    with MemoryTracker(given(net)) as counted, AsOnGPU(precision):
+    with MemoryTracker(weights_and_gradients(net)) as counted, AsOnGPU(precision):
         x = inputs("meta", stage)
         output = predict(net, *x)
         during = list(counted.now)
@@ -156,7 +163,7 @@ def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, An
 
 
 def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, tmp_path: Path) -> None:
-    one = settings(
+    config = settings(
         root,
         "tiny",
         f"run.dir={tmp_path}",
@@ -168,29 +175,29 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
         "stage2.norm_num_groups=4",
         "stage2.attention_head_dim=4",
     )
-    shape = one.stage1.latent_channels, one.data.size // one.stage1.factor, 384
+    shape = config.stage1.latent_channels, config.data.size // config.stage1.factor, 384
     run = Trainer(
-        one.run,
-        one.stage2,
+        config.run,
+        config.stage2,
         "stage2",
-        Denoiser(unet.build(one.stage2, *shape), one.stage2, TextEmbedding(torch.zeros(1, 16, 384))),
+        Denoiser(unet.build(config.stage2, *shape), config.stage2, TextEmbedding(torch.zeros(1, 16, 384))),
     )
     for parameter in run.parameters:
         parameter.grad = torch.zeros_like(parameter)
     run._engine.optimizer.step()
 
-    def taken(tensors: Any) -> int:
+    def num_bytes(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    found = {item.name: item.step for item in estimate_memory(one).rows}
-    assert found["weights, float32"] == taken(run.parameters)
-    assert found["gradients, float32"] == taken(p.grad for p in run.parameters)
+    rows = {item.name: item.step for item in estimate_memory(config).rows}
+    assert rows["weights, float32"] == num_bytes(run.parameters)
+    assert rows["gradients, float32"] == num_bytes(p.grad for p in run.parameters)
     states = run._engine.optimizer.optimizer.state.values()
-    assert found["moments of adamw"] == taken(tensor for state in states for tensor in state.values())
-    assert found["2 averages of the weights"] == taken(p for model in run.ema.models for p in model.shadow_params)
-    vae, encoder = checks.networks(one)[0], text_encoder.of(one.text)
-    assert found["autoencoder"] == taken(vae.parameters())
-    assert found["text encoder"] == taken(encoder.model.parameters())
+    assert rows["moments of adamw"] == num_bytes(tensor for state in states for tensor in state.values())
+    assert rows["2 averages of the weights"] == num_bytes(p for model in run.ema.models for p in model.shadow_params)
+    vae, encoder = plan.networks(config)[0], text_encoder.of(config.text)
+    assert rows["autoencoder"] == num_bytes(vae.parameters())
+    assert rows["text encoder"] == num_bytes(encoder.model.parameters())
 
 
 def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None:
@@ -201,15 +208,17 @@ def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None
 
 def test_a_text_encoder_that_is_trained_has_gradients_but_for_what_no_state_depends_on(root: Path, words: Path) -> None:
     frozen, trained = (
-        estimate_memory(settings(root, "tiny", f"text.model={words}", "text.max_tokens=8", f"text.train={train}"))
+        estimate_memory(
+            settings(root, "tiny", *SMALL, f"text.model={words}", "text.max_tokens=8", f"text.train={train}")
+        )
         for train in ("false", "true")
     )
     encoder = text_encoder.load(str(words), 8)
     pooler = sum(p.numel() for p in encoder.model.pooler.parameters())
-    every = sum(p.numel() for p in encoder.model.parameters())
-    found = [{item.name: item.step for item in each.rows} for each in (frozen, trained)]
-    assert [each["text encoder"] for each in found] == [4 * every, 4 * pooler]
-    assert found[1]["gradients, float32"] - found[0]["gradients, float32"] == 4 * (every - pooler)
+    total = sum(p.numel() for p in encoder.model.parameters())
+    frozen_rows, trained_rows = ({item.name: item.step for item in estimate.rows} for estimate in (frozen, trained))
+    assert (frozen_rows["text encoder"], trained_rows["text encoder"]) == (4 * total, 4 * pooler)
+    assert trained_rows["gradients, float32"] - frozen_rows["gradients, float32"] == 4 * (total - pooler)
     assert any("activations of the text encoder" in note for note in trained.notes)
 
 
@@ -219,7 +228,7 @@ def test_the_text_encoder_of_stable_diffusion_is_known_where_it_is_not() -> None
     )
     with torch.device("meta"):
         model = CLIPTextModel(shape)
-    assert sum(p.numel() for p in model.parameters()) == checks.CLIP["openai/clip-vit-large-patch14"]
+    assert sum(p.numel() for p in model.parameters()) == plan.CLIP["openai/clip-vit-large-patch14"]
 
 
 def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoencoder) -> None:
@@ -238,69 +247,59 @@ def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoenc
 
 @pytest.mark.parametrize("model", AUTOENCODERS)
 def test_every_autoencoder_can_be_counted(root: Path, model: str) -> None:
-    one = loader.parse({"data": {"source": "x", "size": 64}, "stage1": {"model": model}}, "a test")
+    config = loader.parse({"data": {"source": "x", "size": 64}, "stage1": {"model": model}}, "a test")
     with torch.device("meta"):
-        vae = autoencoder.build(one.stage1, 64)
-    assert (min(memory_estimate.of_autoencoder(vae, one, 1, 1)) > 0) == (model != "identity")
+        vae = autoencoder.build(config.stage1, 64)
+    assert (min(memory_estimate.of_autoencoder(vae, config, 1, 1)) > 0) == (model != "identity")
 
 
 @pytest.mark.parametrize("conditions", ["[]", "[class]", "[text, class]", "[text, size]", "[text, inpaint]"])
-def test_whatever_pictures_are_made_from_can_be_counted(root: Path, conditions: str) -> None:
-    found = estimate_memory(settings(root, "tiny", f"stage2.conditions={conditions}", "stage2.pooled_text=false"))
-    assert found.step > 0 and found.between > 0
+def test_a_model_of_any_conditions_can_be_counted(root: Path, conditions: str) -> None:
+    keys = f"stage2.conditions={conditions}", "stage2.pooled_text=false"
+    estimate = estimate_memory(settings(root, "tiny", *SMALL, *keys))
+    assert estimate.step > 0 and estimate.between > 0
 
 
 @pytest.mark.parametrize(
-    ("conditions", "processes", "drawn"),
+    ("conditions", "processes", "images"),
     [("[class]", 8, 8), ("[]", 8, 2), ("[text, inpaint]", 8, 1), ("[text, inpaint]", 1, 8), ("[text]", 8, 1)],
 )
-def test_as_many_pictures_are_counted_as_a_sheet_has(root: Path, conditions: str, processes: int, drawn: int) -> None:
+def test_as_many_images_are_counted_as_a_sheet_has(root: Path, conditions: str, processes: int, images: int) -> None:
     keys = f"stage2.conditions={conditions}", "stage2.pooled_text=false", "sample.prompts=[a, b, c]"
-    assert memory_estimate._batch_sizes(settings(root, "tiny", *keys), processes, images=16)[2] == drawn
+    assert memory_estimate._batch_sizes(settings(root, "tiny", *keys), processes, images=16)[2] == images
 
 
 def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
-    one, two = (estimate_memory(settings(root), processes) for processes in (1, 2))
-    kept = {item.name: item.between for item in two.rows}["gradients, float32"]
-    assert kept > 0 and "gradients, float32" in [item.name for item in one.rows if not item.between]
+    single, two_processes = (estimate_memory(settings(root, "tiny", *SMALL), processes) for processes in (1, 2))
+    kept = {item.name: item.between for item in two_processes.rows}["gradients, float32"]
+    assert kept > 0 and "gradients, float32" in [item.name for item in single.rows if not item.between]
 
 
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
     keys = ["stage2.conditions=[]", "stage2.pooled_text=false"]
-    tiny = settings(
-        root,
-        "tiny",
-        *keys,
-        "stage2.channels=[8, 16]",
-        "stage2.attention=[false, true]",
-        "stage2.norm_num_groups=4",
-        "stage2.attention_head_dim=4",
-    )
-    shape = tiny.stage1.latent_channels, tiny.data.size // tiny.stage1.factor
-    unet.build(tiny.stage2, *shape).save_pretrained(tmp_path)
-    assert (
-        estimate_memory(settings(root, "tiny", *keys, f"stage2.init_from={tmp_path}")).rows
-        == estimate_memory(tiny).rows
-    )
+    small = settings(root, "tiny", *keys, *SMALL)
+    shape = small.stage1.latent_channels, small.data.size // small.stage1.factor
+    unet.build(small.stage2, *shape).save_pretrained(tmp_path)
+    loaded = settings(root, "tiny", *keys, f"stage2.init_from={tmp_path}")
+    assert estimate_memory(loaded).rows == estimate_memory(small).rows
 
 
-def test_without_a_cache_pictures_are_encoded_in_a_step(root: Path) -> None:
-    keys = "stage1.channels=[64, 64]", "stage2.channels=[8, 16]", "stage2.attention=[false, true]"
-    few = "stage2.norm_num_groups=4", "stage2.attention_head_dim=4", "stage2.batch=2", "stage1.norm_num_groups=8"
+def test_without_a_cache_images_are_encoded_in_a_step(root: Path) -> None:
+    keys = "stage1.channels=[64, 64]", "stage1.norm_num_groups=8", "stage2.batch=2"
     cached, uncached = (
-        estimate_memory(settings(root, "tiny", *keys, *few, f"data.cache={kind}")) for kind in ("disk", "none")
+        estimate_memory(settings(root, "tiny", *SMALL, *keys, f"data.cache={kind}")) for kind in ("disk", "none")
     )
     assert uncached.step > cached.step
     assert uncached.between == cached.between
 
 
 def test_the_configuration_for_24_gb_takes_less_than_22(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = estimate_memory(settings(root, "sd-512-24gb"))
+    estimate = estimate_memory(settings(root, "sd-512-24gb"))
     with capsys.disabled():
-        print(f"\n{found}")
-    assert max(found.step, found.between) < 22e9  # bytes; the card has 24 · 2^30, 25.8e9
+        print(f"\n{estimate}")
+    assert max(estimate.step, estimate.between) < 22e9  # bytes; the card has 24 · 2^30, 25.8e9
     header = re.search(r"# +together +([\d.]+) +([\d.]+)\n", (root / "configs/sd-512-24gb.yaml").read_text("utf-8"))
-    assert header and header.groups() == (f"{found.step / 1e9:.2f}", f"{found.between / 1e9:.2f}")
+    assert header and header.groups() == (f"{estimate.step / 1e9:.2f}", f"{estimate.between / 1e9:.2f}")
 
 
 def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
@@ -318,7 +317,7 @@ def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "batch    256 images a step: 1 process × 8 passes of 32" in said
-    assert "activations of 32 images" in said and "together" in said and "not measured: " in said
+    output = capsys.readouterr().out
+    assert "batch    256 images a step: 1 process × 8 accumulation steps of 32 images" in output
+    assert "activations of 32 images" in output and "together" in output and "not measured: " in output
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.distributed.sharding import without_weights
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.conditioning import Condition, TextEmbedding
-from ldm.training.throughput import Clock, forward_flops, matmul_peak
+from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
 from stage1_vae.model import Change, Reconstruction
 from stage2_diffusion.denoiser import Denoiser
 
@@ -68,8 +68,7 @@ def test_a_copy_without_weights_has_the_same_count() -> None:
     assert forward_flops(without_weights(network), *args) == forward_flops(network, *args) > 0
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("conditions", KINDS)
+@pytest.mark.parametrize(("conditions", "backend"), [*((kind, "sdpa") for kind in KINDS), (("text",), "eager")])
 def test_the_count_of_a_unet_equals_that_of_the_computation(conditions: tuple[str, ...], backend: str) -> None:
     model, args = denoiser(conditions), inputs(conditions)
     attention.use_attention(model.unet, backend, torch.device("cpu"))
@@ -181,3 +180,13 @@ def test_the_clock_reports_no_utilisation_without_flops_or_peak() -> None:
         clock = Clock(**known, now=time)
         time.seconds += 2.0
         assert clock.read() == {"images_per_second": 0.0, "waiting": 0.0}
+
+
+def test_flops_are_not_counted_on_the_forward_of_a_validation() -> None:
+    time, model = ManualClock(), nn.Linear(4, 2, bias=False)
+    clock = Clock(now=time)
+    clock.count_flops(model, model, 8, 1000.0, lambda: True)
+    model.eval()(torch.ones(3, 4))
+    assert clock.flops == 0
+    model.train()(torch.ones(8, 4))
+    assert clock.flops == TRAINING * 2 * 4 * 2

@@ -23,7 +23,7 @@ from ldm.config.schema import RunConfig, Training
 from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.engine import Engine
-from ldm.training.metrics_logger import MEASURED
+from ldm.training.metrics_logger import MEASURED, MetricsLogger
 from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from ldm.utils.rng import normal
@@ -50,6 +50,7 @@ def train(
     side: int = 4,
     workers: int = 0,
     keys: bool = False,
+    stage: str = "stage1",
     **changes: object,
 ) -> Trainer:
     """Trains a linear layer to be the identity; after `stop` steps it sends the signal `number` to all its processes.
@@ -77,7 +78,7 @@ def train(
             max_skipped=max_skipped,
         ),
         Training(**options),
-        "stage1",
+        stage,
         nn.Linear(side, side),
         {"shape": [4]},
     )
@@ -308,6 +309,28 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoi
     for folder in checkpoints(tmp_path / "stage1"):
         parts, _ = read_checkpoint(folder)
         assert all(tensor.isfinite().all() for tensor in parts["model"].values())
+
+
+def test_a_stop_by_skipped_steps_names_the_keys_of_its_command(tmp_path: Path) -> None:
+    for stage, remedy in (
+        ("stage1", "Raise run.max_skipped to go on, or mend these samples or lower stage1.lr and start with --fresh"),
+        ("classifier", "Mend these samples or lower lr and give another --out"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(tmp_path / stage, bad=(0, 1), max_skipped=2, stage=stage)
+        assert str(caught.value).endswith(f"there is no checkpoint yet. {remedy}")
+
+
+def test_a_metric_that_is_not_finite_is_null_in_its_line_of_json(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", accelerator(RunConfig(device="cpu", tracker="none")))
+    logger.add([{"loss": torch.tensor(2.0), "accuracy": torch.tensor(math.nan)}])
+    logger.write(3, logger.pop_means())
+
+    def no_json(constant: str) -> float:
+        raise ValueError(constant)
+
+    line = json.loads(logger.path.read_text(), parse_constant=no_json)
+    assert (line["step"], line["loss"], line["accuracy"]) == (3, 2.0, None)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.utils.errors import UserError, command, first_line, unknown_choice
+from ldm.utils.errors import UserError, command, first_line, training_command, unknown_choice
 
 
 class Broken(torch.utils.data.Dataset):
@@ -75,7 +75,9 @@ def test_ctrl_c_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -
     def action() -> None:
         raise KeyboardInterrupt
 
-    assert run_command(action, capsys) == (130, "interrupted; the same command continues.\n")
+    assert run_command(action, capsys) == (130, "interrupted\n")
+    assert training_command(lambda _: action())([]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command continues\n"
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("stage2.stepz=3", 2)])

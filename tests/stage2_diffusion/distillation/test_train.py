@@ -222,11 +222,15 @@ def distill(call: Callable[..., str], tiny_run: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def run_with(train: Callable[..., str], tiny_run: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Trains a short run with overrides, on the autoencoder and cache of the tiny run; returns its folder."""
+def run_with(train: Callable[..., str], tiny_run: Path, words: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Trains a short run with overrides, on the autoencoder and cache of the tiny run; returns its folder.
+
+    Its text encoder is a small one, which is exported in a moment.
+    """
 
     def train_run(*more: str) -> Path:
         reused = [f"stage1.pretrained={tiny_run / 'autoencoder'}", f"data.cache_dir={tiny_run / 'cache'}"]
+        reused.append(f"text.model={words}")
         short = ["stage2.steps=2", "sample.prompts=[]", "run.tracker=none"]
         train(tmp_path / "run", *reused, *short, *more)
         return tmp_path / "run"
@@ -254,11 +258,12 @@ def test_every_halving_is_exported_for_plain_diffusers_and_a_killed_one_resumes_
     distill: Callable[..., str],
     launch: Callable[..., Process],
     wait_for: Callable[..., None],
+    run_with: Callable[..., Path],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    distill(uninterrupted)
+    run, uninterrupted, killed = run_with(), tmp_path / "uninterrupted", tmp_path / "killed"
+    distill(uninterrupted, run=run)
     assert {path.name for path in uninterrupted.glob("pipeline*")} == {
         "pipeline",
         "pipeline-guidance",
@@ -282,23 +287,23 @@ def test_every_halving_is_exported_for_plain_diffusers_and_a_killed_one_resumes_
     final, last = weights(uninterrupted / "pipeline"), weights(uninterrupted / "pipeline-2")
     assert all(torch.equal(a, b) for a, b in zip(final.values(), last.values(), strict=True))
 
-    process = launch("-m", "stage2_diffusion.distillation.train", tiny_run, "--out", killed, *QUICK)
+    process = launch("-m", "stage2_diffusion.distillation.train", run, "--out", killed, *QUICK)
     wait_for(killed / "steps-4/checkpoints/step-000002", process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     modified = (killed / "pipeline-guidance/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    distill(killed)
+    distill(killed, run=run)
     assert (killed / "pipeline-guidance/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == modified
     resumed, expected = weights(killed / "pipeline"), weights(uninterrupted / "pipeline")
     assert {name for name in expected if not torch.equal(resumed[name], expected[name])} == set()
 
-    assert "finished" in distill(uninterrupted)
-    assert "finished" in distill(uninterrupted, "checkpoint_every=3")
-    assert "lr: 0.0001 → 0.1" in distill(uninterrupted, "lr=0.1", status=2)
-    assert "another distillation (guidance_to" in distill(uninterrupted, "guidance_to=5", status=2)
-    assert "steps_to" in distill(uninterrupted, "steps_to=4", status=2)
-    assert "run of another kind" in distill(tiny_run, status=2)
-    other = shutil.copytree(tiny_run, tmp_path / "other", ignore=shutil.ignore_patterns("cache", "stage*"))
+    assert "finished" in distill(uninterrupted, run=run)
+    assert "finished" in distill(uninterrupted, "checkpoint_every=3", run=run)
+    assert "lr: 0.0001 → 0.1" in distill(uninterrupted, "lr=0.1", run=run, status=2)
+    assert "another training (guidance_to" in distill(uninterrupted, "guidance_to=5", run=run, status=2)
+    assert "steps_to" in distill(uninterrupted, "steps_to=4", run=run, status=2)
+    assert "folder of another kind" in distill(tiny_run, status=2)
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("cache", "stage*"))
     shutil.rmtree(other / "pipeline/unet")
     shutil.copytree(uninterrupted / "pipeline-guidance/unet", other / "pipeline/unet")
     assert "teacher: " in distill(uninterrupted, run=other, status=2)

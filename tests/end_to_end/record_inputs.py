@@ -1,4 +1,4 @@
-"""`watched.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains the tiny configuration, and writes what its U-Net was given."""
+"""`record_inputs.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains the tiny configuration, and writes its U-Net's inputs."""
 
 import sys
 from pathlib import Path
@@ -14,23 +14,23 @@ from tiny import TINY
 
 import train_ldm
 
-world, folder, *more = sys.argv[1:]
-given: list[torch.Tensor] = []
+world, folder, *overrides = sys.argv[1:]
+noisy_latents: list[torch.Tensor] = []
 unets: list[UNet2DConditionModel] = []
 
 
-def watch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     if isinstance(module, UNet2DConditionModel) and module.training:
-        given.append(inputs[0].clone())
+        noisy_latents.append(inputs[0].clone())
         unets[:] = [module]
 
 
-torch.nn.modules.module.register_module_forward_pre_hook(watch)
-status = train_ldm.main([*TINY, f"run.dir={folder}", *more])
+torch.nn.modules.module.register_module_forward_pre_hook(record)
+status = train_ldm.main([*TINY, f"run.dir={folder}", *overrides])
 assert PartialState().num_processes == int(world)
 weights = torch.cat([p.detach().flatten() for p in unets[0].parameters()])
 save_file(
-    {"x_t": torch.stack(given), "weights": weights},
+    {"x_t": torch.stack(noisy_latents), "weights": weights},
     Path(folder) / f"rank-{PartialState().process_index}.safetensors",
 )
 sys.exit(status)

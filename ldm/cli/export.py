@@ -1,0 +1,207 @@
+"""A model as one file for ComfyUI and A1111, or as a diffusers folder; what was written is read again and compared.
+
+    ldm-export runs/openmoji --to single-file --precision fp16 --out openmoji.safetensors
+
+The file has the original layout of Stable Diffusion 1, 2 or XL, whichever has names for the model's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils import logging
+from safetensors.torch import save_file
+
+from ldm.models.autoencoder import fold
+from ldm.models.convert import checkpoint
+from ldm.models.finite import check_weights
+from ldm.sampling import pipeline_io
+from ldm.sampling.loop import initial_noise
+from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.atomic_files import whole_file
+from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.paths import path_or_id
+from ldm.utils.precision import DTYPES
+
+STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PROMPT, SEED, STEPS = "a photograph", 0, 4  # of the image that certifies an export
+ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+"""Names of the specification of metadata, https://github.com/Stability-AI/ModelSpec."""
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=path_or_id, help="the folder of a finished run, a diffusers folder, or a Hub id")
+    parser.add_argument("--to", required=True, choices=("single-file", "diffusers"))
+    parser.add_argument("--precision", default="no", choices=DTYPES, help="of all weights; default: no, float32")
+    parser.add_argument("--out", required=True, type=Path, help="the .safetensors, or the folder, to write")
+    args = parser.parse_args(arguments)
+    check_out(args.out, args.to)
+    run_pipeline = Path(args.model) / "pipeline"
+    name = str(run_pipeline) if run_pipeline.is_dir() else args.model
+    model = in_precision(LatentDiffusion(**pipeline_io.read(name, "model")), DTYPES[args.precision])
+    if args.to == "diffusers":
+        model.save(args.out)
+        written = DiffusionPipeline.from_pretrained(args.out, safety_checker=None, torch_dtype=torch.float32)
+    else:
+        layout = write_single_file(model, args.out)
+        written = read_single_file(model, args.out, name)
+        print(f"layout   {layout}")
+        if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
+            widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))
+            print(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
+    print(f"tensors  {compare_tensors(model, written):,} read again, all equal")
+    if model.task == "generate":
+        print(f"image    differs by {compare_images(model, written)} of 255 at most from that of the model")
+    print(f"wrote    {args.out}: {size_of(args.out) / 1e6:,.1f} MB")
+
+
+def check_out(out: Path, to: str) -> None:
+    if to == "single-file" and out.suffix != ".safetensors":
+        raise UserError(f"--out: {out}; give a name that ends in .safetensors")
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; give a new name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: no folder {out.parent}; create it first")
+
+
+def in_precision(model: LatentDiffusion, dtype: torch.dtype) -> LatentDiffusion:
+    """The model with weights rounded to `dtype`; UserError where one of them leaves its range."""
+    for part in parts_of(model).values():
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns about layers to keep in float32
+        if dtype == torch.float16:
+            check_range(part)
+    return model
+
+
+def check_range(part: torch.nn.Module) -> None:
+    try:
+        check_weights({type(part).__name__: part}, "--precision fp16")
+    except UserError:
+        raise UserError(
+            f"--precision: fp16 is too narrow for weights of the {type(part).__name__}; give bf16 or no"
+        ) from None
+
+
+def parts_of(model: LatentDiffusion) -> dict[str, torch.nn.Module]:
+    """The networks of a model, by the names of a pipeline's components."""
+    parts = {"unet": model.unet, "vae": model.autoencoder.vae}
+    return parts | dict(zip(("text_encoder", "text_encoder_2"), model.text.models if model.text else (), strict=False))
+
+
+def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
+    """Writes a model in the original layout, which is returned; UserError, naming the reason, where it has none."""
+    try:
+        encoders = list(model.text.models) if model.text else []
+        layout = checkpoint.layout_of(model.unet, model.autoencoder.vae, encoders)
+        check_conventions(model)
+    except ValueError as error:
+        raise UserError(f"--to single-file: {error}; --to diffusers keeps all of it") from None
+    vae, factor = model.autoencoder.vae, checkpoint.SCALING_FACTOR[layout]
+    if abs(vae.config.scaling_factor - factor) > 1e-6:  # programs take the layout's: the weights absorb the rest
+        zeros = torch.zeros(vae.config.latent_channels)
+        vae = fold(vae, zeros, torch.full_like(zeros, factor / model.autoencoder.scale))
+        vae.register_to_config(scaling_factor=factor)
+        model.autoencoder.vae = vae
+    check_weights(parts_of(model), path)
+    tensors = checkpoint.tensors_of(layout, model.unet, vae, encoders)
+    v_prediction, zero_snr = model.prediction_type == "v", zero_snr_of(model)
+    tensors |= {"v_pred": torch.tensor([])} if v_prediction else {}
+    tensors |= {"ztsnr": torch.tensor([])} if zero_snr else {}
+    with whole_file(path) as tmp_path:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, tmp_path, metadata_of(model, layout, path.stem, v_prediction))
+    return layout
+
+
+def metadata_of(model: LatentDiffusion, layout: checkpoint.Layout, title: str, v_prediction: bool) -> dict[str, str]:
+    architecture = ARCHITECTURES[layout] + ("/inpaint" if model.task == "inpaint" else "")
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{model.side}x{model.side}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+    }
+
+
+def check_conventions(model: LatentDiffusion) -> None:
+    """ValueError for what a single file can't say, and programs would compute otherwise."""
+    if model.prediction_type not in ("eps", "v"):
+        raise ValueError(f"it predicts {model.prediction_type}; programs know eps and v of this layout")
+    if model.unet.config.out_channels != model.autoencoder.channels:
+        raise ValueError("its U-Net predicts the variance too, for which the layout has no place")
+    if model.classes:
+        raise ValueError("it is class-conditional, for which the layout has no place")
+    if model.null is not None:
+        raise ValueError("it was trained with an unconditional embedding of its own, for which the layout has no place")
+    if model.text and model.text.chunks > 1:
+        raise ValueError("its captions are encoded in chunks, which programs do in another way")
+    if zero_snr_of(model) is None:
+        raise ValueError("its noise schedule is another than Stable Diffusion's, which programs assume")
+
+
+def zero_snr_of(model: LatentDiffusion) -> bool | None:
+    """Whether Stable Diffusion's noise schedule ends in pure noise here; None where the schedule is another one."""
+    for zero_snr in (False, True):
+        known = DDIMScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=zero_snr).alphas_cumprod
+        own = model.scheduler.alphas_cumprod
+        if own.shape == known.shape and torch.allclose(own.float(), known, atol=1e-5):
+            return zero_snr
+    return None
+
+
+def read_single_file(model: LatentDiffusion, path: Path, config: str) -> Any:
+    """What plain diffusers reads of the file; the folder that it came from tells the configuration."""
+    kind = type(pipeline_io.pipeline_of(model))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        options = {"safety_checker": None} if "safety_checker" in kind._optional_components else {}
+        return kind.from_single_file(str(path), config=config, torch_dtype=torch.float32, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def compare_tensors(model: LatentDiffusion, written: Any) -> int:
+    """How many tensors were read again; UserError where one differs from the model's."""
+    count = 0
+    for name, part in parts_of(model).items():
+        read: Any = getattr(written, "vqvae" if name == "vae" and hasattr(written, "vqvae") else name)
+        tensors = {key.removeprefix("text_model."): tensor for key, tensor in read.state_dict().items()}
+        for key, tensor in part.state_dict().items():
+            other = tensors.get(key.removeprefix("text_model."))
+            if other is None or not torch.equal(other.float(), tensor.float()):
+                raise UserError(f"{name}: {key} was not read again as it was; the export can't be trusted")
+            count += 1
+    return count
+
+
+def compare_images(model: LatentDiffusion, written: Any) -> int:
+    """The largest difference, of 255, between the model's image and that of diffusers from what was written."""
+    for part in parts_of(model).values():
+        torch.nn.Module.to(part, torch.float32)
+    side, factor = model.side, model.autoencoder.factor
+    noise = initial_noise((model.autoencoder.channels, side // factor, side // factor), [SEED])
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    written.scheduler = type(model.scheduler).from_config(model.scheduler.config)
+    written.set_progress_bar_config(disable=True)
+    ours = np.asarray(model(PROMPT, seed=SEED, **options)[0]).astype(int)
+    plain = written(PROMPT, **options, width=side, height=side, latents=noise).images[0]
+    return int(np.abs(ours - np.asarray(plain).astype(int)).max())
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

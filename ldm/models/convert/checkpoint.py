@@ -1,0 +1,179 @@
+"""A whole model as one `.safetensors` in the layouts of Stable Diffusion 1, 2 and XL, which desktop programs open.
+
+model.diffusion_model.*                                      the U-Net, in CompVis' names
+first_stage_model.*                                          the autoencoder
+cond_stage_model.transformer.*                               1: CLIP's text encoder, in transformers' names
+cond_stage_model.model.*                                     2: OpenCLIP's text tower
+conditioner.embedders.0.transformer.*, embedders.1.model.*   XL: one of each
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from ldm.models.convert.autoencoder import LINEAR
+from ldm.models.convert.autoencoder import original_name as autoencoder_name
+
+Layout = Literal["sd1", "sd2", "sdxl"]
+Tensors = dict[str, torch.Tensor]
+
+UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
+TEXT: dict[Layout, tuple[str, ...]] = {
+    "sd1": ("cond_stage_model.transformer.",),
+    "sd2": ("cond_stage_model.model.",),
+    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+}
+SCALING_FACTOR = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+"""Of the latents, which programs take for granted by the layout."""
+WIDTHS: dict[Layout, tuple[int, ...]] = {
+    "sd1": (320, 640, 1280, 1280),
+    "sd2": (320, 640, 1280, 1280),
+    "sdxl": (320, 640, 1280),
+}
+"""Of the published U-Nets, the only ones that ComfyUI and A1111 recognise."""
+SD2_LAYERS = 23  # of SD 2's text encoder; the published file has a 24th, which is never computed
+
+UNET_FIXED = (
+    ("conv_in.", "input_blocks.0.0."),
+    ("conv_norm_out.", "out.0."),
+    ("conv_out.", "out.2."),
+    ("time_embedding.linear_1.", "time_embed.0."),
+    ("time_embedding.linear_2.", "time_embed.2."),
+    ("add_embedding.linear_1.", "label_emb.0.0."),
+    ("add_embedding.linear_2.", "label_emb.0.2."),
+    ("class_embedding.", "label_emb."),
+    ("mid_block.resnets.0.", "middle_block.0."),
+    ("mid_block.attentions.0.", "middle_block.1."),
+    ("mid_block.resnets.1.", "middle_block.2."),
+)
+RESNET = (
+    (".norm1.", ".in_layers.0."),
+    (".conv1.", ".in_layers.2."),
+    (".time_emb_proj.", ".emb_layers.1."),
+    (".norm2.", ".out_layers.0."),
+    (".conv2.", ".out_layers.3."),
+    (".conv_shortcut.", ".skip_connection."),
+)
+BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)")
+OPEN_CLIP = (
+    ("embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("final_layer_norm.", "ln_final."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+QKV = re.compile(r"(.*)\.self_attn\.q_proj\.(weight|bias)")
+
+
+def layout_of(unet: Any, autoencoder: Any, encoders: list[Any]) -> Layout:
+    """The layout that has names for a model's tensors; ValueError, which says why, if none has."""
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"its U-Net is a {type(unet).__name__}; the layout knows a UNet2DConditionModel")
+    config = unet.config
+    kinds = {*config.down_block_types, *config.up_block_types, config.mid_block_type}
+    if unknown := kinds - {
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "UNetMidBlock2DCrossAttn",
+    }:
+        raise ValueError(f"its U-Net has a {min(unknown)}, for which the layout has no names")
+    for key, known in {
+        "resnet_time_scale_shift": ("default",),
+        "addition_embed_type": (None, "text_time"),
+        "class_embed_type": (None,),
+        "time_cond_proj_dim": (None,),
+        "encoder_hid_dim": (None,),
+    }.items():
+        if config.get(key) not in known:
+            raise ValueError(f"its U-Net has {key} {config[key]!r}, for which the layout has no names")
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise ValueError(f"its autoencoder is a {type(autoencoder).__name__}; the layout knows an AutoencoderKL")
+    kinds_of_text = [type(encoder) for encoder in encoders]
+    if kinds_of_text == [CLIPTextModel, CLIPTextModelWithProjection]:
+        if config.addition_embed_type != "text_time":
+            raise ValueError("its U-Net reads no pooled text and sizes, as that of two text encoders does")
+        return "sdxl"
+    if kinds_of_text != [CLIPTextModel]:
+        names = ", ".join(kind.__name__ for kind in kinds_of_text) or "none"
+        raise ValueError(f"its text encoder is {names}; the layout knows CLIP's")
+    if config.addition_embed_type:
+        raise ValueError("its U-Net reads sizes, which the layout knows with two text encoders only")
+    return "sd2" if config.use_linear_projection else "sd1"
+
+
+def tensors_of(layout: Layout, unet: Any, autoencoder: Any, encoders: list[Any]) -> Tensors:
+    """All tensors of a model by their names in the layout."""
+    tensors = {UNET + unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()}
+    levels = len(autoencoder.config.block_out_channels)
+    for name, tensor in autoencoder.state_dict().items():
+        shaped = tensor[:, :, None, None] if LINEAR.search(name) else tensor
+        tensors[AUTOENCODER + autoencoder_name(name, levels)] = shaped
+    for prefix, encoder in zip(TEXT[layout], encoders, strict=True):
+        converted = open_clip_tensors(encoder) if prefix.endswith(".model.") else clip_tensors(encoder)
+        tensors |= {prefix + name: tensor for name, tensor in converted.items()}
+    return tensors
+
+
+def unet_name(name: str, config: Any) -> str:
+    """CompVis' name of a tensor of a diffusers U-Net."""
+    for diffusers_part, original_part in UNET_FIXED:
+        if name.startswith(diffusers_part):
+            name = original_part + name.removeprefix(diffusers_part)
+    if match := BLOCK.match(name):
+        direction, block, kind, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        first = block * (config.layers_per_block + 1)  # the original counts blocks of all levels through
+        if direction == "down" and kind == "downsamplers":
+            name = f"input_blocks.{1 + first + config.layers_per_block}.0.op.{rest.removeprefix('conv.')}"
+        elif direction == "down":
+            name = f"input_blocks.{1 + first + number}.{0 if kind == 'resnets' else 1}.{rest}"
+        elif kind == "upsamplers":
+            position = 2 if "CrossAttn" in config.up_block_types[block] else 1
+            name = f"output_blocks.{first + config.layers_per_block}.{position}.{rest}"
+        else:
+            name = f"output_blocks.{first + number}.{0 if kind == 'resnets' else 1}.{rest}"
+    if ".transformer_blocks." in name:
+        return name
+    for diffusers_part, original_part in RESNET:
+        name = name.replace(diffusers_part, original_part)
+    return name
+
+
+def clip_tensors(encoder: Any) -> Tensors:
+    """transformers' names, which the original layout has too, with the prefix that they had before version 5."""
+    return {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+
+
+def open_clip_tensors(encoder: Any) -> Tensors:
+    """OpenCLIP's names: query, key and value are one tensor, and the projection is transposed."""
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name or name.endswith("position_ids"):
+            continue
+        if match := QKV.fullmatch(name):
+            joined = [tensors[f"{match[1]}.self_attn.{letter}_proj.{match[2]}"] for letter in "qkv"]
+            name, tensor = f"{match[1]}.attn.in_proj_{match[2]}", torch.cat(joined)
+        elif name == "text_projection.weight":
+            name, tensor = "text_projection", tensor.T
+        for transformers_part, original_part in OPEN_CLIP:
+            name = name.replace(transformers_part, original_part)
+        result[name] = tensor
+    if encoder.config.num_hidden_layers == SD2_LAYERS:  # programs build 24 layers, and read 23
+        last = f"transformer.resblocks.{SD2_LAYERS - 1}."
+        result |= {
+            name.replace(last, f"transformer.resblocks.{SD2_LAYERS}."): tensor.clone()
+            for name, tensor in result.items()
+            if name.startswith(last)
+        }
+    return result

@@ -1,0 +1,260 @@
+"""A model as one file in the layouts of Stable Diffusion 1, 2 and XL: what plain diffusers reads of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sdxl import WIDTHS, sdxl, text_encoder, tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ldm.cli import export
+from ldm.models.convert import checkpoint
+from ldm.models.convert import unet as single_file_unet
+
+SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def stable_diffusion(folder: Path, linear: bool, layers: int = 2, **schedule: Any) -> StableDiffusionPipeline:
+    """A small pipeline of the layout of Stable Diffusion 1, or with `linear` projections of 2."""
+    torch.manual_seed(0)
+    words = tokenizer(folder, "<|endoftext|>")
+    encoder = text_encoder(CLIPTextModel, len(words), WIDTHS[0], layers)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=WIDTHS[0],
+        use_linear_projection=linear,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=schedule.pop("scaling_factor", 0.18215),
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=words,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(**{**SCHEDULE, "clip_sample": False, "steps_offset": 1, **schedule}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES: dict[str, Callable[[Path], DiffusionPipeline]] = {
+    "sd1": lambda folder: stable_diffusion(folder, linear=False),
+    "sd2": lambda folder: stable_diffusion(folder, linear=True, layers=23),
+    "sdxl": sdxl,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    dirs = {}
+    for name, build in PIPELINES.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(folder).save_pretrained(folder / "model")
+        dirs[name] = folder / "model"
+    return dirs
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_plain_diffusers_reads_every_tensor_and_makes_the_same_image(
+    layout: str, precision: str, pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    output = call(export.main, pipeline_dirs[layout], "--to", "single-file", "--precision", precision, "--out", file)
+    assert f"layout   {layout}\n" in output
+    difference = re.search(r"image    differs by (\d+) of 255", output)
+    assert difference and int(difference[1]) <= 1
+    kind = StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
+    read = kind.from_single_file(str(file), config=str(pipeline_dirs[layout]), torch_dtype=torch.float32)
+    original = kind.from_pretrained(pipeline_dirs[layout])
+    for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if layout == "sdxl" else [])):
+        tensors = getattr(read, name).state_dict()
+        for key, tensor in getattr(original, name).state_dict().items():
+            expected = tensor.half().float() if precision == "fp16" else tensor
+            assert torch.equal(tensors[key], expected), key
+    assert {t.dtype for t in load_file(file).values()} == {torch.float16 if precision == "fp16" else torch.float32}
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_our_own_reader_reads_the_file_that_was_exported(
+    layout: str, pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    call(export.main, pipeline_dirs[layout], "--to", "single-file", "--out", file)
+    unet, predicts = single_file_unet.read(file, 8, 4)
+    assert predicts == "epsilon"
+    expected = UNet2DConditionModel.from_pretrained(pipeline_dirs[layout], subfolder="unet").state_dict()
+    assert unet.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_model_that_predicts_v_says_so_in_a_tensor_and_in_the_metadata(
+    zero_snr: bool, call: Callable[..., str], tmp_path: Path
+) -> None:
+    pipe = stable_diffusion(tmp_path, linear=True, prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr)
+    pipe.save_pretrained(tmp_path / "model")
+    file = tmp_path / "v.safetensors"
+    call(export.main, tmp_path / "model", "--to", "single-file", "--out", file)
+    with safe_open(file, "pt") as opened:
+        names, metadata = set(opened.keys()), opened.metadata()
+    assert ("v_pred" in names, "ztsnr" in names) == (True, zero_snr)
+    assert metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2"
+    assert single_file_unet.read(file, 8, 4)[1] == "v_prediction"
+
+
+def test_another_scaling_factor_is_folded_into_the_autoencoder(call: Callable[..., str], tmp_path: Path) -> None:
+    stable_diffusion(tmp_path, linear=False, scaling_factor=0.5).save_pretrained(tmp_path / "model")
+    output = call(export.main, tmp_path / "model", "--to", "single-file", "--out", tmp_path / "model.safetensors")
+    difference = re.search(r"image    differs by (\d+) of 255", output)
+    assert difference and int(difference[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        ({"beta_schedule": "linear"}, "its noise schedule is another than Stable Diffusion's"),
+        ({"beta_end": 0.02}, "its noise schedule is another than Stable Diffusion's"),
+        ({"prediction_type": "sample"}, "it predicts x0; programs know eps and v"),
+    ],
+)
+def test_what_the_layout_can_not_say_is_refused_with_the_reason(
+    schedule: dict[str, Any], reason: str, call: Callable[..., str], tmp_path: Path
+) -> None:
+    stable_diffusion(tmp_path, linear=False, **schedule).save_pretrained(tmp_path / "model")
+    file = tmp_path / "a.safetensors"
+    output = call(export.main, tmp_path / "model", "--to", "single-file", "--out", file, status=2)
+    assert f"error: --to single-file: {reason}" in output
+    assert "--to diffusers keeps all of it" in output
+    assert not file.exists()
+    call(export.main, tmp_path / "model", "--to", "diffusers", "--out", tmp_path / "folder")
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "folder", safety_checker=None)
+
+
+def test_weights_beyond_fp16_are_refused(call: Callable[..., str], tmp_path: Path) -> None:
+    pipe = stable_diffusion(tmp_path, linear=False)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0] = 1e5
+    pipe.save_pretrained(tmp_path / "model")
+    out = ("--to", "single-file", "--precision", "fp16", "--out", tmp_path / "a.safetensors")
+    output = call(export.main, tmp_path / "model", *out, status=2)
+    assert "--precision: fp16 is too narrow for weights of the UNet2DConditionModel" in output
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a.ckpt", "ends in .safetensors"), ("no/a.safetensors", "no folder")])
+def test_an_impossible_file_is_refused_before_anything_is_loaded(
+    name: str, reason: str, call: Callable[..., str], tmp_path: Path
+) -> None:
+    output = call(export.main, tmp_path / "none", "--to", "single-file", "--out", tmp_path / name, status=2)
+    assert reason in output
+
+
+FULL: dict[str, tuple[dict[str, Any], int]] = {  # the published U-Nets, and how many tensors their files hold
+    "sd1": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 686),
+    "sd2": ({"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}, 686),
+    "sdxl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        1680,
+    ),
+}
+PUBLISHED = {  # some of their tensors
+    "sd1": {
+        "input_blocks.0.0.weight": (320, 4, 3, 3),
+        "input_blocks.3.0.op.weight": (320, 320, 3, 3),
+        "input_blocks.1.1.proj_in.weight": (320, 320, 1, 1),
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight": (1280, 768),
+        "output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+        "output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+        "output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+        "out.2.bias": (4,),
+    },
+    "sd2": {
+        "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "output_blocks.11.1.transformer_blocks.0.norm1.bias": (320,),
+        "input_blocks.1.1.proj_in.weight": (320, 320),
+    },
+    "sdxl": {
+        "label_emb.0.0.weight": (1280, 2816),
+        "input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (640, 2048),
+        "input_blocks.8.1.transformer_blocks.9.ff.net.2.weight": (1280, 5120),
+        "middle_block.1.transformer_blocks.9.attn1.to_q.weight": (1280, 1280),
+        "output_blocks.2.2.conv.weight": (1280, 1280, 3, 3),
+        "output_blocks.8.0.skip_connection.weight": (320, 640, 1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", FULL)
+def test_the_published_unets_have_their_published_names_and_shapes(layout: str) -> None:
+    config, count = FULL[layout]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    shapes = {checkpoint.unet_name(name, unet.config): tuple(t.shape) for name, t in unet.state_dict().items()}
+    assert len(shapes) == count
+    assert {name: shapes.get(name) for name in PUBLISHED[layout]} == PUBLISHED[layout]
+    names, unused = single_file_unet.name_table(Path("a"), {checkpoint.UNET + name for name in shapes})
+    assert (set(names), unused) == (set(unet.state_dict()), set())  # by diffusers' own conversion
+
+
+def test_the_published_text_encoders_have_their_published_names_and_shapes() -> None:
+    shape = {"num_hidden_layers": 32, "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, hidden_size=768, intermediate_size=3072))
+        big = CLIPTextModelWithProjection(CLIPTextConfig(**shape, num_attention_heads=20))
+    names = checkpoint.clip_tensors(clip)
+    assert len(names) == 196
+    assert names["text_model.embeddings.position_embedding.weight"].shape == (77, 768)
+    assert names["text_model.encoder.layers.11.self_attn.q_proj.weight"].shape == (768, 768)
+    names = checkpoint.open_clip_tensors(big)
+    assert len(names) == 32 * 12 + 5  # and the published file's logit_scale, which nothing reads
+    assert names["transformer.resblocks.31.attn.in_proj_weight"].shape == (3840, 1280)
+    assert {"token_embedding.weight", "positional_embedding", "ln_final.bias", "text_projection"} <= names.keys()
+
+
+def test_sd2s_file_has_the_24th_layer_that_programs_build(tmp_path: Path) -> None:
+    pipe = stable_diffusion(tmp_path, linear=True, layers=23)
+    names = checkpoint.open_clip_tensors(pipe.text_encoder)
+    assert torch.equal(
+        names["transformer.resblocks.23.mlp.c_fc.weight"], names["transformer.resblocks.22.mlp.c_fc.weight"]
+    )
