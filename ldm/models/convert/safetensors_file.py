@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ldm.models.weight_files import PICKLES, is_pickle
+from ldm.models.weight_files import PICKLES, pickle_error
 from ldm.utils.errors import UserError, first_line
 
 Shapes = dict[str, tuple[int, ...]]
@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 def opened(path: Path) -> Iterator[Any]:
     """Opens a `.safetensors` file to read tensors; UserError if it is missing, damaged, or a pickle."""
     if path.suffix in PICKLES and path.exists():
-        raise UserError(is_pickle(path))
+        raise UserError(pickle_error(path))
     try:
         with safe_open(path, "pt") as file:
             yield file

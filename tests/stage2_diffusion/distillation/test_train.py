@@ -28,7 +28,7 @@ from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.models.unet import build, make_guidance_conditioned, without_variance
+from ldm.models.unet import build, make_guidance_conditioned, remove_variance_channels
 from ldm.sampling.few_steps import grid
 from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
@@ -132,7 +132,7 @@ def test_a_learned_variance_is_removed_from_the_student(unet: Any) -> None:
     with_variance = build(STAGE.model_copy(update={"variance": "learned"}), 4, 8, text_width=16)
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16)
     before = predict(with_variance, x, t, Condition(text))
-    without_variance(with_variance, 4)
+    remove_variance_channels(with_variance, 4)
     torch.testing.assert_close(predict(with_variance, x, t, Condition(text)), before[:, :4])
     assert with_variance.config.out_channels == 4
 
