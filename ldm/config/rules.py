@@ -28,7 +28,7 @@ TRACKERS = (
     "trackio",
     "wandb",
 )  # accelerate's, which imports torch
-STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
+FLOW_SOLVERS = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
 
 
 def check(section: Checked, rules: Iterable[Callable[[Any], None]]) -> Checked:
@@ -379,10 +379,10 @@ def trained_text_encoder_has_text(config: Config) -> None:
 
 def solver_suits_prediction(config: Config) -> None:
     solver, prediction_type = config.sample.solver, config.stage2.prediction_type
-    if prediction_type == "flow" and solver not in STRAIGHT:
+    if prediction_type == "flow" and solver not in FLOW_SOLVERS:
         raise ValueError(
             f"sample.solver: {solver!r} can't be saved with stage2.prediction_type 'flow'; use "
-            f"{', '.join(STRAIGHT)}, and another one when you sample"
+            f"{', '.join(FLOW_SOLVERS)}, and another one when you sample"
         )
     if prediction_type == "x0" and solver == "euler_a":
         raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.prediction_type 'x0'; use another")
