@@ -14,7 +14,7 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import Report
 from ldm.training.trackers import log_image
@@ -42,7 +42,7 @@ def amplified_difference(rebuilt: torch.Tensor, original: torch.Tensor) -> torch
 def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
     """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
-    own = Figures(max_scales(min(sides)))
+    own = ReconstructionMetrics(max_scales(min(sides)))
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
@@ -101,7 +101,9 @@ def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Train
     for tensor in report.tensors().values():
         tensor.copy_(trainer.sum(tensor))
     if trainer.is_main:
-        report.plot(trainer.folder / "latents.png")
+        from ldm.models.latent_plots import plot_latents  # imports matplotlib, which is slow
+
+        plot_latents(report, trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()

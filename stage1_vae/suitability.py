@@ -31,7 +31,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT, BadSample
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
-from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, max_scales
+from ldm.evaluation.reconstruction import KERNEL, Bicubic, ReconstructionMetrics, max_scales
 from ldm.models import autoencoder, feature_networks
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.atomic_files import atomic_file
@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names, examples, worst = measure(parts, subjects, args.worst)
     if not names:
         raise UserError(f"data.source: no usable image in {settings.data.name}; scripts/check_data.py says why")
-    if len(names) < MIN_FID_IMAGES and subjects[0].figures.fid is not None:
+    if len(names) < MIN_FID_IMAGES and subjects[0].metrics.fid is not None:
         notes.append(f"rFID of {len(names):,} images is mostly noise; about {MIN_FID_IMAGES:,} are needed")
-    baselines = {s.model.factor: s.figures.means() for s in subjects if isinstance(s.model, Bicubic)}
+    baselines = {s.model.factor: s.metrics.means() for s in subjects if isinstance(s.model, Bicubic)}
     facts = [describe(subject, baselines) for subject in subjects]
     title = f"{len(names):,} images ({split}) of {settings.data.name} at {settings.data.size} px"
     unit = "bias: mean of rebuilt less real, in 1/255"
     lines = [title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *recommendations(facts), ""]
     print("\n".join(lines))
 
-    per_image = {subject.name: {k: v.tolist() for k, v in subject.figures.per_image.items()} for subject in subjects}
+    per_image = {subject.name: {k: v.tolist() for k, v in subject.metrics.per_image.items()} for subject in subjects}
     report = {
         "config": str(args.config),
         "data": settings.data.name,
@@ -206,11 +206,12 @@ def _subjects(
     except UserError as error:
         notes.append(str(error))
     subjects = [
-        Subject(name, model, Figures(scales, lpips, fid))
+        Subject(name, model, ReconstructionMetrics(scales, lpips, fid))
         for (name, model), fid in zip(models.items(), fids, strict=True)
     ]
     factors = sorted({model.factor for model in models.values()})
-    return subjects + [Subject(f"bicubic ÷ {f}", Bicubic(f), Figures(scales, lpips)) for f in factors], notes
+    baselines = [Subject(f"bicubic ÷ {f}", Bicubic(f), ReconstructionMetrics(scales, lpips)) for f in factors]
+    return subjects + baselines, notes
 
 
 def measure(

@@ -32,7 +32,7 @@ from transformers.utils import logging as text_logging
 
 from ldm.diffusion.schedules import betas
 from ldm.models.autoencoder import Autoencoder, Identity, fold
-from ldm.models.conditioning import NOISIEST
+from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
 from ldm.models.weight_files import load_variant
@@ -208,7 +208,7 @@ def pipeline_of(model: Model) -> DiffusionPipeline:
             vae.register_to_config(scaling_factor=UPSCALER_SCALING_FACTOR)
         low_res_scheduler = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
         return StableDiffusionUpscalePipeline(
-            vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=NOISIEST
+            vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=MAX_NOISE_LEVEL
         )
     return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
 

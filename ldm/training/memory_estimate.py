@@ -23,7 +23,7 @@ from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
 from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
-from ldm.models.unet import UNet, inputs
+from ldm.models.unet import UNet, input_channels
 from ldm.training import plan
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
@@ -154,7 +154,7 @@ def _unet_inputs(
     """x, t and condition of `count` images."""
     stage, channels, side = config.stage2, config.stage1.latent_channels, config.data.size // config.stage1.factor
     length = text.length if isinstance(text.length, int) else 77
-    image_channels = inputs(stage, channels) - channels
+    image_channels = input_channels(stage, channels) - channels
     empty = partial(torch.empty, device="meta")
     numbers = empty(count, dtype=torch.int64)
     condition = Condition(

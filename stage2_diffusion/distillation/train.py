@@ -35,7 +35,7 @@ from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.conditioning import TextEmbedding
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
+from ldm.models.unet import UNet, make_guidance_conditioned, remove_variance_channels
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(config.stage2, options, args.method)
     with training_processes(config.run) as state:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
-        without_variance(teacher.unet, teacher.autoencoder.channels)
+        remove_variance_channels(teacher.unet, teacher.autoencoder.channels)
         settings = {
             "run": str(args.run),
             "method": args.method,

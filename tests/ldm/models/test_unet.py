@@ -181,7 +181,7 @@ def test_a_widened_unet_predicts_as_before_until_it_is_trained(root: Path, tmp_p
         stage = before.model_copy(update={"init_from": str(tmp_path), "conditions": conditions})
         new = unet.load(stage, 4, 16, 32, classes).eval()
         torch.testing.assert_close(predict(new, x, t, condition), expected)
-        assert new.config.in_channels == unet.inputs(stage, 4)
+        assert new.config.in_channels == unet.input_channels(stage, 4)
         predict(new, x, t, condition).square().sum().backward()
         added = new.conv_in.weight.grad[:, 4:] if condition.image is not None else new.class_embedding.weight.grad
         assert float(added.abs().max()) > 0  # the new weights get gradients

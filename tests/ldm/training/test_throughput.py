@@ -34,7 +34,7 @@ def inputs(
     conditions: tuple[str, ...], n: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, Condition, torch.Tensor | None]:
     labels = {"class", "upscale"} & set(conditions)
-    image_channels = unet.inputs(Stage2Config(conditions=conditions), 4) - 4
+    image_channels = unet.input_channels(Stage2Config(conditions=conditions), 4) - 4
     condition = Condition(
         text=torch.randn(n, TOKENS, TEXT_WIDTH) if "text" in conditions else None,
         label=torch.zeros(n, dtype=torch.int64) if labels else None,
