@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
-    parser.add_argument("--fresh", action="store_true", help="start in a new folder beside a used one")
+    parser.add_argument("--fresh", action="store_true", help="start in a new folder where run.dir is used")
     parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)
@@ -62,7 +62,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
-    from ldm.training import checks
+    from ldm.training import checks, plan
     from ldm.training.fingerprint import check_finished
     from ldm.training.model_card import write_card
     from ldm.training.run_dir import prepare_run_dir
@@ -82,7 +82,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     if not on_main(pipeline.exists):
         on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
-        print(checks.describe(settings, state.num_processes), flush=True)
+        print(plan.describe(settings, state.num_processes), flush=True)
     for name in stages if settings.run.preflight else ():
         measure(settings, name, data, encoder)
 
@@ -141,13 +141,13 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
     from ldm.data import source_kinds
     from ldm.distributed.launch import join, on_main
     from ldm.models import text_encoder
-    from ldm.training import checks, memory_estimate
+    from ldm.training import checks, memory_estimate, plan
 
     disable_progress_bars()
     state = join(settings.run)
     stages = unfinished_stages(settings, stage)
     if state.is_main_process:
-        print(checks.describe(settings, state.num_processes), flush=True)
+        print(plan.describe(settings, state.num_processes), flush=True)
         if settings.run.device != "cpu" and "stage2" in stages:
             print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
     try:  # a dry run may come before data and text encoder are downloaded

@@ -52,8 +52,8 @@ def train(settings: Config, data: Index, vae: Autoencoder, text: TextEncoder) ->
     images, batches, precision and loader processes are used; its other keys are not.
     """
     stage, size = settings.stage2, settings.data.size
-    passes = accumulated("stage2", stage, join(settings.run).num_processes)
-    run, count = accelerator(settings.run, passes.steps), passes.images
+    accumulation = accumulated("stage2", stage, join(settings.run).num_processes)
+    run, count = accelerator(settings.run, accumulation.steps), accumulation.images
     torch.set_float32_matmul_precision("highest")  # torch's default
     torch.backends.cudnn.benchmark = False
     model: Any = unet.build(stage, vae.channels, size // vae.factor, text.width).train()

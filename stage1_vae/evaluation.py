@@ -1,4 +1,4 @@
-"""Evaluation of the autoencoder during and after training: held-out figures, sheets of reconstructions."""
+"""Evaluation of the autoencoder during and after training: held-out figures, grids of reconstructions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,35 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import Report
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 SHEET_IMAGES = 8
-AMPLIFICATION = 4  # of differences on sheets
+AMPLIFICATION = 4  # of a reconstruction's difference from its original, on grids
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
-def held_out(data: Index | Stream) -> dict[str, Index | Stream]:
+def held_out_splits(data: Index | Stream) -> dict[str, Index | Stream]:
     """What stage one never trains on: each held-out split that has images, and all of them as `held_out`."""
     splits = {name: data.select(name) for name in HELD_OUT}
     splits["held_out"] = data.select(*HELD_OUT)
     return {name: split for name, split in splits.items() if len(split)}
 
 
+def amplified_difference(rebuilt: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The difference of images in [-1, 1], AMPLIFICATION times as large; no difference is mid-grey, 0."""
+    return AMPLIFICATION * (rebuilt - original)
+
+
 @torch.no_grad()
 def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
     """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
-    own = Figures(max_scales(min(sides)))
+    own = ReconstructionMetrics(max_scales(min(sides)))
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
@@ -64,7 +69,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
     """Held-out figures into the metrics, and `stage1/samples/step-….png`; both with the EMA weights."""
     with trainer.ema_weights("a validation"):
         rebuild = rebuild_with(vae, trainer.device)
-        if (held := held_out(data).get("held_out")) is not None:
+        if (held := held_out_splits(data).get("held_out")) is not None:
             held = held.subset(config.stage1.evaluate_images)
             means = figures(held, rebuild, trainer, config.data.workers)
             trainer.log_values({f"held_out_{name}": value for name, value in means.items()})
@@ -72,7 +77,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
 
 
 def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
-    """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
+    """Figures of each held-out split, and a grid of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
@@ -80,7 +85,7 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, tr
     write_sheet(data, rebuild, trainer)
     by_split: dict[str, Any] = {
         name: figures(split.subset(config.stage1.evaluate_images), rebuild, trainer, config.data.workers)
-        for name, split in held_out(data).items()
+        for name, split in held_out_splits(data).items()
     }
     if trainer.is_main:
         for name, values in by_split.items():
@@ -96,7 +101,9 @@ def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Train
     for tensor in report.tensors().values():
         tensor.copy_(trainer.sum(tensor))
     if trainer.is_main:
-        report.plot(trainer.folder / "latents.png")
+        from ldm.models.latent_plots import plot_latents  # imports matplotlib, which is slow
+
+        plot_latents(report, trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()
@@ -111,14 +118,14 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> Non
     path = trainer.folder / "samples" / f"step-{trainer.step:06d}.png"
     if path.exists() or not trainer.is_main:
         return
-    data = held_out(data).get("held_out", data)
+    data = held_out_splits(data).get("held_out", data)
     candidates = data if isinstance(data, Stream) else data.first(8 * SHEET_IMAGES)
     x = max(iter_images(candidates, SHEET_IMAGES), key=len)  # a batch has one size; take the fullest
     rebuilt = rebuild(x).float().cpu()
-    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFICATION}-fold": (rebuilt - x) / 2 * AMPLIFICATION}
+    rows = {"original": x, "rebuilt": rebuilt, f"difference, {AMPLIFICATION}-fold": amplified_difference(rebuilt, x)}
     images = [image for row in rows.values() for image in to_pil(row)]
     sheet = grid(images, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         sheet.save(tmp_path, "PNG")
     log_image(trainer.accelerator.trackers, "reconstructions", sheet, trainer.step)

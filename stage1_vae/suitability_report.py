@@ -1,4 +1,4 @@
-"""The report on measured autoencoders: a table of figures, recommendations, sheets of images."""
+"""The report on measured autoencoders: a table of figures, recommendations, grids of images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from ldm.data import images
-from ldm.evaluation.reconstruction import Bicubic, Figures, recommend_action
+from ldm.evaluation.reconstruction import Bicubic, ReconstructionMetrics, recommend_action
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.latent_statistics import Report
+from stage1_vae.evaluation import AMPLIFICATION, amplified_difference
 
 ImageName = tuple[str, str]  # key, caption
 
-AMPLIFICATION = 4  # of differences on sheets
 COLUMNS = {
     "psnr": ("PSNR dB", ".2f"),
     "ssim": ("SSIM", ".3f"),
@@ -36,8 +36,8 @@ PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae
 class Subject:
     """A row of the table: an autoencoder, or the bicubic baseline, with its figures and latent statistics."""
 
-    def __init__(self, name: str, model: Autoencoder | Bicubic, figures: Figures):
-        self.name, self.model, self.figures = name, model, figures
+    def __init__(self, name: str, model: Autoencoder | Bicubic, metrics: ReconstructionMetrics):
+        self.name, self.model, self.metrics = name, model, metrics
         self.latents = Report(model.channels)
 
     def rebuild(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ class Subject:
         if finite.any():
             self.latents.add(z[finite])
         rebuilt = self.model.decode(z)
-        return rebuilt, self.figures.add(x, rebuilt)["psnr"]
+        return rebuilt, self.metrics.add(x, rebuilt)["psnr"]
 
     def std(self) -> torch.Tensor:
         """Standard deviation per latent channel, `(C,)`; NaN if no latent was finite."""
@@ -55,7 +55,7 @@ class Subject:
 
 
 class Row(NamedTuple):
-    """An image on a sheet, with its reconstructions."""
+    """An image on a grid, with its reconstructions."""
 
     rank: float  # rows are sorted by it
     number: int  # of the image in the data
@@ -64,19 +64,19 @@ class Row(NamedTuple):
 
 def describe(subject: Subject, baselines: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """A subject's entry in `report.json`; `baselines` are the bicubic figures by factor."""
-    means, figures, model = subject.figures.means(), subject.figures, subject.model
+    means, metrics, model = subject.metrics.means(), subject.metrics, subject.model
     facts = {
         "model": subject.name,
         "factor": model.factor,
         "channels": model.channels,
         "figures": means,
-        "broken": figures.broken,
+        "broken": metrics.nonfinite,
     }
     if isinstance(model, Bicubic):
         return facts
-    action, reasons = recommend_action(means, baselines[model.factor], subject.std(), figures.broken)
+    action, reasons = recommend_action(means, baselines[model.factor], subject.std(), metrics.nonfinite)
     latents = subject.latents.facts() if subject.latents.count else {}
-    return {**facts, "latents": latents, "verdict": action, "reasons": reasons}
+    return {**facts, "latents": latents, "recommendation": action, "reasons": reasons}
 
 
 def table(facts: Sequence[Mapping[str, Any]]) -> str:
@@ -100,8 +100,9 @@ def recommendations(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines: what to do with each autoencoder, the reasons, and published figures of the same factors."""
     lines = []
     for entry in facts:
-        if "verdict" in entry:
-            lines += ["", f"{entry['model']}: {entry['verdict']}", *(f"  - {reason}" for reason in entry["reasons"])]
+        if "recommendation" in entry:
+            reasons = (f"  - {reason}" for reason in entry["reasons"])
+            lines += ["", f"{entry['model']}: {entry['recommendation']}", *reasons]
     published = [PUBLISHED[f] for f in sorted({entry["factor"] for entry in facts}) if f in PUBLISHED]
     return lines + (["", f"published, at 256 px: {'; '.join(published)}"] if published else [])
 
@@ -120,9 +121,9 @@ def draw_sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence
         cells.append(row.images[0])
         captions.append(f"{tail(key)}: {caption}" if key else caption)
         for subject, rebuilt in zip(subjects, row.images[1:], strict=False):  # the bicubic ones come last
-            psnr, ssim = (float(subject.figures.per_image[name][row.number]) for name in ("psnr", "ssim"))
+            psnr, ssim = (float(subject.metrics.per_image[name][row.number]) for name in ("psnr", "ssim"))
             rebuilt = rebuilt.nan_to_num(-1)
-            cells += [rebuilt, AMPLIFICATION * (rebuilt - row.images[0])]
+            cells += [rebuilt, amplified_difference(rebuilt, row.images[0])]
             figures = f"{psnr:.1f} dB, SSIM {ssim:.2f}" if math.isfinite(ssim) else "not finite"
             captions += [f"{tail(subject.name)} {figures}", f"{AMPLIFICATION}x the difference"]
     return images.grid([images.to_pil(x[None])[0] for x in cells], captions, columns=1 + 2 * len(subjects))

@@ -32,6 +32,7 @@ from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import read_checkpoint, read_last
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.conditions import Conditions
@@ -46,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="stage2_diffusion.likelihood", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--count", type=int, default=32, help="images to measure")
-    parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
+    parser.add_argument("--steps", type=int, nargs="+", help="timesteps of the bound; default: all, 100 and 25")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
     args = parser.parse_args(arguments)
     for option, number, least in (("--count", args.count, 1), ("--ode-steps", args.ode_steps, 0)):
         if number < least:
             raise UserError(f"{option}: {number}; give {least} or more")
     settings = loader.load_run(args.run)
-    stage, process = settings.stage2, DiffusionProcess.of(settings.stage2)
+    stage, process = settings.stage2, diffusion_process(settings.stage2)
     if stage.image:
         raise UserError(
             f"{args.run}: made for {', '.join(stage.conditions)}; the bound needs a model that makes complete images"
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step_counts = args.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
     for steps in step_counts:
         if process.prediction_type != "flow" and not 1 <= steps <= process.timesteps:
-            raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
+            raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the training timesteps")
     model = LatentDiffusion.load(args.run / "pipeline")
     task = EvaluationTask.of(settings, model, args.count)
     x0, split = task.x0, "held-out" if task.held_out else "training"
@@ -110,7 +111,7 @@ class EvaluationTask:
         if float(log_variance.max()) > POINT_LOG_VARIANCE:
             x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)
             rebuilt = model.autoencoder.decode(x0)
-        process = DiffusionProcess.of(settings.stage2)
+        process = diffusion_process(settings.stage2)
         return cls(process, model.unet, pixels, condition, x0, log_variance, rebuilt, bool(len(held_out)))
 
     def denoise(self, process: DiffusionProcess, variance: bool = False) -> likelihood.ModelFn:

@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from ldm.config.schema import Stage2Config
 from ldm.diffusion import schedules
 from ldm.diffusion.losses import hybrid_loss, training_loss
-from ldm.diffusion.process import DiffusionProcess, offset_noise, perturbed
+from ldm.diffusion.process import offset_noise, perturbed
 from ldm.diffusion.schedules import LearnedSchedule, bound_integrand, lower_variance
 from ldm.diffusion.timestep_sampling import stratified
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.denoiser import Denoiser
 
@@ -42,7 +43,7 @@ class Objective:
 
     def __init__(self, stage: Stage2Config, seed: int, model: Denoiser, decoder: str = "gaussian"):
         self.stage, self.seed, self.model, self.decoder = stage, seed, model, decoder
-        self.process = DiffusionProcess.of(stage)
+        self.process = diffusion_process(stage)
         self.noising = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
         self._recorded: list[tuple[torch.Tensor, ...]] = []
 
@@ -84,7 +85,7 @@ class Objective:
         return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, **options)
 
     def record_losses(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
-        """Remembers the losses of timesteps drawn by loss; after a step's last pass, those of all processes."""
+        """Remembers the losses of timesteps drawn by loss; after a step's last batch, those of all processes."""
         if not self.model.times:
             return
         self._recorded.append((n.to(t.device), t, losses.detach()))

@@ -67,7 +67,7 @@ class Validation:
         with trainer.ema_weights("a validation"), torch.no_grad():
             for name, index in self.sets.items():
                 sums = torch.zeros(len(EVAL_LOG_SNRS) + 1, dtype=torch.float64)
-                batch = min(VALIDATION_BATCH, trainer.passes.images)
+                batch = min(VALIDATION_BATCH, trainer.accumulation.images)
                 starts = range(0, len(index), batch)
                 for first in range(0, len(starts), accelerator.num_processes):
                     own = first + accelerator.process_index

@@ -52,6 +52,12 @@ def test_every_package_of_ldm_has_a_one_line_docstring_and_no_module_lies_outsid
         assert docstring and docstring.count("\n") == 0, package
 
 
+def test_the_mathematics_of_diffusion_read_no_configuration(root: Path) -> None:
+    for file in (root / "ldm/diffusion").glob("*.py"):
+        packages = {name.split(".")[1] for name in imported(file) if name.startswith("ldm.")}
+        assert packages <= {"diffusion", "utils"}, file
+
+
 def test_packages_import_only_earlier_packages(root: Path) -> None:
     for number, package in enumerate(PACKAGES):
         for file in (root / "ldm" / package).rglob("*.py"):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ldm.config.schema import Stage2Config
 from ldm.diffusion.parameterization import PREDICTION_TYPES, predict_eps, predict_x0, target_from
 from ldm.diffusion.schedules import SCHEDULES, TIMESTEPS, Chain, betas, betas_of, chain, shift_time
 from ldm.utils.errors import unknown_choice
@@ -65,20 +64,6 @@ class DiffusionProcess:
             raise ValueError(
                 "prediction_type: 'eps' can't be used with zero_snr: pure noise hides x_0 from it; use v or x0"
             )
-
-    @classmethod
-    def of(cls, stage: Stage2Config) -> DiffusionProcess:
-        """The process that `stage` describes. A learned schedule is log_linear here: it differs in training alone."""
-        return cls(
-            prediction_type=stage.prediction_type,
-            beta_schedule="log_linear" if stage.beta_schedule == "learned" else stage.beta_schedule,
-            logit_mean=stage.logit_mean,
-            logit_std=stage.logit_std,
-            timesteps=stage.timesteps,
-            zero_snr=stage.zero_snr,
-            shift=stage.shift,
-            timestep_sampling=stage.timestep_sampling if stage.timestep_sampling in CLOSED_FORM_TIMES else None,
-        )
 
     def respaced(self, steps: int) -> DiffusionProcess:
         """The chain of `steps` of this chain's noise levels, the noisiest included, for the same network.

@@ -1,4 +1,4 @@
-"""Gradient accumulation: how a global batch is divided among processes and passes."""
+"""Gradient accumulation: how a global batch is divided among processes and accumulation steps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Accumulation(NamedTuple):
-    """How the batch of an optimiser step is computed: in `steps` passes, of `images` on each device."""
+    """How the batch of an optimiser step is computed: in `steps` accumulation steps, of `images` on each device."""
 
     steps: int
     images: int
 
 
 def accumulation(batch: int, processes: int, device_batch: int | None = None) -> Accumulation:
-    """The fewest equal passes that complete a global batch with at most `device_batch` images on a device at once.
+    """The fewest equal accumulation steps of a global batch, with at most `device_batch` images on a device at once.
 
     ValueError, naming the nearest batch that would do, where the batch can't be divided evenly among the processes.
     """

@@ -103,7 +103,7 @@ def precision(config: RunConfig) -> str:
     return "bf16" if native else "no"
 
 
-def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = None) -> Accelerator:
+def accelerator(config: RunConfig, accumulation_steps: int = 1, project_dir: Path | None = None) -> Accelerator:
     """accelerate for this run's device and precision.
 
     It shards nothing, which `ldm.distributed.sharding` does, and compiles nothing, which `stage2.compile` decides.
@@ -118,12 +118,13 @@ def accelerator(config: RunConfig, passes: int = 1, project_dir: Path | None = N
     # Buffers are equal in all processes already. Gradients as views of the buckets save a copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     state.distributed_type = state.unsharded  # an earlier run of this process may have been sharded
-    with unsharded(), patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(passes)):  # takes precedence
+    precedence = patch_environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=str(accumulation_steps))
+    with unsharded(), precedence:
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision(config),
             dynamo_backend="no",
-            gradient_accumulation_steps=passes,
+            gradient_accumulation_steps=accumulation_steps,
             kwargs_handlers=[ddp],
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(project_dir or config.dir),
@@ -154,7 +155,7 @@ def unsharded() -> AbstractContextManager[None]:
 
 
 def accumulated(stage: str, training: Training, processes: int) -> Accumulation:
-    """The passes of a stage's batch; UserError where it can't be divided evenly among the processes."""
+    """How a stage's batch is accumulated; UserError where it can't be divided evenly among the processes."""
     try:
         return accumulation(training.batch, processes, training.device_batch)
     except ValueError as error:

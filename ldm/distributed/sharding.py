@@ -56,7 +56,7 @@ def _check_deepspeed(training: Stage2Config, precision: str, processes: int) -> 
     if not is_deepspeed_available():
         raise UserError("accelerate's configuration asks for DeepSpeed, which is not here; pip install deepspeed")
     deepspeed = DeepSpeedPlugin().deepspeed_config
-    passes = accumulation(training.batch, processes, training.device_batch).steps
+    accumulation_steps = accumulation(training.batch, processes, training.device_batch).steps
     zero = deepspeed["zero_optimization"]
     for key, value, supported in (
         ("zero_stage", zero["stage"], 2),
@@ -68,7 +68,7 @@ def _check_deepspeed(training: Stage2Config, precision: str, processes: int) -> 
             raise UserError(f"{key}: {value} in DeepSpeed's configuration; only {supported} is supported")
     for key, source, value in (
         ("gradient_clipping", "stage2.max_grad_norm", training.max_grad_norm),
-        ("gradient_accumulation_steps", "the passes of stage2.device_batch", passes),
+        ("gradient_accumulation_steps", "the accumulation steps of stage2.device_batch", accumulation_steps),
     ):
         if deepspeed.get(key, "auto") not in ("auto", value):
             raise UserError(f"{key}: {deepspeed[key]} in DeepSpeed's configuration, {value} in {source}; make it auto")
@@ -79,7 +79,7 @@ def _check_deepspeed(training: Stage2Config, precision: str, processes: int) -> 
             raise UserError(f"stage2.{key}: learned is clipped by itself, which DeepSpeed can't do; take FSDP or DDP")
 
 
-def shard(accelerator: Accelerator, training: Training, passes: Accumulation) -> None:
+def shard(accelerator: Accelerator, training: Training, accumulated: Accumulation) -> None:
     """Has an accelerator shard the modules that it prepares, where accelerate's configuration says so.
 
     accelerate alone does so on GPUs only, although its preparation works on CPUs. Parameters stay in full precision and
@@ -98,8 +98,8 @@ def shard(accelerator: Accelerator, training: Training, passes: Accumulation) ->
         kind = DistributedType.DEEPSPEED
         state.deepspeed_plugins = DeepSpeedPlugin()
         state.deepspeed_plugins.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": passes.images,
-            "gradient_accumulation_steps": passes.steps,
+            "train_micro_batch_size_per_gpu": accumulated.images,
+            "gradient_accumulation_steps": accumulated.steps,
             "gradient_clipping": training.max_grad_norm,
         }
         state.deepspeed_plugins.select(_from_accelerator_state=True)

@@ -1,94 +1,22 @@
-"""A configuration checked, and its plan described, before anything is trained."""
+"""What would stop a run later and can be known now: checked before anything is trained."""
 
 from __future__ import annotations
 
 import math
 import sys
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate.tracking import get_available_trackers
-from torch import nn
 
-from ldm.config.schema import Config, TextConfig, Training
+from ldm.config.schema import Config
 from ldm.data import source_kinds
 from ldm.data.sources import CONFIRMATION, Sources
-from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_installed
 from ldm.utils.errors import UserError
-
-CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
-"""Parameters of text encoders that need not be on this machine: Stable Diffusion 1's."""
-
-
-def describe(config: Config, processes: int = 1) -> str:
-    """The plan of a run: data, both stages with parameter counts, how batches are computed, what is still missing."""
-    stage1, stage2, size = config.stage1, config.stage2, config.data.size
-    side = size // stage1.factor
-    vae, network = networks(config)
-    text = text_encoder_sizes(config.text) if stage2.text else NO_TEXT
-    for key, name in (("stage1.pretrained", stage1.pretrained), ("stage1.init_from", stage1.init_from)):
-        if name and Path(name).exists():
-            check_autoencoder(config, key, name)
-    trained = f"trained for {stage1.steps} steps of {stage1.batch}, lr {stage1.lr}"
-    if stage1.init_from:
-        trained = f"{stage1.train} of {stage1.init_from} {trained}"
-    source = (
-        f"loaded from {stage1.pretrained}"
-        if stage1.pretrained
-        else "nothing to train"
-        if stage1.needs_none
-        else trained
-    )
-    start = f", starting from {stage2.init_from}" if stage2.init_from else ""
-    conditions = ", ".join(stage2.conditions) or "none"
-    return "\n".join(
-        [
-            f"run      {config.run.dir}, seed {config.run.seed}, precision {config.run.precision}",
-            f"data     {config.data.name}, {size} × {size} px{_presence(config)}",
-            f"text     {config.text.model}: {text.length} tokens × {text.width}" if stage2.text else "text     none",
-            f"stage 1  {stage1.model} autoencoder, {_millions(vae)} parameters, factor {stage1.factor}, "
-            f"latents {stage1.latent_channels} × {side} × {side}; {source}",
-            *([] if stage1.needs_none else _batch("stage1", stage1, processes)),
-            f"stage 2  U-Net, {_millions(network)} parameters, conditions: {conditions}, "
-            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, lr {stage2.lr}{start}",
-            *_batch("stage2", stage2, processes),
-            f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
-        ]
-    )
-
-
-def _batch(stage: str, training: Training, processes: int) -> list[str]:
-    """How a step's batch is computed, in a line; a batch that would be in larger parts, in another."""
-    passes, most = accumulated(stage, training, processes), training.device_batch
-    workers = f"{processes} process{'es' if processes > 1 else ''}"
-    parts = f"{passes.steps} pass{'es' if passes.steps > 1 else ''} of {passes.images}"
-    lines = [f"batch    {training.batch} images a step: {workers} × {parts}"]
-    share = training.batch // processes
-    if most and passes.steps > (fewest := math.ceil(share / most)) and 2 * passes.images < most:
-        images = min(most, round(share / fewest))
-        lines.append(
-            f"         {stage}.batch: {processes * fewest * images} would be {fewest} passes of {images}, "
-            f"nearer to {stage}.device_batch, {most}"
-        )
-    return lines
-
-
-def networks(config: Config) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and U-Net, on the meta device, which needs no memory, but for a U-Net that is loaded."""
-    stage1, stage2, size = config.stage1, config.stage2, config.data.size
-    text = text_encoder_sizes(config.text) if stage2.text else NO_TEXT
-    with torch.device("meta"):
-        vae = autoencoder.build(stage1, size)
-    local = stage2.init_from and Path(stage2.init_from).exists()
-    return vae, (unet.load if local else unet.build_empty)(
-        stage2, stage1.latent_channels, size // stage1.factor, text.width, pooled_width=text.pooled_width
-    )
 
 
 def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
@@ -149,7 +77,7 @@ def check_captions(config: Config, confirmation: str = CONFIRMATION) -> None:
 
 def _check_noise(config: Config) -> None:
     """Warns where the noise schedule differs from the one that the U-Net to start from was trained with."""
-    stage2, process = config.stage2, DiffusionProcess.of(config.stage2)
+    stage2, process = config.stage2, diffusion_process(config.stage2)
     pretrained = unet.scheduler_of(str(stage2.init_from))
     if pretrained is None or process.prediction_type == "flow":
         return
@@ -208,48 +136,3 @@ def check_on_images(config: Config, pixels: torch.Tensor, device: torch.device) 
         print(
             f"{message}, and a single colour would have {flat:.3g}; is it the right one?", file=sys.stderr, flush=True
         )
-
-
-class TextEncoderSizes(NamedTuple):
-    """Of a text encoder before training; no parameters of one that is not on this machine."""
-
-    width: int
-    length: int | str
-    frozen: int
-    """Its parameters that are not trained."""
-    trained: tuple[int, ...]
-    """The elements of each trained one."""
-    pooled_width: int = 0
-    """Channels of the pooled embedding; 0 where there is none."""
-
-
-NO_TEXT = TextEncoderSizes(0, 0, 0, ())
-
-
-@cache
-def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
-    """Loads the text encoder where it is on this machine, or where `text.width` is not set."""
-    if config.width and not Path(config.model).is_dir():
-        length = config.max_tokens * config.chunks if config.max_tokens else "all its"
-        return TextEncoderSizes(config.width, length, 0 if config.train else CLIP.get(config.model, 0), ())
-    with torch.device("cpu"):
-        encoder = text_encoder.of(config)
-    trained: tuple[int, ...] = ()
-    if config.train and isinstance(encoder, text_encoder.TextEncoder):
-        trained = tuple(p.numel() for p in encoder.trainable())
-    total = sum(p.numel() for model in encoder.models for p in model.parameters())
-    return TextEncoderSizes(encoder.width, encoder.length, total - sum(trained), trained, encoder.pooled_width)
-
-
-def _presence(config: Config) -> str:
-    try:
-        source_kinds.check(config.data.source, conditions=config.stage2.conditions)
-    except UserError as error:
-        if any(Path(source.path).exists() for source in config.data.source):
-            return f" ({error})"
-        return " (not here yet: a folder of captioned images goes there)"
-    return ""
-
-
-def _millions(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M"

@@ -1,4 +1,4 @@
-"""What a process computes in each pass: the data loader of a training run."""
+"""What a process computes in each accumulation step: the data loader of a training run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ldm.data.stream import Stream
 from ldm.distributed.launch import leave_signals_to_parent
 
 
-def load_passes(
+def load_batches(
     dataset: torch.utils.data.Dataset[Any] | Stream,
     training: Training,
     step: int,
-    passes: int,
+    accumulation_steps: int,
     accelerator: Accelerator,
     workers: int,
     stream_positions: dict[str, Any],
 ) -> Iterable[Any]:
-    """This process's batches from optimizer step `step` on, `passes` a step; a stream continues at its positions."""
+    """This process's batches from optimizer step `step` on, so many a step; a stream continues at its positions."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, Stream):
         return dataset.batches(training, step, rank, processes, workers, stream_positions)
     return torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=Positions(step, training.steps, training.batch, passes, rank, processes),
+        batch_sampler=Positions(step, training.steps, training.batch, accumulation_steps, rank, processes),
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=leave_signals_to_parent,

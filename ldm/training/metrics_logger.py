@@ -15,11 +15,9 @@ from accelerate import Accelerator
 
 from ldm.utils.atomic_files import sync
 
-MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
-
 
 class MetricsLogger:
-    """Sums scalars over the passes of many steps, and writes lines of metrics at `path`, on the main process."""
+    """Sums scalars over accumulation steps and steps, and writes lines of metrics at `path`, on the main process."""
 
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path = path
@@ -28,7 +26,7 @@ class MetricsLogger:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Adds the scalars of one step, a mapping a pass."""
+        """Adds the scalars of one step, a mapping for each of its accumulation steps."""
         for name, value in (scalar for scalars in metrics for scalar in scalars.items()):
             self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
             self._counts[name] = self._counts.get(name, 0) + 1

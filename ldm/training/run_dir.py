@@ -1,4 +1,4 @@
-"""A run's folder: made, continued, or refused where it belongs to another configuration."""
+"""The folder of a run, or of a model made from one: made, continued, or refused where it is another's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from ldm.config.loader import differences, dump, parse
-from ldm.config.schema import Config, Stage2Config
+from ldm.config.old_names import rename_keys
+from ldm.config.schema import Config, Section, Stage2Config
 from ldm.distributed.launch import join, on_main
 from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 # Keys that change neither a run's numbers nor their meaning: a run may be continued with other values.
@@ -66,19 +67,55 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
         if changed := _fixed_changes(folder, old, config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
-                "give another run.dir, or --fresh to start beside it"
+                "give another run.dir, or --fresh to start in a new one"
             )
         if stage2_begun:
             _change_steps(folder, old["stage2"]["steps"], config.stage2)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
     if stage2_begun:
         _restore_pipeline(folder, config.stage2.steps)  # after config.yaml, which then has its steps
     if config.data.cache_dir:
         make_dir("data.cache_dir", config.data.cache_dir)
     return folder
+
+
+def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[str, Any]) -> None:
+    """Makes the folder of a model made from a run, or continues it, and writes `tree` to its `config.yaml`.
+
+    `tree` has the configuration, of the `kind`, in its `section`, and what the model is made from. Once there is a
+    checkpoint, UserError where it differs from what was written, but for the run's path and CHANGEABLE_IN_STAGES.
+    """
+    file, origin = folder / "config.yaml", provenance()
+    if file.exists():
+        old = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(old, dict) or section not in old:
+            raise UserError(f"--out: {folder} is a folder of another kind; give another one")
+        if "pictures" in old:  # a former name
+            old["fingerprint"] = old.pop("pictures")
+        finished = any((folder / name).exists() for name in ("model", "pipeline"))
+        if finished or any(folder.glob("*/checkpoints/step-*")):
+            origin = old.get("about", origin)
+            if changed := _fixed_out_changes(kind, section, old, tree):
+                raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
+    make_dir("--out", folder)
+    with atomic_file(file) as tmp_path:
+        tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
+
+
+def _fixed_out_changes(kind: type[Section], section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences in keys that may not change any more, named as the command takes them."""
+    renamed, _ = rename_keys(kind, old[section])
+    values = {**kind().model_dump(mode="json"), **renamed}  # an older version's may lack some
+    changed = [
+        change
+        for change in differences(values, new[section])
+        if change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
+    ]
+    origins = new.keys() - {section, "run"}  # the run may have moved
+    return changed + differences({name: old.get(name) for name in origins}, {name: new[name] for name in origins})
 
 
 def _fixed_changes(folder: Path, old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:
@@ -188,7 +225,7 @@ def _commit() -> str:
 
 
 def remove_later_outputs(stage_dir: Path, step: int) -> None:
-    """Removes sheets and snapshots of later steps than the one that a run continues from; it makes them again."""
+    """Removes sample grids and snapshots of later steps than the one that a run continues from; it makes them again."""
     for path in (*stage_dir.glob("samples/step-*"), *stage_dir.glob("ema/step-*")):
         number = path.name.split("-")[1].partition(".")[0]
         if number.isdigit() and (int(number) > step or not step):

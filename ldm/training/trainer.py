@@ -36,7 +36,7 @@ from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers
 from ldm.training.fingerprint import check_same, check_same_on_all_processes
-from ldm.training.loading import load_passes
+from ldm.training.loading import load_batches
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.nonfinite import NonfiniteTracker
 from ldm.training.optimizer import lr_factor
@@ -85,8 +85,8 @@ class Trainer:
         self.dry_run = dry_run.current()
         self.fingerprint = json.loads(json.dumps(fingerprint or {}))
         self.folder = (run_dir or config.dir) / stage
-        self.passes = accumulated(stage, training, join(config).num_processes)
-        self.accelerator = accelerator(config, self.passes.steps, self.folder.parent)
+        self.accumulation = accumulated(stage, training, join(config).num_processes)
+        self.accelerator = accelerator(config, self.accumulation.steps, self.folder.parent)
         self.device, self.precision = self.accelerator.device, precision(config)
         self._checkpoints = CheckpointManager(self.folder, config.checkpoints_total_limit)
         self._logger = MetricsLogger(self.folder / "metrics.jsonl", self.accelerator)
@@ -94,7 +94,7 @@ class Trainer:
         if self.is_main and self.device.type == "cpu":
             say_idle_cores(self.accelerator.num_processes)
         if sharded:  # before the first engine: accelerate's plugins must know
-            shard(self.accelerator, training, self.passes)
+            shard(self.accelerator, training, self.accumulation)
         zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self._engine = (ZeroEngine if zero else Engine)(model, training.lr, training, self.accelerator, self.precision)
         self.discriminator = discriminator and Engine(*discriminator, training, self.accelerator, self.precision)
@@ -105,8 +105,8 @@ class Trainer:
         self.ema = Averages(trained, training)  # of the sharded parameters, so after the engine
         self.step = 0  # optimizer steps done
         self.nonfinite = NonfiniteTracker(name)
-        self._losses: list[torch.Tensor] = []  # of this step's passes
-        self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, a pass each
+        self._losses: list[torch.Tensor] = []  # of this step, of each accumulation step
+        self._metrics: list[dict[str, torch.Tensor]] = []  # of this step, one of each accumulation step
         self._finite = True  # the last step
         self._gradient_norms: dict[str, torch.Tensor] = {}  # of the last step
         self._stream_positions: dict[str, Any] = {}  # how far this process's lanes of a stream have been read
@@ -125,7 +125,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the loop
 
     def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
-        """This process's batches, one a pass, from the current step to the last, on its device but for `position`."""
+        """This process's batches, one an accumulation step; all but `position` is on its device."""
         t, a = self.training, self.accelerator
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
@@ -135,7 +135,7 @@ class Trainer:
             self._clock.count_flops(  # after the first line of metrics; dry runs end before
                 self.model,
                 self._engine.unsharded,
-                self.passes.images,
+                self.accumulation.images,
                 a.num_processes * matmul_peak(self.device, DTYPES[self.precision]),
                 lambda: self.step >= start + self.config.log_every,
             )
@@ -159,8 +159,14 @@ class Trainer:
             self._progress.close()
 
     def _load(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
-        loader = load_passes(
-            dataset, self.training, self.step, self.passes.steps, self.accelerator, workers, self._stream_positions
+        loader = load_batches(
+            dataset,
+            self.training,
+            self.step,
+            self.accumulation.steps,
+            self.accelerator,
+            workers,
+            self._stream_positions,
         )
         for batch in self._clock.waiting(loader):
             position = batch.pop("position")
@@ -169,16 +175,16 @@ class Trainer:
             yield {"position": position, **send_to_device(batch, self.device, non_blocking=True)}
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """Gradients add up over the passes of one step; processes synchronise them in its last pass."""
+        """Gradients add up over the accumulation steps of a step; processes synchronise them in the last one."""
         return self.accelerator.accumulate(*(engine.ddp_model for engine in self._engines))
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds a loss's gradients up; twice a pass where model and discriminator have losses of their own."""
+        """Adds a loss's gradients up; twice a batch where model and discriminator have losses of their own."""
         self._losses.append(loss.detach().float())
         self._engine.backward(loss)
 
     def optimizer_step(self) -> None:
-        """After the last pass of a step: clips gradients, steps, and updates the averages; nothing before.
+        """After the last accumulation step: clips gradients, steps, and updates the averages; nothing before.
 
         A step with a loss or gradient that is not finite is skipped; UserError after `run.max_skipped` in a row.
         """
@@ -222,7 +228,7 @@ class Trainer:
             self._progress.write(f"{message}; the step is skipped, {skipped.in_a_row} in a row, {skipped.total} in all")
 
     def log(self, **metrics: torch.Tensor) -> None:
-        """Adds the scalars of a pass; a line of their means follows every `run.log_every` steps, and the last one."""
+        """Adds the scalars of a batch; a line of their means follows every `run.log_every` steps, and the last one."""
         self._metrics.append({name: value.detach().float() for name, value in metrics.items()})
         if not self.accelerator.sync_gradients:
             return
@@ -302,7 +308,7 @@ class Trainer:
         return self._engine.export_ema(self.ema.tensors(self.ema.main))
 
     def close(self) -> None:
-        """Ends the trackers' runs: last, after the last sheet."""
+        """Ends the trackers' runs: last, after the last sample grid."""
         self._logger.close()
 
     @property

@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.config import loader, old_names
-from ldm.config.loader import differences
+from ldm.config import loader
 from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
 from ldm.data.cache import CacheOptions
@@ -38,11 +35,11 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.classifier import NoisyClassifier
 from ldm.models.finite import check_weights
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.training.checkpoint import checkpoints
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
-from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir
+from ldm.training.run_dir import make_dir, prepare_out_dir
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file, whole_folder
+from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.validation import EVAL_LOG_SNRS
@@ -85,7 +82,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         raise UserError(f"half: {stage.half} holds no training image of {config.data.name}; leave it out")
     pipeline = LatentDiffusion.load(run_folder / "pipeline", "cpu")
     autoencoder = pipeline.autoencoder
-    process = replace(DiffusionProcess.of(config.stage2), timestep_sampling="uniform")  # as ADM draws them
+    process = replace(diffusion_process(config.stage2), timestep_sampling="uniform")  # as ADM draws them
     torch.manual_seed(stage.seed)
     model = NoisyClassifier.of(stage, autoencoder, process, classes)
     model.check(pipeline.scheduler, autoencoder)
@@ -94,7 +91,8 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
         "data": train_set.fingerprint(),
         "noise": hashlib.sha256(repr(model.config.betas).encode()).hexdigest(),
     }
-    on_main(partial(prepare_out_dir, out, run_folder, stage, fingerprint))
+    settings = {"run": str(run_folder), "fingerprint": fingerprint, "classifier": stage.model_dump(mode="json")}
+    on_main(partial(prepare_out_dir, out, ClassifierConfig, "classifier", settings))
     if on_main((out / "model").exists):
         on_main(lambda: print(f"finished: {out / 'model'}"))
         return
@@ -106,7 +104,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
     autoencoder.to(trainer.device)
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(train_set, spec, cache, autoencoder, None, trainer.device)
-    validation = Validation(stage, images, autoencoder, process, trainer.device, trainer.passes.images)
+    validation = Validation(stage, images, autoencoder, process, trainer.device, trainer.accumulation.images)
 
     def evaluate_if_due() -> None:
         if trainer.due(stage.evaluate_every, last=True):
@@ -152,32 +150,10 @@ def usable(images: Index, out: Path) -> list[str]:
     return classes
 
 
-def prepare_out_dir(out: Path, run: Path, stage: ClassifierConfig, fingerprint: dict[str, Any]) -> None:
-    """Writes `OUT/config.yaml`, or takes the folder up again; UserError, with what differs, where it is another's."""
-    file = out / "config.yaml"
-    now = {"run": str(run), "pictures": fingerprint, "classifier": stage.model_dump(mode="json")}
-    if file.exists():
-        before = yaml.safe_load(file.read_text("utf-8"))
-        if now.keys() != before.keys():
-            raise UserError(f"--out: {out} is not a classifier's folder; give another one")
-        before["classifier"], _ = old_names.rename_keys(ClassifierConfig, before["classifier"])
-        begun = (out / "model").exists() or checkpoints(out / STAGE)
-        changed = [
-            change
-            for change in differences({**before, "run": str(run)}, now)
-            if begun and change.partition(":")[0].rpartition(".")[2] not in CHANGEABLE_IN_STAGES
-        ]
-        if changed:
-            raise UserError(f"--out: {out} belongs to another training ({'; '.join(changed)}); give another folder")
-    make_dir("--out", out)
-    with whole_file(file) as tmp_path:
-        tmp_path.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
-
-
 def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
     check_weights({"classifier": model}, folder)
     print(validation.table(model))
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         model.save_pretrained(tmp_path)
     print(f"finished: {folder}")
 

@@ -20,10 +20,8 @@ from typing import Any
 import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
-import yaml
 
-from ldm.config import loader, old_names
-from ldm.config.loader import differences
+from ldm.config import loader
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
 from ldm.data.cache import CacheOptions
@@ -32,24 +30,24 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
-from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.conditioning import TextEmbedding
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
+from ldm.models.unet import UNet, make_guidance_conditioned, remove_variance_channels
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
-from ldm.training.run_dir import CHANGEABLE_IN_STAGES, make_dir, provenance
+from ldm.training.diffusion_process import diffusion_process
+from ldm.training.run_dir import prepare_out_dir
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import tensors_sha256, whole_file
+from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving
+from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, ProgressiveDistillation
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
@@ -71,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(config.stage2, options, args.method)
     with training_processes(config.run) as state:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
-        without_variance(teacher.unet, teacher.autoencoder.channels)
-        origin = {
+        remove_variance_channels(teacher.unet, teacher.autoencoder.channels)
+        settings = {
             "run": str(args.run),
             "method": args.method,
             "teacher": tensors_sha256(teacher.unet.state_dict()),
             "distill": options.model_dump(mode="json"),
         }
-        on_main(partial(prepare_out_dir, args.out, origin))
+        on_main(partial(prepare_out_dir, args.out, DistillConfig, "distill", settings))
         if not on_main((args.out / "pipeline").exists):
             distill(config, options, args.method, teacher, args.out)
         if state.is_main_process:
@@ -112,32 +110,9 @@ def check(stage: Stage2Config, options: DistillConfig, method: str) -> None:
         )
 
 
-def prepare_out_dir(folder: Path, new: dict[str, Any]) -> None:
-    """Makes the folder, or continues it; UserError where it belongs to another model or method."""
-    file = folder / "config.yaml"
-    if file.exists():
-        old = yaml.safe_load(file.read_text("utf-8"))
-        if "distill" not in old:
-            raise UserError(f"--out: {folder} is a run of another kind; give another folder")
-        old["distill"], _ = old_names.rename_keys(DistillConfig, old["distill"])
-        changed = [
-            change
-            for change in differences(old["distill"], new["distill"])
-            if change.partition(":")[0] not in CHANGEABLE_IN_STAGES
-        ]
-        origins = ("method", "teacher")
-        changed += differences({key: old[key] for key in origins}, {key: new[key] for key in origins})
-        if changed:
-            raise UserError(f"--out: {folder} belongs to another distillation ({'; '.join(changed)}); give another")
-        return
-    make_dir("--out", folder)
-    with whole_file(file) as tmp_path:
-        tmp_path.write_text(yaml.safe_dump({"about": provenance(), **new}, sort_keys=False), "utf-8")
-
-
 def distill(config: Config, options: DistillConfig, method: str, model: LatentDiffusion, folder: Path) -> None:
     """Trains one student after the other; each is exported, the last one as `pipeline` too."""
-    stage, process = config.stage2, DiffusionProcess.of(config.stage2)
+    stage, process = config.stage2, diffusion_process(config.stage2)
     device = join(config.run).device
     model.to(device)
     data: Index | Stream
@@ -165,12 +140,11 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
         model = teach("consistency", Consistency(model.unet, *arguments), solver, options.steps_to)
     else:
         if model.text:
-            solver = scheduler(process, config.sample.solver, clip=model.autoencoder.factor == 1)
+            solver = scheduler(process, config.sample.solver)
             model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
         for steps in options.halvings():
-            model = teach(
-                f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order_scheduler(process), steps
-            )
+            halving = ProgressiveDistillation(model.unet, *arguments, steps)
+            model = teach(f"steps-{steps}", halving, first_order_scheduler(process), steps)
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
@@ -184,30 +158,16 @@ def train_student(
     folder: Path,
 ) -> UNet:
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
-    stage, device, data = config.stage2, model.unet.device, everything.select("train")
-    unet = copy.deepcopy(distillation.teacher).requires_grad_(True)
-    if distillation.guidance_conditioned:
-        make_guidance_conditioned(unet)
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if stage.channels_last:
-        unet.to(memory_format=torch.channels_last)
-    for network in (unet, distillation.teacher):
-        use_attention(network, stage.attention_backend, device, DTYPES[precision(config.run)])
+    stage, data = config.stage2, everything.select("train")
+    unet = build_student(config, options, distillation)
     training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
-    fingerprint = {
-        **model.autoencoder.latent_fingerprint(config.data.size),
-        "data": data.fingerprint(),
-        "teacher": tensors_sha256(distillation.teacher.state_dict()),
-    }
-    student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained
     spec = SampleSpec.of(config.data, options.batch, config.run.seed, stage.cond_dropout)
     trainer = Trainer(
         config.run,
         training,
         name,
-        student,
-        fingerprint,
+        Denoiser(unet, Stage2Config(), distillation.null),  # by default, only the U-Net is trained
+        fingerprint_of(config, model, data, distillation),
         name=sample_names(data, spec),
         sharded=distillation.can_be_sharded,
         run_dir=folder,
@@ -217,10 +177,8 @@ def train_student(
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, trainer.device, stage.image)
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
-    held = held_out(model, everything, options.batch, trainer.passes.images)
-    if options.blended and model.text and isinstance(data, Index):
-        captions = data.subset(CAPTIONS)
-        distillation.others = model.text.embed([captions[i].captions[0] for i in range(len(captions))])
+    held = held_out_batches(model, everything, options.batch, trainer.accumulation.images)
+    distillation.others = embed_captions(model, data) if options.blended else None
 
     def evaluate_if_due() -> None:
         if held and trainer.due(options.evaluate_every, last=True):
@@ -233,9 +191,8 @@ def train_student(
             n = batch["position"]
             x0, states = samples.encode(batch)
             condition, _, _ = conditions(distillation.undropped(batch), x0, states)
-            student_batch = distillation.make_batch(
-                n, x0, distillation.blended(n, condition)
-            )  # z_t and a scale of guidance
+            condition = distillation.blended(n, condition)
+            student_batch = distillation.make_batch(n, x0, condition)  # z_t and a scale of guidance
             with torch.no_grad(), trainer.autocast():
                 target = distillation.target(student_batch, trainer)
 
@@ -252,8 +209,44 @@ def train_student(
     return trainer.export_ema().unet
 
 
-def held_out(model: LatentDiffusion, everything: Index | Stream, count: int, images: int) -> list[EvaluationBatch]:
-    """Some of the held-out images with their latents and embeddings, so many `images` in each batch."""
+def build_student(config: Config, options: DistillConfig, distillation: DistillationMethod) -> UNet:
+    """The student, a copy of its teacher, ready to be trained."""
+    stage, teacher = config.stage2, distillation.teacher
+    unet = copy.deepcopy(teacher).requires_grad_(True)
+    if distillation.guidance_conditioned:
+        make_guidance_conditioned(unet)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if stage.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    for network in (unet, teacher):
+        use_attention(network, stage.attention_backend, teacher.device, DTYPES[precision(config.run)])
+    return unet
+
+
+def fingerprint_of(
+    config: Config, model: LatentDiffusion, data: Index | Stream, distillation: DistillationMethod
+) -> dict[str, Any]:
+    """What a student's checkpoints depend on: latents, data and teacher."""
+    return {
+        **model.autoencoder.latent_fingerprint(config.data.size),
+        "data": data.fingerprint(),
+        "teacher": tensors_sha256(distillation.teacher.state_dict()),
+    }
+
+
+def embed_captions(model: LatentDiffusion, data: Index | Stream) -> TextEmbedding | None:
+    """The embeddings of some captions, for `blended`; None where there are none, or where they are not known."""
+    if not model.text or isinstance(data, Stream):
+        return None
+    some = data.subset(CAPTIONS)
+    return model.text.embed([some[i].captions[0] for i in range(len(some))])
+
+
+def held_out_batches(
+    model: LatentDiffusion, everything: Index | Stream, count: int, images: int
+) -> list[EvaluationBatch]:
+    """At most `count` held-out images with their latents and embeddings, at most `images` in each batch."""
     held = everything.select(*HELD_OUT)
     if not isinstance(held, Index):
         return []

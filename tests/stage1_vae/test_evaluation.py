@@ -18,9 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data.dataset import iter_images
+from ldm.data.images import to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models import autoencoder
 from ldm.models.autoencoder import Autoencoder
 from ldm.training.trainer import Trainer
@@ -44,10 +45,10 @@ def trainer_of(vae: Autoencoder) -> Callable[[Config], Trainer]:
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
     """The mean figures of all images, computed in this process alone."""
-    figures = Figures(max_scales(min(min(size) for size in data.sizes)))
+    metrics = ReconstructionMetrics(max_scales(min(min(size) for size in data.sizes)))
     for x in iter_images(data):
-        figures.add(x, vae.decode(vae.encode(x)))
-    return figures.means()
+        metrics.add(x, vae.decode(vae.encode(x)))
+    return metrics.means()
 
 
 def test_evaluate_images_limits_the_held_out_images_measured(
@@ -103,10 +104,10 @@ def test_processes_split_the_images_evenly_and_read_every_image_once(shapes: Ind
 def test_per_image_figures_of_two_processes_average_to_those_of_one(shapes: Index, vae: Autoencoder) -> None:
     parts = []
     for rank in range(2):
-        figures = Figures()
+        metrics = ReconstructionMetrics()
         for x in iter_images(shapes, rank=rank, processes=2):
-            figures.add(x, vae.decode(vae.encode(x)))
-        parts.append(figures.per_image["psnr"])
+            metrics.add(x, vae.decode(vae.encode(x)))
+        parts.append(metrics.per_image["psnr"])
     assert float(torch.cat(parts).mean()) == pytest.approx(measured(shapes, vae)["psnr"], rel=1e-6)
 
 
@@ -147,3 +148,10 @@ def test_the_grid_of_reconstructions_is_logged_to_the_tracker(
     assert logged.step == 7
     with Image.open(trainer.folder / "samples/step-000007.png") as saved:
         assert np.array_equal(np.array(Image.open(io.BytesIO(logged.encoded_image_string))), np.array(saved))
+
+
+def test_differences_are_shown_as_many_times_as_large_as_sheets_say() -> None:
+    original = torch.full((1, 3, 2, 2), -1.0)
+    rebuilt = original + 2 * 10 / 255  # brighter by ten of 255
+    shown = to_pil(evaluation.amplified_difference(rebuilt, original))[0].getpixel((0, 0))
+    assert shown[0] - 128 == pytest.approx(10 * evaluation.AMPLIFICATION, abs=1)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder
+from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import UserError
 from stage2_diffusion.folder_trainer import FolderTrainer
 
@@ -91,7 +92,7 @@ def test_every_process_is_trained_and_sampled(
     process: DiffusionProcess, kind: str, steps: int, build_trainer: BuildTrainer
 ) -> None:
     trainer = build_trainer(process)
-    assert DiffusionProcess.of(trainer.config.stage2) == process
+    assert diffusion_process(trainer.config.stage2) == process
     model = trainer.train()
     assert (type(model.scheduler).__name__, model.steps) == (kind, steps)
     assert model.scheduler.config.num_train_timesteps == process.timesteps

@@ -18,6 +18,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
+from ldm.training.diffusion_process import diffusion_process
 from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal
 from stage2_diffusion.conditions import Conditions
@@ -104,7 +105,7 @@ def test_losses_are_means_over_held_out_and_training_images_with_ema_weights(
         "stage2.evaluate_images=3",
         "stage2.beta_schedule=cosine",
     )
-    stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
+    stage, process, encoder = settings.stage2, diffusion_process(settings.stage2), text_encoder.of(settings.text)
     classes = tuple(index.select("train").labels())
     torch.manual_seed(1)
     denoiser = Denoiser(unet.build(stage, 4, 8, encoder.width, len(classes)), stage, encoder.embed([""]))
@@ -159,7 +160,7 @@ def test_without_held_out_images_nothing_is_measured(
     few: Callable[..., tuple[Config, Index]], vae: Autoencoder
 ) -> None:
     settings, index = few()
-    stage, process, encoder = settings.stage2, DiffusionProcess.of(settings.stage2), text_encoder.of(settings.text)
+    stage, process, encoder = settings.stage2, diffusion_process(settings.stage2), text_encoder.of(settings.text)
     network = unet.build(stage, 4, 8, encoder.width)
     model = LatentDiffusion(encoder, network, vae, scheduler(process, "dpm++"))
     validation = Validation(settings, index.select("train"), model, Conditions(settings, vae, None, 0), process)

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 
-from ldm.models.convert.autoencoder import Shapes, check_names, opened
+from ldm.models.convert.safetensors_file import Shapes, check_names, opened
 from ldm.models.weight_files import contents
 from ldm.utils.errors import UserError, first_line
 

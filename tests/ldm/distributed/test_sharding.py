@@ -27,7 +27,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         (
             {**ZERO, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             ("stage2.device_batch=8",),
-            "4 in DeepSpeed's configuration, 2 in the passes of stage2.device_batch",
+            "4 in DeepSpeed's configuration, 2 in the accumulation steps of stage2.device_batch",
         ),
         (ZERO, ("run.precision=fp16",), "run.precision: fp16"),
         (ZERO, ("stage2.uncond_embedding=learned",), "stage2.uncond_embedding: learned"),

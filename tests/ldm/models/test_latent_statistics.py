@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.models.latent_plots import plot_latents
 from ldm.models.latent_statistics import Report
 from ldm.utils.errors import UserError
 
@@ -140,7 +141,7 @@ def test_nonfinite_latents_are_refused() -> None:
 def test_the_plot_is_a_single_png(tmp_path: Path, channels: int) -> None:
     x = noise(4, channels, 8, 8)
     x[:, 0] = 1
-    report(x).plot(tmp_path / "latents.png")
+    plot_latents(report(x), tmp_path / "latents.png")
     assert [path.name for path in tmp_path.iterdir()] == ["latents.png"]
     with Image.open(tmp_path / "latents.png") as plot:
         assert plot.format == "PNG" and plot.width > 1000

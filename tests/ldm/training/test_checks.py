@@ -10,7 +10,7 @@ from ldm.config import loader
 from ldm.config.schema import Stage1Config
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
-from ldm.training import checks
+from ldm.training import checks, plan
 from ldm.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_attention_that_cannot_be_compiled_is_refused_before_stage_1(
 def test_the_plan_counts_the_tokens_of_all_chunks(root: Path) -> None:
     config = tiny(root, "text.chunks=3", "text.skip_layers=1")
     assert checks.check(config, processes=1).length == 48
-    assert "48 tokens × 384" in checks.describe(config)
+    assert "48 tokens × 384" in plan.describe(config)
 
 
 @pytest.mark.parametrize(
@@ -60,28 +60,31 @@ def test_errors_of_later_stages_are_reported_before_training(
         checks.check(tiny(root, *overrides), processes)
 
 
-@pytest.mark.parametrize(("processes", "passes", "images"), [(1, 8, 32), (8, 1, 32), (64, 1, 4)])
-def test_the_same_configuration_fits_1_to_64_gpus(root: Path, processes: int, passes: int, images: int) -> None:
+@pytest.mark.parametrize(("processes", "steps", "images"), [(1, 8, 32), (8, 1, 32), (64, 1, 4)])
+def test_the_same_configuration_fits_1_to_64_gpus(root: Path, processes: int, steps: int, images: int) -> None:
     large = loader.load(root / "configs/sd-512.yaml")
-    assert accumulated("stage2", large.stage2, processes) == (passes, images)
-    line = next(line for line in checks.describe(large, processes).splitlines() if line.startswith("batch"))
+    assert accumulated("stage2", large.stage2, processes) == (steps, images)
+    line = next(line for line in plan.describe(large, processes).splitlines() if line.startswith("batch"))
     assert line.startswith(f"batch    256 images a step: {processes} process")
-    assert line.endswith(f" × {passes} pass{'es' if passes > 1 else ''} of {images}")
+    assert line.endswith(
+        f" × {steps} accumulation step{'s' if steps > 1 else ''} of {images} image{'s' if images > 1 else ''}"
+    )
 
 
 def test_processes_that_cannot_share_the_batch_get_the_nearest_batch_that_they_can(root: Path) -> None:
     with pytest.raises(UserError, match=r"stage2\.batch: 256 can't be shared evenly by 48 processes; 240 can"):
-        checks.describe(loader.load(root / "configs/sd-512.yaml"), 48)
+        plan.describe(loader.load(root / "configs/sd-512.yaml"), 48)
 
 
 def test_a_batch_without_divisors_gets_a_better_suggestion(root: Path) -> None:
     config = tiny(root, "stage2.batch=134", "stage2.device_batch=32")  # 67 per process, a prime
-    plan = checks.describe(config, processes=2)
-    assert "batch    16 images a step: 2 processes × 1 pass of 8\n" in plan
-    assert "batch    134 images a step: 2 processes × 67 passes of 1\n         stage2.batch: 132 would be" in plan
+    text = plan.describe(config, processes=2)
+    assert "batch    16 images a step: 2 processes × 1 accumulation step of 8 images\n" in text
+    assert "batch    134 images a step: 2 processes × 67 accumulation steps of 1 image\n" in text
+    assert "         stage2.batch: 132 would be 3 accumulation steps of 22, nearer to stage2.device_batch, 32\n" in text
     assert accumulated("stage2", tiny(root, "stage2.batch=132", "stage2.device_batch=32").stage2, 2) == (3, 22)
-    assert "would be" not in checks.describe(tiny(root, "stage2.batch=128", "stage2.device_batch=32"))
-    assert "would be" not in checks.describe(tiny(root, "stage2.batch=16", "stage2.device_batch=64"))
+    assert "would be" not in plan.describe(tiny(root, "stage2.batch=128", "stage2.device_batch=32"))
+    assert "would be" not in plan.describe(tiny(root, "stage2.batch=16", "stage2.device_batch=64"))
 
 
 def test_eight_bit_moments_need_bitsandbytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

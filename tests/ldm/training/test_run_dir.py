@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from ldm.config import loader
+from ldm.config.schema import ClassifierConfig
 from ldm.training import run_dir
-from ldm.training.run_dir import prepare_run_dir
+from ldm.training.run_dir import prepare_out_dir, prepare_run_dir
 from ldm.utils.errors import UserError
 
 
@@ -142,7 +143,7 @@ def test_the_pipeline_has_the_configured_steps_wherever_a_change_was_killed(
     if written:
         prepare_run_dir(more)
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "_restore_pipeline" if written else "whole_file", kill)
+        patch.setattr(run_dir, "_restore_pipeline" if written else "atomic_file", kill)
         with pytest.raises(KeyboardInterrupt):
             prepare_run_dir(settings if written else more)
     assert not (finished / "pipeline").exists()
@@ -191,3 +192,48 @@ def test_the_folder_of_a_classifier_is_refused(settings: loader.Config) -> None:
     (settings.run.dir / "config.yaml").write_text("run: runs/faces\nclassifier: {steps: 3}\n")
     with pytest.raises(UserError, match=r"run\.dir: .* is not a run of train_ldm\.py; give another folder"):
         prepare_run_dir(settings)
+
+
+def classifier_settings(**keys: object) -> dict[str, object]:
+    return {
+        "run": "runs/faces",
+        "fingerprint": {"data": "a"},
+        "classifier": ClassifierConfig(**keys).model_dump(mode="json"),
+    }
+
+
+def prepare_classifier_dir(folder: Path, settings: dict[str, object]) -> dict[str, object]:
+    prepare_out_dir(folder, ClassifierConfig, "classifier", settings)
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_the_folder_of_a_classifier_is_continued_with_what_may_change_and_keeps_its_origin(tmp_path: Path) -> None:
+    written = prepare_classifier_dir(tmp_path, classifier_settings(steps=5))
+    assert written["about"]["torch"] and written["classifier"]["steps"] == 5
+    assert (
+        prepare_classifier_dir(tmp_path, classifier_settings(steps=6))["classifier"]["steps"] == 6
+    )  # nothing is trained
+    (tmp_path / "classifier/checkpoints/step-000003").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**classifier_settings(steps=6), "about": {"command": "first"}})
+    )
+    written = prepare_classifier_dir(tmp_path, {**classifier_settings(steps=6, checkpoint_every=7), "run": "moved"})
+    assert (written["about"], written["run"]) == ({"command": "first"}, "moved")
+    assert written["classifier"]["checkpoint_every"] == 7
+    other = {**classifier_settings(steps=7), "fingerprint": {"data": "b"}}
+    with pytest.raises(
+        UserError, match=r"another training \(steps: 6 → 7; fingerprint\.data: a → b\); give another one"
+    ):
+        prepare_classifier_dir(tmp_path, other)
+    with pytest.raises(UserError, match=r"--out: .* is a folder of another kind"):
+        prepare_out_dir(tmp_path, ClassifierConfig, "distill", {"distill": {}})
+
+
+def test_a_classifiers_folder_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
+    old = classifier_settings(steps=5)
+    old["pictures"] = old.pop("fingerprint")
+    del old["classifier"]["ema_widths"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    written = prepare_classifier_dir(tmp_path, classifier_settings(steps=5))
+    assert written["fingerprint"] == {"data": "a"} and "pictures" not in written
