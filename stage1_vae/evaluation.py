@@ -1,4 +1,4 @@
-"""Evaluation of the autoencoder during and after training: held-out figures, sheets of reconstructions."""
+"""Evaluation of the autoencoder during and after training: held-out figures, grids of reconstructions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import LatentStatistics
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 SHEET_IMAGES = 8
-AMPLIFICATION = 4  # of a reconstruction's difference from its original, on sheets
+AMPLIFICATION = 4  # of a reconstruction's difference from its original, on grids
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -77,7 +77,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
 
 
 def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
-    """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
+    """Figures of each held-out split, and a grid of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
@@ -126,6 +126,6 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> Non
     images = [image for row in rows.values() for image in to_pil(row)]
     sheet = grid(images, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         sheet.save(tmp_path, "PNG")
     log_image(trainer.accelerator.trackers, "reconstructions", sheet, trainer.step)

@@ -34,8 +34,9 @@ from ldm.distributed.launch import join
 from ldm.evaluation.reconstruction import KERNEL, Bicubic, ReconstructionMetrics, max_scales
 from ldm.models import autoencoder, feature_networks
 from ldm.models.autoencoder import Autoencoder
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.paths import path_or_id
 from stage1_vae.suitability_report import ImageName, Row, Subject, describe, draw_sheet, recommendations, table, to_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "names": names,
         "per_image": per_image,
     }
-    with whole_file(out / "report.json") as tmp_path:
+    with atomic_file(out / "report.json") as tmp_path:
         tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
     for file, rows in (("reconstructions.png", examples), ("worst.png", worst)):
         draw_sheet(rows, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser = Parser(prog="suitability.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="names the images and their size")
-    parser.add_argument("--model", required=True, action="append", metavar="PATH_OR_ID", help="may be given repeatedly")
+    parser.add_argument(
+        "--model", required=True, type=path_or_id, action="append", metavar="PATH_OR_ID", help="may be given repeatedly"
+    )
     parser.add_argument("--out", type=Path, help="default: evaluation/ in the first model's run, or here")
     parser.add_argument("--count", type=int, default=MIN_FID_IMAGES, help="images at most (default: %(default)s)")
     parser.add_argument("--worst", type=int, default=8, help="images on worst.png (default: %(default)s)")

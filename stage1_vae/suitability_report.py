@@ -1,4 +1,4 @@
-"""The report on measured autoencoders: a table of figures, recommendations, sheets of images."""
+"""The report on measured autoencoders: a table of figures, recommendations, grids of images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Subject:
 
 
 class Row(NamedTuple):
-    """An image on a sheet, with its reconstructions."""
+    """An image on a grid, with its reconstructions."""
 
     rank: float  # rows are sorted by it
     number: int  # of the image in the data

@@ -9,6 +9,7 @@ training would stop.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,9 @@ def check_index(settings: loader.Config) -> int:
     for _, bad in zip(range(20), data.bad_samples(), strict=False):
         print(f"bad        {bad}")
     if data.bad_count() > 20:
-        print(f"bad        … and {data.bad_count() - 20:,} more in {folder / 'data-report.json'}")
+        print(f"bad        … and {data.bad_count() - 20:,} more in {folder / 'data-report.json'}; of all of them:")
+        for fix, count in Counter(bad.fix for bad in data.bad_samples()).most_common(10):
+            print(f"bad        {count:,}: {fix}")
     if len(data):
         encoder = text_encoder.of(settings.text) if stage.text else None
         print(check.describe(check.facts(data, encoder, settings.text.model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from ldm.data.records import (
     Sample,
     captions_of,
     label_of,
+    unique_keys,
 )
 from ldm.data.unread_files import UNREAD_CAPTIONS
 from ldm.utils.errors import UserError
@@ -81,18 +83,22 @@ def tar_records(urls: Sequence[str], options: ReadOptions) -> Records:
     """The samples of WebDataset tars: an image, its captions in `.txt`, `.caption` or a key of `.json`, its class in
     another, or in `.cls`.
     """
+    unread_keys = set[str]()
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"data.source: {url} is compressed; unpack it to a .tar, or set data.streaming=true")
         for group in _groups(url, with_bytes=False):
-            for sample in _samples(url, group, options):
+            for sample in _samples(url, group, options, unread_keys):
                 yield sample[0] if isinstance(sample, tuple) else sample
 
 
-def tar_samples(url: str, options: ReadOptions) -> Iterator[Sample | LeftOut]:
-    """The samples of one tar, read sequentially, with the bytes of each image."""
+def tar_samples(url: str, options: ReadOptions, unread_keys: set[str]) -> Iterator[Sample | LeftOut]:
+    """The samples of one tar, read sequentially, with the bytes of each image.
+
+    `unread_keys` collects the keys of `.json` files that are not read, each of which is left out once.
+    """
     for group in _groups(url, with_bytes=True):
-        yield from _samples(url, group, options)
+        yield from _samples(url, group, options, unread_keys)
 
 
 class _Header(tarfile.TarInfo):
@@ -171,9 +177,9 @@ def _left_out_so_far(problems: list[BadSample | LeftOut]) -> Iterator[LeftOut]:
 
 
 def _samples(
-    url: str, group: dict[str, Any] | BadSample | LeftOut, options: ReadOptions
+    url: str, group: dict[str, Any] | BadSample | LeftOut, options: ReadOptions, unread_keys: set[str]
 ) -> Iterator[tuple[Record, Any] | BadSample | LeftOut]:
-    """The record of a group, with its image: bytes, or the header in the tar; and its members that aren't read."""
+    """The record of a group, with its image: bytes, or the header in the tar; and what of the group isn't read."""
     if isinstance(group, BadSample | LeftOut):
         yield group
         return
@@ -201,6 +207,18 @@ def _samples(
             yield LeftOut(f"{key}.{name}", "other images of a sample")
         elif images and name not in (images[0], *_texts_read(group, images[0], options)):
             yield LeftOut(f"{key}.{name}", UNREAD_CAPTIONS if name != "cls" else "classes that are not read")
+        elif images and name == "json":
+            for unread_key in sorted(_unread_keys(group, images[0], options) - unread_keys):
+                unread_keys.add(unread_key)
+                yield LeftOut(f"{key}.json: {unread_key}", "keys of .json files that are not read")
+
+
+def _unread_keys(group: dict[str, Any], image: str, options: ReadOptions) -> set[str]:
+    read = {options.label, None if _caption_member(group, image) else options.column}
+    with contextlib.suppress(ValueError, RecursionError):  # the sample is bad
+        content = json.loads(group["json"])
+        return {name for name in content if name not in read} if isinstance(content, dict) else set()
+    return set()
 
 
 def _caption_member(group: dict[str, Any], image: str) -> str | None:
@@ -249,7 +267,7 @@ def _label(group: dict[str, Any], options: ReadOptions) -> str:
 def _json_value(content: bytes, key: str, name: str | None, required: bool) -> Any:
     """The value of `name` in a JSON object; `key` is the key of `data.source` that sets `name`."""
     try:
-        return json.loads(content)[name]
+        return json.loads(content, object_pairs_hook=unique_keys)[name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, KeyError | TypeError) and not required:
             return None

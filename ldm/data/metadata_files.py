@@ -26,6 +26,7 @@ from ldm.data.records import (
     captions_of,
     label_of,
     one_line,
+    unique_keys,
 )
 from ldm.data.unread_files import METADATA, SIDECARS, UNREAD_CAPTIONS, unread_file
 from ldm.utils.errors import UserError
@@ -169,19 +170,12 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
 
 def _json_row(line: bytes) -> dict[str, Any] | str:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return f"it is not UTF-8 ({error.reason} at byte {error.start})"
     except (ValueError, RecursionError) as error:
         return f"it is no JSON ({error})"
     return row if isinstance(row, dict) else "it is no JSON object"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key comes twice")
-    return row
 
 
 def _raw(strings: pa.Array) -> pa.Array:

@@ -183,8 +183,18 @@ def _decoded(value: Any, what: str = "caption") -> Any:
         raise BadSampleError(reason, "save it as UTF-8") from None
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs; ValueError where a key comes twice, of which `json` alone would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key comes twice")
+    return content
+
+
 def one_line(text: str) -> str:
     """The text with every unprintable character escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -64,9 +64,11 @@ class Sources:
         for source, kind in zip(self.configs, self.kinds, strict=True):
             check_keys(source, kind)
         self._left_out = [LeftOutCounts() for _ in self.configs]
+        self._unread_keys: dict[int, set[str]] = {}  # of the tars that were streamed
 
     def __getstate__(self) -> dict[str, object]:  # a loader process opens tables itself
-        return {name: getattr(self, name) for name in ("configs", "size", "cache", "conditions", "kinds", "_left_out")}
+        names = ("configs", "size", "cache", "conditions", "kinds", "_left_out", "_unread_keys")
+        return {name: getattr(self, name) for name in names}
 
     def describe(self) -> list[str]:
         """A line for each source: its path and its kind; then captions that were guessed, with examples."""
@@ -175,7 +177,8 @@ class Sources:
         """The samples of a shard with the bytes of their images, in the order of the shard."""
         number, name = shard
         if isinstance(name, str):
-            samples = archives.tar_samples(name, self._read_options(self.configs[number]))
+            unread_keys = self._unread_keys.setdefault(number, set())
+            samples = archives.tar_samples(name, self._read_options(self.configs[number]), unread_keys)
             return self._without_left_out(number, samples)
         return self._streams[number].samples(str(number), name)
 

@@ -51,6 +51,7 @@ class Table:
         except UserError:
             raise
         except Exception as error:  # the readers of datasets may raise anything
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error  # datasets wraps what it meets
             text = " ".join(str(error).split())[:200]
             missing = "" if Path(path).exists() or kind == "parquet" else "there is no such folder here, and "
             message = f"{missing}datasets can't open {path} ({type(error).__name__}: {text})"
@@ -104,11 +105,12 @@ class Table:
         """Has texts read as bytes, since they may not be UTF-8, and images as they are stored; sets `classes`."""
         import datasets
 
-        strings, raw = datasets.Value("string"), datasets.Value("binary")
-        for text_type, binary_type in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
-            for name in (self.options.column, self.options.label):
-                if (self.rows.features or {}).get(name) == text_type:
-                    self.rows = self.rows.cast_column(name, binary_type)
+        for size in ("", "large_"):
+            strings, raw = datasets.Value(f"{size}string"), datasets.Value(f"{size}binary")
+            for text_type, binary_type in ((strings, raw), (datasets.List(strings), datasets.List(raw))):
+                for name in (self.options.column, self.options.label):
+                    if (self.rows.features or {}).get(name) == text_type:
+                        self.rows = self.rows.cast_column(name, binary_type)
         label = (self.rows.features or {}).get(self.options.label)
         self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
         if isinstance((self.rows.features or {}).get(self.image_column), datasets.Image):

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ldm.models.latent_statistics import BINS, RANGE, LatentStatistics
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 
 def plot_latents(statistics: LatentStatistics, path: Path) -> None:
@@ -42,7 +42,7 @@ def plot_latents(statistics: LatentStatistics, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     bottom = 0.08 + 0.02 * max(1, len(lines))  # fixed margins: matplotlib takes half a second to find them
     figure.subplots_adjust(left=0.07, right=0.98, bottom=bottom, top=0.93, hspace=0.28, wspace=0.2)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         canvas.print_figure(tmp_path, format="png")
 
 

@@ -210,6 +210,10 @@ def of(config: TextConfig) -> AnyTextEncoder:
         raise UserError(
             f"text.train: {config.model} has several text encoders, which stay frozen here; set it to false"
         )
+    if config.pooled_width not in (None, encoder.pooled_width):
+        raise UserError(
+            f"text.pooled_width: {config.pooled_width}, but {config.model} has {encoder.pooled_width}; set it to that"
+        )
     return encoder
 
 

@@ -82,6 +82,8 @@ def build(
         # diffusers' `attention_head_dim` of this class is the number of heads
         attention_head_dim=tuple(max(1, width // stage.attention_head_dim) for width in stage.channels),
         cross_attention_dim=text_width,
+        transformer_layers_per_block=stage.transformer_layers or 1,
+        use_linear_projection=stage.linear_projection,
     )
 
 

@@ -36,7 +36,7 @@ from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
 from ldm.models.weight_files import load_variant
-from ldm.utils.atomic_files import whole_folder
+from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import UserError
 
 FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
@@ -173,7 +173,7 @@ def write(model: Model, folder: Path) -> None:
     if not isinstance(model.autoencoder.vae, Identity):
         parts["autoencoder"] = model.autoencoder.vae
     check_weights({name: part for name, part in parts.items() if part is not None}, folder)
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         pipeline_of(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
         (tmp_path / FACTS).write_text(json.dumps(facts, indent=2) + "\n")

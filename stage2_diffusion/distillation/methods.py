@@ -133,8 +133,8 @@ class Guidance(DistillationMethod):
 
 
 @dataclass
-class Halving(DistillationMethod):
-    """One step for two of a teacher that hears what the student hears; arXiv 2202.00512, Algorithm 2."""
+class ProgressiveDistillation(DistillationMethod):
+    """One step for two of a teacher that takes the same conditions; arXiv 2202.00512, Algorithm 2."""
 
     steps: int
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from forked import Process
+from metrics_lines import MEASURED
 from safetensors.torch import load_file
 from tiny import TINY
 
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
 

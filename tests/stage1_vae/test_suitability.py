@@ -240,3 +240,9 @@ def test_a_missing_split_is_named(shared: Path, root: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_script_runs_as_a_file(launch: Callable[..., Process], finish: Callable[[Process], str]) -> None:
     assert "--lpips-net" in finish(launch("stage1_vae/suitability.py", "--help"))
+
+
+def test_a_tilde_in_the_path_of_a_model_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = suitability._parse(["--config", "a.yaml", "--model", "~/run/autoencoder", "--model", "stabilityai/sd-vae"])
+    assert models.model == [f"{tmp_path}/run/autoencoder", "stabilityai/sd-vae"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked, Process, of_accelerate
+from metrics_lines import MEASURED
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config
@@ -21,7 +22,6 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints, read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ldm.models.convert.safetensors_file import Shapes, check_names, opened
 from ldm.models.finite import check_weights
 from ldm.models.weight_files import contents
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a full checkpoint; none if it is alone
@@ -114,7 +114,7 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
         **{key: json.dumps(value) for key, value in values.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         save_file(tensors, tmp_path, metadata)
 
 

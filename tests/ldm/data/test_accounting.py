@@ -110,6 +110,17 @@ TAR_MEMBERS: dict[str, tuple[list[tuple[str, bytes | None]], int, int, dict[str,
         0,
         {"caption files that are not read": 1},
     ),
+    "other keys of json": (
+        [
+            (f"{name}.{suffix}", data)
+            for name in "ab"
+            for suffix, data in (("png", png()), ("json", b'{"text": "x", "id": 1}'))
+        ],
+        2,
+        0,
+        {"keys of .json files that are not read": 1},
+    ),
+    "a key twice": ([("a.png", png()), ("a.json", b'{"text": "x", "text": "y"}')], 0, 1, {}),
     "a class": ([("a.png", png()), ("a.cls", b"1"), ("a.txt", b"x")], 1, 0, {"classes that are not read": 1}),
     "a caption named after the file": ([("a.png", png()), ("a.png.txt", b"x")], 1, 0, {}),
     "names with dots": ([("v1.0.png", png()), ("v1.1.png", png()), ("v1.0.txt", b"x")], 0, 2, {}),

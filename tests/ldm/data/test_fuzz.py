@@ -27,11 +27,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.config import loader
-from ldm.config.schema import DataConfig
+from ldm.config.schema import DataConfig, SourceConfig
 from ldm.data import check, index, records
 from ldm.data.formats import IMAGE_SUFFIXES
 from ldm.data.index import Index
-from ldm.data.records import one_line
+from ldm.data.records import BadSample, one_line
+from ldm.data.sources import Sources
 from ldm.utils.errors import UserError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
@@ -72,6 +73,7 @@ class Account:
         left_out = index.sources.left_out()
         self.left_out = {name: reason for reason, names in left_out.examples.items() for name in names}
         bad_rows = list(index.bad_samples())
+        self.keys = [bad.key for bad in bad_rows]
         self.total = len(index) + len(bad_rows) + left_out.counts.total()
         lines = [*check.balance(index).splitlines(), *map(str, bad_rows), *index.sources.describe()]
         if len(index):
@@ -405,6 +407,7 @@ def test_every_member_of_a_tar_is_used_named_or_counted(members: list[TarMember]
         write_tar(root / "0.tar", members)
         result = account({"path": str(root / "0.tar")}, root / "cache", conditions)
         assert result is not None
+        check_stream(root / "0.tar", conditions, result)
         reported = [str(key).removeprefix("0.tar:").lower() for key in (*result.good, *result.bad, *result.left_out)]
         duplicates = " ".join(result.bad.values()).lower()
         texts_used = 0
@@ -430,6 +433,17 @@ def test_every_member_of_a_tar_is_used_named_or_counted(members: list[TarMember]
             alone = [other for other, _, _ in members if other.split(".")[0] == name.split(".")[0]]
             if len(alone) == 2 and re.fullmatch(r"[\w/ ]+\.png", name) and conditions == ("text",):
                 assert f"0.tar:{name}" in result.good, result.bad
+
+
+def check_stream(tar: Path, conditions: tuple[str, ...], result: Account) -> None:
+    """A stream has the same samples as the index, and leaves out the same."""
+    sources = Sources([SourceConfig(path=str(tar))], 16, tar.parent / "cache", conditions)
+    (shard,) = sources.shards(0)
+    samples = list(sources.samples(shard))
+    keys = Counter(sample[0].key for sample in samples if isinstance(sample, tuple))
+    bad = Counter(sample.key for sample in samples if isinstance(sample, BadSample))
+    assert keys + bad == Counter([*result.keys, *(entry.key for entry in result.index)])
+    assert sources.left_out().counts == result.index.sources.left_out().counts
 
 
 @fuzz(30)
@@ -675,7 +689,9 @@ def tomls(draw: st.DrawFn) -> dict[str, Any]:
         dataset["subsets"] = []
         for _ in range(draw(st.integers(1, 2))):
             odd = draw(st.integers(0, 9)) == 0
+            reg = {"is_reg": draw(st.booleans())} if draw(st.integers(0, 3)) == 0 else {}
             subset = {
+                **reg,
                 "image_dir": draw(st.sampled_from(ODD_DIRS if odd else IMAGE_DIRS)),
                 **draw(sections(SUBSET_KEYS)),
             }
@@ -715,6 +731,8 @@ def expected_repeats(tree: dict[str, Any]) -> Counter[tuple[str, int]] | None:
         for subset in dataset["subsets"]:
             options = {**tree["general"], **dataset, **subset}
             extension = str(options.get("caption_extension") or "txt").lstrip(".").lower()
+            if subset.get("is_reg"):
+                return None
             captioned = extension == "txt" or str(options.get("class_tokens", "")).strip()
             if not captioned or not subset["image_dir"]:
                 return None

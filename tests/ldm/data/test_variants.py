@@ -317,6 +317,28 @@ def test_a_csv_of_other_columns_or_separators_is_refused(content: str, says: str
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("text_type", [pa.string(), pa.large_string()])  # pandas and polars write one each
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_caption_that_is_not_utf8_costs_a_parquet_no_other_row(
+    text_type: pa.DataType, listed: bool, tmp_path: Path
+) -> None:
+    binary = pa.large_binary() if text_type == pa.large_string() else pa.binary()
+    raw = pa.array([b"a dog", b"\xff", b"a cat"], binary)
+    captions = pa.Array.from_buffers(text_type, len(raw), raw.buffers())
+    column = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), captions) if listed else captions
+    pq.write_table(pa.table({"image": [encoded()] * 3, "text": column}), tmp_path / "a.parquet")
+    read = Read(tmp_path / "a.parquet")
+    assert list(read.captions.values()) == ["a dog", "a cat"]
+    assert list(read.bad) == ["a.parquet:1"]
+
+
+def test_tables_of_other_columns_are_refused_with_the_cause(tmp_path: Path) -> None:
+    for column in ("text", "caption"):
+        pq.write_table(pa.table({"image": [encoded()], column: ["a dog"]}), tmp_path / f"{column}.parquet")
+    with pytest.raises(UserError, match=r"datasets can't open .* \(CastError: Couldn't cast .*caption"):
+        list(Sources([SourceConfig(path=str(tmp_path))], 16, tmp_path / "cache").records(0))
+
+
 @pytest.mark.parametrize("row", ["b.png,a fox, asleep,", 'b.png,"a fox" asleep', "b.png"])
 def test_a_csv_row_that_is_not_of_its_header_is_bad(row: str, tmp_path: Path) -> None:
     rows = f'file_name,text\r\na.png,"a fox, awake"\r\n\r\n{row}\r\nc.png,a cat'

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import Process
+from metrics_lines import MEASURED
 from torch import nn
 
 import ldm.training.trainer
@@ -23,7 +24,7 @@ from ldm.config.schema import RunConfig, Training
 from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.engine import Engine
-from ldm.training.metrics_logger import MEASURED, MetricsLogger
+from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from ldm.utils.rng import normal

@@ -32,7 +32,7 @@ from ldm.models.unet import build, make_guidance_conditioned, remove_variance_ch
 from ldm.sampling.few_steps import noise_levels
 from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
-from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving
+from stage2_diffusion.distillation.methods import Consistency, Guidance, ProgressiveDistillation
 
 STAGE = Stage2Config(
     channels=(8, 8), attention=(False, True), layers=1, attention_head_dim=8, norm_num_groups=4, mid_attention=False
@@ -93,7 +93,7 @@ def test_the_guidance_target_is_the_guided_teacher_and_at_scale_1_the_conditiona
 def test_progressive_distillation_uses_the_students_timesteps_and_has_no_loss_at_the_target(
     unet: Any, target: str
 ) -> None:
-    method, batch = method_and_batch(Halving, unet, target, 4)
+    method, batch = method_and_batch(ProgressiveDistillation, unet, target, 4)
     process, steps = method.process, noise_levels(method.process, 4)
     assert torch.equal(batch.model_time, steps.model_time[batch.at])
     make_guidance_conditioned(unet)
@@ -105,7 +105,7 @@ def test_progressive_distillation_uses_the_students_timesteps_and_has_no_loss_at
 
 
 def test_batches_depend_on_positions_only(unet: Any) -> None:
-    method, _ = method_and_batch(Halving, unet, "flow", 8)
+    method, _ = method_and_batch(ProgressiveDistillation, unet, "flow", 8)
     x0, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 16)
     batched, single = (
         method.make_batch(torch.tensor(n), x0[: len(n)], Condition(text[: len(n)])) for n in ([7, 8], [8])
