@@ -16,7 +16,7 @@ from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_statistics import LatentStatistics
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import atomic_file
@@ -95,7 +95,7 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, tr
 
 def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Trainer, workers: int) -> dict[str, Any]:
     """Are the latents ready for diffusion? Draws `stage1/latents.png`; returns the facts. Processes share the work."""
-    report = Report(autoencoder.channels)
+    report = LatentStatistics(autoencoder.channels)
     for x in share(data, trainer, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():

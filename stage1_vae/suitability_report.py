@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.data import images
 from ldm.evaluation.reconstruction import Bicubic, ReconstructionMetrics, recommend_action
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_statistics import LatentStatistics
 from stage1_vae.evaluation import AMPLIFICATION, amplified_difference
 
 ImageName = tuple[str, str]  # key, caption
@@ -38,7 +38,7 @@ class Subject:
 
     def __init__(self, name: str, model: Autoencoder | Bicubic, metrics: ReconstructionMetrics):
         self.name, self.model, self.metrics = name, model, metrics
-        self.latents = Report(model.channels)
+        self.latents = LatentStatistics(model.channels)
 
     def rebuild(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Measures a batch, `(N, 3, H, W)`; returns its reconstruction and the PSNR per image, `(N,)`."""

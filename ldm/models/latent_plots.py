@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ldm.models.latent_statistics import BINS, RANGE, Report
+from ldm.models.latent_statistics import BINS, RANGE, LatentStatistics
 from ldm.utils.atomic_files import atomic_file
 
 
-def plot_latents(statistics: Report, path: Path) -> None:
+def plot_latents(statistics: LatentStatistics, path: Path) -> None:
     """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
     figure = Figure(figsize=(11, 8), dpi=110)
     canvas = FigureCanvasAgg(figure)
@@ -46,7 +46,7 @@ def plot_latents(statistics: Report, path: Path) -> None:
         canvas.print_figure(tmp_path, format="png")
 
 
-def _plot_histograms(statistics: Report, axis: Axes, colours: list[Any]) -> None:
+def _plot_histograms(statistics: LatentStatistics, axis: Axes, colours: list[Any]) -> None:
     edges, many = torch.linspace(-RANGE, RANGE, BINS + 1), statistics.channels > 10  # too many for the legend
     centres, density = (edges[1:] + edges[:-1]) / 2, statistics.histogram / statistics.count * (BINS / (2 * RANGE))
     for c, colour in enumerate(colours):
@@ -58,7 +58,7 @@ def _plot_histograms(statistics: Report, axis: Axes, colours: list[Any]) -> None
     axis.legend(frameon=False, fontsize=8)
 
 
-def _plot_correlation(statistics: Report, axis: Axes) -> None:
+def _plot_correlation(statistics: LatentStatistics, axis: Axes) -> None:
     r, ticks = statistics.correlation(), range(0, statistics.channels, max(1, statistics.channels // 8))
     image = axis.imshow(r.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     axis.figure.colorbar(image, ax=axis, label="r", shrink=0.9)
@@ -69,9 +69,9 @@ def _plot_correlation(statistics: Report, axis: Axes) -> None:
             axis.text(b, a, f"{r[a, b]:z.2f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def _plot_spectrum(statistics: Report, axis: Axes, colours: list[Any]) -> None:
+def _plot_spectrum(statistics: LatentStatistics, axis: Axes, colours: list[Any]) -> None:
     frequency, power = statistics.spectrum()
-    seen = statistics.waves > 0
+    seen = statistics.num_coefficients > 0
     for c, colour in enumerate(colours):
         axis.plot(frequency[seen], power[c, seen].clamp_min(1e-8), color=colour, lw=1, alpha=0.6)
     axis.plot(frequency[seen], power.mean(0)[seen].clamp_min(1e-8), color="black", lw=2, label="all channels")
@@ -82,7 +82,7 @@ def _plot_spectrum(statistics: Report, axis: Axes, colours: list[Any]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _plot_scale(statistics: Report, axis: Axes, colours: list[Any]) -> None:
+def _plot_scale(statistics: LatentStatistics, axis: Axes, colours: list[Any]) -> None:
     mean, std = statistics.mean(), statistics.std()
     axis.axhspan(-1, 1, color="grey", alpha=0.12, lw=0)
     axis.axhline(0, color="grey", lw=1, ls=":")

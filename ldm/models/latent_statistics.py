@@ -22,7 +22,7 @@ MIN_VALUES = 2000  # the histogram of fewer values is far from Gaussian by chanc
 MAX_CORRELATION, MAX_DISTANCE, MAX_MEAN, STD_RANGE = 0.9, 0.15, 0.5, (0.5, 2.0)  # beyond these there is a warning
 
 
-class Report:
+class LatentStatistics:
     """Statistics of normalised latents `(N, C, h, w)`, collected batch by batch."""
 
     def __init__(self, channels: int):
@@ -33,7 +33,7 @@ class Report:
         self.products = torch.zeros(c, c, dtype=torch.float64)  # sum of x·xᵀ over all positions
         self.histogram = torch.zeros(c, BINS, dtype=torch.int64)
         self.power = torch.zeros(c, FREQUENCIES, dtype=torch.float64)
-        self.waves = torch.zeros(FREQUENCIES, dtype=torch.int64)  # number of coefficients in each sum of `power`
+        self.num_coefficients = torch.zeros(FREQUENCIES, dtype=torch.int64)  # in each sum of `power`
 
     def add(self, latents: torch.Tensor) -> None:
         """Adds a batch `(N, C, h, w)`; h and w may differ between batches. UserError if a value is not finite."""
@@ -54,14 +54,14 @@ class Report:
         inside = (radius > 0) & (radius <= 1)
         ring = (radius[inside] * FREQUENCIES + 0.5).long().clamp_min(1) - 1
         self.power.index_add_(1, ring, power[:, inside])
-        self.waves += len(x) * ring.bincount(minlength=FREQUENCIES)
+        self.num_coefficients += len(x) * ring.bincount(minlength=FREQUENCIES)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums, on the CPU. Summed over processes, in place, they make this the report of all processes."""
-        names = ("count", "total", "products", "histogram", "power", "waves")
+        names = ("count", "total", "products", "histogram", "power", "num_coefficients")
         return {name: getattr(self, name) for name in names}
 
-    def merge(self, other: Report) -> None:
+    def merge(self, other: LatentStatistics) -> None:
         """Adds another report's latents to this one's."""
         other_tensors = other.tensors()
         for name, tensor in self.tensors().items():
@@ -98,7 +98,7 @@ class Report:
 
         White noise of variance v has power v at every frequency. The mean and the corners are left out.
         """
-        return torch.arange(1, FREQUENCIES + 1) / FREQUENCIES, self.power / self.waves
+        return torch.arange(1, FREQUENCIES + 1) / FREQUENCIES, self.power / self.num_coefficients
 
     def dead(self) -> list[int]:
         """Channels without content: constant, or below 0.05 of the median channel's standard deviation."""

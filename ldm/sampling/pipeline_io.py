@@ -37,7 +37,7 @@ from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import atomic_folder
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
 PIPELINES = (
@@ -85,7 +85,7 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)

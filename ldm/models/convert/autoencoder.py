@@ -181,7 +181,9 @@ def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
         if LINEAR.search(name) and set(file_shape[2:]) <= {1}:
             file_shape = file_shape[:2]
         if file_shape != shape:
-            raise UserError(f"{path}: tensor {original} has shape {file_shape}; beside the others it would be {shape}")
+            raise UserError(
+                f"{path}: tensor {original} has shape {file_shape}; expected {shape}, by the shapes of the others"
+            )
         tensor = file.get_tensor(file_names[original]).reshape(shape)
         tensors[name] = tensor.to(torch.float32, copy=True)  # else it maps the file, which may be replaced
     model.load_state_dict(tensors, assign=True)

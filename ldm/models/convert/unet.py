@@ -50,9 +50,9 @@ def read(
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise UserError(
-                    f"{path}: tensor {file_names[name]} has shape {shapes[name]}; beside the others it would be "
-                    f"{shape}, with stage2.attention_head_dim={attention_head_dim} and "
-                    f"stage2.norm_num_groups={norm_num_groups} where it does not tell them"
+                    f"{path}: tensor {file_names[name]} has shape {shapes[name]}; expected {shape}, by the shapes of "
+                    f"the others, and by stage2.attention_head_dim={attention_head_dim} and "
+                    f"stage2.norm_num_groups={norm_num_groups} where shapes don't tell"
                 )
         # copies: else they map the file, which may be replaced
         tensors = {name: file.get_tensor(file_names[name]).to(torch.float32, copy=True) for name in expected}

@@ -86,8 +86,8 @@ def test_images_of_several_sizes_have_equal_weight() -> None:
     metrics.add(*wide)
     metrics.add(*square)
     separate = [ReconstructionMetrics(scales=2) for _ in range(2)]
-    for metrics, pair in zip(separate, (wide, square), strict=True):
-        metrics.add(*pair)
+    for of_one_size, pair in zip(separate, (wide, square), strict=True):
+        of_one_size.add(*pair)
     for name, mean in metrics.means().items():
         assert mean == pytest.approx((3 * separate[0].means()[name] + separate[1].means()[name]) / 4, abs=1e-9)
         assert metrics.per_image[name].shape == (4,)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.models.latent_plots import plot_latents
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_statistics import LatentStatistics
 from ldm.utils.errors import UserError
 
 
@@ -17,8 +17,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def report(*batches: torch.Tensor) -> Report:
-    statistics = Report(batches[0].shape[1])
+def report(*batches: torch.Tensor) -> LatentStatistics:
+    statistics = LatentStatistics(batches[0].shape[1])
     for batch in batches:
         statistics.add(batch)
     return statistics

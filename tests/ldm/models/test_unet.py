@@ -158,6 +158,8 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
     assert (loaded.config.in_channels, loaded.config.sample_size) == (4, 32)
     with pytest.raises(UserError, match="in_channels 4"):
         unet.load(stage, 3, 16, 384)
+    with pytest.raises(UserError, match=r"stage2\.init_from: .* halves the latents \d times, but their side is 15;"):
+        unet.load(stage, 4, 15, 384)
     with pytest.raises(UserError, match=r"cross_attention_dim 384, but the text encoder's width are 32|384"):
         unet.load(stage, 4, 16, 32)
     scheduler(DiffusionProcess("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
