@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -28,7 +28,7 @@ from stage1_vae import train as stage1
 from stage1_vae.objective import Objective
 
 pytestmark = pytest.mark.slow
-Launch = Callable[..., Process]
+Launch = Callable[..., ScriptProcess]
 
 
 def test_a_dry_run_measures_both_stages_and_trains_nothing(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from of_config import indexed
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -113,8 +113,8 @@ def test_per_image_figures_of_two_processes_average_to_those_of_one(shapes: Inde
 
 @pytest.mark.slow
 def test_a_process_without_images_waits_for_the_others(
-    launch: Callable[..., Process],
-    finish: Callable[[Process], str],
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
     three_shapes: Callable[[list[str]], Path],
     root: Path,
     tmp_path: Path,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from forked import Process
+from forked import ScriptProcess
 from of_config import indexed
 from PIL import Image
 
@@ -238,7 +238,9 @@ def test_a_missing_split_is_named(shared: Path, root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_script_runs_as_a_file(launch: Callable[..., Process], finish: Callable[[Process], str]) -> None:
+def test_the_script_runs_as_a_file(
+    launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str]
+) -> None:
     assert "--lpips-net" in finish(launch("stage1_vae/suitability.py", "--help"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked, Process, of_accelerate
+from forked import Forked, ScriptProcess, of_accelerate
 from metrics_lines import MEASURED
 from safetensors.torch import load_file
 
@@ -272,7 +272,7 @@ ALL_LEARNED = "all that is learned besides the U-Net"
 def trained(
     root: Path,
     environment: dict[str, str],
-    finish: Callable[[Process], str],
+    finish: Callable[[ScriptProcess], str],
     tmp_path_factory: pytest.TempPathFactory,
     small: list[str],
 ) -> Path:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from forked import Process
+from forked import ScriptProcess
 from metrics_lines import MEASURED
 from torch import nn
 
@@ -417,7 +417,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_kept(tmp_pa
 
 
 @pytest.mark.slow
-def test_processes_with_different_data_are_refused_by_all(tmp_path: Path, launch: Callable[..., Process]) -> None:
+def test_processes_with_different_data_are_refused_by_all(tmp_path: Path, launch: Callable[..., ScriptProcess]) -> None:
     (tmp_path / "other.py").write_text(
         "import os, sys\n"
         "from pathlib import Path\n"

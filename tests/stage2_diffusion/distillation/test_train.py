@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from forked import Process
+from forked import ScriptProcess
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config, DistillConfig, Stage2Config
@@ -256,7 +256,7 @@ def sample_ldm(folder: Path, **options: Any) -> np.ndarray:
 
 def test_every_halving_is_exported_for_plain_diffusers_and_a_killed_one_resumes_exactly(
     distill: Callable[..., str],
-    launch: Callable[..., Process],
+    launch: Callable[..., ScriptProcess],
     wait_for: Callable[..., None],
     run_with: Callable[..., Path],
     tiny_run: Path,
