@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
-    parser.add_argument("--fresh", action="store_true", help="start in a new folder beside a used one")
+    parser.add_argument("--fresh", action="store_true", help="start in a new folder where run.dir is used")
     parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)

@@ -43,6 +43,7 @@ from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
 
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
 CONFIGURED = {
@@ -85,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=(*CONFIGURED, "sample", "attention"), help="what is measured")
     parser.add_argument("--config", type=Path, help="a YAML file, for example configs/openmoji.yaml")
-    parser.add_argument("--model", help="sample: a text-to-image pipeline's folder or Hub id")
+    parser.add_argument("--model", type=path_or_id, help="sample: a text-to-image pipeline's folder or Hub id")
     parser.add_argument("--rows", help="what is compared, for example reference-bf16,ours,ours+stage2.compile=true")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="of rows that name none; default: the fastest here")
     parser.add_argument("--batch", type=int, default=16, help="sample, attention: images per batch")

@@ -117,5 +117,5 @@ def _sampler(row: Row, name: str, model: LatentDiffusion, device: torch.device, 
 
 
 def _seconds(sampler: Sampler, number: int, turn: int) -> float:
-    prompts = [f"picture {i} of turn {turn}" for i in range(number)]  # new ones: encoded prompts may be cached
+    prompts = [f"image {i} of turn {turn}" for i in range(number)]  # new ones: encoded prompts may be cached
     return timed(partial(sampler, prompts))

@@ -34,7 +34,7 @@ INTRODUCTIONS = {
     "text": "The text encoder. [The U-Net](../guides/unet.md#text-encoders) explains them.",
     "stage1": "Stage one trains the autoencoder. [The autoencoder](../guides/autoencoder.md) explains them.",
     "stage2": "Stage two trains the U-Net. [The U-Net](../guides/unet.md) explains them.",
-    "sample": "How sample sheets are drawn, and what the exported pipeline remembers.",
+    "sample": "Solver, steps and prompts of the sample grids, and what the exported pipeline remembers.",
 }
 COMMANDS = {  # sections with a command of their own, whose keys have no prefix: `steps=3000`
     "distillation": (
@@ -111,7 +111,7 @@ def _presets() -> str:
             f"## `{section}.{name}`\n\nDecides {', '.join(f'`{key}`' for key in keys)}; what a preset does not list "
             f"has its [default]({section}.md).\n\n| preset | sets |\n|---|---|\n{''.join(rows)}"
         )
-    return _page("Presets", "A preset sets several keys. A key that is given beside it wins.", parts)
+    return _page("Presets", "A preset sets several keys. A key that is set explicitly takes precedence.", parts)
 
 
 def _sampling() -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import cached_file
 
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, where the encoder has none of its own
 
@@ -24,7 +24,7 @@ class Features(nn.Module):
             config = AutoConfig.from_pretrained(name)
             model = AutoModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"stage1.align.model: can't load {name!r}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"stage1.align.model: can't load {name!r}: {first_line(error)}") from None
         config = getattr(config, "vision_config", config)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         try:

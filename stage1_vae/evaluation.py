@@ -1,4 +1,4 @@
-"""Evaluation of the autoencoder during and after training: held-out figures, sheets of reconstructions."""
+"""Evaluation of the autoencoder during and after training: held-out figures, grids of reconstructions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_statistics import LatentStatistics
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 SHEET_IMAGES = 8
-AMPLIFICATION = 4  # of a reconstruction's difference from its original, on sheets
+AMPLIFICATION = 4  # of a reconstruction's difference from its original, on grids
 Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,7 +42,7 @@ def amplified_difference(rebuilt: torch.Tensor, original: torch.Tensor) -> torch
 def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
     """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
-    own = Figures(max_scales(min(sides)))
+    own = ReconstructionMetrics(max_scales(min(sides)))
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
@@ -77,7 +77,7 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
 
 
 def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, trainer: Trainer) -> dict[str, Any]:
-    """Figures of each held-out split, and a sheet of reconstructions if the last step has none."""
+    """Figures of each held-out split, and a grid of reconstructions if the last step has none."""
 
     def rebuild(x: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(autoencoder.encode(x))
@@ -95,13 +95,15 @@ def when_done(data: Index | Stream, config: Config, autoencoder: Autoencoder, tr
 
 def latent_report(data: Index | Stream, autoencoder: Autoencoder, trainer: Trainer, workers: int) -> dict[str, Any]:
     """Are the latents ready for diffusion? Draws `stage1/latents.png`; returns the facts. Processes share the work."""
-    report = Report(autoencoder.channels)
+    report = LatentStatistics(autoencoder.channels)
     for x in share(data, trainer, workers):
         report.add(autoencoder.encode(x))
     for tensor in report.tensors().values():
         tensor.copy_(trainer.sum(tensor))
     if trainer.is_main:
-        report.plot(trainer.folder / "latents.png")
+        from ldm.models.latent_plots import plot_latents  # imports matplotlib, which is slow
+
+        plot_latents(report, trainer.folder / "latents.png")
         for warning in report.warnings():
             print(f"stage1: latents: {warning}", flush=True)
     return report.facts()
@@ -124,6 +126,6 @@ def write_sheet(data: Index | Stream, rebuild: Rebuild, trainer: Trainer) -> Non
     images = [image for row in rows.values() for image in to_pil(row)]
     sheet = grid(images, [name for name, row in rows.items() for _ in row], columns=len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         sheet.save(tmp_path, "PNG")
     log_image(trainer.accelerator.trackers, "reconstructions", sheet, trainer.step)

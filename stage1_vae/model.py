@@ -15,8 +15,8 @@ from ldm.models.autoencoder import encode_posterior
 from ldm.utils.rng import generator
 
 
-class Change(NamedTuple):
-    """A change of images and latents alike: quarter turns, then the size to shrink to."""
+class LatentTransform(NamedTuple):
+    """A transform of images and latents alike: quarter turns, then the size to shrink to."""
 
     turns: int
     height: int  # in latents
@@ -30,7 +30,7 @@ class Change(NamedTuple):
         return torch.rot90(x, self.turns, (2, 3))
 
 
-def draw_change(share: float, seed: int, step: int, height: int, width: int) -> Change | None:
+def draw_transform(share: float, seed: int, step: int, height: int, width: int) -> LatentTransform | None:
     """For a `share` of the steps, a turn and a scale in [¼, 1] of latents `height` × `width`; for all processes alike.
 
     EQ-VAE, Kouzelis et al., arXiv 2502.09509, section 3: latents that turn and shrink with their image have less
@@ -40,11 +40,11 @@ def draw_change(share: float, seed: int, step: int, height: int, width: int) -> 
     if rng.random() >= share:
         return None
     scale = rng.uniform(0.25, 1)
-    return Change(int(rng.integers(4)), max(1, round(height * scale)), max(1, round(width * scale)))
+    return LatentTransform(int(rng.integers(4)), max(1, round(height * scale)), max(1, round(width * scale)))
 
 
 class Rebuilt(NamedTuple):
-    pixels: torch.Tensor  # (N, 3, H, W), changed like the latents
+    pixels: torch.Tensor  # (N, 3, H, W), transformed like the latents
     mean: torch.Tensor  # (N, C, h, w), of the encoder's posterior
     logvar: torch.Tensor
     codes: torch.Tensor | None  # (N, C, h, w): with VQ, the nearest code at each position
@@ -74,7 +74,7 @@ class Reconstruction(nn.Module):
         if features:
             self.project = nn.Conv2d(vae.config.latent_channels, features, 1, bias=False)
 
-    def forward(self, x: torch.Tensor, eps: torch.Tensor, change: Change | None = None) -> Rebuilt:
+    def forward(self, x: torch.Tensor, eps: torch.Tensor, transform: LatentTransform | None = None) -> Rebuilt:
         """x `(N, 3, H, W)` in [-1, 1], eps `(N, C, h, w)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             mean, logvar = encode_posterior(self.vae, x)
@@ -82,10 +82,10 @@ class Reconstruction(nn.Module):
         if isinstance(self.vae, VQModel):
             codes, chosen = quantise(mean, self.vae.quantize.embedding.weight)
             z = mean + (codes - mean).detach()  # the straight-through estimator, arXiv 1711.00937, section 3.2
-            pixels = self.vae.decode(change(z) if change else z, force_not_quantize=True).sample
+            pixels = self.vae.decode(transform(z) if transform else z, force_not_quantize=True).sample
             return Rebuilt(pixels, mean, logvar, codes, chosen, projected)
         z = mean + (0.5 * logvar).exp() * eps  # the reparameterisation trick, arXiv 1312.6114, eq. 10
-        pixels = self.vae.decode(change(z) if change else z).sample
+        pixels = self.vae.decode(transform(z) if transform else z).sample
         return Rebuilt(pixels, mean, logvar, None, None, projected)
 
     @property

@@ -31,11 +31,12 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT, BadSample
 from ldm.data.stream import Stream
 from ldm.distributed.launch import join
-from ldm.evaluation.reconstruction import KERNEL, Bicubic, Figures, max_scales
+from ldm.evaluation.reconstruction import KERNEL, Bicubic, ReconstructionMetrics, max_scales
 from ldm.models import autoencoder, feature_networks
 from ldm.models.autoencoder import Autoencoder
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
+from ldm.utils.paths import path_or_id
 from stage1_vae.suitability_report import ImageName, Row, Subject, describe, draw_sheet, recommendations, table, to_json
 
 if TYPE_CHECKING:
@@ -67,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names, examples, worst = measure(parts, subjects, args.worst)
     if not names:
         raise UserError(f"data.source: no usable image in {settings.data.name}; scripts/check_data.py says why")
-    if len(names) < MIN_FID_IMAGES and subjects[0].figures.fid is not None:
+    if len(names) < MIN_FID_IMAGES and subjects[0].metrics.fid is not None:
         notes.append(f"rFID of {len(names):,} images is mostly noise; about {MIN_FID_IMAGES:,} are needed")
-    baselines = {s.model.factor: s.figures.means() for s in subjects if isinstance(s.model, Bicubic)}
+    baselines = {s.model.factor: s.metrics.means() for s in subjects if isinstance(s.model, Bicubic)}
     facts = [describe(subject, baselines) for subject in subjects]
     title = f"{len(names):,} images ({split}) of {settings.data.name} at {settings.data.size} px"
     unit = "bias: mean of rebuilt less real, in 1/255"
     lines = [title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *recommendations(facts), ""]
     print("\n".join(lines))
 
-    per_image = {subject.name: {k: v.tolist() for k, v in subject.figures.per_image.items()} for subject in subjects}
+    per_image = {subject.name: {k: v.tolist() for k, v in subject.metrics.per_image.items()} for subject in subjects}
     report = {
         "config": str(args.config),
         "data": settings.data.name,
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "names": names,
         "per_image": per_image,
     }
-    with whole_file(out / "report.json") as tmp_path:
+    with atomic_file(out / "report.json") as tmp_path:
         tmp_path.write_text(json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
     for file, rows in (("reconstructions.png", examples), ("worst.png", worst)):
         draw_sheet(rows, [s for s in subjects if not isinstance(s.model, Bicubic)], names).save(out / file)
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser = Parser(prog="suitability.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="names the images and their size")
-    parser.add_argument("--model", required=True, action="append", metavar="PATH_OR_ID", help="may be given repeatedly")
+    parser.add_argument(
+        "--model", required=True, type=path_or_id, action="append", metavar="PATH_OR_ID", help="may be given repeatedly"
+    )
     parser.add_argument("--out", type=Path, help="default: evaluation/ in the first model's run, or here")
     parser.add_argument("--count", type=int, default=MIN_FID_IMAGES, help="images at most (default: %(default)s)")
     parser.add_argument("--worst", type=int, default=8, help="images on worst.png (default: %(default)s)")
@@ -203,11 +206,12 @@ def _subjects(
     except UserError as error:
         notes.append(str(error))
     subjects = [
-        Subject(name, model, Figures(scales, lpips, fid))
+        Subject(name, model, ReconstructionMetrics(scales, lpips, fid))
         for (name, model), fid in zip(models.items(), fids, strict=True)
     ]
     factors = sorted({model.factor for model in models.values()})
-    return subjects + [Subject(f"bicubic ÷ {f}", Bicubic(f), Figures(scales, lpips)) for f in factors], notes
+    baselines = [Subject(f"bicubic ÷ {f}", Bicubic(f), ReconstructionMetrics(scales, lpips)) for f in factors]
+    return subjects + baselines, notes
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""The report on measured autoencoders: a table of figures, recommendations, sheets of images."""
+"""The report on measured autoencoders: a table of figures, recommendations, grids of images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from ldm.data import images
-from ldm.evaluation.reconstruction import Bicubic, Figures, recommend_action
+from ldm.evaluation.reconstruction import Bicubic, ReconstructionMetrics, recommend_action
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_statistics import LatentStatistics
 from stage1_vae.evaluation import AMPLIFICATION, amplified_difference
 
 ImageName = tuple[str, str]  # key, caption
@@ -36,9 +36,9 @@ PUBLISHED = {  # arXiv 2112.10752, table 8; the model card of stabilityai/sd-vae
 class Subject:
     """A row of the table: an autoencoder, or the bicubic baseline, with its figures and latent statistics."""
 
-    def __init__(self, name: str, model: Autoencoder | Bicubic, figures: Figures):
-        self.name, self.model, self.figures = name, model, figures
-        self.latents = Report(model.channels)
+    def __init__(self, name: str, model: Autoencoder | Bicubic, metrics: ReconstructionMetrics):
+        self.name, self.model, self.metrics = name, model, metrics
+        self.latents = LatentStatistics(model.channels)
 
     def rebuild(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Measures a batch, `(N, 3, H, W)`; returns its reconstruction and the PSNR per image, `(N,)`."""
@@ -47,7 +47,7 @@ class Subject:
         if finite.any():
             self.latents.add(z[finite])
         rebuilt = self.model.decode(z)
-        return rebuilt, self.figures.add(x, rebuilt)["psnr"]
+        return rebuilt, self.metrics.add(x, rebuilt)["psnr"]
 
     def std(self) -> torch.Tensor:
         """Standard deviation per latent channel, `(C,)`; NaN if no latent was finite."""
@@ -55,7 +55,7 @@ class Subject:
 
 
 class Row(NamedTuple):
-    """An image on a sheet, with its reconstructions."""
+    """An image on a grid, with its reconstructions."""
 
     rank: float  # rows are sorted by it
     number: int  # of the image in the data
@@ -64,17 +64,17 @@ class Row(NamedTuple):
 
 def describe(subject: Subject, baselines: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """A subject's entry in `report.json`; `baselines` are the bicubic figures by factor."""
-    means, figures, model = subject.figures.means(), subject.figures, subject.model
+    means, metrics, model = subject.metrics.means(), subject.metrics, subject.model
     facts = {
         "model": subject.name,
         "factor": model.factor,
         "channels": model.channels,
         "figures": means,
-        "broken": figures.broken,
+        "broken": metrics.nonfinite,
     }
     if isinstance(model, Bicubic):
         return facts
-    action, reasons = recommend_action(means, baselines[model.factor], subject.std(), figures.broken)
+    action, reasons = recommend_action(means, baselines[model.factor], subject.std(), metrics.nonfinite)
     latents = subject.latents.facts() if subject.latents.count else {}
     return {**facts, "latents": latents, "recommendation": action, "reasons": reasons}
 
@@ -121,7 +121,7 @@ def draw_sheet(rows: Sequence[Row], subjects: Sequence[Subject], names: Sequence
         cells.append(row.images[0])
         captions.append(f"{tail(key)}: {caption}" if key else caption)
         for subject, rebuilt in zip(subjects, row.images[1:], strict=False):  # the bicubic ones come last
-            psnr, ssim = (float(subject.figures.per_image[name][row.number]) for name in ("psnr", "ssim"))
+            psnr, ssim = (float(subject.metrics.per_image[name][row.number]) for name in ("psnr", "ssim"))
             rebuilt = rebuilt.nan_to_num(-1)
             cells += [rebuilt, amplified_difference(rebuilt, row.images[0])]
             figures = f"{psnr:.1f} dB, SSIM {ssim:.2f}" if math.isfinite(ssim) else "not finite"

@@ -23,7 +23,7 @@ from stage1_vae.adversarial import AdversarialLoss
 from stage1_vae.alignment import Features
 from stage1_vae.discriminator import PatchDiscriminator
 from stage1_vae.losses import Logs
-from stage1_vae.model import Rebuilt, Reconstruction, draw_change, revive
+from stage1_vae.model import Rebuilt, Reconstruction, draw_transform, revive
 from stage1_vae.objective import Objective
 
 STATISTICS_IMAGES = 16_384  # at most, for the latents' mean and standard deviation
@@ -63,12 +63,12 @@ def train(config: Config, data: Index | Stream) -> None:
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], trainer.step
             h, w = x.shape[2] // stage.factor, x.shape[3] // stage.factor
             eps = normal(seed, "stage1", n, (stage.latent_channels, h, w)).to(x)
-            change = draw_change(stage.equivariance, seed, step, h, w)
-            rebuilt: Rebuilt = trainer.model(x, eps, change)
+            transform = draw_transform(stage.equivariance, seed, step, h, w)
+            rebuilt: Rebuilt = trainer.model(x, eps, transform)
 
-            error, logs = objective.reconstruction(rebuilt.pixels, change(x, stage.factor) if change else x)
+            error, logs = objective.reconstruction(rebuilt.pixels, transform(x, stage.factor) if transform else x)
             loss, latent_logs = objective.add_latent_losses(error, rebuilt, x, step)
-            is_adversarial = adversarial.active(step) and not change  # a shrunk image would give itself away
+            is_adversarial = adversarial.active(step) and not transform  # a shrunk image would give itself away
             if is_adversarial:
                 generator_loss, generator_logs = adversarial.generator(rebuilt.pixels, error, model.last_layer, n)
                 loss, logs = loss + generator_loss, logs | generator_logs

@@ -8,7 +8,7 @@ from ldm.config.schema import Config
 from ldm.data.dataset import Item
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import (
-    NOISIEST,
+    MAX_NOISE_LEVEL,
     Condition,
     TextEmbedding,
     downsample,
@@ -76,6 +76,6 @@ class Conditions:
         Noise augmentation makes the model robust to the artefacts of real low-resolution images.
         """
         low_res = downsample(pixels, self.autoencoder.factor)
-        level = (uniform(self.seed, "small noise level", n) * NOISIEST).long().to(pixels.device)
+        level = (uniform(self.seed, "small noise level", n) * MAX_NOISE_LEVEL).long().to(pixels.device)
         noise = normal(self.seed, "small noise", n, low_res.shape[1:]).to(pixels.device)
         return noise_augmented(low_res, noise, level), level

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="stage2_diffusion.likelihood", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--count", type=int, default=32, help="images to measure")
-    parser.add_argument("--steps", type=int, nargs="+", help="steps of the chain; default: all, 100 and 25")
+    parser.add_argument("--steps", type=int, nargs="+", help="timesteps of the bound; default: all, 100 and 25")
     parser.add_argument("--ode-steps", type=int, default=50, help="steps of the probability-flow ODE; 0 leaves it out")
     args = parser.parse_args(arguments)
     for option, number, least in (("--count", args.count, 1), ("--ode-steps", args.ode_steps, 0)):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step_counts = args.steps or [process.timesteps, *(n for n in (100, 25) if n < process.timesteps)]
     for steps in step_counts:
         if process.prediction_type != "flow" and not 1 <= steps <= process.timesteps:
-            raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the steps of the chain")
+            raise UserError(f"--steps: {steps}; give 1 to {process.timesteps}, the training timesteps")
     model = LatentDiffusion.load(args.run / "pipeline")
     task = EvaluationTask.of(settings, model, args.count)
     x0, split = task.x0, "held-out" if task.held_out else "training"

@@ -1,4 +1,4 @@
-"""Sample sheets while stage two trains: they show what metrics miss."""
+"""Sample grids while stage two trains: they show what metrics miss."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import evaluation_sizes as sizes
 from ldm.training.trackers import log_image
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.rng import generator
 from stage2_diffusion.masks import random_mask
 
 
 @dataclass
 class SheetInputs:
-    """What a sheet shows: the captions of its samples, and the model's arguments for them, an entry per sample."""
+    """What a sample grid shows: the captions of its samples, and the model's arguments, an entry per sample."""
 
     captions: list[str]
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -48,13 +48,13 @@ def write_sheet(config: Config, trainer: Trainer, model: LatentDiffusion, data: 
     if on_main(path.exists) or (stage.text and not stage.image and not config.sample.prompts):
         return
     inputs = _image_inputs(config, model, data) if stage.image else _inputs(config, model, data)
-    with trainer.ema_weights("a sample sheet"):
+    with trainer.ema_weights("a sample grid"):
         samples = _generate(model, trainer, config.run.seed, len(inputs.captions), inputs.arguments)
     if trainer.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         captions = ["input"] * len(inputs.sources) + inputs.captions
         sheet = grid(inputs.sources + samples, captions, columns=8, marked=inputs.marked)
-        with whole_file(path) as tmp_path:
+        with atomic_file(path) as tmp_path:
             sheet.save(tmp_path, "PNG")
         log_image(trainer.accelerator.trackers, "samples", sheet, trainer.step)
 

@@ -116,7 +116,7 @@ def pipeline_of(
     process: DiffusionProcess,
     classes: Sequence[str],
 ) -> LatentDiffusion:
-    """The pipeline of the weights in training, which sheets are sampled with and which is exported."""
+    """The pipeline of the weights in training, which sample grids are drawn with and which is exported."""
     stage, sample = config.stage2, config.sample
     clip = autoencoder.factor == 1 and not stage.text  # diffusers' text-to-image pipelines switch it off when they load
     solver = scheduler(process, sample.solver, stage.variance == "learned", clip)

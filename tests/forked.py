@@ -98,7 +98,7 @@ class Forked:
         return self.output.read_text(), None
 
 
-Process = subprocess.Popen[str] | Forked
+ScriptProcess = subprocess.Popen[str] | Forked
 
 
 def _run(script: list[str], root: Path, environment: dict[str, str], output: Path) -> None:

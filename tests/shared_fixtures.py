@@ -21,7 +21,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
-from forked import Forked, Process
+from forked import Forked, ScriptProcess
 from of_config import indexed_once
 from PIL import Image
 from tiny import TINY
@@ -211,7 +211,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}  # the output of a killed process is not lost
 
 
-def kill_all(process: Process) -> None:
+def kill_all(process: ScriptProcess) -> None:
     """SIGKILL for a process and all that it started, including those in other sessions, as torchrun's are."""
     for pid in [rank.pid for rank in process.ranks] if isinstance(process, Forked) else [process.pid]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -222,15 +222,15 @@ def kill_all(process: Process) -> None:
 
 
 @pytest.fixture(scope="session")
-def kill() -> Callable[[Process], None]:
+def kill() -> Callable[[ScriptProcess], None]:
     return kill_all
 
 
 @pytest.fixture(scope="session")
-def kill_one() -> Callable[[Process, int], str]:
+def kill_one() -> Callable[[ScriptProcess, int], str]:
     """SIGKILL for a single rank of several; returns what the others printed until they ended."""
 
-    def kill(process: Process, rank: int) -> str:
+    def kill(process: ScriptProcess, rank: int) -> str:
         if isinstance(process, Forked):
             process.ranks[rank].kill()
         else:
@@ -244,9 +244,9 @@ def kill_one() -> Callable[[Process, int], str]:
 
 
 @pytest.fixture
-def children() -> Iterator[list[Process]]:
+def children() -> Iterator[list[ScriptProcess]]:
     """Processes that end with the test."""
-    processes: list[Process] = []
+    processes: list[ScriptProcess] = []
     yield processes
     for process in processes:
         if process.poll() is None:
@@ -255,7 +255,7 @@ def children() -> Iterator[list[Process]]:
 
 @pytest.fixture
 def launch(
-    root: Path, environment: dict[str, str], children: list[Process], tmp_path_factory: pytest.TempPathFactory
+    root: Path, environment: dict[str, str], children: list[ScriptProcess], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Forked]:
     """Runs `SCRIPT ARGUMENTS`, or `-m MODULE ARGUMENTS`, in `processes` new processes; `finish` waits for them.
 
@@ -272,7 +272,7 @@ def launch(
 
 @pytest.fixture
 def launch_python(
-    root: Path, environment: dict[str, str], children: list[Process]
+    root: Path, environment: dict[str, str], children: list[ScriptProcess]
 ) -> Callable[..., subprocess.Popen[str]]:
     """Starts `python ARGUMENTS`, as a user does; `finish` waits for it."""
 
@@ -294,10 +294,10 @@ def launch_python(
 
 
 @pytest.fixture(scope="session")
-def finish() -> Callable[[Process], str]:
+def finish() -> Callable[[ScriptProcess], str]:
     """Waits for a process to succeed, and returns what it printed."""
 
-    def wait(process: Process) -> str:
+    def wait(process: ScriptProcess) -> str:
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output[-3000:]
         return output
@@ -306,10 +306,10 @@ def finish() -> Callable[[Process], str]:
 
 
 @pytest.fixture(scope="session")
-def wait_for() -> Callable[[Path, Process], None]:
+def wait_for() -> Callable[[Path, ScriptProcess], None]:
     """Waits for a file that a process writes."""
 
-    def wait(path: Path, process: Process) -> None:
+    def wait(path: Path, process: ScriptProcess) -> None:
         end = time.monotonic() + 300
         while not path.exists():
             assert process.poll() is None, f"ended before {path} was written: {process.communicate()[0][-3000:]}"
@@ -350,7 +350,7 @@ def tiny_run(
     tmp_path_factory: pytest.TempPathFactory,
     of_all_workers: Path,
     environment: dict[str, str],
-    finish: Callable[[Process], str],
+    finish: Callable[[ScriptProcess], str],
 ) -> Path:
     """The folder of an uninterrupted run of the tiny configuration: a worker's own copy of what one of them trained.
 

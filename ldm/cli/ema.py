@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.config.schema import WIDEST
 from ldm.training.ema import fit, read_snapshots, weighted_sum
-from ldm.utils.atomic_files import Tensors, whole_folder
+from ldm.utils.atomic_files import Tensors, atomic_folder
 from ldm.utils.errors import Parser, UserError, command
 
 MAX_ERROR = 0.1  # of the reconstructed profile, as a share of its norm
@@ -68,7 +68,7 @@ def _write(out: Path, pipeline: Path, tensors: Tensors) -> None:
     """Copies the pipeline and replaces its weights by `tensors`, which have the names of stage two's `Denoiser`."""
     parts = {"unet": "unet.", "text_encoder": "encoder.", "": ""}  # the last has a trained null embedding
     left = {name for name in tensors if name.startswith("unet.")}
-    with whole_folder(out) as tmp_path:
+    with atomic_folder(out) as tmp_path:
         shutil.copytree(pipeline, tmp_path, dirs_exist_ok=True)
         for part, prefix in parts.items():
             for path in (pipeline / part).glob("*.safetensors"):

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{settings.data.name}: no image is left to compare with")
     model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
     is_default = not args.model and options == Sampling()
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "steps": options.num_inference_steps or model.steps,
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
@@ -70,22 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = [records[i].captions[0] for i in targets]
         samples = _generate(model, prompts, args.seed, options)
         generated |= zip(targets, samples, strict=True)
-        figures[name] = _score(samples, targets, records, features, real_features)
-        for measure, scores in figures[name].items():
+        metrics[name] = _score(samples, targets, records, features, real_features)
+        for measure, scores in metrics[name].items():
             text = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
             print(f"{name:22} {measure:25} {text}", flush=True)
         if is_default:
             _save_sheet(args.run / f"{name.replace(' ', '-')}.png", generated, targets, records, 10)
     distance = frechet_distance(model.autoencoder, real[list(generated)], torch.stack(list(generated.values())))
-    figures["Fréchet distance of latents"] = distance
+    metrics["Fréchet distance of latents"] = distance
     count = len(generated)
     print(f"{count} images and the real ones of their prompts: Fréchet distance of latents {distance:.2f}")
     if args.sheet:
         shown = [i for targets in groups.values() for i in targets[:: -(-len(targets) // 6)]]
         _save_sheet(args.sheet, generated, shown, records, len(shown))
     if is_default:
-        (args.run / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-        write_card(settings, figures)
+        (args.run / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_card(settings, metrics)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from ldm.models.finite import check_weights
 from ldm.sampling import pipeline_io
 from ldm.sampling.loop import initial_noise
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
@@ -118,7 +118,7 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
     v_prediction, zero_snr = model.prediction_type == "v", zero_snr_of(model)
     tensors |= {"v_pred": torch.tensor([])} if v_prediction else {}
     tensors |= {"ztsnr": torch.tensor([])} if zero_snr else {}
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, tmp_path, metadata_of(model, layout, path.stem, v_prediction))
     return layout

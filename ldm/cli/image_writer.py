@@ -20,7 +20,7 @@ from ldm.sampling import png_metadata
 from ldm.sampling.animation import Animation
 from ldm.sampling.loop import Step
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 
@@ -99,7 +99,7 @@ class ImageWriter:
             written = [Image.open(path).convert("RGB") for path in self.paths]  # convert closes the files
             sheet = images.grid(written, [job.caption for job in self.jobs], columns=min(8, len(written)))
             suffix = args.grid.suffix.lower()
-            with whole_file(args.grid) as tmp_path:
+            with atomic_file(args.grid) as tmp_path:
                 sheet.save(tmp_path, {".jpg": "JPEG"}.get(suffix, suffix[1:].upper()))
         where = self.paths[0] if len(self.paths) == 1 else f"{len(self.paths)} images in {args.out}"
         print("wrote " + ", ".join(str(path) for path in (where, args.grid, args.animate) if path))

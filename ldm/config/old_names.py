@@ -10,7 +10,7 @@ from typing import Any, get_args
 from ldm.config.schema import Config, Section, SourceConfig, Stage2Config, Training
 from ldm.utils.errors import UserError
 
-# Old name → name, by section; all before version 0.2.
+# Old name → name, by section; all from before 0.1.0, the first release.
 OLD_NAMES: dict[str, dict[str, str]] = {
     "RunConfig": {"keep": "checkpoints_total_limit"},
     "SourceConfig": {"column": "caption_column"},
@@ -116,9 +116,7 @@ def _device_batch(kind: type[Section], values: dict[str, Any], prefix: str) -> t
         return values, []
     batch, processes = values.get("batch", kind.model_fields["batch"].default), int(os.environ.get("WORLD_SIZE", "1"))
     if values.get("device_batch") is not None:
-        raise UserError(
-            f"{old}: {parts} beside {new}: {values['device_batch']}, which replaces it; leave the first out"
-        )
+        raise UserError(f"{old}: {parts} and {new}: {values['device_batch']} are both set; leave the first out")
     if not (isinstance(parts, int) and isinstance(batch, int) and parts > 0) or batch % (parts * processes):
         share = f", {batch}," if processes == 1 else f", {batch}, over {processes} processes"
         raise UserError(f"{old}: {parts} equal parts of {prefix}batch{share} can't be; set {new} instead")

@@ -27,7 +27,7 @@ AUTOENCODERS: Presets = {
 }
 
 SMALL, DEEP = [False, True, True], [True, True, True, False]
-UNETS: Presets = {  # by parameters, with text embeddings of 384 channels (unet-5m) or 768
+UNETS: Presets = {  # by parameters, with text embeddings of 384 channels (unet-5m), 768, or 2048 (unet-2.6b)
     "custom": {},
     "unet-5m": {
         "channels": [32, 96, 128],
@@ -41,6 +41,13 @@ UNETS: Presets = {  # by parameters, with text embeddings of 384 channels (unet-
     "unet-110m": {"channels": [128, 256, 384, 512], "attention": [False, True, True, False]},
     "unet-425m": {"channels": [224, 448, 896, 896], "attention": DEEP, "attention_head_dim": 32},
     "unet-860m": {"channels": [320, 640, 1280, 1280], "attention": DEEP},  # Stable Diffusion 1, except for the heads
+    "unet-2.6b": {  # SDXL, arXiv 2307.01952, table 1
+        "channels": [320, 640, 1280],
+        "attention": SMALL,
+        "transformer_layers": [1, 2, 10],
+        "linear_projection": True,
+        "pooled_text": True,
+    },
 }
 
 PROCESSES: Presets = {
@@ -77,6 +84,8 @@ PRESETS = (
             "attention",
             "mid_attention",
             "attention_head_dim",
+            "transformer_layers",
+            "linear_projection",
             "norm_num_groups",
             "pooled_text",
             "scale_shift",

@@ -28,7 +28,7 @@ TRACKERS = (
     "trackio",
     "wandb",
 )  # accelerate's, which imports torch
-STRAIGHT = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
+FLOW_SOLVERS = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
 
 
 def check(section: Checked, rules: Iterable[Callable[[Any], None]]) -> Checked:
@@ -98,7 +98,7 @@ def discriminator_is_used(stage1: Stage1Config) -> None:
     if start + gan.warmup >= stage1.steps:
         raise ValueError(
             f"gan: begins at step {start} and is warmed up for {gan.warmup}, so in {stage1.steps} steps the "
-            "autoencoder would never hear it; lower gan.start or gan.warmup"
+            "autoencoder would never be trained with it; lower gan.start or gan.warmup"
         )
     if stage1.equivariance == 1:
         raise ValueError("equivariance: 1 leaves no step to the discriminator, which sees whole images; lower it")
@@ -150,7 +150,7 @@ def chain_keys_exclude_flow(stage2: Stage2Config) -> None:
     ):
         if is_set:
             value = getattr(stage2, key)
-            raise ValueError(f"{key}: {value!r} is for a chain of steps, which flow is not; leave it out")
+            raise ValueError(f"{key}: {value!r} is for discrete timesteps, which flow has none of; leave it out")
     if stage2.timesteps != 1000:  # samplers round model times to integers
         raise ValueError(f"timesteps: {stage2.timesteps}; flow passes its time in thousandths, leave it out")
 
@@ -317,6 +317,16 @@ def unet_levels_fit(config: Config) -> None:
             f"stage2.attention: {len(stage2.attention)} values for {len(stage2.channels)} levels of stage2.channels; "
             "give one a level"
         )
+    if len(stage2.transformer_layers) not in (0, len(stage2.channels)):
+        raise ValueError(
+            f"stage2.transformer_layers: {len(stage2.transformer_layers)} values for {len(stage2.channels)} levels of "
+            "stage2.channels; give one a level"
+        )
+    if not stage2.text and (stage2.transformer_layers or stage2.linear_projection):
+        raise ValueError(
+            "stage2.transformer_layers, stage2.linear_projection: have no effect without text among stage2.conditions; "
+            "leave them out"
+        )
     for width, attends in zip(stage2.channels, stage2.attention, strict=True):
         if attends:
             divides("stage2.channels", width, stage2.attention_head_dim, "stage2.attention_head_dim")
@@ -379,10 +389,10 @@ def trained_text_encoder_has_text(config: Config) -> None:
 
 def solver_suits_prediction(config: Config) -> None:
     solver, prediction_type = config.sample.solver, config.stage2.prediction_type
-    if prediction_type == "flow" and solver not in STRAIGHT:
+    if prediction_type == "flow" and solver not in FLOW_SOLVERS:
         raise ValueError(
             f"sample.solver: {solver!r} can't be saved with stage2.prediction_type 'flow'; use "
-            f"{', '.join(STRAIGHT)}, and another one when you sample"
+            f"{', '.join(FLOW_SOLVERS)}, and another one when you sample"
         )
     if prediction_type == "x0" and solver == "euler_a":
         raise ValueError("sample.solver: 'euler_a' of diffusers does not know stage2.prediction_type 'x0'; use another")

@@ -19,7 +19,7 @@ from ldm.data.index import Index
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.models.text_encoder import AnyTextEncoder
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 QUANTILES = (0, 5, 50, 95, 100)
@@ -52,7 +52,7 @@ def facts(index: Index, text: AnyTextEncoder | None, text_name: str = "") -> dic
         **(_classes(index) if "class" in index.sources.conditions else {}),
         **_duplicates(index),
     }
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return result
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ldm.distributed.consensus import gather_objects, wait_until_visible
 from ldm.distributed.launch import on_main
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 KEYS = "keys"  # the tensor of a file that holds its entries' keys, (N, 32) bytes
@@ -90,7 +90,7 @@ class EncodingStore:
     def write(self, tensors: dict[str, torch.Tensor]) -> Path:
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"about": self.metadata})
         file = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-        with whole_file(file) as tmp_path:
+        with atomic_file(file) as tmp_path:
             tmp_path.write_bytes(content)
         return file
 

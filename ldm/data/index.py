@@ -35,7 +35,7 @@ from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import on_all
 from ldm.distributed.launch import on_main
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 MAX_REPORTED = 10_000  # bad samples that the report lists
@@ -179,7 +179,7 @@ class Index:
             "max_bad": self.data.max_bad,
             "list": listed,
         }
-        with whole_file(path) as tmp_path:
+        with atomic_file(path) as tmp_path:
             tmp_path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     def stop_reason(self, report: Path) -> str:

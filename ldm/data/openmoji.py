@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from ldm.data.records import ImageLocation, ReadOptions, Record
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 SUBSETS = ("openmoji-demo", "openmoji-all")
@@ -148,7 +148,7 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
         if not path.exists():
             svg = svgs / f"{drawing.code}.svg"
             png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
-            with whole_file(path) as tmp_path:  # several processes may render at once
+            with atomic_file(path) as tmp_path:  # several processes may render at once
                 tmp_path.write_bytes(bytes(png))
         rendered.append((drawing, path))
     return rendered

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from accelerate.utils import gather_object
 
-from ldm.utils.errors import FULL, UserError, cant_write
+from ldm.utils.errors import DISK_FULL, UserError, cant_write
 
 Result = TypeVar("Result")
 
@@ -33,7 +33,7 @@ def on_all(action: Callable[[], Result]) -> Result:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         message = f"can't write {error.filename or 'a file'}: {cant_write(error)}"
     if messages := list(filter(None, gather_objects(message))):

@@ -24,69 +24,70 @@ MAX_BIAS = 2.0  # 1/255
 STD_RANGE = (0.3, 3.0)  # of a latent channel
 
 
-class Figures:
-    """Figures of images and their reconstructions, gathered batch by batch.
+class ReconstructionMetrics:
+    """Metrics of images and their reconstructions, gathered batch by batch.
 
-        figures = Figures()
+        metrics = ReconstructionMetrics()
         for x in batches:
-            figures.add(x, autoencoder.decode(autoencoder.encode(x)))
-        figures.means()
+            metrics.add(x, autoencoder.decode(autoencoder.encode(x)))
+        metrics.means()
 
-    PSNR in dB, SSIM, and the colour bias: mean signed error of each channel, rebuilt less real, in 1/255. Also MS-SSIM
-    if `scales` is 2 … 5 (`max_scales`), LPIPS and rFID if their metrics are passed (`ldm.models.feature_networks`).
-    A reconstruction with NaN or Inf is counted as `broken` and has NaN for every figure.
+    PSNR in dB, SSIM, and the colour bias: mean signed error of each channel, reconstructed less real, in 1/255. Also
+    MS-SSIM if `scales` is 2 … 5 (`max_scales`), LPIPS and rFID if their metrics are passed
+    (`ldm.models.feature_networks`).
+    A reconstruction with NaN or Inf is counted as `nonfinite` and has NaN for every metric.
     """
 
     def __init__(self, scales: int = 0, lpips: Metric | None = None, fid: Metric | None = None):
         self.scales, self.lpips, self.fid = scales, lpips, fid
-        self.count = self.broken = 0
+        self.count = self.nonfinite = 0
         self._batches: dict[str, list[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def add(self, real: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adds a batch: both `(N, 3, H, W)` in [-1, 1]; `rebuilt` is clipped to it. Batches may differ in size.
+    def add(self, real: torch.Tensor, reconstructed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds a batch: both `(N, 3, H, W)` in [-1, 1]; `reconstructed` is clipped to it. Batches may differ in size.
 
-        Returns the batch's figures per image, `(N,)` float64 on the CPU.
+        Returns the batch's metrics per image, `(N,)` float64 on the CPU.
         """
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-        rebuilt = rebuilt.to(real.device)
-        finite = rebuilt.flatten(1).isfinite().all(1)  # (N,)
-        real, rebuilt = real / 2 + 0.5, (rebuilt.nan_to_num() / 2 + 0.5).clamp(0, 1)
-        figures = {
-            "psnr": peak_signal_noise_ratio(rebuilt, real, data_range=1.0, reduction="none", dim=(1, 2, 3)),
-            "ssim": structural_similarity_index_measure(rebuilt, real, data_range=1.0, reduction="none"),
+        reconstructed = reconstructed.to(real.device)
+        finite = reconstructed.flatten(1).isfinite().all(1)  # (N,)
+        real, reconstructed = real / 2 + 0.5, (reconstructed.nan_to_num() / 2 + 0.5).clamp(0, 1)
+        metrics = {
+            "psnr": peak_signal_noise_ratio(reconstructed, real, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+            "ssim": structural_similarity_index_measure(reconstructed, real, data_range=1.0, reduction="none"),
         }
         if self.scales:
-            figures["ms_ssim"] = ms_ssim(rebuilt, real, self.scales)
+            metrics["ms_ssim"] = ms_ssim(reconstructed, real, self.scales)
         if self.lpips is not None:
-            figures["lpips"] = self.lpips(rebuilt, real)
+            metrics["lpips"] = self.lpips(reconstructed, real)
             self.lpips.reset()  # or it would accumulate every batch
-        bias = (rebuilt - real).mean((2, 3)) * 255  # (N, 3)
-        figures |= dict(zip(COLOURS, bias.T, strict=True))
-        figures = {
-            name: values.reshape(-1).masked_fill(~finite, torch.nan).double().cpu() for name, values in figures.items()
+        bias = (reconstructed - real).mean((2, 3)) * 255  # (N, 3)
+        metrics |= dict(zip(COLOURS, bias.T, strict=True))
+        metrics = {
+            name: values.reshape(-1).masked_fill(~finite, torch.nan).double().cpu() for name, values in metrics.items()
         }
-        for name, values in figures.items():
+        for name, values in metrics.items():
             self._batches.setdefault(name, []).append(values)
         if self.fid is not None and finite.any():
-            for images, is_real in ((real, True), (rebuilt, False)):
+            for images, is_real in ((real, True), (reconstructed, False)):
                 self.fid.update(images[finite].mul(255).round().byte(), real=is_real)
         self.count += len(real)
-        self.broken += int((~finite).sum())
-        return figures
+        self.nonfinite += int((~finite).sum())
+        return metrics
 
     @property
     def per_image(self) -> dict[str, torch.Tensor]:
-        """The figures of every image, `(N,)` float64, in the order in which they were added."""
+        """The metrics of every image, `(N,)` float64, in the order in which they were added."""
         return {name: torch.cat(batches) for name, batches in self._batches.items()}
 
     def means(self) -> dict[str, float]:
-        """Each figure's mean over the images that are not broken, and rFID, which is a figure of the whole set."""
-        figures = {name: float(values.nanmean()) for name, values in self.per_image.items()}
-        if self.fid is not None and self.count - self.broken > 1:
-            figures["rfid"] = float(self.fid.compute())
-        return figures
+        """Each metric's mean over the finite reconstructions, and rFID, which is a metric of the whole set."""
+        metrics = {name: float(values.nanmean()) for name, values in self.per_image.items()}
+        if self.fid is not None and self.count - self.nonfinite > 1:
+            metrics["rfid"] = float(self.fid.compute())
+        return metrics
 
 
 class Bicubic:
@@ -105,26 +106,26 @@ class Bicubic:
 
 
 def reconstruction(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """Mean PSNR in dB and mean SSIM over the images of batches of (real, rebuilt).
+    """Mean PSNR in dB and mean SSIM over the images of batches of (real, reconstructed).
 
-    A batch is two tensors `(N, 3, H, W)` in [-1, 1]; batches may differ in size. NaN if a rebuilt value is NaN or Inf.
+    A batch is two tensors `(N, 3, H, W)` in [-1, 1]; batches may differ in size. NaN if a value is NaN or Inf.
     """
-    figures = Figures()
-    for real, rebuilt in pairs:
-        figures.add(real, rebuilt)
-    values = figures.per_image
+    metrics = ReconstructionMetrics()
+    for real, reconstructed in pairs:
+        metrics.add(real, reconstructed)
+    values = metrics.per_image
     return {name: float(values[name].mean()) for name in ("psnr", "ssim")}
 
 
 def recommend_action(
-    means: Mapping[str, float], bicubic: Mapping[str, float], std: torch.Tensor, broken: int = 0
+    means: Mapping[str, float], bicubic: Mapping[str, float], std: torch.Tensor, nonfinite: int = 0
 ) -> tuple[str, list[str]]:
     """Whether to keep an autoencoder, tune its decoder or retrain it (`KEEP`, `TUNE`, `RETRAIN`), and the reasons.
 
-    `means` are its mean figures; `bicubic` are those of bicubic resampling by the same factor on the same images, a
+    `means` are its mean metrics; `bicubic` are those of bicubic resampling by the same factor on the same images, a
     measure of how hard the images are. `std` `(C,)` is the standard deviation of its normalised latents per channel.
 
-    - retrain if a reconstruction has NaN or Inf; if no figure (PSNR, SSIM, LPIPS where it was measured) is better than
+    - retrain if a reconstruction has NaN or Inf; if no metric (PSNR, SSIM, LPIPS where it was measured) is better than
       bicubic resampling, so that the latents carry too little; or if a channel's std is outside 0.3 … 3: stage two's
       noise schedules assume 1, and no decoder mends latents;
     - tune the decoder if a colour is off by more than 2/255, which is visible in flat areas, or if the gain over
@@ -132,9 +133,9 @@ def recommend_action(
       PSNR is 2 dB up (a third of the squared error gone) and SSIM closes a quarter of the gap to 1; or from 40 dB on;
     - keep otherwise.
     """
-    if broken or not math.isfinite(means["ssim"]):
+    if nonfinite or not math.isfinite(means["ssim"]):
         cause = "half precision overflows in some autoencoders, float32 does not"
-        return RETRAIN, [f"{broken} reconstructions have values that are not finite; {cause}"]
+        return RETRAIN, [f"{nonfinite} reconstructions have values that are not finite; {cause}"]
     psnr, ssim, lpips = (means.get(name, math.nan) for name in ("psnr", "ssim", "lpips"))
     bicubic_psnr, bicubic_ssim, bicubic_lpips = (bicubic.get(name, math.nan) for name in ("psnr", "ssim", "lpips"))
     comparison = f"PSNR {psnr:.1f} dB (bicubic {bicubic_psnr:.1f}), SSIM {ssim:.3f} ({bicubic_ssim:.3f})"
@@ -172,7 +173,7 @@ def max_scales(side: int) -> int:
     return next((n for n in (5, 4, 3, 2) if side // max(2 ** (n - 1), (n - 1) ** 2) >= KERNEL), 0)
 
 
-def ms_ssim(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 5) -> torch.Tensor:
+def ms_ssim(reconstructed: torch.Tensor, real: torch.Tensor, scales: int = 5) -> torch.Tensor:
     """MS-SSIM per image, `(N,)`, of `(N, 3, H, W)` in [0, 1].
 
     With fewer than five scales, the weights of the remaining scales are enlarged to the sum of all five.
@@ -182,6 +183,6 @@ def ms_ssim(rebuilt: torch.Tensor, real: torch.Tensor, scales: int = 5) -> torch
     share = sum(BETAS[:scales]) / sum(BETAS)
     betas = tuple(beta / share for beta in BETAS[:scales])
     values: torch.Tensor = multiscale_structural_similarity_index_measure(
-        rebuilt, real, reduction="none", data_range=1.0, kernel_size=KERNEL, betas=betas
+        reconstructed, real, reduction="none", data_range=1.0, kernel_size=KERNEL, betas=betas
     )
     return values.reshape(-1)

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import (
 )
 
 from ldm.models.unet import UNet
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 
 def check_backend(backend: str, gpu: bool) -> None:
@@ -98,7 +98,7 @@ def check_kernels(unet: UNet, device: torch.device, dtype: torch.dtype) -> None:
     try:
         actual = computed()
     except RuntimeError as error:  # no kernel for this GPU, this precision or heads of this size
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+        reason = first_line(error).rstrip(":")
         raise UserError(
             f"stage2.attention_backend: xformers can't compute it in {str(dtype)[6:]} here: {reason}; use sdpa"
         ) from None

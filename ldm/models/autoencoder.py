@@ -25,7 +25,7 @@ from ldm.models import vae_tiling
 from ldm.models.convert import autoencoder as single_file
 from ldm.models.finite import check_weights
 from ldm.models.weight_files import load_variant
-from ldm.utils.atomic_files import tensors_sha256, whole_folder
+from ldm.utils.atomic_files import atomic_folder, tensors_sha256
 from ldm.utils.errors import UserError, first_line
 
 STATISTICS = "latents.json"
@@ -155,7 +155,7 @@ class Autoencoder:
         UserError, before anything is written, where weights are not finite.
         """
         check_weights({"autoencoder": self.vae}, folder)
-        with whole_folder(folder) as tmp_path:
+        with atomic_folder(folder) as tmp_path:
             self.vae.save_pretrained(tmp_path)
             (tmp_path / STATISTICS).write_text(
                 json.dumps({"autoencoder": self.fingerprint(), **facts}, indent=2) + "\n"

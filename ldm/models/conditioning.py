@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ldm.diffusion.schedules import betas
 
 NUM_NOISE_LEVELS = 1000  # of an upscaler's low-resolution input, as its U-Net's class embedding knows them
-NOISIEST = 350  # training uses the levels below it, as Stable Diffusion's upscaler does
+MAX_NOISE_LEVEL = 350  # training uses the levels below it, as Stable Diffusion's upscaler does
 
 
 @dataclass(frozen=True)

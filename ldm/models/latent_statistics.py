@@ -8,16 +8,11 @@ consists of sums, so that it can be updated in batches and added up over process
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ldm.utils.atomic_files import whole_file
 from ldm.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RANGE = 6.0  # histograms span -RANGE to RANGE; values outside count in the first and last bin
 BINS = 96
@@ -27,7 +22,7 @@ MIN_VALUES = 2000  # the histogram of fewer values is far from Gaussian by chanc
 MAX_CORRELATION, MAX_DISTANCE, MAX_MEAN, STD_RANGE = 0.9, 0.15, 0.5, (0.5, 2.0)  # beyond these there is a warning
 
 
-class Report:
+class LatentStatistics:
     """Statistics of normalised latents `(N, C, h, w)`, collected batch by batch."""
 
     def __init__(self, channels: int):
@@ -38,7 +33,7 @@ class Report:
         self.products = torch.zeros(c, c, dtype=torch.float64)  # sum of x·xᵀ over all positions
         self.histogram = torch.zeros(c, BINS, dtype=torch.int64)
         self.power = torch.zeros(c, FREQUENCIES, dtype=torch.float64)
-        self.waves = torch.zeros(FREQUENCIES, dtype=torch.int64)  # number of coefficients in each sum of `power`
+        self.num_coefficients = torch.zeros(FREQUENCIES, dtype=torch.int64)  # in each sum of `power`
 
     def add(self, latents: torch.Tensor) -> None:
         """Adds a batch `(N, C, h, w)`; h and w may differ between batches. UserError if a value is not finite."""
@@ -59,14 +54,14 @@ class Report:
         inside = (radius > 0) & (radius <= 1)
         ring = (radius[inside] * FREQUENCIES + 0.5).long().clamp_min(1) - 1
         self.power.index_add_(1, ring, power[:, inside])
-        self.waves += len(x) * ring.bincount(minlength=FREQUENCIES)
+        self.num_coefficients += len(x) * ring.bincount(minlength=FREQUENCIES)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums, on the CPU. Summed over processes, in place, they make this the report of all processes."""
-        names = ("count", "total", "products", "histogram", "power", "waves")
+        names = ("count", "total", "products", "histogram", "power", "num_coefficients")
         return {name: getattr(self, name) for name in names}
 
-    def merge(self, other: Report) -> None:
+    def merge(self, other: LatentStatistics) -> None:
         """Adds another report's latents to this one's."""
         other_tensors = other.tensors()
         for name, tensor in self.tensors().items():
@@ -103,7 +98,7 @@ class Report:
 
         White noise of variance v has power v at every frequency. The mean and the corners are left out.
         """
-        return torch.arange(1, FREQUENCIES + 1) / FREQUENCIES, self.power / self.waves
+        return torch.arange(1, FREQUENCIES + 1) / FREQUENCIES, self.power / self.num_coefficients
 
     def dead(self) -> list[int]:
         """Channels without content: constant, or below 0.05 of the median channel's standard deviation."""
@@ -156,84 +151,12 @@ class Report:
             "warnings": self.warnings(),
         }
 
-    def plot(self, path: Path) -> None:
-        """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
-        import matplotlib  # slow to import, so only to plot
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 8), dpi=110)
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 2)
-        many = self.channels > 10
-        shades = matplotlib.colormaps["viridis" if many else "tab10"]
-        colours = [shades(c / (self.channels - 1) if many else c) for c in range(self.channels)]
-        warnings = self.warnings()
-        figure.suptitle(
-            f"Latents: {self.channels} channels, {int(self.count):,} values each", x=0.01, ha="left", weight="bold"
-        )
-        lines = [*warnings[:4], *([f"and {len(warnings) - 4} more warnings"] if len(warnings) > 4 else [])]
-        colour = "tab:red" if lines else "tab:green"
-        figure.supxlabel("\n".join(lines) or "no warnings", x=0.01, ha="left", size=9, color=colour)
-        self._plot_histograms(axes[0, 0], colours)
-        self._plot_correlation(axes[0, 1])
-        self._plot_spectrum(axes[1, 0], colours)
-        self._plot_scale(axes[1, 1], colours)
-        for axis in axes.flat:
-            axis.spines[["top", "right"]].set_visible(False)
-        bottom = 0.08 + 0.02 * max(1, len(lines))  # fixed margins: matplotlib takes half a second to find them
-        figure.subplots_adjust(left=0.07, right=0.98, bottom=bottom, top=0.93, hspace=0.28, wspace=0.2)
-        with whole_file(path) as tmp_path:
-            canvas.print_figure(tmp_path, format="png")
-
     def _covariance(self) -> torch.Tensor:
         assert self.count > 0, "a report without latents"
         mean = self.mean()
         covariance = self.products / self.count - torch.outer(mean, mean)
         floor = covariance.diagonal().clamp_min(0)  # rounding can leave a constant channel below 0
         return covariance.diagonal_scatter(floor)
-
-    def _plot_histograms(self, axis: Axes, colours: list[Any]) -> None:
-        edges, many = torch.linspace(-RANGE, RANGE, BINS + 1), self.channels > 10  # too many for the legend
-        centres, density = (edges[1:] + edges[:-1]) / 2, self.histogram / self.count * (BINS / (2 * RANGE))
-        for c, colour in enumerate(colours):
-            axis.plot(centres, density[c], color=colour, lw=1.2, label=f"{'_' * many}channel {c}")
-        gaussian = (-centres.square() / 2).exp() / math.sqrt(2 * math.pi)
-        axis.plot(centres, gaussian, color="black", lw=1.5, ls="--", label="Gaussian")
-        axis.set(title="Distribution of values", xlabel="value", ylabel="density", xlim=(-RANGE, RANGE))
-        axis.set_ylim(0, min(1.05 * max(0.5, float(density.max())), 1))  # a dead channel's peak would hide the rest
-        axis.legend(frameon=False, fontsize=8)
-
-    def _plot_correlation(self, axis: Axes) -> None:
-        r, ticks = self.correlation(), range(0, self.channels, max(1, self.channels // 8))
-        image = axis.imshow(r.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.figure.colorbar(image, ax=axis, label="r", shrink=0.9)
-        axis.set(title="Correlation of channels", xlabel="channel", ylabel="channel", xticks=ticks, yticks=ticks)
-        for a in range(self.channels) if self.channels <= 8 else ():
-            for b in range(self.channels):
-                ink = "white" if abs(r[a, b]) > 0.6 else "black"
-                axis.text(b, a, f"{r[a, b]:z.2f}", ha="center", va="center", color=ink, fontsize=8)
-
-    def _plot_spectrum(self, axis: Axes, colours: list[Any]) -> None:
-        frequency, power = self.spectrum()
-        seen = self.waves > 0
-        for c, colour in enumerate(colours):
-            axis.plot(frequency[seen], power[c, seen].clamp_min(1e-8), color=colour, lw=1, alpha=0.6)
-        axis.plot(frequency[seen], power.mean(0)[seen].clamp_min(1e-8), color="black", lw=2, label="all channels")
-        axis.axhline(1, color="grey", lw=1, ls=":", label="white noise")
-        axis.set(title="Spectrum", xlabel="frequency, share of Nyquist's", ylabel="power", yscale="log", xlim=(0, 1))
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(low, 0.1), max(high, 10))
-        axis.legend(frameon=False, fontsize=8)
-
-    def _plot_scale(self, axis: Axes, colours: list[Any]) -> None:
-        mean, std = self.mean(), self.std()
-        axis.axhspan(-1, 1, color="grey", alpha=0.12, lw=0)
-        axis.axhline(0, color="grey", lw=1, ls=":")
-        for c, colour in enumerate(colours):
-            axis.errorbar(c, mean[c], std[c], fmt="o", color=colour, capsize=4)
-        axis.set(title="Mean ± standard deviation (grey: the ideal)", xlabel="channel", ylabel="value")
-        axis.set_xticks(range(0, self.channels, max(1, self.channels // 8)))
 
 
 def _digits(values: torch.Tensor) -> list[float | None]:

@@ -34,7 +34,7 @@ from ldm.models import open_clip
 from ldm.models.conditioning import TextEmbedding
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import tensors_sha256
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, first_line
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -210,6 +210,10 @@ def of(config: TextConfig) -> AnyTextEncoder:
         raise UserError(
             f"text.train: {config.model} has several text encoders, which stay frozen here; set it to false"
         )
+    if config.pooled_width not in (None, encoder.pooled_width):
+        raise UserError(
+            f"text.pooled_width: {config.pooled_width}, but {config.model} has {encoder.pooled_width}; set it to that"
+        )
     return encoder
 
 
@@ -291,7 +295,7 @@ def _from_transformers(name: str, folder: Path, tokenizer_folder: Path) -> tuple
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"text.model: can't load a text encoder from {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"text.model: can't load a text encoder from {name!r}: {first_line(error)}") from None
     return model, tokenizer
 
 

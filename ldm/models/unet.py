@@ -22,14 +22,14 @@ GUIDANCE_DIM = 256  # channels of the guidance scale's embedding in a distilled 
 NUM_SIZES, SIZE_DIM = 6, 256  # size and crop are 6 numbers, each with a sinusoidal embedding, as in SDXL
 
 
-def inputs(stage: Stage2Config, channels: int) -> int:
+def input_channels(stage: Stage2Config, channels: int) -> int:
     """Channels of the U-Net's input for latents of `channels`."""
     if "inpaint" in stage.conditions:  # x_t, the mask, and the latents of the masked image
         return 2 * channels + 1
     return channels + 3 if "upscale" in stage.conditions else channels
 
 
-def outputs(stage: Stage2Config, channels: int) -> int:
+def output_channels(stage: Stage2Config, channels: int) -> int:
     """Channels of the U-Net's output: twice the latents' if it predicts the variance too."""
     return 2 * channels if stage.variance == "learned" else channels
 
@@ -45,8 +45,8 @@ def build(
     _check_side(side, levels, f"stage2.channels: {levels} levels halve", "fewer levels or ")
     config: dict[str, Any] = {
         "sample_size": side,
-        "in_channels": inputs(stage, channels),
-        "out_channels": outputs(stage, channels),
+        "in_channels": input_channels(stage, channels),
+        "out_channels": output_channels(stage, channels),
         "block_out_channels": stage.channels,
         "layers_per_block": stage.layers,
         "resnet_time_scale_shift": "scale_shift" if stage.scale_shift else "default",
@@ -82,6 +82,8 @@ def build(
         # diffusers' `attention_head_dim` of this class is the number of heads
         attention_head_dim=tuple(max(1, width // stage.attention_head_dim) for width in stage.channels),
         cross_attention_dim=text_width,
+        transformer_layers_per_block=stage.transformer_layers or 1,
+        use_linear_projection=stage.linear_projection,
     )
 
 
@@ -117,8 +119,8 @@ def load(
     if stage.classes and not classes:
         labels = unet.config.num_class_embeds
     required = {
-        "in_channels": inputs(stage, channels),
-        "out_channels": outputs(stage, channels),
+        "in_channels": input_channels(stage, channels),
+        "out_channels": output_channels(stage, channels),
         "num_class_embeds": labels,
     }
     if unet.config.in_channels == channels:  # with other inputs it was trained for another task
@@ -273,7 +275,7 @@ def make_guidance_conditioned(unet: UNet) -> None:
 
 
 @torch.no_grad()
-def without_variance(unet: UNet, channels: int) -> None:
+def remove_variance_channels(unet: UNet, channels: int) -> None:
     """Removes a U-Net's prediction of the variance: the channels of its output beyond the first `channels`."""
     last = unet.conv_out
     if last.out_channels > channels:

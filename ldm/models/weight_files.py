@@ -52,7 +52,7 @@ def load_variant(load: Callable[..., Model], name: str, subfolder: str | None = 
         folder = Path(name) / (subfolder or "")
         pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles and not any(folder.glob("*.safetensors")):
-            raise ValueError(is_pickle(pickles[0]))
+            raise ValueError(pickle_error(pickles[0]))
         return load(name, variant=variant_of(folder), **options)
     try:
         return load(name, **options)
@@ -64,7 +64,7 @@ def load_variant(load: Callable[..., Model], name: str, subfolder: str | None = 
         raise
 
 
-def is_pickle(path: Path) -> str:
+def pickle_error(path: Path) -> str:
     """The line of an error for such a file."""
     return (
         f"{path}: is a pickle, which can run anything when it is opened, and is not read; make a .safetensors of it: "

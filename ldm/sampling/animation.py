@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.data.images import grid, to_pil
 from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.loop import Step
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 FORMATS = (".gif", ".webp", ".mp4")
@@ -48,7 +48,7 @@ class Animation:
         """Writes the file, complete or not at all."""
         suffix = self.path.suffix.lower()
         durations = [FRAME_MS] * (len(self._frames) - 1) + [LAST_FRAME_MS]
-        with whole_file(self.path) as tmp_path:
+        with atomic_file(self.path) as tmp_path:
             if suffix == ".mp4":
                 self._write_mp4(tmp_path, durations)
             else:

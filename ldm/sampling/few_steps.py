@@ -26,7 +26,7 @@ def lcm_scheduler(process: DiffusionProcess, original_steps: int) -> LCMSchedule
     return LCMScheduler.from_config(config, original_inference_steps=original_steps, clip_sample=False)
 
 
-class Grid(NamedTuple):
+class NoiseLevels(NamedTuple):
     """The noise levels that `first_order_scheduler` evaluates in N steps, noisiest first."""
 
     t: torch.Tensor
@@ -38,11 +38,11 @@ class Grid(NamedTuple):
     sigma: torch.Tensor
 
 
-def grid(process: DiffusionProcess, steps: int, device: torch.device | None = None) -> Grid:
-    """The grid of `steps` steps. Half as many steps use every other level of it (on a chain, up to rounding)."""
+def noise_levels(process: DiffusionProcess, steps: int, device: torch.device | None = None) -> NoiseLevels:
+    """The noise levels of `steps` steps. Half as many steps use every other one (on a chain, up to rounding)."""
     solver = first_order_scheduler(process)
     solver.set_timesteps(steps)
     model_time = solver.timesteps.to(device)
     t = solver.sigmas[:-1].to(device) if process.prediction_type == "flow" else model_time
     alpha, sigma = process.alpha_sigma(t)
-    return Grid(t, model_time, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))
+    return NoiseLevels(t, model_time, torch.cat([alpha, torch.ones_like(alpha[:1])]), torch.cat([sigma, 0 * sigma[:1]]))

@@ -69,7 +69,7 @@ def sample(
         x = solver.step(output, i, x, generators)
         if classifier:
             gradient, scale = classifier
-            x = x + scale * solver.variance(output, i) * solver.slope(i) * gradient(model_input, level.t)
+            x = x + scale * solver.variance(output, i) * solver.input_scale(i) * gradient(model_input, level.t)
         if inpaint:
             x = torch.where(inpaint.mask > 0, x, solver.noised(inpaint.x0, inpaint.eps, i + 1))
         if callback:

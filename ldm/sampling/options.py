@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm.config.schema import SOLVERS, SPACINGS
-from ldm.models.conditioning import NOISIEST
+from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.models.text_encoder import NULL_PROMPT
 from ldm.utils.errors import UserError, unknown_choice
 
@@ -67,8 +67,8 @@ class Sampling:
             raise UserError(f"interval: {interval}; give two shares of noise, 0 to 1, the lower one first")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise UserError(f"threshold: {self.threshold}; give more than 0, to 1")
-        if not 0 <= self.noise_level < NOISIEST:
-            raise UserError(f"noise_level: {self.noise_level}; give 0 to {NOISIEST - 1}")
+        if not 0 <= self.noise_level < MAX_NOISE_LEVEL:
+            raise UserError(f"noise_level: {self.noise_level}; give 0 to {MAX_NOISE_LEVEL - 1}")
 
     def of(self, part: slice) -> Sampling:
         """The same for a part of the images."""

@@ -32,12 +32,12 @@ from transformers.utils import logging as text_logging
 
 from ldm.diffusion.schedules import betas
 from ldm.models.autoencoder import Autoencoder, Identity, fold
-from ldm.models.conditioning import NOISIEST
+from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
 from ldm.models.weight_files import load_variant
-from ldm.utils.atomic_files import whole_folder
-from ldm.utils.errors import UserError
+from ldm.utils.atomic_files import atomic_folder
+from ldm.utils.errors import UserError, first_line
 
 FACTS, NULL = "ldm.json", "null.safetensors"  # files in a pipeline's folder that plain diffusers ignores
 PIPELINES = (
@@ -85,7 +85,7 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -173,7 +173,7 @@ def write(model: Model, folder: Path) -> None:
     if not isinstance(model.autoencoder.vae, Identity):
         parts["autoencoder"] = model.autoencoder.vae
     check_weights({name: part for name, part in parts.items() if part is not None}, folder)
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         pipeline_of(model).save_pretrained(tmp_path)
         facts = {"steps": model.steps, "guidance": model.guidance, "classes": list(model.classes)}
         (tmp_path / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
@@ -208,7 +208,7 @@ def pipeline_of(model: Model) -> DiffusionPipeline:
             vae.register_to_config(scaling_factor=UPSCALER_SCALING_FACTOR)
         low_res_scheduler = DDPMScheduler(trained_betas=betas("scaled_linear").tolist())
         return StableDiffusionUpscalePipeline(
-            vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=NOISIEST
+            vae=vae, **parts, low_res_scheduler=low_res_scheduler, watermarker=None, max_noise_level=MAX_NOISE_LEVEL
         )
     return StableDiffusionPipeline(vae=vae, **parts, requires_safety_checker=False)
 

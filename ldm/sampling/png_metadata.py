@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 KEY, VERSION = "ldm", 1
@@ -20,7 +20,7 @@ def save(image: Image.Image, path: Path, recipe: dict[str, Any]) -> None:
     """Writes a PNG with the recipe in it, complete or not at all."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(KEY, json.dumps({"version": VERSION, **recipe}, ensure_ascii=False))
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         image.save(tmp_path, "PNG", pnginfo=chunk)
 
 

@@ -86,14 +86,14 @@ class SamplingRequest:
     options: Sampling = AS_SAVED
 
     @property
-    def every_prompt(self) -> list[str] | None:
+    def prompts_per_image(self) -> list[str] | None:
         """The prompt of each image."""
         if self.prompts is None:
             return None
         return [prompt for prompt in _listed(self.prompts) for _ in range(self.count)]
 
     @property
-    def every_label(self) -> list[str | int] | None:
+    def labels_per_image(self) -> list[str | int] | None:
         """The label of each image."""
         if self.labels is None:
             return None
@@ -103,7 +103,7 @@ class SamplingRequest:
     @property
     def number(self) -> int:
         """How many images are requested."""
-        return len(self.every_prompt or self.every_label or range(self.count))
+        return len(self.prompts_per_image or self.labels_per_image or range(self.count))
 
     def check(self, model: LatentDiffusion) -> None:
         """UserError, before anything is computed, if the model can't do what is requested."""
@@ -112,7 +112,7 @@ class SamplingRequest:
         self._check_words(model)
         self._check_images(model)
         self._check_interpolation(model)
-        label_numbers(model, self.every_label, self.options)
+        label_numbers(model, self.labels_per_image, self.options)
         solver_for(model, self.options)
         options = self.options
         if model.unet.config.get("time_cond_proj_dim") and (
@@ -146,7 +146,7 @@ class SamplingRequest:
         return reasons
 
     def _check_words(self, model: LatentDiffusion) -> None:
-        prompts, labels = self.every_prompt, self.every_label
+        prompts, labels = self.prompts_per_image, self.labels_per_image
         if model.text and (not prompts or not all(prompt.strip() for prompt in prompts)):
             raise UserError("prompt: an empty prompt; write what the image should show")
         if prompts and not model.text:
@@ -205,7 +205,7 @@ class SamplingRequest:
             raise UserError(f"mask: {w} × {h} pixels, but the image has {width} × {height}; give one of its size")
         seeds = range(seed, seed + number) if isinstance(seed, int) else seed
         return SamplingInputs(
-            seeds, self.every_prompt, self.every_label, image, mask, self.size, self.toward, self.options
+            seeds, self.prompts_per_image, self.labels_per_image, image, mask, self.size, self.toward, self.options
         )
 
 

@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm.config.schema import SPACINGS, STRAIGHT
+from ldm.config.schema import FLOW_SOLVERS, SPACINGS
 from ldm.diffusion.parameterization import (
     DIFFUSERS_PREDICTION_TYPES,
     PREDICTION_TYPE_OF,
@@ -47,7 +47,7 @@ SCHEDULERS: dict[str, Any] = {
     "unipc": UniPCMultistepScheduler,
     "lcm": LCMScheduler,
 }
-BY_SIGMA = ("karras", "exponential")  # spacings that not every solver supports
+SIGMA_SPACINGS = ("karras", "exponential")  # spacings that not every solver supports
 LEARNED = ("learned", "learned_range")  # variance types that the network predicts
 MIN_ALPHA_BAR = 2.0**-24  # at the end of a zero-SNR chain, for schedulers that divide by ᾱ
 
@@ -80,8 +80,8 @@ def scheduler(process: DiffusionProcess, solver: str, learned: bool = False, cli
     if process.prediction_type == "x0" and solver == "euler_a":
         raise UserError("solver: 'euler_a' can't be saved with x0, which its scheduler does not know; use another")
     if process.prediction_type == "flow":
-        if solver not in STRAIGHT:
-            raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(STRAIGHT)}")
+        if solver not in FLOW_SOLVERS:
+            raise UserError(f"solver: {solver!r} can't be saved with a flow; use {', '.join(FLOW_SOLVERS)}")
         common |= {"use_flow_sigmas": True, "flow_shift": process.shift}
         if solver != "unipc":
             common["solver_order"] = 1 if solver == "euler" else 2
@@ -120,20 +120,22 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
     """
     if spacing and solver == "lcm":
         raise UserError(f"timestep_spacing: lcm has its own; leave out {spacing!r}, or use another solver")
-    if spacing in BY_SIGMA and solver in ("ddim", "ddpm", "euler_a"):
-        others = ", ".join(name for name in SPACINGS if name not in BY_SIGMA)
+    if spacing in SIGMA_SPACINGS and solver in ("ddim", "ddpm", "euler_a"):
+        others = ", ".join(name for name in SPACINGS if name not in SIGMA_SPACINGS)
         raise UserError(f"timestep_spacing: {solver} has no {spacing!r}; use {others}, or another solver")
     config = dict(current.config)
     if is_flow(config):
         if not spacing and solver == "heun":
             return FlowMatchHeunDiscreteScheduler(config["num_train_timesteps"], shift=config.get("flow_shift", 1.0))
-        if not spacing and solver in STRAIGHT:
+        if not spacing and solver in FLOW_SOLVERS:
             config["solver_order"] = 1 if solver == "euler" else 2
-            return _from(DPMSolverMultistepScheduler if solver == "euler" else SCHEDULERS[solver], config, solver)
+            return _scheduler_from_config(
+                DPMSolverMultistepScheduler if solver == "euler" else SCHEDULERS[solver], config, solver
+            )
         config = _chain_of_flow(config)
     if spacing:
-        config |= {f"use_{name}_sigmas": name == spacing for name in BY_SIGMA}
-        if spacing not in BY_SIGMA:
+        config |= {f"use_{name}_sigmas": name == spacing for name in SIGMA_SPACINGS}
+        if spacing not in SIGMA_SPACINGS:
             config["timestep_spacing"] = spacing
     # EulerAncestralDiscreteScheduler has no "sample" prediction; the Solver converts.
     if solver == "euler_a" and config.get("prediction_type") == DIFFUSERS_PREDICTION_TYPES["x0"]:
@@ -145,10 +147,10 @@ def with_solver(current: Any, solver: str, spacing: str | None = None, learned: 
         config["variance_type"] = "learned_range"
     if not spacing and (solver == "heun" or isinstance(current, HeunDiscreteScheduler)):
         config["use_karras_sigmas"] = solver == "heun"  # evenly spaced times make its first steps too large
-    return _from(SCHEDULERS[solver], config, solver)
+    return _scheduler_from_config(SCHEDULERS[solver], config, solver)
 
 
-def _from(kind: Any, config: dict[str, Any], solver: str) -> Any:
+def _scheduler_from_config(kind: Any, config: dict[str, Any], solver: str) -> Any:
     """A scheduler of class `kind` with those options of another one's configuration that it has."""
     parameters = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in config.items() if name in parameters}
@@ -209,10 +211,10 @@ class Solver:
         if isinstance(scheduler, EulerAncestralDiscreteScheduler):
             _avoid_negative_root(scheduler)
         config = scheduler.config
-        straight = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
-        self._expected = "flow" if straight else PREDICTION_TYPE_OF[config.prediction_type]
+        flow_match = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
+        self._expected = "flow" if flow_match else PREDICTION_TYPE_OF[config.prediction_type]
         self.prediction_type = prediction_type or self._expected
-        self.translated = self.prediction_type == "flow" and not (straight or is_flow(config))
+        self.translated = self.prediction_type == "flow" and not (flow_match or is_flow(config))
         self.per_step = scheduler.order
         self._times = list(scheduler.timesteps)
         outside = self._expected != "flow" and float(max(self._times)) >= config.num_train_timesteps
@@ -221,7 +223,7 @@ class Solver:
             raise UserError(
                 f"num_inference_steps: {steps}; too many for the chain with this spacing; use fewer, or another spacing"
             )
-        self._alphas_sigmas = _alphas_sigmas(scheduler, straight or is_flow(config))
+        self._alphas_sigmas = _alphas_sigmas(scheduler, flow_match or is_flow(config))
         self._by_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0  # these schedulers keep x_t / α
         total = config.num_train_timesteps
         times = [float(t) for t in self._times]
@@ -231,7 +233,7 @@ class Solver:
         if all(t == int(t) for t in times):
             model_times = model_times.long()
         self.levels = [
-            Level(t, *(_straight(alpha, sigma) if self.translated else (alpha, sigma)), min(1.0, time / total))
+            Level(t, *(_to_flow(alpha, sigma) if self.translated else (alpha, sigma)), min(1.0, time / total))
             for t, (alpha, sigma), time in zip(model_times.unbind(), self._alphas_sigmas, times, strict=True)
         ]
         parameters = inspect.signature(scheduler.step).parameters
@@ -267,9 +269,9 @@ class Solver:
         """The network's input at the i-th level, from the scheduler's x."""
         if self._by_sigma:
             x = self.scheduler.scale_model_input(x, self._times[i])
-        return x * self.slope(i) if self.translated else x
+        return x * self.input_scale(i) if self.translated else x
 
-    def slope(self, i: int) -> float:
+    def input_scale(self, i: int) -> float:
         """The factor from the chain's x_t to the network's input at the i-th level."""
         return 1 / sum(self._alphas_sigmas[i]) if self.translated else 1.0
 
@@ -324,6 +326,6 @@ def _avoid_negative_root(scheduler: EulerAncestralDiscreteScheduler) -> None:
         scheduler.sigmas = scheduler.sigmas.double()
 
 
-def _straight(alpha: float, sigma: float) -> tuple[float, float]:
+def _to_flow(alpha: float, sigma: float) -> tuple[float, float]:
     """α and σ of the straight path with the same signal-to-noise ratio."""
     return alpha / (alpha + sigma), sigma / (alpha + sigma)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
-from ldm.utils.atomic_files import Tensors, file_sha256, whole_folder
+from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256
 from ldm.utils.errors import UserError
 
 Content = TypeVar("Content")
@@ -20,7 +20,7 @@ DAMAGE = (OSError, ValueError, KeyError)  # what reading a damaged checkpoint ra
 
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
     """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         for name, tensors in parts.items():
             save_file(
                 {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"
@@ -36,7 +36,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{name} is not what was written")
     parts = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
-    if "adversary" in parts:  # the discriminator, before 1.0
+    if "adversary" in parts:  # the discriminator's name before 0.1.0
         parts["discriminator"] = parts.pop("adversary")
         parts["discriminator_optimizer"] = parts.pop("adversary_optimizer")
         state["groups"]["discriminator_optimizer"] = state["groups"].pop("adversary_optimizer")
@@ -46,7 +46,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    if "contract" in state:  # its name before 1.0
+    if "contract" in state:  # its name before 0.1.0
         state["fingerprint"] = state.pop("contract")
     return state
 

@@ -4,7 +4,7 @@
         train(config, data)
     first, second = dry_run.step_ends
 
-Stages know nothing of it. The `Trainer` that they make asks `current()` once, when it is made.
+Stages need no code for it: the `Trainer` asks `current()` once, when it is built.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ldm.sampling.loop import Step
 
 
 class Finished(Exception):  # noqa: N818 it is no error
-    """Raised after the last step, past what would be exported; the `with` block ends there."""
+    """Raised after the last step, before the export; the `with` block ends there."""
 
 
 class DryRun:
-    """Within its `with` block a `Trainer` takes its steps, saves and exports nothing, and heeds no signals.
+    """Within its `with` block a `Trainer` takes its steps, saves and exports nothing, and handles no signals.
 
-    With `evaluate`, a validation and a sample sheet follow the last step. What is kept are numbers: neither the run nor
-    any of its tensors, so that all memory is free after the block.
+    With `evaluate`, a validation and a sample grid follow the last step. Only numbers are kept, neither the run nor any
+    of its tensors, so that all memory is free after the block.
     """
 
     def __init__(self, evaluate: bool = True, progress: bool = False):
@@ -35,7 +35,7 @@ class DryRun:
         self.activity = "the model"  # what memory and time are needed for at present
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of each activity
         self.step_ends: list[float] = []  # on the clock of time.perf_counter
-        self.denoising = 0.0  # seconds of a sheet's evaluations of the U-Net, but for the first one of each batch
+        self.denoising = 0.0  # seconds of a sample grid's evaluations of the U-Net, but for the first one of each batch
         self.lines: list[dict[str, float]] = []  # of metrics
         self.weight_bytes = 0  # of what is trained
         self._since = self._evaluated = 0.0
@@ -69,7 +69,7 @@ class DryRun:
         self.step_ends.append(time.perf_counter())
 
     def evaluated(self, step: Step) -> None:
-        """Told of a sheet's evaluations of the U-Net. The first one of a batch finds the fastest convolutions too."""
+        """Callback of a sample grid's solver; a batch's first step, which also chooses convolutions, isn't counted."""
         now = _now()
         if step.number > 1:
             self.denoising += now - self._evaluated

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from ldm.config.schema import Training
 from ldm.distributed.launch import on_main
 from ldm.distributed.sharding import from_local, gather_full_tensors, shard_like, to_local
-from ldm.utils.atomic_files import Tensors, whole_file
+from ldm.utils.atomic_files import Tensors, atomic_file
 from ldm.utils.errors import UserError
 
 Numbers = np.ndarray | float
@@ -177,7 +177,7 @@ class Averages:
 
 def _write(path: Path, tensors: Tensors, facts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, tmp_path, {"average": facts})  # of several keys the order would change by chance
 

@@ -90,7 +90,7 @@ class Engine:
         return any(p.grad is not None for p in self.parameters)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Of this module's loss, or of another's."""
+        """Adds a loss's gradients up, in every module that it depends on; fp16's are scaled."""
         self.accelerator.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor:

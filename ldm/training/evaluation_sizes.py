@@ -1,4 +1,4 @@
-"""How many images stage two samples for a sheet and validates on, and how many at once.
+"""How many images stage two samples for a grid and validates on, and how many at once.
 
 Shared by the stage, its preflight and the memory estimate.
 """

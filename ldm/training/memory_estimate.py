@@ -23,7 +23,7 @@ from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
 from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
-from ldm.models.unet import UNet, inputs
+from ldm.models.unet import UNet, input_channels
 from ldm.training import plan
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
@@ -76,16 +76,16 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
     vae, unet = (network.to("meta") for network in plan.networks(config))
     text = plan.text_encoder_sizes(config.text) if stage.text else plan.NO_TEXT
     sizes = [*(p.numel() for p in unet.parameters()), *text.trained]
-    weights, moments, averages = 4 * sum(sizes), of_moments(sizes, stage), max(1, len(stage.ema_widths))
+    weights, moments, averages = 4 * sum(sizes), moments_memory(sizes, stage), max(1, len(stage.ema_widths))
 
     unet_inputs, precision = (
         partial(_unet_inputs, config, text),
         "bf16" if config.run.precision == "auto" else config.run.precision,
     )
     encoded, sampled, decoded, overlap = _batch_sizes(config, processes, accumulation.images)
-    encoding, decoding = of_autoencoder(vae, config, encoded, decoded)
-    training = of_unet(unet, partial(unet_inputs, accumulation.images), precision, stage.gradient_checkpointing)
-    sampling = sum(of_unet(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
+    encoding, decoding = autoencoder_memory(vae, config, encoded, decoded)
+    training = unet_memory(unet, partial(unet_inputs, accumulation.images), precision, stage.gradient_checkpointing)
+    sampling = sum(unet_memory(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
     if (data.cache == "none" or data.streaming) and encoding > sum(training):  # just before a pass
         training = Peak(0, encoding)
     between = [(sampling, "sampling"), (decoding, "decoding images"), (encoding, "encoding images")]
@@ -138,7 +138,7 @@ def _batch_sizes(config: Config, processes: int, images: int) -> tuple[int, int,
     return max(ENCODING_BATCH, images), sampled, max(1, batch), share > batch
 
 
-def of_moments(sizes: Iterable[int], training: Training) -> int:
+def moments_memory(sizes: Iterable[int], training: Training) -> int:
     """Bytes of the optimizer's tensors for parameters of such `sizes`, in elements."""
     if training.optimizer == "adamw":
         return sum(2 * 4 * n + 4 for n in sizes)  # and the number of its steps
@@ -154,7 +154,7 @@ def _unet_inputs(
     """x, t and condition of `count` images."""
     stage, channels, side = config.stage2, config.stage1.latent_channels, config.data.size // config.stage1.factor
     length = text.length if isinstance(text.length, int) else 77
-    image_channels = inputs(stage, channels) - channels
+    image_channels = input_channels(stage, channels) - channels
     empty = partial(torch.empty, device="meta")
     numbers = empty(count, dtype=torch.int64)
     condition = Condition(
@@ -170,7 +170,7 @@ def _unet_inputs(
 MakeInputs = Callable[[], tuple[torch.Tensor, torch.Tensor, Condition]]
 
 
-def of_unet(
+def unet_memory(
     unet: UNet, make_inputs: MakeInputs, precision: str, checkpointing: bool = False, training: bool = True
 ) -> Peak:
     """Bytes of a forward pass, and, in training, of a backward pass that adds to gradients."""
@@ -200,7 +200,7 @@ def of_unet(
     return tracker.peak
 
 
-def of_autoencoder(vae: autoencoder.Model, config: Config, encoded: int, decoded: int) -> tuple[int, int]:
+def autoencoder_memory(vae: autoencoder.Model, config: Config, encoded: int, decoded: int) -> tuple[int, int]:
     """Bytes of encoding so many images, and of decoding so many, besides the weights; 0 in pixel space."""
     size, stage = config.data.size, config.stage1
     if isinstance(vae, autoencoder.Identity):

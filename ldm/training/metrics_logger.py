@@ -15,8 +15,6 @@ from accelerate import Accelerator
 
 from ldm.utils.atomic_files import sync
 
-MEASURED = ("time", "images_per_second", "waiting", "mfu")  # in a line of metrics: what no two runs have alike
-
 
 class MetricsLogger:
     """Sums scalars over accumulation steps and steps, and writes lines of metrics at `path`, on the main process."""

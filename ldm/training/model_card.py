@@ -11,11 +11,11 @@ from typing import Any
 from ldm.config.schema import Config
 from ldm.data import openmoji
 from ldm.models.autoencoder import STATISTICS
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """`README.md` of a finished run: its data, settings, figures, and a sheet of samples.
+    """`README.md` of a finished run: its data, settings, figures, and a grid of samples.
 
     `figures` are added to those of the autoencoder's own folder, a row each.
     """
@@ -53,7 +53,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         "All settings are in `config.yaml`.",
         "",
     ]
-    with whole_file(folder / "README.md") as tmp_path:
+    with atomic_file(folder / "README.md") as tmp_path:
         tmp_path.write_text("\n".join(lines), "utf-8")
 
 

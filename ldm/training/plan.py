@@ -17,8 +17,11 @@ from ldm.models import autoencoder, text_encoder, unet
 from ldm.training import checks
 from ldm.utils.errors import UserError
 
-CLIP = {"openai/clip-vit-large-patch14": 123_060_480}
-"""Parameters of text encoders that need not be on this machine: Stable Diffusion 1's."""
+CLIP = {
+    "openai/clip-vit-large-patch14": 123_060_480,
+    "stabilityai/stable-diffusion-xl-base-1.0": 123_060_480 + 694_659_840,
+}
+"""Parameters of text encoders that need not be on this machine: those of Stable Diffusion 1 and XL."""
 
 
 def describe(config: Config, processes: int = 1) -> str:
@@ -107,7 +110,8 @@ def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
     """Loads the text encoder where it is on this machine, or where `text.width` is not set."""
     if config.width and not Path(config.model).is_dir():
         length = config.max_tokens * config.chunks if config.max_tokens else "all its"
-        return TextEncoderSizes(config.width, length, 0 if config.train else CLIP.get(config.model, 0), ())
+        frozen = 0 if config.train else CLIP.get(config.model, 0)
+        return TextEncoderSizes(config.width, length, frozen, (), config.pooled_width or 0)
     with torch.device("cpu"):
         encoder = text_encoder.of(config)
     trained: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Time and memory that a stage needs, measured before it starts: two real steps, a validation, a sheet."""
+"""Time and memory that a stage needs, measured before it starts: two real steps, a validation, a sample grid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ldm.training import plan
 from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
@@ -100,7 +100,7 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
             shutil.rmtree(folder, ignore_errors=True)
 
     def write() -> None:
-        with whole_file(file) as tmp_path:
+        with atomic_file(file) as tmp_path:
             tmp_path.write_text(
                 json.dumps({**measured, stage: {"about": key, "needs": asdict(estimate)}}, indent=1) + "\n"
             )
@@ -134,7 +134,7 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
 
 
 def _small(config: Config, stage: str, folder: Path) -> Config:
-    """A few steps, then a validation and a sheet of one batch; writes only to `folder`."""
+    """A few steps, then a validation and a sample grid of one batch; writes only to `folder`."""
     sample, processes = config.sample, join(config.run).num_processes
     changes: dict[str, dict[str, Any]] = {
         "run": {"dir": folder, "tracker": "none", "log_every": STEPS},
@@ -144,7 +144,7 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
     }
     if stage == "stage2":
         changes[stage]["evaluate_images"] = HELD_OUT_IMAGES
-    elif config.stage1.gan:  # as it is when the discriminator plays
+    elif config.stage1.gan:  # as it is when the discriminator trains
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     return config.model_copy(update=sections)
@@ -168,7 +168,7 @@ def _estimate(
         validation=seconds["a validation"]
         * _validation_images(config, stage, data)
         / _validation_images(small, stage, few),
-        sheet=_sheet(config, small, seconds["a sample sheet"], dry_run.denoising, processes),
+        sheet=_sheet(config, small, seconds["a sample grid"], dry_run.denoising, processes),
         encoding=seconds["encoding the data"] * share / _encoders(config, data, processes) if written else 0.0,
         memory=memory,
         disk=int(written * share + dry_run.weight_bytes * states),
@@ -177,7 +177,7 @@ def _estimate(
 
 
 def _sheet(config: Config, small: Config, seconds: float, denoising: float, processes: int) -> float:
-    """Seconds of a full sheet: each further solver step takes as long as the small sheet's later ones."""
+    """Seconds of a full sample grid: each further solver step takes as long as the small one's later ones."""
     steps, tried = config.sample.steps, small.sample.steps
     if steps > tried:
         seconds += denoising * (steps - tried) / (tried - 1)

@@ -18,7 +18,7 @@ from ldm.config.schema import Config, Section, Stage2Config
 from ldm.distributed.launch import join, on_main
 from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
-from ldm.utils.atomic_files import whole_file
+from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 # Keys that change neither a run's numbers nor their meaning: a run may be continued with other values.
@@ -67,13 +67,13 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
         if changed := _fixed_changes(folder, old, config, stage2_begun):
             raise UserError(
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
-                "give another run.dir, or --fresh to start beside it"
+                "give another run.dir, or --fresh to start in a new one"
             )
         if stage2_begun:
             _change_steps(folder, old["stage2"]["steps"], config.stage2)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
     if stage2_begun:
         _restore_pipeline(folder, config.stage2.steps)  # after config.yaml, which then has its steps
@@ -101,7 +101,7 @@ def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[
             if changed := _fixed_out_changes(kind, section, old, tree):
                 raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
     make_dir("--out", folder)
-    with whole_file(file) as tmp_path:
+    with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
 
 
@@ -225,7 +225,7 @@ def _commit() -> str:
 
 
 def remove_later_outputs(stage_dir: Path, step: int) -> None:
-    """Removes sheets and snapshots of later steps than the one that a run continues from; it makes them again."""
+    """Removes sample grids and snapshots of later steps than the one that a run continues from; it makes them again."""
     for path in (*stage_dir.glob("samples/step-*"), *stage_dir.glob("ema/step-*")):
         number = path.name.split("-")[1].partition(".")[0]
         if number.isdigit() and (int(number) > step or not step):

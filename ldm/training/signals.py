@@ -20,7 +20,7 @@ class Interrupted(SystemExit):
 
 
 class SignalHandler:
-    """`end` is the signal that asks for the end, SIGINT or SIGTERM, or 0; `save` that SIGUSR1 asks for a checkpoint."""
+    """`end` is the signal that ends the run, SIGINT or SIGTERM, or 0; `save`: SIGUSR1 asked for a checkpoint."""
 
     def __init__(self) -> None:
         self.end, self.save = 0, False

@@ -308,7 +308,7 @@ class Trainer:
         return self._engine.export_ema(self.ema.tensors(self.ema.main))
 
     def close(self) -> None:
-        """Ends the trackers' runs: last, after the last sheet."""
+        """Ends the trackers' runs: last, after the last sample grid."""
         self._logger.close()
 
     @property

@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which is moved to `path` at the end, unless there was an error.
 
     UserError where the disk is full, or the folder may not be written.
@@ -35,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which is created. An older one is deleted only when the new one is complete."""
     tmp_path, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
     try:
@@ -63,7 +63,7 @@ def _writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if not (reason := cant_write(error)):
             raise
-        raise UserError(f"can't write {path}: {reason}; what stood before is kept") from None
+        raise UserError(f"can't write {path}: {reason}; the previous version is kept") from None
 
 
 def tensors_sha256(tensors: Tensors, *more: object) -> str:

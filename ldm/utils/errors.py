@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from ldm.utils import interrupt
 from ldm.utils.paths import local_path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_PERMITTED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -39,9 +39,9 @@ def cant_write(error: BaseException) -> str:
     number = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
         number = int(match[1])  # safetensors has it in the text only
-    if number in FULL:
+    if number in DISK_FULL:
         return f"{os.strerror(number)}; make room, and the same command continues"
-    return f"{os.strerror(number)}; give a folder that you may write to" if number in FORBIDDEN else ""
+    return f"{os.strerror(number)}; give a folder that you may write to" if number in NOT_PERMITTED else ""
 
 
 def lost_process(error: BaseException | None) -> bool:
@@ -89,7 +89,8 @@ def _explained(error: Exception) -> str:
             "the same command continues."
         )
     written = isinstance(error, OSError | SafetensorError)
-    if written and getattr(error, "errno", None) not in FORBIDDEN and (reason := cant_write(error)):  # or while reading
+    permitted = getattr(error, "errno", None) not in NOT_PERMITTED  # which reading may raise too
+    if written and permitted and (reason := cant_write(error)):
         return f"can't write {getattr(error, 'filename', None) or 'a file'}: {reason}"
     return ""
 

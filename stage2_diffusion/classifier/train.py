@@ -39,7 +39,7 @@ from ldm.training.diffusion_process import diffusion_process
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
 from ldm.training.run_dir import make_dir, prepare_out_dir
 from ldm.training.trainer import Trainer
-from ldm.utils.atomic_files import whole_folder
+from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.validation import EVAL_LOG_SNRS
@@ -153,7 +153,7 @@ def usable(images: Index, out: Path) -> list[str]:
 def save(model: NoisyClassifier, folder: Path, validation: Validation) -> None:
     check_weights({"classifier": model}, folder)
     print(validation.table(model))
-    with whole_folder(folder) as tmp_path:
+    with atomic_folder(folder) as tmp_path:
         model.save_pretrained(tmp_path)
     print(f"finished: {folder}")
 

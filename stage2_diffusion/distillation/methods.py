@@ -14,7 +14,7 @@ from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_hub
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.models.unet import UNet
-from ldm.sampling.few_steps import grid, lcm_scheduler
+from ldm.sampling.few_steps import lcm_scheduler, noise_levels
 from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal, uniform
 
@@ -25,7 +25,7 @@ class DistillationBatch(NamedTuple):
     z: torch.Tensor
     """`(N, C, h, w)`: the noisy latents z_t."""
     at: torch.Tensor
-    """`(N,)`: timesteps, or, in progressive distillation, indices of its grid."""
+    """`(N,)`: timesteps, or, in progressive distillation, indices of its noise levels."""
     model_time: torch.Tensor
     """`(N,)`: the timesteps as the network takes them."""
     condition: Condition
@@ -133,23 +133,25 @@ class Guidance(DistillationMethod):
 
 
 @dataclass
-class Halving(DistillationMethod):
-    """One step for two of a teacher that hears what the student hears; arXiv 2202.00512, Algorithm 2."""
+class ProgressiveDistillation(DistillationMethod):
+    """One step for two of a teacher that takes the same conditions; arXiv 2202.00512, Algorithm 2."""
 
     steps: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.grid, self.half = (grid(self.process, n, self.teacher.device) for n in (self.steps, 2 * self.steps))
+        self.levels, self.half = (
+            noise_levels(self.process, n, self.teacher.device) for n in (self.steps, 2 * self.steps)
+        )
 
     def noisy(self, u: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, condition: Condition) -> DistillationBatch:
-        i = (u * len(self.grid.t)).long().clamp(max=len(self.grid.t) - 1)
-        z = self.grid.alpha[i] * x0 + self.grid.sigma[i] * eps
-        return DistillationBatch(z, i, self.grid.model_time[i], condition)
+        i = (u * len(self.levels.t)).long().clamp(max=len(self.levels.t) - 1)
+        z = self.levels.alpha[i] * x0 + self.levels.sigma[i] * eps
+        return DistillationBatch(z, i, self.levels.model_time[i], condition)
 
     def target(self, batch: DistillationBatch, trainer: Trainer) -> torch.Tensor:
-        (_, model_time, alpha, sigma), half, i, middle = self.grid, self.half, batch.at, 2 * batch.at + 1
-        x0 = self.process.predict_x0(self._predict(batch.z, model_time[i], batch.condition), batch.z, self.grid.t[i])
+        (_, model_time, alpha, sigma), half, i, middle = self.levels, self.half, batch.at, 2 * batch.at + 1
+        x0 = self.process.predict_x0(self._predict(batch.z, model_time[i], batch.condition), batch.z, self.levels.t[i])
         z = ddim_step(x0, batch.z, alpha[i], sigma[i], half.alpha[middle], half.sigma[middle])
         x0 = self.process.predict_x0(self._predict(z, half.model_time[middle], batch.condition), z, half.t[middle])
         z = ddim_step(x0, z, half.alpha[middle], half.sigma[middle], alpha[i + 1], sigma[i + 1])
@@ -160,8 +162,8 @@ class Halving(DistillationMethod):
 
     def losses(self, prediction: torch.Tensor, batch: DistillationBatch, target: torch.Tensor) -> torch.Tensor:
         i = batch.at
-        x0 = self.process.predict_x0(prediction, batch.z, self.grid.t[i])
-        weight = x0_weight(self.settings.loss, self.grid.alpha[i], self.grid.sigma[i])
+        x0 = self.process.predict_x0(prediction, batch.z, self.levels.t[i])
+        weight = x0_weight(self.settings.loss, self.levels.alpha[i], self.levels.sigma[i])
         return (weight * (x0 - target).square()).flatten(1).mean(1)
 
 

@@ -35,7 +35,7 @@ from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
 from ldm.models.conditioning import TextEmbedding
 from ldm.models.text_encoder import NULL_PROMPT
-from ldm.models.unet import UNet, make_guidance_conditioned, without_variance
+from ldm.models.unet import UNet, make_guidance_conditioned, remove_variance_channels
 from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -47,7 +47,7 @@ from ldm.utils.errors import Parser, UserError, training_command
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, Halving
+from stage2_diffusion.distillation.methods import Consistency, DistillationMethod, Guidance, ProgressiveDistillation
 
 METHODS = ("progressive", "consistency")
 CAPTIONS = 1000  # that others are blended with
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(config.stage2, options, args.method)
     with training_processes(config.run) as state:
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
-        without_variance(teacher.unet, teacher.autoencoder.channels)
+        remove_variance_channels(teacher.unet, teacher.autoencoder.channels)
         settings = {
             "run": str(args.run),
             "method": args.method,
@@ -143,9 +143,8 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
             solver = scheduler(process, config.sample.solver)
             model = teach("guidance", Guidance(model.unet, *arguments), solver, model.steps)
         for steps in options.halvings():
-            model = teach(
-                f"steps-{steps}", Halving(model.unet, *arguments, steps), first_order_scheduler(process), steps
-            )
+            halving = ProgressiveDistillation(model.unet, *arguments, steps)
+            model = teach(f"steps-{steps}", halving, first_order_scheduler(process), steps)
     on_main(partial(model.save, folder / "pipeline"))  # last: where it stands, all is finished
 
 
@@ -161,16 +160,14 @@ def train_student(
     """Trains a student, which starts as its teacher, and returns it with its averaged weights."""
     stage, data = config.stage2, everything.select("train")
     unet = build_student(config, options, distillation)
-    student = Denoiser(unet, Stage2Config(), distillation.null)  # by default, only the U-Net is trained
     training = options.model_copy(update={"steps": options.guidance_steps} if name == "guidance" else {})
-    fingerprint = fingerprint_of(config, model, data, distillation)
     spec = SampleSpec.of(config.data, options.batch, config.run.seed, stage.cond_dropout)
     trainer = Trainer(
         config.run,
         training,
         name,
-        student,
-        fingerprint,
+        Denoiser(unet, Stage2Config(), distillation.null),  # by default, only the U-Net is trained
+        fingerprint_of(config, model, data, distillation),
         name=sample_names(data, spec),
         sharded=distillation.can_be_sharded,
         run_dir=folder,
@@ -181,9 +178,7 @@ def train_student(
     samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, trainer.device, stage.image)
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
     held = held_out_batches(model, everything, options.batch, trainer.accumulation.images)
-    if options.blended and model.text and isinstance(data, Index):
-        captions = data.subset(CAPTIONS)
-        distillation.others = model.text.embed([captions[i].captions[0] for i in range(len(captions))])
+    distillation.others = embed_captions(model, data) if options.blended else None
 
     def evaluate_if_due() -> None:
         if held and trainer.due(options.evaluate_every, last=True):
@@ -238,6 +233,14 @@ def fingerprint_of(
         "data": data.fingerprint(),
         "teacher": tensors_sha256(distillation.teacher.state_dict()),
     }
+
+
+def embed_captions(model: LatentDiffusion, data: Index | Stream) -> TextEmbedding | None:
+    """The embeddings of some captions, for `blended`; None where there are none, or where they are not known."""
+    if not model.text or isinstance(data, Stream):
+        return None
+    some = data.subset(CAPTIONS)
+    return model.text.embed([some[i].captions[0] for i in range(len(some))])
 
 
 def held_out_batches(

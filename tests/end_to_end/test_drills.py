@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from metrics_lines import MEASURED
 from safetensors.torch import load_file
 
 from ldm.training.checkpoint import checkpoints
-from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
 FAST = (

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -28,7 +28,7 @@ from stage1_vae import train as stage1
 from stage1_vae.objective import Objective
 
 pytestmark = pytest.mark.slow
-Launch = Callable[..., Process]
+Launch = Callable[..., ScriptProcess]
 
 
 def test_a_dry_run_measures_both_stages_and_trains_nothing(
@@ -171,7 +171,7 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     [
         ("stage2_diffusion.train.Objective.losses", "a training step", "lower stage2.device_batch, or set"),
         ("stage2_diffusion.validation.Validation._errors", "a validation", "lower stage2.device_batch, which"),
-        ("stage2_diffusion.samples._generate", "a sample sheet", "lower stage2.device_batch, which it follows"),
+        ("stage2_diffusion.samples._generate", "a sample grid", "lower stage2.device_batch, which it follows"),
         ("ldm.data.cache.CropDataset.__getitem__", "encoding the data", "free the GPU of other programs"),
     ],
 )

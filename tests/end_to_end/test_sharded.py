@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from forked import Process, of_accelerate
+from forked import ScriptProcess, of_accelerate
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -19,9 +19,9 @@ from ldm.sampling.pipeline import LatentDiffusion
 
 pytestmark = pytest.mark.slow
 
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
-Wait = Callable[[Path, Process], None]
+Start = Callable[..., ScriptProcess]
+Finish = Callable[[ScriptProcess], str]
+Wait = Callable[[Path, ScriptProcess], None]
 
 
 ZERO = (
@@ -42,7 +42,7 @@ def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_dif
     train: Callable[..., str],
     launch: Start,
     wait_for: Wait,
-    kill_one: Callable[[Process, int], str],
+    kill_one: Callable[[ScriptProcess, int], str],
     root: Path,
     tiny_run: Path,
     tmp_path: Path,
@@ -74,7 +74,7 @@ def test_deepspeed_trains_as_a_single_process_does_and_resumes_with_or_without_i
     launch_python: Start,
     finish: Finish,
     wait_for: Wait,
-    kill: Callable[[Process], None],
+    kill: Callable[[ScriptProcess], None],
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from forked import Process
+from forked import ScriptProcess
+from metrics_lines import MEASURED
 from safetensors.torch import load_file
 from tiny import TINY
 
 from ldm.models import autoencoder
 from ldm.models.convert import autoencoder as single_file
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +38,8 @@ GAN = [
 
 
 PARTS = {"model", "ema", "optimizer", "discriminator", "discriminator_optimizer"}  # of a checkpoint
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
+Start = Callable[..., ScriptProcess]
+Finish = Callable[[ScriptProcess], str]
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -87,7 +87,7 @@ def test_two_processes_equal_a_single_one_with_the_discriminator_on(
 def test_both_networks_survive_kill_9(
     train: Callable[..., str],
     launch: Start,
-    wait_for: Callable[[Path, Process], None],
+    wait_for: Callable[[Path, ScriptProcess], None],
     few: tuple[str, str],
     tmp_path: Path,
 ) -> None:

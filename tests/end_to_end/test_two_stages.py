@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY
@@ -22,10 +22,10 @@ from scripts import evaluate, txt2img
 pytestmark = pytest.mark.slow
 
 
-Start = Callable[..., Process]
-Finish = Callable[[Process], str]
-Wait = Callable[[Path, Process], None]
-Kill = Callable[[Process], None]
+Start = Callable[..., ScriptProcess]
+Finish = Callable[[ScriptProcess], str]
+Wait = Callable[[Path, ScriptProcess], None]
+Kill = Callable[[ScriptProcess], None]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

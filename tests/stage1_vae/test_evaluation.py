@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from of_config import indexed
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +21,7 @@ from ldm.data.dataset import iter_images
 from ldm.data.images import to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
-from ldm.evaluation.reconstruction import Figures, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
 from ldm.models import autoencoder
 from ldm.models.autoencoder import Autoencoder
 from ldm.training.trainer import Trainer
@@ -45,10 +45,10 @@ def trainer_of(vae: Autoencoder) -> Callable[[Config], Trainer]:
 
 def measured(data: Index, vae: Autoencoder) -> dict[str, float]:
     """The mean figures of all images, computed in this process alone."""
-    figures = Figures(max_scales(min(min(size) for size in data.sizes)))
+    metrics = ReconstructionMetrics(max_scales(min(min(size) for size in data.sizes)))
     for x in iter_images(data):
-        figures.add(x, vae.decode(vae.encode(x)))
-    return figures.means()
+        metrics.add(x, vae.decode(vae.encode(x)))
+    return metrics.means()
 
 
 def test_evaluate_images_limits_the_held_out_images_measured(
@@ -104,17 +104,17 @@ def test_processes_split_the_images_evenly_and_read_every_image_once(shapes: Ind
 def test_per_image_figures_of_two_processes_average_to_those_of_one(shapes: Index, vae: Autoencoder) -> None:
     parts = []
     for rank in range(2):
-        figures = Figures()
+        metrics = ReconstructionMetrics()
         for x in iter_images(shapes, rank=rank, processes=2):
-            figures.add(x, vae.decode(vae.encode(x)))
-        parts.append(figures.per_image["psnr"])
+            metrics.add(x, vae.decode(vae.encode(x)))
+        parts.append(metrics.per_image["psnr"])
     assert float(torch.cat(parts).mean()) == pytest.approx(measured(shapes, vae)["psnr"], rel=1e-6)
 
 
 @pytest.mark.slow
 def test_a_process_without_images_waits_for_the_others(
-    launch: Callable[..., Process],
-    finish: Callable[[Process], str],
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
     three_shapes: Callable[[list[str]], Path],
     root: Path,
     tmp_path: Path,

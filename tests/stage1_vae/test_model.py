@@ -11,7 +11,7 @@ from ldm.config.schema import Stage1Config
 from ldm.models.autoencoder import build
 from ldm.utils.errors import UserError
 from stage1_vae.alignment import Features
-from stage1_vae.model import Change, Reconstruction, draw_change, quantise, revive
+from stage1_vae.model import LatentTransform, Reconstruction, draw_transform, quantise, revive
 
 SMALL = {"channels": (16, 16), "layers": 1, "norm_num_groups": 8, "mid_attention": False}
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -55,25 +55,27 @@ def test_unused_codes_move_to_latents_and_used_ones_stay() -> None:
     assert not model.used.any()
 
 
-def test_a_change_rotates_and_shrinks_images_and_latents_alike() -> None:
-    change = Change(1, 4, 6)
+def test_a_transform_rotates_and_shrinks_images_and_latents_alike() -> None:
+    transform = LatentTransform(1, 4, 6)
     latents, pixels = torch.randn(1, 4, 8, 12), torch.randn(1, 3, 16, 24)
-    assert change(latents).shape == (1, 4, 6, 4)
-    assert change(pixels, 2).shape == (1, 3, 12, 8)
-    rotation = Change(1, 8, 12)
+    assert transform(latents).shape == (1, 4, 6, 4)
+    assert transform(pixels, 2).shape == (1, 3, 12, 8)
+    rotation = LatentTransform(1, 8, 12)
     assert torch.equal(rotation(latents), torch.rot90(latents, 1, (2, 3)))
     down = F.interpolate(pixels, (8, 12), mode="bicubic", antialias=True)
-    torch.testing.assert_close(Change(0, 4, 6)(pixels, 2), down)
+    torch.testing.assert_close(LatentTransform(0, 4, 6)(pixels, 2), down)
 
 
-def test_changes_are_drawn_in_the_configured_share_of_steps() -> None:
-    drawn = [draw_change(0.25, 0, step, 16, 16) for step in range(400)]
-    changes = [change for change in drawn if change]
-    assert 70 < len(changes) < 130
-    assert {change.turns for change in changes} == {0, 1, 2, 3}
-    assert 4 <= min(change.height for change in changes) < max(change.height for change in changes) <= 16
-    assert drawn == [draw_change(0.25, 0, step, 16, 16) for step in range(400)]
-    assert not any(draw_change(0.0, 0, step, 16, 16) for step in range(400))
+def test_transforms_are_drawn_in_the_configured_share_of_steps() -> None:
+    drawn = [draw_transform(0.25, 0, step, 16, 16) for step in range(400)]
+    transforms = [transform for transform in drawn if transform]
+    assert 70 < len(transforms) < 130
+    assert {transform.turns for transform in transforms} == {0, 1, 2, 3}
+    assert (
+        4 <= min(transform.height for transform in transforms) < max(transform.height for transform in transforms) <= 16
+    )
+    assert drawn == [draw_transform(0.25, 0, step, 16, 16) for step in range(400)]
+    assert not any(draw_transform(0.0, 0, step, 16, 16) for step in range(400))
 
 
 def test_a_frozen_encoder_gets_no_gradient() -> None:

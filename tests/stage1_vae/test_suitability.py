@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from forked import Process
+from forked import ScriptProcess
 from of_config import indexed
 from PIL import Image
 
 from ldm.config import loader
 from ldm.data.dataset import iter_images
-from ldm.evaluation.reconstruction import Figures, reconstruction
+from ldm.evaluation.reconstruction import ReconstructionMetrics, reconstruction
 from ldm.models import autoencoder
 from ldm.utils.errors import UserError
 from stage1_vae import suitability
@@ -121,12 +121,12 @@ def test_figures_are_of_the_held_out_images_and_the_worst_have_the_lowest_psnr(
     assert (figures["psnr"], figures["ssim"]) == pytest.approx((expected["psnr"], expected["ssim"]), rel=1e-4)
     assert {name for name, _ in facts["names"]} == {entry.key for entry in held_out}  # type: ignore[attr-defined]
 
-    subject = Subject("model", loaded, Figures())
+    subject = Subject("model", loaded, ReconstructionMetrics())
     x = next(iter_images(held_out, 8))
     names = [(f"image {i}", "") for i in range(8)]
     parts = [(x[:3], names[:3]), (x[3:], names[3:])]
     measured, samples, worst = suitability.measure(parts, [subject], 3)
-    psnr = subject.figures.per_image["psnr"]
+    psnr = subject.metrics.per_image["psnr"]
     assert [row.number for row in worst] == psnr.argsort()[:3].tolist()
     assert measured == names
     assert len(samples) == 8
@@ -238,5 +238,13 @@ def test_a_missing_split_is_named(shared: Path, root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_script_runs_as_a_file(launch: Callable[..., Process], finish: Callable[[Process], str]) -> None:
+def test_the_script_runs_as_a_file(
+    launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str]
+) -> None:
     assert "--lpips-net" in finish(launch("stage1_vae/suitability.py", "--help"))
+
+
+def test_a_tilde_in_the_path_of_a_model_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = suitability._parse(["--config", "a.yaml", "--model", "~/run/autoencoder", "--model", "stabilityai/sd-vae"])
+    assert models.model == [f"{tmp_path}/run/autoencoder", "stabilityai/sd-vae"]

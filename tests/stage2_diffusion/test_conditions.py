@@ -13,7 +13,7 @@ import torch
 
 from ldm.config import loader
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.conditioning import NOISIEST, Condition, TextEmbedding, downsample, mask_and_masked_latents
+from ldm.models.conditioning import MAX_NOISE_LEVEL, Condition, TextEmbedding, downsample, mask_and_masked_latents
 from ldm.utils.rng import generator
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.masks import random_mask
@@ -123,10 +123,10 @@ def test_an_upscaler_sees_the_small_image_with_noise_of_its_noise_level(conditio
     condition, _, _ = apply(conditions("conditions=[text, upscale]"), n, side=4)
     level = condition.label
     assert 0 <= int(level.min()) <= 5
-    assert NOISIEST - 5 <= int(level.max()) < NOISIEST
-    assert abs(float(level.float().mean()) - (NOISIEST - 1) / 2) <= 4 * NOISIEST / math.sqrt(12 * len(n))
+    assert MAX_NOISE_LEVEL - 5 <= int(level.max()) < MAX_NOISE_LEVEL
+    assert abs(float(level.float().mean()) - (MAX_NOISE_LEVEL - 1) / 2) <= 4 * MAX_NOISE_LEVEL / math.sqrt(12 * len(n))
     error = (condition.image - downsample(batch(n, side=4)["pixels"], 2)).square().flatten(1).mean(1)
-    quiet, loud = error[level < 20].mean(), error[level > NOISIEST - 20].mean()
+    quiet, loud = error[level < 20].mean(), error[level > MAX_NOISE_LEVEL - 20].mean()
     assert float(quiet) < 0.05 < float(loud)
 
 

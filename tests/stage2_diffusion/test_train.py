@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked, Process, of_accelerate
+from forked import Forked, ScriptProcess, of_accelerate
+from metrics_lines import MEASURED
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config
@@ -21,7 +22,6 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import checkpoints, read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 from ldm.utils.rng import uniform
 from stage2_diffusion.train import train
 
@@ -272,7 +272,7 @@ ALL_LEARNED = "all that is learned besides the U-Net"
 def trained(
     root: Path,
     environment: dict[str, str],
-    finish: Callable[[Process], str],
+    finish: Callable[[ScriptProcess], str],
     tmp_path_factory: pytest.TempPathFactory,
     small: list[str],
 ) -> Path:

@@ -1,6 +1,6 @@
 """The configuration's schema: one module a section, each key with its type, default and a line of documentation."""
 
-from ldm.config.rules import STRAIGHT, TRACKERS
+from ldm.config.rules import FLOW_SOLVERS, TRACKERS
 from ldm.config.schema.base import Section
 from ldm.config.schema.classifier import ClassifierConfig
 from ldm.config.schema.config import Config
@@ -15,9 +15,9 @@ from ldm.config.schema.training import WIDEST, Training
 
 __all__ = [
     "CONDITIONS",
+    "FLOW_SOLVERS",
     "SOLVERS",
     "SPACINGS",
-    "STRAIGHT",
     "TRACKERS",
     "WIDEST",
     "AlignConfig",

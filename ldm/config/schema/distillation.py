@@ -38,7 +38,7 @@ class DistillConfig(Training):
     loss: Literal["snr_truncated", "v"] = "snr_truncated"
     """Progressive: weight of the error of x_0: max(SNR, 1), or 1 + SNR, the error of v."""
     original_steps: PositiveInt = 50
-    """Consistency: steps of the chain that the teacher takes, one of which lies between student and target."""
+    """Consistency: steps of the teacher over the training timesteps, one of which lies between student and target."""
     huber: float = Field(default=0.001, gt=0)
     """Consistency: c of the pseudo-Huber loss."""
     evaluate_every: PositiveInt = 500

@@ -106,7 +106,7 @@ class Stage1Config(Training):
     gan: GanConfig | None = None
     """A discriminator, for crisp textures."""
     evaluate_every: PositiveInt = 1000
-    """Steps between evaluations on held-out images, with a sheet of reconstructions."""
+    """Steps between evaluations on held-out images, with a grid of reconstructions."""
     evaluate_images: PositiveInt = 1024
     """Held-out images to evaluate on, always the same."""
 

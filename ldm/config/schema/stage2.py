@@ -45,10 +45,15 @@ class Stage2Config(Training):
     """The same for the middle block."""
     attention_head_dim: PositiveInt = 64
     """Channels of an attention head."""
+    transformer_layers: tuple[PositiveInt, ...] = ()
+    """Transformer layers of an attention at each level, the last also of the middle block; default: 1."""
+    linear_projection: bool = False
+    """Linear projections around the transformer layers, as in Stable Diffusion 2 and XL; else 1×1 convolutions."""
     norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     pooled_text: bool = False
-    """Adds the text to the time embedding, pooled by attention; with `size` among the conditions, its mean."""
+    """Adds the text to the time embedding, pooled by attention; with `size` among the conditions, the
+    encoder's own pooled embedding, or the mean."""
     scale_shift: bool = False
     """The time embedding scales and shifts features (ADM's adaptive group normalisation)."""
     attention_backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
@@ -64,9 +69,9 @@ class Stage2Config(Training):
     beta_schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "learned"] = "scaled_linear"
     """Noise schedule of eps, v and x0; flow has none."""
     timesteps: PositiveInt = 1000
-    """Steps of the chain from image to noise."""
+    """Training timesteps, from image to noise."""
     zero_snr: bool = False
-    """The chain ends in pure noise, so that very dark and very bright images can be generated."""
+    """The last timestep is pure noise, so that very dark and very bright images can be generated."""
     shift: float = Field(default=1.0, gt=0)
     """Side of the latents, or pixels, over the side that the schedule was made for: larger ones get more noise."""
     variance: Literal["fixed", "learned"] = "fixed"

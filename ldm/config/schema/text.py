@@ -22,6 +22,8 @@ class TextConfig(Section):
     """Length that captions are padded or truncated to; default: the tokenizer's own."""
     width: PositiveInt | None = None
     """Channels of the encoder's hidden states, checked when it is loaded; `--dry-run` then needs no download."""
+    pooled_width: PositiveInt | None = None
+    """Channels of its pooled embedding, if it has one (SDXL's has 1280); checked as `width` is."""
     skip_layers: int = Field(default=0, ge=0)
     """Last layers that are skipped: 1 gives the penultimate layer's states (Stable Diffusion 2, "clip skip")."""
     chunks: PositiveInt = 1

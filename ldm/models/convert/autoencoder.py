@@ -8,23 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from pydantic import BaseModel, Field, FiniteFloat, Json, PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ldm.models.convert.safetensors_file import Shapes, check_names, opened
 from ldm.models.finite import check_weights
-from ldm.models.weight_files import PICKLES, contents, is_pickle
-from ldm.utils.atomic_files import whole_file
-from ldm.utils.errors import UserError, first_line
-
-Shapes = dict[str, tuple[int, ...]]
+from ldm.models.weight_files import contents
+from ldm.utils.atomic_files import atomic_file
+from ldm.utils.errors import UserError
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors in a full checkpoint; none if it is alone
 ATTENTION_NAMES = {  # of other programs, and of diffusers' versions → the original's
@@ -98,23 +94,6 @@ def read(path: Path) -> AutoencoderKL | VQModel:
         return _read(path, file)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Opens a `.safetensors` file to read tensors; UserError if it is missing, damaged, or a pickle."""
-    if path.suffix in PICKLES and path.exists():
-        raise UserError(is_pickle(path))
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a model's or a whole checkpoint's .safetensors") from None
-    except (OSError, SafetensorError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{path}: can't be read as safetensors ({reason}); copy or download it again, or convert a .ckpt first"
-        ) from None
-
-
 def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
     """The inverse of `read`, complete or not at all: tensors in the model's dtype, the rest of its config as metadata.
 
@@ -135,7 +114,7 @@ def write(vae: AutoencoderKL | VQModel, path: Path) -> None:
         **{key: json.dumps(value) for key, value in values.items() if value is not None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as tmp_path:
+    with atomic_file(path) as tmp_path:
         save_file(tensors, tmp_path, metadata)
 
 
@@ -202,7 +181,9 @@ def _read(path: Path, file: Any) -> AutoencoderKL | VQModel:
         if LINEAR.search(name) and set(file_shape[2:]) <= {1}:
             file_shape = file_shape[:2]
         if file_shape != shape:
-            raise UserError(f"{path}: tensor {original} has shape {file_shape}; beside the others it would be {shape}")
+            raise UserError(
+                f"{path}: tensor {original} has shape {file_shape}; expected {shape}, by the shapes of the others"
+            )
         tensor = file.get_tensor(file_names[original]).reshape(shape)
         tensors[name] = tensor.to(torch.float32, copy=True)  # else it maps the file, which may be replaced
     model.load_state_dict(tensors, assign=True)
@@ -220,16 +201,6 @@ def _prefix(path: Path, names: set[str]) -> str:
         f"{path}: holds no autoencoder, but {contents(names)}; one has tensors encoder.down.0.…, alone or after "
         f"{' or '.join(PREFIXES[:2])}"
     )
-
-
-def check_names(path: Path, expected: set[str], actual: set[str], kind: str) -> None:
-    """UserError for tensors that are missing or left over in a file of a model of class `kind`."""
-    for names, complaint in ((expected - actual, "lacks"), (actual - expected, "has, and no such model has,")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"{path}: as {kind} it {complaint} tensor {min(names)}{more}; is the file whole and unaltered?"
-            )
 
 
 def _metadata(path: Path, file: Any, names: set[str], config: dict[str, Any]) -> dict[str, Any]:

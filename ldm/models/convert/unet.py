@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY, convert_ldm_unet_checkpoint
 
-from ldm.models.convert.autoencoder import Shapes, check_names, opened
+from ldm.models.convert.safetensors_file import Shapes, check_names, opened
 from ldm.models.weight_files import contents
 from ldm.utils.errors import UserError, first_line
 
@@ -50,9 +50,9 @@ def read(
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise UserError(
-                    f"{path}: tensor {file_names[name]} has shape {shapes[name]}; beside the others it would be "
-                    f"{shape}, with stage2.attention_head_dim={attention_head_dim} and "
-                    f"stage2.norm_num_groups={norm_num_groups} where it does not tell them"
+                    f"{path}: tensor {file_names[name]} has shape {shapes[name]}; expected {shape}, by the shapes of "
+                    f"the others, and by stage2.attention_head_dim={attention_head_dim} and "
+                    f"stage2.norm_num_groups={norm_num_groups} where shapes don't tell"
                 )
         # copies: else they map the file, which may be replaced
         tensors = {name: file.get_tensor(file_names[name]).to(torch.float32, copy=True) for name in expected}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Process
+from forked import ScriptProcess
 from PIL import Image, PngImagePlugin
 
 from ldm.config.schema import ClassifierConfig
@@ -289,8 +289,8 @@ def test_a_seed_gives_the_same_image_in_any_batch_and_order(
 
 @pytest.mark.slow
 def test_two_processes_generate_the_same_images_as_a_single_process(
-    launch: Callable[..., Process],
-    finish: Callable[[Process], str],
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
     call: Call,
     model_dir: ModelDir,
     read_pixels: ReadPixels,

@@ -64,7 +64,7 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
         ("stage1={model: identity, channels: [16, 32]}", "identity has one level and 3 channels"),
         ("stage1.channels=[]", "at least 1 item"),
         ("stage1={model: dc-f32, channels: [32, 64], latent_channels: 5}", "64 is not a multiple of 5"),
-        ("stage1.gan={start: 10, warmup: 30}", "in 40 steps the autoencoder would never hear it"),
+        ("stage1.gan={start: 10, warmup: 30}", "in 40 steps the autoencoder would never be trained with it"),
         ("stage1={equivariance: 1, gan: {}}", "equivariance: 1 leaves no step to the discriminator"),
         ("stage1.gan={norm: batch, r1: 1, warmup: 5}", "no second derivative"),
         ("stage1={l1: 0, gradient: 0}", "stage1.l1, l2, charbonnier, gradient and lpips are all 0"),
@@ -162,7 +162,9 @@ def test_micro_batches_load_as_device_batch(
 
 
 def test_micro_batches_together_with_device_batch_are_refused(root: Path) -> None:
-    with pytest.raises(UserError, match=r"stage2\.micro_batches: 2 beside stage2\.device_batch: 4"):
+    with pytest.raises(
+        UserError, match=r"stage2\.micro_batches: 2 and stage2\.device_batch: 4 are both set; leave the first out"
+    ):
         loader.load(root / "configs/tiny.yaml", ["stage2.micro_batches=2", "stage2.device_batch=4"])
 
 

@@ -217,9 +217,9 @@ def other_content(path):
 attempt("different content", lambda: build_index("rank-0"), index_file, "_memory_map", other_content)
 attempt("repaired", lambda: build_index("rank-0"))
 
-drawings, rendered, whole_file = openmoji.drawings, [], openmoji.whole_file
+drawings, rendered, atomic_file = openmoji.drawings, [], openmoji.atomic_file
 openmoji.drawings = lambda subset: drawings(subset)[:10]
-openmoji.whole_file = lambda path: rendered.append(path) or whole_file(path)
+openmoji.atomic_file = lambda path: rendered.append(path) or atomic_file(path)
 attempt("openmoji", lambda: build_index("openmoji", "data.source=openmoji-demo")[1:])
 results["rendered"] = len(rendered)
 

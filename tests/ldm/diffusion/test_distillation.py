@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_huber, x0_weight
 from ldm.diffusion.process import DiffusionProcess
-from ldm.sampling.few_steps import first_order_scheduler, grid, lcm_scheduler
+from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler, noise_levels
 from ldm.sampling.loop import sample
 from ldm.sampling.solvers import Level, Solver, scheduler
 
@@ -35,7 +35,7 @@ def noise(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_step_to_the_progressive_target_ends_where_the_teachers_two_steps_end(process: DiffusionProcess) -> None:
-    (t, _, alpha, sigma), half = grid(process, 4), grid(process, 8)
+    (t, _, alpha, sigma), half = noise_levels(process, 4), noise_levels(process, 8)
     i, z = torch.arange(4), noise(4)
     x0 = optimal_x0(process, z, t)
     middle = ddim_step(x0, z, alpha[:4], sigma[:4], half.alpha[1::2], half.sigma[1::2])
@@ -48,8 +48,8 @@ def test_a_step_to_the_progressive_target_ends_where_the_teachers_two_steps_end(
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_exported_scheduler_visits_the_levels_of_the_grid(process: DiffusionProcess) -> None:
-    visited, levels = [], grid(process, 5)
+def test_the_exported_scheduler_visits_these_noise_levels(process: DiffusionProcess) -> None:
+    visited, levels = [], noise_levels(process, 5)
 
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
         visited.append(level.t)
@@ -69,7 +69,7 @@ def test_the_exported_scheduler_visits_the_levels_of_the_grid(process: Diffusion
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_grid_of_half_as_many_steps_has_every_other_level(process: DiffusionProcess) -> None:
-    half, full = grid(process, 5), grid(process, 10)
+    half, full = noise_levels(process, 5), noise_levels(process, 10)
     for few, many in zip(half, full, strict=True):
         torch.testing.assert_close(few, many[::2])
     assert (float(full.alpha[-1]), float(full.sigma[-1])) == (1, 0)

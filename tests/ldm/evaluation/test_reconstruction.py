@@ -18,7 +18,15 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
-from ldm.evaluation.reconstruction import BETAS, Bicubic, Figures, max_scales, ms_ssim, recommend_action, reconstruction
+from ldm.evaluation.reconstruction import (
+    BETAS,
+    Bicubic,
+    ReconstructionMetrics,
+    max_scales,
+    ms_ssim,
+    recommend_action,
+    reconstruction,
+)
 from ldm.models import feature_networks
 from ldm.utils.errors import UserError
 
@@ -36,10 +44,11 @@ def pairs(count: int, height: int, width: int, seed: int = 0, noise: float = 0.2
 
 def test_psnr_equals_its_definition_averaged_over_images() -> None:
     real = torch.zeros(2, 3, 32, 32)
-    rebuilt = real.clone()
-    rebuilt[0] += 0.2  # 0.1 of the range: 20 dB
-    rebuilt[1] += 0.02  # 0.01 of the range: 40 dB
-    assert reconstruction([(real[:1], rebuilt[:1]), (real[1:], rebuilt[1:])])["psnr"] == pytest.approx(30, abs=1e-3)
+    reconstructed = real.clone()
+    reconstructed[0] += 0.2  # 0.1 of the range: 20 dB
+    reconstructed[1] += 0.02  # 0.01 of the range: 40 dB
+    batches = [(real[:1], reconstructed[:1]), (real[1:], reconstructed[1:])]
+    assert reconstruction(batches)["psnr"] == pytest.approx(30, abs=1e-3)
 
 
 def test_a_perfect_copy_has_ssim_1_and_values_are_clipped_to_the_range() -> None:
@@ -50,17 +59,17 @@ def test_a_perfect_copy_has_ssim_1_and_values_are_clipped_to_the_range() -> None
 
 
 def test_batched_metrics_equal_numpys_and_torchmetrics_on_the_full_set() -> None:
-    real, rebuilt = pairs(5, 48, 64)
-    figures = Figures(scales=3)
+    real, reconstructed = pairs(5, 48, 64)
+    metrics = ReconstructionMetrics(scales=3)
     for part in (slice(0, 2), slice(2, 5)):
-        figures.add(real[part], rebuilt[part])
-    a, b = real.double().numpy() / 2 + 0.5, (rebuilt.double().numpy() / 2 + 0.5).clip(0, 1)
+        metrics.add(real[part], reconstructed[part])
+    a, b = real.double().numpy() / 2 + 0.5, (reconstructed.double().numpy() / 2 + 0.5).clip(0, 1)
     squared = ((a - b) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(figures.per_image["psnr"], -10 * np.log10(squared), rtol=1e-5)
+    np.testing.assert_allclose(metrics.per_image["psnr"], -10 * np.log10(squared), rtol=1e-5)
     for channel, name in enumerate(("red", "green", "blue")):
-        np.testing.assert_allclose(figures.per_image[name], (b - a)[:, channel].mean((1, 2)) * 255, atol=1e-4)
-    means = figures.means()
-    x, y = real / 2 + 0.5, (rebuilt / 2 + 0.5).clamp(0, 1)
+        np.testing.assert_allclose(metrics.per_image[name], (b - a)[:, channel].mean((1, 2)) * 255, atol=1e-4)
+    means = metrics.means()
+    x, y = real / 2 + 0.5, (reconstructed / 2 + 0.5).clamp(0, 1)
     betas = tuple(beta / sum(BETAS[:3]) * sum(BETAS) for beta in BETAS[:3])
     assert means["psnr"] == pytest.approx(
         float(peak_signal_noise_ratio(y, x, data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))), rel=1e-5
@@ -73,38 +82,38 @@ def test_batched_metrics_equal_numpys_and_torchmetrics_on_the_full_set() -> None
 
 def test_images_of_several_sizes_have_equal_weight() -> None:
     wide, square = pairs(3, 24, 48, seed=1), pairs(1, 32, 32, seed=2, noise=0.6)
-    figures = Figures(scales=2)
-    figures.add(*wide)
-    figures.add(*square)
-    separate = [Figures(scales=2) for _ in range(2)]
-    for metrics, pair in zip(separate, (wide, square), strict=True):
-        metrics.add(*pair)
-    for name, mean in figures.means().items():
+    metrics = ReconstructionMetrics(scales=2)
+    metrics.add(*wide)
+    metrics.add(*square)
+    separate = [ReconstructionMetrics(scales=2) for _ in range(2)]
+    for of_one_size, pair in zip(separate, (wide, square), strict=True):
+        of_one_size.add(*pair)
+    for name, mean in metrics.means().items():
         assert mean == pytest.approx((3 * separate[0].means()[name] + separate[1].means()[name]) / 4, abs=1e-9)
-        assert figures.per_image[name].shape == (4,)
-    assert figures.means()["psnr"] == pytest.approx(reconstruction([wide, square])["psnr"])
+        assert metrics.per_image[name].shape == (4,)
+    assert metrics.means()["psnr"] == pytest.approx(reconstruction([wide, square])["psnr"])
 
 
 def test_the_colour_bias_has_the_sign_and_size_of_the_shift() -> None:
     real = torch.zeros(2, 3, 16, 16)
-    figures = Figures()
-    figures.add(real, real + torch.tensor([3.0, 0.0, -5.0])[:, None, None] / 127.5)  # redder and less blue
-    means = figures.means()
+    metrics = ReconstructionMetrics()
+    metrics.add(real, real + torch.tensor([3.0, 0.0, -5.0])[:, None, None] / 127.5)  # redder and less blue
+    means = metrics.means()
     assert (means["red"], means["green"], means["blue"]) == pytest.approx((3, 0, -5), abs=1e-4)
 
 
 def test_a_nonfinite_image_is_counted_and_left_out_of_the_means() -> None:
-    real, rebuilt = pairs(3, 32, 32)
-    finite = Figures()
-    finite.add(real[:2], rebuilt[:2])
-    rebuilt[2, 1, 5, 5] = torch.nan
-    figures = Figures()
-    figures.add(real, rebuilt)
-    assert (figures.count, figures.broken) == (3, 1)
-    assert figures.per_image["psnr"].isnan().tolist() == [False, False, True]
-    assert figures.means() == pytest.approx(finite.means())
+    real, reconstructed = pairs(3, 32, 32)
+    finite = ReconstructionMetrics()
+    finite.add(real[:2], reconstructed[:2])
+    reconstructed[2, 1, 5, 5] = torch.nan
+    metrics = ReconstructionMetrics()
+    metrics.add(real, reconstructed)
+    assert (metrics.count, metrics.nonfinite) == (3, 1)
+    assert metrics.per_image["psnr"].isnan().tolist() == [False, False, True]
+    assert metrics.means() == pytest.approx(finite.means())
     # during training, the means must show it
-    assert all(math.isnan(value) for value in reconstruction([(real, rebuilt)]).values())
+    assert all(math.isnan(value) for value in reconstruction([(real, reconstructed)]).values())
 
 
 @pytest.mark.parametrize(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
@@ -160,11 +169,11 @@ def test_an_exact_copy_is_kept_and_blurred_or_tinted_copies_are_not() -> None:
     real = (real + 0.3 * torch.randn(real.shape, generator=torch.Generator().manual_seed(3))).clamp(-0.9, 0.9)
     bicubic = Bicubic(4)
 
-    def recommended(rebuilt: torch.Tensor) -> str:
-        figures, baseline = Figures(), Figures()
-        figures.add(real, rebuilt)
+    def recommended(reconstructed: torch.Tensor) -> str:
+        metrics, baseline = ReconstructionMetrics(), ReconstructionMetrics()
+        metrics.add(real, reconstructed)
         baseline.add(real, bicubic.decode(bicubic.encode(real)))
-        return recommend_action(figures.means(), baseline.means(), UNIT)[0]
+        return recommend_action(metrics.means(), baseline.means(), UNIT)[0]
 
     assert recommended(real) == "keep"
     assert recommended(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
@@ -222,14 +231,14 @@ def test_lpips_equals_torchmetrics_with_the_cached_weights(checkpoints: Path) ->
     torch.manual_seed(0)
     backbone = torchvision.models.squeezenet1_1(weights=None)
     torch.save(backbone.state_dict(), checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2])
-    real, rebuilt = pairs(3, 32, 40)
-    figures = Figures(lpips=feature_networks.lpips("squeeze", 32))
-    figures.add(real[:1], rebuilt[:1])
-    figures.add(real[1:], rebuilt[1:])
+    real, reconstructed = pairs(3, 32, 40)
+    metrics = ReconstructionMetrics(lpips=feature_networks.lpips("squeeze", 32))
+    metrics.add(real[:1], reconstructed[:1])
+    metrics.add(real[1:], reconstructed[1:])
     expected = learned_perceptual_image_patch_similarity(
-        rebuilt.clamp(-1, 1), real, net_type="squeeze", reduction="none"
+        reconstructed.clamp(-1, 1), real, net_type="squeeze", reduction="none"
     )
-    torch.testing.assert_close(figures.per_image["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metrics.per_image["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="sides of 16 px are too small for squeeze, which needs 17"):
         feature_networks.lpips("squeeze", 16)
 
@@ -242,13 +251,13 @@ def test_rfid_is_the_frechet_distance_of_inception_features(checkpoints: Path) -
     with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
         inception = FeatureExtractorInceptionV3("", ["2048"], str(file))
     torch.save(inception.state_dict(), file)
-    real, rebuilt = pairs(6, 32, 32)
-    figures = Figures(fid=feature_networks.fid())
-    figures.add(real[:4], rebuilt[:4])
-    figures.add(real[4:], rebuilt[4:])
+    real, reconstructed = pairs(6, 32, 32)
+    metrics = ReconstructionMetrics(fid=feature_networks.fid())
+    metrics.add(real[:4], reconstructed[:4])
+    metrics.add(real[4:], reconstructed[4:])
     a, b = (
-        figures.fid.inception(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()).double()  # type: ignore[union-attr]
-        for x in (real, rebuilt)
+        metrics.fid.inception(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()).double()  # type: ignore[union-attr]
+        for x in (real, reconstructed)
     )
     # 1706.08500, eq. 6; tr √(AAᵀBBᵀ) of two covariances is the nuclear norm of AᵀB
     centred = [(x - x.mean(0)) / 5**0.5 for x in (a, b)]
@@ -256,5 +265,5 @@ def test_rfid_is_the_frechet_distance_of_inception_features(checkpoints: Path) -
     expected = (
         (a.mean(0) - b.mean(0)).square().sum() + traces - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
     )
-    assert figures.means()["rfid"] == pytest.approx(float(expected), rel=1e-2)
-    assert json.dumps(figures.means())
+    assert metrics.means()["rfid"] == pytest.approx(float(expected), rel=1e-2)
+    assert json.dumps(metrics.means())

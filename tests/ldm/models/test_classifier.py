@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.config.schema import SOLVERS, STRAIGHT, ClassifierConfig, Stage1Config
+from ldm.config.schema import FLOW_SOLVERS, SOLVERS, ClassifierConfig, Stage1Config
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.autoencoder import Autoencoder, Identity, build
 from ldm.models.classifier import NoisyClassifier
@@ -127,7 +127,7 @@ def test_a_chain_with_the_same_noise_is_accepted_for_any_solver_and_prediction_t
             classifier.check(scheduler(other, "dpm++" if other is FLOW else solver), autoencoder)
 
 
-@pytest.mark.parametrize("solver", STRAIGHT)
+@pytest.mark.parametrize("solver", FLOW_SOLVERS)
 def test_a_flow_is_accepted_with_any_shift(solver: str) -> None:
     autoencoder, classifier = Autoencoder(Identity()), small(FLOW)
     for shift in (1.0, 3.0):

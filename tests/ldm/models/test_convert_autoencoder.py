@@ -256,7 +256,10 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "gap": (lambda t: t.update({"encoder.down.9999999999.x": torch.ones(1)}), r"encoder\.down\.2\.block"),
     "extra": (lambda t: t.update({"decoder.time": torch.ones(1)}), r"tensor decoder\.time;"),
     "extras": (lambda t: t.update(a=torch.ones(1), b=torch.ones(1)), r"tensor a and 1 more"),
-    "shape": (lambda t: t.update({"quant_conv.bias": torch.ones(3)}), r"tensor quant_conv\.bias has shape \(3,\)"),
+    "shape": (
+        lambda t: t.update({"quant_conv.bias": torch.ones(3)}),
+        r"tensor quant_conv\.bias has shape \(3,\); expected",
+    ),
     "scalar": (lambda t: t.update({"decoder.conv_in.weight": torch.ones(())}), r"tensor decoder\.conv_in\.weight"),
     "diffusers": (lambda t: (t.clear(), t.update(kl((8, 16)).state_dict())), r"diffusers' layout"),
     "unet": (lambda t: (t.clear(), t.update({"model.out": torch.ones(1)})), r"no autoencoder, but 1 tensor, of model"),

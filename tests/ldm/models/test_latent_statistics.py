@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.models.latent_statistics import Report
+from ldm.models.latent_plots import plot_latents
+from ldm.models.latent_statistics import LatentStatistics
 from ldm.utils.errors import UserError
 
 
@@ -16,8 +17,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def report(*batches: torch.Tensor) -> Report:
-    statistics = Report(batches[0].shape[1])
+def report(*batches: torch.Tensor) -> LatentStatistics:
+    statistics = LatentStatistics(batches[0].shape[1])
     for batch in batches:
         statistics.add(batch)
     return statistics
@@ -140,7 +141,7 @@ def test_nonfinite_latents_are_refused() -> None:
 def test_the_plot_is_a_single_png(tmp_path: Path, channels: int) -> None:
     x = noise(4, channels, 8, 8)
     x[:, 0] = 1
-    report(x).plot(tmp_path / "latents.png")
+    plot_latents(report(x), tmp_path / "latents.png")
     assert [path.name for path in tmp_path.iterdir()] == ["latents.png"]
     with Image.open(tmp_path / "latents.png") as plot:
         assert plot.format == "PNG" and plot.width > 1000

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention
 
@@ -157,6 +158,8 @@ def test_a_unet_that_does_not_fit_the_latents_is_refused(root: Path, tmp_path: P
     assert (loaded.config.in_channels, loaded.config.sample_size) == (4, 32)
     with pytest.raises(UserError, match="in_channels 4"):
         unet.load(stage, 3, 16, 384)
+    with pytest.raises(UserError, match=r"stage2\.init_from: .* halves the latents \d times, but their side is 15;"):
+        unet.load(stage, 4, 15, 384)
     with pytest.raises(UserError, match=r"cross_attention_dim 384, but the text encoder's width are 32|384"):
         unet.load(stage, 4, 16, 32)
     scheduler(DiffusionProcess("eps"), "ddim").save_pretrained(tmp_path / "scheduler")
@@ -180,7 +183,7 @@ def test_a_widened_unet_predicts_as_before_until_it_is_trained(root: Path, tmp_p
         stage = before.model_copy(update={"init_from": str(tmp_path), "conditions": conditions})
         new = unet.load(stage, 4, 16, 32, classes).eval()
         torch.testing.assert_close(predict(new, x, t, condition), expected)
-        assert new.config.in_channels == unet.inputs(stage, 4)
+        assert new.config.in_channels == unet.input_channels(stage, 4)
         predict(new, x, t, condition).square().sum().backward()
         added = new.conv_in.weight.grad[:, 4:] if condition.image is not None else new.class_embedding.weight.grad
         assert float(added.abs().max()) > 0  # the new weights get gradients
@@ -227,13 +230,42 @@ def test_every_parameter_of_the_unet_receives_a_gradient(root: Path, conditions:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("unet-5m", 5), ("unet-34m", 34), ("unet-110m", 110), ("unet-425m", 425), ("unet-860m", 860)]
+    ("name", "millions"),
+    [
+        ("unet-5m", 5),
+        ("unet-34m", 34),
+        ("unet-110m", 110),
+        ("unet-425m", 425),
+        ("unet-860m", 860),
+    ],
 )
 def test_presets_have_the_parameter_count_in_their_name(name: str, millions: int) -> None:
     tree = {"data": {"source": "x", "size": 512}, "stage2": {"model": name}}
     stage, width = loader.parse(tree, "a test").stage2, 384 if name == "unet-5m" else 768
     count = sum(p.numel() for p in unet.build_empty(stage, 4, 64, width).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.04)
+
+
+def test_unet_2_6b_has_sdxls_names_and_shapes() -> None:
+    tree = {"data": {"source": "x", "size": 1024}, "stage2": {"model": "unet-2.6b", "conditions": ["text", "size"]}}
+    model = unet.build_empty(loader.parse(tree, "a test").stage2, 4, 128, 2048, pooled_width=1280)
+    with torch.device("meta"):
+        sdxl = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    expected = {name: tensor.shape for name, tensor in sdxl.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+    assert model.config.attention_head_dim == sdxl.config.attention_head_dim
+    assert sum(tensor.numel() for tensor in model.parameters()) == 2_567_463_684
 
 
 def test_dropout_of_a_loaded_unet_is_removed_and_reported(

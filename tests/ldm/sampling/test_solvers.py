@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 from gaussian import M, S, drawn, perfect, solver_of
 
-from ldm.config.schema import SOLVERS, SPACINGS, STRAIGHT
+from ldm.config.schema import FLOW_SOLVERS, SOLVERS, SPACINGS
 from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.guidance import PredictFn
 from ldm.sampling.loop import sample
@@ -72,7 +72,7 @@ def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target:
     assert torch.equal(drawn(process, solver, 12, noise, spacing=spacing), expected)
 
 
-@pytest.mark.parametrize("solver", STRAIGHT)
+@pytest.mark.parametrize("solver", FLOW_SOLVERS)
 def test_our_loop_on_a_flow_gives_bit_for_bit_what_diffusers_own_does(solver: str) -> None:
     noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess("flow", shift=2.0)
     rule = with_solver(scheduler(process, "dpm++"), solver)
@@ -169,7 +169,7 @@ def test_a_flow_follows_its_straight_paths(solver: str) -> None:
 @pytest.mark.parametrize("target", ["eps", "v", "flow"])
 def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> None:
     noise = torch.linspace(-9, 9, 5).reshape(-1, 1, 1, 1)  # wide, so that clipping would show
-    process, solvers = DiffusionProcess(target), STRAIGHT if target == "flow" else SOLVERS
+    process, solvers = DiffusionProcess(target), FLOW_SOLVERS if target == "flow" else SOLVERS
     rules = {solver: scheduler(process, solver) for solver in solvers}
 
     def samples(rule: SchedulerMixin) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_scheduler_is_known_by_the_name_of_its_solver(solver: str) -> None:
     assert solver_name(scheduler(DiffusionProcess("eps"), solver)) == solver
-    if solver in STRAIGHT:
+    if solver in FLOW_SOLVERS:
         assert solver_name(scheduler(DiffusionProcess("flow"), solver)) == solver
 
 
@@ -229,7 +229,7 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
 def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProcess, solver: str) -> None:
     """diffusers' own tables, read back from a saved configuration, are those of the process."""
     if process.prediction_type == "flow":
-        if solver not in STRAIGHT:
+        if solver not in FLOW_SOLVERS:
             return
         rule = scheduler(process, solver)
         rule = type(rule).from_config(rule.config)

@@ -22,7 +22,7 @@ def test_a_checkpoint_is_read_as_written_and_damage_names_its_file(tmp_path: Pat
         read_checkpoint(tmp_path / "c")
 
 
-def test_a_version_0_checkpoint_loads_under_the_new_names(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_0_1_0_loads_under_the_new_names(tmp_path: Path) -> None:
     tensors = {"0.exp_avg": torch.ones(1)}
     parts = {"model": tensors, "adversary": tensors, "adversary_optimizer": tensors}
     old = {"step": 7, "contract": {"data": "a"}, "groups": {"optimizer": [], "adversary_optimizer": [{"lr": 1.0}]}}

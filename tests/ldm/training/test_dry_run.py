@@ -72,13 +72,13 @@ def test_a_dry_run_trains_its_steps_and_leaves_no_files(tmp_path: Path, evaluate
 def test_an_error_records_its_activity_and_ends_the_dry_run(tmp_path: Path) -> None:
     def train() -> None:
         run = Trainer(RunConfig(dir=tmp_path), Training(steps=1, batch=1), "stage2", nn.Linear(1, 1))
-        with run.ema_weights("a sample sheet"):
+        with run.ema_weights("a sample grid"):
             raise torch.OutOfMemoryError
 
     measured = DryRun()
     with pytest.raises(torch.OutOfMemoryError), measured:
         train()
-    assert measured.activity == "a sample sheet"
+    assert measured.activity == "a sample grid"
     assert dry_run.current() is None
 
 
@@ -90,4 +90,4 @@ def test_the_denoising_time_of_a_sample_sheet_is_measured_separately(
     with pytest.raises(ZeroDivisionError), DryRun() as measured:
         write_sheet(settings, Trainer(settings.run, settings.stage2, "stage2", model.unet), model, data)
         raise ZeroDivisionError
-    assert 0 < measured.denoising < measured.seconds["a sample sheet"]
+    assert 0 < measured.denoising < measured.seconds["a sample grid"]

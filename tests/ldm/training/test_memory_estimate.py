@@ -25,7 +25,7 @@ from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.training import memory_estimate, memory_tracker, plan
-from ldm.training.memory_estimate import estimate_memory, of_moments, of_unet
+from ldm.training.memory_estimate import estimate_memory, moments_memory, unet_memory
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
 from stage2_diffusion.denoiser import Denoiser
@@ -107,7 +107,7 @@ def test_a_step_is_counted_to_take_what_the_allocator_gives_it(checkpointed: boo
     for change in sorted(changes, key=lambda event: event.start_ns()):
         now += change.nbytes()
         most = max(most, now)
-    counted = of_unet(network("meta", stage), partial(inputs, "meta", stage), "no", checkpointed)
+    counted = unet_memory(network("meta", stage), partial(inputs, "meta", stage), "no", checkpointed)
     assert counted.copies == 0
     assert counted.others == pytest.approx(most, rel=0.03)
 
@@ -202,8 +202,8 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
 
 def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None:
     stage = Stage2Config(optimizer="adamw8bit")
-    assert of_moments([4095], stage) == 2 * 4 * 4095
-    assert of_moments([4096, 4097], stage) == 2 * (4096 + 4 * 16) + 2 * (4097 + 4 * 17)
+    assert moments_memory([4095], stage) == 2 * 4 * 4095
+    assert moments_memory([4096, 4097], stage) == 2 * (4096 + 4 * 16) + 2 * (4097 + 4 * 17)
 
 
 def test_a_text_encoder_that_is_trained_has_gradients_but_for_what_no_state_depends_on(root: Path, words: Path) -> None:
@@ -242,7 +242,7 @@ def test_encoding_and_decoding_take_what_they_really_do(root: Path, vae: Autoenc
         empty = autoencoder.build(
             tiny.stage1.model_copy(update={"layers": 1, "norm_num_groups": 8, "mid_attention": False}), 16
         )
-    assert memory_estimate.of_autoencoder(empty, tiny, 3, 2) == tuple(peaks)
+    assert memory_estimate.autoencoder_memory(empty, tiny, 3, 2) == tuple(peaks)
 
 
 @pytest.mark.parametrize("model", AUTOENCODERS)
@@ -250,7 +250,7 @@ def test_every_autoencoder_can_be_counted(root: Path, model: str) -> None:
     config = loader.parse({"data": {"source": "x", "size": 64}, "stage1": {"model": model}}, "a test")
     with torch.device("meta"):
         vae = autoencoder.build(config.stage1, 64)
-    assert (min(memory_estimate.of_autoencoder(vae, config, 1, 1)) > 0) == (model != "identity")
+    assert (min(memory_estimate.autoencoder_memory(vae, config, 1, 1)) > 0) == (model != "identity")
 
 
 @pytest.mark.parametrize("conditions", ["[]", "[class]", "[text, class]", "[text, size]", "[text, inpaint]"])

@@ -15,7 +15,7 @@ from ldm.distributed.sharding import without_weights
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.conditioning import Condition, TextEmbedding
 from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
-from stage1_vae.model import Change, Reconstruction
+from stage1_vae.model import LatentTransform, Reconstruction
 from stage2_diffusion.denoiser import Denoiser
 
 TEXT_WIDTH, TOKENS = 16, 5
@@ -34,7 +34,7 @@ def inputs(
     conditions: tuple[str, ...], n: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor, Condition, torch.Tensor | None]:
     labels = {"class", "upscale"} & set(conditions)
-    image_channels = unet.inputs(Stage2Config(conditions=conditions), 4) - 4
+    image_channels = unet.input_channels(Stage2Config(conditions=conditions), 4) - 4
     condition = Condition(
         text=torch.randn(n, TOKENS, TEXT_WIDTH) if "text" in conditions else None,
         label=torch.zeros(n, dtype=torch.int64) if labels else None,
@@ -85,14 +85,16 @@ def test_the_count_with_a_trained_text_encoder_equals_that_of_the_computation() 
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq", "tiny"])
-@pytest.mark.parametrize("change", [None, Change(1, 2, 3)])
-def test_the_count_of_an_autoencoder_equals_that_of_the_computation(kind: str, change: Change | None) -> None:
+@pytest.mark.parametrize("transform", [None, LatentTransform(1, 2, 3)])
+def test_the_count_of_an_autoencoder_equals_that_of_the_computation(
+    kind: str, transform: LatentTransform | None
+) -> None:
     stage = Stage1Config(
         model={"vq": "vq-f8", "kl": "kl", "tiny": "tiny"}[kind], channels=(8, 8), layers=1, norm_num_groups=4
     )
     model = Reconstruction(autoencoder.build(stage, 8), stage)
     x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, stage.latent_channels, 4, 4)
-    assert forward_flops(model, x, eps, change) == measured_flops(model, x, eps, change) > 0
+    assert forward_flops(model, x, eps, transform) == measured_flops(model, x, eps, transform) > 0
 
 
 def test_twice_the_batch_has_twice_the_flops() -> None:

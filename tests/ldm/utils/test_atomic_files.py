@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.utils.atomic_files import tensors_sha256, whole_file, whole_folder
+from ldm.utils.atomic_files import atomic_file, atomic_folder, tensors_sha256
 
 
 def test_an_error_while_writing_leaves_only_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(KeyError), whole_file(tmp_path / "a.txt") as partial:
+    with pytest.raises(KeyError), atomic_file(tmp_path / "a.txt") as partial:
         partial.write_text("half")
         raise KeyError
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
@@ -18,10 +18,10 @@ def test_an_error_while_writing_leaves_only_the_old_file(tmp_path: Path) -> None
 
 def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        with whole_folder(tmp_path / "a") as partial:
+        with atomic_folder(tmp_path / "a") as partial:
             (partial / "x").write_text(text)
     assert (tmp_path / "a/x").read_text() == "new"
-    with pytest.raises(KeyError), whole_folder(tmp_path / "a") as partial:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "a") as partial:
         (partial / "x").write_text("half")
         raise KeyError
     assert (tmp_path / "a/x").read_text() == "new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,12 @@ def test_an_id_of_the_hub_stays_as_it_is(parser: Parser) -> None:
 def test_an_unset_variable_is_named_with_its_argument(parser: Parser, flag: str) -> None:
     with pytest.raises(UserError, match=rf"argument {flag}: '\$UNSET/a': the environment variable UNSET is not set"):
         parser.parse_args([f"{flag}=$UNSET/a"])
+
+
+def test_the_model_to_benchmark_is_a_path_that_expands(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(root / "scripts")  # as for `python scripts/benchmark.py`
+    monkeypatch.setenv("HOME", str(tmp_path))
+    benchmark = importlib.import_module("benchmark")
+    assert benchmark._parse(["sample", "--model", "~/run/pipeline"]).model == f"{tmp_path}/run/pipeline"

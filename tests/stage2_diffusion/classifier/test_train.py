@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from metrics_lines import MEASURED
 from PIL import Image
 
 from ldm.config import loader
@@ -20,7 +21,6 @@ from ldm.data.index import Index
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.checkpoint import read_checkpoint
-from ldm.training.metrics_logger import MEASURED
 from stage2_diffusion.classifier import train
 
 KEYS = [
@@ -100,7 +100,7 @@ def test_a_finished_classifier_is_not_trained_again_and_refuses_other_settings(
     assert f"finished: {trained / 'model'}" in call(train.main, tiny_run, "--out", trained, *KEYS, "evaluate_every=1")
     output = call(train.main, tiny_run, "--out", trained, *KEYS, "steps=7", "half=0", status=2)
     assert "belongs to another training" in output
-    assert "(half: None → 0; steps: 6 → 7)" in output
+    assert "half: None → 0; steps: 6 → 7; " in output
     assert (model.stat().st_mtime_ns, metrics(trained)) == (before.st_mtime_ns, lines)
 
 

@@ -21,18 +21,18 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from forked import Process
+from forked import ScriptProcess
 from safetensors.torch import load_file
 
 from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.models.unet import build, make_guidance_conditioned, without_variance
-from ldm.sampling.few_steps import grid
+from ldm.models.unet import build, make_guidance_conditioned, remove_variance_channels
+from ldm.sampling.few_steps import noise_levels
 from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
-from stage2_diffusion.distillation.methods import Consistency, Guidance, Halving
+from stage2_diffusion.distillation.methods import Consistency, Guidance, ProgressiveDistillation
 
 STAGE = Stage2Config(
     channels=(8, 8), attention=(False, True), layers=1, attention_head_dim=8, norm_num_groups=4, mid_attention=False
@@ -93,8 +93,8 @@ def test_the_guidance_target_is_the_guided_teacher_and_at_scale_1_the_conditiona
 def test_progressive_distillation_uses_the_students_timesteps_and_has_no_loss_at_the_target(
     unet: Any, target: str
 ) -> None:
-    method, batch = method_and_batch(Halving, unet, target, 4)
-    process, steps = method.process, grid(method.process, 4)
+    method, batch = method_and_batch(ProgressiveDistillation, unet, target, 4)
+    process, steps = method.process, noise_levels(method.process, 4)
     assert torch.equal(batch.model_time, steps.model_time[batch.at])
     make_guidance_conditioned(unet)
     x0 = method.target(batch, None)
@@ -105,7 +105,7 @@ def test_progressive_distillation_uses_the_students_timesteps_and_has_no_loss_at
 
 
 def test_batches_depend_on_positions_only(unet: Any) -> None:
-    method, _ = method_and_batch(Halving, unet, "flow", 8)
+    method, _ = method_and_batch(ProgressiveDistillation, unet, "flow", 8)
     x0, text = torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 16)
     batched, single = (
         method.make_batch(torch.tensor(n), x0[: len(n)], Condition(text[: len(n)])) for n in ([7, 8], [8])
@@ -132,7 +132,7 @@ def test_a_learned_variance_is_removed_from_the_student(unet: Any) -> None:
     with_variance = build(STAGE.model_copy(update={"variance": "learned"}), 4, 8, text_width=16)
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 16)
     before = predict(with_variance, x, t, Condition(text))
-    without_variance(with_variance, 4)
+    remove_variance_channels(with_variance, 4)
     torch.testing.assert_close(predict(with_variance, x, t, Condition(text)), before[:, :4])
     assert with_variance.config.out_channels == 4
 
@@ -256,7 +256,7 @@ def sample_ldm(folder: Path, **options: Any) -> np.ndarray:
 
 def test_every_halving_is_exported_for_plain_diffusers_and_a_killed_one_resumes_exactly(
     distill: Callable[..., str],
-    launch: Callable[..., Process],
+    launch: Callable[..., ScriptProcess],
     wait_for: Callable[..., None],
     run_with: Callable[..., Path],
     tiny_run: Path,
@@ -277,7 +277,7 @@ def test_every_halving_is_exported_for_plain_diffusers_and_a_killed_one_resumes_
         assert pipe.unet.config.time_cond_proj_dim
         assert json.loads((folder / "ldm.json").read_text())["steps"] == steps
         pipe.scheduler.set_timesteps(steps)
-        assert torch.equal(pipe.scheduler.timesteps, grid(DiffusionProcess("flow"), steps).model_time)
+        assert torch.equal(pipe.scheduler.timesteps, noise_levels(DiffusionProcess("flow"), steps).model_time)
         guided, guided_more = (sample_diffusers(folder, steps, guidance_scale=w) for w in (2.0, 4.0))
         assert np.abs(guided - sample_ldm(folder, guidance_scale=2.0)).max() <= 1 / 255
         assert guided.shape == (1, 32, 32, 3)
