@@ -245,15 +245,15 @@ def write_tree(root: Path, tree: dict[str, bytes | tuple[str, str]]) -> None:
 
 def files_of(root: Path) -> list[str]:
     """All files, links and pipes, relative to the folder; hidden folders and links are not entered."""
-    found = list[str]()
+    names = list[str]()
     for directory, directories, file_names in os.walk(root):
         relative = Path(directory).relative_to(root)
         for name in list(directories):
             if name.startswith((".", "__MACOSX")) or (Path(directory) / name).is_symlink():
                 directories.remove(name)
-                found.append(str(relative / name))
-        found += [str(relative / name) for name in file_names]
-    return found
+                names.append(str(relative / name))
+        names += [str(relative / name) for name in file_names]
+    return names
 
 
 def companions(name: str, present: set[str]) -> bool:
@@ -264,10 +264,10 @@ def companions(name: str, present: set[str]) -> bool:
     if path.suffix.lower() not in (".txt", ".caption"):
         return False
     base = path.stem.lower()
-    beside = (PurePosixPath(other) for other in present)
+    others = (PurePosixPath(other) for other in present)
     return any(
         base in (other.stem.lower(), other.name.lower())
-        for other in beside
+        for other in others
         if other.parent == path.parent and is_image_name(other.name)
     )
 
@@ -285,7 +285,7 @@ def test_every_file_of_a_folder_is_used_named_or_counted(
             return
         (kind,) = result.index.sources.kinds
         if kind == "tar":
-            result.left_out = {os.path.relpath(name, root / "data"): why for name, why in result.left_out.items()}
+            result.left_out = {os.path.relpath(name, root / "data"): reason for name, reason in result.left_out.items()}
             return
         present = files_of(root / "data")
         aside = [one_line(name.rstrip("/")) for name in result.left_out]
@@ -454,10 +454,10 @@ def test_a_damaged_tar_is_read_as_far_as_it_goes(members: list[TarMember], data:
         end = write_tar(file, members)
         content = bytearray(file.read_bytes())
         complete = account({"path": str(file)}, root / "cache")
-        cut, changes = data.draw(st.integers(0, end)), data.draw(st.integers(0, 3))
+        length, changes = data.draw(st.integers(0, end)), data.draw(st.integers(0, 3))
         for _ in range(changes):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-        file.write_bytes(content[:cut] if data.draw(st.booleans()) or not changes else content)
+        file.write_bytes(content[:length] if data.draw(st.booleans()) or not changes else content)
         result = account({"path": str(file)}, root / "cache")
         assert complete is not None
         assert result is not None
@@ -596,7 +596,7 @@ def test_every_row_of_a_jsonl_is_used_named_or_counted(rows: list[Any], conditio
                 assert os.path.normpath(name) in result.good
         columns = {name for row in rows if isinstance(row, dict) for name in row}
         read = {"file_name", *(["text"] if "text" in conditions else []), *(["label"] if "class" in conditions else [])}
-        unread = {name.split(": ")[-1] for name, why in result.left_out.items() if why == "columns that are not read"}
+        unread = {name.split(": ")[-1] for name, reason in result.left_out.items() if reason == "columns that are not read"}
         assert unread == columns - read
 
 
