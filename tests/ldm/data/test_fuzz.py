@@ -596,7 +596,8 @@ def test_every_row_of_a_jsonl_is_used_named_or_counted(rows: list[Any], conditio
                 assert os.path.normpath(name) in result.good
         columns = {name for row in rows if isinstance(row, dict) for name in row}
         read = {"file_name", *(["text"] if "text" in conditions else []), *(["label"] if "class" in conditions else [])}
-        unread = {name.split(": ")[-1] for name, reason in result.left_out.items() if reason == "columns that are not read"}
+        reasons = result.left_out.items()
+        unread = {name.split(": ")[-1] for name, reason in reasons if reason == "columns that are not read"}
         assert unread == columns - read
 
 
