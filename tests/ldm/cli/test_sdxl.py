@@ -14,7 +14,7 @@ from sdxl import sdxl
 
 from ldm.sampling.loop import initial_noise
 from ldm.sampling.pipeline import LatentDiffusion
-from scripts import txt2img
+from scripts import img2img, inpaint, txt2img
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,23 @@ def test_a_refiner_is_refused_as_a_base_model(sdxl_dir: Path, call: Callable[...
     refiner.save_pretrained(tmp_path / "refiner")
     output = call(txt2img.main, "--model", tmp_path / "refiner", "--prompt", "a", "--out", tmp_path / "out", status=2)
     assert "is a refiner, which finishes the images of another model; give the base model" in output
+
+
+def test_img2img_and_inpaint_take_sdxl(sdxl_dir: Path, call: Callable[..., str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "input.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:10, 4:10] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    model = ("--model", sdxl_dir, "--prompt", "owl", "--seed", 5, "--precision", "no", "--steps", 4)
+    source = ("--image", tmp_path / "input.png")
+    call(txt2img.main, *model, "--out", tmp_path / "text.png")
+    call(img2img.main, *model, *source, "--strength", 1, "--out", tmp_path / "changed.png")
+    call(inpaint.main, *model, *source, "--mask", tmp_path / "mask.png", "--out", tmp_path / "completed.png")
+    original, generated, changed, completed = (
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        for name in ("input", "text", "changed", "completed")
+    )
+    assert np.abs(changed - generated).max() <= 1  # of an image at strength 1 nothing is left
+    assert np.array_equal(completed[mask == 0], original[mask == 0])
+    assert not np.array_equal(completed[mask > 0], original[mask > 0])
