@@ -6,7 +6,6 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +65,12 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     elif not args.cut_prompts:
         check_prompts(model.text, jobs, args.negative)
     inputs = prepare_inputs(model, args)
-    if args.guidance is None:  # the recipe keeps the model's defaults
-        options["guidance_scale"] = args.guidance = model.guidance
-    if args.steps is None and args.solver != "ddpm":
-        options["num_inference_steps"] = args.steps = model.steps
-    request = _request(jobs, inputs, Sampling(**options, **guides))
+    _fill_defaults(args, options, model)
+    options |= guides
     if recipe:  # options without effect were not always refused
-        for name in request.without_effect(model):
+        for name in _request(jobs, inputs, Sampling(**options)).without_effect(model):
             del options[name]
-        request = replace(request, options=Sampling(**options, **guides))
-    request.check(model)
+    _request(jobs, inputs, Sampling(**options)).check(model)
     model.optimize_for_inference(args.precision, args.compile)
     args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)
     if recipe and model.device.type == "cpu":
@@ -99,13 +94,20 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
                 ready=writer.write,
                 **inputs,
                 **options,
-                **guides,
             )
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def _fill_defaults(args: argparse.Namespace, options: dict[str, Any], model: LatentDiffusion) -> None:
+    """Sets the model's guidance and steps where none are given, so that the recipe keeps them."""
+    if args.guidance is None:
+        options["guidance_scale"] = args.guidance = model.guidance
+    if args.steps is None and args.solver != "ddpm":
+        options["num_inference_steps"] = args.steps = model.steps
 
 
 def _load_model(args: argparse.Namespace, state: PartialState) -> LatentDiffusion:
