@@ -41,7 +41,8 @@ ARCHITECTURES = {
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", type=path_or_id, help="the folder of a finished run, a diffusers folder, or a Hub id")
+    parser.add_argument("model", type=path_or_id, help="a finished run, a diffusers folder, a Hub id, or a file")
+    parser.add_argument("--base", type=path_or_id, help="of a single file: a pipeline of the same family")
     parser.add_argument("--to", required=True, choices=("single-file", "diffusers"))
     parser.add_argument("--precision", default="no", choices=DTYPES, help="of all weights; default: no, float32")
     parser.add_argument("--out", required=True, type=Path, help="the .safetensors, or the folder, to write")
@@ -49,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(args.out, args.to)
     run_pipeline = Path(args.model) / "pipeline"
     name = str(run_pipeline) if run_pipeline.is_dir() else args.model
-    model = in_precision(LatentDiffusion(**pipeline_io.read(name, "model")), DTYPES[args.precision])
+    model = in_precision(LatentDiffusion(**pipeline_io.read(name, "model", args.base)), DTYPES[args.precision])
     if args.to == "diffusers":
         model.save(args.out)
         written = DiffusionPipeline.from_pretrained(args.out, safety_checker=None, torch_dtype=torch.float32)
     else:
         layout = write_single_file(model, args.out)
-        written = read_single_file(model, args.out, name)
+        written = read_single_file(model, args.out, args.base or name)
         print(f"layout   {layout}")
         if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
             widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))

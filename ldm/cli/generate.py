@@ -113,7 +113,7 @@ def _fill_defaults(args: argparse.Namespace, options: dict[str, Any], model: Lat
 def _load_model(args: argparse.Namespace, state: PartialState) -> LatentDiffusion:
     """On `--device` if this process may choose: if it is the only one, or the device has a number."""
     may_choose = args.device and (state.num_processes == 1 or ":" in args.device)
-    return LatentDiffusion.load(args.model, args.device if may_choose else state.device)
+    return LatentDiffusion.load(args.model, args.device if may_choose else state.device, args.base)
 
 
 def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: LatentDiffusion, weights: str) -> None:

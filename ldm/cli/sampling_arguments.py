@@ -46,7 +46,7 @@ FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in SAMPLING.items(
 }
 """The first words of `ldm.sampling`'s errors, and the flags that they stand for."""
 INPUT_IMAGES = ("image", "mask")
-MODELS = ("model", "weaker", "classifier")
+MODELS = ("model", "base", "weaker", "classifier")
 SHEET_SUFFIXES = (".png", ".jpg", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
@@ -73,7 +73,9 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def sampling_parser(description: str) -> Parser:
     """A parser with the arguments that all commands for sampling share."""
     parser = Parser(description=description)
-    parser.add_argument("--model", type=path_or_id, help="a diffusers pipeline: local folder or Hub id")
+    parser.add_argument("--model", type=path_or_id, help="a diffusers folder, a Hub id, or a single .safetensors")
+    base = "of a single file: a pipeline of the same family, for what a file lacks; default: the Hub's"
+    parser.add_argument("--base", type=path_or_id, help=base)
     what = parser.add_argument_group("what")
     what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
     what.add_argument("--prompts", type=path_or_id, help="a file with a prompt per line, or - for standard input")

@@ -95,12 +95,15 @@ class LatentDiffusion:
         return self.unet.device  # type: ignore[no-any-return]
 
     @classmethod
-    def load(cls, name: str | Path, device: str | torch.device | None = None) -> LatentDiffusion:
-        """Loads a diffusers folder or Hub id: Stable Diffusion 1 or 2, an unconditional one, or one that `save` wrote.
+    def load(
+        cls, name: str | Path, device: str | torch.device | None = None, base: str | None = None
+    ) -> LatentDiffusion:
+        """Loads a diffusers folder or Hub id: Stable Diffusion 1, 2 or XL, an unconditional one, or one of `save`.
 
-        Weights are read from safetensors only.
+        Or one file of Stable Diffusion 1, 2 or XL, whose configuration and tokenizers are those of `base`, a folder or
+        Hub id of the same family; default: the published one. Weights are read from safetensors only.
         """
-        model = cls(**pipeline_io.read(name))
+        model = cls(**pipeline_io.read(name, base=base))
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> LatentDiffusion:

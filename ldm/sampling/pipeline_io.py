@@ -33,9 +33,12 @@ from transformers.utils import logging as text_logging
 from ldm.diffusion.schedules import betas
 from ldm.models.autoencoder import Autoencoder, Identity, fold
 from ldm.models.conditioning import MAX_NOISE_LEVEL
+from ldm.models.convert import checkpoint
+from ldm.models.convert.safetensors_file import opened
+from ldm.models.convert.unet import prediction_type_of
 from ldm.models.finite import check_weights
 from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
-from ldm.models.weight_files import load_variant
+from ldm.models.weight_files import contents, load_variant
 from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import UserError, first_line
 
@@ -58,11 +61,17 @@ Model: TypeAlias = Any  # ldm.sampling.pipeline.LatentDiffusion
 UPSCALER_SCALING_FACTOR = 0.08333  # the only one that diffusers' StableDiffusionUpscalePipeline does not replace
 
 
-def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
+def read(name: str | Path, option: str = "--model", base: str | None = None) -> dict[str, Any]:
     """The fields of a LatentDiffusion from a diffusers folder or Hub id; UserError for an unknown kind of pipeline.
 
-    Weights are read from safetensors only. Errors name `option`, the flag or key that `name` came from.
+    Weights are read from safetensors only. Errors name `option`, the flag or key that `name` came from. `name` may be a
+    single file in the layout of Stable Diffusion 1, 2 or XL; its configuration and tokenizers are those of `base`, a
+    pipeline of the same family: by default the published one, from the Hub.
     """
+    if Path(name).suffix == ".safetensors":
+        return _fields(_read_file(Path(name), option, base), {}, None, str(name), option)
+    if base:
+        raise UserError(f"--base: has no effect on {name}, which has a configuration of its own; leave it out")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # our own error repeats what it logs
     try:
@@ -89,17 +98,62 @@ def read(name: str | Path, option: str = "--model") -> dict[str, Any]:
         raise UserError(f"{option}: can't load a pipeline from {str(name)!r}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
+    return _fields(pipeline, facts, null, str(name), option)
+
+
+def _read_file(path: Path, option: str, base: str | None) -> DiffusionPipeline:
+    """The pipeline of a single file; what it predicts is taken from the file where that says it."""
+    with opened(path) as file:
+        names, metadata = set(file.keys()), file.metadata() or {}
+        first = f"{checkpoint.UNET}input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1] if first in names else 0
+    layout = checkpoint.layout_of_names(names)
+    kinds: dict[Any, Any] = {
+        (False, 4): StableDiffusionPipeline,
+        (False, 9): StableDiffusionInpaintPipeline,
+        (True, 4): StableDiffusionXLPipeline,
+        (True, 9): StableDiffusionXLInpaintPipeline,
+    }
+    if not layout or not (kind := kinds.get((layout == "sdxl", channels))):
+        raise UserError(
+            f"{option}: {path} holds {contents(names)}; give a whole checkpoint of Stable Diffusion 1, 2 or XL"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        options = {"safety_checker": None} if layout != "sdxl" else {}
+        pipeline = kind.from_single_file(str(path), config=base, torch_dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        hint = "is it of the same family?" if base else "give --base, a diffusers folder of the same family"
+        configuration = f"the configuration of {base}" if base else "the Hub's configuration"
+        reason = "it lacks weights" if "meta tensor" in str(error) else first_line(error)
+        raise UserError(f"{option}: can't read {path} with {configuration}: {reason}; {hint}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    changes: dict[str, Any] = {}
+    if predicts := prediction_type_of(names, metadata):
+        changes["prediction_type"] = predicts
+    if "ztsnr" in names:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **changes})
+    return pipeline
+
+
+def _fields(
+    pipeline: DiffusionPipeline, facts: dict[str, Any], null: torch.Tensor | None, name: str, option: str
+) -> dict[str, Any]:
     if "prediction_type" not in pipeline.scheduler.config:
         scheduler = type(pipeline.scheduler).__name__
         raise UserError(
             f"{option}: {name} comes with {scheduler}, which these pipelines of diffusers can't run; save another"
         )
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None) or Identity()
-    for module in (pipeline.unet, vae):
+    encoders = (getattr(pipeline, f"text_encoder{suffix}", None) for suffix in TWO)
+    for module in (pipeline.unet, vae, *filter(None, encoders)):
         if missing := [key for key, tensor in module.state_dict().items() if tensor.is_meta]:
             raise UserError(f"{option}: {name} lacks {missing[0]} and {len(missing) - 1} more weights; fetch it anew")
     return {
-        "text": _text(pipeline, str(name), option),
+        "text": _text(pipeline, name, option),
         "unet": pipeline.unet.eval(),
         "autoencoder": Autoencoder(vae),
         "scheduler": pipeline.scheduler,

@@ -10,6 +10,7 @@ conditioner.embedders.0.transformer.*, embedders.1.model.*   XL: one of each
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -110,6 +111,14 @@ def layout_of(unet: Any, autoencoder: Any, encoders: list[Any]) -> Layout:
     if config.addition_embed_type:
         raise ValueError("its U-Net reads sizes, which the layout knows with two text encoders only")
     return "sd2" if config.use_linear_projection else "sd1"
+
+
+def layout_of_names(names: Collection[str]) -> Layout | None:
+    """The layout of a file with tensors of these names; None for another file, SDXL's refiner among them."""
+    for layout, prefixes in TEXT.items():
+        if all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
+            return layout
+    return None
 
 
 def tensors_of(layout: Layout, unet: Any, autoencoder: Any, encoders: list[Any]) -> Tensors:

@@ -6,6 +6,7 @@ diffusers' own conversion translates the original names.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,15 @@ def read(
                 )
         # copies: else they map the file, which may be replaced
         tensors = {name: file.get_tensor(file_names[name]).to(torch.float32, copy=True) for name in expected}
-        predicts = MODELSPEC_PREDICTION_TYPES.get((file.metadata() or {}).get("modelspec.prediction_type", ""))
+        predicts = prediction_type_of(names, file.metadata() or {})
     unet.load_state_dict(tensors, assign=True)
-    return unet.eval(), "v_prediction" if V_MARKERS & names else predicts
+    return unet.eval(), predicts
+
+
+def prediction_type_of(names: set[str], metadata: Mapping[str, str]) -> str | None:
+    """What the U-Net of a file predicts, by diffusers' name; None where neither tensors nor metadata say so."""
+    recorded = MODELSPEC_PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
+    return "v_prediction" if V_MARKERS & names else recorded
 
 
 def name_table(path: Path, names: set[str]) -> tuple[dict[str, str], set[str]]:

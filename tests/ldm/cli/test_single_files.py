@@ -1,0 +1,107 @@
+"""txt2img.py on single files in the layouts of Stable Diffusion 1, 2 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from stable_diffusion import PIPELINES, stable_diffusion
+
+from ldm.sampling.pipeline import LatentDiffusion
+from scripts import export, txt2img
+
+
+@pytest.fixture(scope="module")
+def pipeline_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    dirs = {}
+    for name, build in PIPELINES.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(folder).save_pretrained(folder / "model")
+        dirs[name] = folder / "model"
+    return dirs
+
+
+def pixels(call: Callable[..., str], out: Path, *options: object) -> np.ndarray:
+    call(txt2img.main, "--prompt", "owl", "--seed", 5, "--precision", "no", "--steps", 3, *options, "--out", out)
+    return np.asarray(Image.open(out)).astype(int)
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_a_single_file_makes_the_image_of_its_folder_and_again_remakes_it(
+    layout: str, pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
+) -> None:
+    folder, file = pipeline_dirs[layout], tmp_path / "model.safetensors"
+    call(export.main, folder, "--to", "single-file", "--out", file)
+    expected = pixels(call, tmp_path / "folder.png", "--model", folder)
+    image = pixels(call, tmp_path / "file.png", "--model", file, "--base", folder)
+    assert image.std() > 1
+    assert np.abs(image - expected).max() <= 1
+    call(txt2img.main, "--again", tmp_path / "file.png", "--out", tmp_path / "again.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), image)
+
+
+def test_what_a_file_says_of_its_prediction_comes_before_the_bases_scheduler(
+    pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
+) -> None:
+    pipe = stable_diffusion(
+        tmp_path, linear=True, layers=23, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    pipe.save_pretrained(tmp_path / "v")
+    call(export.main, tmp_path / "v", "--to", "single-file", "--out", tmp_path / "v.safetensors")
+    model = LatentDiffusion.load(tmp_path / "v.safetensors", "cpu", str(pipeline_dirs["sd2"]))
+    assert model.prediction_type == "v"
+    assert model.scheduler.config.rescale_betas_zero_snr
+    assert LatentDiffusion.load(pipeline_dirs["sd2"], "cpu").prediction_type == "eps"
+
+
+@pytest.mark.parametrize(
+    ("change", "base", "reason"),
+    [
+        ({"model.diffusion_model.out.2.bias": None}, "sd1", "it lacks weights"),
+        ({"first_stage_model.encoder.conv_in.bias": None}, "sd1", "it lacks weights"),
+        ({"cond_stage_model.transformer.text_model.final_layer_norm.bias": None}, "sd1", "final_layer_norm.bias"),
+        ({"cond_stage_model.": None}, "sd1", "give a whole checkpoint of Stable Diffusion 1, 2 or XL"),
+        ({"model.diffusion_model.": None}, "sd1", "give a whole checkpoint of Stable Diffusion 1, 2 or XL"),
+        ({}, "sdxl", "is it of the same family"),
+        ({}, None, "give --base, a diffusers folder of the same family"),
+    ],
+)
+def test_another_file_or_base_is_refused_in_a_line(
+    change: dict[str, None],
+    base: str | None,
+    reason: str,
+    pipeline_dirs: dict[str, Path],
+    call: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    call(export.main, pipeline_dirs["sd1"], "--to", "single-file", "--out", tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not any(name.startswith(prefix) for prefix in change)}
+    save_file(kept or {"a": torch.zeros(1)}, tmp_path / "changed.safetensors")
+    arguments = ["--base", pipeline_dirs[base]] if base else []
+    output = call(
+        txt2img.main,
+        "--model",
+        tmp_path / "changed.safetensors",
+        *arguments,
+        "--prompt",
+        "a",
+        "--out",
+        tmp_path / "out",
+        status=2,
+    )
+    line = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert reason in line
+
+
+def test_a_base_of_a_folder_is_refused(
+    pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = pipeline_dirs["sd1"]
+    arguments = ("--model", folder, "--base", folder, "--prompt", "a", "--out", tmp_path / "out")
+    assert "--base: has no effect on" in call(txt2img.main, *arguments, status=2)
