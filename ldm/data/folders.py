@@ -74,8 +74,8 @@ def sidecars(
 ) -> Records:
     """A folder and its subfolders of images, each with a caption file: `a.jpg` and `a.txt` or `a.caption`.
 
-    `default` is the caption of an image that has none, or else the words of kohya's folder. Where classes are read, a
-    subfolder is one.
+    `default` is the caption of an image that has none, in which `{}` is the file's name, or else the words of kohya's
+    folder. Where classes are read, a subfolder is one.
     """
     for directory in tree.walk():
         yield from directory.left_out
@@ -97,7 +97,7 @@ def sidecars(
                     if isinstance(file, str):
                         raise BadSampleError(f"its caption file {sidecar}: {file}", f"copy it into {tree.path}")
                     captions = captions_of(file.read_bytes(), options)
-                elif (caption := default or layout.repeated_caption(key)) or not options.captions:
+                elif (caption := file_caption(name, default) or layout.repeated_caption(key)) or not options.captions:
                     captions = captions_of(caption, options._replace(lines=False))
                 else:
                     raise BadSampleError(
@@ -135,6 +135,11 @@ def classes(tree: FolderTree, template: str, options: ReadOptions, layout: Folde
                     yield Record(key, ImageLocation(str(path)), captions, label, repeats=layout.repeats(key))
                 except BadSampleError as error:
                     yield BadSample(key, *error.args)
+
+
+def file_caption(name: str, template: str) -> str:
+    """`template`, in which `{}` stands for the words of a file's name."""
+    return template.replace("{}", Path(name).stem.replace("_", " "))
 
 
 def class_caption(label: str, template: str) -> str:

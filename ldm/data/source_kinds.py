@@ -126,7 +126,7 @@ def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
         raise UserError(f"data.source: {folder} has only images that aren't read here, such as {undecoded}; {remedy}")
     raise UserError(
         f"data.source: no captioned image in {folder}; put a metadata.jsonl there, or a .txt beside each image, "
-        "or set data.source.caption"
+        "or set data.source.caption, in which {} is the file's name"
         if loose
         else f"data.source: no image in {folder}; expected .jpg, .png and the like, tars or parquet"
     )

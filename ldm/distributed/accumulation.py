@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Accumulation(NamedTuple):
-    """How the batch of an optimiser step is computed: in `steps` accumulation steps, of `images` on each device."""
+    """How the batch of an optimizer step is computed: in `steps` accumulation steps, of `images` on each device."""
 
     steps: int
     images: int

@@ -1,6 +1,6 @@
 """Sharded training, by FSDP or DeepSpeed, as accelerate's configuration says.
 
-Under FSDP, parameters, gradients and the optimiser's tensors are `DTensor`s. The functions here convert them to full
+Under FSDP, parameters, gradients and the optimizer's tensors are `DTensor`s. The functions here convert them to full
 tensors, which checkpoints hold, and back.
 """
 

@@ -36,7 +36,7 @@ def compile_blocks(unet: UNet, dynamic: bool = True, backend: str | Callable[...
     """
     if any(isinstance(m, Attention) and isinstance(m.processor, HalfPrecisionXFormers) for m in unet.modules()):
         raise UserError(NO_XFORMERS)
-    # For the rest of the process. DDP's optimiser splits one graph of the whole network, of which there is none here.
+    # For the rest of the process. DDP's optimizer splits one graph of the whole network, of which there is none here.
     torch._dynamo.config.optimize_ddp = False
     if dynamic:  # height and width, equal in the first batch, may differ in the next
         torch.fx.experimental._config.use_duck_shape = False

@@ -64,7 +64,7 @@ class DryRun:
         return before
 
     def end_step(self) -> None:
-        # On a GPU a step ends when its optimiser is queued, so that the queue stays as full as in a training. From one
+        # On a GPU a step ends when its optimizer is queued, so that the queue stays as full as in a training. From one
         # such end to the next it is a whole step, as each waits for its gradients.
         self.step_ends.append(time.perf_counter())
 

@@ -116,7 +116,7 @@ def assert_same(uninterrupted: Path, run: Path) -> None:
     folders = [checkpoints(uninterrupted / stage)[-1] for stage in ("stage1", "stage2")]
     folders += [uninterrupted / name for name in ("autoencoder", "pipeline", "stage2/ema")]
     files = [path for folder in folders for path in folder.rglob("*.safetensors")]
-    # model, average, optimiser, twice; a second average; autoencoder; U-Net, autoencoder, text; snapshots
+    # model, average, optimizer, twice; a second average; autoencoder; U-Net, autoencoder, text; snapshots
     assert len(files) == 3 + 4 + 1 + 3 + 2 * 3
     for path in files:
         tensors, expected = load_file(run / path.relative_to(uninterrupted)), load_file(path)

@@ -17,7 +17,7 @@ class ClassifierConfig(Training):
     """
 
     batch: PositiveInt = 64
-    """Global batch: the images of one optimiser step, over all processes."""
+    """Global batch: the images of one optimizer step, over all processes."""
     lr: float = Field(default=3e-4, gt=0)
     """Learning rate, not scaled by batch or processes."""
     weight_decay: float = Field(default=0.05, ge=0)

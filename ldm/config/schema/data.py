@@ -27,7 +27,7 @@ class SourceConfig(Section):
     template: str = "{}"
     """Caption of a class folder's images: `a photo of a {}`."""
     caption: str = ""
-    """Caption of a folder's images that have no caption file: `a photo of sks dog`."""
+    """Caption of a folder's images that have no caption file: `a photo of sks dog`; `{}` is the file's name."""
     split: str = "train"
     """Split of a data set of `datasets`, or of files and folders that are named after splits."""
     repeats: PositiveInt = 1

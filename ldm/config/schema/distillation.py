@@ -14,9 +14,9 @@ class DistillConfig(Training):
     """Keys of `python -m stage2_diffusion.distillation.train`, which distils a run's model into one of few steps."""
 
     steps: PositiveInt = 1000
-    """Optimiser steps of each halving, or of the whole consistency distillation."""
+    """Optimizer steps of each halving, or of the whole consistency distillation."""
     batch: PositiveInt = 64
-    """Global batch: the images of one optimiser step, over all processes."""
+    """Global batch: the images of one optimizer step, over all processes."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "linear"
@@ -28,7 +28,7 @@ class DistillConfig(Training):
     guidance_to: float | None = Field(default=None, gt=1)
     """Largest guidance scale; default: twice the run's `sample.guidance`."""
     guidance_steps: PositiveInt = 1000
-    """Progressive: optimiser steps that distil guidance, before the first halving."""
+    """Progressive: optimizer steps that distil guidance, before the first halving."""
     blended: float = Field(default=0.5, ge=0, le=1)
     """Fraction of captions that are blended with another, so that students generalise as their teacher does."""
     steps_from: PositiveInt = 64

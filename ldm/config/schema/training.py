@@ -1,4 +1,4 @@
-"""Keys that every training shares: steps, batch, optimiser, weight averages, checkpoints."""
+"""Keys that every training shares: steps, batch, optimizer, weight averages, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Training(Section):
     """Keys that every training shares."""
 
     steps: PositiveInt = 1000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch: PositiveInt = 16
-    """Global batch: the images of one optimiser step, over all processes."""
+    """Global batch: the images of one optimizer step, over all processes."""
     device_batch: PositiveInt | None = None
     """Images that one device computes at once, at most; gradients accumulate until the batch is complete. Default: the
     device's whole share of the batch."""

@@ -393,3 +393,13 @@ def test_a_folder_of_unsupported_images_is_an_error_with_a_remedy(name: str, tmp
     write_text(tmp_path / "data" / name, "raw")
     with pytest.raises(UserError, match=r"has only images that aren't read here, such as .*; develop it"):
         Contents(tmp_path / "data")
+
+
+def test_captions_from_file_names(tmp_path: Path) -> None:
+    for name in ("a_red_fox.png", "more/Grey heron.PNG", "b.png"):
+        write_image(tmp_path / "data" / name)
+    write_text(tmp_path / "data/b.txt", "its own caption")
+    named = {"a_red_fox.png": "a red fox", "more/Grey heron.PNG": "Grey heron", "b.png": "its own caption"}
+    assert Contents(tmp_path / "data", caption="{}").captions == named
+    painted = Contents(tmp_path / "data", caption="a painting of {}").captions
+    assert painted["a_red_fox.png"] == "a painting of a red fox"

@@ -1,4 +1,4 @@
-"""Memory as it is counted without values against what real tensors, a real optimiser and torch's allocator take."""
+"""Memory as it is counted without values against what real tensors, a real optimizer and torch's allocator take."""
 
 from __future__ import annotations
 
