@@ -17,6 +17,7 @@ from pathlib import Path
 from ldm.config.schema import SourceConfig
 from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.folder_tree import FolderTree
+from ldm.data.formats import is_image_file
 from ldm.data.layout import FolderLayout, folder_layout
 from ldm.data.metadata_files import read_metadata
 from ldm.data.records import (
@@ -76,10 +77,19 @@ class Sources:
         for source, kind in zip(self.configs, self.kinds, strict=True):
             lines.append(f"data     {source.path}: {KINDS[kind]}")
             if source.caption:
-                lines.append(f"captions {source.caption!r} where an image has no caption file")
+                lines.append(f"captions {self._default_captions(source)} where an image has no caption file")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
         return [one_line(line) for line in lines]
+
+    def _default_captions(self, source: SourceConfig) -> str:
+        """`data.source.caption`, or, where it takes the file's name, what becomes of the first names."""
+        if "{}" not in source.caption:
+            return repr(source.caption)
+        tree, _ = self._folder(source)
+        names = (name for directory in tree.walk() for name in directory.names if is_image_file(name))
+        captions = [folders.file_caption(name, source.caption) for name in itertools.islice(names, MAX_EXAMPLES)]
+        return f"from file names, such as {', '.join(map(repr, captions))},"
 
     def _describe_folder_names(self, source: SourceConfig, kind: str) -> list[str]:
         """What was made of the names of folders, with examples."""

@@ -400,6 +400,10 @@ def test_captions_from_file_names(tmp_path: Path) -> None:
         write_image(tmp_path / "data" / name)
     write_text(tmp_path / "data/b.txt", "its own caption")
     named = {"a_red_fox.png": "a red fox", "more/Grey heron.PNG": "Grey heron", "b.png": "its own caption"}
-    assert Contents(tmp_path / "data", caption="{}").captions == named
+    contents = Contents(tmp_path / "data", caption="{}")
+    assert contents.captions == named
+    assert contents.lines[1] == (
+        "captions from file names, such as 'a red fox', 'b', 'Grey heron', where an image has no caption file"
+    )
     painted = Contents(tmp_path / "data", caption="a painting of {}").captions
     assert painted["a_red_fox.png"] == "a painting of a red fox"
