@@ -105,7 +105,9 @@ def test_a_loaded_autoencoder_of_other_channels_is_refused(
     assert "stage1.latent_channels: 8, but" in refused(capsys, train_ldm.main(arguments))
 
 
-@pytest.mark.parametrize("name", ["tiny", "openmoji", "sd-512", "sdxl-1024"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "openmoji", "sd-512", pytest.param("sdxl-1024", marks=pytest.mark.drill)]  # half a minute
+)
 def test_a_dry_run_prints_the_plan_of_any_configuration(
     root: Path,
     tmp_path: Path,
