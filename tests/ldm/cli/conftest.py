@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from stable_diffusion import PIPELINES
 
 from ldm.sampling import png_metadata
 from ldm.sampling.pipeline import LatentDiffusion
@@ -105,3 +106,14 @@ def check_again(
             path.write_bytes(content)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def pipeline_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small pipelines of the layouts of Stable Diffusion 1, 2 and XL, by layout."""
+    dirs = {}
+    for name, build in PIPELINES.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(folder).save_pretrained(folder / "model")
+        dirs[name] = folder / "model"
+    return dirs

@@ -24,16 +24,6 @@ from ldm.models.convert import checkpoint
 from ldm.models.convert import unet as single_file_unet
 
 
-@pytest.fixture(scope="module")
-def pipeline_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    dirs = {}
-    for name, build in PIPELINES.items():
-        folder = tmp_path_factory.mktemp(name)
-        build(folder).save_pretrained(folder / "model")
-        dirs[name] = folder / "model"
-    return dirs
-
-
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 @pytest.mark.parametrize("layout", PIPELINES)
 def test_plain_diffusers_reads_every_tensor_and_makes_the_same_image(

@@ -16,16 +16,6 @@ from ldm.sampling.pipeline import LatentDiffusion
 from scripts import export, txt2img
 
 
-@pytest.fixture(scope="module")
-def pipeline_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    dirs = {}
-    for name, build in PIPELINES.items():
-        folder = tmp_path_factory.mktemp(name)
-        build(folder).save_pretrained(folder / "model")
-        dirs[name] = folder / "model"
-    return dirs
-
-
 def pixels(call: Callable[..., str], out: Path, *options: object) -> np.ndarray:
     call(txt2img.main, "--prompt", "owl", "--seed", 5, "--precision", "no", "--steps", 3, *options, "--out", out)
     return np.asarray(Image.open(out)).astype(int)
