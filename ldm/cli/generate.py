@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from accelerate import PartialState
 from ldm.cli.image_writer import ImageWriter
 from ldm.cli.jobs import Job, check_prompts, interpolation_of, jobs_from, labels_of, prompts_of
 from ldm.cli.recipe import recipe_of, restore_arguments, weights_fingerprint
-from ldm.cli.sampling_arguments import check_arguments, errors_name_flags, sampling_options
+from ldm.cli.sampling_arguments import (
+    MODELS,
+    SAMPLING,
+    UPSCALER,
+    check_arguments,
+    errors_name_flags,
+    sampling_options,
+    upscaler_options,
+)
 from ldm.config.schema import RunConfig
 from ldm.distributed.launch import join, on_main
 from ldm.models.classifier import NoisyClassifier
+from ldm.sampling.cascade import Cascade
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion, SamplingRequest
 from ldm.sampling.pipeline_io import read as read_pipeline
@@ -53,25 +62,34 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     # only the main process can read standard input
     jobs = [Job.from_recipe(recipe)] if recipe else on_main(lambda: jobs_from(args))
     check_arguments(args, len(jobs))
-    options = sampling_options(args)
-    model = _load_model(args, state)
+    options, upscaling = sampling_options(args), upscaler_options(args)
+    model = _load_model(args, state, args.model, args.base)
+    upscaler = _load_model(args, state, args.upscaler) if getattr(args, "upscaler", None) else None
     guides = {
         "weaker": args.weaker and load_weaker_unet(model, args.weaker),
         "classifier": args.classifier and NoisyClassifier.load(args.classifier, model.device),
     }
     weights = weights_fingerprint(model, *filter(None, guides.values()))
+    if upscaler:
+        weights += "+" + weights_fingerprint(upscaler)
     if recipe:
         _check_recipe(recipe, args, model, weights)
     elif not args.cut_prompts:
         check_prompts(model.text, jobs, args.negative)
+        check_prompts(upscaler.text if upscaler else None, jobs, args.negative)
     inputs = prepare_inputs(model, args)
-    _fill_defaults(args, options, model)
-    options |= guides
+    options |= _fill_defaults(args, SAMPLING, model) | guides
     if recipe:  # options without effect were not always refused
         for name in _request(jobs, inputs, Sampling(**options)).without_effect(model):
             del options[name]
-    _request(jobs, inputs, Sampling(**options)).check(model)
-    model.optimize_for_inference(args.precision, args.compile)
+    request = _request(jobs, inputs, Sampling(**options))
+    request.check(model)
+    pipeline: LatentDiffusion | Cascade = model
+    if upscaler:
+        upscaling |= _fill_defaults(args, UPSCALER, upscaler)
+        pipeline = Cascade(model, upscaler, Sampling(**upscaling))
+        pipeline.check(request)
+    pipeline.optimize_for_inference(args.precision, args.compile)
     args.precision = next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype)
     if recipe and model.device.type == "cpu":
         torch.set_num_threads(recipe["threads"])
@@ -82,19 +100,8 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     drawn = [jobs[i] for i in own] * (batch if recipe else 1)
     with ImageWriter(args, jobs, own, row, recipe_of(args, script, weights, model.device), model) as writer:
         if drawn:
-            prompts, labels = prompts_of(drawn), labels_of(drawn)
-            model(
-                prompts,
-                [job.seed for job in drawn],
-                batch,
-                labels=labels,
-                count=1 if prompts or labels else len(drawn),
-                toward=interpolation_of(drawn),
-                callback=writer.on_step,
-                ready=writer.write,
-                **inputs,
-                **options,
-            )
+            request = _request(drawn, inputs, Sampling(**options))
+            pipeline.generate(request, batch, writer.on_step, writer.write)
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish()
@@ -102,18 +109,21 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     state.destroy_process_group()
 
 
-def _fill_defaults(args: argparse.Namespace, options: dict[str, Any], model: LatentDiffusion) -> None:
-    """Sets the model's guidance and steps where none are given, so that the recipe keeps them."""
-    if args.guidance is None:
-        options["guidance_scale"] = args.guidance = model.guidance
-    if args.steps is None and args.solver != "ddpm":
-        options["num_inference_steps"] = args.steps = model.steps
+def _fill_defaults(args: argparse.Namespace, fields: Mapping[str, str], model: LatentDiffusion) -> dict[str, Any]:
+    """Sets the defaults of arguments that are not given, so that the recipe keeps them; returns those set."""
+    defaults: dict[str, Any] = {"guidance_scale": model.guidance, "noise_level": Sampling.noise_level}
+    if fields is UPSCALER or args.solver != "ddpm":  # which takes all steps of the chain
+        defaults["num_inference_steps"] = model.steps
+    missing = {name: field for name, field in fields.items() if field in defaults and getattr(args, name, 0) is None}
+    for name, field in missing.items():
+        setattr(args, name, defaults[field])
+    return {field: defaults[field] for field in missing.values()}
 
 
-def _load_model(args: argparse.Namespace, state: PartialState) -> LatentDiffusion:
+def _load_model(args: argparse.Namespace, state: PartialState, name: str, base: str | None = None) -> LatentDiffusion:
     """On `--device` if this process may choose: if it is the only one, or the device has a number."""
     may_choose = args.device and (state.num_processes == 1 or ":" in args.device)
-    return LatentDiffusion.load(args.model, args.device if may_choose else state.device, args.base)
+    return LatentDiffusion.load(name, args.device if may_choose else state.device, base)
 
 
 def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: LatentDiffusion, weights: str) -> None:
@@ -122,22 +132,21 @@ def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: Laten
         made_on = f"made on {recipe['device']} with torch {recipe['torch']}"
         print(f"{made_on}; here the last bits may differ", file=sys.stderr)
     if recipe["weights"] != weights:
-        paths = ", ".join(path for path in (args.model, args.weaker, args.classifier) if path)
+        paths = ", ".join(path for path in (getattr(args, model, None) for model in MODELS) if path)
         raise UserError(f"--again: {paths}: other weights than those that made it; name these with --model")
 
 
 def _request(jobs: Sequence[Job], inputs: dict[str, Any], options: Sampling) -> SamplingRequest:
-    """All jobs as one request, to check them before the first image."""
+    """Jobs as one request: all of them to check them before the first image, those of this process to generate them."""
     prompts, labels = prompts_of(jobs), labels_of(jobs)
-    count = 1 if prompts or labels else len(jobs)
     return SamplingRequest(
         prompts,
-        labels=labels,
-        count=count,
-        image=inputs.get("image"),
-        mask=inputs.get("mask"),
-        size=inputs.get("size"),
+        [job.seed for job in jobs],
+        labels,
+        1 if prompts or labels else len(jobs),
+        toward=interpolation_of(jobs),
         options=options,
+        **inputs,
     )
 
 

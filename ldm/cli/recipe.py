@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ldm.cli.sampling_arguments import INPUT_IMAGES, MODELS, SAMPLING, existing_file
+from ldm.cli.sampling_arguments import INPUT_IMAGES, MODELS, SAMPLING, UPSCALER, existing_file
 from ldm.sampling import png_metadata
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
-ARGUMENTS = (*SAMPLING, "size", *MODELS, *INPUT_IMAGES, "invert", "precision", "compile")
+ARGUMENTS = (*SAMPLING, *UPSCALER, "size", *MODELS, *INPUT_IMAGES, "invert", "precision", "compile")
 
 
 def restore_arguments(args: argparse.Namespace, script: str) -> dict[str, Any]:

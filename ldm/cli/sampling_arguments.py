@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,37 +36,58 @@ SAMPLING = {
     "noise_level": "noise_level",
 }
 """Arguments, and the fields of `ldm.sampling.options.Sampling` that they set."""
+UPSCALER = {
+    "upscaler_steps": "num_inference_steps",
+    "upscaler_guidance": "guidance_scale",
+    "upscaler_noise_level": "noise_level",
+}
+"""Arguments of a cascade's second model, and the fields of `Sampling` that they set."""
 FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in SAMPLING.items()} | {
     "prompt": "--prompt",
     "labels": "--label",
     "toward": "--between",
     "animation": "--animate",
     "recipe": "--again",
+    "upscaler": "--upscaler",
     **{name: f"--{name}" for name in ("count", "seed", "batch", "size", "image", "mask", "classifier", "precision")},
 }
 """The first words of `ldm.sampling`'s errors, and the flags that they stand for."""
 INPUT_IMAGES = ("image", "mask")
-MODELS = ("model", "base", "weaker", "classifier")
+MODELS = ("model", "base", "weaker", "classifier", "upscaler")
 SHEET_SUFFIXES = (".png", ".jpg", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
 
+UPSCALER_FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in UPSCALER.items()}
+
+
 @contextmanager
-def errors_name_flags() -> Iterator[None]:
+def errors_name_flags(flags: Mapping[str, str] = FLAGS) -> Iterator[None]:
     """UserErrors of `ldm.sampling`, `field: reason`, get the command's flag in place of the field. A decorator too."""
     try:
         yield
     except UserError as error:
         field, _, reason = str(error).partition(": ")
-        if field not in FLAGS:
+        if field not in flags:
             raise
-        raise UserError(f"{FLAGS[field]}: {reason}") from None
+        raise UserError(f"{flags[field]}: {reason}") from None
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as fields of `Sampling`; UserError for an invalid value."""
     options = {field: getattr(args, name) for name, field in SAMPLING.items() if hasattr(args, name)}
     Sampling(**options)  # checks them, before a model is loaded
+    return options
+
+
+@errors_name_flags(UPSCALER_FLAGS)
+def upscaler_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for a cascade's second model; UserError also for options that are set without one."""
+    options = {field: value for name, field in UPSCALER.items() if (value := getattr(args, name, None)) is not None}
+    for field in options:
+        if not args.upscaler:
+            raise UserError(f"{field}: is for an upscaler, and there is none; give --upscaler, or leave it out")
+    Sampling(**options)
     return options
 
 
@@ -137,6 +158,8 @@ def check_arguments(args: argparse.Namespace, num_images: int) -> None:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device: {args.device}: {first_line(error)}") from None
+    if args.animate and getattr(args, "upscaler", None):
+        raise UserError("--animate: shows the steps of one model; leave out --upscaler")
     if args.classifier and not args.label and not args.again:
         raise UserError("--classifier: guides to a class; name it with --label")
 

@@ -220,9 +220,19 @@ class LatentDiffusion:
         `ldm.sampling.options.Sampling`: `num_inference_steps`, `guidance_scale`, … UserError, in one line,
         if the model can't do what is requested.
         """
+        request = SamplingRequest(prompts, seed, labels, count, image, mask, size, toward, Sampling(**options))
+        return self.generate(request, batch, callback, ready)
+
+    def generate(
+        self,
+        request: SamplingRequest,
+        batch: int = 32,
+        callback: Callable[[Step], None] | None = None,
+        ready: Callable[[int, list[Image.Image]], None] | None = None,
+    ) -> list[Image.Image]:
+        """The images of a request; the arguments are those of a call, in one object."""
         if batch < 1:
             raise UserError(f"batch: {batch}; give 1 or more")
-        request = SamplingRequest(prompts, seed, labels, count, image, mask, size, toward, Sampling(**options))
         inputs = request.resolve(self)
 
         def finish(

@@ -65,6 +65,20 @@ class SamplingInputs:
             self.options.of(part),
         )
 
+    def request(self) -> SamplingRequest:
+        """The request of these images."""
+        return SamplingRequest(
+            self.prompts,
+            self.seeds,
+            self.labels,
+            1 if self.prompts or self.labels else len(self.seeds),
+            self.image,
+            self.mask,
+            self.size,
+            self.toward,
+            self.options,
+        )
+
     def padded(self, multiple: int) -> SamplingInputs:
         """The same with image and mask padded to sides that the network accepts."""
         image, mask = (None if value is None else pad_to_multiple(value, multiple) for value in (self.image, self.mask))
