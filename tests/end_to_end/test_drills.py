@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ldm.training.checkpoint import checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 FAST = (
     "stage1.steps=12",
     "stage2.steps=12",
@@ -70,7 +70,6 @@ def test_killing_or_terminating_two_processes_three_times_changes_no_bit(
         assert_same(uninterrupted, run)
 
 
-@pytest.mark.drill
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_kill_9_at_ten_random_moments_changes_no_bit(
     drill: Callable[..., tuple[list[Path], list[str]]], world: str
@@ -83,7 +82,6 @@ def test_kill_9_at_ten_random_moments_changes_no_bit(
         assert_same(uninterrupted, run)
 
 
-@pytest.mark.drill
 def test_sigterm_at_five_random_moments_saves_and_changes_no_bit(
     drill: Callable[..., tuple[list[Path], list[str]]],
 ) -> None:
@@ -94,7 +92,6 @@ def test_sigterm_at_five_random_moments_saves_and_changes_no_bit(
         assert_same(uninterrupted, run)
 
 
-@pytest.mark.drill
 def test_another_number_of_processes_at_every_start_gives_the_same_weights_within_rounding(
     drill: Callable[..., tuple[list[Path], list[str]]],
 ) -> None:

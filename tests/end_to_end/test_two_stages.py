@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import TINY
 
 from ldm.config import loader
+from ldm.models.text_encoder import MINILM
 from scripts import evaluate, txt2img
 
 pytestmark = pytest.mark.slow
@@ -226,7 +227,7 @@ def test_own_images_are_trained_on_and_a_finished_run_reports_that_they_changed(
     train: Callable[..., str], three_shapes: Callable[[list[str]], Path], tmp_path: Path
 ) -> None:
     images, folder = three_shapes([f"noise number {i}" for i in range(8)]), tmp_path / "run"
-    overrides = (f"data.source={images}", "stage1.steps=2", "stage2.steps=2")
+    overrides = (f"data.source={images}", f"text.model={MINILM}", "stage1.steps=2", "stage2.steps=2")
     train(folder, *overrides)
     assert (folder / "pipeline/model_index.json").exists()
     (images / "00.png").replace(images / "99.png")
