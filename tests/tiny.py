@@ -1,4 +1,4 @@
-"""The configuration of end-to-end tests: configs/tiny.yaml with half its widths and batches, and a small text encoder."""
+"""The configuration of end-to-end tests: configs/tiny.yaml with half its widths and batches, a small text encoder."""
 
 from pathlib import Path
 

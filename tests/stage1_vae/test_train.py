@@ -31,7 +31,7 @@ from stage1_vae.train import train
 def test_training_reconstructs_its_images_and_normalises_latents(
     tmp_path: Path, drawings: Callable[..., tuple[Config, Index]]
 ) -> None:
-    settings, index = drawings("stage1.steps=150", "stage1.batch=8")
+    settings, index = drawings("stage1.steps=100", "stage1.batch=8", "stage1.channels=[8, 16]")
     few = np.concatenate([index.select("train").rows[:8], index.select("combination").rows[:4]])
     index = Index(index.table, index.sources, index.data, few)
     train(settings, index)

@@ -114,6 +114,8 @@ def test_what_is_trained_is_shown_exported_and_used_as_its_card_says(
         "stage2.evaluate_images=2",
         "sample.prompts=['red \"heart\"']",
         "data.cache=none",
+        "stage2.channels=[8]",
+        "stage2.attention=[true]",
         "stage2.attention_head_dim=4",
         f"stage1={STAGES[autoencoder]}",
     )

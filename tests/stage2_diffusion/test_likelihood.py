@@ -45,10 +45,10 @@ def test_every_kind_of_run_gets_a_table(
     keys, variances = RUNS[name]
     run = tmp_path / "run"
     shared = [*small, f"run.dir={run}", f"stage1.pretrained={tmp_path / 'vae'}"]
-    shared += [] if name == "flow" else ["stage2.timesteps=20"]
+    shared += [] if name == "flow" else ["stage2.timesteps=8"]
     assert train_ldm.main(["--config", str(root / "configs/tiny.yaml"), *shared, *keys]) == 0
     capsys.readouterr()
-    options = ["--count", "3", "--steps", "20", "4", "--ode-steps", "3"]
+    options = ["--count", "3", "--steps", "8", "4", "--ode-steps", "3"]
     status, captured = likelihood.main([str(run), *options]), capsys.readouterr()
     assert status == 0, captured.err
     lines = [line for line in captured.out.splitlines() if not line.startswith("data ")]
@@ -58,7 +58,7 @@ def test_every_kind_of_run_gets_a_table(
         line.split() for line in lines if line.split()[1] in ("small", "large", "learned") and len(line.split()) < 7
     ]
     assert [tuple(row[:2]) for row in rows] == [
-        (steps, kind) for steps in ("20", "4") for kind in ("small", "large", "learned") if kind in variances
+        (steps, kind) for steps in ("8", "4") for kind in ("small", "large", "learned") if kind in variances
     ]
     for row in rows:
         assert len(row) == (5 if name == "pixels" else 6)  # with an autoencoder, also bits per pixel dimension

@@ -53,7 +53,8 @@ def test_every_target_is_learned_and_named_in_the_export(
     settings, index = drawings(
         f"stage2.prediction_type={target}",
         "stage2.steps=30",
-        "stage2.channels=[16, 32]",
+        "stage2.channels=[8, 16]",
+        "stage2.norm_num_groups=4",
         f"text.model={words}",
         "stage2.beta_schedule=cosine",
         "sample.prompts=[]",

@@ -24,7 +24,7 @@ CHAINS = [
     for schedule in ("linear", "cosine", "sigmoid")
     for timesteps, zero_snr in ((20, False), (20, True))
     if not (zero_snr and target == "eps")
-] + [DiffusionProcess("eps", "scaled_linear")]
+] + [DiffusionProcess("eps", "scaled_linear", timesteps=200)]
 
 
 def optimal_denoiser(process: DiffusionProcess, std: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
