@@ -124,6 +124,7 @@ def test_an_unconditional_model_of_latents(trained, images: Path, tmp_path: Path
     assert np.abs(np.asarray(expected, int) - np.asarray(image, int)).max() <= 1
 
 
+@pytest.mark.drill
 def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,inpaint]")
     assert model.task == "inpaint"
@@ -155,6 +156,7 @@ def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(inpainted)[around], np.asarray(image)[around])
 
 
+@pytest.mark.drill
 def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,upscale]")
     assert model.task == "upscale"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,34 +265,39 @@ def test_resumed_equals_uninterrupted(few: Few, vae: Autoencoder, tmp_path: Path
         assert expected["model"]["times.losses"].unique().numel() > 10  # as many as are kept, of each of two times
 
 
-TWO_PROCESSES = ("ddp", "fsdp")
 ALL_LEARNED = "all that is learned besides the U-Net"
+TWO_PROCESSES = {"ddp": tuple(RUNS), "fsdp": (ALL_LEARNED, "recomputed activations of pixels")}
 
 
 @pytest.fixture(scope="module")
-def trained(
-    root: Path,
-    environment: dict[str, str],
-    finish: Callable[[ScriptProcess], str],
-    tmp_path_factory: pytest.TempPathFactory,
-    small: list[str],
-) -> Path:
+def train_exactly(
+    root: Path, environment: dict[str, str], finish: Callable[[ScriptProcess], str], small: list[str]
+) -> Callable[[Path, Mapping[str, Sequence[str]]], None]:
+    """Trains runs, given as overrides by name, in FOLDER: in a single process, or as its name tells in two."""
+    shared = [*small, "stage2.evaluate_images=6", "stage2.evaluate_every=2", "stage2.steps=4"]
+
+    def train_runs(folder: Path, runs: Mapping[str, Sequence[str]]) -> None:
+        world = 2 if folder.name in TWO_PROCESSES else 1
+        script = ["tests/stage2_diffusion/exactly.py", world, folder, json.dumps(runs), json.dumps(shared)]
+        fsdp = of_accelerate(root / "configs/accelerate/fsdp.yaml") if folder.name == "fsdp" else {}
+        finish(Forked(script, world, root, environment | fsdp, folder.with_suffix(".txt")))
+
+    return train_runs
+
+
+@pytest.fixture(scope="module")
+def trained(train_exactly: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the RUNS that a single process trained, and two with DDP and FSDP; and runs that FSDP began."""
     folder = tmp_path_factory.mktemp("processes")
-    shared = [*small, "stage2.evaluate_images=6", "stage2.evaluate_every=2", "stage2.steps=4"]
     again = {
         "first half": (*RUNS[ALL_LEARNED], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
         "resumed": RUNS[ALL_LEARNED],
         "half": (*RUNS[ALL_LEARNED], "stage2.steps=2"),
     }
-    for name in ("fsdp", "single", "ddp"):
-        runs = json.dumps({**RUNS, **(again if name == "fsdp" else {"half": RUNS[ALL_LEARNED]})})
-        world = 2 if name in TWO_PROCESSES else 1
-        if name != "fsdp":
-            shutil.copytree(folder / "fsdp/half", folder / name / "half")
-        script = ["tests/stage2_diffusion/exactly.py", world, folder / name, runs, json.dumps(shared)]
-        fsdp = of_accelerate(root / "configs/accelerate/fsdp.yaml") if name == "fsdp" else {}
-        finish(Forked(script, world, root, environment | fsdp, folder / f"{name}.txt"))
+    train_exactly(folder / "fsdp", {name: RUNS[name] for name in TWO_PROCESSES["fsdp"]} | again)
+    for name in ("single", "ddp"):
+        shutil.copytree(folder / "fsdp/half", folder / name / "half")
+        train_exactly(folder / name, {**RUNS, "half": RUNS[ALL_LEARNED]})
     return folder
 
 
@@ -306,9 +311,15 @@ def assert_close(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", TWO_PROCESSES)
-def test_two_processes_train_and_validate_as_a_single_one_does(trained: Path, processes: str) -> None:
-    for name in RUNS:
+@pytest.mark.parametrize("processes", ["ddp", "fsdp", pytest.param("the rest of fsdp", marks=pytest.mark.drill)])
+def test_two_processes_train_and_validate_as_a_single_one_does(
+    trained: Path, train_exactly: Callable[..., None], processes: str
+) -> None:
+    names = TWO_PROCESSES.get(processes, tuple(RUNS.keys() - TWO_PROCESSES["fsdp"]))
+    if processes not in TWO_PROCESSES:
+        train_exactly(trained / "fsdp", {name: RUNS[name] for name in names})
+        processes = "fsdp"
+    for name in names:
         single, run = trained / "single" / name, trained / processes / name
         assert_close(run, single)
         for key in ("loss", "held_out_loss"):
@@ -328,7 +339,7 @@ def test_fsdp_gives_each_process_half_of_the_weights(trained: Path) -> None:
     for processes, share in (("ddp", 1.0), ("fsdp", 0.5)):
         for rank in (0, 1):
             shares = json.loads((trained / processes / f"shares-{rank}.json").read_text())
-            assert shares.keys() >= RUNS.keys()
+            assert shares.keys() >= set(TWO_PROCESSES[processes])
             assert list(shares.values()) == pytest.approx([share] * len(shares), abs=0.05), processes
 
 
