@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in started processes: sums have one order, bits agree
 
 ROOT = Path(__file__).parents[1]
+FIRST = ("test_two_stages.py", "test_train.py")  # the longest; the second needs not wait for the tiny run of the first
 LONGEST = ("end_to_end", "stage2_diffusion")  # folders of tests that train
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # train_ldm.py and scripts/ are files, not packages
 
@@ -31,7 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tiny_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name not in LONGEST))
+
+    def rank(item: pytest.Item) -> tuple[bool, bool, int]:
+        longest = item.path.parent.name in LONGEST
+        first = FIRST.index(item.path.name) if longest and item.path.name in FIRST else len(FIRST)
+        return item.path not in slow, not longest, first
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:
