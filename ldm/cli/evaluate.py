@@ -1,4 +1,4 @@
-"""How well a run's images follow their prompts: held-out combinations, and training captions for comparison.
+"""How well a run's images follow their prompts, or how well a super-resolution model's run enlarges images.
 
     ldm-evaluate runs/openmoji
 
@@ -7,8 +7,12 @@
 
 For each prompt, one image is generated and compared with the nearest real image of the data set, by 16 × 16 pixels and
 by latents. The Fréchet distance between the generated images and the real images of these prompts is measured in the
-autoencoder's latents. The run's own figures go to `evaluation.json` and into its model card; those of another model or
-of other sampling options are only printed.
+autoencoder's latents.
+
+A super-resolution model enlarges the held-out images, which were shrunk for it; bicubic enlarging is the comparison.
+
+The run's own figures go to `evaluation.json` and into its model card; those of another model or of other sampling
+options are only printed.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from ldm.cli.sampling_arguments import errors_name_flags, sampling_options
@@ -29,6 +34,7 @@ from ldm.config.schema import SOLVERS, SPACINGS, Config
 from ldm.data import images, index
 from ldm.data.crops import crop_resize
 from ldm.data.index import Index
+from ldm.evaluation.enlarging import compare_enlarging
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.prompt_following import nearest_neighbors, pixel_features, prompt_following
 from ldm.sampling.options import Sampling
@@ -59,9 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
     }
+    evaluate = _evaluate_enlarging if "upscale" in settings.stage2.conditions else _evaluate_prompts
+    metrics |= evaluate(args, model, records, settings.data.size, options, is_default)
+    if is_default:
+        (args.run / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_card(settings, metrics)
 
-    size = (settings.data.size, settings.data.size)
-    real = torch.stack([images.to_tensor(crop_resize(records.load_image(i), size)[0]) for i in range(len(records))])
+
+def _evaluate_prompts(
+    args: argparse.Namespace, model: LatentDiffusion, records: Index, side: int, options: Sampling, is_default: bool
+) -> dict[str, Any]:
+    """How well images follow their prompts; prints it, and returns it for the run's card."""
+    metrics: dict[str, Any] = {}
+    real = _real_images(records, range(len(records)), side)
     features: Features = {"pixels": pixel_features, "latents": lambda x: _latent_features(model, x)}
     real_features = {name: extract(real) for name, extract in features.items()}
     generated: dict[int, torch.Tensor] = {}  # by the index of the real image that the prompt describes
@@ -83,21 +99,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.sheet:
         shown = [i for targets in groups.values() for i in targets[:: -(-len(targets) // 6)]]
         _save_sheet(args.sheet, generated, shown, records, len(shown))
-    if is_default:
-        (args.run / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_card(settings, metrics)
+    return metrics
+
+
+def _evaluate_enlarging(
+    args: argparse.Namespace, model: LatentDiffusion, records: Index, side: int, options: Sampling, is_default: bool
+) -> dict[str, Any]:
+    """How well a super-resolution model enlarges the held-out images, or training images where there are none."""
+    splits = records.column("split").tolist()
+    held_out = [i for i, split in enumerate(splits) if split != "train"]
+    numbers = (held_out or [*range(len(records))])[: args.count]
+    real, captions = _real_images(records, numbers, side), [records[i].captions[0] for i in numbers]
+    metrics, enlarged = compare_enlarging(model, real, captions, args.seed, options)
+    print(
+        f"{len(numbers)} {'held-out' if held_out else 'training'} images, shrunk to {side // model.upscale_factor} px"
+    )
+    for name, scores in metrics.items():
+        print(f"{name:10} " + "  ".join(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
+    sheet = args.sheet or (args.run / "enlarged.png" if is_default else None)
+    if sheet:
+        few = slice(0, len(numbers), -(-len(numbers) // 8))
+        squares = F.interpolate(enlarged["small"], (side, side))  # each pixel as a square
+        large = {**enlarged, "small": squares, "real": real}
+        rows = [(name, image) for name, batch in large.items() for image in batch[few]]
+        shown = images.to_pil(torch.stack([image for _, image in rows]))
+        images.grid(shown, [name for name, _ in rows], columns=len(real[few])).save(sheet)
+    return metrics
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--count", type=int, default=100, help="training captions to try; default: 100")
+    parser.add_argument(
+        "--count", type=int, default=100, help="training captions to try, or images to enlarge; default: 100"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first image")
     parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
     parser.add_argument("--solver", choices=SOLVERS, help="default: the model's own")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the steps")
+    noise_level = "on what a super-resolution model enlarges, 0 to 349; default: 20"
+    parser.add_argument("--noise-level", type=int, default=Sampling.noise_level, help=noise_level)
     parser.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
     parser.add_argument("--sheet", type=Path, help="a row of some of the images, .png")
     args = parser.parse_args(arguments)
@@ -107,15 +150,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_settings(run: Path) -> Config:
-    """The configuration of a finished run; UserError if its model has other conditions than text."""
+    """The configuration of a finished run; UserError if its model has other conditions than text, or enlarging."""
     settings = loader.load_run(run)
-    if settings.stage2.conditions != ("text",):
+    if settings.stage2.conditions not in (("text",), ("text", "upscale")):
         conditions = ", ".join(settings.stage2.conditions) or "no conditions"
         raise UserError(
             f"{run}: its model has {conditions}, and this measures how prompts are followed; "
             f"python -m stage2_diffusion.likelihood {run} measures every model"
         )
     return settings
+
+
+def _real_images(records: Index, numbers: Sequence[int], side: int) -> torch.Tensor:
+    """Images `(N, 3, side, side)` in [-1, 1], centre cropped."""
+    return torch.stack([images.to_tensor(crop_resize(records.load_image(i), (side, side))[0]) for i in numbers])
 
 
 def _prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
