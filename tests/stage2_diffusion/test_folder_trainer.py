@@ -84,7 +84,7 @@ def test_a_run_trained_longer_equals_one_trained_in_one_go(build_trainer: BuildT
     [
         (DiffusionProcess("eps", "linear", timesteps=25), "DDIMScheduler", 25),
         (DiffusionProcess("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
-        (DiffusionProcess("flow"), "DPMSolverMultistepScheduler", 50),
+        pytest.param(DiffusionProcess("flow"), "DPMSolverMultistepScheduler", 50, marks=pytest.mark.drill),
         (DiffusionProcess("flow", timestep_sampling="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
     ],
 )

@@ -876,7 +876,7 @@ def test_a_stream_reports_the_same_and_yields_all_good_samples(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_training_uses_every_good_image_and_stops_where_on_error_is_stop(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, words: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = [write_source(tmp_path, kind) for kind in KINDS]
     before = {kind: snapshot(tmp_path / kind) for kind in (*KINDS, "outside")}
@@ -886,6 +886,7 @@ def test_training_uses_every_good_image_and_stops_where_on_error_is_stop(
         tmp_path,
         sources,
         "data.max_bad=1",
+        f"text.model={words}",
         "sample.prompts=[]",
         f"stage1.steps={steps}",
         f"stage2.steps={steps}",

@@ -78,7 +78,7 @@ def learned(model: torch.nn.Module, x: Inputs, half: bool = False) -> list[torch
     ("text", "backend", "recomputed", "half"),
     [
         (True, "eager", False, True),
-        (False, "sdpa", True, False),
+        pytest.param(False, "sdpa", True, False, marks=pytest.mark.drill),
         pytest.param(True, "sdpa", False, True, marks=pytest.mark.drill),
         pytest.param(True, "eager", True, False, marks=pytest.mark.drill),
         pytest.param(False, "sdpa", True, True, marks=pytest.mark.drill),
@@ -110,6 +110,7 @@ def test_a_block_is_compiled_once_for_all_buckets_and_learns_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_a_compiled_unet_runs_with_substituted_weights() -> None:
     """As an averaged student does in each step of a distillation."""
     model, plain, counter = network(), network(), CompileCounter()
@@ -161,7 +162,8 @@ class Predicting(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputed", [False, pytest.param(True, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("recomputed", [False, True])
 def test_blocks_stay_single_graphs_under_ddp(process_group: None, recomputed: bool) -> None:
     model, plain, counter = network(recomputed=recomputed), network(), CompileCounter()
     compile_blocks(model, backend=counter)

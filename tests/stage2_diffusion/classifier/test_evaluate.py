@@ -28,7 +28,7 @@ KEYS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["v", "flow"])
+@pytest.mark.parametrize("target", ["v", pytest.param("flow", marks=pytest.mark.drill)])
 def test_every_solver_and_scale_gets_a_row(
     target: str, train: Callable[..., str], call: Callable[..., str], tmp_path: Path, small: list[str], vae: Autoencoder
 ) -> None:

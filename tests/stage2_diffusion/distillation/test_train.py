@@ -146,7 +146,11 @@ def test_consistency_timesteps_lie_on_the_teachers_grid_and_f_at_0_is_the_identi
 
 
 @pytest.mark.parametrize(
-    ("method", "names"), [("progressive", ["guidance", "steps-1"]), ("consistency", ["consistency"])]
+    ("method", "names"),
+    [
+        pytest.param("progressive", ["guidance", "steps-1"], marks=pytest.mark.drill),
+        ("consistency", ["consistency"]),
+    ],
 )
 def test_validation_is_split_into_device_batches_without_changing_the_loss(
     method: str,
