@@ -20,6 +20,7 @@ from ldm.data.crops import Augmentation, Crop
 from ldm.data.encoding_store import EncodingJob, EncodingStore, encode_missing
 from ldm.data.images import Size
 from ldm.data.index import Index
+from ldm.distributed.launch import leave_signals_to_parent
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import AnyTextEncoder
 
@@ -122,7 +123,14 @@ def _image_jobs(
         def encode(indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
             crops = CropDataset(index, entries[indices], size, variants)
             batch = max(1, BATCH // len(variants))
-            for pixels in torch.utils.data.DataLoader(crops, batch, num_workers=options.workers):
+            loader = torch.utils.data.DataLoader(
+                crops,
+                batch,
+                num_workers=options.workers,
+                worker_init_fn=leave_signals_to_parent,
+                generator=torch.Generator(),  # its own, because it draws the workers' seeds
+            )
+            for pixels in loader:
                 moments = autoencoder.moments(pixels.flatten(0, 1))  # (N, V, 3, H, W) → (N·V, 3, H, W)
                 mean, logvar = (moment.unflatten(0, pixels.shape[:2]).to("cpu", dtype) for moment in moments)
                 yield {"mean": mean, "logvar": logvar}

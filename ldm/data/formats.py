@@ -86,7 +86,6 @@ _RAW = (
 REMEDIES = {
     **{suffix: _CONVERT for suffix, name in _REGISTERED.items() if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR")},
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), _HEIF),
-    ".avif": "pip install pillow-heif pillow, of a build that reads AVIF, or convert it to PNG",
     ".jxl": _JXL,
     **dict.fromkeys(_RAW, _DEVELOP),
     **dict.fromkeys((".svg", ".svgz", ".xcf", ".kra", ".exr", ".hdr"), _CONVERT),
@@ -107,7 +106,7 @@ _SIGNATURES = (
     (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n"), "JPEG2000"),
 )
 SIGNATURE_BYTES = 16
-_PLUGINS = {"HEIF": _HEIF, "JXL": _JXL}
+_PLUGINS = {"HEIF": _HEIF, "JXL": _JXL, "AVIF": "pip install --upgrade pillow, or convert it to PNG"}
 
 
 def is_image_file(name: str) -> bool:
@@ -131,7 +130,7 @@ def unread_format(data: bytes) -> tuple[str, str]:
     """Reason and remedy for data that no decoder knows."""
     name = format_of(data[:SIGNATURE_BYTES])
     if name in _PLUGINS and name not in FORMATS:
-        return f"it is {name}, which Pillow reads only with a plugin", _PLUGINS[name]
+        return f"it is {name}, which this Pillow does not read", _PLUGINS[name]
     if name in FORMATS:
         return f"its pixels can't be decoded (it begins as {name} does)", "fetch it anew, or remove it"
     return f"it is none of {', '.join(FORMATS)}", "convert or remove it"

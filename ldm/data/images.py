@@ -50,7 +50,7 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
 def may_be_read_now(reason: str) -> bool:
     """Whether an image that was bad for this reason may be good with the decoders of today, which are others."""
     unknown = reason.startswith("it is none of ") and reason != unread_format(b"")[0]
-    return unknown or reason.startswith(("it can't be decoded", "it is HEIF, ", "it is JXL, "))
+    return unknown or reason.startswith(("it can't be decoded", "it is HEIF, ", "it is JXL, ", "it is AVIF, "))
 
 
 def _decode(data: bytes, background: str) -> Image.Image:

@@ -177,6 +177,9 @@ class SamplingRequest:
                 if labels
                 else f"labels: none given; there are {', '.join(classes[:8])}"
             )
+        for name, values in (("prompt", prompts), ("labels", labels)):
+            if values == []:
+                raise UserError(f"{name}: an empty list; give one or more, or None")
         if prompts and labels and len(prompts) != len(labels):
             raise UserError(f"labels: {len(labels)} for {len(prompts)} prompts; give one each")
 

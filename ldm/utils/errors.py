@@ -95,6 +95,11 @@ def _explained(error: Exception) -> str:
     return ""
 
 
+def _escaped(line: str) -> str:
+    """The same with control characters written out: a file's name must not steer the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], line)
+
+
 class Command(Protocol):
     """A program, called with its arguments, by default those of the command line; returns its exit status."""
 
@@ -114,7 +119,7 @@ def command(main: Callable[[Sequence[str] | None], int | None], continues: bool 
         except Exception as error:
             if not (line := _explained(error)):
                 raise
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {_escaped(line)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(interrupt.MESSAGE + "; the same command continues" * continues, file=sys.stderr)

@@ -199,6 +199,8 @@ def test_the_masked_pixels_do_not_influence_inpainting(build_model: BuildModel) 
             {"prompts": ["a"] * 2, "image": [random_image(16), random_image(20)], "mask": mask_image()},
             "image: of 2 sizes",
         ),
+        ("unconditional", {"labels": []}, "labels: an empty list; give one or more, or None"),
+        ("unconditional", {"prompts": []}, "prompt: an empty list"),
         ("upscale", {"prompts": ["a"]}, "image: needed; this model enlarges an image"),
         ("upscale", {"prompts": ["a"], "image": random_image(8), "mask": mask_image()}, "mask: leave it out"),
         (

@@ -150,7 +150,7 @@ def test_images_that_another_decoder_refused_are_opened_again() -> None:
     for reason in (
         "it is none of JPEG, PNG",
         "it can't be decoded (Decompressed data too large)",  # the reason that earlier versions recorded
-        "it is HEIF, which Pillow reads only with a plugin",
+        "it is HEIF, which this Pillow does not read",
     ):
         assert images.may_be_read_now(reason)
     for damaged in (b"junk", encoded("PNG")[:80]):

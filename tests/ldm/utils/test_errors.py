@@ -29,6 +29,13 @@ def test_a_user_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str
     assert run_command(action, capsys) == (2, "error: a key: is wrong\n")
 
 
+def test_a_files_name_can_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def action() -> None:
+        raise UserError("a\x1b[2J\x07.png: gone — fetch it")
+
+    assert run_command(action, capsys) == (2, "error: a\\x1b[2J\\x07.png: gone — fetch it\n")
+
+
 def test_a_user_error_in_a_data_loader_worker_is_the_same_line(capsys: pytest.CaptureFixture[str]) -> None:
     def action() -> None:
         list(torch.utils.data.DataLoader(Broken(), num_workers=1))
