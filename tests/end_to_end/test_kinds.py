@@ -71,6 +71,7 @@ def in_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
 
 
+@pytest.mark.drill
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(images: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
         DiffusionProcess("eps", "cosine"),

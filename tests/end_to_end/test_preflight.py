@@ -171,7 +171,12 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
     [
         ("stage2_diffusion.train.Objective.losses", "a training step", "lower stage2.device_batch, or set"),
         ("stage2_diffusion.validation.Validation._errors", "a validation", "lower stage2.device_batch, which"),
-        ("stage2_diffusion.samples._generate", "a sample grid", "lower stage2.device_batch, which it follows"),
+        pytest.param(
+            "stage2_diffusion.samples._generate",
+            "a sample grid",
+            "lower stage2.device_batch, which it follows",
+            marks=pytest.mark.drill,
+        ),
         ("ldm.data.cache.CropDataset.__getitem__", "encoding the data", "free the GPU of other programs"),
     ],
 )

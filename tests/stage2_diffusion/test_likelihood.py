@@ -37,7 +37,10 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.drill if name in ("ddpm", "learned schedule") else ()) for name in RUNS],
+)
 def test_every_kind_of_run_gets_a_table(
     name: str, root: Path, tmp_path: Path, small: list[str], vae: Autoencoder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,8 +98,15 @@ def save(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -
     return path
 
 
-@pytest.mark.parametrize("layout", ["checkpoint", "unet only", "diffusers", "diffusers with config"])
-@pytest.mark.parametrize("name", MODELS)
+LAYOUTS = ("checkpoint", "unet only", "diffusers", "diffusers with config")
+CASES = [  # every model as a checkpoint and in one other layout; the rest of the product is a drill
+    pytest.param(name, layout, marks=pytest.mark.drill if j and (i + j) % 3 else (), id=f"{name}-{layout}")
+    for i, name in enumerate(MODELS)
+    for j, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_file_gives_the_weights_and_predictions_of_its_folder(
     root: Path, tmp_path: Path, name: str, layout: str
 ) -> None:
