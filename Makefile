@@ -1,6 +1,6 @@
 # make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
 # make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
-# make drills kills runs again and again; long
+# make drills what takes long: runs killed again and again, further variants of what the tests show; every night
 # All set up a virtual environment in .venv first.
 
 PYTHON ?= python3
