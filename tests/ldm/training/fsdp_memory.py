@@ -1,4 +1,4 @@
-"""`fsdp_memory.py FOLDER [KEY=VALUE …]` takes two steps of a sharded U-Net, of the tiny configuration.
+"""`fsdp_memory.py FOLDER [KEY=VALUE …]` takes a step of a sharded U-Net, of the tiny configuration.
 
 Each process writes to `FOLDER/RANK.json` what it holds, in bytes. Then comes a dry run without data.
 """
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.distributed.fsdp import FSDPModule
-from torch.profiler import ProfilerActivity, profile
 
 from ldm.config import loader
 from ldm.distributed.launch import join
@@ -50,18 +49,6 @@ def train_step() -> list[tuple[int, int]]:
     return gradients
 
 
-def peak_of_train_step() -> int:
-    """Bytes that torch's allocator gives at most, besides those that it has given before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_step()
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        now += change.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 folder, *overrides = sys.argv[1:]
 config = loader.load("configs/tiny.yaml", overrides)
 join(config.run)
@@ -80,7 +67,6 @@ memory = {
     "averages": num_bytes(average for model in trainer.ema.models for average in model.shadow_params),
     "gradients": gradients,
     "gradients between steps": num_bytes(p.grad for p in trainer.parameters),
-    "peak": peak_of_train_step(),
     "gathered": [
         sum(4 * 2 * param.padded_sharded_param_size.numel() for param in fsdp_params(module)) for module in blocks
     ],

@@ -210,7 +210,8 @@ def test_fsdp_is_counted_to_hold_what_two_processes_hold(
         f"run.dir={tmp_path}",
         "run.tracker=none",
         "run.device=cpu",
-        "run.precision=no",
+        "text.model=none",  # which needs not be loaded
+        "text.width=384",
         "stage1.latent_channels=3",  # uneven shards
         "stage2.batch=4",
         "stage2.device_batch=1",
@@ -238,14 +239,7 @@ def test_fsdp_is_counted_to_hold_what_two_processes_hold(
         outside, *blocks = process_memory["gathered"]
         assert fsdp_memory(network, 2, accumulation_steps=2) == outside + 3 * max(blocks)
         assert fsdp_memory(network, 2, accumulation_steps=1) == 2 * outside + 4 * max(blocks)
-        passes = sum(size for name, size in rows.items() if re.match("gradients, |weights gathered|activations", name))
-        assert 0.8 * passes < process_memory["peak"] < passes
     assert str(estimate) in output  # of the dry run
-
-
-def test_a_single_process_has_nothing_to_shard(root: Path) -> None:
-    config = settings(root, "tiny", *SMALL)
-    assert estimate_memory(config, 1, sharded=True) == estimate_memory(config, 1)
 
 
 def test_a_shard_has_the_rows_of_its_process() -> None:
@@ -321,10 +315,13 @@ def test_as_many_images_are_counted_as_a_sheet_has(root: Path, conditions: str, 
     assert memory_estimate._batch_sizes(settings(root, "tiny", *keys), processes, images=16)[2] == images
 
 
-def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
-    single, two_processes = (estimate_memory(settings(root, "tiny", *SMALL), processes) for processes in (1, 2))
-    kept = {item.name: item.between for item in two_processes.rows}["gradients, float32"]
-    assert kept > 0 and "gradients, float32" in [item.name for item in single.rows if not item.between]
+def test_gradients_stay_between_steps_under_ddp_only(root: Path) -> None:
+    config = settings(root, "tiny", *SMALL)
+    single, ddp, fsdp = (estimate_memory(config, *options) for options in ((1, True), (2, False), (2, True)))
+    assert {row.name.removesuffix(", 1/2") for row in fsdp.rows} > {row.name for row in ddp.rows}
+    kept = [row.between for estimate in (single, ddp, fsdp) for row in estimate.rows if "gradients, f" in row.name]
+    assert kept == [0, ddp.rows[0].step, 0]
+    assert not any("1/1" in row.name or "gathered" in row.name for row in single.rows)  # nothing to shard
 
 
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
