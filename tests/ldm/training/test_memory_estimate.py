@@ -203,6 +203,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     assert rows["text encoder"] == num_bytes(encoder.model.parameters())
 
 
+@pytest.mark.slow
 def test_fsdp_is_counted_to_hold_what_two_processes_hold(
     launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str], root: Path, tmp_path: Path
 ) -> None:
