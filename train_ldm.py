@@ -140,6 +140,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
     """
     from ldm.data import source_kinds
     from ldm.distributed.launch import join, on_main
+    from ldm.distributed.sharding import sharding_kind
     from ldm.models import text_encoder
     from ldm.training import checks, memory_estimate, plan
 
@@ -149,7 +150,8 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
     if state.is_main_process:
         print(plan.describe(settings, state.num_processes), flush=True)
         if settings.run.device != "cpu" and "stage2" in stages:
-            print(memory_estimate.estimate_memory(settings, state.num_processes), flush=True)
+            sharded = sharding_kind() == "fsdp"
+            print(memory_estimate.estimate_memory(settings, state.num_processes, sharded), flush=True)
     try:  # a dry run may come before data and text encoder are downloaded
         source_kinds.check(settings.data.source, settings.data.streaming, settings.stage2.conditions)
         if settings.stage2.text:

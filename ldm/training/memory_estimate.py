@@ -1,7 +1,7 @@
 """The GPU memory that stage two needs, row by row: counted from shapes, without a GPU.
 
 Weights, gradients, moments and averages follow from the parameters. What a pass, a sheet and an encoding take besides
-is counted by running them on tensors without values.
+is counted by running them on tensors without values. Under FSDP, what it gathers follows from the parameters too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +31,7 @@ from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_i
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
 
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
+FSDP_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # which FSDP gathers one at a time
 
 
 class Row(NamedTuple):
@@ -66,17 +69,31 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count else "–"
 
 
-def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
-    """What stage two takes on the GPU of each process, unsharded: one process, or DDP.
+def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -> MemoryEstimate:
+    """What stage two takes on the GPU of each process: of one, of several under DDP, or, if `sharded`, under FSDP.
+
+    FSDP, as `configs/accelerate/fsdp.yaml` sets it up, divides weights, moments and averages among the processes;
+    counted is the first process, whose shards are the largest. Gradients are divided after a step's last pass, so where
+    there are several (accumulation) they are whole. Whole in every process are also autocast's copies of the weights
+    during a pass, activations, frozen networks and, next to the shards, the weights that are exported at the end. Of
+    what is gathered during a pass an upper bound is counted: see `fsdp_memory`.
 
     Small trained tensors outside the networks (a null embedding, a schedule) are left out.
     """
     stage, data = config.stage2, config.data
+    sharded = sharded and processes > 1  # a single process trains unsharded
+    shards, part = (processes, f", 1/{processes}") if sharded else (1, "")
     accumulation = accumulated("stage2", stage, processes)
     vae, unet = (network.to("meta") for network in plan.networks(config))
     text = plan.text_encoder_sizes(config.text) if stage.text else plan.NO_TEXT
-    sizes = [*(p.numel() for p in unet.parameters()), *text.trained]
-    weights, moments, averages = 4 * sum(sizes), moments_memory(sizes, stage), max(1, len(stage.ema_widths))
+    shapes = [*(p.shape for p in unet.parameters()), *text.trained]
+    sizes = [shard_size(shape, shards) for shape in shapes]
+    all_weights, weights = 4 * sum(shape.numel() for shape in shapes), 4 * sum(sizes)
+    moments, averages = moments_memory(sizes, stage), max(1, len(stage.ema_widths))
+    gradients = all_weights if accumulation.steps > 1 else weights
+    gathered = fsdp_memory(unet, processes, accumulation.steps) if sharded else 0
+    exported = all_weights if sharded else 0
+    kept = gradients if processes > 1 and not sharded else 0  # DDP keeps what it sums gradients in
 
     unet_inputs, precision = (
         partial(_unet_inputs, config, text),
@@ -88,43 +105,50 @@ def estimate_memory(config: Config, processes: int = 1) -> MemoryEstimate:
     sampling = sum(unet_memory(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
     if (data.cache == "none" or data.streaming) and encoding > sum(training):  # just before a pass
         training = Peak(0, encoding)
-    between = [(sampling, "sampling"), (decoding, "decoding images"), (encoding, "encoding images")]
+    between = [(exported, sampling, "sampling"), (exported, decoding, "decoding images")]
     if overlap:
-        between.append((sampling + decoding, "decoding images while sampling others"))
-    largest, activity = max(between)
+        between.append((exported, sampling + decoding, "decoding images while sampling others"))
+    between.append((0, encoding, "encoding images"))
+    exported, largest, activity = max(between, key=lambda memory: memory[0] + memory[1])
 
     recomputed = ", computed again in the backward pass" if stage.gradient_checkpointing else ""
     frozen, vaes = 4 * text.frozen, 4 * sum(p.numel() for p in vae.parameters())
     rows = (
-        Row("weights, float32", weights, weights),
-        Row("gradients, float32", weights, weights if processes > 1 else 0),  # DDP keeps what it sums them in
-        Row(f"moments of {stage.optimizer}", moments, moments),
+        Row(f"weights, float32{part}", weights, weights),
+        Row(f"gradients, float32{part if gradients == weights else ''}", gradients, kept),
+        Row(f"moments of {stage.optimizer}{part}", moments, moments),
         Row(
-            "average of the weights" if averages == 1 else f"{averages} averages of the weights",
+            ("average of the weights" if averages == 1 else f"{averages} averages of the weights") + part,
             averages * weights,
             averages * weights,
         ),
+        Row("weights gathered, gradients reduced, at most", gathered, 0),
+        Row("all weights, for the export", 0, exported),  # sampling before that gathers less
         Row("text encoder", frozen, frozen),
         Row("autoencoder", vaes, vaes),
         Row(f"weights in {precision}, during a pass", training.copies, 0),
         Row(f"activations of {accumulation.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
     )
-    return MemoryEstimate(tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text)))
+    return MemoryEstimate(
+        tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text, sharded))
+    )
 
 
-def _not_counted(config: Config, text: plan.TextEncoderSizes) -> Iterator[str]:
+def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> Iterator[str]:
     yield "CUDA itself, workspaces of its libraries, fragmentation; leave 2 GB"
     if config.stage2.text and not (text.frozen or text.trained):
         yield f"the text encoder, {config.text.model}, which is not here"
     elif text.trained:
-        yield "activations of the text encoder, which is trained too"
+        yield f"activations{' and gathered blocks' if sharded else ''} of the text encoder, which is trained too"
     if config.stage2.attention_backend == "eager":
         yield "matrices of all pairs, which stage2.attention_backend=eager keeps"
     if config.stage2.compile:
         yield "what stage2.compile saves"
-    if kind := sharding.sharding_kind():
-        yield f"what {kind} shards over the processes, or takes for it"
+    if sharded:
+        yield "other settings of FSDP than those of configs/accelerate/fsdp.yaml"
+    elif sharding.sharding_kind() == "deepspeed":
+        yield "what deepspeed shards over the processes, or takes for it"
 
 
 def _batch_sizes(config: Config, processes: int, images: int) -> tuple[int, int, int, bool]:
@@ -143,6 +167,33 @@ def moments_memory(sizes: Iterable[int], training: Training) -> int:
     if training.optimizer == "adamw":
         return sum(2 * 4 * n + 4 for n in sizes)  # and the number of its steps
     return sum(2 * (4 * n if n < SMALL else n + 4 * math.ceil(n / BLOCK)) for n in sizes)
+
+
+def shard_size(shape: torch.Size, processes: int) -> int:
+    """Elements of the first process's shard of a tensor of this shape, which FSDP cuts along the first dimension.
+
+    Where the rows can't be divided evenly, other shards have fewer; those of the weights are padded to this size.
+    """
+    return math.ceil(shape[0] / processes) * math.prod(shape[1:]) if shape else 1
+
+
+def fsdp_memory(unet: UNet, processes: int, accumulation_steps: int) -> int:
+    """Bytes that FSDP takes in a forward and backward pass besides the shards, at most.
+
+    Weights are gathered, and gradients reduced, in float32: a block at a time, and from a pass's beginning to its end
+    what is outside the blocks. The backward pass holds a block and the next one, which is being gathered, the gradients
+    of the block and those of the previous one, which are being reduced. The forward pass holds less: a block, twice
+    while it is copied from what was gathered. Not all of it is held at the peak of the activations, so this is an upper
+    bound. Gradients that accumulate are whole anyway; of them only a block's copy, which is being reduced, is added.
+    """
+
+    def size(module: nn.Module) -> int:
+        return 4 * processes * sum(shard_size(p.shape, processes) for p in module.parameters())
+
+    blocks = [size(module) for module in unet.modules() if isinstance(module, FSDP_BLOCKS)]
+    outside, largest = size(unet) - sum(blocks), max(blocks, default=0)
+    reduced = largest if accumulation_steps > 1 else outside + 2 * largest
+    return outside + 2 * largest + reduced
 
 
 # ------------------------------------------------------------------------------------------------- what takes memory

@@ -96,8 +96,8 @@ class TextEncoderSizes(NamedTuple):
     length: int | str
     frozen: int
     """Its parameters that are not trained."""
-    trained: tuple[int, ...]
-    """The elements of each trained one."""
+    trained: tuple[torch.Size, ...]
+    """The shapes of the trained ones."""
     pooled_width: int = 0
     """Channels of the pooled embedding; 0 where there is none."""
 
@@ -114,11 +114,12 @@ def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
         return TextEncoderSizes(config.width, length, frozen, (), config.pooled_width or 0)
     with torch.device("cpu"):
         encoder = text_encoder.of(config)
-    trained: tuple[int, ...] = ()
+    trained: tuple[torch.Size, ...] = ()
     if config.train and isinstance(encoder, text_encoder.TextEncoder):
-        trained = tuple(p.numel() for p in encoder.trainable())
+        trained = tuple(p.shape for p in encoder.trainable())
     total = sum(p.numel() for model in encoder.models for p in model.parameters())
-    return TextEncoderSizes(encoder.width, encoder.length, total - sum(trained), trained, encoder.pooled_width)
+    frozen = total - sum(shape.numel() for shape in trained)
+    return TextEncoderSizes(encoder.width, encoder.length, frozen, trained, encoder.pooled_width)
 
 
 def _presence(config: Config) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import ScriptProcess, of_accelerate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -25,7 +28,7 @@ from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.training import memory_estimate, memory_tracker, plan
-from ldm.training.memory_estimate import estimate_memory, moments_memory, unet_memory
+from ldm.training.memory_estimate import estimate_memory, fsdp_memory, moments_memory, shard_size, unet_memory
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
 from ldm.training.trainer import Trainer
 from stage2_diffusion.denoiser import Denoiser
@@ -200,6 +203,50 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     assert rows["text encoder"] == num_bytes(encoder.model.parameters())
 
 
+@pytest.mark.slow
+def test_fsdp_is_counted_to_hold_what_two_processes_hold(
+    launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str], root: Path, tmp_path: Path
+) -> None:
+    keys = [
+        f"run.dir={tmp_path}",
+        "run.tracker=none",
+        "run.device=cpu",
+        "text.model=none",  # which needs not be loaded
+        "text.width=384",
+        "stage1.latent_channels=3",  # uneven shards
+        "stage2.batch=4",
+        "stage2.device_batch=1",
+        "stage2.ema_widths=[0.05, 0.1]",
+    ]
+    process = launch(
+        "tests/ldm/training/fsdp_memory.py",
+        tmp_path,
+        *keys,
+        processes=2,
+        more=of_accelerate(root / "configs/accelerate/fsdp.yaml"),
+    )
+    output = finish(process)
+    first, last = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    config = settings(root, "tiny", *keys)
+    estimate = estimate_memory(config, 2, sharded=True)
+    rows = {item.name: item.step for item in estimate.rows}
+    assert rows["weights, float32, 1/2"] == first["weights"] == last["weights"]  # padded to the same size
+    assert rows["moments of adamw, 1/2"] == first["moments"] > last["moments"]
+    assert rows["2 averages of the weights, 1/2"] == first["averages"] > last["averages"]
+    network = plan.networks(config)[1]
+    for process_memory in (first, last):
+        assert process_memory["gradients"] == [[rows["gradients, float32"], 0], [0, first["weights"]]]
+        assert process_memory["gradients between steps"] == 0
+        outside, *blocks = process_memory["gathered"]
+        assert fsdp_memory(network, 2, accumulation_steps=2) == outside + 3 * max(blocks)
+        assert fsdp_memory(network, 2, accumulation_steps=1) == 2 * outside + 4 * max(blocks)
+    assert str(estimate) in output  # of the dry run
+
+
+def test_a_shard_has_the_rows_of_its_process() -> None:
+    assert [shard_size(torch.Size([10, 3, 3]), processes) for processes in (1, 2, 4, 16)] == [90, 45, 27, 9]
+
+
 def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None:
     stage = Stage2Config(optimizer="adamw8bit")
     assert moments_memory([4095], stage) == 2 * 4 * 4095
@@ -269,10 +316,13 @@ def test_as_many_images_are_counted_as_a_sheet_has(root: Path, conditions: str, 
     assert memory_estimate._batch_sizes(settings(root, "tiny", *keys), processes, images=16)[2] == images
 
 
-def test_gradients_stay_between_steps_where_processes_sum_them(root: Path) -> None:
-    single, two_processes = (estimate_memory(settings(root, "tiny", *SMALL), processes) for processes in (1, 2))
-    kept = {item.name: item.between for item in two_processes.rows}["gradients, float32"]
-    assert kept > 0 and "gradients, float32" in [item.name for item in single.rows if not item.between]
+def test_gradients_stay_between_steps_under_ddp_only(root: Path) -> None:
+    config = settings(root, "tiny", *SMALL)
+    single, ddp, fsdp = (estimate_memory(config, *options) for options in ((1, True), (2, False), (2, True)))
+    assert {row.name.removesuffix(", 1/2") for row in fsdp.rows} > {row.name for row in ddp.rows}
+    kept = [row.between for estimate in (single, ddp, fsdp) for row in estimate.rows if "gradients, f" in row.name]
+    assert kept == [0, ddp.rows[0].step, 0]
+    assert not any("1/1" in row.name or "gathered" in row.name for row in single.rows)  # nothing to shard
 
 
 def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -> None:
