@@ -127,7 +127,10 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
 
 def metadata_of(model: LatentDiffusion, layout: checkpoint.Layout, title: str, v_prediction: bool) -> dict[str, str]:
     architecture = ARCHITECTURES[layout] + ("/inpaint" if model.task == "inpaint" else "")
+    vae = model.autoencoder.vae.config
     return {
+        "scaling_factor": str(vae.scaling_factor),  # these two for ldm.models.convert.autoencoder
+        "norm_num_groups": str(vae.norm_num_groups),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.models.convert.autoencoder import LINEAR
 from ldm.models.convert.autoencoder import original_name as autoencoder_name
+from ldm.models.convert.safetensors_file import opened
+from ldm.utils.errors import UserError, first_line
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 Tensors = dict[str, torch.Tensor]
@@ -72,6 +76,7 @@ OPEN_CLIP = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
+TEXT_LAYER = re.compile(r"(?:text_model\.encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 QKV = re.compile(r"(.*)\.self_attn\.q_proj\.(weight|bias)")
 
 
@@ -121,6 +126,53 @@ def layout_of_names(names: Collection[str]) -> Layout | None:
     return None
 
 
+def read_pipeline(
+    path: Path, kind: Any, key: str, base: str | None = None, base_key: str = "--base", **components: Any
+) -> Any:
+    """The pipeline of class `kind` of a file with all its parts, in float32 on the CPU, as diffusers reads it.
+
+    Its configuration and tokenizers are those of `base`, a diffusers folder or Hub id, by default of the published
+    model. `components` replace the pipeline's own; None leaves one out. UserError, naming `key`, where the file and
+    the configuration don't fit together; text encoders are checked to have come from the file in full.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # our own error repeats what it logs
+    configuration = f"the configuration of {base}" if base else "the Hub's configuration"
+    hint = "is it of the same family?" if base else f"give {base_key}, a diffusers folder of the same family"
+    try:
+        pipeline = kind.from_single_file(str(path), config=base, torch_dtype=torch.float32, **components)
+        check_text_encoders(path, pipeline)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        reason = "it lacks weights" if "meta tensor" in str(error) else first_line(error)
+        raise UserError(f"{key}: can't read {path} with {configuration}: {reason}; {hint}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return pipeline
+
+
+def check_text_encoders(path: Path, pipeline: Any) -> None:
+    """ValueError where a pipeline's text encoders are not those of the file that it was read from.
+
+    diffusers takes the configuration's weights where it does not recognise the file's, and ignores layers left over.
+    """
+    with opened(path) as file:
+        names = set(file.keys())
+    layout = layout_of_names(names)
+    for prefix, part in zip(TEXT[layout] if layout else (), ("text_encoder", "text_encoder_2"), strict=False):
+        if (encoder := getattr(pipeline, part, None)) is None:
+            continue
+        with torch.device("meta"):  # for names alone
+            empty = type(encoder)(encoder.config)
+        expected = {prefix + name for name in text_tensors(prefix, empty)}
+        if missing := sorted(expected - names):
+            raise ValueError(f"its {part} lacks {missing[0]} and {len(missing) - 1} more tensors")
+        layers = encoder.config.num_hidden_layers
+        own = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        numbers = [int(match[1]) for name in own if (match := TEXT_LAYER.match(name))]
+        if max(numbers) >= layers + (layout == "sd2"):  # whose file has one more than is computed
+            raise ValueError(f"its {part} has {max(numbers) + 1} layers, the configuration {layers}")
+
+
 def tensors_of(layout: Layout, unet: Any, autoencoder: Any, encoders: list[Any]) -> Tensors:
     """All tensors of a model by their names in the layout."""
     tensors = {UNET + unet_name(name, unet.config): tensor for name, tensor in unet.state_dict().items()}
@@ -129,8 +181,7 @@ def tensors_of(layout: Layout, unet: Any, autoencoder: Any, encoders: list[Any])
         shaped = tensor[:, :, None, None] if LINEAR.search(name) else tensor
         tensors[AUTOENCODER + autoencoder_name(name, levels)] = shaped
     for prefix, encoder in zip(TEXT[layout], encoders, strict=True):
-        converted = open_clip_tensors(encoder) if prefix.endswith(".model.") else clip_tensors(encoder)
-        tensors |= {prefix + name: tensor for name, tensor in converted.items()}
+        tensors |= {prefix + name: tensor for name, tensor in text_tensors(prefix, encoder).items()}
     return tensors
 
 
@@ -156,6 +207,11 @@ def unet_name(name: str, config: Any) -> str:
     for diffusers_part, original_part in RESNET:
         name = name.replace(diffusers_part, original_part)
     return name
+
+
+def text_tensors(prefix: str, encoder: Any) -> Tensors:
+    """The tensors of a text encoder by the names that they have in a file after `prefix`."""
+    return open_clip_tensors(encoder) if prefix.endswith(".model.") else clip_tensors(encoder)
 
 
 def clip_tensors(encoder: Any) -> Tensors:
