@@ -303,12 +303,10 @@ def _from_single_file(path: Path, base: str | None) -> tuple[list[Encoder], bool
     pipeline = checkpoint.read_pipeline(path, kind, "text.model", base, "text.base", **left_out)
     pairs = []
     for suffix in TWO[: len(checkpoint.TEXT[layout])]:
-        model, tokenizer = (getattr(pipeline, f"{part}{suffix}") for part in ("text_encoder", "tokenizer"))
-        if not model or not tokenizer:
-            raise UserError(f"text.base: {base} has no text_encoder{suffix} or no tokenizer{suffix}; {path} needs both")
+        model = getattr(pipeline, f"text_encoder{suffix}")
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # else it maps the file, which may be replaced
-        pairs.append((model, tokenizer))
+        pairs.append((model, getattr(pipeline, f"tokenizer{suffix}")))
     return pairs, bool(pipeline.config.get("force_zeros_for_empty_prompt", True))
 
 

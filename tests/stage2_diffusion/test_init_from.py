@@ -127,7 +127,9 @@ def test_the_text_encoder_of_a_pipeline_is_loaded(root: Path, tmp_path: Path, wo
         (folder / "model_index.json").write_text(json.dumps(index | parts))
         with pytest.raises(UserError, match=rf"text\.model: the pipeline .* {reason}"):
             text_encoder.load(str(folder))
-    with pytest.raises(UserError, match=r"text\.model: .*model\.safetensors is a file; a text encoder is a folder"):
+    with pytest.raises(
+        UserError, match=r"text\.model: .*model\.safetensors holds .*; give a whole checkpoint .*, or the folder"
+    ):
         text_encoder.load(str(words / "model.safetensors"))
 
 
