@@ -118,7 +118,7 @@ def _read_file(path: Path, option: str, base: str | None) -> DiffusionPipeline:
         raise UserError(
             f"{option}: {path} holds {contents(names)}; give a whole checkpoint of Stable Diffusion 1, 2 or XL"
         )
-    options = {"safety_checker": None} if layout != "sdxl" else {}
+    options: dict[str, Any] = {"safety_checker": None} if layout != "sdxl" else {}
     pipeline = checkpoint.read_pipeline(path, kind, option, base, **options)
     changes: dict[str, Any] = {}
     if predicts := prediction_type_of(names, metadata):
