@@ -54,8 +54,8 @@ def sdxl(folder: Path, **more: Any) -> StableDiffusionXLPipeline:
         use_linear_projection=True,
         norm_num_groups=4,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + POOLED,
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + POOLED,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),

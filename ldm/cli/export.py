@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from ldm.models.autoencoder import fold
 from ldm.models.convert import checkpoint
+from ldm.models.convert.unet import NOISE_SCHEDULE
 from ldm.models.finite import check_weights
 from ldm.sampling import pipeline_io
 from ldm.sampling.loop import initial_noise
@@ -28,8 +29,11 @@ from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
-STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PROMPT, SEED, STEPS = "a photograph", 0, 4  # of the image that certifies an export
+OVERFLOW = (
+    "SDXL's autoencoder is stored in fp16, but overflows when it is computed in fp16: diffusers (force_upcast) and "
+    "ComfyUI take a wider type, A1111 with --no-half-vae"
+)
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2",
@@ -61,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
             widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))
             print(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
+        if layout == "sdxl" and args.precision == "fp16" and model.autoencoder.vae.config.force_upcast:
+            print(f"note     {OVERFLOW}")
     print(f"tensors  {compare_tensors(model, written):,} read again, all equal")
     if model.task == "generate":
         print(f"image    differs by {compare_images(model, written)} of 255 at most from that of the model")
@@ -127,7 +133,10 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
 
 def metadata_of(model: LatentDiffusion, layout: checkpoint.Layout, title: str, v_prediction: bool) -> dict[str, str]:
     architecture = ARCHITECTURES[layout] + ("/inpaint" if model.task == "inpaint" else "")
+    vae = model.autoencoder.vae.config
     return {
+        "scaling_factor": str(vae.scaling_factor),  # these two for ldm.models.convert.autoencoder
+        "norm_num_groups": str(vae.norm_num_groups),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
@@ -157,7 +166,7 @@ def check_conventions(model: LatentDiffusion) -> None:
 def zero_snr_of(model: LatentDiffusion) -> bool | None:
     """Whether Stable Diffusion's noise schedule ends in pure noise here; None where the schedule is another one."""
     for zero_snr in (False, True):
-        known = DDIMScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=zero_snr).alphas_cumprod
+        known = DDIMScheduler(**NOISE_SCHEDULE, rescale_betas_zero_snr=zero_snr).alphas_cumprod
         own = model.scheduler.alphas_cumprod
         if own.shape == known.shape and torch.allclose(own.float(), known, atol=1e-5):
             return zero_snr

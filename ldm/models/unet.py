@@ -196,6 +196,8 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
 
 def scheduler_of(name: str) -> DDIMScheduler | None:
     """The scheduler of the pipeline that a U-Net belongs to: noise levels, prediction type. None for a U-Net alone."""
+    if Path(name).is_file() and (marked := single_file_unet.scheduler_config_of(Path(name))):
+        return DDIMScheduler(**marked)
     folder = Path(name).parent if Path(name).is_file() else Path(name)
     if folder.is_dir():
         name = str(folder.parent if folder.name == "unet" else folder)

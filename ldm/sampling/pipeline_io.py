@@ -118,18 +118,8 @@ def _read_file(path: Path, option: str, base: str | None) -> DiffusionPipeline:
         raise UserError(
             f"{option}: {path} holds {contents(names)}; give a whole checkpoint of Stable Diffusion 1, 2 or XL"
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        options = {"safety_checker": None} if layout != "sdxl" else {}
-        pipeline = kind.from_single_file(str(path), config=base, torch_dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        hint = "is it of the same family?" if base else "give --base, a diffusers folder of the same family"
-        configuration = f"the configuration of {base}" if base else "the Hub's configuration"
-        reason = "it lacks weights" if "meta tensor" in str(error) else first_line(error)
-        raise UserError(f"{option}: can't read {path} with {configuration}: {reason}; {hint}") from None
-    finally:
-        logging.set_verbosity(verbosity)
+    options: dict[str, Any] = {"safety_checker": None} if layout != "sdxl" else {}
+    pipeline = checkpoint.read_pipeline(path, kind, option, base, **options)
     changes: dict[str, Any] = {}
     if predicts := prediction_type_of(names, metadata):
         changes["prediction_type"] = predicts

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from sdxl import POOLED, WIDTHS, sdxl
 
+from ldm.cli import export
 from ldm.config.schema import Stage2Config
 from ldm.models import text_encoder
 from ldm.models.conditioning import Condition, TextEmbedding
@@ -24,7 +25,9 @@ from stage2_diffusion.denoiser import Denoiser
 @pytest.fixture(scope="module")
 def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl")
-    sdxl(folder).save_pretrained(folder / "base")
+    pipe = sdxl(folder)
+    pipe.vae.register_to_config(force_upcast=False)  # not the default
+    pipe.save_pretrained(folder / "base")
     return folder / "base"
 
 
@@ -80,16 +83,15 @@ def sdxl_unet(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["disk", "none"])
-def test_sdxl_is_fine_tuned_and_the_result_opens_in_diffusers(
-    cache: str,
+def test_sdxl_is_fine_tuned_without_a_cache_and_the_result_opens_in_diffusers(
     sdxl_dir: Path,
     tmp_path: Path,
     three_shapes: Callable[[list[str]], Path],
     train: Callable[..., str],
+    call: Callable[..., str],
 ) -> None:
     images = three_shapes(["a red heart", "a green square", "a fox", "a crown"])
-    output = train(tmp_path / "run", *overrides(sdxl_dir, f"data.source={images}", f"data.cache={cache}"))
+    output = train(tmp_path / "run", *overrides(sdxl_dir, f"data.source={images}", "data.cache=none"))
     assert "finished" in output
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run/pipeline")
     start = sdxl_unet(sdxl_dir).state_dict()
@@ -103,6 +105,13 @@ def test_sdxl_is_fine_tuned_and_the_result_opens_in_diffusers(
     noise = initial_noise((4, 8, 8), [5])
     expected = np.asarray(pipe("a fox", **options, width=16, height=16, latents=noise).images[0]).astype(int)
     assert np.abs(image - expected).max() <= 1
+
+    call(export.main, tmp_path / "run", "--to", "diffusers", "--precision", "fp16", "--out", tmp_path / "fp16")
+    exported = StableDiffusionXLPipeline.from_pretrained(tmp_path / "fp16", torch_dtype=torch.float16)
+    assert exported.vae.dtype == torch.float16
+    assert exported.vae.config.force_upcast is pipe.vae.config.force_upcast is False
+    # ours computes the autoencoder in float32, whatever type it is stored in
+    assert LatentDiffusion.load(tmp_path / "fp16", "cpu").autoencoder.vae.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from ldm.config.schema.base import Section
+from ldm.config.schema.base import PathOrId, Section
 from ldm.utils.paths import expand
 
 
@@ -16,8 +16,11 @@ def _expand(model: str) -> str:
 
 class TextConfig(Section):
     model: Annotated[str, AfterValidator(_expand)] = "sentence-transformers/all-MiniLM-L6-v2"
-    """A local folder or Hub id of a BERT-like, CLIP or T5 encoder, or of a diffusers pipeline with one; or
-    `open_clip:ARCH:WEIGHTS`."""
+    """A local folder or Hub id of a BERT-like, CLIP or T5 encoder, or of a diffusers pipeline with one;
+    `open_clip:ARCH:WEIGHTS`; or the `.safetensors` of a whole model of Stable Diffusion 1, 2 or XL."""
+    base: PathOrId | None = None
+    """Of a single file: a diffusers pipeline of the same family, folder or Hub id, whose tokenizers and configuration
+    it gets; default: the published one, from the Hub."""
     max_tokens: int | None = Field(default=None, ge=3)
     """Length that captions are padded or truncated to; default: the tokenizer's own."""
     width: PositiveInt | None = None

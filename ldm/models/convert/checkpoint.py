@@ -10,15 +10,20 @@ conditioner.embedders.0.transformer.*, embedders.1.model.*   XL: one of each
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, SingleFileComponentError
+from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.models.convert.autoencoder import LINEAR
 from ldm.models.convert.autoencoder import original_name as autoencoder_name
+from ldm.models.convert.safetensors_file import opened
+from ldm.utils.errors import UserError, first_line
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 Tensors = dict[str, torch.Tensor]
@@ -29,6 +34,15 @@ TEXT: dict[Layout, tuple[str, ...]] = {
     "sd2": ("cond_stage_model.model.",),
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
 }
+RECOGNIZED = {
+    "cond_stage_model.transformer.": CHECKPOINT_KEY_NAMES["clip"],
+    "cond_stage_model.model.": CHECKPOINT_KEY_NAMES["open_clip"],
+    "conditioner.embedders.0.transformer.": CHECKPOINT_KEY_NAMES["clip_sdxl"],
+    "conditioner.embedders.1.model.": CHECKPOINT_KEY_NAMES["open_clip_sdxl"],
+}
+"""A tensor of each text encoder; without it diffusers takes the weights of the configuration's folder instead."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # diffusers' names, in the order of `TEXT`
+READING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 SCALING_FACTOR = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 """Of the latents, which programs take for granted by the layout."""
 WIDTHS: dict[Layout, tuple[int, ...]] = {
@@ -72,6 +86,7 @@ OPEN_CLIP = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
+TEXT_LAYER = re.compile(r"(?:text_model\.encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 QKV = re.compile(r"(.*)\.self_attn\.q_proj\.(weight|bias)")
 
 
@@ -119,6 +134,72 @@ def layout_of_names(names: Collection[str]) -> Layout | None:
         if all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
             return layout
     return None
+
+
+def read_pipeline(
+    path: Path, kind: Any, key: str, base: str | None = None, base_key: str = "--base", **components: Any
+) -> Any:
+    """The pipeline of class `kind` of a file with all its parts, in float32 on the CPU, as diffusers reads it.
+
+    Its configuration and tokenizers are those of `base`, a diffusers folder or Hub id, by default of the published
+    model. `components` replace the pipeline's own; None leaves one out. UserError, naming `key` or `base_key`, where
+    the file and the configuration don't fit together; text encoders are checked to have come from the file in full.
+    """
+    with opened(path) as file:
+        names = set(file.keys())
+    layout = layout_of_names(names)
+    assert layout, f"{path} has no known layout"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # our own error repeats what it logs
+    configuration = f"the configuration of {base}" if base else "the Hub's configuration"
+    hint = "is it of the same family, and whole?" if base else f"give {base_key}, a diffusers folder of the same family"
+    try:
+        for prefix in TEXT[layout]:
+            if RECOGNIZED[prefix] not in names:  # diffusers would take the weights of the base
+                raise UserError(f"{key}: {path} lacks tensor {RECOGNIZED[prefix]}; is the file whole and unaltered?")
+        if base:
+            check_base(base, kind.load_config(base), path, layout, base_key)
+        pipeline = kind.from_single_file(str(path), config=base, torch_dtype=torch.float32, **components)
+        for prefix, part in zip(TEXT[layout], TEXT_ENCODERS, strict=False):
+            tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
+            check_text_encoder(part, getattr(pipeline, part), tokenizer, names, prefix)
+    except UserError:
+        raise
+    except (*READING_ERRORS, SingleFileComponentError) as error:
+        reason = "it lacks weights" if "meta tensor" in str(error) else first_line(error).split(". If you want")[0]
+        raise UserError(f"{key}: can't read {path} with {configuration}: {reason}; {hint}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return pipeline
+
+
+def check_base(base: str, index: Mapping[str, Any], path: Path, layout: Layout, base_key: str) -> None:
+    """UserError where a pipeline, with its `index` of components, has other text encoders than a file's layout."""
+    encoders = TEXT_ENCODERS[: len(TEXT[layout])]
+    expected = [*encoders, *(part.replace("text_encoder", "tokenizer") for part in encoders)]
+    parts = sorted(part for part in index if part.startswith(("text_encoder", "tokenizer")) and index[part][0])
+    if parts != expected:
+        raise UserError(
+            f"{base_key}: {base} has {', '.join(parts) or 'no text encoder'}, but {path}, of layout {layout}, needs "
+            f"{', '.join(expected)}: is it of the same family?"
+        )
+
+
+def check_text_encoder(part: str, encoder: Any, tokenizer: Any, names: Collection[str], prefix: str) -> None:
+    """ValueError where a text encoder did not get all of its weights from tensors of these names, or not all layers.
+
+    Or where the tokenizer is not its own: transformers makes one without tokens where files are missing.
+    """
+    if missing := [name for name, tensor in encoder.state_dict().items() if tensor.is_meta]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"its {part} lacks tensor {missing[0]}{more}")
+    own = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    layers = 1 + max(int(match[1]) for name in own if (match := TEXT_LAYER.match(name)))
+    expected = encoder.config.num_hidden_layers
+    if layers > expected + (prefix in TEXT["sd2"]):  # whose file has one more than is computed
+        raise ValueError(f"its {part} has {layers} layers, the configuration {expected}")
+    if len(tokenizer) < encoder.config.vocab_size:
+        raise ValueError(f"its {part} knows {encoder.config.vocab_size:,} tokens, the tokenizer {len(tokenizer):,}")
 
 
 def tensors_of(layout: Layout, unet: Any, autoencoder: Any, encoders: list[Any]) -> Tensors:

@@ -23,6 +23,8 @@ PREFIXES = (LDM_UNET_KEY, "diffusion_model.", "unet.", "")  # of a U-Net's tenso
 FIRST = ("input_blocks.0.0.weight", "conv_in.weight")  # the original's, diffusers'
 SD1 = (320, 640, 1280, 1280)  # widths of Stable Diffusion 1 and 2
 V_MARKERS = {"v_pred", "ztsnr"}  # empty tensors that mark SDXL models that predict v
+NOISE_SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+"""Of Stable Diffusion 1, 2 and XL, by diffusers' names."""
 MODELSPEC_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 
@@ -66,6 +68,14 @@ def prediction_type_of(names: set[str], metadata: Mapping[str, str]) -> str | No
     """What the U-Net of a file predicts, by diffusers' name; None where neither tensors nor metadata say so."""
     recorded = MODELSPEC_PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", ""))
     return "v_prediction" if V_MARKERS & names else recorded
+
+
+def scheduler_config_of(path: Path) -> dict[str, Any]:
+    """diffusers' configuration of the noise levels of a file that says of itself that they end in pure noise."""
+    with opened(path) as file:
+        if "ztsnr" not in file.keys():  # noqa: SIM118, a safetensors file is no mapping
+            return {}
+    return {**NOISE_SCHEDULE, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
 def name_table(path: Path, names: set[str]) -> tuple[dict[str, str], set[str]]:
