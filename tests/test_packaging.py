@@ -38,8 +38,9 @@ def test_a_command_runs_from_any_folder(root: Path, tmp_path: Path) -> None:
 
 def test_the_workflow_runs_the_same_checks(root: Path) -> None:
     workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text("utf-8"))
-    (command,) = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
-    assert os.access(root / command, os.X_OK)
+    checks, drills = (step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step)
+    assert os.access(root / checks, os.X_OK)
+    assert drills == "make drills"
 
 
 def test_every_script_of_a_hook_exists(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""`exactly.py WORLD_SIZE FOLDER [KEY=VALUE …]` trains two autoencoders in float64: the order of sums shows little."""
+"""`exactly.py WORLD_SIZE FOLDER kl|vq [KEY=VALUE …]` trains an autoencoder in float64: sums have hardly an order."""
 
 import sys
 from pathlib import Path
@@ -43,10 +43,9 @@ MODELS = {
     ],
 }
 
-world, folder, *more = sys.argv[1:]
+world, folder, model, *more = sys.argv[1:]
 torch.set_default_dtype(torch.float64)
-for name, overrides in MODELS.items():
-    settings = loader.load("configs/tiny.yaml", [f"run.dir={folder}/{name}", *SHARED, *overrides, *more])
-    join(settings.run)
-    train(settings, index.build(settings.data, settings.cache_dir, settings.stage2.conditions))
+settings = loader.load("configs/tiny.yaml", [f"run.dir={folder}", *SHARED, *MODELS[model], *more])
+join(settings.run)
+train(settings, index.build(settings.data, settings.cache_dir, settings.stage2.conditions))
 assert PartialState().num_processes == int(world)

@@ -20,7 +20,7 @@ from ldm.diffusion.process import DiffusionProcess
 from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.folder_trainer import FolderTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,6 @@ def in_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
 
 
-@pytest.mark.drill
 def test_an_unconditional_model_of_pixels_in_five_lines_of_python(images: Path, tmp_path: Path) -> None:
     trainer = FolderTrainer(
         DiffusionProcess("eps", "cosine"),
@@ -125,7 +124,6 @@ def test_an_unconditional_model_of_latents(trained, images: Path, tmp_path: Path
     assert np.abs(np.asarray(expected, int) - np.asarray(image, int)).max() <= 1
 
 
-@pytest.mark.drill
 def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,inpaint]")
     assert model.task == "inpaint"
@@ -157,7 +155,6 @@ def test_an_inpainting_model(trained, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(inpainted)[around], np.asarray(image)[around])
 
 
-@pytest.mark.drill
 def test_a_super_resolution_model(trained, tmp_path: Path) -> None:
     model = trained("stage2.conditions=[text,upscale]")
     assert model.task == "upscale"

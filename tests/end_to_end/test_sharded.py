@@ -38,6 +38,7 @@ ZERO = (
 )
 
 
+@pytest.mark.drill
 def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_diffusers(
     train: Callable[..., str],
     launch: Start,

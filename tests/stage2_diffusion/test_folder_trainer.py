@@ -83,7 +83,12 @@ def test_a_run_trained_longer_equals_one_trained_in_one_go(build_trainer: BuildT
     ("process", "kind", "steps"),
     [
         (DiffusionProcess("eps", "linear", timesteps=25), "DDIMScheduler", 25),
-        (DiffusionProcess("v", "cosine", timesteps=60, zero_snr=True, shift=2.0), "DDIMScheduler", 50),
+        pytest.param(
+            DiffusionProcess("v", "cosine", timesteps=60, zero_snr=True, shift=2.0),
+            "DDIMScheduler",
+            50,
+            marks=pytest.mark.drill,
+        ),
         pytest.param(DiffusionProcess("flow"), "DPMSolverMultistepScheduler", 50, marks=pytest.mark.drill),
         (DiffusionProcess("flow", timestep_sampling="uniform", shift=2.0), "DPMSolverMultistepScheduler", 50),
     ],

@@ -244,6 +244,7 @@ def test_lpips_equals_torchmetrics_with_the_cached_weights(checkpoints: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_rfid_is_the_frechet_distance_of_inception_features(checkpoints: Path) -> None:
     torch.manual_seed(0)
     file = checkpoints / "weights-inception-2015-12-05-6726825d.pth"

@@ -296,9 +296,14 @@ def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
     "process",
     [
         DiffusionProcess("v", "cosine"),
-        DiffusionProcess("v", "linear", zero_snr=True),
         DiffusionProcess("flow", shift=3.0, timesteps=60),
-        DiffusionProcess("eps", "scaled_linear", timesteps=100),
+        *(
+            pytest.param(process, marks=pytest.mark.drill)
+            for process in (
+                DiffusionProcess("v", "linear", zero_snr=True),
+                DiffusionProcess("eps", "scaled_linear", timesteps=100),
+            )
+        ),
     ],
 )
 def test_every_number_of_steps_gives_an_image_or_a_line(

@@ -127,11 +127,11 @@ class Attention(TorchFunctionMode):
 @pytest.mark.parametrize(
     ("precision", "keys"),
     [
-        ("bf16", {"conditions": ()}),
+        pytest.param("bf16", {"conditions": ()}, marks=pytest.mark.drill),
         ("fp16", {"conditions": ("class",)}),
         ("bf16", {}),
-        ("fp16", {}),
-        ("bf16", {"pooled_text": True}),
+        pytest.param("fp16", {}, marks=pytest.mark.drill),
+        pytest.param("bf16", {"pooled_text": True}, marks=pytest.mark.drill),
         ("fp16", {"conditions": ("text", "size")}),
     ],
     ids=["none", "class", "text-bf16", "text-fp16", "pooled", "size"],
@@ -204,6 +204,7 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_fsdp_is_counted_to_hold_what_two_processes_hold(
     launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str], root: Path, tmp_path: Path
 ) -> None:

@@ -330,6 +330,7 @@ def test_a_ddpm_is_distilled_by_consistency_and_sampled_by_lcm_in_plain_diffuser
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.drill
 def test_a_zero_snr_ddpm_without_text_is_distilled_without_guidance(
     distill: Callable[..., str], run_with: Callable[..., Path], tmp_path: Path
 ) -> None:
