@@ -137,6 +137,7 @@ def test_ctrl_c_saves_and_continues_even_past_a_damaged_checkpoint(
     assert not (folder / "stage1").exists()
 
 
+@pytest.mark.drill
 def test_torchrun_starts_two_processes_that_find_each_other(launch_python: Start, finish: Finish) -> None:
     """What two processes train, the other tests hold with forked ones, which get the same environment."""
     assert finish(launch_python(*TORCHRUN, "tests/end_to_end/world.py", 2)).count("a world of 2") == 2

@@ -102,9 +102,9 @@ def test_alignment_to_a_pretrained_encoder_improves_and_codebook_statistics_are_
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
     settings, index = drawings(
-        "stage1.steps=60",
+        "stage1.steps=40",
         "stage1.model=vq-f4-small",
-        "stage1.channels=[16, 32]",
+        "stage1.channels=[8, 16]",
         "stage1.norm_num_groups=8",
         "stage1.codes=32",
         "stage1.revive=20",

@@ -45,7 +45,7 @@ def apply(conditions: Conditions, n: torch.Tensor, **options: Any) -> tuple[Cond
     return conditions(batch(n, **options), torch.zeros(len(n), 4, 8, 8), TextEmbedding(torch.ones(len(n), 2, 3)))
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("rate", [0.0, pytest.param(0.1, marks=pytest.mark.drill), 0.5])
 def test_captions_and_classes_are_dropped_at_the_same_positions_and_at_their_rate(
     conditions: BuildConditions, rate: float
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,16 +299,16 @@ def train_exactly(
 
 @pytest.fixture(scope="module")
 def trained(train_exactly: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the RUNS that a single process trained, and two with DDP and FSDP; and runs that FSDP began."""
+    """A folder with the RUNS that a single process trained, and two with DDP; and one that FSDP began.
+
+    What FSDP trained for two of four steps is continued by FSDP, DDP and a single process.
+    """
     folder = tmp_path_factory.mktemp("processes")
-    again = {
-        "first half": (*RUNS[ALL_LEARNED], "stage2.steps=2", f"run.dir={folder / 'fsdp/resumed'}"),
-        "resumed": RUNS[ALL_LEARNED],
-        "half": (*RUNS[ALL_LEARNED], "stage2.steps=2"),
-    }
-    train_exactly(folder / "fsdp", {name: RUNS[name] for name in TWO_PROCESSES["fsdp"]} | again)
+    train_exactly(folder / "fsdp", {"half": (*RUNS[ALL_LEARNED], "stage2.steps=2")})
+    for copy in ("single/half", "ddp/half", f"fsdp/{ALL_LEARNED}"):
+        shutil.copytree(folder / "fsdp/half", folder / copy)
+    train_exactly(folder / "fsdp", {ALL_LEARNED: RUNS[ALL_LEARNED]})
     for name in ("single", "ddp"):
-        shutil.copytree(folder / "fsdp/half", folder / name / "half")
         train_exactly(folder / name, {**RUNS, "half": RUNS[ALL_LEARNED]})
     return folder
 
@@ -323,14 +323,12 @@ def assert_close(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["ddp", "fsdp", pytest.param("the rest of fsdp", marks=pytest.mark.drill)])
-def test_two_processes_train_and_validate_as_a_single_one_does(
-    trained: Path, train_exactly: Callable[..., None], processes: str
-) -> None:
-    names = TWO_PROCESSES.get(processes, tuple(RUNS.keys() - TWO_PROCESSES["fsdp"]))
-    if processes not in TWO_PROCESSES:
-        train_exactly(trained / "fsdp", {name: RUNS[name] for name in names})
-        processes = "fsdp"
+@pytest.mark.parametrize("processes", TWO_PROCESSES)
+def test_two_processes_train_and_validate_as_a_single_one_does(trained: Path, processes: str) -> None:
+    assert_equal_runs(trained, processes, TWO_PROCESSES[processes])
+
+
+def assert_equal_runs(trained: Path, processes: str, names: Iterable[str]) -> None:
     for name in names:
         single, run = trained / "single" / name, trained / processes / name
         assert_close(run, single)
@@ -357,10 +355,18 @@ def test_fsdp_gives_each_process_half_of_the_weights(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_resumes_sharded_or_not(trained: Path) -> None:
-    for part, values in last_checkpoint(trained / "fsdp" / ALL_LEARNED)[0].items():
-        resumed = last_checkpoint(trained / "fsdp/resumed")[0][part]
-        assert values.keys() == resumed.keys()
-        assert all(torch.equal(resumed[key], value) for key, value in values.items())
     for processes in ("single", "ddp"):
         assert last_checkpoint(trained / processes / "half")[1]["step"] == 4
         assert_close(trained / processes / "half", trained / "single" / ALL_LEARNED)
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_fsdp_trains_every_run_as_a_single_process_does(trained: Path, train_exactly: Callable[..., None]) -> None:
+    names = RUNS.keys() - TWO_PROCESSES["fsdp"]
+    train_exactly(trained / "fsdp", {**{name: RUNS[name] for name in names}, "uninterrupted": RUNS[ALL_LEARNED]})
+    assert_equal_runs(trained, "fsdp", names)
+    for part, values in last_checkpoint(trained / "fsdp/uninterrupted")[0].items():
+        resumed = last_checkpoint(trained / "fsdp" / ALL_LEARNED)[0][part]
+        assert values.keys() == resumed.keys()
+        assert all(torch.equal(resumed[key], value) for key, value in values.items())

@@ -176,7 +176,7 @@ ODES = [
 
 
 @pytest.mark.parametrize("process", ODES, ids=str)
-@pytest.mark.parametrize("std", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("std", [0.5, pytest.param(1.0, marks=pytest.mark.drill), 1.5])
 def test_the_probability_flow_odes_density_of_gaussian_data_equals_its_closed_form(
     process: DiffusionProcess, std: float
 ) -> None:
