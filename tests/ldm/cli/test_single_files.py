@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stable_diffusion import PIPELINES
 
 from ldm.cli import export
+from ldm.sampling.loop import initial_noise
 from ldm.sampling.pipeline import LatentDiffusion
 from scripts import txt2img
 
@@ -23,15 +25,23 @@ def pixels(call: Callable[..., str], out: Path, *options: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", PIPELINES)
-def test_a_single_file_makes_the_image_of_its_folder_and_again_remakes_it(
+def test_folder_and_file_make_the_images_of_diffusers_in_three_sizes_and_again_remakes_them(
     layout: str, pipeline_dirs: dict[str, Path], call: Callable[..., str], tmp_path: Path
 ) -> None:
     folder, file = pipeline_dirs[layout], tmp_path / "model.safetensors"
     call(export.main, folder, "--to", "single-file", "--out", file)
-    expected = pixels(call, tmp_path / "folder.png", "--model", folder)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    models = [LatentDiffusion.load(folder, "cpu"), LatentDiffusion.load(file, "cpu", str(folder))]
+    for width, height in ((16, 16), (32, 16), (24, 40)):
+        options = {"negative_prompt": "blue", "num_inference_steps": 3, "guidance_scale": 3.0}
+        noise = initial_noise((4, height // 2, width // 2), [5])
+        (expected,) = pipe("owl", width=width, height=height, latents=noise, **options).images
+        assert expected.size == (width, height)
+        assert np.std(expected) > 1
+        for model in models:
+            (image,) = model("owl", seed=5, size=(width, height), **options)
+            assert np.abs(np.subtract(image, expected, dtype=int)).max() <= 1
     image = pixels(call, tmp_path / "file.png", "--model", file, "--base", folder)
-    assert image.std() > 1
-    assert np.abs(image - expected).max() <= 1
     call(txt2img.main, "--again", tmp_path / "file.png", "--out", tmp_path / "again.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), image)
 
