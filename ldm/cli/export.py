@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = in_precision(LatentDiffusion(**pipeline_io.read(name, "model", args.base)), DTYPES[args.precision])
     if args.to == "diffusers":
         model.save(args.out)
-        written = DiffusionPipeline.from_pretrained(args.out, safety_checker=None, torch_dtype=torch.float32)
+        absent = {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(args.out) else {}
+        written = DiffusionPipeline.from_pretrained(args.out, dtype=torch.float32, **absent)
     else:
         layout = write_single_file(model, args.out)
         written = read_single_file(model, args.out, args.base or name)

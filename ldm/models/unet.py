@@ -181,7 +181,7 @@ def _from_diffusers(name: str, kind: type[UNet]) -> UNet:
         if config.get("_class_name", kind.__name__) != kind.__name__:
             raise UserError(f"{key}: {name} has a {config['_class_name']}; stage2.conditions need {kind.__name__}")
         unet, loading_info = load_variant(
-            kind.from_pretrained, name, subfolder, output_loading_info=True, torch_dtype=torch.float32
+            kind.from_pretrained, name, subfolder, output_loading_info=True, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         reason = first_line(error)
