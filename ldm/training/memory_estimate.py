@@ -95,21 +95,15 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     exported = all_weights if sharded else 0
     kept = gradients if processes > 1 and not sharded else 0  # DDP keeps what it sums gradients in
 
-    unet_inputs, precision = (
-        partial(_unet_inputs, config, text),
-        "bf16" if config.run.precision == "auto" else config.run.precision,
-    )
+    unet_inputs = partial(_unet_inputs, config, text)
+    precision = "bf16" if config.run.precision == "auto" else config.run.precision
     encoded, sampled, decoded, overlap = _batch_sizes(config, processes, accumulation.images)
     encoding, decoding = autoencoder_memory(vae, config, encoded, decoded)
     training = unet_memory(unet, partial(unet_inputs, accumulation.images), precision, stage.gradient_checkpointing)
     sampling = sum(unet_memory(unet, partial(unet_inputs, sampled), "no", training=False))  # not under autocast
     if (data.cache == "none" or data.streaming) and encoding > sum(training):  # just before a pass
         training = Peak(0, encoding)
-    between = [(exported, sampling, "sampling"), (exported, decoding, "decoding images")]
-    if overlap:
-        between.append((exported, sampling + decoding, "decoding images while sampling others"))
-    between.append((0, encoding, "encoding images"))
-    exported, largest, activity = max(between, key=lambda memory: memory[0] + memory[1])
+    exported, largest, activity = _largest_between_steps(exported, sampling, decoding, encoding, overlap)
 
     recomputed = ", computed again in the backward pass" if stage.gradient_checkpointing else ""
     frozen, vaes = 4 * text.frozen, 4 * sum(p.numel() for p in vae.parameters())
@@ -133,6 +127,17 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     return MemoryEstimate(
         tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text, sharded))
     )
+
+
+def _largest_between_steps(
+    exported: int, sampling: int, decoding: int, encoding: int, overlap: bool
+) -> tuple[int, int, str]:
+    """What takes most memory between steps: the weights that are exported for it, its own memory, and its name."""
+    activities = [(exported, sampling, "sampling"), (exported, decoding, "decoding images")]
+    if overlap:
+        activities.append((exported, sampling + decoding, "decoding images while sampling others"))
+    activities.append((0, encoding, "encoding images"))
+    return max(activities, key=lambda memory: memory[0] + memory[1])
 
 
 def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> Iterator[str]:

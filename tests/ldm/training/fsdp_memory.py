@@ -43,8 +43,8 @@ def train_step() -> list[tuple[int, int]]:
             condition = Condition(text=torch.zeros(count, 16, 384))
             output = trainer.model(torch.zeros(count, channels, side, side), torch.zeros(count).long(), condition)
             trainer.backward(output.square().mean())
-            whole = [param.unsharded_param.grad for module in blocks for param in fsdp_params(module)]
-            gradients.append((num_bytes(whole), num_bytes(p.grad for p in trainer.parameters)))
+            unsharded = [param.unsharded_param.grad for module in blocks for param in fsdp_params(module)]
+            gradients.append((num_bytes(unsharded), num_bytes(p.grad for p in trainer.parameters)))
             trainer.optimizer_step()
     return gradients
 
