@@ -59,13 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
     model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
+    enlarges = "upscale" in settings.stage2.conditions
+    if (model.task == "upscale") != enlarges or model.task == "inpaint":
+        does = {"generate": "makes images from text", "inpaint": "completes images", "upscale": "enlarges images"}
+        what = "a super-resolution model" if enlarges else "a text-to-image model"
+        raise UserError(f"--model: {args.model} {does[model.task]}; {args.run} measures {what}")
+    if not enlarges and args.noise_level != Sampling.noise_level:
+        raise UserError("--noise-level: this model enlarges no image; leave it out")
     is_default = not args.model and options == Sampling()
     metrics: dict[str, Any] = {
         "steps": options.num_inference_steps or model.steps,
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
     }
-    evaluate = _evaluate_enlarging if "upscale" in settings.stage2.conditions else _evaluate_prompts
+    evaluate = _evaluate_enlarging if enlarges else _evaluate_prompts
     metrics |= evaluate(args, model, records, settings.data.size, options, is_default)
     if is_default:
         (args.run / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -108,7 +115,11 @@ def _evaluate_enlarging(
     """How well a super-resolution model enlarges the held-out images, or training images where there are none."""
     splits = records.column("split").tolist()
     held_out = [i for i, split in enumerate(splits) if split != "train"]
+    if len(held_out) < 2:  # a distance between sets of images needs two
+        held_out = []
     numbers = (held_out or [*range(len(records))])[: args.count]
+    if len(numbers) < 2:
+        raise UserError(f"{args.run}: its data have a single image; enlarging is measured on two or more")
     real, captions = _real_images(records, numbers, side), [records[i].captions[0] for i in numbers]
     metrics, enlarged = compare_enlarging(model, real, captions, args.seed, options)
     print(
@@ -142,7 +153,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     noise_level = "on what a super-resolution model enlarges, 0 to 349; default: 20"
     parser.add_argument("--noise-level", type=int, default=Sampling.noise_level, help=noise_level)
     parser.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
-    parser.add_argument("--sheet", type=Path, help="a row of some of the images, .png")
+    parser.add_argument("--sheet", type=Path, help="some of the images, .png")
     args = parser.parse_args(arguments)
     if args.count < 2:
         raise UserError(f"--count: {args.count}; give 2 or more")
@@ -155,7 +166,7 @@ def _run_settings(run: Path) -> Config:
     if settings.stage2.conditions not in (("text",), ("text", "upscale")):
         conditions = ", ".join(settings.stage2.conditions) or "no conditions"
         raise UserError(
-            f"{run}: its model has {conditions}, and this measures how prompts are followed; "
+            f"{run}: its model has {conditions}, and this measures prompt following or enlarging; "
             f"python -m stage2_diffusion.likelihood {run} measures every model"
         )
     return settings

@@ -63,8 +63,8 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     jobs = [Job.from_recipe(recipe)] if recipe else on_main(lambda: jobs_from(args))
     check_arguments(args, len(jobs))
     options, upscaling = sampling_options(args), upscaler_options(args)
-    model = _load_model(args, state, args.model, args.base)
-    upscaler = _load_model(args, state, args.upscaler) if getattr(args, "upscaler", None) else None
+    model = _load_model(args, state, "model", args.base)
+    upscaler = _load_model(args, state, "upscaler") if getattr(args, "upscaler", None) else None
     guides = {
         "weaker": args.weaker and load_weaker_unet(model, args.weaker),
         "classifier": args.classifier and NoisyClassifier.load(args.classifier, model.device),
@@ -76,7 +76,7 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         _check_recipe(recipe, args, model, weights)
     elif not args.cut_prompts:
         check_prompts(model.text, jobs, args.negative)
-        check_prompts(upscaler.text if upscaler else None, jobs, args.negative)
+        check_prompts(upscaler.text if upscaler else None, jobs, args.negative, "upscaler")
     inputs = prepare_inputs(model, args)
     options |= _fill_defaults(args, SAMPLING, model) | guides
     if recipe:  # options without effect were not always refused
@@ -120,10 +120,13 @@ def _fill_defaults(args: argparse.Namespace, fields: Mapping[str, str], model: L
     return {field: defaults[field] for field in missing.values()}
 
 
-def _load_model(args: argparse.Namespace, state: PartialState, name: str, base: str | None = None) -> LatentDiffusion:
+def _load_model(
+    args: argparse.Namespace, state: PartialState, argument: str, base: str | None = None
+) -> LatentDiffusion:
     """On `--device` if this process may choose: if it is the only one, or the device has a number."""
     may_choose = args.device and (state.num_processes == 1 or ":" in args.device)
-    return LatentDiffusion.load(name, args.device if may_choose else state.device, base)
+    device = args.device if may_choose else state.device
+    return LatentDiffusion.load(getattr(args, argument), device, base, f"--{argument}")
 
 
 def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: LatentDiffusion, weights: str) -> None:
@@ -132,8 +135,9 @@ def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: Laten
         made_on = f"made on {recipe['device']} with torch {recipe['torch']}"
         print(f"{made_on}; here the last bits may differ", file=sys.stderr)
     if recipe["weights"] != weights:
-        paths = ", ".join(path for path in (getattr(args, model, None) for model in MODELS) if path)
-        raise UserError(f"--again: {paths}: other weights than those that made it; name these with --model")
+        models = {f"--{name}": path for name in MODELS if name != "base" and (path := getattr(args, name, None))}
+        paths, flags = ", ".join(models.values()), ", ".join(models)
+        raise UserError(f"--again: {paths}: other weights than those that made it; name these with {flags}")
 
 
 def _request(jobs: Sequence[Job], inputs: dict[str, Any], options: Sampling) -> SamplingRequest:

@@ -86,14 +86,14 @@ def read_prompts(name: str) -> list[str]:
     return prompts
 
 
-def check_prompts(encoder: AnyTextEncoder | None, jobs: Sequence[Job], negative: str) -> None:
-    """UserError if a prompt is longer than the text encoder reads."""
+def check_prompts(encoder: AnyTextEncoder | None, jobs: Sequence[Job], negative: str, model: str = "model") -> None:
+    """UserError if a prompt is longer than the text encoder of `model` reads."""
     options = {negative: "--negative"} | {job.prompt: "--prompt" for job in jobs}
     for prompt, option in options.items():
         if encoder and prompt and (unread := encoder.unread(prompt)):
             start = prompt if len(prompt) < 40 else f"{prompt[:39]}…"
             raise UserError(
-                f"{option}: {start!r} is longer than the model's {encoder.length} tokens; ignored would be "
+                f"{option}: {start!r} is longer than the {model}'s {encoder.length} tokens; ignored would be "
                 f"{unread!r}; shorten it, or give --cut-prompts"
             )
 

@@ -42,6 +42,7 @@ UPSCALER = {
     "upscaler_noise_level": "noise_level",
 }
 """Arguments of a cascade's second model, and the fields of `Sampling` that they set."""
+UPSCALER_FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in UPSCALER.items()}
 FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in SAMPLING.items()} | {
     "prompt": "--prompt",
     "labels": "--label",
@@ -49,6 +50,7 @@ FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in SAMPLING.items(
     "animation": "--animate",
     "recipe": "--again",
     "upscaler": "--upscaler",
+    **{f"upscaler's {field}": flag for field, flag in UPSCALER_FLAGS.items()},
     **{name: f"--{name}" for name in ("count", "seed", "batch", "size", "image", "mask", "classifier", "precision")},
 }
 """The first words of `ldm.sampling`'s errors, and the flags that they stand for."""
@@ -56,9 +58,6 @@ INPUT_IMAGES = ("image", "mask")
 MODELS = ("model", "base", "weaker", "classifier", "upscaler")
 SHEET_SUFFIXES = (".png", ".jpg", ".webp")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
-
-
-UPSCALER_FLAGS = {field: f"--{name.replace('_', '-')}" for name, field in UPSCALER.items()}
 
 
 @contextmanager

@@ -14,9 +14,16 @@ from ldm.models.conditioning import downsample
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 
+BATCH = 16  # images
+
 
 def enlarge(
-    model: LatentDiffusion, small: torch.Tensor, prompts: Sequence[str], seed: int, options: Sampling, batch: int = 16
+    model: LatentDiffusion,
+    small: torch.Tensor,
+    prompts: Sequence[str],
+    seed: int,
+    options: Sampling,
+    batch: int = BATCH,
 ) -> torch.Tensor:
     """Small images `(N, 3, h, w)` in [-1, 1] → `(N, 3, H, W)`, the i-th from the noise of `seed + i`."""
     parts = []
@@ -47,6 +54,6 @@ def compare_enlarging(
 
 def _metrics(autoencoder: Autoencoder, real: torch.Tensor, enlarged: torch.Tensor) -> dict[str, float]:
     return {
-        **reconstruction([(real, enlarged)]),
+        **reconstruction(zip(real.split(BATCH), enlarged.split(BATCH), strict=True)),
         "Fréchet distance of latents": frechet_distance(autoencoder, real, enlarged),
     }

@@ -43,7 +43,7 @@ class Cascade:
         try:
             self._enlarging(request, [blank]).check(self.upscaler)
         except UserError as error:
-            raise UserError(f"upscaler: its {error}") from None
+            raise UserError(f"upscaler's {error}") from None
 
     def optimize_for_inference(self, precision: str = "auto", compile: str = "no") -> Cascade:
         """As `LatentDiffusion.optimize_for_inference`, for both models."""
@@ -59,12 +59,15 @@ class Cascade:
         ready: Callable[[int, list[Image.Image]], None] | None = None,
     ) -> list[Image.Image]:
         """As `LatentDiffusion.generate`; `callback` is called after each step of both models."""
+        if batch < 1:
+            raise UserError(f"batch: {batch}; give 1 or more")
         self.check(request)
         inputs, images = request.resolve(self.base), list[Image.Image]()
         for start in range(0, request.number, batch):
-            part = inputs.of(slice(start, start + batch)).request()
+            rows = slice(start, start + batch)
+            part, cascade = inputs.of(rows).request(), replace(self, options=self.options.of(rows))
             generated = self.base.generate(part, batch, callback)
-            enlarged = self.upscaler.generate(self._enlarging(part, generated), batch, callback)
+            enlarged = self.upscaler.generate(cascade._enlarging(part, generated), batch, callback)
             if ready:
                 ready(start, enlarged)
             else:
@@ -74,4 +77,4 @@ class Cascade:
     def _enlarging(self, request: SamplingRequest, images: list[Image.Image]) -> SamplingRequest:
         """What the upscaler does with the images that the first model made of a request."""
         options = replace(self.options, negative_prompt=request.options.negative_prompt)
-        return replace(request, labels=None, image=images, size=None, options=options)
+        return replace(request, labels=None, image=images, mask=None, size=None, options=options)

@@ -96,14 +96,19 @@ class LatentDiffusion:
 
     @classmethod
     def load(
-        cls, name: str | Path, device: str | torch.device | None = None, base: str | None = None
+        cls,
+        name: str | Path,
+        device: str | torch.device | None = None,
+        base: str | None = None,
+        option: str = "--model",
     ) -> LatentDiffusion:
         """Loads a diffusers folder or Hub id: Stable Diffusion 1, 2 or XL, an unconditional one, or one of `save`.
 
         Or one file of Stable Diffusion 1, 2 or XL, whose configuration and tokenizers are those of `base`, a folder or
-        Hub id of the same family; default: the published one. Weights are read from safetensors only.
+        Hub id of the same family; default: the published one. Weights are read from safetensors only. `option` is what
+        errors call the name.
         """
-        model = cls(**pipeline_io.read(name, base=base))
+        model = cls(**pipeline_io.read(name, option, base))
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> LatentDiffusion:

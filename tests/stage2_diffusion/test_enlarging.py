@@ -40,8 +40,15 @@ def test_the_upscaler_and_bicubic_enlarging_get_the_same_small_images(
 
 @pytest.mark.slow
 def test_a_run_keeps_its_figures_and_shows_its_images(
-    root: Path, tmp_path: Path, small: list[str], vae: Autoencoder, call: Callable[..., str]
+    root: Path,
+    tmp_path: Path,
+    small: list[str],
+    vae: Autoencoder,
+    call: Callable[..., str],
+    random_model: Callable[..., LatentDiffusion],
 ) -> None:
+    text_model = tmp_path / "text"
+    random_model("text").save(text_model)
     run = tmp_path / "run"
     vae.save(tmp_path / "vae")
     keys = ["stage2.conditions=[text, upscale]", f"stage1.pretrained={tmp_path / 'vae'}", "stage2.steps=1"]
@@ -52,6 +59,7 @@ def test_a_run_keeps_its_figures_and_shows_its_images(
     assert all(figures[name].keys() >= {"psnr", "ssim"} for name in ("bicubic", "upscaler"))
     assert "upscaler psnr" in (run / "README.md").read_text()
     assert Image.open(run / "enlarged.png").width > 4 * 128
+    assert "measures a super-resolution model" in call(evaluate.main, run, "--model", text_model, status=2)
     before = (run / "evaluation.json").read_bytes()
     assert "upscaler" in call(evaluate.main, run, "--count", 9, "--noise-level", 100, "--sheet", tmp_path / "sheet.png")
     assert (run / "evaluation.json").read_bytes() == before

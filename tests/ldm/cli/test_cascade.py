@@ -57,7 +57,8 @@ def test_again_reproduces_an_image_of_a_cascade_bit_for_bit(call: Call, model_di
 
 def test_batches_do_not_change_which_image_is_enlarged(random_model: Callable[..., LatentDiffusion]) -> None:
     """Up to rounding, whose order depends on the batch."""
-    cascade = Cascade(random_model("text"), random_model("text", "upscale"), Sampling(noise_level=5))
+    options = Sampling(noise_level=5, guidance_scale=[1.0, 2.0, 3.0])
+    cascade = Cascade(random_model("text"), random_model("text", "upscale"), options)
     toward = Interpolation(["a cat", "a cat", "an owl"], [7, 8, 9], [0.0, 0.5, 0.9])
     request = SamplingRequest(["red heart"], count=3, toward=toward)
     together, steps = cascade.generate(request), list[int]()
@@ -74,8 +75,9 @@ def test_batches_do_not_change_which_image_is_enlarged(random_model: Callable[..
         ("", "text,upscale", ("--count", 2), "--upscaler: it reads text, and the first model none"),
         ("text", "", ("--upscaler-steps", 3), "--upscaler-steps: is for an upscaler, and there is none"),
         ("text", "text,upscale", ("--upscaler-noise-level", 350), "--upscaler-noise-level: 350; give 0 to 349"),
-        ("text", "text,upscale", ("--upscaler-steps", 2000), "--upscaler: its num_inference_steps: 2000"),
+        ("text", "text,upscale", ("--upscaler-steps", 2000), "--upscaler-steps: 2000; "),
         ("text", "text,upscale", ("--animate", "a.gif"), "--animate: shows the steps of one model"),
+        ("text", "", ("--upscaler", "runs/typo"), "--upscaler: can't load a pipeline from 'runs/typo'"),
         ("text,upscale", "text,upscale", (), "needs an image; use upscale.py"),
     ],
 )
