@@ -143,7 +143,7 @@ def _largest_between_steps(
 def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> Iterator[str]:
     yield "CUDA itself, workspaces of its libraries, fragmentation; leave 2 GB"
     if config.stage2.text and not (text.frozen or text.trained):
-        yield f"the text encoder, {config.text.model}, which is not here"
+        yield f"the text encoder, {config.text.model}, whose size is not known here"
     elif text.trained:
         yield f"activations{' and gathered blocks' if sharded else ''} of the text encoder, which is trained too"
     if config.stage2.attention_backend == "eager":

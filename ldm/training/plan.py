@@ -108,7 +108,7 @@ NO_TEXT = TextEncoderSizes(0, 0, 0, ())
 @cache
 def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
     """Loads the text encoder where it is on this machine, or where `text.width` is not set."""
-    if config.width and not Path(config.base or config.model).is_dir():
+    if config.width and not (Path(config.base or config.model).is_dir() and Path(config.model).exists()):
         length = config.max_tokens * config.chunks if config.max_tokens else "all its"
         frozen = 0 if config.train else CLIP.get(config.model, 0)
         return TextEncoderSizes(config.width, length, frozen, (), config.pooled_width or 0)
