@@ -78,7 +78,7 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
         check_prompts(model.text, jobs, args.negative)
         check_prompts(upscaler.text if upscaler else None, jobs, args.negative, "upscaler")
     inputs = prepare_inputs(model, args)
-    options |= _fill_defaults(args, SAMPLING, model) | guides
+    options |= _fill_defaults(args, SAMPLING, model, args.solver) | guides
     if recipe:  # options without effect were not always refused
         for name in _request(jobs, inputs, Sampling(**options)).without_effect(model):
             del options[name]
@@ -109,10 +109,12 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     state.destroy_process_group()
 
 
-def _fill_defaults(args: argparse.Namespace, fields: Mapping[str, str], model: LatentDiffusion) -> dict[str, Any]:
+def _fill_defaults(
+    args: argparse.Namespace, fields: Mapping[str, str], model: LatentDiffusion, solver: str | None = None
+) -> dict[str, Any]:
     """Sets the defaults of arguments that are not given, so that the recipe keeps them; returns those set."""
     defaults: dict[str, Any] = {"guidance_scale": model.guidance, "noise_level": Sampling.noise_level}
-    if fields is UPSCALER or args.solver != "ddpm":  # which takes all steps of the chain
+    if solver != "ddpm":  # which takes all steps of the chain
         defaults["num_inference_steps"] = model.steps
     missing = {name: field for name, field in fields.items() if field in defaults and getattr(args, name, 0) is None}
     for name, field in missing.items():

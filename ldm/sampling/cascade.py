@@ -59,17 +59,14 @@ class Cascade:
         ready: Callable[[int, list[Image.Image]], None] | None = None,
     ) -> list[Image.Image]:
         """As `LatentDiffusion.generate`; `callback` is called after each step of both models."""
-        if batch < 1:
-            raise UserError(f"batch: {batch}; give 1 or more")
         self.check(request)
-        inputs, images = request.resolve(self.base), list[Image.Image]()
-        for start in range(0, request.number, batch):
-            rows = slice(start, start + batch)
-            part, cascade = inputs.of(rows).request(), replace(self, options=self.options.of(rows))
+        images: list[Image.Image] = []
+        for rows, inputs in request.resolve(self.base).batches(batch):
+            part, cascade = inputs.request(), replace(self, options=self.options.of(rows))
             generated = self.base.generate(part, batch, callback)
             enlarged = self.upscaler.generate(cascade._enlarging(part, generated), batch, callback)
             if ready:
-                ready(start, enlarged)
+                ready(rows.start, enlarged)
             else:
                 images += enlarged
         return images

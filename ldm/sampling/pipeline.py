@@ -236,8 +236,6 @@ class LatentDiffusion:
         ready: Callable[[int, list[Image.Image]], None] | None = None,
     ) -> list[Image.Image]:
         """The images of a request; the arguments are those of a call, in one object."""
-        if batch < 1:
-            raise UserError(f"batch: {batch}; give 1 or more")
         inputs = request.resolve(self)
 
         def finish(
@@ -252,10 +250,9 @@ class LatentDiffusion:
 
         batches: list[Future[list[Image.Image]]] = []
         with BackgroundWorker(self.device) as worker:
-            for start in range(0, len(inputs.seeds), batch):
-                part = inputs.of(slice(start, start + batch))
+            for rows, part in inputs.batches(batch):
                 latents = self._sample(part.padded(self.multiple // self.upscale_factor), callback)
-                batches.append(worker.submit(finish, start, latents, part.image, part.mask))
+                batches.append(worker.submit(finish, rows.start, latents, part.image, part.mask))
                 for finished in filter(Future.done, batches):
                     finished.result()  # raises its error before more is sampled
         return [image for finished in batches for image in finished.result()]

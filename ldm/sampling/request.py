@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,14 @@ class SamplingInputs:
             self.toward and self.toward.of(part),
             self.options.of(part),
         )
+
+    def batches(self, size: int) -> Iterator[tuple[slice, SamplingInputs]]:
+        """Parts of at most `size` images, each with its place; UserError if `size` is below 1."""
+        if size < 1:
+            raise UserError(f"batch: {size}; give 1 or more")
+        for start in range(0, len(self.seeds), size):
+            rows = slice(start, start + size)
+            yield rows, self.of(rows)
 
     def request(self) -> SamplingRequest:
         """The request of these images."""
