@@ -34,6 +34,7 @@ INTRODUCTIONS = {
     "text": "The text encoder. [The U-Net](../guides/unet.md#text-encoders) explains them.",
     "stage1": "Stage one trains the autoencoder. [The autoencoder](../guides/autoencoder.md) explains them.",
     "stage2": "Stage two trains the U-Net. [The U-Net](../guides/unet.md) explains them.",
+    "finetune": "What of a loaded model is trained. [Fine-tuning](../guides/fine-tuning.md) explains them.",
     "sample": "Solver, steps and prompts of the sample grids, and what the exported pipeline remembers.",
 }
 COMMANDS = {  # sections with a command of their own, whose keys have no prefix: `steps=3000`
@@ -137,7 +138,7 @@ def _tables(section: Any, prefix: str) -> Iterator[str]:
         key = prefix + name
         if inner := _section_in(field.annotation):
             nested.append((key, inner))
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+        default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         rows.append(
             f"| `{key}` | {_type(field.annotation, key, field.metadata)} | {default} | {_line(field.description)} |\n"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import ImageColor
 
 if TYPE_CHECKING:
-    from ldm.config.schema import ClassifierConfig, Config, DistillConfig, Stage1Config, Stage2Config
+    from ldm.config.schema import ClassifierConfig, Config, DistillConfig, FinetuneConfig, Stage1Config, Stage2Config
 
 Checked = TypeVar("Checked")
 
@@ -220,6 +220,52 @@ STAGE2 = (
 )
 
 
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def adapter_keys_need_an_adapter(finetune: FinetuneConfig) -> None:
+    if finetune.adapter:
+        return
+    for key in ("rank", "alpha", "dropout", "targets", "rank_pattern", "text_encoder", "merge"):
+        if key in finetune.model_fields_set:
+            raise ValueError(f"{key}: is of lora, dora, lokr and loha, and kind is {finetune.kind}; leave it out")
+    if finetune.base_precision != "no" and finetune.kind == "full":
+        raise ValueError(f"base_precision: {finetune.base_precision}, but kind full freezes no weights; leave it out")
+
+
+def dropout_is_of_lora(finetune: FinetuneConfig) -> None:
+    if finetune.dropout and finetune.kind not in ("lora", "dora"):
+        raise ValueError(f"dropout: is of lora and dora, and kind is {finetune.kind}; leave it out")
+
+
+def inversion_has_a_token(finetune: FinetuneConfig) -> None:
+    if finetune.kind == "inversion":
+        if not finetune.token or len(finetune.token.split()) != 1:
+            raise ValueError(f"token: {finetune.token!r}; give the new word that captions contain, such as <cat-toy>")
+        if not finetune.initializer.strip():
+            raise ValueError("initializer: give words that the new one starts from, such as toy")
+        return
+    for key in ("token", "initializer", "vectors"):
+        if key in finetune.model_fields_set:
+            raise ValueError(f"{key}: is of inversion, and kind is {finetune.kind}; leave it out")
+
+
+def prior_keys_need_a_prior_weight(finetune: FinetuneConfig) -> None:
+    for key in ("class_prompt", "class_images", "num_class_images"):
+        if key in finetune.model_fields_set and finetune.prior_weight is None:
+            raise ValueError(f"{key}: is of prior preservation; set prior_weight, 1 is usual, or leave it out")
+    if finetune.class_images and "num_class_images" in finetune.model_fields_set:
+        raise ValueError("num_class_images: counts images that are drawn, and class_images are given; leave it out")
+
+
+FINETUNE = (
+    adapter_keys_need_an_adapter,
+    dropout_is_of_lora,
+    inversion_has_a_token,
+    prior_keys_need_a_prior_weight,
+)
+
+
 # ---------------------------------------------------------------------------------------- distillation and classifier
 
 
@@ -404,8 +450,42 @@ def prompts_are_not_empty(config: Config) -> None:
             raise ValueError("sample.prompts: an empty prompt; write what the image shows")
 
 
+def finetuning_has_a_model(config: Config) -> None:
+    finetune = config.finetune
+    if finetune.kind != "full" and not config.stage2.init_from:
+        raise ValueError(f"stage2.init_from: finetune.kind {finetune.kind} changes a model; name it")
+    if finetune.kind == "inversion" and not config.stage2.text:
+        raise ValueError("finetune.kind: inversion learns a word, and stage2.conditions have no text")
+    if finetune.text_encoder and not config.stage2.text:
+        raise ValueError("finetune.text_encoder: there is no text in stage2.conditions; leave it out")
+    if finetune.kind != "full" and config.text.train:
+        raise ValueError(
+            f"text.train: trains all of the text encoder, and finetune.kind is {finetune.kind}; "
+            "set finetune.text_encoder, or leave it out"
+        )
+
+
+def frozen_model_has_nothing_else_to_train(config: Config) -> None:
+    stage2 = config.stage2
+    if config.finetune.kind == "full":
+        return
+    for key, is_set in (
+        ("uncond_embedding", stage2.uncond_embedding == "learned"),
+        ("beta_schedule", stage2.beta_schedule == "learned"),
+        ("variance", stage2.variance == "learned"),
+        ("channels_last", stage2.channels_last and config.finetune.base_precision in ("8bit", "4bit")),
+    ):
+        if is_set:
+            raise ValueError(
+                f"stage2.{key}: {getattr(stage2, key)!r} can't be trained with finetune.kind {config.finetune.kind}; "
+                "leave it out, or set finetune.kind=full"
+            )
+
+
 CONFIG = (
     size_is_whole_latents,
+    finetuning_has_a_model,
+    frozen_model_has_nothing_else_to_train,
     tracker_is_known,
     background_is_a_colour,
     sources_go_together,

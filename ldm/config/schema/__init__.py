@@ -6,6 +6,7 @@ from ldm.config.schema.classifier import ClassifierConfig
 from ldm.config.schema.config import Config
 from ldm.config.schema.data import BucketConfig, DataConfig, SourceConfig, as_sources
 from ldm.config.schema.distillation import DistillConfig
+from ldm.config.schema.finetune import ADAPTERS, FinetuneConfig
 from ldm.config.schema.run import RunConfig
 from ldm.config.schema.sample import SOLVERS, SPACINGS, SampleConfig
 from ldm.config.schema.stage1 import AlignConfig, GanConfig, Stage1Config
@@ -14,6 +15,7 @@ from ldm.config.schema.text import TextConfig
 from ldm.config.schema.training import WIDEST, Training
 
 __all__ = [
+    "ADAPTERS",
     "CONDITIONS",
     "FLOW_SOLVERS",
     "SOLVERS",
@@ -26,6 +28,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistillConfig",
+    "FinetuneConfig",
     "GanConfig",
     "RunConfig",
     "SampleConfig",

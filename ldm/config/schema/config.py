@@ -10,6 +10,7 @@ from pydantic import model_validator
 from ldm.config import rules
 from ldm.config.schema.base import Section
 from ldm.config.schema.data import DataConfig
+from ldm.config.schema.finetune import FinetuneConfig
 from ldm.config.schema.run import RunConfig
 from ldm.config.schema.sample import SampleConfig
 from ldm.config.schema.stage1 import Stage1Config
@@ -23,6 +24,7 @@ class Config(Section):
     text: TextConfig = TextConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    finetune: FinetuneConfig = FinetuneConfig()
     sample: SampleConfig = SampleConfig()
 
     @property

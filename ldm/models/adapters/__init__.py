@@ -1,0 +1,1 @@
+"""LoRA and its kin: small trained changes of a frozen network's layers."""

@@ -1,0 +1,103 @@
+"""Adapters in a network, through peft: LoRA (arXiv 2106.09685), DoRA (2402.09353), LoKr and LoHa (LyCORIS, 2309.14859).
+
+A layer's weight W becomes W + scale · ΔW with a ΔW of few parameters; scale is alpha / rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from torch import nn
+
+from ldm.utils.errors import UserError
+
+Kind = Literal["lora", "dora", "lokr", "loha"]
+NAME = "default"  # of the adapter, in peft
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+TRANSFORMERS = ("Transformer2DModel", "Attention", "CLIPEncoderLayer", "BertLayer", "T5Block")
+CONVOLUTIONS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+"""Classes whose layers kohya's names can express; time embedding, first and last convolution stay as they are."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter's form. `alpha` None: as the rank, so that the change is not scaled."""
+
+    kind: Kind = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str = "attention"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+
+def target_layers(network: nn.Module, targets: str) -> list[str]:
+    """Names of the layers that `targets` (`attention`, `linear`, `all`) mean, in the network's order.
+
+    `attention`: the projections of attention layers. `linear`: all linear layers and 1×1 convolutions of transformers.
+    `all`: the convolutions and projections of residual blocks and resampling too.
+    """
+    names = dict(network.named_modules())
+
+    def within(name: str, kinds: tuple[str, ...]) -> bool:
+        parts = name.split(".")
+        parents = (".".join(parts[:i]) for i in range(len(parts)))
+        return any(type(names[parent]).__name__ in kinds for parent in parents if parent in names)
+
+    def fits(name: str, layer: nn.Module) -> bool:
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            return False
+        if targets == "attention":
+            return isinstance(layer, nn.Linear) and name.endswith(tuple(f".{part}" for part in ATTENTION))
+        return within(name, TRANSFORMERS if targets == "linear" else TRANSFORMERS + CONVOLUTIONS)
+
+    return [name for name, layer in names.items() if fits(name, layer)]
+
+
+def add_adapter(network: nn.Module, spec: AdapterSpec, key: str = "finetune") -> list[str]:
+    """Freezes a network, gives its target layers an adapter in float32, and returns their names. Only it is trained.
+
+    The change is 0 at the start; its random factors are drawn from torch's generator. UserError, which names the keys
+    of the section `key`, where no layer is meant, or a pattern of `rank_pattern` matches none.
+    """
+    layers = target_layers(network, spec.targets)
+    if not layers:
+        raise UserError(f"{key}.targets: {spec.targets} matches no layer of the {type(network).__name__}; set another")
+    ranks = dict.fromkeys(layers, spec.rank)
+    for pattern, rank in spec.rank_pattern.items():
+        if not (matched := [name for name in layers if re.search(pattern, name)]):
+            raise UserError(f"{key}.rank_pattern: {pattern!r} matches no layer; one is {layers[0]}")
+        ranks.update(dict.fromkeys(matched, rank))
+    network.requires_grad_(False)
+    inject_adapter_in_model(peft_config(spec, ranks), network, NAME)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return layers
+
+
+def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
+    """peft's configuration for layers of these ranks."""
+    others = {name: rank for name, rank in ranks.items() if rank != spec.rank}
+    alpha = spec.alpha or spec.rank
+    alphas = {} if spec.alpha else dict(others)  # scale 1 everywhere
+    options: dict[str, Any] = {
+        "r": spec.rank,
+        "target_modules": list(ranks),
+        "rank_pattern": {f"^{re.escape(name)}$": rank for name, rank in others.items()},
+        "alpha_pattern": {f"^{re.escape(name)}$": rank for name, rank in alphas.items()},
+    }
+    if spec.kind in ("lora", "dora"):
+        dora = spec.kind == "dora"
+        return LoraConfig(lora_alpha=alpha, lora_dropout=spec.dropout, use_dora=dora, **options)
+    return (LoKrConfig if spec.kind == "lokr" else LoHaConfig)(alpha=alpha, **options)
+
+
+def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapter's tensors in a network, by their names in it."""
+    return ((name, parameter) for name, parameter in network.named_parameters() if f".{NAME}" in name)
