@@ -19,7 +19,8 @@ class Denoiser(nn.Module):
 
     `unet` always; a `null` embedding, the text `encoder`, the `schedule`, the `uncertainty` of each noise level and the
     losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` is the embedding of the
-    empty caption by a frozen encoder; an `encoder` passed here is trained.
+    empty caption by a frozen encoder; an `encoder` passed here is trained. `frozen`: checkpoints keep the trained
+    parameters alone.
     """
 
     empty: torch.Tensor | None
@@ -31,9 +32,10 @@ class Denoiser(nn.Module):
         stage: Stage2Config,
         empty: TextEmbedding | None = None,
         encoder: TextEncoder | None = None,
+        frozen: bool = False,
     ):
         super().__init__()
-        self.unet = unet
+        self.unet, self.frozen = unet, frozen
         self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
         self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder
@@ -73,7 +75,7 @@ class Denoiser(nn.Module):
                 text = torch.where(dropped[:, None, None], self.uncond_embedding(), text)
                 if pooled is not None and self.empty_pooled is not None:
                     pooled = torch.where(dropped[:, None], self.empty_pooled, pooled)
-        return predict(self.unet, x, t, condition._replace(text=text, pooled=pooled))
+        return predict(self.unet, x, t, condition._replace(text=text, pooled=pooled)).float()
 
     def uncond_embedding(self) -> torch.Tensor:
         """The states of no caption, `(T, D)`."""

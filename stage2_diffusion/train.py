@@ -27,6 +27,8 @@ from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.finetune.adapters import add_adapters, base_fingerprint, seed_dropout
+from stage2_diffusion.finetune.deliver import deliver
 from stage2_diffusion.objective import Objective
 from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
@@ -48,15 +50,17 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
+    base = base_fingerprint(config, unet, text)
+    adapted_encoder = add_adapters(config, unet, text) if config.finetune.adapter else None
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
     trained_encoder = text if isinstance(text, TextEncoder) and config.text.train else None
     frozen_encoder = None if trained_encoder else text
     uncond = frozen_encoder.embed([NULL_PROMPT]) if frozen_encoder else None
-    denoiser = Denoiser(unet, stage, uncond, trained_encoder)
+    denoiser = Denoiser(unet, stage, uncond, trained_encoder, frozen=bool(base))
 
     # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
     spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
-    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint()}
+    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint(), **base}
     name = sample_names(train_set, spec)
     trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
     if stage.compile:
@@ -89,6 +93,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             t, importance = objective.draw_timesteps(n)
 
             x_t = objective.noising.add_noise(x0, added, t)
+            seed_dropout(config, n)
             prediction = trainer.model(x_t, objective.noising.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
             loss = (importance * losses).mean()
@@ -105,7 +110,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, trainer, model, data)
     trainer.close()
-    on_main(partial(model.save, config.run.dir / "pipeline"))  # last: where it stands, the stage is finished
+    on_main(partial(deliver, config, model))  # last: where it stands, the stage is finished
 
 
 def pipeline_of(

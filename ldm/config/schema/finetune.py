@@ -54,8 +54,14 @@ class FinetuneConfig(Section):
         return self.kind in ADAPTERS
 
     @property
-    def scale(self) -> float:
-        return (self.alpha or self.rank) / self.rank
+    def deliverable(self) -> str:
+        """The folder of a run's result, which stands last: where it is, the run is finished."""
+        return "lora" if self.adapter else "embeddings" if self.kind == "inversion" else "pipeline"
+
+    @property
+    def deliverables(self) -> tuple[str, ...]:
+        """All folders of a run's result, the last one last."""
+        return ("pipeline", self.deliverable) if self.merge else (self.deliverable,)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
