@@ -69,6 +69,8 @@ def _check_finetuning(config: Config, on_gpu: bool, processes: int) -> None:
     """UserError where a part of a model can't be trained on this machine."""
     finetune = config.finetune
     check_base_precision(finetune.base_precision, on_gpu)
+    if (computed := precision(config.run)) != finetune.base_precision == "fp16" and computed != "no":
+        raise UserError(f"finetune.base_precision: fp16, but run.precision is {computed} here; set both to the same")
     if finetune.kind != "full" and processes > 1 and sharding.sharding_kind() == "deepspeed":
         raise UserError(f"finetune.kind: {finetune.kind} trains with DDP or FSDP here, not with DeepSpeed; take FSDP")
     if finetune.base_precision in QUANTISED and processes > 1 and sharding.sharding_kind() == "fsdp":

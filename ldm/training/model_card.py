@@ -34,7 +34,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     lines = [
         f"# {folder.name}",
         "",
-        f"{_kind(config)} {_usage(config)}" if config.finetune.deliverable == "pipeline" else _adapter(config),
+        f"{_kind(config)} {_usage(config)}" if config.finetune.kind == "full" else _adapter(config),
         "",
         *(["![samples](samples.png)", ""] if grids else []),
         *(["Framed: prompts of held-out images.", ""] if grids and stage2.text and not stage2.image else []),
@@ -60,11 +60,13 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
 
 def _adapter(config: Config) -> str:
     """What a run hands over that changes a frozen model."""
-    finetune, what = config.finetune, "adapter" if config.finetune.adapter else "word"
-    return (
-        f"A {finetune.kind} {what} of {config.stage2.init_from}. The folder `{finetune.deliverable}` has it in the "
-        f"layouts of several programs, and a README that says how to use it."
+    finetune = config.finetune
+    what, folder = ("adapter", "lora") if finetune.adapter else ("word", "embeddings")
+    text = (
+        f"A {finetune.kind} {what} of {config.stage2.init_from}. The folder `{folder}` has it in the layouts of "
+        "several programs, and a README that says how to use it."
     )
+    return f"{text} {_usage(config)}" if finetune.merge else text
 
 
 def _trained(config: Config) -> str:

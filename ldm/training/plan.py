@@ -20,6 +20,7 @@ from ldm.utils.errors import UserError
 
 CLIP = {
     "openai/clip-vit-large-patch14": 123_060_480,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 123_060_480,
     "stabilityai/stable-diffusion-xl-base-1.0": 123_060_480 + 694_659_840,
 }
 """Parameters of text encoders that need not be on this machine: those of Stable Diffusion 1 and XL."""

@@ -56,12 +56,14 @@ class FinetuneConfig(Section):
     @property
     def deliverable(self) -> str:
         """The folder of a run's result, which stands last: where it is, the run is finished."""
-        return "lora" if self.adapter else "embeddings" if self.kind == "inversion" else "pipeline"
+        if self.kind == "full" or self.merge:
+            return "pipeline"
+        return "lora" if self.adapter else "embeddings"
 
     @property
     def deliverables(self) -> tuple[str, ...]:
         """All folders of a run's result, the last one last."""
-        return ("pipeline", self.deliverable) if self.merge else (self.deliverable,)
+        return ("lora", "pipeline") if self.merge else (self.deliverable,)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
