@@ -19,7 +19,8 @@ from ldm.distributed.launch import join, on_main, precision
 from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
-from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder, TextEncoder
+from ldm.models.conditioning import reads_pooled
+from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
 from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -49,7 +50,9 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
-    trained_encoder = text if isinstance(text, TextEncoder) and config.text.train else None
+    trained_encoder = text if config.text.train else None
+    if trained_encoder:
+        trained_encoder.trainable(pooled=reads_pooled(unet))
     frozen_encoder = None if trained_encoder else text
     uncond = frozen_encoder.embed([NULL_PROMPT]) if frozen_encoder else None
     denoiser = Denoiser(unet, stage, uncond, trained_encoder)
