@@ -15,7 +15,7 @@ from ldm.models.conditioning import (
     mask_and_masked_latents,
     noise_augmented,
 )
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import AnyTextEncoder
 from ldm.utils.rng import generator, normal, uniform
 from stage2_diffusion.masks import random_mask
 
@@ -23,10 +23,10 @@ from stage2_diffusion.masks import random_mask
 class Conditions:
     """Builds a batch's conditions, as `stage2.conditions` lists them; random draws depend on positions only.
 
-    Pass an `encoder` only if it trains along with the U-Net: the text is then tokens. `classes` is their number.
+    Pass an `encoder` only if it trains, in part or in full: the text is then tokens. `classes` is their number.
     """
 
-    def __init__(self, config: Config, autoencoder: Autoencoder, encoder: TextEncoder | None, classes: int):
+    def __init__(self, config: Config, autoencoder: Autoencoder, encoder: AnyTextEncoder | None, classes: int):
         self.stage, self.seed = config.stage2, config.run.seed
         self.autoencoder, self.encoder, self.classes = autoencoder, encoder, classes
 
@@ -47,7 +47,7 @@ class Conditions:
                 rates["dropped_class"] = unlabelled.float().mean()
             label = torch.where(unlabelled | (batch["class"] < 0), self.classes, batch["class"])
         if self.encoder:
-            text = TextEmbedding(torch.stack(self.encoder.tokens(batch["caption"]), dim=1))
+            text = TextEmbedding(self.encoder.token_ids(batch["caption"]))
         if stage.sizes:
             sizes = self._sizes(batch, x0)
         if "inpaint" in stage.conditions:

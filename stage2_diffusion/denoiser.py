@@ -10,7 +10,7 @@ from ldm.diffusion.losses import Uncertainty
 from ldm.diffusion.schedules import LearnedSchedule
 from ldm.diffusion.timestep_sampling import LossSecondMoment
 from ldm.models.conditioning import Condition, TextEmbedding, predict
-from ldm.models.text_encoder import NULL_PROMPT, TextEncoder
+from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
 from ldm.models.unet import UNet
 
 
@@ -19,8 +19,9 @@ class Denoiser(nn.Module):
 
     `unet` always; a `null` embedding, the text `encoder`, the `schedule`, the `uncertainty` of each noise level and the
     losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` is the embedding of the
-    empty caption by a frozen encoder; an `encoder` passed here is trained. `frozen`: checkpoints keep the trained
-    parameters alone.
+    empty caption by a frozen encoder. Pass an `encoder` only if some of its parameters train, which require gradients;
+    their names begin with `encoder.`, of several encoders with `encoder.0.`, `encoder.1.`. `frozen`: checkpoints keep
+    the trained parameters alone.
     """
 
     empty: torch.Tensor | None
@@ -31,7 +32,7 @@ class Denoiser(nn.Module):
         unet: UNet,
         stage: Stage2Config,
         empty: TextEmbedding | None = None,
-        encoder: TextEncoder | None = None,
+        encoder: AnyTextEncoder | None = None,
         frozen: bool = False,
     ):
         super().__init__()
@@ -39,10 +40,9 @@ class Denoiser(nn.Module):
         self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
         self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder
-        self.encoder = encoder.model if encoder else None
-        if encoder:
-            encoder.trainable()
-        self.null = nn.Parameter(self._empty().detach().clone()) if stage.uncond_embedding == "learned" else None
+        self.encoder = encoder.module if encoder else None
+        learned_null = stage.uncond_embedding == "learned"
+        self.null = nn.Parameter(self._empty().states[0].detach().clone()) if learned_null else None
         self.schedule = LearnedSchedule() if stage.beta_schedule == "learned" else None
         self.uncertainty = Uncertainty() if stage.loss_weighting == "learned" else None
         self.times = LossSecondMoment(stage.timesteps) if stage.timestep_sampling == "loss" else None
@@ -50,7 +50,9 @@ class Denoiser(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """The name by which FSDP looks for what it gathers at a time: the blocks of the U-Net and of the encoder."""
-        known = {"BasicTransformerBlock", "ResnetBlock2D", *(getattr(self.encoder, "_no_split_modules", None) or ())}
+        known = {"BasicTransformerBlock", "ResnetBlock2D"}
+        for model in self.text.models if self.text else ():
+            known.update(getattr(model, "_no_split_modules", None) or ())
         return sorted(known & {type(module).__name__ for module in self.modules()})
 
     @property
@@ -65,31 +67,41 @@ class Denoiser(nn.Module):
         """The U-Net's output for x `(N, C, h, w)` at the network's times t `(N,)`.
 
         The captions of `dropped` samples, `(N,)` bool, are replaced by the embedding of no caption. A trained encoder
-        takes `condition.text` as tokens and mask, `(N, 2, chunks, L)` int64.
+        takes `condition.text` as the result of its `token_ids`, int64.
         """
-        text, pooled = condition.text, condition.pooled
-        if text is not None:
+        if condition.text is not None:
+            text = TextEmbedding(condition.text, condition.pooled)
             if self.text:
-                text = self.text.states(*text.unbind(1))
+                text = self.text.embed_tokens(condition.text)
             if dropped is not None:
-                text = torch.where(dropped[:, None, None], self.uncond_embedding(), text)
-                if pooled is not None and self.empty_pooled is not None:
-                    pooled = torch.where(dropped[:, None], self.empty_pooled, pooled)
-        return predict(self.unet, x, t, condition._replace(text=text, pooled=pooled)).float()
+                text = self._drop(text, dropped)
+            condition = condition.with_text(text)
+        return predict(self.unet, x, t, condition).float()
 
-    def uncond_embedding(self) -> torch.Tensor:
-        """The states of no caption, `(T, D)`."""
-        return self.null if self.null is not None else self._empty()
+    def _drop(self, text: TextEmbedding, dropped: torch.Tensor) -> TextEmbedding:
+        null = self.uncond_embedding()
+        pooled = text.pooled
+        if pooled is not None and null.pooled is not None:
+            pooled = torch.where(dropped[:, None], null.pooled, pooled)
+        return TextEmbedding(torch.where(dropped[:, None, None], null.states, text.states), pooled)
 
-    def _empty(self) -> torch.Tensor:
+    def uncond_embedding(self) -> TextEmbedding:
+        """The embedding of no caption, of one text; a learned one has the empty caption's pooled embedding."""
+        if self.null is None:
+            return self._empty()
+        if self.text and not self.text.pooled_width:
+            return TextEmbedding(self.null[None])  # spares a pass through the encoder
+        return TextEmbedding(self.null[None], self._empty().pooled)
+
+    def _empty(self) -> TextEmbedding:
         if self.text:
-            return self.text.states(*self.text.tokens([NULL_PROMPT]))[0]
+            return self.text.embed_tokens(self.text.token_ids([NULL_PROMPT]))
         assert self.empty is not None, "there is no text to leave out"
-        return self.empty
+        return TextEmbedding(self.empty[None], self.empty_pooled)
 
     def train(self, mode: bool = True) -> Denoiser:
         """The text encoder's own dropout stays off: its states would not be those that sampling sees."""
         super().train(mode)
-        if self.encoder:
+        if self.encoder is not None:
             self.encoder.eval()
         return self

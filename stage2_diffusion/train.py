@@ -19,7 +19,7 @@ from ldm.distributed.launch import join, on_main, precision
 from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
-from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder, TextEncoder
+from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
 from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -27,8 +27,8 @@ from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
-from stage2_diffusion.finetune.adapters import add_adapters, base_fingerprint, seed_dropout
 from stage2_diffusion.finetune.deliver import deliver
+from stage2_diffusion.finetune.freeze import base_fingerprint, freeze, seed_dropout
 from stage2_diffusion.objective import Objective
 from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
@@ -51,9 +51,8 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
     base = base_fingerprint(config, unet, text)
-    adapted_encoder = add_adapters(config, unet, text) if config.finetune.adapter else None
+    trained_encoder = freeze(config, unet, text)
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
-    trained_encoder = text if isinstance(text, TextEncoder) and config.text.train else None
     frozen_encoder = None if trained_encoder else text
     uncond = frozen_encoder.embed([NULL_PROMPT]) if frozen_encoder else None
     denoiser = Denoiser(unet, stage, uncond, trained_encoder, frozen=bool(base))

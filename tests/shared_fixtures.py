@@ -35,7 +35,7 @@ from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.data import openmoji
 from ldm.data.index import Index
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models import autoencoder, text_encoder, unet
+from ldm.models import autoencoder, text_encoder, text_encoder_files, unet
 from ldm.models.autoencoder import Autoencoder, Identity
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -136,7 +136,7 @@ def words(of_all_workers: Path) -> Path:
 
 def write_text_encoder(folder: Path) -> None:
     captions = {word for drawing in openmoji.drawings("openmoji-demo") for word in drawing.captions[0].lower().split()}
-    vocabulary = AutoTokenizer.from_pretrained(text_encoder._folder(text_encoder.MINILM)).get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(text_encoder_files.local_folder(text_encoder_files.MINILM)).get_vocab()
     kept = [token for token, i in sorted(vocabulary.items(), key=itemgetter(1)) if i < 7500 or token in captions]
     tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(kept)}, model_max_length=512)
     tokenizer.save_pretrained(folder)

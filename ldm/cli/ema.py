@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _write(out: Path, pipeline: Path, tensors: Tensors) -> None:
     """Copies the pipeline and replaces its weights by `tensors`, which have the names of stage two's `Denoiser`."""
     parts = {"unet": "unet.", "text_encoder": "encoder.", "": ""}  # the last has a trained null embedding
+    if (pipeline / "text_encoder_2").is_dir():
+        parts |= {"text_encoder": "encoder.0.", "text_encoder_2": "encoder.1."}
     left = {name for name in tensors if name.startswith("unet.")}
     with atomic_folder(out) as tmp_path:
         shutil.copytree(pipeline, tmp_path, dirs_exist_ok=True)

@@ -76,6 +76,13 @@ class Condition(NamedTuple):
         return Condition(*(None if tensors[0] is None else torch.cat(tensors) for tensors in fields))
 
 
+def reads_pooled(unet: Any) -> bool:
+    """Whether a U-Net with size conditions reads the text's pooled embedding too, not sizes alone."""
+    config = unet.config
+    sizes = getattr(config, "addition_embed_type", None) == "text_time"
+    return sizes and config.projection_class_embeddings_input_dim > 6 * config.addition_time_embed_dim
+
+
 def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
     """The output of diffusers' UNet2DConditionModel or UNet2DModel for x `(N, C, h, w)` at t, `(N,)` or a scalar.
 
@@ -94,8 +101,8 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
     if condition.sizes is not None:
         assert condition.text is not None, "the configuration allows sizes only with text"
         pooled = condition.text.mean(1) if condition.pooled is None else condition.pooled
-        if unet.config.projection_class_embeddings_input_dim == 6 * unet.config.addition_time_embed_dim:
-            pooled = pooled[:, :0]  # the U-Net reads sizes alone
+        if not reads_pooled(unet):
+            pooled = pooled[:, :0]
         inputs["added_cond_kwargs"] = {"time_ids": condition.sizes, "text_embeds": pooled}
     if condition.image is not None:
         x = torch.cat([x, condition.image], dim=1)

@@ -37,7 +37,8 @@ from ldm.models.convert import checkpoint
 from ldm.models.convert.safetensors_file import opened
 from ldm.models.convert.unet import prediction_type_of
 from ldm.models.finite import check_weights
-from ldm.models.text_encoder import TWO, AnyTextEncoder, TextEncoder, TextEncoders
+from ldm.models.text_encoder import AnyTextEncoder, TextEncoder, TextEncoders
+from ldm.models.text_encoder_files import TWO
 from ldm.models.weight_files import contents, load_variant
 from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import UserError, first_line

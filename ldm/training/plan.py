@@ -135,7 +135,7 @@ def text_encoder_sizes(config: TextConfig) -> TextEncoderSizes:
     with torch.device("cpu"):
         encoder = text_encoder.of(config)
     trained: tuple[torch.Size, ...] = ()
-    if config.train and isinstance(encoder, text_encoder.TextEncoder):
+    if config.train:
         trained = tuple(p.shape for p in encoder.trainable())
     total = sum(p.numel() for model in encoder.models for p in model.parameters())
     frozen = total - sum(shape.numel() for shape in trained)

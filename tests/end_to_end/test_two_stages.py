@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import TINY
 
 from ldm.config import loader
-from ldm.models.text_encoder import MINILM
+from ldm.models.text_encoder_files import MINILM
 from scripts import evaluate, txt2img
 
 pytestmark = pytest.mark.slow

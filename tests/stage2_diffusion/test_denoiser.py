@@ -23,6 +23,8 @@ def stage(**keys: object) -> Stage2Config:
 def model(stage: Stage2Config, encoder: text_encoder.TextEncoder, trained: bool = False) -> Denoiser:
     torch.manual_seed(0)
     network = unet.build(stage, 2, 4, encoder.width, 3)
+    if trained:
+        encoder.trainable()
     return Denoiser(network, stage, None if trained else encoder.embed([""]), encoder if trained else None)
 
 
@@ -40,7 +42,7 @@ def test_a_dropped_sample_is_predicted_from_the_null_embedding_and_the_null_clas
     if denoiser.null is not None:
         torch.nn.init.normal_(denoiser.null)
     captions = ["red heart", "cat", "a green square"]
-    text = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
+    text = encoder.token_ids(captions) if trained else encoder.encode(captions)
     x, t, dropped = torch.randn(3, 2, 4, 4), torch.tensor([5, 400, 900]), torch.tensor([True, False, True])
     output = denoiser(x, t, Condition(text, torch.tensor([3, 1, 3])), dropped)
     null_embedding = denoiser.null if null == "learned" else encoder.encode([""])[0]
@@ -70,7 +72,7 @@ def test_a_learned_null_starts_as_the_empty_caption_and_learns_from_dropped_samp
     torch.testing.assert_close(denoiser.null.detach(), encoder.encode([""])[0])
     x, t, label = torch.randn(2, 2, 4, 4), torch.tensor([5, 400]), torch.tensor([3, 0])
     captions = ["cat", "dog"]
-    text = torch.stack(encoder.tokens(captions), dim=1) if trained else encoder.encode(captions)
+    text = encoder.token_ids(captions) if trained else encoder.encode(captions)
     for dropped, learns in ((torch.tensor([True, False]), True), (torch.tensor([False, False]), False)):
         denoiser.zero_grad()
         denoiser(x, t, Condition(text, label), dropped).square().sum().backward()
@@ -81,16 +83,16 @@ def test_a_trained_encoder_encodes_the_empty_caption_anew_and_gets_its_gradient(
     encoder: text_encoder.TextEncoder,
 ) -> None:
     denoiser = model(stage(), encoder, trained=True)
-    before = denoiser.uncond_embedding().detach()
-    torch.testing.assert_close(before, encoder.encode([""])[0])
-    tokens = torch.stack(encoder.tokens(["cat"]), dim=1)
+    before = denoiser.uncond_embedding().states.detach()
+    torch.testing.assert_close(before, encoder.encode([""]))
+    tokens = encoder.token_ids(["cat"])
     condition = Condition(tokens, torch.tensor([3]))
     denoiser(torch.randn(1, 2, 4, 4), torch.tensor([5]), condition, torch.tensor([True])).square().sum().backward()
     with torch.no_grad():
         for parameter in encoder.model.parameters():
             if parameter.grad is not None:
                 parameter -= parameter.grad / parameter.grad.norm().clamp(min=1e-6)
-    assert not torch.allclose(denoiser.uncond_embedding(), before)
+    assert not torch.allclose(denoiser.uncond_embedding().states, before)
 
 
 def test_the_encoders_dropout_is_off_in_train_and_eval_mode(encoder: text_encoder.TextEncoder) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.config import loader
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models import autoencoder, text_encoder, unet
+from ldm.models import autoencoder, text_encoder, text_encoder_files, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.convert import autoencoder as single_file
 from ldm.sampling.pipeline import LatentDiffusion
@@ -144,7 +144,7 @@ def test_only_the_text_encoder_of_a_hub_pipeline_is_downloaded(
             shutil.copy(hub / file, local / file)
         return str(local)
 
-    monkeypatch.setattr(text_encoder, "snapshot_download", fetch)
+    monkeypatch.setattr(text_encoder_files, "snapshot_download", fetch)
     assert text_encoder.load("someone/pipeline").fingerprint() == text_encoder.load(str(hub)).fingerprint()
     assert {path.name for path in local.iterdir()} == {"model_index.json", "text_encoder", "tokenizer"}
 
@@ -169,7 +169,9 @@ def test_a_pretrained_unet_without_a_pretrained_autoencoder_is_refused(
         checks.check(loader.load(root / "configs/tiny.yaml", overrides), 1)
     checks.check(loader.load(root / "configs/tiny.yaml", [*overrides, f"stage1.pretrained={folder}"]), 1)
     with pytest.raises(UserError, match=r"text\.model: has 384 channels, but .* cross_attention_dim 16"):
-        checks.check(loader.load(root / "configs/tiny.yaml", [*overrides, "text.model=" + text_encoder.MINILM]), 1)
+        checks.check(
+            loader.load(root / "configs/tiny.yaml", [*overrides, f"text.model={text_encoder_files.MINILM}"]), 1
+        )
 
 
 @pytest.mark.parametrize(

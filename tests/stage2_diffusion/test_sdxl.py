@@ -78,6 +78,28 @@ def test_a_dropped_caption_loses_its_states_and_its_pooled_embedding(sdxl_dir: P
         assert not torch.allclose(output[0], denoiser(x, t, captions)[0])
 
 
+def test_trained_encoders_give_the_frozen_ones_embeddings_and_learn_from_both_of_their_outputs(sdxl_dir: Path) -> None:
+    encoder, unet = text_encoder.load(str(sdxl_dir)), sdxl_unet(sdxl_dir)
+    x, t, sizes = torch.randn(3, 4, 8, 8), torch.tensor([500, 500, 500]), torch.full((3, 6), 16.0)
+    captions, dropped = ["red heart", "owl", ""], torch.tensor([True, False, False])
+    frozen = Denoiser(unet, Stage2Config(), encoder.embed([""]))
+    expected = frozen(x, t, Condition(sizes=sizes).with_text(encoder.embed(captions)), dropped).detach()
+
+    trained = encoder.trainable()
+    denoiser = Denoiser(unet, Stage2Config(), encoder=encoder)
+    output = denoiser(x, t, Condition(encoder.token_ids(captions), sizes=sizes), dropped)
+    assert torch.equal(output, expected)
+    output.square().mean().backward()
+    names = {id(p): name for name, p in denoiser.named_parameters()}
+    assert all(p.grad is not None and names[id(p)].startswith("encoder.") for p in trained)
+    # the first encoder's last layer has no influence: its states are those of the layer before, and no one pools it
+    untrained = {name for name, p in denoiser.named_parameters() if not p.requires_grad}
+    assert {name.split("layers.")[-1].split(".")[0] for name in untrained if "layers." in name} == {"2"}
+    assert all(name.startswith("encoder.0.") for name in untrained)
+    assert any("text_projection" in names[id(p)] for p in trained)
+    assert not any("text_projection" in names[id(p)] for p in encoder.trainable(pooled=False))
+
+
 def sdxl_unet(folder: Path) -> torch.nn.Module:
     return StableDiffusionXLPipeline.from_pretrained(folder).unet
 
@@ -118,7 +140,6 @@ def test_sdxl_is_fine_tuned_without_a_cache_and_the_result_opens_in_diffusers(
     ("keys", "message"),
     [
         (("stage2.conditions=[text]",), "stage2.conditions: size or none"),
-        (("text.train=true",), "text.train: .* has several text encoders, which stay frozen"),
         (("text.max_tokens=16",), "text.max_tokens: 16, but .* has several text encoders; leave it out"),
         (("text.skip_layers=1",), "text.skip_layers: 1, but .* has several text encoders; leave it out"),
         (("text.width=16",), "text.width: 16, but .* has 40; set it to that"),

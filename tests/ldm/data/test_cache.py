@@ -22,7 +22,7 @@ from ldm.data.cache import CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
 from ldm.data.images import to_tensor
-from ldm.models import autoencoder, text_encoder
+from ldm.models import autoencoder, text_encoder, text_encoder_files
 from ldm.utils.errors import UserError
 
 Start = Callable[..., Forked]
@@ -37,7 +37,7 @@ def folder(three_shapes: Callable[[list[str]], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> text_encoder.TextEncoder:
-    return text_encoder.load(text_encoder.MINILM, 8)
+    return text_encoder.load(text_encoder_files.MINILM, 8)
 
 
 def random_vae(seed: int = 0) -> autoencoder.Autoencoder:
@@ -167,7 +167,7 @@ import sys
 from ldm.config import loader
 from ldm.data import cache, index, index_file
 from ldm.data.crops import Augmentation
-from ldm.models import autoencoder, text_encoder
+from ldm.models import autoencoder, text_encoder, text_encoder_files
 from ldm.config.schema import Stage1Config
 import torch
 torch.manual_seed(0)
@@ -176,7 +176,7 @@ vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
 config = loader.load(sys.argv[1], sys.argv[2:])
 entries = index.build(config.data, config.cache_dir, config.stage2.conditions)
 options = cache.CacheOptions.of(config.data, config.cache_dir)
-encoder = text_encoder.load(text_encoder.MINILM, 8)
+encoder = text_encoder.load(text_encoder_files.MINILM, 8)
 cache.build(entries, Augmentation.of(config.data), options, vae, encoder, per_file=3)
 """
 

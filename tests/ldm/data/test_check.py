@@ -15,7 +15,7 @@ from ldm.data import check
 from ldm.data.buckets import Buckets
 from ldm.data.check import near_duplicates
 from ldm.data.crops import crop_resize
-from ldm.models import text_encoder
+from ldm.models import text_encoder, text_encoder_files
 from scripts import check_data
 
 
@@ -52,7 +52,7 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
 def compute_facts(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
     def compute() -> dict[str, object]:
         config = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
-        return check.facts(indexed(config), text_encoder.load(text_encoder.MINILM, 16), config.text.model)
+        return check.facts(indexed(config), text_encoder.load(text_encoder_files.MINILM, 16), config.text.model)
 
     return compute
 

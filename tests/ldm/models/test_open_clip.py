@@ -87,7 +87,7 @@ def test_token_ids_and_states_equal_open_clips(changes: dict[str, Any], tmp_path
     name = f"local-dir:{save_model(tmp_path, tiny(**changes))}"
     encoder = text_encoder.load(f"open_clip:{name}")
     ids, states = open_clip_states(name, PROMPTS)
-    assert torch.equal(encoder.tokens(PROMPTS)[0][:, 0], ids)
+    assert torch.equal(encoder.token_ids(PROMPTS)[:, 0, 0], ids)
     torch.testing.assert_close(encoder.encode(PROMPTS), states, rtol=0, atol=1e-5)
 
 

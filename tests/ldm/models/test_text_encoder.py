@@ -21,32 +21,32 @@ from transformers import (
 )
 
 from ldm.config.schema import TextConfig
-from ldm.models import text_encoder
+from ldm.models import text_encoder, text_encoder_files
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
 
 def test_minilm_loads_offline_and_pads_to_a_fixed_length() -> None:
-    encoder = text_encoder.load(text_encoder.MINILM, 16)
+    encoder = text_encoder.load(text_encoder_files.MINILM, 16)
     states = encoder.encode(["red heart", "a very long caption " * 20])
     assert states.shape == (2, 16, 384)
     assert torch.allclose(encoder.encode(["red heart"])[0], states[0], atol=1e-5)
 
 
 def test_padding_does_not_change_the_states_of_words() -> None:
-    short, long = text_encoder.load(text_encoder.MINILM, 8), text_encoder.load(text_encoder.MINILM, 16)
+    short, long = text_encoder.load(text_encoder_files.MINILM, 8), text_encoder.load(text_encoder_files.MINILM, 16)
     assert torch.allclose(short.encode(["red heart"])[0, :4], long.encode(["red heart"])[0, :4], atol=1e-4)
 
 
 def test_a_minilm_that_differs_from_the_published_one_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "all-MiniLM-L6-v2"
-    shutil.copytree(text_encoder._folder(text_encoder.MINILM), folder)
+    shutil.copytree(text_encoder_files.local_folder(text_encoder_files.MINILM), folder)
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(UserError, match=text_encoder.MINILM_SHA256):
+    with pytest.raises(UserError, match=text_encoder_files.MINILM_SHA256):
         text_encoder.load(str(folder))
 
 
@@ -169,7 +169,7 @@ def test_a_skipped_layer_equals_diffusers_clip_skip(clip: Path) -> None:
 @pytest.mark.parametrize("kind", [tiny_bert, tiny_t5])
 def test_a_skipped_layer_returns_the_hidden_state_before_it(kind: Callable[[Path], Path], tmp_path: Path) -> None:
     full = text_encoder.load(str(kind(tmp_path)), 8)
-    ids, mask = full.tokens(PROMPTS)
+    ids, mask = full.token_ids(PROMPTS).unbind(1)
     with torch.no_grad():
         states = full.model(ids[:, 0], attention_mask=mask[:, 0], output_hidden_states=True).hidden_states[-2]
         if kind is tiny_t5:
@@ -214,8 +214,8 @@ def test_tokens_past_the_length_are_counted(any_kind: str) -> None:
     for chunks in (1, 2, 3):
         encoder = text_encoder.load(any_kind, 6, chunks=chunks)
         prompts = [" ".join(WORDS[:count]) for count in range(20)]
-        special = set(encoder.tokens([""])[0].flatten().tolist())
-        kept = [sum(i not in special for i in ids) for ids in encoder.tokens(prompts)[0].flatten(1).tolist()]
+        special = set(encoder.token_ids([""])[:, 0].flatten().tolist())
+        kept = [sum(i not in special for i in ids) for ids in encoder.token_ids(prompts)[:, 0].flatten(1).tolist()]
         lost = [max(0, tokens - encoder.length) for tokens in encoder.count_tokens(prompts)]
         assert [a + b for a, b in zip(kept, lost, strict=True)] == list(range(20))
 
@@ -241,7 +241,7 @@ def test_trainable_parameters_get_gradients_and_dropout_stays_off(any_kind: str)
     encoder = text_encoder.load(any_kind, 8, chunks=2)
     before = encoder.encode(PROMPTS)
     trained = encoder.trainable()
-    states = encoder.states(*encoder.tokens(PROMPTS))
+    states = encoder.embed_tokens(encoder.token_ids(PROMPTS)).states
     torch.testing.assert_close(states, before)
     (states * torch.randn_like(states)).sum().backward()
     assert all(parameter.grad is not None for parameter in trained)
@@ -255,11 +255,11 @@ def test_gradients_equal_finite_differences(clip: Path) -> None:
     encoder = text_encoder.load(str(clip), 8)
     encoder.model.double()
     weight = encoder.trainable()[-1]
-    ids, mask = encoder.tokens(["a b c"])
-    direction = torch.randn(encoder.states(ids, mask).shape, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.token_ids(["a b c"])
+    direction = torch.randn(encoder.embed_tokens(tokens).states.shape, generator=torch.Generator().manual_seed(0))
 
     def loss() -> torch.Tensor:
-        return (encoder.states(ids, mask) * direction).sum()
+        return (encoder.embed_tokens(tokens).states * direction).sum()
 
     loss().backward()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models import autoencoder, text_encoder, unet
+from ldm.models import autoencoder, text_encoder, text_encoder_files, unet
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -39,7 +39,7 @@ def test_a_saved_model_loads_unchanged(model: LatentDiffusion, tmp_path: Path) -
 
 
 def test_a_saved_model_keeps_chunks_and_skipped_layers(model: LatentDiffusion, tmp_path: Path) -> None:
-    encoder = text_encoder.load(text_encoder.MINILM, 8, skip_layers=2, chunks=2)
+    encoder = text_encoder.load(text_encoder_files.MINILM, 8, skip_layers=2, chunks=2)
     replace(model, text=encoder).save(tmp_path / "pipeline")
     loaded = LatentDiffusion.load(tmp_path / "pipeline", "cpu").text
     prompts = ["red heart", "a very long caption of more than eight tokens"]

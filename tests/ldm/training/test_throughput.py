@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.schema import Stage1Config, Stage2Config
 from ldm.distributed.sharding import without_weights
-from ldm.models import attention, autoencoder, text_encoder, unet
+from ldm.models import attention, autoencoder, text_encoder, text_encoder_files, unet
 from ldm.models.conditioning import Condition, TextEmbedding
 from ldm.training.throughput import TRAINING, Clock, forward_flops, matmul_peak
 from stage1_vae.model import LatentTransform, Reconstruction
@@ -76,11 +76,11 @@ def test_the_count_of_a_unet_equals_that_of_the_computation(conditions: tuple[st
 
 
 def test_the_count_with_a_trained_text_encoder_equals_that_of_the_computation() -> None:
-    encoder = text_encoder.load(text_encoder.MINILM, TOKENS)
+    encoder = text_encoder.load(text_encoder_files.MINILM, TOKENS)
     stage = Stage2Config(**SHAPE)
     model = Denoiser(unet.build(stage, 4, 8, encoder.width), stage, None, encoder)
     x, t, condition, dropped = inputs(("text",))
-    args = x, t, condition._replace(text=torch.stack(encoder.tokens(["cat", "a red heart"]), dim=1)), dropped
+    args = x, t, condition._replace(text=encoder.token_ids(["cat", "a red heart"])), dropped
     assert forward_flops(model, *args) == measured_flops(model, *args)
 
 
