@@ -150,7 +150,8 @@ def freeze(unet: UNet, finetune: FinetuneConfig) -> tuple[int, int]:
     if finetune.base_precision in QUANTISED:  # computed in bf16
         layers = (unet.get_submodule(name) for name in target_layers(unet, "linear"))
         dequantised = 2 * max(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-    unet.to(DTYPES.get(finetune.base_precision, torch.bfloat16)).requires_grad_(False)
+    dtype = DTYPES.get(finetune.base_precision, torch.bfloat16)
+    nn.Module.to(unet, dtype).requires_grad_(False)  # diffusers' own `to` warns
     if finetune.adapter:
         add_adapter(unet, AdapterSpec.of(finetune))
     return frozen, dequantised

@@ -19,7 +19,12 @@ from ldm.utils.errors import UserError
 
 Kind = Literal["lora", "dora", "lokr", "loha"]
 NAME = "default"  # of the adapter, in peft
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION = (  # of diffusers, CLIP, BERT, T5
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("q_proj", "k_proj", "v_proj", "out_proj"),
+    *("query", "key", "value", "attention.output.dense"),
+    *("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+)
 TRANSFORMERS = ("Transformer2DModel", "Attention", "CLIPEncoderLayer", "BertLayer", "T5Block")
 CONVOLUTIONS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 """Classes whose layers kohya's names can express; time embedding, first and last convolution stay as they are."""
