@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from ldm.models.adapters.inject import NAME, Kind
 
@@ -114,20 +114,20 @@ def tucker(core: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.T
     return torch.einsum("ij...,ip,jr->pr...", core, out, into).flatten(1)
 
 
-def layer_adapters(network: nn.Module) -> dict[str, LayerAdapter]:
+def layer_adapters(network: Any) -> dict[str, LayerAdapter]:
     """The adapter that `add_adapter` gave a network, by the names that its layers have without one."""
-    return {
-        name: LayerAdapter(dict(_factors(module)), float(module.scaling[NAME]))
-        for name, module in network.named_modules()
-        if isinstance(module, BaseTunerLayer) and NAME in getattr(module, "scaling", {})
-    }
+    return {name: _layer_adapter(layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def _factors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _layer_adapter(layer: Any) -> LayerAdapter:
+    return LayerAdapter(dict(_factors(layer)), float(layer.scaling[NAME]))
+
+
+def _factors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors of a layer of peft. Its magnitudes have no axis for the inputs of a linear layer."""
     for name in (*LORA, *LOKR, *LOHA):
-        if NAME in (held := getattr(layer, name, ())):
+        if NAME in (held := getattr(layer, name, {})):
             yield name, getattr(held[NAME], "weight", held[NAME]).detach()
-    if NAME in (magnitudes := getattr(layer, "lora_magnitude_vector", ())):
+    if NAME in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
         axes = layer.get_base_layer().weight.dim() - 1
         yield MAGNITUDE, magnitudes[NAME].weight.detach().reshape(-1, *[1] * axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,7 +15,7 @@ from ldm.utils.errors import UserError
 
 
 @torch.no_grad()
-def merge_adapters(network: nn.Module) -> None:
+def merge_adapters(network: Any) -> None:
     """Bakes the adapter of `add_adapter` into a network's weights and removes peft's layers, in place.
 
     The network has the names of one without an adapter. Sums are in float32, weights keep their type. UserError where
@@ -23,7 +24,7 @@ def merge_adapters(network: nn.Module) -> None:
     changes = layer_adapters(network)
     for name, layer in list(network.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer()
             if not base.weight.is_floating_point():
                 raise UserError(f"{name}: weights of 8 or 4 bits can't take an adapter; load the base in full")
             base.weight.copy_(base.weight.float() + changes[name].change(base.weight))
@@ -42,8 +43,12 @@ def add_to_weights(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[A
     for adapter, strength in adapters:
         for component, changes in adapter.items():
             for layer, change in changes.items():
-                weight = networks[component].get_submodule(layer).weight
-                sums[component, layer] = sums.get((component, layer), 0) + change.change(weight, strength)
-    for (component, layer), change in sums.items():
-        weight = networks[component].get_submodule(layer).weight
-        weight.copy_(weight.float() + change)
+                added = change.change(weight_of(networks[component], layer), strength)
+                sums[component, layer] = sums[component, layer] + added if (component, layer) in sums else added
+    for (component, layer), total in sums.items():
+        weight = weight_of(networks[component], layer)
+        weight.copy_(weight.float() + total)
+
+
+def weight_of(network: nn.Module, layer: str) -> torch.Tensor:
+    return network.get_parameter(f"{layer}.weight")
