@@ -93,20 +93,22 @@ class LayerAdapter:
             w2 = f["lokr_w2"].flatten(1) if "lokr_w2" in f else f["lokr_w2_a"] @ f["lokr_w2_b"]
         return torch.kron(w1, w2)
 
-    def change(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """What is added to a weight, in float32; `strength` scales the product of the factors, as diffusers does.
+    def changed(self, weight: torch.Tensor, strength: float = 1.0, others: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight with this change, in float32; `strength` scales the product of the factors, as in diffusers.
 
-        DoRA, eq. 5: W' = m (W + ΔW) / ‖W + ΔW‖, with a norm and a magnitude m for each output (or each input).
+        `others` is the weight with the changes of other adapters before, by default `weight`. DoRA, eq. 5:
+        W' = m (W + ΔW) / ‖W + ΔW‖ with a norm and a magnitude m for each output, or each input. Of several adapters peft
+        computes the norm without the others, which m then scales too.
         """
         weight = weight.float()
+        others = weight if others is None else others
         delta = strength * self.scale * self.delta().to(weight.device).reshape(weight.shape)
         if MAGNITUDE not in self.factors:
-            return delta
+            return others + delta
         magnitude = self.factors[MAGNITUDE].float().to(weight.device)
         axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
-        others = [i for i in range(weight.dim()) if i != axis]
-        norm = torch.linalg.vector_norm(weight + delta, dim=others, keepdim=True)
-        return magnitude / norm * (weight + delta) - weight
+        norm_axes = [i for i in range(weight.dim()) if i != axis]
+        return magnitude / torch.linalg.vector_norm(weight + delta, dim=norm_axes, keepdim=True) * (others + delta)
 
 
 def tucker(core: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,8 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
                 own = {layer, original_name(layer, network)} if hasattr(network.config, "up_block_types") else {layer}
                 flattened = {prefix + flat(name) for name in own for prefix in (UNET, "lycoris_")}
             else:
-                flattened = {prefix + flat(full_text_name(layer)) for prefix in TEXT[component]}
+                own = {layer, full_text_name(layer)}
+                flattened = {prefix + flat(name) for name in own for prefix in TEXT[component]}
             names |= dict.fromkeys(flattened, (component, layer))
     return names
 

@@ -27,7 +27,7 @@ def merge_adapters(network: Any) -> None:
             base: Any = layer.get_base_layer()
             if not base.weight.is_floating_point():
                 raise UserError(f"{name}: weights of 8 or 4 bits can't take an adapter; load the base in full")
-            base.weight.copy_(base.weight.float() + changes[name].change(base.weight))
+            base.weight.copy_(changes[name].changed(base.weight))
             network.set_submodule(name, base)
     if hasattr(network, "peft_config"):
         del network.peft_config
@@ -37,17 +37,16 @@ def merge_adapters(network: Any) -> None:
 def add_to_weights(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Adds adapters, each with its strength, to the weights of networks, by component, in place and in float32.
 
-    As in diffusers, every one of several changes the weights that the network had before.
+    Several have the effect that they have in diffusers unmerged.
     """
-    sums: dict[tuple[str, str], torch.Tensor] = {}
+    changed: dict[tuple[str, str], torch.Tensor] = {}
     for adapter, strength in adapters:
         for component, changes in adapter.items():
             for layer, change in changes.items():
-                added = change.change(weight_of(networks[component], layer), strength)
-                sums[component, layer] = sums[component, layer] + added if (component, layer) in sums else added
-    for (component, layer), total in sums.items():
-        weight = weight_of(networks[component], layer)
-        weight.copy_(weight.float() + total)
+                weight, key = weight_of(networks[component], layer), (component, layer)
+                changed[key] = change.changed(weight, strength, changed.get(key))
+    for (component, layer), new_weight in changed.items():
+        weight_of(networks[component], layer).copy_(new_weight)
 
 
 def weight_of(network: nn.Module, layer: str) -> torch.Tensor:
