@@ -96,6 +96,7 @@ def sampling_parser(description: str) -> Parser:
     parser.add_argument("--model", type=path_or_id, help="a diffusers folder, a Hub id, or a single .safetensors")
     base = "of a single file: a pipeline of the same family, for what a file lacks; default: the Hub's"
     parser.add_argument("--base", type=path_or_id, help=base)
+    add_lora_argument(parser)
     what = parser.add_argument_group("what")
     what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
     what.add_argument("--prompts", type=path_or_id, help="a file with a prompt per line, or - for standard input")
@@ -135,6 +136,21 @@ def sampling_parser(description: str) -> Parser:
     out.add_argument("--grid", type=Path, help="a sheet of all images with their captions, .png")
     out.add_argument("--animate", type=Path, help="the denoising of the first batch: .gif, .webp or .mp4")
     return parser
+
+
+def add_lora_argument(parser: Parser) -> None:
+    """`--lora FILE[:SCALE] …`, any number of times."""
+    text = "LoRA, DoRA, LoKr or LoHa: a file, a run's folder or a Hub id, and its scale; default: 1"
+    options: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "type": lora_argument}
+    parser.add_argument("--lora", **options, metavar="FILE[:SCALE]", help=text)
+
+
+def lora_argument(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE:SCALE`, for argparse; a file's own name may have colons."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    if not match or Path(text).exists():
+        return path_or_id(text), 1.0
+    return path_or_id(match[1]), float(match[2])
 
 
 def parse_size(text: str) -> tuple[int, int]:
