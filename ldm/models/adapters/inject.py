@@ -87,6 +87,7 @@ def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
     alpha = spec.alpha or spec.rank
     alphas = {} if spec.alpha else dict(others)  # scale 1 everywhere
     options: dict[str, Any] = {
+        ("lora_alpha" if spec.kind in ("lora", "dora") else "alpha"): alpha,
         "r": spec.rank,
         "target_modules": list(ranks),
         "rank_pattern": {f"^{re.escape(name)}$": rank for name, rank in others.items()},
@@ -94,8 +95,8 @@ def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
     }
     if spec.kind in ("lora", "dora"):
         dora = spec.kind == "dora"
-        return LoraConfig(lora_alpha=alpha, lora_dropout=spec.dropout, use_dora=dora, **options)
-    return (LoKrConfig if spec.kind == "lokr" else LoHaConfig)(alpha=alpha, **options)
+        return LoraConfig(lora_dropout=spec.dropout, use_dora=dora, **options)
+    return (LoKrConfig if spec.kind == "lokr" else LoHaConfig)(**options)
 
 
 def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
