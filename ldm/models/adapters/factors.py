@@ -97,8 +97,8 @@ class LayerAdapter:
         """The weight with this change, in float32; `strength` scales the product of the factors, as in diffusers.
 
         `others` is the weight with the changes of other adapters before, by default `weight`. DoRA, eq. 5:
-        W' = m (W + ΔW) / ‖W + ΔW‖ with a norm and a magnitude m for each output, or each input. Of several adapters peft
-        computes the norm without the others, which m then scales too.
+        W' = m (W + ΔW) / ‖W + ΔW‖ with a norm and a magnitude m for each output, or each input. Of several adapters
+        peft computes the norm without the others, which m then scales too.
         """
         weight = weight.float()
         others = weight if others is None else others
