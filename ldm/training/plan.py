@@ -33,7 +33,7 @@ def describe(config: Config, processes: int = 1) -> str:
     for key, name in (("stage1.pretrained", stage1.pretrained), ("stage1.init_from", stage1.init_from)):
         if name and Path(name).exists():
             checks.check_autoencoder(config, key, name)
-    trained = f"trained for {stage1.steps} steps of {stage1.batch}, lr {stage1.lr}"
+    trained = f"trained for {stage1.steps} steps of {stage1.batch}, {_rate(stage1)}"
     if stage1.init_from:
         trained = f"{stage1.train} of {stage1.init_from} {trained}"
     source = (
@@ -54,11 +54,16 @@ def describe(config: Config, processes: int = 1) -> str:
             f"latents {stage1.latent_channels} × {side} × {side}; {source}",
             *([] if stage1.needs_none else _batch("stage1", stage1, processes)),
             f"stage 2  U-Net, {_millions(network)} parameters, conditions: {conditions}, "
-            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, lr {stage2.lr}{start}",
+            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, {_rate(stage2)}{start}",
             *_batch("stage2", stage2, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
     )
+
+
+def _rate(training: Training) -> str:
+    """The learning rate, and whose, where it is not AdamW's."""
+    return f"{'' if training.optimizer == 'adamw' else f'{training.optimizer}, '}lr {training.lr}"
 
 
 def _batch(stage: str, training: Training, processes: int) -> list[str]:
