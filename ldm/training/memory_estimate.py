@@ -93,7 +93,8 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     all_weights, weights = 4 * sum(shape.numel() for shape in shapes), 4 * sum(sizes)
     matrices = hidden_matrices(unet)
     hidden = [id(p) in matrices for p in unet.parameters()] + [False] * len(text.trained)
-    moments = moments_memory(sizes, stage) if sharded else shapes_moments_memory(shapes, hidden, stage)
+    shardable = stage.optimizer not in ("muon", "adafactor")  # others are refused in shards
+    moments = moments_memory(sizes, stage) if shardable else shapes_moments_memory(shapes, hidden, stage)
     averages = max(1, len(stage.ema_widths))
     gradients = all_weights if accumulation.steps > 1 else weights
     gathered = fsdp_memory(unet, processes, accumulation.steps) if sharded else 0

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import SHARDED
+from ldm.distributed.sharding import SHARDED, check_shardable
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
@@ -39,7 +39,7 @@ def make_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     if accelerator.distributed_type in SHARDED:
-        raise UserError(f"optimizer: {name} can't be sharded, which divides its memory too; use adamw")
+        check_shardable(training, "optimizer", accelerator.distributed_type.value.lower())
     check_installed(training, "optimizer")
     if name == "adamw8bit":
         import bitsandbytes

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from forked import ScriptProcess, of_accelerate
 from torch import nn
 
 from ldm.config.schema import ClassifierConfig, RunConfig, Training
 from ldm.distributed.launch import accelerator
+from ldm.training.checkpoint import checkpoints, read_checkpoint
 from ldm.training.optimizer import (
     check_optimizer,
     flatten_optimizer,
@@ -89,12 +93,41 @@ def test_a_missing_library_of_the_8_bit_optimizer_is_one_line(monkeypatch: pytes
             )
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_what_is_not_adamw_is_not_sharded(kind: DistributedType) -> None:
-    for name in ("adamw8bit", "prodigy", "schedulefree", "muon", "adafactor", "lion"):
-        training = Training(optimizer=name, lr=1)
-        with pytest.raises(UserError, match=f"optimizer: {name} can't be sharded"):
-            make_optimizer(training, nn.Module(), [], 1.0, SimpleNamespace(distributed_type=kind))
+def test_what_needs_whole_tensors_or_all_of_them_is_not_sharded() -> None:
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        by_element = () if kind == DistributedType.FSDP else ("schedulefree", "lion")
+        for name in ("adamw8bit", "prodigy", "muon", "adafactor", *by_element):
+            training = Training(optimizer=name, lr=1)
+            with pytest.raises(UserError, match=f"optimizer: {name} can't be sharded"):
+                make_optimizer(training, nn.Module(), [], 1.0, SimpleNamespace(distributed_type=kind))
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+@pytest.mark.parametrize("optimizer", ["lion", "schedulefree"])
+def test_what_treats_each_element_alike_can_be_sharded(
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
+    root: Path,
+    tmp_path: Path,
+    optimizer: str,
+) -> None:
+    """Two processes under FSDP train as one does, and either continues what the other began."""
+    fsdp = {"processes": 2, "more": of_accelerate(root / "configs/accelerate/fsdp.yaml")}
+
+    def train(folder: str, steps: int, **how: Any) -> dict[str, dict[str, torch.Tensor]]:
+        finish(launch("tests/ldm/training/fsdp_optimizer.py", tmp_path / folder, optimizer, steps, **how))
+        return read_checkpoint(checkpoints(tmp_path / folder / "stage2")[-1])[0]
+
+    expected = train("single", 6)
+    moments = {"lion": {"exp_avg"}, "schedulefree": {"z", "exp_avg_sq"}}[optimizer]
+    assert {name.partition(".")[2] for name in expected["optimizer"]} == moments
+    train("mixed", 3, **fsdp)
+    train("mixed too", 3)
+    for parts in (train("sharded", 6, **fsdp), train("mixed", 6), train("mixed too", 6, **fsdp)):
+        assert parts.keys() == expected.keys()
+        for part, tensors in expected.items():
+            torch.testing.assert_close(parts[part], tensors, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -> None:
