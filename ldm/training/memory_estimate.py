@@ -91,11 +91,7 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     shapes = [*(p.shape for p in unet.parameters()), *text.trained]
     sizes = [shard_size(shape, shards) for shape in shapes]
     all_weights, weights = 4 * sum(shape.numel() for shape in shapes), 4 * sum(sizes)
-    matrices = hidden_matrices(unet)
-    hidden = [id(p) in matrices for p in unet.parameters()] + [False] * len(text.trained)
-    shardable = stage.optimizer not in ("muon", "adafactor")  # others are refused in shards
-    moments = moments_memory(sizes, stage) if shardable else shapes_moments_memory(shapes, hidden, stage)
-    averages = max(1, len(stage.ema_widths))
+    moments, averages = _moments(unet, text, sizes, stage), max(1, len(stage.ema_widths))
     gradients = all_weights if accumulation.steps > 1 else weights
     gathered = fsdp_memory(unet, processes, accumulation.steps) if sharded else 0
     exported = all_weights if sharded else 0
@@ -197,6 +193,17 @@ def shapes_moments_memory(shapes: Iterable[torch.Size], hidden: Iterable[bool], 
         )
         return sum(4 * n for n in factors)
     return moments_memory((shape.numel() for shape in shapes), training)
+
+
+def _moments(unet: UNet, text: plan.TextEncoderSizes, sizes: Iterable[int], training: Training) -> int:
+    """Bytes of the optimizer's tensors, of shards of such `sizes`; a trained text encoder is counted as AdamW's."""
+    if training.optimizer not in ("muon", "adafactor"):
+        return moments_memory(sizes, training)
+    hidden, parameters = hidden_matrices(unet), list(unet.parameters())  # these optimizers are refused in shards
+    shapes = [*(p.shape for p in parameters), *text.trained]
+    return shapes_moments_memory(
+        shapes, [*(id(p) in hidden for p in parameters), *(False for _ in text.trained)], training
+    )
 
 
 def shard_size(shape: torch.Size, processes: int) -> int:
