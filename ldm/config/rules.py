@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import ImageColor
 
 if TYPE_CHECKING:
-    from ldm.config.schema import ClassifierConfig, Config, DistillConfig, FinetuneConfig, Stage1Config, Stage2Config
+    from ldm.config.schema import (
+        ClassifierConfig,
+        Config,
+        DistillConfig,
+        FinetuneConfig,
+        Stage1Config,
+        Stage2Config,
+        Training,
+    )
 
 Checked = TypeVar("Checked")
 
@@ -43,6 +51,32 @@ def divides(key: str, value: int, divisor: int, reason: str) -> None:
     if value % divisor:
         nearest = max(1, round(value / divisor)) * divisor
         raise ValueError(f"{key}: {value} is not a multiple of {divisor} ({reason}); {nearest} would be")
+
+
+# ------------------------------------------------------------------------------------------------------ every training
+
+
+def learning_rate_suits_prodigy(training: Training) -> None:
+    if training.optimizer == "prodigy" and not 0.1 <= training.lr <= 10:
+        raise ValueError(
+            f"lr: {training.lr}; prodigy finds its step size and multiplies it by lr, so 1 is usual; set it"
+        )
+
+
+def schedule_free_has_no_schedule(training: Training) -> None:
+    if training.optimizer != "schedulefree":
+        return
+    if training.lr_scheduler != "constant":
+        raise ValueError(
+            f"lr_scheduler: {training.lr_scheduler}, which schedulefree replaces; set it to constant (warm-up stays)"
+        )
+    if training.ema_widths:
+        raise ValueError("ema_widths: schedulefree averages the weights itself; set it to []")
+    if not training.betas[0]:
+        raise ValueError("betas: the first is 0, by which schedulefree would divide; 0.9 is usual")
+
+
+TRAINING = (learning_rate_suits_prodigy, schedule_free_has_no_schedule)
 
 
 # ---------------------------------------------------------------------------------------------------------- stage one
@@ -104,6 +138,8 @@ def discriminator_is_used(stage1: Stage1Config) -> None:
         raise ValueError("equivariance: 1 leaves no step to the discriminator, which sees whole images; lower it")
     if gan.norm == "batch" and gan.r1:
         raise ValueError("gan.r1: batch norm over processes has no second derivative; gan.norm=group has")
+    if stage1.optimizer == "prodigy" and not 0.1 <= gan.lr <= 10:
+        raise ValueError(f"gan.lr: {gan.lr}; the discriminator has stage1.optimizer too, and prodigy's lr is usually 1")
 
 
 STAGE1 = (
@@ -300,7 +336,12 @@ def classifier_levels_fit(classifier: ClassifierConfig) -> None:
             divides("channels", width, classifier.attention_head_dim, "attention_head_dim")
 
 
-DISTILLATION = (guidance_range_is_not_empty,)
+def distillation_needs_its_own_average(distill: DistillConfig) -> None:
+    if distill.optimizer == "schedulefree":
+        raise ValueError("optimizer: schedulefree, but distillation's targets are averages by ema_decay; use another")
+
+
+DISTILLATION = (guidance_range_is_not_empty, distillation_needs_its_own_average)
 CLASSIFIER = (classifier_levels_fit,)
 
 

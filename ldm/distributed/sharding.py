@@ -25,6 +25,8 @@ from ldm.utils.errors import UserError
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 KINDS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}  # what `accelerate launch` sets
 
+SHARDABLE = {"fsdp": ("adamw", "lion", "schedulefree"), "deepspeed": ("adamw",)}  # optimizers that treat elements alike
+
 
 def sharding_kind() -> str:
     """`fsdp`, `deepspeed` or "": what accelerate's configuration says."""
@@ -33,10 +35,18 @@ def sharding_kind() -> str:
 
 def check(training: Stage2Config, precision: str, processes: int = 1) -> None:
     """UserError where accelerate's configuration has an unsupported setting; `precision` is `run.precision`."""
+    if sharding_kind() and processes > 1:
+        check_shardable(training, "stage2.optimizer", sharding_kind())
     if sharding_kind() == "fsdp":
         _check_fsdp(training)
     elif sharding_kind() == "deepspeed":
         _check_deepspeed(training, precision, processes)
+
+
+def check_shardable(training: Training, key: str, kind: str) -> None:
+    """UserError, naming the key of the optimizer, where it can't be sharded by `fsdp` or `deepspeed`."""
+    if training.optimizer not in SHARDABLE[kind]:
+        raise UserError(f"{key}: {training.optimizer} can't be sharded, which divides its memory too; use adamw")
 
 
 def _check_fsdp(training: Stage2Config) -> None:

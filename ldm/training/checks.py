@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -16,7 +17,7 @@ from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
 from ldm.training.diffusion_process import diffusion_process
-from ldm.training.optimizer import check_installed
+from ldm.training.optimizer import check_optimizer
 from ldm.utils.errors import UserError
 
 
@@ -39,7 +40,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
         if stage1.gan and stage1.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
     for key, stage in (("stage1", stage1), ("stage2", stage2)):
-        check_installed(stage, f"{key}.optimizer")
+        on_main(partial(check_optimizer, stage, key))
     tracker = config.run.tracker
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"run.tracker: {tracker} is not installed; pip install {tracker}, or take tensorboard, or none")

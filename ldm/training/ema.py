@@ -6,7 +6,7 @@ Power-function averages and post-hoc EMA: Karras et al., arXiv 2312.02696, secti
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -76,16 +76,38 @@ class PowerEMA(EMA):
         return float((1 - 1 / optimization_step) ** (self.gamma + 1))  # eq. 127; 0 at the first update
 
 
+class ScheduleFreeAverage(EMA):
+    """The average x of schedule-free training, whose weights in training are y = (1 − β) z + β x.
+
+    Defazio et al., arXiv 2405.15682, eq. 3 to 5; β is the first of `betas`. The optimizer keeps z and updates y: x
+    follows from both, without a decay.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], beta: float, z: Callable[[], list[torch.Tensor]]):
+        super().__init__(parameters, decay=0.0)
+        self.beta, self.z = beta, z
+
+    @torch.no_grad()
+    def step(self, parameters: list[torch.Tensor]) -> None:
+        self.optimization_step += 1
+        torch._foreach_copy_(self.shadow_params, parameters)
+        torch._foreach_lerp_(self.shadow_params, self.z(), 1 - 1 / self.beta)
+
+
+Moment = Callable[[nn.Parameter, str], torch.Tensor | None]
+
+
 class Averages:
     """The averages of a module's trained parameters, in the order of `named`.
 
     Each process averages what it has of a sharded parameter.
 
     Where `ema_widths` are set, a power-function average of each; else an exponential one of decay `ema_decay`. The
-    first of `models`, `main`, is sampled, evaluated and exported.
+    first of `models`, `main`, is sampled, evaluated and exported. Where the optimizer is schedule-free, the only one is
+    its own average; `moment` returns what the optimizer keeps of a parameter.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training):
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training, moment: Moment | None = None):
         self.names: tuple[str, ...]
         self.parameters: tuple[nn.Parameter, ...]
         self.names, self.parameters = zip(*named, strict=True)
@@ -93,6 +115,9 @@ class Averages:
         self.training, self.widths = training, training.ema_widths
         self.models: list[EMA] = [PowerEMA(parameters, width) for width in self.widths]
         self.models = self.models or [EMA(parameters, training.ema_decay)]
+        self._moment = moment if training.optimizer == "schedulefree" else None
+        if self._moment:
+            self.models = [ScheduleFreeAverage(parameters, training.betas[0], self._z)]
         self.main = self.models[0]
         self._parts = ("ema", *(f"ema-{width}" for width in self.widths[1:]))
         self._swapped = False
@@ -104,6 +129,12 @@ class Averages:
 
     def _local(self) -> list[torch.Tensor]:
         return [to_local(p) for p in self.parameters]
+
+    def _z(self) -> list[torch.Tensor]:
+        """What a schedule-free optimizer averages; parameters that have had no gradient are that themselves."""
+        assert self._moment
+        moments = [(p, self._moment(p, "z")) for p in self.parameters]
+        return [to_local(p if z is None else z) for p, z in moments]
 
     def step(self) -> None:
         for model in self.models:
@@ -130,9 +161,10 @@ class Averages:
             module.train()
 
     def of(self, parameter: nn.Parameter) -> list[torch.Tensor]:
-        """The averages of a parameter: one, or one for each of `ema_widths`."""
+        """The averages of a parameter: one, or one for each of `ema_widths`; and z, which schedule-free ones need."""
         i = next(i for i, p in enumerate(self.parameters) if p is parameter)
-        return [model.shadow_params[i] for model in self.models]
+        z = self._moment and self._moment(parameter, "z")
+        return [*(model.shadow_params[i] for model in self.models), *([] if z is None else [z])]
 
     def tensors(self, model: EMA) -> Tensors:
         """Averages by parameter name, sharded as the parameters are; swapped ones are in these."""

@@ -37,7 +37,7 @@ class Engine:
         decayed = [p for p in self._network if p.ndim]
         free = [p for p in self._network if not p.ndim] + self._extra
         groups: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
-        optimizer = make_optimizer(training, groups, lr, accelerator)
+        optimizer = make_optimizer(training, module, groups, lr, accelerator)
         self._unsharded: nn.Module | None = None  # without weights; `export_ema` fills it
         if accelerator.is_fsdp2:
             self._prepare_to_shard()
@@ -110,6 +110,10 @@ class Engine:
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def moment(self, parameter: nn.Parameter, name: str) -> torch.Tensor | None:
+        """A tensor that the optimizer keeps of a parameter; None before its first step."""
+        return self.optimizer.optimizer.state.get(parameter, {}).get(name)  # type: ignore[no-any-return]
 
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         """Weights and buffers, the optimizer's tensors, its groups; all processes call it, the main one gets them."""

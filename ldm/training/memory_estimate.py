@@ -31,9 +31,11 @@ from ldm.models.unet import UNet, input_channels
 from ldm.training import plan
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
+from ldm.training.optimizer import hidden_matrices
 from ldm.utils.precision import DTYPES
 
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
+COPIES = {"lion": 1, "schedulefree": 2, "prodigy": 4}  # tensors as large as the weights that an optimizer keeps
 FSDP_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # which FSDP gathers one at a time
 
 
@@ -95,7 +97,7 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
         shapes = [torch.Size([config.finetune.vectors, text.width])]
     sizes = [shard_size(shape, shards) for shape in shapes]
     all_weights, weights = 4 * sum(shape.numel() for shape in shapes), 4 * sum(sizes)
-    moments, averages = moments_memory(sizes, stage), max(1, len(stage.ema_widths))
+    moments, averages = _moments(unet, text, sizes, stage), max(1, len(stage.ema_widths))
     gradients = all_weights if accumulation.steps > 1 else weights
     gathered = fsdp_memory(unet, processes, accumulation.steps) if sharded else 0
     exported = all_weights + base if sharded else 0
@@ -182,6 +184,8 @@ def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> 
         yield "matrices of all pairs, which stage2.attention_backend=eager keeps"
     if config.stage2.compile:
         yield "what stage2.compile saves"
+    if config.stage2.optimizer not in ("adamw", "adamw8bit"):
+        yield f"copies of gradients that {config.stage2.optimizer} takes during its step, after activations are freed"
     if sharded:
         yield "other settings of FSDP than those of configs/accelerate/fsdp.yaml"
     elif sharding.sharding_kind() == "deepspeed":
@@ -200,10 +204,38 @@ def _batch_sizes(config: Config, processes: int, images: int) -> tuple[int, int,
 
 
 def moments_memory(sizes: Iterable[int], training: Training) -> int:
-    """Bytes of the optimizer's tensors for parameters of such `sizes`, in elements."""
+    """Bytes of the tensors of AdamW and others that treat elements alike, for parameters of such `sizes`."""
     if training.optimizer == "adamw":
         return sum(2 * 4 * n + 4 for n in sizes)  # and the number of its steps
-    return sum(2 * (4 * n if n < SMALL else n + 4 * math.ceil(n / BLOCK)) for n in sizes)
+    if training.optimizer == "adamw8bit":
+        return sum(2 * (4 * n if n < SMALL else n + 4 * math.ceil(n / BLOCK)) for n in sizes)
+    return sum(4 * COPIES[training.optimizer] * n for n in sizes)
+
+
+def shapes_moments_memory(shapes: Iterable[torch.Size], hidden: Iterable[bool], training: Training) -> int:
+    """The same for unsharded parameters of such `shapes`, of any optimizer; `hidden` are those that Muon itself trains.
+
+    A few scalars of the whole are left out.
+    """
+    if training.optimizer == "muon":
+        return sum(4 * (1 if muon else 2) * shape.numel() for shape, muon in zip(shapes, hidden, strict=True))
+    if training.optimizer == "adafactor":  # a mean over the last dimension and one over that before
+        factors = (
+            sum(shape.numel() // side for side in shape[-2:]) if len(shape) > 1 else shape.numel() for shape in shapes
+        )
+        return sum(4 * n for n in factors)
+    return moments_memory((shape.numel() for shape in shapes), training)
+
+
+def _moments(unet: UNet, text: plan.TextEncoderSizes, sizes: Iterable[int], training: Training) -> int:
+    """Bytes of the optimizer's tensors, of shards of such `sizes`; a trained text encoder is counted as AdamW's."""
+    if training.optimizer not in ("muon", "adafactor"):
+        return moments_memory(sizes, training)
+    hidden, parameters = hidden_matrices(unet), [p for p in unet.parameters() if p.requires_grad]  # never sharded
+    shapes = [*(p.shape for p in parameters), *text.trained]
+    return shapes_moments_memory(
+        shapes, [*(id(p) in hidden for p in parameters), *(False for _ in text.trained)], training
+    )
 
 
 def shard_size(shape: torch.Size, processes: int) -> int:

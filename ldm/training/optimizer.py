@@ -1,39 +1,122 @@
-"""The optimizer, its learning rate's schedule, and its state as named tensors."""
+"""The optimizers, their learning rate's schedule, and their state as named tensors."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import SHARDED
+from ldm.distributed.sharding import SHARDED, check_shardable
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
+MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NO_EFFECT = {
+    "ema_decay": ("schedulefree", "has no effect: schedulefree averages the weights itself"),
+    "betas": ("adafactor", "the first has no effect: adafactor is without momentum here"),
+}  # keys that an optimizer ignores
+PACKAGES = {
+    "adamw8bit": ("bitsandbytes", "8bit"),
+    **dict.fromkeys(("prodigy", "schedulefree", "muon", "adafactor", "lion"), ("pytorch_optimizer", "optimizers")),
+}  # what an optimizer is from, and the extra that installs it
+
 
 def make_optimizer(
-    training: Training, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
+    training: Training, module: nn.Module, groups: list[dict[str, Any]], lr: float, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
-    """AdamW; UserError where the 8-bit one is not installed, or would have to be sharded."""
+    """The configured optimizer of `groups` of a module's parameters.
+
+    UserError where it is not installed, or would have to be sharded.
+    """
+    name = training.optimizer
     options: dict[str, Any] = {"lr": lr, "betas": training.betas, "weight_decay": training.weight_decay}
-    if training.optimizer == "adamw":
+    if name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     if accelerator.distributed_type in SHARDED:
-        raise UserError("optimizer: adamw8bit can't be sharded, which divides its memory too; use adamw")
+        check_shardable(training, "optimizer", accelerator.distributed_type.value.lower())
     check_installed(training, "optimizer")
-    import bitsandbytes
+    if name == "adamw8bit":
+        import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
+        return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
+    return _of_pytorch_optimizer(name, module, groups, options)
+
+
+def _of_pytorch_optimizer(
+    name: str, module: nn.Module, groups: list[dict[str, Any]], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """With settings that let `lr` mean what it does for AdamW, except Prodigy's, a factor."""
+    import pytorch_optimizer
+
+    if name == "lion":
+        return pytorch_optimizer.Lion(groups, **options)
+    if name == "schedulefree":
+        return pytorch_optimizer.ScheduleFreeAdamW(groups, **options)
+    if name == "prodigy":  # as its authors advise for a warm-up; no limit of growth, as a number that JSON knows
+        unlimited = sys.float_info.max
+        return pytorch_optimizer.Prodigy(
+            groups, **options, bias_correction=True, safeguard_warmup=True, growth_rate=unlimited
+        )
+    if name == "adafactor":  # without momentum, which would take the memory that it saves
+        options["betas"] = (None, options["betas"][1])
+        return pytorch_optimizer.AdaFactor(groups, **options, scale_parameter=False, relative_step=False)
+    return pytorch_optimizer.Muon(_muon_groups(module, groups, options), use_adjusted_lr=True)
+
+
+def _muon_groups(module: nn.Module, groups: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each group divided into hidden matrices and what AdamW trains; UserError where there are no such matrices."""
+    hidden, divided = hidden_matrices(module), []
+    for group in groups:
+        matrices = [p for p in group["params"] if id(p) in hidden]
+        others = [p for p in group["params"] if id(p) not in hidden]
+        common = {"lr": options["lr"], "weight_decay": options["weight_decay"], **group}
+        if matrices:
+            divided.append({**common, "params": matrices, "use_muon": True})
+        if others:
+            adamw = {"betas": options["betas"], "eps": 1e-8}  # AdamW's eps
+            divided.append({**common, "params": others, "use_muon": False, **adamw})
+    if not any(group["use_muon"] for group in divided):
+        raise UserError("optimizer: muon trains hidden matrices, and none are among the trained weights; use adamw")
+    return divided
+
+
+def hidden_matrices(module: nn.Module) -> set[int]:
+    """The ids of trained weights that Muon is made for: those of linear and convolutional layers inside a network.
+
+    Not of its first and last layer, nor of layers named conv_in and conv_out, as in diffusers: what is before or after
+    them are pixels, latents or noise levels, not features.
+    """
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MATRIX_LAYERS)]
+    return {
+        id(layer.weight)
+        for name, layer in layers[1:-1]
+        if layer.weight.requires_grad and not {"conv_in", "conv_out"} & set(name.split("."))
+    }
+
+
+def check_optimizer(training: Training, key: str) -> None:
+    """UserError where the optimizer's package is missing; a line for each key that is set and has no effect.
+
+    `key` is that of the training: `stage2`, or "" for a command of its own.
+    """
+    prefix = f"{key}." if key else ""
+    check_installed(training, f"{prefix}optimizer")
+    for name, (optimizer, reason) in NO_EFFECT.items():
+        if training.optimizer == optimizer and name in training.model_fields_set:
+            print(f"{prefix}{name}: {reason}", file=sys.stderr, flush=True)
 
 
 def check_installed(training: Training, key: str) -> None:
     """UserError, naming the key of the optimizer, where its library is missing."""
-    if training.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(f"{key}: adamw8bit needs pip install 'ldm[8bit]'; or use adamw")
+    package, extra = PACKAGES.get(training.optimizer, ("torch", ""))
+    if not importlib.util.find_spec(package):
+        raise UserError(f"{key}: {training.optimizer} needs pip install 'ldm[{extra}]'; or use adamw")
 
 
 def lr_factor(step: int, training: Training) -> float:
@@ -49,28 +132,46 @@ def lr_factor(step: int, training: Training) -> float:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
-    """An optimizer's `state_dict()` as named tensors (`3.exp_avg`) and plain groups; integers become int64."""
+    """An optimizer's `state_dict()` as named tensors (`3.exp_avg`) and plain groups.
+
+    Integers become int64, floats float64; a group's tensors are `groups.0.d_numerator`.
+    """
     tensors: Tensors = {}
 
     def flatten(name: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, child in value.items():
                 flatten(f"{name}.{key}", child)
+        elif isinstance(value, torch.Tensor):
+            tensors[name] = value
         else:
-            tensors[name] = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+            tensors[name] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
     for i, entry in state["state"].items():
         flatten(str(i), entry)
-    return tensors, state["param_groups"]
+    groups = []
+    for i, group in enumerate(state["param_groups"]):
+        ours = {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"groups.{i}.{key}": value.clone() for key, value in ours.items()}  # groups may share one
+        groups.append({key: value for key, value in group.items() if key not in ours})
+    return tensors, groups
 
 
 def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
+    """The inverse of `flatten_optimizer`, also of groups that were JSON, which has lists for tuples."""
+    groups = [{key: value if key == "params" else _tuples(value) for key, value in group.items()} for group in groups]
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, *path, key = name.split(".")
+        if index == "groups":
+            groups[int(path[0])][key] = value
+            continue
         entry = state.setdefault(int(index), {})
         for part in path:
             entry = entry.setdefault(part, {})
-        entry[key] = int(value) if value.dtype == torch.int64 and not value.ndim else value
+        entry[key] = value.item() if value.dtype in (torch.int64, torch.float64) and not value.ndim else value
     return {"state": state, "param_groups": groups}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -35,7 +35,7 @@ def describe(config: Config, processes: int = 1) -> str:
     for key, name in (("stage1.pretrained", stage1.pretrained), ("stage1.init_from", stage1.init_from)):
         if name and Path(name).exists():
             checks.check_autoencoder(config, key, name)
-    trained = f"trained for {stage1.steps} steps of {stage1.batch}, lr {stage1.lr}"
+    trained = f"trained for {stage1.steps} steps of {stage1.batch}, {_rate(stage1)}"
     if stage1.init_from:
         trained = f"{stage1.train} of {stage1.init_from} {trained}"
     source = (
@@ -57,7 +57,7 @@ def describe(config: Config, processes: int = 1) -> str:
             f"latents {stage1.latent_channels} × {side} × {side}; {source}",
             *([] if stage1.needs_none else _batch("stage1", stage1, processes)),
             f"stage 2  U-Net, {parameters}, conditions: {conditions}, "
-            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, lr {stage2.lr}{start}",
+            f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, {_rate(stage2)}{start}",
             *([f"         {tuned}"] if tuned else []),
             *_batch("stage2", stage2, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
@@ -79,6 +79,11 @@ def _tuned(config: Config, network: nn.Module) -> str:
         f"frozen, with a {finetune.kind} of rank {finetune.rank} on {len(layers)} layers, "
         f"{trained / 1e6:,.2f} M parameters{also}"
     )
+
+
+def _rate(training: Training) -> str:
+    """The learning rate, and whose, where it is not AdamW's."""
+    return f"{'' if training.optimizer == 'adamw' else f'{training.optimizer}, '}lr {training.lr}"
 
 
 def _batch(stage: str, training: Training, processes: int) -> list[str]:

@@ -102,7 +102,7 @@ class Trainer:
         self.model, self.module = self._engine.ddp_model, self._engine.module
         self.parameters, self.autocast = self._engine.parameters, self._engine.autocast
         trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
-        self.ema = Averages(trained, training)  # of the sharded parameters, so after the engine
+        self.ema = Averages(trained, training, self._engine.moment)  # of the sharded parameters, so after the engine
         self.step = 0  # optimizer steps done
         self.nonfinite = NonfiniteTracker(name)
         self._losses: list[torch.Tensor] = []  # of this step, of each accumulation step

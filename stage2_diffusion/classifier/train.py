@@ -37,6 +37,7 @@ from ldm.models.finite import check_weights
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.evaluation_sizes import VALIDATION_BATCH
+from ldm.training.optimizer import check_optimizer
 from ldm.training.run_dir import make_dir, prepare_out_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import atomic_folder
@@ -74,6 +75,7 @@ def read(run: Path) -> Config:
 
 def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) -> None:
     """Trains a classifier of the images of split `train`, or of half of them, and writes `OUT/model`."""
+    on_main(partial(check_optimizer, stage, ""))
     images = index.build(config.data, config.cache_dir, ("class",))
     classes = usable(images, out)
     train_set = images.select("train")

@@ -40,6 +40,7 @@ from ldm.sampling.few_steps import first_order_scheduler, lcm_scheduler
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.diffusion_process import diffusion_process
+from ldm.training.optimizer import check_optimizer
 from ldm.training.run_dir import prepare_out_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = options.model_copy(update={"guidance_to": twice})
     check(config.stage2, options, args.method)
     with training_processes(config.run) as state:
+        on_main(partial(check_optimizer, options, ""))
         teacher = LatentDiffusion.load(args.run / "pipeline", "cpu")
         remove_variance_channels(teacher.unet, teacher.autoencoder.channels)
         settings = {

@@ -21,7 +21,7 @@ class ClassifierConfig(Training):
     lr: float = Field(default=3e-4, gt=0)
     """Learning rate, not scaled by batch or processes."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of AdamW."""
+    """Decoupled weight decay, as AdamW's."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
     half: Literal[0, 1] | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from ldm.config import rules
 from ldm.config.schema.base import Section
 
 WIDEST = 12**-0.5  # σ_rel of the plain mean of all weights so far
@@ -32,22 +33,24 @@ class Training(Section):
     device_batch: PositiveInt | None = None
     """Images that one device computes at once, at most; gradients accumulate until the batch is complete. Default: the
     device's whole share of the batch."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs bitsandbytes."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "muon", "adafactor", "lion"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits: a quarter of their memory; needs `ldm[8bit]`. `prodigy` finds its step
+    size, `schedulefree` needs no schedule, `muon`, `adafactor` and `lion` take less memory; they need
+    `ldm[optimizers]`. See [Optimizers](../guides/training.md#optimizers)."""
     lr: float = Field(default=1e-4, gt=0)
-    """Learning rate, not scaled by batch or processes."""
+    """Learning rate, not scaled by batch or processes. Of `prodigy` a factor: 1."""
     lr_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Schedule of the learning rate after the warm-up; `cosine` and `linear` end at 0."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Of AdamW."""
+    """Decoupled weight decay, as AdamW's."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Of AdamW."""
+    """Decay of the averages of gradients and of their squares. What each optimizer does with them is in its guide."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     ema_decay: Decay = 0.999
-    """Decay of the averaged weights, which are saved and sampled."""
+    """Decay of the averaged weights, which are saved and sampled; no effect with `schedulefree`, which averages too."""
     ema_widths: Annotated[tuple[float, ...], AfterValidator(_check_widths)] = ()
     """Power-function averages instead, by σ_rel: `[0.05, 0.1]`. The first is saved and sampled; all are snapshotted."""
     ema_snapshot_every: PositiveInt = 500
@@ -56,3 +59,7 @@ class Training(Section):
     """Steps between checkpoints."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _training_rules(self) -> Self:
+        return rules.check(self, rules.TRAINING)

@@ -91,6 +91,20 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
             "stage2.ema_widths: [0.05, 0.5]: each must be more than 0 and less than 0.2887",
         ),
         ("stage1.ema_widths=[0.1,0.1]", "stage1.ema_widths: [0.1, 0.1]: an entry is listed twice; name each once"),
+        ("stage2.optimizer=prodigy", "stage2.lr: 0.002; prodigy finds its step size and multiplies it by lr, so 1"),
+        (
+            "stage1.optimizer=prodigy stage1.lr=1 stage1.gan={warmup: 5}",
+            "stage1.gan.lr: 0.0001; the discriminator has stage1.optimizer too",
+        ),
+        (
+            "stage2.optimizer=schedulefree stage2.lr_scheduler=cosine",
+            "stage2.lr_scheduler: cosine, which schedulefree replaces; set it to constant",
+        ),
+        (
+            "stage2.optimizer=schedulefree stage2.ema_widths=[0.1]",
+            "stage2.ema_widths: schedulefree averages the weights itself; set it to []",
+        ),
+        ("stage2.optimizer=schedulefree stage2.betas=[0,0.9]", "stage2.betas: the first is 0"),
         ("stage2.conditions=[text,text]", "stage2.conditions: ['text', 'text']: an entry is listed twice; name"),
         ("stage2.conditions=[inpaint]", "stage2.conditions: inpaint needs text"),
         ("stage2.conditions=[text,inpaint,upscale]", "stage2.conditions: a model has one task"),

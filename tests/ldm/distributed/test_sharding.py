@@ -46,6 +46,20 @@ def test_settings_that_cannot_be_sharded_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_an_optimizer_that_cannot_be_sharded_is_refused_where_there_are_processes_to_shard_over(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
+    for optimizer, environment in (("muon", FSDP), ("adamw8bit", FSDP), ("lion", ZERO)):
+        settings = loader.load(root / "configs/tiny.yaml", [f"stage2.optimizer={optimizer}"])
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            sharding.check(settings.stage2, settings.run.precision)
+            with pytest.raises(UserError, match=f"stage2.optimizer: {optimizer} can't be sharded"):
+                sharding.check(settings.stage2, settings.run.precision, processes=2)
+
+
 def test_the_error_without_deepspeed_names_the_package_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     for name, value in ZERO.items():

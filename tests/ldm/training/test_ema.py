@@ -216,3 +216,16 @@ def test_sharded_weights_have_the_same_averages_and_snapshots_as_full_ones(proce
     assert torch.equal(sharded.full_tensor(), history[-1])
     for a, b in zip(read_snapshots(tmp_path / "full"), read_snapshots(tmp_path / "sharded"), strict=True):
         assert a.path.read_bytes() == b.path.read_bytes()
+
+
+def test_a_replaced_weight_replaces_its_schedule_free_average() -> None:
+    """`of` has all that a weight's average follows from, as `stage1.revive` needs."""
+    parameter, z = nn.Parameter(torch.tensor([1.0, 2.0])), torch.tensor([3.0, 4.0])
+    training = Training(optimizer="schedulefree")
+    averages = Averages([("weight", parameter)], training, lambda p, name: z if p is parameter else None)
+    averages.step()
+    torch.testing.assert_close(0.1 * z + 0.9 * averages.main.shadow_params[0], parameter.detach())
+    for tensor in (parameter.detach(), *averages.of(parameter)):
+        tensor[0] = 7.0
+    averages.step()
+    assert float(averages.main.shadow_params[0][0]) == 7

@@ -24,12 +24,22 @@ import train_ldm
 from ldm.config import loader
 from ldm.config.presets import AUTOENCODERS
 from ldm.config.schema import Stage2Config
+from ldm.distributed.launch import accelerator
 from ldm.models import attention, autoencoder, text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import Condition, TextEmbedding, predict
 from ldm.training import memory_estimate, memory_tracker, plan
-from ldm.training.memory_estimate import estimate_memory, fsdp_memory, moments_memory, shard_size, unet_memory
+from ldm.training.engine import Engine
+from ldm.training.memory_estimate import (
+    estimate_memory,
+    fsdp_memory,
+    moments_memory,
+    shapes_moments_memory,
+    shard_size,
+    unet_memory,
+)
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker
+from ldm.training.optimizer import flatten_optimizer, hidden_matrices
 from ldm.training.trainer import Trainer
 from stage2_diffusion.denoiser import Denoiser
 
@@ -203,6 +213,9 @@ def test_weights_gradients_moments_and_averages_are_those_of_a_run(root: Path, t
     assert rows["text encoder"] == num_bytes(encoder.model.parameters())
 
 
+NARROW = ("stage2.norm_num_groups=4", "stage2.attention_head_dim=4", "run.device=cpu", "run.tracker=none")
+
+
 @pytest.mark.slow
 @pytest.mark.drill
 def test_fsdp_is_counted_to_hold_what_two_processes_hold(
@@ -246,6 +259,23 @@ def test_fsdp_is_counted_to_hold_what_two_processes_hold(
 
 def test_a_shard_has_the_rows_of_its_process() -> None:
     assert [shard_size(torch.Size([10, 3, 3]), processes) for processes in (1, 2, 4, 16)] == [90, 45, 27, 9]
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedulefree", "muon", "adafactor", "lion"])
+def test_what_an_optimizer_keeps_is_counted(root: Path, optimizer: str) -> None:
+    config = settings(root, "tiny", "stage2.channels=[8, 16]", "stage2.attention=[false, true]", *NARROW)
+    module = unet.build(config.stage2, 4, 8, 16)
+    stage = Stage2Config(optimizer=optimizer, lr=1)
+    engine = Engine(module, 1.0, stage, accelerator(config.run), "no")
+    for parameter in engine.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    engine.optimizer.step()
+    tensors = flatten_optimizer(engine.optimizer.state_dict())[0]
+    kept = sum(t.numel() * t.element_size() for name, t in tensors.items() if t.ndim and not name.startswith("groups"))
+    hidden = hidden_matrices(module)
+    parameters = list(module.parameters())
+    counted = shapes_moments_memory([p.shape for p in parameters], [id(p) in hidden for p in parameters], stage)
+    assert counted == kept
 
 
 def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,9 +53,12 @@ def train(
     workers: int = 0,
     keys: bool = False,
     stage: str = "stage1",
+    network: Callable[[], nn.Module] | None = None,
     **changes: object,
 ) -> Trainer:
     """Trains a linear layer to be the identity; after `stop` steps it sends the signal `number` to all its processes.
+
+    A `network` takes the layer's place.
 
     In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is finite.
     """
@@ -80,7 +84,7 @@ def train(
         ),
         Training(**options),
         stage,
-        nn.Linear(side, side),
+        network() if network else nn.Linear(side, side),
         {"shape": [4]},
     )
     others = {child.pid for child in psutil.Process().children()}  # the server of `forked` among them
@@ -140,6 +144,53 @@ def test_resume_with_8_bit_moments_equals_uninterrupted(tmp_path: Path) -> None:
     adamw = train(tmp_path / "adamw", side=80, lr=0.01)
     assert abs(metrics(tmp_path / "uninterrupted")[-1]["loss"] / metrics(tmp_path / "adamw")[-1]["loss"] - 1) < 0.1
     assert not torch.equal(adamw.parameters[0], full_run.parameters[0])
+
+
+def small_network() -> nn.Module:
+    """With a weight of each kind that an optimizer treats in its own way."""
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2)), conv, nn.Flatten(), nn.Linear(8, 4))
+
+
+OPTIMIZERS = {"prodigy": 1.0, "schedulefree": 0.1, "muon": 0.05, "adafactor": 0.05, "lion": 0.02}  # with an lr
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_with_any_optimizer_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
+    """Weights, averages, and all that the optimizer keeps: tensors, counters, step sizes."""
+    options: dict[str, Any] = {"optimizer": optimizer, "lr": OPTIMIZERS[optimizer], "network": small_network}
+    full_run = train(tmp_path / "uninterrupted", **options)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "stopped", stop=6, **options)
+    resumed = train(tmp_path / "stopped", **options)
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
+    (_, tensors, groups), (_, tensors_after, groups_after) = full_run._engine.state(), resumed._engine.state()
+    assert tensors.keys() == tensors_after.keys()
+    assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+    assert json.loads(json.dumps(groups, allow_nan=False)) == json.loads(json.dumps(groups_after))
+    lines = metrics(tmp_path / "uninterrupted")
+    assert lines == metrics(tmp_path / "stopped")
+    assert optimizer == "prodigy" or lines[-1]["loss"] < lines[0]["loss"]  # whose first steps are tiny
+
+
+def test_schedule_free_weights_are_the_mean_of_its_iterates(tmp_path: Path) -> None:
+    """x is the mean of z, weighted by the squared learning rate; y = (1 − β) z + β x is trained; x is exported."""
+    run = train(tmp_path, keep=99, optimizer="schedulefree", steps=6, checkpoint_every=1)
+    rates = [0.1 * min(1, (step + 1) / 2) for step in range(6)]
+    total = torch.zeros(4, 4, dtype=torch.float64)
+    for i, folder in enumerate(checkpoints(tmp_path / "stage1")):
+        parts, _ = read_checkpoint(folder)
+        z, y = parts["optimizer"]["0.z"].double(), parts["model"]["weight"].double()
+        total += rates[i] ** 2 * z
+        x = total / sum(rate**2 for rate in rates[: i + 1])
+        torch.testing.assert_close(parts["ema"]["weight"].double(), x, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(y, 0.1 * z + 0.9 * x, rtol=1e-5, atol=1e-6)
+    before = run.module.weight.detach().clone()
+    with run.ema_weights("a test"):
+        torch.testing.assert_close(run.module.weight.double(), x, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run.module.weight, before)
+    torch.testing.assert_close(run.export_ema().weight.double(), x, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before.double(), x, rtol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -355,6 +406,18 @@ def test_a_too_high_loss_scale_is_lowered_and_not_counted_as_a_skip(
 ) -> None:
     run = train(tmp_path, steep=(2, 3))
     assert (run.nonfinite.total, run.ema.updates, scaler.get_scale()) == (0, 10, 1.0)
+
+
+def test_every_optimizer_skips_the_steps_that_the_loss_scale_overflows(
+    tmp_path: Path, scaler: torch.amp.GradScaler
+) -> None:
+    for optimizer, lr in OPTIMIZERS.items():
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 4.0})
+        run = train(tmp_path / optimizer, steep=(2, 3), optimizer=optimizer, lr=lr, network=small_network)
+        assert (run.nonfinite.total, run.ema.updates, scaler.get_scale()) == (0, 10, 1.0), optimizer
+        first = 1 if optimizer == "prodigy" else 0  # where it counts from
+        assert {group["step"] - first for group in run._engine.optimizer.param_groups} == {10}
+        assert all(tensor.isfinite().all() for tensor in weights(run))
 
 
 def test_gradients_that_are_nonfinite_at_any_scale_stop_the_run(tmp_path: Path, scaler: torch.amp.GradScaler) -> None:
