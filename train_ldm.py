@@ -179,7 +179,8 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
                 if state.is_main_process:
                     print(f"training would stop: {error}")
         undrawn = prior.count_undrawn(settings, encoder) if "stage2" in stages else 0
-        data = load_data(settings if undrawn else prior.with_class_images(settings, encoder), encoder)
+        draws_none = "stage2" in stages and not undrawn
+        data = load_data(prior.with_class_images(settings, encoder) if draws_none else settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)
         if undrawn and state.is_main_process:

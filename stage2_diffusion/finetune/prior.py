@@ -93,7 +93,7 @@ def check(config: Config) -> None:
     if finetune.prior_weight is None:
         return
     if not (folder := finetune.class_images):
-        if not finetune.class_prompt and not any(_has_class_images(source) for source in config.data.source):
+        if not finetune.class_prompt.strip() and not any(_has_class_images(source) for source in config.data.source):
             raise UserError(
                 "finetune.class_prompt: missing, and no subset of data.source has is_reg; set it to the caption of the "
                 "class's images, such as 'a photo of a dog'"
@@ -135,7 +135,7 @@ def with_class_images(config: Config, text: AnyTextEncoder | None) -> Config:
     Every process of the run calls it.
     """
     finetune = config.finetune
-    if finetune.prior_weight is None or not finetune.class_prompt:
+    if finetune.prior_weight is None or not finetune.class_prompt.strip():
         return config
     folder, limit = finetune.class_images, None
     if not folder:
@@ -170,7 +170,7 @@ def warn_of_shared_captions(data: Index | Stream) -> None:
 def count_undrawn(config: Config, text: AnyTextEncoder | None) -> int:
     """How many images of the class would be drawn."""
     finetune = config.finetune
-    if finetune.prior_weight is None or not finetune.class_prompt or finetune.class_images:
+    if finetune.prior_weight is None or not finetune.class_prompt.strip() or finetune.class_images:
         return 0
     return len(_find(config, _base_model(config, text)).missing)
 

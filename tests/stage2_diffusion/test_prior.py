@@ -218,7 +218,10 @@ KOHYA = "[[datasets]]\nresolution = 16\n[[datasets.subsets]]\nimage_dir = 'sks'\
         (["finetune.class_prompt=''"], "finetune.class_prompt: missing; give the caption of the class"),
         (["finetune.prior_weight=null"], "finetune.class_prompt: is of prior preservation; set prior_weight"),
         (["data.streaming=true", "data.cache=none"], "finetune.prior_weight: .*no data.streaming"),
-        (["stage2.conditions=[]", "stage2.pooled_text=false"], "finetune.prior_weight: the subject and its class differ by captions; add text"),
+        (
+            ["stage2.conditions=[]", "stage2.pooled_text=false"],
+            "finetune.prior_weight: the subject and its class differ by captions; add text",
+        ),
         (["stage2.init_from=null"], "stage2.init_from: no model to draw the class with; name one, or give"),
         (["stage2.conditions=[text, inpaint]"], "finetune.class_images: missing; only a model conditioned on text"),
         (["finetune.class_images={}/none"], "finetune.class_images: no folder .*none; put images"),
