@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from of_config import images_of, indexed
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from stable_diffusion import stable_diffusion
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.models import text_encoder
+from ldm.training.metrics_logger import MetricsLogger
 from ldm.utils.errors import UserError
 from stage2_diffusion.finetune import prior
 
@@ -94,6 +96,15 @@ def test_the_gradient_of_a_batch_is_the_weighted_sum_of_its_samples_gradients() 
 def test_a_batch_without_the_key_is_neither_weighted_nor_logged() -> None:
     assert prior.sample_weights({}, None) == 1.0
     assert prior.loss_metrics({}, torch.ones(2)) == {}
+
+
+def test_each_kinds_loss_is_the_mean_over_its_samples_however_many_a_batch_has(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
+    batches = [([True, False, False], [7.0, 1.0, 2.0]), ([False] * 3, [3.0, 4.0, 5.0])]
+    logger.add(prior.loss_metrics({"prior": torch.tensor(kinds)}, torch.tensor(losses)) for kinds, losses in batches)
+    assert logger.pop_means() == {"loss_prior": 7.0, "loss_subject": 3.0, "prior_share": pytest.approx(1 / 6)}
+    logger.add([prior.loss_metrics({"prior": torch.tensor([False])}, torch.tensor([2.0]))])
+    assert logger.pop_means() == {"loss_subject": 2.0, "prior_share": 0.0}
 
 
 @pytest.mark.slow
