@@ -67,9 +67,11 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     from ldm.training.model_card import write_card
     from ldm.training.run_dir import prepare_run_dir
     from stage1_vae.train import train as train_autoencoder
+    from stage2_diffusion.finetune import prior
     from stage2_diffusion.train import train as train_unet
 
     disable_progress_bars()
+    prior.check(settings)
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
     if not confirmed:
         checks.check_captions(settings)
@@ -78,7 +80,8 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     result, stages = folder / settings.finetune.deliverable, unfinished_stages(settings, stage)
     if "stage1" in stages and stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
-    data = load_data(settings, encoder)
+    with_classes = prior.with_class_images(settings, encoder) if "stage2" in stages else settings  # may draw them
+    data = load_data(with_classes, encoder)
     if not on_main(result.exists):
         on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
@@ -121,6 +124,7 @@ def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Strea
     """The data set, after the checks that need all its samples."""
     from ldm.data import check, index
     from ldm.data.stream import Stream
+    from stage2_diffusion.finetune.prior import warn_of_shared_captions
 
     folder, conditions = settings.run.dir, settings.stage2.conditions
     data: Index | Stream
@@ -129,6 +133,7 @@ def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Strea
     else:
         data = index.build(settings.data, settings.cache_dir, conditions)
     batches = (settings.stage1.batch, settings.stage2.batch)
+    warn_of_shared_captions(data)
     check.before_training(data, folder, encoder, settings.text.model, batches)
     return data
 
@@ -143,6 +148,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
     from ldm.distributed.sharding import sharding_kind
     from ldm.models import text_encoder
     from ldm.training import checks, memory_estimate, plan
+    from stage2_diffusion.finetune import prior
 
     disable_progress_bars()
     state = join(settings.run)
@@ -160,6 +166,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
         if state.is_main_process:
             print(f"not measured: {error}")
         return
+    prior.check(settings)
     encoder = checks.check(settings, state.num_processes)
     tmp_path = on_main(lambda: Path(tempfile.mkdtemp(prefix="ldm-dry-run-")))
     try:
@@ -171,9 +178,13 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
             except UserError as error:
                 if state.is_main_process:
                     print(f"training would stop: {error}")
-        data = load_data(settings, encoder)
+        undrawn = prior.count_undrawn(settings, encoder) if "stage2" in stages else 0
+        draws_none = "stage2" in stages and not undrawn
+        data = load_data(prior.with_class_images(settings, encoder) if draws_none else settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)
+        if undrawn and state.is_main_process:
+            print(prior.describe_drawing(settings, undrawn), flush=True)
         state.wait_for_everyone()
     finally:
         if state.is_main_process:

@@ -17,6 +17,7 @@ from ldm.training import checks
 from ldm.training.fingerprint import check_finished
 from ldm.training.model_card import write_card
 from ldm.training.run_dir import prepare_run_dir
+from stage2_diffusion.finetune import prior
 from stage2_diffusion.train import train
 
 UNET = {"channels": [64, 128, 256, 256], "attention_head_dim": 32, "attention": [False, False, True, True]}
@@ -96,15 +97,19 @@ class FolderTrainer:
         """Trains to the end, or continues, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)
         text = checks.check(self.config, state.num_processes)
+        prior.check(self.config)
         checks.check_captions(self.config, "data__source={'path': …, 'kind': 'classes'}")
         settings = prepare_run_dir(self.config)
         pipeline = settings.run.dir / "pipeline"
-        images = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
-        if on_main(pipeline.exists):
+        finished = on_main(pipeline.exists)
+        data = settings.data if finished else prior.with_class_images(settings, text).data
+        images = index.build(data, settings.cache_dir, settings.stage2.conditions)
+        if finished:
             stage2 = settings.run.dir / "stage2"
             on_main(partial(check_finished, stage2, {"data": images.select("train").fingerprint()}))
         else:
             batches = (settings.stage1.batch, settings.stage2.batch)
+            prior.warn_of_shared_captions(images)
             check.before_training(images, settings.run.dir, text, settings.text.model, batches)
             train(settings, images, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:

@@ -13,6 +13,7 @@ from ldm.config.schema import Config
 from ldm.data.crops import crop_resize
 from ldm.data.images import grid, to_pil, to_tensor
 from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
 from ldm.models.conditioning import downsample
@@ -79,7 +80,7 @@ def _image_inputs(config: Config, model: LatentDiffusion, data: Index | Stream) 
     assert isinstance(data, Index), "the configuration allows no stream here"
     stage, size = config.stage2, config.data.size
     held_out = data.select("reconstruction")
-    chosen = held_out if len(held_out) else data
+    chosen = held_out if len(held_out) else data.select("train", *HELD_OUT)
     numbers = range(min(sizes.SHEET_INPUTS, len(chosen)))
     pixels = torch.stack([to_tensor(crop_resize(chosen.load_image(i), (size, size))[0]) for i in numbers])
     captions = [chosen[i].captions[0] for i in numbers]

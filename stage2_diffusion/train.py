@@ -12,6 +12,7 @@ from ldm.config.schema import Config
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import sample_names, stage2_dataset
 from ldm.data.index import Index
+from ldm.data.records import PRIOR, TRAINED
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.diffusion.process import DiffusionProcess
@@ -27,6 +28,7 @@ from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.finetune import prior
 from stage2_diffusion.finetune.deliver import deliver
 from stage2_diffusion.finetune.freeze import base_fingerprint, freeze, seed_dropout
 from stage2_diffusion.objective import Objective
@@ -35,9 +37,9 @@ from stage2_diffusion.validation import Validation
 
 
 def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: AnyTextEncoder | None) -> None:
-    """Trains the U-Net on the images of split `train` and exports the pipeline with its EMA weights."""
+    """Trains the U-Net on the images of split `train`, and of `prior`; exports the pipeline with its EMA weights."""
     stage, seed = config.stage2, config.run.seed
-    train_set = data.select("train")
+    train_set = data.select(*TRAINED)
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
     device = join(config.run).device
 
@@ -59,7 +61,10 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
     spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
-    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint(), **base}
+    latents = autoencoder.latent_fingerprint(config.data.size)
+    fingerprint = {**latents, "data": data.select("train").fingerprint(), **base}
+    if len(of_class := data.select(PRIOR)):
+        fingerprint[PRIOR] = of_class.fingerprint()
     name = sample_names(train_set, spec)
     trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
     if stage.compile:
@@ -95,13 +100,14 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             seed_dropout(config, n)
             prediction = trainer.model(x_t, objective.noising.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
-            loss = (importance * losses).mean()
+            weight = prior.sample_weights(batch, config.finetune.prior_weight)
+            loss = (importance * weight * losses).mean()
 
             trainer.nonfinite.track_nonfinite(n, losses[:, None])
             trainer.backward(loss)
             objective.record_losses(n, t, losses, trainer.accelerator)
             trainer.optimizer_step()
-            trainer.log(loss=loss, **rates)
+            trainer.log(loss=loss, **rates, **prior.loss_metrics(batch, losses))
         trainer.checkpoint_if_due()
         evaluate_if_due()
 

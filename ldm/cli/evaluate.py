@@ -37,6 +37,7 @@ from ldm.config.schema import SOLVERS, SPACINGS, Config, SourceConfig
 from ldm.data import images, index
 from ldm.data.crops import crop_resize
 from ldm.data.index import Index
+from ldm.data.records import HELD_OUT
 from ldm.evaluation.enlarging import compare_enlarging
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.prompt_following import nearest_neighbors, pixel_features, prompt_following
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     options = Sampling(**sampling_options(args))
     settings = _run_settings(args.run)
-    records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
+    records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions).select("train", *HELD_OUT)
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
     model = LatentDiffusion.load(args.model or args.run / "pipeline").add_loras(*args.lora)

@@ -64,6 +64,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """A validated configuration from plain data; errors name its `origin`."""
     tree, _ = rename_keys(Config, tree)
+    tree = _mark_regularization(tree)
     for key, name, presets, _ in PRESETS:
         values = tree.get(key)
         if isinstance(values, dict) and str(values.get(name)) in presets:
@@ -139,6 +140,20 @@ def _add_kohya(tree: dict[str, Any]) -> None:
                         f"data.{key}: {data[key]}, but {path} says {value}; data.{key}=null takes it from there"
                     )
                 data[key] = value
+
+
+def _mark_regularization(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with `prior` at kohya's files where prior preservation is on: `is_reg` images are then of the class."""
+    data, finetune = tree.get("data"), tree.get("finetune")
+    if not isinstance(data, dict) or not isinstance(finetune, dict) or finetune.get("prior_weight") is None:
+        return tree
+    sources = as_sources(data.get("source"))
+    marked = [{"prior": True, **source} if _is_kohya(source) else source for source in sources]
+    return tree if marked == sources else {**tree, "data": {**data, "source": marked}}
+
+
+def _is_kohya(source: Any) -> bool:
+    return isinstance(source, dict) and (str(source.get("path")).endswith(".toml") or source.get("kind") == "kohya")
 
 
 def _renamed_override(override: str, notes: list[str]) -> str:

@@ -259,11 +259,16 @@ STAGE2 = (
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
+def _is_set(section: FinetuneConfig, key: str) -> bool:
+    """Whether a key is not its default. A run's config.yaml names all keys."""
+    return bool(getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True))
+
+
 def adapter_keys_need_an_adapter(finetune: FinetuneConfig) -> None:
     if finetune.adapter:
         return
     for key in ("rank", "alpha", "dropout", "targets", "rank_pattern", "text_encoder", "merge"):
-        if key in finetune.model_fields_set:
+        if _is_set(finetune, key):
             raise ValueError(f"{key}: is of lora, dora, lokr and loha, and kind is {finetune.kind}; leave it out")
     if finetune.base_precision != "no" and finetune.kind == "full":
         raise ValueError(f"base_precision: {finetune.base_precision}, but kind full freezes no weights; leave it out")
@@ -294,15 +299,19 @@ def inversion_has_a_token(finetune: FinetuneConfig) -> None:
             raise ValueError("initializer: give words that the new one starts from, such as toy")
         return
     for key in ("token", "initializer", "vectors"):
-        if key in finetune.model_fields_set:
+        if _is_set(finetune, key):
             raise ValueError(f"{key}: is of inversion, and kind is {finetune.kind}; leave it out")
 
 
 def prior_keys_need_a_prior_weight(finetune: FinetuneConfig) -> None:
     for key in ("class_prompt", "class_images", "num_class_images"):
-        if key in finetune.model_fields_set and finetune.prior_weight is None:
+        if _is_set(finetune, key) and finetune.prior_weight is None:
             raise ValueError(f"{key}: is of prior preservation; set prior_weight, 1 is usual, or leave it out")
-    if finetune.class_images and "num_class_images" in finetune.model_fields_set:
+    if finetune.class_images and not finetune.class_prompt.strip():
+        raise ValueError("class_prompt: missing; class_images need their caption, such as 'a photo of a dog'")
+    if _is_set(finetune, "num_class_images") and not finetune.class_prompt.strip():
+        raise ValueError("class_prompt: missing; images are drawn with it, such as 'a photo of a dog'")
+    if finetune.class_images and _is_set(finetune, "num_class_images"):
         raise ValueError("num_class_images: counts images that are drawn, and class_images are given; leave it out")
 
 
@@ -404,8 +413,8 @@ def streaming_needs_no_index(config: Config) -> None:
         )
     if data.val_fraction:
         raise ValueError("data.val_fraction: with data.streaming nothing is held out; set it to 0")
-    if any(source.repeats > 1 or source.weight for source in data.source):
-        raise ValueError("data.source: repeats and weight have no meaning with data.streaming; leave them out")
+    if any(source.repeats > 1 or source.weight or source.limit for source in data.source):
+        raise ValueError("data.source: repeats, weight and limit have no meaning with data.streaming; leave them out")
 
 
 def unet_levels_fit(config: Config) -> None:
@@ -519,6 +528,33 @@ def finetuning_has_a_model(config: Config) -> None:
         )
 
 
+def prior_preservation_has_a_class(config: Config) -> None:
+    finetune, stage2, data = config.finetune, config.stage2, config.data
+    marked = [source for source in data.source if source.prior]
+    if finetune.prior_weight is None:
+        if marked:
+            raise ValueError("data.source.prior: is of prior preservation; set finetune.prior_weight, 1 is usual")
+        return
+    if data.streaming:
+        raise ValueError("finetune.prior_weight: the class and the subject take turns in an index; no data.streaming")
+    if not stage2.text:
+        raise ValueError("finetune.prior_weight: the subject and its class differ by captions; add text to conditions")
+    if not finetune.class_prompt.strip():
+        if not marked:
+            raise ValueError(
+                "finetune.class_prompt: missing; give the caption of the class, such as 'a photo of a dog'"
+            )
+    elif not finetune.class_images:
+        if not stage2.init_from:
+            raise ValueError(
+                "stage2.init_from: no model to draw the class with; name one, or give finetune.class_images"
+            )
+        if stage2.image or stage2.classes:
+            raise ValueError(
+                "finetune.class_images: missing; only a model conditioned on text alone can draw the class"
+            )
+
+
 def frozen_model_has_nothing_else_to_train(config: Config) -> None:
     stage2 = config.stage2
     if config.finetune.kind == "full":
@@ -539,6 +575,7 @@ def frozen_model_has_nothing_else_to_train(config: Config) -> None:
 CONFIG = (
     size_is_whole_latents,
     finetuning_has_a_model,
+    prior_preservation_has_a_class,
     frozen_model_has_nothing_else_to_train,
     tracker_is_known,
     background_is_a_colour,

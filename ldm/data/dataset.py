@@ -45,7 +45,8 @@ class SamplePlan:
 
     def __init__(self, index: Index, spec: SampleSpec):
         self.index, self.spec, self.sizes = index, spec, index.sizes
-        self.order = Order(index.weights(), spec.seed, spec.batch, self.sizes, index.column("repeats"))
+        self.prior = index.prior()
+        self.order = Order(index.weights(), spec.seed, spec.batch, self.sizes, index.column("repeats"), self.prior)
         self.classes = {label: number for number, label in enumerate(index.labels())}
 
     def __getitem__(self, n: int) -> PlannedSample:
@@ -73,9 +74,12 @@ class SamplePlan:
         return to_tensor(cropped), corner
 
     def conditions(self, n: int, sample: PlannedSample) -> Item:
-        """Position, original width and height, class, and the dropout of the conditions."""
+        """Position, original width and height, class, the dropout of the conditions, and, where there are some,
+        whether it is an image of the class for prior preservation."""
         dropout = self.spec.cond_dropout if sample.entry.dropout is None else sample.entry.dropout
+        prior = {} if self.prior is None else {"prior": torch.tensor(bool(self.prior[sample.number]))}
         return {
+            **prior,
             "position": torch.tensor(n),
             "dropout": torch.tensor(dropout),
             "original_size": torch.tensor((sample.entry.width, sample.entry.height)),

@@ -30,7 +30,7 @@ from ldm.config.schema import DataConfig
 from ldm.data.buckets import Buckets
 from ldm.data.images import Size, decode
 from ldm.data.index_file import CHUNK, RECORD_COLUMNS, SCHEMA, TEXT, leading_bytes, write_index
-from ldm.data.records import BadSample, ImageLocation, Record
+from ldm.data.records import PRIOR, BadSample, ImageLocation, Record
 from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import on_all
@@ -75,7 +75,7 @@ class Index:
         return (self[i] for i in range(len(self)))
 
     def select(self, *splits: str) -> Index:
-        """The entries of these splits: `train`, `reconstruction`, `combination`."""
+        """The entries of these splits: `train`, `reconstruction`, `combination`, `prior`."""
         chosen = pc.is_in(self.table["split"], pa.array(splits, TEXT)).to_numpy(zero_copy_only=False)
         return Index(self.table, self.sources, self.data, self.rows[chosen[self.rows].astype(bool)])
 
@@ -129,6 +129,11 @@ class Index:
                 if of_source.any():
                     weights = np.where(of_source, weights * share / repeated[of_source].sum(), weights)
         return weights
+
+    def prior(self) -> np.ndarray | None:
+        """Which entries are images of the class, for prior preservation, `(N,)` bool; None where none is."""
+        of_class = pc.equal(self.table["split"], PRIOR).fill_null(False).to_numpy(zero_copy_only=False)[self.rows]
+        return of_class.astype(bool) if of_class.any() else None
 
     @cached_property
     def sizes(self) -> list[Size]:
@@ -191,6 +196,8 @@ class Index:
                 f"; the first bad one: {first}" if first else ""
             )
         if not len(self.select("train")):
+            if self.prior() is not None and not self.data.val_fraction:
+                return f"data.source: {self.data.name} has only images of the class; add those of the subject"
             fraction = self.data.val_fraction
             return f"data.val_fraction: {fraction} holds out all {len(self)} images; set it to 0, or add some"
         stops = bad and self.data.on_error == "stop"
@@ -227,8 +234,9 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     for source in sources:
-        if not source["caption"]:  # as before there was this key
-            del source["caption"]
+        for key in ("caption", "limit", "prior"):
+            if not source[key]:  # as before there was this key
+                del source[key]
         if source["kind"] == "images":
             source["kind"] = "pictures"  # its name when the first indices were written, which stay valid
     settings: list[Any] = [sources, data.background, data.min_side, data.size]

@@ -13,18 +13,18 @@ import numpy as np
 from ldm.config.kohya import Subset, keys_without_effect, subsets
 from ldm.data.folder_tree import FolderTree
 from ldm.data.folders import sidecars
-from ldm.data.records import BadSample, LeftOut, ReadOptions, Record, Records, label_of
+from ldm.data.records import PRIOR, BadSample, LeftOut, ReadOptions, Record, Records, label_of
 from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
 
 MAX_SHUFFLES = 8  # tag orders of a shuffled caption: the embedding of each is cached
 
 
-def read(file: Path, options: ReadOptions) -> Records:
+def read(file: Path, options: ReadOptions, prior: bool = False) -> Records:
     """The images of every subset, named by folder and file. Where classes are read, they are `class_tokens`.
 
-    An epoch shows regularization images (`is_reg`) as often as all the others together, as kohya's own scripts do. They
-    come last.
+    Regularization images (`is_reg`) come last. An epoch shows them as often as all the others together, as kohya's own
+    scripts do. With `prior` they have that split instead, and `ldm.data.sampler.Order` balances them.
     """
     yield from (LeftOut(f"{file.name}: {key}", "keys without effect") for key in keys_without_effect(file))
     regularization, shown = list[Record](), 0
@@ -34,6 +34,8 @@ def read(file: Path, options: ReadOptions) -> Records:
         for record in _records(subset, options):
             if not isinstance(record, Record):
                 yield record
+            elif subset.is_reg and prior:
+                yield replace(record, split=PRIOR)
             elif subset.is_reg:
                 regularization.append(record)
             else:

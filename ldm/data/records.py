@@ -18,6 +18,8 @@ class ImageLocation(NamedTuple):
 
 
 HELD_OUT = ("reconstruction", "combination")  # the splits that stage one never sees
+PRIOR = "prior"  # the split of images of the class, which stage two trains on for prior preservation
+TRAINED = ("train", PRIOR)  # the splits that stage two trains on
 TABLE_ROW = -2
 MAX_EXAMPLES = 3  # names listed for each reason why files are left out
 
@@ -26,10 +28,11 @@ MAX_EXAMPLES = 3  # names listed for each reason why files are left out
 class Record:
     """One image with its captions; a single empty one where it has none and needs none.
 
-    `split` is `train`, `reconstruction` (stage one never sees it) or `combination` (neither stage sees it: its caption
-    combines parts that training only shows separately). An epoch has it `repeats` times; `weight` is how often it is
-    drawn relative to one of weight 1. `flip` and `dropout` override the configuration's, where a source sets them.
-    `attributes` is what a source knows of the image besides its caption: OpenMoji's people have `role` and `tone`.
+    `split` is `train`, `reconstruction` (stage one never sees it), `combination` (neither stage sees it: its caption
+    combines parts that training only shows separately) or `prior` (only stage two sees it: an image of the class that
+    is not to be forgotten, not of the subject that is learned). An epoch has it `repeats` times; `weight` is how often
+    it is drawn relative to one of weight 1. `flip` and `dropout` override the configuration's, where a source sets
+    them. `attributes` is what a source knows of an image besides its caption: OpenMoji's people have `role` and `tone`.
     """
 
     key: str

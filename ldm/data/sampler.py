@@ -42,6 +42,11 @@ class Order:
     `weight / mean(weights)` times as often, rounded up or down (systematic resampling). `buckets` gives each index a
     name; all samples of a step (`batch` consecutive positions) have the same one. A bucket whose samples don't fill its
     last batch of an epoch begins its next round early: after k epochs, every image has been used k times at least.
+
+    Where some indices are `prior`, `(N,)` bool, an epoch has as many samples of these, the images of the class, as of
+    the others, the subject's, and the two take turns: without buckets, every second sample is one of the class. Each
+    kind has rounds of its own, so all images of a kind come up equally often. An epoch has the subject's as many times
+    as it takes to show every image of the class.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Order:
         batch: int = 1,
         buckets: Sequence[Hashable] | None = None,
         repeats: Sequence[int] | np.ndarray | None = None,
+        prior: np.ndarray | None = None,
     ):
         if not len(weights):
             raise ValueError("an order needs at least one sample")
@@ -58,17 +64,22 @@ class Order:
         indices, weights = np.arange(len(weights)), np.asarray(weights, dtype=np.float64)
         if repeats is not None:
             indices, weights = np.repeat(indices, repeats), np.repeat(weights, repeats)
-        self.size = len(indices)
-        self.rounds = [_Round(indices, weights, self.size, seed, ())]
-        if buckets is not None and len(names := sorted(set(buckets), key=repr)) > 1:
+        names = sorted(set(buckets), key=repr) if buckets is not None else []
+        bucket_of = np.zeros(len(indices), int)
+        if buckets is not None and len(names) > 1:
             numbers = dict(zip(names, range(len(names)), strict=True))
             bucket_of = np.array([numbers[name] for name in buckets])[indices]
-            per_weight = self.size / weights.sum()
-            self.rounds = []
-            for bucket in range(len(names)):
-                members = bucket_of == bucket
-                size = max(1, round(weights[members].sum() * per_weight))
-                self.rounds.append(_Round(indices[members], weights[members], size, seed, (bucket,)))
+        several = len(names) > 1
+        of_class = np.zeros(len(indices), bool) if prior is None else prior[indices]
+        self.rounds: list[_Round | _Turns]
+        if of_class.all() or not of_class.any():
+            self.rounds = [*_rounds(indices, weights, bucket_of, seed, several).values()]
+        else:
+            subject, others = (
+                _rounds(indices[chosen], weights[chosen], bucket_of[chosen], seed, several, name)
+                for chosen, name in ((~of_class, ""), (of_class, "prior"))
+            )
+            self.rounds = _turns(subject, others)
         self._epoch_plan: tuple[int, np.ndarray] | None = None  # an epoch, and the bucket of each of its batches
 
     def __getitem__(self, n: int) -> int:
@@ -98,7 +109,7 @@ class Order:
             low, high = (middle, high) if self.first_step(middle) <= step else (low, middle - 1)
         return low
 
-    def _batches(self, bucket: _Round, epochs: int) -> int:
+    def _batches(self, bucket: _Round | _Turns, epochs: int) -> int:
         """The number of batches of a bucket in the first `epochs` epochs."""
         return -(-epochs * bucket.size // self.batch)
 
@@ -119,6 +130,47 @@ class _Round:
             drawn = np.minimum(np.searchsorted(self._cumulative, points), len(self.indices) - 1)
             self._drawn = number, rng.permutation(self.indices[drawn])
         return int(self._drawn[1][offset])
+
+
+def _rounds(
+    indices: np.ndarray, weights: np.ndarray, bucket_of: np.ndarray, seed: int, several: bool, name: str = ""
+) -> dict[int, _Round]:
+    """The round of each bucket, by its number; together they have as many draws as there are indices."""
+    rounds, per_weight = {}, len(indices) / weights.sum()
+    for bucket in map(int, np.unique(bucket_of)):
+        members = bucket_of == bucket
+        size = max(1, round(weights[members].sum() * per_weight)) if several else len(indices)
+        key = (*((bucket,) if several else ()), *name.encode())
+        rounds[bucket] = _Round(indices[members], weights[members], size, seed, key)
+    return rounds
+
+
+def _turns(subject: dict[int, _Round], others: dict[int, _Round]) -> list[_Round | _Turns]:
+    """The subject's rounds and those of the class, bucket by bucket, with as many draws of either in an epoch."""
+    once, available = (sum(r.size for r in rounds.values()) for rounds in (subject, others))
+    epochs = -(-available // once)  # of the subject, so that every image of the class is shown
+    turns, before = list[_Round | _Turns](), 0
+    for bucket in sorted({*subject, *others}):
+        draws = epochs * subject[bucket].size if bucket in subject else 0
+        after = before + (others[bucket].size if bucket in others else 0)
+        prior = (epochs * once * after + available // 2) // available  # rounded, of the class up to this bucket
+        prior -= (epochs * once * before + available // 2) // available
+        turns.append(_Turns(subject.get(bucket), others.get(bucket), draws, prior))
+        before = after
+    return turns
+
+
+class _Turns:
+    """Draws of the subject and of the class in turns, spread evenly: of any `draws + prior`, `prior` of the class."""
+
+    def __init__(self, subject: _Round | None, others: _Round | None, draws: int, prior: int):
+        self.subject, self.others, self.prior, self.size = subject, others, prior, draws + prior
+
+    def __getitem__(self, n: int) -> int:
+        before, after = n * self.prior // self.size, (n + 1) * self.prior // self.size
+        chosen, number = (self.subject, n - before) if before == after else (self.others, before)
+        assert chosen, "a kind without images in this bucket has no draws"
+        return chosen[number]
 
 
 class Positions(torch.utils.data.Sampler[list[int]]):

@@ -22,6 +22,7 @@ from ldm.data.layout import FolderLayout, folder_layout
 from ldm.data.metadata_files import read_metadata
 from ldm.data.records import (
     MAX_EXAMPLES,
+    PRIOR,
     TABLE_ROW,
     BadSample,
     ImageLocation,
@@ -75,7 +76,8 @@ class Sources:
         """A line for each source: its path and its kind; then captions that were guessed, with examples."""
         lines = []
         for source, kind in zip(self.configs, self.kinds, strict=True):
-            lines.append(f"data     {source.path}: {KINDS[kind]}")
+            of_class = "; images of the class" if source.prior and kind != "kohya" else ""
+            lines.append(f"data     {source.path}: {KINDS[kind]}{of_class}")
             if source.caption:
                 lines.append(f"captions {self._default_captions(source)} where an image has no caption file")
             if kind in ("classes", "sidecars"):
@@ -145,11 +147,16 @@ class Sources:
         """All records of source `number`, good and bad; no image is read. What is left out is counted."""
         source, kind = self.configs[number], self.kinds[number]
         left_out = self._left_out[number] = LeftOutCounts()
+        count = 0
         for record in self._records(number, source, kind):
             if isinstance(record, LeftOut):
                 left_out.add(record)
                 continue
+            if source.limit and count >= source.limit:
+                left_out.add(LeftOut(record.key, "images beyond data.source.limit"))
+                continue
             key = record.key if len(self.configs) == 1 else f"{number}:{record.key}"
+            count += 1
             if isinstance(record, BadSample):
                 yield replace(record, key=key)
             elif not _is_utf8(record.location.file + record.label):  # the index could not store it
@@ -160,7 +167,8 @@ class Sources:
                 repeats = record.repeats * source.repeats
                 if repeats > MAX_REPEATS:
                     raise UserError(f"data.source: {key} is repeated {repeats:,} times; give {MAX_REPEATS:,} at most")
-                yield replace(record, key=key, repeats=repeats)
+                split = PRIOR if source.prior and kind != "kohya" else record.split
+                yield replace(record, key=key, repeats=repeats, split=split)
 
     def read(self, location: ImageLocation) -> bytes:
         """The encoded bytes of an image; OSError or ValueError where they can't be read."""
@@ -240,7 +248,7 @@ class Sources:
                 return folders.classes(tree, source.template, options, layout)
             return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), source.caption, layout)
         if kind == "kohya":
-            return kohya.read(folder, options)
+            return kohya.read(folder, options, source.prior)
         if kind == "tar":
             urls, left_out = archives.files_of_split(source.path, archives.TARS, source.split)
             return itertools.chain(left_out, archives.tar_records(urls, options))

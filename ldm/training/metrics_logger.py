@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from ldm.utils.atomic_files import sync
+
+SUM, COUNT = "/sum", "/count"  # the parts of a pair
 
 
 class MetricsLogger:
@@ -26,8 +28,11 @@ class MetricsLogger:
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Adds the scalars of one step, a mapping for each of its accumulation steps."""
-        for name, value in (scalar for scalars in metrics for scalar in scalars.items()):
+        """Adds the scalars of one step, a mapping for each of its accumulation steps.
+
+        A pair `(2,)` is a sum and a count, which may be 0: of those that a batch has a varying number of.
+        """
+        for name, value in (scalar for scalars in metrics for scalar in _scalars(scalars)):
             self._sums[name] = self._sums.get(name, 0) + value.double()  # float64: exact, in whatever order
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -35,6 +40,10 @@ class MetricsLogger:
         """The means, over processes too, of what was added since the last call."""
         means = {name: total / self._counts[name] for name, total in self._totals().items()}
         self._sums, self._counts = {}, {}
+        for name in [name.removesuffix(COUNT) for name in means if name.endswith(COUNT)]:
+            total, count = means.pop(name + SUM), means.pop(name + COUNT)
+            if count:
+                means[name] = total / count
         return means
 
     def _totals(self) -> dict[str, float]:
@@ -82,3 +91,12 @@ class MetricsLogger:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         self._accelerator.trackers = []
+
+
+def _scalars(metrics: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The metrics with the two parts of a pair one by one."""
+    for name, value in metrics.items():
+        if value.dim():
+            yield from zip((name + SUM, name + COUNT), value, strict=True)
+        else:
+            yield name, value

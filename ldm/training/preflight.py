@@ -26,7 +26,7 @@ from ldm.config.schema import Config, Training
 from ldm.data import cache
 from ldm.data.crops import Augmentation
 from ldm.data.index import Index
-from ldm.data.records import HELD_OUT
+from ldm.data.records import HELD_OUT, TRAINED
 from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
@@ -70,11 +70,11 @@ class ResourceEstimate:
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
             f"{_bytes(self.memory)} of memory on {self.device}; "
-            + (f"encoding takes {_time(encoding)}, " if encoding else "")
-            + f"{left} steps take {_time(left * self.step)}, "
-            + f"{validations} × validation {_time(validations * self.validation)}"
-            + (f", {sheets} × samples {_time(sheets * self.sheet)}" if self.sheet else "")
-            + f": {_time(total)} in all, and {_bytes(self.disk)} of disk"
+            + (f"encoding takes {format_time(encoding)}, " if encoding else "")
+            + f"{left} steps take {format_time(left * self.step)}, "
+            + f"{validations} × validation {format_time(validations * self.validation)}"
+            + (f", {sheets} × samples {format_time(sheets * self.sheet)}" if self.sheet else "")
+            + f": {format_time(total)} in all, and {_bytes(self.disk)} of disk"
         )
 
 
@@ -158,7 +158,7 @@ def _estimate(
     t, seconds, processes = getattr(config, stage), dry_run.seconds, join(config.run).num_processes
     cache_dir = small.run.dir / "cache"
     written = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
-    share = len(data.select("train")) / len(few.select("train")) if isinstance(data, Index) else 0.0  # of the images
+    share = len(data.select(*TRAINED)) / len(few.select(*TRAINED)) if isinstance(data, Index) else 0.0  # of the images
     # weights, two moments and the averages in each checkpoint; the weights once more in what is exported
     states = (3 + max(1, len(t.ema_widths))) * (config.run.checkpoints_total_limit + 1) + 1
     if t.ema_widths:
@@ -276,7 +276,7 @@ def _machine(processes: int, cuda: bool) -> str:
     return name if processes == 1 else f"each of {processes} processes, on {name}"
 
 
-def _time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     if seconds < 99:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

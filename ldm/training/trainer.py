@@ -228,7 +228,10 @@ class Trainer:
             self._progress.write(f"{message}; the step is skipped, {skipped.in_a_row} in a row, {skipped.total} in all")
 
     def log(self, **metrics: torch.Tensor) -> None:
-        """Adds the scalars of a batch; a line of their means follows every `run.log_every` steps, and the last one."""
+        """Adds the scalars of a batch; a line of their means follows every `run.log_every` steps, and the last one.
+
+        A pair `(2,)` is a sum and a count of a varying number of samples.
+        """
         self._metrics.append({name: value.detach().float() for name, value in metrics.items()})
         if not self.accelerator.sync_gradients:
             return

@@ -34,6 +34,11 @@ class SourceConfig(Section):
     """How often an epoch repeats each image."""
     weight: float | None = Field(default=None, gt=0)
     """Share of an epoch, relative to the other sources' weights; default: its number of images."""
+    limit: PositiveInt | None = None
+    """Takes only so many images, the first ones; default: all."""
+    prior: bool = False
+    """Prior preservation: these are images of the class, whose loss `finetune.prior_weight` weights; of kohya's TOML,
+    those with `is_reg`, which are so without this key."""
 
 
 class BucketConfig(Section):

@@ -4,6 +4,7 @@ import itertools
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,34 @@ def test_samples_are_drawn_in_proportion_to_their_weights() -> None:
         assert abs(seen[i] - 50 * weight * 60 / 40) <= 50
     total = sum(seen[i] for i in range(20))
     assert abs(total - 1500) < 60
+
+
+@pytest.mark.parametrize(("subject", "of_class"), [(5, 12), (5, 3), (4, 4)])
+def test_the_subject_and_its_class_take_turns_and_each_image_of_either_comes_up_equally_often(
+    subject: int, of_class: int
+) -> None:
+    prior = np.arange(subject + of_class) >= subject
+    order = Order(np.ones(subject + of_class), seed=3, batch=2, prior=prior)
+    samples = [order[n] for n in range(2 * subject * of_class)]
+    assert [bool(prior[i]) for i in samples] == [False, True] * (subject * of_class)
+    assert Counter(samples) == {i: subject if prior[i] else of_class for i in range(subject + of_class)}
+
+
+def test_an_epoch_of_buckets_has_as_many_samples_of_the_class_as_of_the_subject() -> None:
+    prior, repeats = np.array([False] * 6 + [True] * 11), [3] * 6 + [1] * 11
+    for buckets in ([0] * 4 + [1] * 4 + [2] * 9, [0] * 6 + [1] * 11):
+        order = Order(np.ones(17), 0, 1, buckets, repeats, prior)  # in batches of 1, epochs end exactly
+        for epoch in range(3):
+            seen = Counter(order[n] for n in range(order.first_step(epoch), order.first_step(epoch + 1)))
+            assert [seen[i] for i in range(6)] == [3] * 6
+            assert sum(seen[i] for i in range(6, 17)) == 18
+            assert all(seen[i] for i in range(6, 17))
+
+
+def test_an_order_without_images_of_the_class_is_that_of_before() -> None:
+    buckets = [i % 3 for i in range(30)]
+    orders = [Order(np.ones(30), 1, 4, buckets, prior=prior) for prior in (None, np.zeros(30, bool))]
+    assert [orders[0][n] for n in range(100)] == [orders[1][n] for n in range(100)]
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_processes_and_passes() -> None:
