@@ -130,8 +130,8 @@ def build(
     encode_missing(list(images.values()), "images", max(1, per_file // len(variants)))
     encode_missing(list(masks.values()), "masks", max(1, per_file // len(variants)))
     encode_missing(captions, "captions", per_file)
-    latents, masks_ = ({size: job.store for size, job in jobs.items()} for jobs in (images, masks))
-    return Cache(latents, masks_, captions[0].store if captions else None, variants)
+    stores = ({size: job.store for size, job in jobs.items()} for jobs in (images, masks))
+    return Cache(*stores, captions[0].store if captions else None, variants)
 
 
 def _image_jobs(

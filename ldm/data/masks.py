@@ -87,7 +87,7 @@ class MaskFolder:
 
 
 def _stem(key: str) -> str:
-    return str(Path(key).with_suffix(""))
+    return key.removesuffix(Path(key).suffix)
 
 
 def _folded(key: str) -> str:

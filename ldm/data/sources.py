@@ -24,6 +24,7 @@ from ldm.data.metadata_files import read_metadata
 from ldm.data.records import (
     MASK_ROW,
     MAX_EXAMPLES,
+    NO_MASK,
     TABLE_ROW,
     BadSample,
     ImageLocation,
@@ -144,7 +145,8 @@ class Sources:
         elif mask_folder(source) and kind in FOLDERS:
             where, fix = f"a mask in {source.mask}", f"the one of a/b.jpg is {Path(source.mask, 'a/b.png')}"
         else:
-            where, fix = f"a mask in the column {source.mask!r}", "fill it"
+            folder = ", and there is no such folder" if kind == "metadata" else ""
+            where, fix = f"a mask in the column {source.mask!r}{folder}", "name masks there"
         return f"data.source.mask: no image of {source.path} has {where}; {fix}, or leave out the key"
 
     def left_out(self) -> LeftOutCounts:
@@ -172,9 +174,8 @@ class Sources:
             key = record.key if len(self.configs) == 1 else f"{number}:{record.key}"
             if isinstance(record, BadSample):
                 yield replace(record, key=key)
-            elif not _is_utf8(
-                record.location.file + record.label + (record.mask.file if record.mask else "")
-            ):  # the index could not store it
+            elif not _is_utf8(record.location.file + record.label + (record.mask or NO_MASK).file):
+                # the index could not store it
                 yield BadSample(key, "its name is not UTF-8", "rename it")
             elif "class" in self.conditions and not record.label:
                 yield BadSample(key, "it has no class", _class_remedy(kind, source.label))
