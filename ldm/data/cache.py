@@ -8,7 +8,7 @@ changed mask, or none, the image's latents stay valid.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +130,12 @@ def build(
     encode_missing(list(images.values()), "images", max(1, per_file // len(variants)))
     encode_missing(list(masks.values()), "masks", max(1, per_file // len(variants)))
     encode_missing(captions, "captions", per_file)
-    stores = ({size: job.store for size, job in jobs.items()} for jobs in (images, masks))
-    return Cache(*stores, captions[0].store if captions else None, variants)
+    text_store = captions[0].store if captions else None
+    return Cache(_stores(images), _stores(masks), text_store, variants)
+
+
+def _stores(jobs: Mapping[Size, EncodingJob]) -> dict[Size, EncodingStore]:
+    return {size: job.store for size, job in jobs.items()}
 
 
 def _image_jobs(
