@@ -33,9 +33,12 @@ class Conditions:
     def __call__(
         self, batch: Item, x0: torch.Tensor, text: TextEmbedding | None
     ) -> tuple[Condition, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """The condition of latents x0 `(N, C, h, w)`; a mask `(N,)` of dropped captions; dropout rates to log."""
+        """The condition of latents x0 `(N, C, h, w)`; a mask `(N,)` of dropped captions; rates to log.
+
+        The rates are the shares of samples that are dropped, or that have a mask for the loss.
+        """
         stage, n, device = self.stage, batch["position"], x0.device
-        rates: dict[str, torch.Tensor] = {}
+        rates: dict[str, torch.Tensor] = {"masked": batch["masked"].float().mean()} if "masked" in batch else {}
         sizes = image = label = dropped = None
         if stage.text or stage.classes:
             dropped = uniform(self.seed, "dropout", n).to(device) < batch["dropout"]

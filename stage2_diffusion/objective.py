@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from ldm.config.schema import Stage2Config
 from ldm.diffusion import schedules
-from ldm.diffusion.losses import hybrid_loss, training_loss
+from ldm.diffusion.losses import hybrid_loss, pixel_weights, training_loss
 from ldm.diffusion.process import offset_noise, perturbed
 from ldm.diffusion.schedules import LearnedSchedule, bound_integrand, lower_variance
 from ldm.diffusion.timestep_sampling import stratified
@@ -68,21 +68,31 @@ class Objective:
         return self.model.times.draw(u) if self.model.times else (self.noising.time(u), 1.0)
 
     def losses(
-        self, output: torch.Tensor, x0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+        self,
+        output: torch.Tensor,
+        x0: torch.Tensor,
+        x_t: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`(N,)` of outputs `(N, C, h, w)`, or 2C where the variance is learned, at timesteps t `(N,)`."""
+        """`(N,)` of outputs `(N, C, h, w)`, or 2C where the variance is learned, at timesteps t `(N,)`.
+
+        A mask, `(N, 1, h, w)` in [0, 1], weighs the loss of single pixels.
+        """
         stage = self.stage
+        weight = None if mask is None else pixel_weights(mask, stage.unmasked_weight)
         if isinstance(self.noising, LearnedProcess):
-            losses = bound_integrand(output.float(), eps, self.noising.slope)
+            losses = bound_integrand(output.float(), eps, self.noising.slope, weight)
             lower_variance(losses, t, self.noising.slope)
             return losses
         if stage.variance == "learned":
-            return hybrid_loss(self.process, output.float(), x0, x_t, eps, t, stage.vlb_weight, self.decoder)
+            return hybrid_loss(self.process, output.float(), x0, x_t, eps, t, stage.vlb_weight, self.decoder, weight)
         if self.model.uncertainty:
-            plain = training_loss(self.process, output, x0, eps, t, stage.loss)
+            plain = training_loss(self.process, output, x0, eps, t, stage.loss, pixel_weight=weight)
             return self.model.uncertainty.weighted(plain, self.process.log_snr(t))
         options = {"gamma": stage.weight_gamma} if stage.weight_gamma else {}
-        return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, **options)
+        return training_loss(self.process, output, x0, eps, t, stage.loss, stage.loss_weighting, weight, **options)
 
     def record_losses(self, n: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, accelerator: Accelerator) -> None:
         """Remembers the losses of timesteps drawn by loss; after a step's last batch, those of all processes."""

@@ -74,7 +74,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     if text:
         text.to(device)
     cache = CacheOptions.of(config.data, config.cache_dir)
-    samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen_encoder, device, stage.image)
+    samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen_encoder, device, stage.image, with_masks=True)
     conditions = Conditions(config, autoencoder, trained_encoder, len(classes))
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = pipeline_of(config, denoiser, autoencoder, text, objective.process, classes)
@@ -99,7 +99,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             x_t = objective.noising.add_noise(x0, added, t)
             seed_dropout(config, n)
             prediction = trainer.model(x_t, objective.noising.model_time(t), condition, dropped)
-            losses = objective.losses(prediction, x0, x_t, eps, t)
+            losses = objective.losses(prediction, x0, x_t, eps, t, batch.get("mask"))
             weight = prior.sample_weights(batch, config.finetune.prior_weight)
             loss = (importance * weight * losses).mean()
 

@@ -11,6 +11,7 @@ from ldm.data.dataset import evaluation_batch
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
+from ldm.diffusion.losses import pixel_mean, pixel_weights
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models.conditioning import predict
 from ldm.sampling.pipeline import LatentDiffusion
@@ -23,17 +24,23 @@ EVAL_LOG_SNRS = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs
 
 
 def velocity_error(
-    process: DiffusionProcess, unet: Any, x0: torch.Tensor, eps: torch.Tensor, log_snr: float, condition: Any
+    process: DiffusionProcess,
+    unet: Any,
+    x0: torch.Tensor,
+    eps: torch.Tensor,
+    log_snr: float,
+    condition: Any,
+    pixel_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the velocity v at a noise level, `(N,)`: comparable over prediction types and schedules.
 
     v is that of arXiv 2202.00512: with α² + σ² = 1, ‖v − v̂‖² = (1 + SNR)·‖x_0 − x̂_0‖². The trivial predictions, x_0 = 0
-    at noise and x_0 = x_t at the data, cost about 1.
+    at noise and x_0 = x_t at the data, cost about 1. `pixel_weight`, `(N, 1, h, w)`, is that of the training's masks.
     """
     t = process.time_at(torch.full((len(x0),), log_snr, device=x0.device))
     x_t = process.add_noise(x0, eps, t)
     prediction = predict(unet, x_t, process.model_time(t), condition)[:, : x0.shape[1]]
-    error = (process.predict_x0(prediction.float(), x_t, t) - x0).square().flatten(1).mean(1)
+    error = pixel_mean((process.predict_x0(prediction.float(), x_t, t) - x0).square(), pixel_weight)
     return error * (1 + process.log_snr(t).exp())
 
 
@@ -96,5 +103,7 @@ class Validation:
         if states:  # also where training has tokens
             condition = condition.with_text(states)
         eps = normal(self.config.run.seed, "validation", batch["position"], x0.shape[1:]).to(device)
-        errors = [velocity_error(self.process, model.unet, x0, eps, level, condition).sum() for level in EVAL_LOG_SNRS]
+        weight = pixel_weights(batch["mask"], stage.unmasked_weight) if "mask" in batch else None
+        arguments = (self.process, model.unet, x0, eps)
+        errors = [velocity_error(*arguments, level, condition, weight).sum() for level in EVAL_LOG_SNRS]
         return torch.stack([*errors, torch.tensor(float(len(numbers)))]).double().cpu()

@@ -32,7 +32,10 @@ CAPTION_KEYS: dict[str, Any] = {
     "flip_aug": bool,
     "num_repeats": int,
     "class_tokens": str,
+    "alpha_mask": bool,
 }
+
+SUBSET_KEYS = {**CAPTION_KEYS, "image_dir": str, "is_reg": bool, "conditioning_data_dir": str}
 
 # Keys that have an effect only where another one is true.
 NEEDED_KEYS = {
@@ -61,6 +64,8 @@ class Subset:
     caption_dropout_rate: float | None = None
     flip_aug: bool | None = None
     class_tokens: str = ""
+    alpha_mask: bool = False  # the alpha channel is the mask of the loss
+    conditioning_data_dir: Path | None = None  # a folder with the masks
     is_reg: bool = False  # images of the class, which keep it from being forgotten
 
 
@@ -98,11 +103,21 @@ def subsets(file: Path) -> list[Subset]:
                 raise UserError(f"{file}: a subset without image_dir; name its folder")
             options = dict(_innermost(CAPTION_KEYS, tree.get("general", {}), dataset, subset))
             options["is_reg"] = subset.get("is_reg", False)
-            try:
-                result.append(Subset(file.parent / expand(subset["image_dir"]), **options))
-            except ValueError as error:
-                raise UserError(f"{file}: image_dir: {subset['image_dir']!r}: {error}") from None
+            if options.get("alpha_mask") and "conditioning_data_dir" in subset:
+                raise UserError(
+                    f"{file}: a subset with alpha_mask and conditioning_data_dir; masks are one or the other"
+                )
+            if "conditioning_data_dir" in subset:
+                options["conditioning_data_dir"] = _folder(file, subset, "conditioning_data_dir")
+            result.append(Subset(_folder(file, subset, "image_dir"), **options))
     return result
+
+
+def _folder(file: Path, subset: Mapping[str, Any], key: str) -> Path:
+    try:
+        return file.parent / expand(subset[key])
+    except ValueError as error:
+        raise UserError(f"{file}: {key}: {subset[key]!r}: {error}") from None
 
 
 def keys_without_effect(file: Path) -> list[str]:
@@ -123,7 +138,7 @@ def keys_without_effect(file: Path) -> list[str]:
         f"{name}: {key}"
         for name, section in sections.items()
         for key in section
-        if key not in ("subsets", "image_dir", "is_reg") and (name, key) not in effective
+        if key not in ("subsets", "image_dir", "is_reg", "conditioning_data_dir") and (name, key) not in effective
     ]
 
 
@@ -145,7 +160,7 @@ def _read(file: Path) -> dict[str, Any]:
         if not dataset.get("subsets"):
             raise UserError(f"{file}: a data set without [[datasets.subsets]]; give at least one, with image_dir")
         for subset in dataset["subsets"]:
-            _check(file, "subsets: ", subset, {**CAPTION_KEYS, "image_dir": str, "is_reg": bool})
+            _check(file, "subsets: ", subset, SUBSET_KEYS)
     return tree
 
 

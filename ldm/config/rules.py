@@ -413,8 +413,16 @@ def streaming_needs_no_index(config: Config) -> None:
         )
     if data.val_fraction:
         raise ValueError("data.val_fraction: with data.streaming nothing is held out; set it to 0")
+    if any(source.mask for source in data.source):
+        raise ValueError("data.source.mask: a stream's masks aren't read; set data.streaming=false, or leave it out")
     if any(source.repeats > 1 or source.weight or source.limit for source in data.source):
         raise ValueError("data.source: repeats, weight and limit have no meaning with data.streaming; leave them out")
+
+
+def unmasked_weight_has_masks(config: Config) -> None:
+    masks = (source.mask or source.kind == "kohya" or source.path.endswith(".toml") for source in config.data.source)
+    if "unmasked_weight" in config.stage2.model_fields_set and config.stage2.unmasked_weight and not any(masks):
+        raise ValueError("stage2.unmasked_weight: no source has masks; set data.source.mask, or leave it out")
 
 
 def unet_levels_fit(config: Config) -> None:
@@ -582,6 +590,7 @@ CONFIG = (
     sources_go_together,
     buckets_hold_whole_latents,
     streaming_needs_no_index,
+    unmasked_weight_has_masks,
     unet_levels_fit,
     images_are_large_enough,
     solver_uses_learned_variance,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from ldm.data.formats import IMAGE_SUFFIXES, REMEDIES, is_image_file
 from ldm.data.layout import choose_split
 from ldm.data.records import (
+    NO_MASK,
     BadSample,
     BadSampleError,
     ImageLocation,
@@ -185,8 +187,10 @@ def _samples(
         return
     key = f"{Path(url).name}:{group['__key__']}"
     members = [name for name in group if not name.startswith("__")]
+    masks = [name for name in members if options.mask == Path(name).stem and Path(name).suffix in IMAGE_SUFFIXES]
     images = [name for name in members if f".{name}" in IMAGE_SUFFIXES]
     dotted = [name for name in members if "." in name and Path(name).suffix in (*IMAGE_SUFFIXES, *REMEDIES)]
+    dotted = [name for name in dotted if name not in masks[:1] or not images]
     unread = [name for name in members if f".{name}" in REMEDIES]
     if not images and not unread:
         for name in dotted:
@@ -199,13 +203,17 @@ def _samples(
             yield BadSample(f"{key}.{name}", f"images of type .{name} aren't read here", REMEDIES[f".{name}"])
         unread = []
     else:
-        yield _record(url, key, group, images[0], options)
+        record = _record(url, key, group, images[0], options)
+        if options.mask and isinstance(record, tuple):
+            mask = _location(url, group[masks[0]]) if masks else NO_MASK
+            record = (replace(record[0], mask=mask), record[1])
+        yield record
     for name in members:
         if name in unread:
             yield LeftOut(f"{key}.{name}", "images that are read in another format")
         elif name in images[1:] or name in dotted:
             yield LeftOut(f"{key}.{name}", "other images of a sample")
-        elif images and name not in (images[0], *_texts_read(group, images[0], options)):
+        elif images and name not in (images[0], *masks, *_texts_read(group, images[0], options)):
             yield LeftOut(f"{key}.{name}", UNREAD_CAPTIONS if name != "cls" else "classes that are not read")
         elif images and name == "json":
             for unread_key in sorted(_unread_keys(group, images[0], options) - unread_keys):
@@ -252,8 +260,12 @@ def _record(
         label = _label(group, options)
     except BadSampleError as error:
         return BadSample(f"{key}.{suffix}", *error.args)
-    location = ImageLocation(url) if isinstance(image, bytes) else ImageLocation(url, image.offset_data, image.size)
-    return Record(f"{key}.{suffix}", location, captions, label), image
+    return Record(f"{key}.{suffix}", _location(url, image), captions, label), image
+
+
+def _location(url: str, member: Any) -> ImageLocation:
+    """Where an image is: bytes that were read, or its header in the tar."""
+    return ImageLocation(url) if isinstance(member, bytes) else ImageLocation(url, member.offset_data, member.size)
 
 
 def _label(group: dict[str, Any], options: ReadOptions) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,17 @@ def describe(result: dict[str, Any]) -> str:
 def balance(index: Index) -> str:
     """What became of everything that was seen: good, bad, and left out on purpose, which is counted by reason."""
     left_out = index.sources.left_out()
-    return "\n".join([*left_out.lines(), balance_line(len(index), index.bad_count(), left_out.counts.total())])
+    masks = index.masks_by_source().values()
+    lines = [describe_masks(index.without_masks(), *map(sum, zip(*masks, strict=True)))] if masks else []
+    lines += [*left_out.lines(), balance_line(len(index), index.bad_count(), left_out.counts.total())]
+    return "\n".join(lines)
+
+
+def describe_masks(missing: Iterator[str], masked: int, without: int) -> str:
+    """How many images have a mask, and how many have none although they should, with the first names."""
+    names = itertools.islice(missing, MAX_EXAMPLES)
+    rest = f"; {without:,} have none and are learned whole: {', '.join(names)}{', …' * (without > MAX_EXAMPLES)}"
+    return f"masks      {masked:,} images have one{rest if without else ''}"
 
 
 def balance_line(good: int, bad: int, left_out: int) -> str:

@@ -37,8 +37,12 @@ class Crop:
 
     def pixels(self, image: Image.Image, sha256: bytes) -> torch.Tensor:
         """`(3, H, W)` in [-1, 1]."""
+        return to_tensor(self.apply(image, sha256))
+
+    def apply(self, image: Image.Image, sha256: bytes) -> Image.Image:
+        """The crop of an image, or of its mask; `sha256` is the image's."""
         cropped, _ = crop_resize(image, self.size, *self._uv(sha256))
-        return to_tensor(ImageOps.mirror(cropped) if self.flip else cropped)
+        return ImageOps.mirror(cropped) if self.flip else cropped
 
     def corner(self, original: Size, sha256: bytes) -> Size:
         """The crop's left and top, in pixels of the resized image, which is mirrored first."""

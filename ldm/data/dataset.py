@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from ldm.data import cache
 from ldm.data.cache import Cache, CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.images import Size, to_tensor
 from ldm.data.index import Entry, Index
+from ldm.data.masks import latent_mask
 from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import leave_signals_to_parent
@@ -64,14 +65,23 @@ class SamplePlan:
 
         Random crops differ at each position; only the cache is limited to a few of each image.
         """
-        image, crop, sha256 = self.index.load_image(sample.number), sample.crop, sample.entry.sha256
+        cropped, corner = self._cropped(n, sample, self.index.load_image(sample.number))
+        return to_tensor(cropped), corner
+
+    def _cropped(self, n: int, sample: PlannedSample, image: Image.Image) -> tuple[Image.Image, Size]:
+        """The crop of a sample's image, or of its mask, and its left and top."""
+        crop, sha256 = sample.crop, sample.entry.sha256
         if crop.number < 0:
-            return crop.pixels(image, sha256), crop.corner(image.size, sha256)
+            return crop.apply(image, sha256), crop.corner(image.size, sha256)
         u, v = generator(self.spec.seed, "corner", n).random(2)
         if crop.flip:
             image = ImageOps.mirror(image)
-        cropped, corner = crop_resize(image, crop.size, float(u), float(v))
-        return to_tensor(cropped), corner
+        return crop_resize(image, crop.size, float(u), float(v))
+
+    def mask(self, n: int, sample: PlannedSample, factor: int) -> torch.Tensor | None:
+        """The mask of a sample at the size of its latent, `(1, H / factor, W / factor)` in [0, 1], if it has one."""
+        mask = self.index.load_mask(sample.number)
+        return None if mask is None else latent_mask(self._cropped(n, sample, mask)[0], factor)
 
     def conditions(self, n: int, sample: PlannedSample) -> Item:
         """Position, original width and height, class, the dropout of the conditions, and, where there are some,
@@ -87,16 +97,27 @@ class SamplePlan:
         }
 
 
-class ImageDataset(torch.utils.data.Dataset[Item]):
-    """Images by position: item n is `{"position": n, "pixels": (3, H, W), "caption": …, "crop": (left, top), …}`."""
+def masked(mask: torch.Tensor | None, shape: Sequence[int]) -> Item:
+    """What a sample says of its mask, `(1, h, w)`: white where it has none, so that all of the image is learned."""
+    return {"mask": torch.ones(1, *shape) if mask is None else mask, "masked": torch.tensor(mask is not None)}
 
-    def __init__(self, index: Index, spec: SampleSpec):
-        self.plan = SamplePlan(index, spec)
+
+class ImageDataset(torch.utils.data.Dataset[Item]):
+    """Images by position: item n is `{"position": n, "pixels": (3, H, W), "caption": …, "crop": (left, top), …}`.
+
+    With `mask_factor`, where any image has a mask, also `{"mask": (1, H / mask_factor, W / mask_factor), …}`.
+    """
+
+    def __init__(self, index: Index, spec: SampleSpec, mask_factor: int = 0):
+        self.plan, self.mask_factor = SamplePlan(index, spec), mask_factor if index.has_masks else 0
 
     def __getitem__(self, n: int) -> Item:
         sample = self.plan[n]
         pixels, corner = self.plan.pixels(n, sample)
         item = {**self.plan.conditions(n, sample), "pixels": pixels, "crop": torch.tensor(corner)}
+        if factor := self.mask_factor:
+            height, width = pixels.shape[1:]
+            item |= masked(self.plan.mask(n, sample, factor), (height // factor, width // factor))
         return {**item, "caption": sample.caption}
 
 
@@ -179,15 +200,17 @@ def stage2_dataset(
     text: AnyTextEncoder | None,
     device: torch.device,
     with_pixels: bool = False,
+    with_masks: bool = False,
 ) -> Stage2Dataset:
     """Latents and embeddings from the cache, which is completed first, or, without one, encoded batch by batch.
 
     `text` is None where captions are not read, or where their encoder is trained. Samples have `pixels` where there is
-    no cache, or with `with_pixels`, which a model needs that is conditioned on an image.
+    no cache, or with `with_pixels`, which a model needs that is conditioned on an image. With `with_masks`, where any
+    image has a mask, they have `mask` `(N, 1, h, w)` in [0, 1], and `masked` `(N,)`, whether it is the image's own.
     """
     if cache_options:
         assert isinstance(data, Index), "the configuration allows a stream no cache"
-        built = cache.build(data, spec.augmentation, cache_options, autoencoder, text)
+        built = cache.build(data, spec.augmentation, cache_options, autoencoder, text, with_masks=with_masks)
         dataset = _CachedDataset(data, spec, built, with_pixels)
         return Stage2Dataset(dataset, _cached)
 
@@ -198,7 +221,9 @@ def stage2_dataset(
             mean = mean + (0.5 * logvar).exp() * eps
         return mean, text.embed(batch["caption"]) if text else None
 
-    return Stage2Dataset(data.with_spec(spec) if isinstance(data, Stream) else ImageDataset(data, spec), encode)
+    if isinstance(data, Stream):
+        return Stage2Dataset(data.with_spec(spec), encode)
+    return Stage2Dataset(ImageDataset(data, spec, autoencoder.factor if with_masks else 0), encode)
 
 
 def _cached(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
@@ -222,6 +247,9 @@ class _CachedDataset(torch.utils.data.Dataset[Item]):
             item |= self.cache.embedding(sample.caption)
         else:
             item["caption"] = sample.caption
+        if self.cache.masks:
+            mask = None if sample.entry.mask_sha256 is None else self.cache.mask(crop, sample.entry)
+            item |= masked(mask, mean.shape[1:])
         if self.with_pixels:
             item["pixels"] = crop.pixels(self.plan.index.load_image(sample.number), sha256)
         return item
@@ -253,7 +281,8 @@ def evaluation_batch(
     """Entries of an index without randomness: centre crops, the first caption, no condition dropped.
 
     Their numbers are their positions, from which the noise of an evaluation follows. `classes` are the model's; an
-    entry of another class has class -1. Everything but the positions is on the device.
+    entry of another class has class -1. Where any image has a mask, they have a `mask` as in training. Everything but
+    the positions is on the device.
     """
     square, entries = (index.data.size, index.data.size), [index[i] for i in numbers]
     cropped = [crop_resize(index.load_image(i), square) for i in numbers]
@@ -265,6 +294,10 @@ def evaluation_batch(
         "original_size": torch.tensor([(entry.width, entry.height) for entry in entries]),
         "crop": torch.tensor([corner for _, corner in cropped]),
     }
+    if index.has_masks:
+        white = Image.new("L", square, 255)
+        masks = [crop_resize(index.load_mask(i) or white, square)[0] for i in numbers]
+        batch["mask"] = torch.stack([latent_mask(mask, autoencoder.factor) for mask in masks])
     batch = send_to_device(batch, device)
     batch |= {"position": torch.tensor(list(numbers)), "caption": [entry.captions[0] for entry in entries]}
     embedding = text.embed(batch["caption"]) if text else None

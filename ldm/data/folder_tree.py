@@ -26,10 +26,11 @@ class Directory(NamedTuple):
 
 
 class FolderTree:
-    """A folder with its sub-folders, without those first-level ones that are `other_splits`."""
+    """A folder with its sub-folders, without those first-level ones that are `other_splits`, and without `masks`."""
 
-    def __init__(self, path: Path, other_splits: frozenset[str] = frozenset()):
+    def __init__(self, path: Path, other_splits: frozenset[str] = frozenset(), masks: Path | None = None):
         self.path, self.other_splits = path, other_splits
+        self.masks = masks and masks.resolve()
         self._roots = [path.resolve()]  # and the targets of the links that were followed
         snapshots = next((parent for parent in self._roots[0].parents if parent.name == "snapshots"), None)
         self._blobs = [snapshots.parent / "blobs"] if snapshots else []
@@ -43,6 +44,8 @@ class FolderTree:
             for name in sorted(directories):
                 if name.startswith((".", "__MACOSX")):
                     left_out.append(LeftOut(f"{self.key(path / name)}/", "hidden folders"))
+                elif self.masks and (path / name).resolve() == self.masks:
+                    left_out.append(LeftOut(f"{self.key(path / name)}/", "folders of masks"))
                 elif hub_cache and name in ("blobs", "refs"):
                     left_out.append(LeftOut(f"{self.key(path / name)}/", "folders of the Hub's cache"))
                 elif (path / name).is_symlink() and (is_image_file(name) or not self._follows(path / name)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from ldm.data.records import BadSampleError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and odd EXIF, which are read anyway
 
+T = TypeVar("T")
 Size = tuple[int, int]  # width, height
+MASK_REASON = "its mask can't be used: "  # before the reason why a mask can't be decoded
 ROTATIONS = {  # EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,29 +38,45 @@ def decode(data: bytes, background: str = "white", min_side: int = 1) -> Image.I
     Raises BadSampleError where it is empty, truncated, no image, a decompression bomb, or smaller than `min_side`
     pixels.
     """
-    if not data:
-        raise BadSampleError("the file is empty", "fetch it anew, or remove it")
-    try:
-        image = _decode(data, background)
-    except BadSampleError:
-        image = _decode_without_metadata(data, background)
+    image = _decode(data, lambda opened: _rgb(_rotated(opened), background))
     if min(image.size) < min_side:
         reason = f"it is {image.width} × {image.height} px, and data.min_side is {min_side}"
         raise BadSampleError(reason, "use a larger one")
     return image
 
 
+def decode_alpha(data: bytes) -> Image.Image | None:
+    """The alpha channel of an encoded image, 8 bits, rotated by its EXIF; None without one. Raises as `decode` does."""
+    return _decode(data, lambda opened: _alpha(_rotated(opened)))
+
+
+def rotation(data: bytes) -> Image.Transpose | None:
+    """How an encoded image's EXIF turns or mirrors it, if it does."""
+    return _decode(data, _rotation)
+
+
 def may_be_read_now(reason: str) -> bool:
     """Whether an image that was bad for this reason may be good with the decoders of today, which are others."""
+    reason = reason.partition(MASK_REASON)[2] or reason
     unknown = reason.startswith("it is none of ") and reason != unread_format(b"")[0]
     return unknown or reason.startswith(("it can't be decoded", "it is HEIF, ", "it is JXL, ", "it is AVIF, "))
 
 
-def _decode(data: bytes, background: str) -> Image.Image:
+def _decode(data: bytes, convert: Callable[[Image.Image], T]) -> T:
+    """What `convert` makes of the loaded image; where its metadata can't be read, of its pixels alone."""
+    if not data:
+        raise BadSampleError("the file is empty", "fetch it anew, or remove it")
+    try:
+        return _load(data, convert)
+    except BadSampleError:
+        return _load_without_metadata(data, convert)
+
+
+def _load(data: bytes, convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(io.BytesIO(data), formats=formats_of(data)) as opened:
             opened.load()
-            return _rgb(_rotated(opened), background)
+            return convert(opened)
     except Image.DecompressionBombError as error:
         raise BadSampleError(str(error).rstrip("."), "make it smaller") from None
     except UnidentifiedImageError:
@@ -67,24 +86,32 @@ def _decode(data: bytes, background: str) -> Image.Image:
         raise BadSampleError(reason, "fetch it anew, or remove it") from None
 
 
-def _decode_without_metadata(data: bytes, background: str) -> Image.Image:
-    """The image by its pixels alone, for a file whose texts, profiles or EXIF can't be read.
+def _load_without_metadata(data: bytes, convert: Callable[[Image.Image], T]) -> T:
+    """`_load` of the pixels alone, for a file whose texts, profiles or EXIF can't be read.
 
     EXIF, which has the rotation, is dropped last.
     """
     for exif in (True, False):
         with contextlib.suppress(BadSampleError):
-            return _decode(without_metadata(data, exif), background)
-    return _decode(data, background)  # raises what is wrong with the file as it is
+            return _load(without_metadata(data, exif), convert)
+    return _load(data, convert)  # raises what is wrong with the file as it is
 
 
 def _rotated(image: Image.Image) -> Image.Image:
     """The image as its EXIF says, where that can be read."""
-    try:
-        method = ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # EXIF of odd types makes its parsers raise anything
-        return image
+    method = _rotation(image)
     return image if method is None else image.transpose(method)
+
+
+def _rotation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF of odd types makes its parsers raise anything
+        return None
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from ldm.config.schema import DataConfig
 from ldm.data.buckets import Buckets
 from ldm.data.images import Size, decode
-from ldm.data.index_file import CHUNK, RECORD_COLUMNS, SCHEMA, TEXT, leading_bytes, write_index
+from ldm.data.index_file import CHUNK, MASK_COLUMNS, RECORD_COLUMNS, SCHEMA, TEXT, leading_bytes, write_index
+from ldm.data.masks import load_mask
 from ldm.data.records import PRIOR, BadSample, ImageLocation, Record
 from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
@@ -43,11 +44,15 @@ MAX_REPORTED = 10_000  # bad samples that the report lists
 
 @dataclass(frozen=True)
 class Entry(Record):
-    """A record whose image has been opened: SHA-256 of its bytes, width and height after rotation by its EXIF."""
+    """A record whose image has been opened: SHA-256 of its bytes, width and height after rotation by its EXIF.
+
+    `mask_sha256` is None where the image has no mask.
+    """
 
     sha256: bytes = b""
     width: int = 0
     height: int = 0
+    mask_sha256: bytes | None = None
 
 
 class Index:
@@ -68,7 +73,8 @@ class Index:
             location=ImageLocation(row["file"], row["start"], row["size"]),
             captions=tuple(row["captions"]),
             attributes=json.loads(row["attributes"]) if row["attributes"] else {},
-            **{name: row[name] for name in (*RECORD_COLUMNS, "sha256", "width", "height")},
+            mask=None if row["mask_file"] is None else ImageLocation(*(row[name] for name in MASK_COLUMNS)),
+            **{name: row[name] for name in (*RECORD_COLUMNS, "sha256", "width", "height", "mask_sha256")},
         )
 
     def __iter__(self) -> Iterator[Entry]:
@@ -116,7 +122,26 @@ class Index:
             reason = "it was changed since it was indexed"
         except Exception as error:  # file systems and libraries may raise anything
             reason = f"it can't be read any more ({error or error!r})"
-        raise UserError(f"{entry.key}: {reason}; put it back, or start the same command again to index it anew")
+        raise _lost(entry.key, reason)
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Whether any image of the table, of this subset or not, has a mask."""
+        return self.table["mask_sha256"].null_count < len(self.table)
+
+    def load_mask(self, i: int) -> Image.Image | None:
+        """The image's mask, 8-bit grey of the image's size, or None; UserError where it was changed or removed."""
+        entry = self[i]
+        if entry.mask_sha256 is None:
+            return None
+        try:
+            mask = load_mask(entry, (entry.width, entry.height), self.sources.read)
+            if mask and mask[1] == entry.mask_sha256:
+                return mask[0]
+            reason = "its mask was changed since it was indexed"
+        except Exception as error:  # file systems and libraries may raise anything
+            reason = f"its mask can't be read any more ({error or error!r})"
+        raise _lost(entry.key, reason)
 
     def weights(self) -> np.ndarray:
         """The relative frequency of each entry, `(N,)`: its own weight, scaled to its source's, if sources have any."""
@@ -153,15 +178,35 @@ class Index:
         return sorted(label for label in pc.unique(usable).to_pylist() if label)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images' content, captions and classes: a run is only continued on the same data."""
+        """SHA-256 of the images' content, masks, captions and classes: a run is only continued on the same data."""
         digest = hashlib.sha256()
         if "class" in self.sources.conditions:  # a class that only other splits have changes the numbers of these
             digest.update(repr(self.labels()).encode())
         names = ("sha256", "weight", "repeats", "flip", "dropout", "label")
-        columns = (self._values(name) for name in names)
-        for captions, *row in zip(self.captions(), *columns, strict=True):
-            digest.update(repr((captions, *row)).encode())
+        columns = (self._values(name) for name in (*names, "mask_sha256"))
+        for captions, *row, mask in zip(self.captions(), *columns, strict=True):
+            digest.update(repr((captions, *row, *([] if mask is None else [mask]))).encode())
         return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------------------------------ masks
+
+    def masks_by_source(self) -> dict[int, tuple[int, int]]:
+        """Of each source with masks: how many of its usable images have one, and how many don't."""
+        table = self._should_have_masks()
+        sources, present = (column.to_numpy() for column in (table["source"], pc.is_valid(table["mask_sha256"])))
+        return {
+            int(n): (int(present[sources == n].sum()), int((~present[sources == n]).sum())) for n in np.unique(sources)
+        }
+
+    def without_masks(self) -> Iterator[str]:
+        """The names of usable images that should have a mask and have none."""
+        table = self._should_have_masks()
+        for batch in table.filter(pc.is_null(table["mask_sha256"])).to_batches(CHUNK):
+            yield from batch["key"].to_pylist()
+
+    def _should_have_masks(self) -> pa.Table:
+        table = self.table.select(["key", "source", "reason", "mask_file", "mask_sha256"])
+        return table.filter(pc.and_(pc.is_null(table["reason"]), pc.is_valid(table["mask_file"])))
 
     # ------------------------------------------------------------------------------------------------------ bad samples
 
@@ -184,6 +229,9 @@ class Index:
             "max_bad": self.data.max_bad,
             "list": listed,
         }
+        if masks := self.masks_by_source():
+            names = [name for _, name in zip(range(MAX_REPORTED), self.without_masks(), strict=False)]
+            report["masks"] = {"images": sum(n for n, _ in masks.values()), "without": names}
         with atomic_file(path) as tmp_path:
             tmp_path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
@@ -200,6 +248,9 @@ class Index:
                 return f"data.source: {self.data.name} has only images of the class; add those of the subject"
             fraction = self.data.val_fraction
             return f"data.val_fraction: {fraction} holds out all {len(self)} images; set it to 0, or add some"
+        for number, (masked, _) in self.masks_by_source().items():
+            if not masked:
+                return self.sources.no_masks(number)
         stops = bad and self.data.on_error == "stop"
         if stops or bad > self.data.max_bad * total:
             rule = "data.on_error is stop" if stops else f"data.max_bad is {self.data.max_bad}"
@@ -234,7 +285,7 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     for source in sources:
-        for key in ("caption", "limit", "prior"):
+        for key in ("caption", "limit", "mask", "prior"):
             if not source[key]:  # as before there was this key
                 del source[key]
         if source["kind"] == "images":
@@ -243,6 +294,10 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     if (captions, classes) != (True, False):  # what is a bad sample depends on the conditions
         settings.append({"captions": captions, "classes": classes})
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+
+def _lost(key: str, reason: str) -> UserError:
+    return UserError(f"{key}: {reason}; put it back, or start the same command again to index it anew")
 
 
 def _hold_out(table: pa.Table, fraction: float) -> pa.Table:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
 from ldm.data.images import decode, may_be_read_now
-from ldm.data.records import TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
+from ldm.data.masks import load_mask
+from ldm.data.records import MASK_ROW, NO_MASK, TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
 from ldm.distributed.launch import on_main
@@ -54,10 +55,16 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("phash", pa.uint64()),
+        ("mask_file", TEXT),
+        ("mask_start", pa.int64()),
+        ("mask_size", pa.int64()),
+        ("mask_sha256", pa.binary(32)),
     ]
 )
 RECORD_COLUMNS = ("key", "label", "split", "weight", "repeats", "flip", "dropout")  # fields of a record, as they are
-READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix")  # what opening an image adds to its record
+# What opening an image adds to its record; the last is not in indices that were written before there were masks.
+READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix", "mask_sha256")
+MASK_COLUMNS = ("mask_file", "mask_start", "mask_size")  # where a record's mask is
 CHUNK = 1024  # rows that one process opens, and writes at once
 PREFETCH = 1024  # images that are opened while others are listed
 
@@ -140,7 +147,7 @@ def _rows(listing: _Listing, data: DataConfig, known: _EarlierIndices) -> Iterat
                 pending.append(({**record.__dict__, "source": number, "stamp": bytes(16)}, {}))
             else:
                 row = _row(record, number, stamps, sources.table_stamp(number))
-                read = known.find(row["stamp"]) or pool.submit(_read_image, sources, record.location, data)
+                read = known.find(row["stamp"]) or pool.submit(_read_image, sources, record, data)
                 pending.append((row, read))
             if len(pending) >= PREFETCH:
                 yield next_row()
@@ -235,10 +242,12 @@ def _memory_map_leftover(path: Path) -> list[pa.RecordBatch]:
 
 
 def _row(record: Record, number: int, stamps: dict[str, str], table_stamp: str) -> dict[str, Any]:
-    """A record as a row, without READ_COLUMNS. The stamp is zero where changes of the file can't be detected."""
-    location = record.location
-    version = table_stamp if location.size == TABLE_ROW else stamp(location.file, stamps)
-    row_stamp = hashlib.sha256(repr((*location, version)).encode()).digest()[:16] if version else bytes(16)
+    """A record as a row, without READ_COLUMNS. The stamp is zero where changes of a file can't be detected."""
+    location, mask = record.location, record.mask
+    files = [location] if mask in (None, NO_MASK) else [location, mask]
+    versions = [table_stamp if at.size in (TABLE_ROW, MASK_ROW) else stamp(at.file, stamps) for at in files]
+    stamped = [field for at, version in zip(files, versions, strict=True) for field in (*at, version)]
+    row_stamp = hashlib.sha256(repr(tuple(stamped)).encode()).digest()[:16] if all(versions) else bytes(16)
     return {
         **{name: getattr(record, name) for name in RECORD_COLUMNS},
         "file": location.file,
@@ -248,14 +257,20 @@ def _row(record: Record, number: int, stamps: dict[str, str], table_stamp: str) 
         "source": number,
         "stamp": row_stamp,
         "attributes": json.dumps(dict(record.attributes)) if record.attributes else None,
+        **(dict(zip(MASK_COLUMNS, mask, strict=True)) if mask else {}),
     }
 
 
-def _read_image(sources: Sources, location: ImageLocation, data: DataConfig) -> dict[str, Any]:
-    """READ_COLUMNS of an image: its hashes and size, or why it is bad."""
+def _read_image(sources: Sources, record: Record, data: DataConfig) -> dict[str, Any]:
+    """READ_COLUMNS of an image: the hashes of it and its mask, its size; or why it is bad."""
+
+    def read(location: ImageLocation) -> bytes:
+        return content if location == record.location else sources.read(location)
+
     try:
-        content = sources.read(location)
+        content = sources.read(record.location)
         image = decode(content, data.background, data.min_side)
+        mask = load_mask(record, image.size, read)
     except BadSampleError as error:
         return dict(zip(("reason", "fix"), error.args, strict=True))
     except Exception as error:  # anything, maybe temporary: a zero stamp has it tried again
@@ -266,6 +281,7 @@ def _read_image(sources: Sources, location: ImageLocation, data: DataConfig) -> 
         "width": image.width,
         "height": image.height,
         "phash": int(str(imagehash.phash(image)), 16),
+        "mask_sha256": mask[1] if mask else None,
     }
 
 
@@ -277,9 +293,12 @@ class _EarlierIndices:
         tables = [schema.empty_table()]
         for path in paths:
             batches = _memory_map_leftover(path)
-            if batches and batches[0].schema.names == SCHEMA.names:
+            if batches and set(schema.names[:-1]) <= set(batches[0].schema.names):
+                earlier = pa.Table.from_batches(batches)
+                if schema.names[-1] not in earlier.column_names:
+                    earlier = earlier.append_column(schema.field(-1), pa.nulls(len(earlier), schema.field(-1).type))
                 with suppress(pa.ArrowException):  # another version's column types
-                    tables.append(pa.Table.from_batches(batches).select(schema.names).cast(schema))
+                    tables.append(earlier.select(schema.names).cast(schema))
         table = pa.concat_tables(tables)
         stamps = leading_bytes(table["stamp"], 16).view("S16").ravel()
         self.order = np.argsort(stamps, kind="stable")

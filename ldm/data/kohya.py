@@ -13,6 +13,7 @@ import numpy as np
 from ldm.config.kohya import Subset, keys_without_effect, subsets
 from ldm.data.folder_tree import FolderTree
 from ldm.data.folders import sidecars
+from ldm.data.masks import MaskFolder, check_apart
 from ldm.data.records import PRIOR, BadSample, LeftOut, ReadOptions, Record, Records, label_of
 from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
@@ -31,6 +32,10 @@ def read(file: Path, options: ReadOptions, prior: bool = False) -> Records:
     for subset in sorted(subsets(file), key=lambda subset: subset.is_reg):
         if not os.path.isdir(subset.folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
             raise UserError(f"{file}: image_dir: no folder {subset.folder}")
+        if masks := subset.conditioning_data_dir:
+            if not os.path.isdir(masks):  # noqa: PTH112
+                raise UserError(f"{file}: conditioning_data_dir: no folder {masks}; it has the masks of the images")
+            check_apart(f"{file}: conditioning_data_dir", masks, subset.folder)
         for record in _records(subset, options):
             if not isinstance(record, Record):
                 yield record
@@ -62,8 +67,10 @@ def _repeats(records: Sequence[Record], total: int) -> list[int]:
 def _records(subset: Subset, options: ReadOptions) -> Records:
     extension = subset.caption_extension  # kohya's own scripts also take it without the dot
     extensions = (f".{extension.removeprefix('.')}",) if extension else SIDECARS
-    tree = FolderTree(subset.folder)
-    for record in sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens):
+    masks = subset.conditioning_data_dir
+    tree = FolderTree(subset.folder, masks=masks)
+    records = sidecars(tree, options._replace(lines=False), extensions, subset.class_tokens)
+    for record in MaskFolder(masks).masked(records) if masks else records:
         key = f"{subset.folder.name}/{record.key}"
         if isinstance(record, BadSample | LeftOut):
             yield replace(record, key=key)
@@ -76,6 +83,7 @@ def _records(subset: Subset, options: ReadOptions) -> Records:
                 repeats=subset.num_repeats,
                 flip=subset.flip_aug,
                 dropout=subset.caption_dropout_rate,
+                mask=record.location if subset.alpha_mask else record.mask,
             )
 
 

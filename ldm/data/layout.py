@@ -52,11 +52,13 @@ class FolderLayout(NamedTuple):
         return _repeated_folder(Path(key).parts[self.depth : -1]) if self.repeated else None
 
 
-def folder_layout(folder: Path, split: str, captions: bool = True) -> FolderLayout:
+def folder_layout(folder: Path, split: str, captions: bool = True, masks: Path | None = None) -> FolderLayout:
     """The layout of a folder; UserError where its folders name splits and none is `split`.
 
-    A single split is taken for one only where captions are needed: a class named `train` does no harm.
+    A single split is taken for one only where captions are needed: a class named `train` does no harm. The folder
+    `masks` is none of its own.
     """
+    apart = masks and masks.resolve()
     try:
         with os.scandir(folder) as entries:
             is_folder = {entry.name: _is_dir(entry) for entry in entries if not entry.name.startswith(".")}
@@ -64,15 +66,16 @@ def folder_layout(folder: Path, split: str, captions: bool = True) -> FolderLayo
         raise unreadable_folder(error) from None
     loose = any(map(is_image_file, is_folder))
     names = sorted(name for name in is_folder if is_folder[name] and name != "__MACOSX")
+    names = [name for name in names if not apart or (folder / name).resolve() != apart]
     named = [name for name in names if name.lower() in _CANONICAL]
     others = [name for name in names if name not in named]
     if loose or not named or any(_has_images(folder / name) for name in others):
-        return FolderLayout(repeated=_is_repeated(folder, 0))
+        return FolderLayout(repeated=_is_repeated(folder, 0, masks))
     several = len({_CANONICAL[name.lower()] for name in named}) > 1
     if not several and not captions and split == "train":
-        return FolderLayout(repeated=_is_repeated(folder, 0))
+        return FolderLayout(repeated=_is_repeated(folder, 0, masks))
     chosen = choose_split(named, split, str(folder))
-    return FolderLayout(frozenset(named) - frozenset(chosen), 1, _is_repeated(folder, 1))
+    return FolderLayout(frozenset(named) - frozenset(chosen), 1, _is_repeated(folder, 1, masks))
 
 
 def choose_split(names: Sequence[str], split: str, source: str) -> list[str]:
@@ -107,10 +110,10 @@ def _repeated_folder(folders: Sequence[str]) -> re.Match[str] | None:
     return next((match for name in folders if (match := _REPEATED.fullmatch(name))), None)
 
 
-def _is_repeated(folder: Path, depth: int) -> bool:
+def _is_repeated(folder: Path, depth: int, masks: Path | None) -> bool:
     """Whether every sub-folder with images is one of kohya's."""
     matched = False
-    for directory in FolderTree(folder).walk():
+    for directory in FolderTree(folder, masks=masks).walk():
         folders = directory.path.relative_to(folder).parts[depth:]
         if folders and any(map(is_image_file, directory.names)):
             if not _repeated_folder(folders):

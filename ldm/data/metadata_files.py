@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ldm.data.folder_tree import OTHER_SPLITS, FolderTree
 from ldm.data.formats import is_image_file
 from ldm.data.records import (
+    NO_MASK,
     BadSample,
     BadSampleError,
     ImageLocation,
@@ -82,7 +83,7 @@ def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Reco
     At the end, the columns that are not read.
     """
     column, prefix = options.column, table.parent.relative_to(tree.path)
-    read = {"file_name", *([column] if options.captions else []), options.label}
+    read = {"file_name", *([column] if options.captions else []), options.label, options.mask}
     unread = dict[str, None]()
     for number, row in _rows(table, options):
         row_key = f"{table} {'row' if table.suffix == '.parquet' else 'line'} {number}"
@@ -94,8 +95,8 @@ def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Reco
         if not isinstance(name, str) or not name:
             yield BadSample(row_key, "it has no file_name", "name the image, relative to the folder")
             continue
-        key = str(prefix / name) if prefix.parts else name
-        image = os.path.relpath(tree.path / key, tree.path) if Path(key).is_absolute() else os.path.normpath(key)
+        key = _key(prefix, name)
+        image = _relative(tree, key)
         yield image
         row_key = f"{row_key}, {name!r}"
         if tree.in_other_split(Path(image)):
@@ -111,11 +112,35 @@ def _table(tree: FolderTree, table: Path, options: ReadOptions) -> Iterator[Reco
                 raise BadSampleError(f"it has no {column!r}", "write it, or set data.source.caption_column")
             captions = captions_of(row.get(column), options)
             label = label_of(row.get(options.label)) if options.label is not None else ""
+            mask = _mask(tree, prefix, row[options.mask]) if options.mask and row.get(options.mask) else None
         except BadSampleError as error:
             yield BadSample(row_key, *error.args)
             continue
-        yield Record(image, ImageLocation(str(path)), captions, label)
+        if mask:
+            yield mask[0]
+        location = mask[1] if mask else NO_MASK if options.mask else None
+        yield Record(image, ImageLocation(str(path)), captions, label, mask=location)
     yield from (LeftOut(f"{tree.key(table)}: {name}", "columns that are not read") for name in unread)
+
+
+def _key(prefix: Path, name: str) -> str:
+    """The name of a file that a metadata file in the folder `prefix` names."""
+    return str(prefix / name) if prefix.parts else name
+
+
+def _relative(tree: FolderTree, key: str) -> str:
+    return os.path.relpath(tree.path / key, tree.path) if Path(key).is_absolute() else os.path.normpath(key)
+
+
+def _mask(tree: FolderTree, prefix: Path, value: Any) -> tuple[str, ImageLocation]:
+    """The name of a mask's file, relative to the source, and its location; BadSampleError where it can't be read."""
+    name = os.fsdecode(value) if isinstance(value, bytes) else value
+    if not isinstance(name, str):
+        raise BadSampleError(f"its mask is {name!r}", "name a file, relative to the folder")
+    path = tree.file(_key(prefix, name))
+    if isinstance(path, str):
+        raise BadSampleError(f"its mask {name}: {path}", f"name a file inside {tree.path}")
+    return _relative(tree, _key(prefix, name)), ImageLocation(str(path))
 
 
 def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any] | BadSampleError]]:
@@ -133,7 +158,7 @@ def _rows(file: Path, options: ReadOptions) -> Iterator[tuple[int, dict[str, Any
             with pq.ParquetFile(file) as table:
                 names = table.schema_arrow.names
                 _check_columns(file, names, options)
-                columns = [name for name in names if name in ("file_name", options.column, options.label)]
+                columns = [name for name in names if name in ("file_name", options.column, options.label, options.mask)]
                 unread = dict.fromkeys(name for name in names if name not in columns)
                 number = 0
                 for batch in table.iter_batches(4096, columns=columns):
@@ -193,6 +218,7 @@ def _check_columns(file: Path, names: list[str], options: ReadOptions) -> None:
         ("file_name", ""),
         (options.column if options.captions else None, ", or name the one with captions in data.source.caption_column"),
         (options.label, ", or name the one with classes in data.source.label"),
+        (options.mask, ", or name the one with masks in data.source.mask"),
     ):
         if name is not None and name not in names:
             raise UserError(f"{file}: no column {name!r} among {', '.join(names) or 'none'}; add it{alternative}")

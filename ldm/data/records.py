@@ -14,13 +14,15 @@ class ImageLocation(NamedTuple):
 
     file: str
     start: int = 0
-    size: int = -1  # -1: the whole file; TABLE_ROW: a row of the table that source number `file` opens
+    size: int = -1  # -1: the whole file; TABLE_ROW, MASK_ROW: a row of the table that source number `file` opens
 
 
 HELD_OUT = ("reconstruction", "combination")  # the splits that stage one never sees
 PRIOR = "prior"  # the split of images of the class, which stage two trains on for prior preservation
 TRAINED = ("train", PRIOR)  # the splits that stage two trains on
 TABLE_ROW = -2
+MASK_ROW = -3  # the mask in a row
+NO_MASK = ImageLocation("")  # of an image that should have a mask
 MAX_EXAMPLES = 3  # names listed for each reason why files are left out
 
 
@@ -33,6 +35,8 @@ class Record:
     is not to be forgotten, not of the subject that is learned). An epoch has it `repeats` times; `weight` is how often
     it is drawn relative to one of weight 1. `flip` and `dropout` override the configuration's, where a source sets
     them. `attributes` is what a source knows of an image besides its caption: OpenMoji's people have `role` and `tone`.
+    `mask` says where the mask of its loss is: at the image's own location, its alpha channel is the mask; None where
+    the source has no masks, NO_MASK where it has none for this image.
     """
 
     key: str
@@ -45,6 +49,7 @@ class Record:
     flip: bool | None = None
     dropout: float | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
+    mask: ImageLocation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", one_line(self.key))
@@ -122,6 +127,8 @@ class ReadOptions(NamedTuple):
     """An image without a caption is bad; otherwise it has an empty one."""
     label: str | None = None
     """Column, or key of a JSON, with the class; None: classes are not read."""
+    mask: str | None = None
+    """Column with the mask, in tars the name of its member before the suffix; None: no column has masks."""
 
 
 def captions_of(value: Any, options: ReadOptions) -> tuple[str, ...]:

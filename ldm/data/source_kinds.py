@@ -13,6 +13,7 @@ from ldm.data import archives, folders, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import REMEDIES, is_image_file
 from ldm.data.layout import choose_split, folder_layout
+from ldm.data.masks import ALPHA, check_apart, mask_folder
 from ldm.data.metadata_files import metadata_files
 from ldm.data.unread_files import METADATA, may_hold_captions
 from ldm.utils.errors import UserError
@@ -38,6 +39,7 @@ KINDS_OF_KEY = {
     "lines": ("sidecars", *_TABULAR),
     "template": ("classes",),
     "caption": ("sidecars",),
+    "mask": ("metadata", "sidecars", "classes", "images", "tar", "parquet", "datasets"),
     "split": ("sidecars", "classes", "images", *_TABULAR),
 }
 FOLDERS = ("metadata", "sidecars", "classes", "images")
@@ -89,8 +91,9 @@ def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
     in_classes = loose = metadata = False
     undecoded: Path | None = None
     unread: Path | None = None
-    layout = folder_layout(folder, source.split, captions)
-    for directory in FolderTree(folder, layout.other_splits).walk():
+    masks = mask_folder(source)
+    layout = folder_layout(folder, source.split, captions, masks)
+    for directory in FolderTree(folder, layout.other_splits, masks).walk():
         images = [name for name in directory.names if is_image_file(name)]
         if folders.CaptionFiles(directory.names).by_image:
             return "sidecars"
@@ -142,6 +145,11 @@ def _metadata_above(folder: Path) -> Path | None:
 
 def check_keys(source: SourceConfig, kind: str) -> None:
     """UserError where a key of the source is set that has no effect on its kind."""
+    if source.mask and kind == "kohya":
+        raise UserError(
+            f"data.source.mask: has no effect on {source.path}, {KINDS[kind]}; write alpha_mask = true, or a "
+            "conditioning_data_dir, into its subsets"
+        )
     for key, kinds in KINDS_OF_KEY.items():
         value = getattr(source, key)
         if kind not in kinds and value != SourceConfig.model_fields[key].default:
@@ -149,11 +157,24 @@ def check_keys(source: SourceConfig, kind: str) -> None:
                 f"data.source.{key}: {value!r} has no effect on {source.path}, {KINDS[kind]}; leave it out, or set "
                 f"data.source.kind to one of {', '.join(kinds)}"
             )
-
+    _check_mask_folder(source, kind)
     if kind in FOLDERS and source.split != "train" and _is_folder(source.path):
-        layout = folder_layout(Path(source.path), source.split)
+        layout = folder_layout(Path(source.path), source.split, masks=mask_folder(source))
         if not layout.depth:  # no folder there names a split
             choose_split((), source.split, source.path)
+
+
+def _check_mask_folder(source: SourceConfig, kind: str) -> None:
+    """UserError where masks of a folder's images are neither `alpha` nor in a folder of their own."""
+    masks = mask_folder(source)
+    if masks is None and source.mask not in ("", ALPHA) and kind in ("sidecars", "classes", "images"):
+        inside = Path(source.path, source.mask)
+        raise UserError(
+            f"data.source.mask: no folder {source.mask}; give "
+            + (str(inside) if inside.is_dir() else "alpha, or the folder that has a mask of each image")
+        )
+    if masks and kind in FOLDERS:
+        check_apart("data.source.mask", masks, Path(source.path))
 
 
 def check(sources: Sequence[SourceConfig], streaming: bool = False, conditions: Sequence[str] = CAPTIONED) -> None:

@@ -19,9 +19,12 @@ from ldm.data import archives, folders, kohya, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import is_image_file
 from ldm.data.layout import FolderLayout, folder_layout
+from ldm.data.masks import ALPHA, MaskFolder, mask_folder
 from ldm.data.metadata_files import read_metadata
 from ldm.data.records import (
+    MASK_ROW,
     MAX_EXAMPLES,
+    NO_MASK,
     PRIOR,
     TABLE_ROW,
     BadSample,
@@ -30,10 +33,11 @@ from ldm.data.records import (
     LeftOutCounts,
     ReadOptions,
     Record,
+    Records,
     Sample,
     one_line,
 )
-from ldm.data.source_kinds import CAPTIONED, KINDS, check, check_keys, detect
+from ldm.data.source_kinds import CAPTIONED, FOLDERS, KINDS, check, check_keys, detect
 from ldm.data.tables import Table
 from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
@@ -80,6 +84,10 @@ class Sources:
             lines.append(f"data     {source.path}: {KINDS[kind]}{of_class}")
             if source.caption:
                 lines.append(f"captions {self._default_captions(source)} where an image has no caption file")
+            if source.mask:
+                in_folder = mask_folder(source) and kind in FOLDERS
+                origin = "alpha channels" if source.mask == ALPHA else "the folder" if in_folder else "the column"
+                lines.append(f"masks    from {origin}{'' if source.mask == ALPHA else f' {source.mask}'}")
             if kind in ("classes", "sidecars"):
                 lines += self._describe_folder_names(source, kind)
         return [one_line(line) for line in lines]
@@ -129,6 +137,20 @@ class Sources:
                     )
         return ""
 
+    def no_masks(self, number: int) -> str:
+        """What is wrong where source `number` has masks for none of its images, in one line."""
+        source, kind = self.configs[number], self.kinds[number]
+        if kind == "kohya":
+            return f"{source.path}: alpha_mask, conditioning_data_dir: no image has a mask; add them, or drop the keys"
+        if source.mask == ALPHA:
+            where, fix = "an alpha channel", "save them as PNG with one"
+        elif mask_folder(source) and kind in FOLDERS:
+            where, fix = f"a mask in {source.mask}", f"the one of a/b.jpg is {Path(source.mask, 'a/b.png')}"
+        else:
+            folder = ", and there is no such folder" if kind == "metadata" else ""
+            where, fix = f"a mask in the column {source.mask!r}{folder}", "name masks there"
+        return f"data.source.mask: no image of {source.path} has {where}; {fix}, or leave out the key"
+
     def left_out(self) -> LeftOutCounts:
         """The files that `records` left out on purpose, of all sources read so far."""
         total = LeftOutCounts()
@@ -159,7 +181,8 @@ class Sources:
             count += 1
             if isinstance(record, BadSample):
                 yield replace(record, key=key)
-            elif not _is_utf8(record.location.file + record.label):  # the index could not store it
+            elif not _is_utf8(record.location.file + record.label + (record.mask or NO_MASK).file):
+                # the index could not store it
                 yield BadSample(key, "its name is not UTF-8", "rename it")
             elif "class" in self.conditions and not record.label:
                 yield BadSample(key, "it has no class", _class_remedy(kind, source.label))
@@ -168,12 +191,15 @@ class Sources:
                 if repeats > MAX_REPEATS:
                     raise UserError(f"data.source: {key} is repeated {repeats:,} times; give {MAX_REPEATS:,} at most")
                 split = PRIOR if source.prior and kind != "kohya" else record.split
-                yield replace(record, key=key, repeats=repeats, split=split)
+                mask = record.location if source.mask == ALPHA else record.mask
+                yield replace(record, key=key, repeats=repeats, split=split, mask=mask)
 
     def read(self, location: ImageLocation) -> bytes:
         """The encoded bytes of an image; OSError or ValueError where they can't be read."""
         if location.size == TABLE_ROW:
             return self._tables[int(location.file)].image_bytes(location.start)
+        if location.size == MASK_ROW:
+            return self._tables[int(location.file)].mask_bytes(location.start)
         return archives.read_bytes(location)
 
     def shards(self, number: int) -> list[tuple[int, str | int]]:
@@ -196,7 +222,7 @@ class Sources:
         number, name = shard
         if isinstance(name, str):
             unread_keys = self._unread_keys.setdefault(number, set())
-            samples = archives.tar_samples(name, self._read_options(self.configs[number]), unread_keys)
+            samples = archives.tar_samples(name, self._read_options(number), unread_keys)
             return self._without_left_out(number, samples)
         return self._streams[number].samples(str(number), name)
 
@@ -214,11 +240,14 @@ class Sources:
     def _open_table(self, number: int, streaming: bool = False) -> Table:
         source, kind = self.configs[number], self.kinds[number]
         cache_dir = str(self.cache / "datasets")
-        return Table(source.path, kind, source.split, self._read_options(source), source.image, streaming, cache_dir)
+        return Table(source.path, kind, source.split, self._read_options(number), source.image, streaming, cache_dir)
 
-    def _read_options(self, source: SourceConfig) -> ReadOptions:
+    def _read_options(self, number: int) -> ReadOptions:
+        source = self.configs[number]
         label = source.label if "class" in self.conditions else None
-        return ReadOptions(source.caption_column, source.lines, "text" in self.conditions, label)
+        in_folder = mask_folder(source) and self.kinds[number] in FOLDERS
+        mask = None if in_folder or source.mask in ("", ALPHA) else source.mask
+        return ReadOptions(source.caption_column, source.lines, "text" in self.conditions, label, mask)
 
     @cached_property
     def _tables(self) -> dict[int, Table]:
@@ -233,20 +262,18 @@ class Sources:
         }
 
     def _folder(self, source: SourceConfig) -> tuple[FolderTree, FolderLayout]:
-        layout = folder_layout(Path(source.path), source.split, "text" in self.conditions)
-        return FolderTree(Path(source.path), layout.other_splits), layout
+        masks = mask_folder(source)
+        layout = folder_layout(Path(source.path), source.split, "text" in self.conditions, masks)
+        return FolderTree(Path(source.path), layout.other_splits, masks), layout
 
     def _records(self, number: int, source: SourceConfig, kind: str) -> Iterator[Record | BadSample | LeftOut]:
-        folder, options = Path(source.path), self._read_options(source)
+        folder, options = Path(source.path), self._read_options(number)
         if kind == "openmoji":
             return (drawing.record(path, options) for drawing, path in self._draw(source))
         if kind in ("metadata", "sidecars", "images", "classes"):
-            tree, layout = self._folder(source)
-            if kind == "metadata":
-                return read_metadata(tree, options)
-            if kind == "classes":
-                return folders.classes(tree, source.template, options, layout)
-            return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), source.caption, layout)
+            records = self._folder_records(source, kind, options)
+            masks = mask_folder(source)
+            return MaskFolder(masks).masked(records) if masks else records
         if kind == "kohya":
             return kohya.read(folder, options, source.prior)
         if kind == "tar":
@@ -255,6 +282,14 @@ class Sources:
         table = self._tables[number]
         records = (sample if isinstance(sample, BadSample) else sample[0] for sample in table.samples(str(number)))
         return itertools.chain(table.left_out, records)
+
+    def _folder_records(self, source: SourceConfig, kind: str, options: ReadOptions) -> Records:
+        tree, layout = self._folder(source)
+        if kind == "metadata":
+            return read_metadata(tree, options)
+        if kind == "classes":
+            return folders.classes(tree, source.template, options, layout)
+        return folders.sidecars(tree, options, SIDECARS if kind == "sidecars" else (), source.caption, layout)
 
     def _draw(self, source: SourceConfig) -> list[tuple[openmoji.Drawing, Path]]:
         return openmoji.draw(source.path, self.size, self.cache / f"{source.path}-{self.size}px")

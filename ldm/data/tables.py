@@ -11,6 +11,8 @@ import fsspec
 
 from ldm.data.archives import files_of_split
 from ldm.data.records import (
+    MASK_ROW,
+    NO_MASK,
     TABLE_ROW,
     BadSample,
     BadSampleError,
@@ -63,6 +65,7 @@ class Table:
         self.folder = Path(path) if kind == "datasets" else None
         if not streaming:
             self.image_rows = self.rows.select_columns([image_column])
+            self.mask_rows = self.rows.select_columns([options.mask]) if options.mask else None
             self.stamp: str = self.rows._fingerprint  # of its content, as datasets' own caches use it
 
     def _load(self, path: str, kind: str, split: str, streaming: bool, cache_dir: str) -> Any:
@@ -92,12 +95,13 @@ class Table:
     def _check_columns(self, path: str) -> None:
         names = self.rows.column_names or list(next(iter(self.rows)))
         captions = self.options.column if self.options.captions else None
-        for key, name in (("caption_column", captions), ("label", self.options.label), ("image", self.image_column)):
+        keys = ("caption_column", captions), ("label", self.options.label), ("image", self.image_column)
+        for key, name in (*keys, ("mask", self.options.mask)):
             if name is not None and name not in names:
                 raise UserError(
                     f"data.source: {path} has no column {name!r} among {', '.join(names)}; set data.source.{key}"
                 )
-        read = {captions, self.options.label, self.image_column}
+        read = {captions, self.options.label, self.image_column, self.options.mask}
         label = f"{Path(path.rstrip('/')).name}: "
         self.left_out += [LeftOut(label + name, "columns that are not read") for name in names if name not in read]
 
@@ -113,8 +117,9 @@ class Table:
                         self.rows = self.rows.cast_column(name, binary_type)
         label = (self.rows.features or {}).get(self.options.label)
         self.classes: Sequence[str] = label.names if isinstance(label, datasets.ClassLabel) else ()
-        if isinstance((self.rows.features or {}).get(self.image_column), datasets.Image):
-            self.rows = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
+        for name in (self.image_column, self.options.mask):
+            if name and isinstance((self.rows.features or {}).get(name), datasets.Image):
+                self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
 
     def samples(self, source: str = "", shard: int | None = None) -> Iterator[Sample]:
         """Record and encoded image of each row, or of each row of one shard.
@@ -136,7 +141,8 @@ class Table:
             try:
                 captions = captions_of(row.get(self.options.column), self.options)
                 label = "" if self.options.label is None else label_of(row[self.options.label], self.classes)
-                yield Record(key, ImageLocation(source, i, TABLE_ROW), captions, label), self._encoded(row)
+                location, mask = ImageLocation(source, i, TABLE_ROW), self._mask_location(row, source, i)
+                yield Record(key, location, captions, label, mask=mask), self._encoded(row, self.image_column)
             except BadSampleError as error:
                 yield BadSample(key, *error.args)
 
@@ -147,14 +153,25 @@ class Table:
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image of a row."""
-        return self._encoded(self.image_rows[row])
+        return self._encoded(self.image_rows[row], self.image_column)
 
-    def _encoded(self, row: dict[str, Any]) -> bytes:
-        value = row[self.image_column]
+    def mask_bytes(self, row: int) -> bytes:
+        """The encoded mask of a row."""
+        assert self.options.mask and self.mask_rows is not None, "a mask is only located where a column has them"
+        return self._encoded(self.mask_rows[row], self.options.mask)
+
+    def _mask_location(self, row: dict[str, Any], source: str, number: int) -> ImageLocation | None:
+        if not self.options.mask:
+            return None
+        return NO_MASK if row[self.options.mask] is None else ImageLocation(source, number, MASK_ROW)
+
+    def _encoded(self, row: dict[str, Any], column: str) -> bytes:
+        value = row[column]
         if isinstance(value, dict):
             value = value.get("bytes") or self._file_bytes(value.get("path"))
         if not isinstance(value, bytes):
-            raise BadSampleError("its row has no image, or only the name of one", "store the images' bytes in it")
+            reason = f"its row has no {'image' if column == self.image_column else 'mask'}, or only the name of one"
+            raise BadSampleError(reason, "store the images' bytes in it")
         return value
 
     def _file_bytes(self, path: Any) -> bytes | None:

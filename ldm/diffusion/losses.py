@@ -16,8 +16,34 @@ DISTANCES = ("l2", "l1", "huber")
 WEIGHTS = ("uniform", "min_snr", "soft_min_snr", "p2", "sigmoid")
 
 
-def distance(kind: str, prediction: torch.Tensor, target: torch.Tensor, delta: float = 1.0) -> torch.Tensor:
-    """Mean error of each sample, `(N,)` float32 or float64, of `(N, …)` against `(N, …)`.
+def pixel_weights(mask: torch.Tensor, unmasked: float = 0.0) -> torch.Tensor:
+    """The weight of each pixel's loss, `(N, 1, h, w)`, of masks in [0, 1]: from `unmasked` where one is 0 to 1."""
+    return unmasked + (1 - unmasked) * mask
+
+
+def pixel_mean(errors: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over each sample's pixels, `(N,)`, of errors `(N, …)`, each multiplied by its `weight`, `(N, 1, …)`.
+
+    The mean is over all pixels, Σ w·d / (C·h·w), as in kohya's scripts and OneTrainer's default; not over the learned
+    ones, Σ w·d / Σ w. So a mask takes terms out of the loss and changes no other: the gradient of a learned pixel is
+    that of a training without masks, and the learning rate carries over. Divided by its area, a face on a hundredth of
+    an image would weigh a hundred times what it does there, from as many fewer values, and so with more noise; and a
+    crop that the mask leaves nothing of would be 0 / 0. A small subject counts for more with `data.source.repeats`, or
+    in tighter crops.
+    """
+    if weight is not None:
+        errors = errors * weight
+    return errors.flatten(1).mean(1)
+
+
+def distance(
+    kind: str,
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    delta: float = 1.0,
+    pixel_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean error of each sample, `(N,)` float32 or float64, of `(N, …)` against `(N, …)`: see `pixel_mean`.
 
     `l2` is the square, `l1` the absolute value, `huber` half the square up to `delta` and linear beyond.
     """
@@ -31,7 +57,7 @@ def distance(kind: str, prediction: torch.Tensor, target: torch.Tensor, delta: f
         errors = F.huber_loss(prediction, target, reduction="none", delta=delta)
     else:
         raise unknown_choice("distance", kind, DISTANCES)
-    return errors.flatten(1).mean(1)
+    return pixel_mean(errors, pixel_weight)
 
 
 def weights(
@@ -128,10 +154,15 @@ def training_loss(
     t: torch.Tensor,
     kind: str = "l2",
     weight: str = "uniform",
+    pixel_weight: torch.Tensor | None = None,
     **options: float,
 ) -> torch.Tensor:
-    """Each sample's loss, `(N,)`; training minimises its mean. `options` are those of `weights`."""
-    return weights(weight, process, t, **options) * distance(kind, prediction, process.target_from(x0, eps, t))
+    """Each sample's loss, `(N,)`; training minimises its mean. `options` are those of `weights`.
+
+    `pixel_weight`, `(N, 1, h, w)`, multiplies the errors of single pixels.
+    """
+    target = process.target_from(x0, eps, t)
+    return weights(weight, process, t, **options) * distance(kind, prediction, target, pixel_weight=pixel_weight)
 
 
 def hybrid_loss(
@@ -143,12 +174,13 @@ def hybrid_loss(
     t: torch.Tensor,
     share: float = 0.001,
     decoder: str = "gaussian",
+    pixel_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each sample's loss for a network with learned variance, `(N,)`: simple + share·bound; Improved DDPM, eq. 16.
 
     `output` `(N, 2C, h, w)` is the prediction and the interpolation v of the variance. The bound is T times its term at
     t, in bits per dimension, with the mean detached, so that it trains the variance alone. `decoder` is `discrete` for
-    pixels in [−1, 1], `gaussian` for latents.
+    pixels in [−1, 1], `gaussian` for latents. `pixel_weight`, `(N, 1, h, w)`, multiplies both terms pixel by pixel.
     """
     prediction, v = output.chunk(2, dim=1)
     log_variance = process.learned_log_variance(v, t)
@@ -157,5 +189,6 @@ def hybrid_loss(
     kl = step_kl(process, mean, log_variance, x0, x_t, t)
     first = (t == 0).view(-1, *[1] * (kl.ndim - 1))
     terms = torch.where(first, decoder_nll(decoder, x0, mean, log_variance), kl)
-    bound = terms.flatten(1).mean(1) / math.log(2)
-    return distance("l2", prediction, process.target_from(x0, eps, t)) + share * process.timesteps * bound
+    bound = pixel_mean(terms, pixel_weight) / math.log(2)
+    simple = distance("l2", prediction, process.target_from(x0, eps, t), pixel_weight=pixel_weight)
+    return simple + share * process.timesteps * bound

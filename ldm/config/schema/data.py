@@ -28,6 +28,9 @@ class SourceConfig(Section):
     """Caption of a class folder's images: `a photo of a {}`."""
     caption: str = ""
     """Caption of a folder's images that have no caption file: `a photo of sks dog`; `{}` is the file's name."""
+    mask: PathOrId = ""
+    """Masks for the loss, white where an image is learned: `alpha`, its alpha channel; a folder of files with the
+    images' relative names and any suffix; or a column with them, in a metadata file their names."""
     split: str = "train"
     """Split of a data set of `datasets`, or of files and folders that are named after splits."""
     repeats: PositiveInt = 1

@@ -84,6 +84,8 @@ class Stage2Config(Training):
     """Weight of the loss by noise level; `learned` divides by the expected loss."""
     weight_gamma: float | None = Field(default=None, gt=0)
     """γ of min_snr and soft_min_snr (5 unless set), and of p2 (1)."""
+    unmasked_weight: float = Field(default=0.0, ge=0, le=1)
+    """Masks (`data.source.mask`): weight of the loss where a mask is black; where it is white, the weight is 1."""
     timestep_sampling: Literal["auto", "uniform", "logit_normal", "loss"] = "auto"
     """Distribution of noise levels: uniform, mostly in the middle, or by earlier losses (`loss`); `auto` is
     logit_normal for flow and uniform otherwise."""

@@ -288,7 +288,9 @@ def test_sampled_latents_differ_from_epoch_to_epoch(
 def test_unchanged_images_are_not_opened_again(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, opened = settings(root, folder), []
     read_image = index_file._read_image
-    monkeypatch.setattr(index_file, "_read_image", lambda *args: opened.append(args[1].file) or read_image(*args))
+    monkeypatch.setattr(
+        index_file, "_read_image", lambda *args: opened.append(args[1].location.file) or read_image(*args)
+    )
 
     def names() -> list[str]:
         opened.clear()
@@ -309,7 +311,7 @@ def test_an_interrupted_index_is_continued(root: Path, folder: Path, monkeypatch
     read_image = index_file._read_image
 
     def interrupted(*args: Any) -> dict[str, Any]:
-        opened.append(args[1].file)
+        opened.append(args[1].location.file)
         if len(opened) == 20:
             raise KeyboardInterrupt
         return read_image(*args)

@@ -176,7 +176,7 @@ def attempt(name, action, owner=None, function="", replacement=None):
 opened, read_image, records = [], index_file._read_image, Sources.records
 
 def count_opened(*args):
-    opened.append(args[1].file)
+    opened.append(args[1].location.file)
     return read_image(*args)
 
 index_file._read_image = count_opened
