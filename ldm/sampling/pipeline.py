@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.data.images import to_pil
 from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
+from ldm.models.adapters.embedding_files import add_embedding_file
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import NUM_NOISE_LEVELS, TextEmbedding
 from ldm.models.finite import check_output
@@ -118,6 +119,16 @@ class LatentDiffusion:
         self.autoencoder.to(device)
         self.unet.to(device)
         self.null = self.null if self.null is None else self.null.to(device)
+        self._embedding_cache = None if self._embedding_cache is None else {}
+        return self
+
+    def add_embeddings(self, *paths: str | Path) -> LatentDiffusion:
+        """Adds words that were learned by textual inversion, each from a file or a run's folder; returns the model.
+
+        Layouts: diffusers', `emb_params`, and SDXL's `clip_l` and `clip_g` (`ldm/models/adapters/embedding_files.py`).
+        """
+        for path in paths:
+            add_embedding_file(self.text, path)
         self._embedding_cache = None if self._embedding_cache is None else {}
         return self
 
