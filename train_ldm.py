@@ -75,11 +75,11 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
         checks.check_captions(settings)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
-    pipeline, stages = folder / "pipeline", unfinished_stages(settings, stage)
+    result, stages = folder / settings.finetune.deliverable, unfinished_stages(settings, stage)
     if "stage1" in stages and stage == "2":
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     data = load_data(settings, encoder)
-    if not on_main(pipeline.exists):
+    if not on_main(result.exists):
         on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:
         print(plan.describe(settings, state.num_processes), flush=True)
@@ -96,7 +96,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
     if state.is_main_process:
-        print(f"finished: {pipeline if stage != '1' else autoencoder_path(settings)}")
+        print(f"finished: {result if stage != '1' else autoencoder_path(settings)}")
 
 
 def unfinished_stages(settings: Config, stage: str | None) -> list[str]:
@@ -106,7 +106,7 @@ def unfinished_stages(settings: Config, stage: str | None) -> list[str]:
     stages = []
     if not settings.stage1.needs_none and not on_main((settings.run.dir / "autoencoder").exists):
         stages.append("stage1")
-    if stage != "1" and not on_main((settings.run.dir / "pipeline").exists):
+    if stage != "1" and not on_main((settings.run.dir / settings.finetune.deliverable).exists):
         stages.append("stage2")
     return stages
 

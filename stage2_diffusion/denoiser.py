@@ -20,7 +20,8 @@ class Denoiser(nn.Module):
     `unet` always; a `null` embedding, the text `encoder`, the `schedule`, the `uncertainty` of each noise level and the
     losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` is the embedding of the
     empty caption by a frozen encoder. Pass an `encoder` only if some of its parameters train, which require gradients;
-    their names begin with `encoder.`, of several encoders with `encoder.0.`, `encoder.1.`.
+    their names begin with `encoder.`, of several encoders with `encoder.0.`, `encoder.1.`. `frozen`: checkpoints keep
+    the trained parameters alone.
     """
 
     empty: torch.Tensor | None
@@ -32,9 +33,10 @@ class Denoiser(nn.Module):
         stage: Stage2Config,
         empty: TextEmbedding | None = None,
         encoder: AnyTextEncoder | None = None,
+        frozen: bool = False,
     ):
         super().__init__()
-        self.unet = unet
+        self.unet, self.frozen = unet, frozen
         self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
         self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder
@@ -74,7 +76,7 @@ class Denoiser(nn.Module):
             if dropped is not None:
                 text = self._drop(text, dropped)
             condition = condition.with_text(text)
-        return predict(self.unet, x, t, condition)
+        return predict(self.unet, x, t, condition).float()
 
     def _drop(self, text: TextEmbedding, dropped: torch.Tensor) -> TextEmbedding:
         null = self.uncond_embedding()

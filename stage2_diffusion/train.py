@@ -19,7 +19,6 @@ from ldm.distributed.launch import join, on_main, precision
 from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
-from ldm.models.conditioning import reads_pooled
 from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
 from ldm.models.unet import build, load
 from ldm.sampling.pipeline import LatentDiffusion
@@ -28,6 +27,9 @@ from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.finetune.deliver import deliver
+from stage2_diffusion.finetune.freeze import base_fingerprint, freeze, seed_dropout
+from stage2_diffusion.finetune.inversion import check_word_in_captions
 from stage2_diffusion.objective import Objective
 from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
@@ -38,6 +40,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     stage, seed = config.stage2, config.run.seed
     train_set = data.select("train")
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
+    check_word_in_captions(config.finetune, train_set, text)
     device = join(config.run).device
 
     # Weights, in the order in which random numbers are drawn for them.
@@ -49,17 +52,16 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
         unet.enable_gradient_checkpointing()
     if stage.channels_last:
         unet.to(memory_format=torch.channels_last)
+    base = base_fingerprint(config, unet, text)
+    trained_encoder = freeze(config, unet, text)
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
-    trained_encoder = text if config.text.train else None
-    if trained_encoder:
-        trained_encoder.trainable(pooled=reads_pooled(unet))
     frozen_encoder = None if trained_encoder else text
     uncond = frozen_encoder.embed([NULL_PROMPT]) if frozen_encoder else None
-    denoiser = Denoiser(unet, stage, uncond, trained_encoder)
+    denoiser = Denoiser(unet, stage, uncond, trained_encoder, frozen=bool(base))
 
     # The trainer wraps the weights for precision and processes, then resumes; only then may blocks be compiled.
     spec = SampleSpec.of(config.data, stage.batch, seed, stage.cond_dropout)
-    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint()}
+    fingerprint = {**autoencoder.latent_fingerprint(config.data.size), "data": train_set.fingerprint(), **base}
     name = sample_names(train_set, spec)
     trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
     if stage.compile:
@@ -92,6 +94,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
             t, importance = objective.draw_timesteps(n)
 
             x_t = objective.noising.add_noise(x0, added, t)
+            seed_dropout(config, n)
             prediction = trainer.model(x_t, objective.noising.model_time(t), condition, dropped)
             losses = objective.losses(prediction, x0, x_t, eps, t)
             loss = (importance * losses).mean()
@@ -108,7 +111,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     model = replace(model, unet=trained.unet, text=trained.text or text, null=trained.null)
     write_sheet(config, trainer, model, data)
     trainer.close()
-    on_main(partial(model.save, config.run.dir / "pipeline"))  # last: where it stands, the stage is finished
+    on_main(partial(deliver, config, model))  # last: where it stands, the stage is finished
 
 
 def pipeline_of(

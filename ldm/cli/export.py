@@ -34,12 +34,6 @@ OVERFLOW = (
     "SDXL's autoencoder is stored in fp16, but overflows when it is computed in fp16: diffusers (force_upcast) and "
     "ComfyUI take a wider type, A1111 with --no-half-vae"
 )
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-"""Names of the specification of metadata, https://github.com/Stability-AI/ModelSpec."""
 
 
 @command
@@ -133,7 +127,7 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
 
 
 def metadata_of(model: LatentDiffusion, layout: checkpoint.Layout, title: str, v_prediction: bool) -> dict[str, str]:
-    architecture = ARCHITECTURES[layout] + ("/inpaint" if model.task == "inpaint" else "")
+    architecture = checkpoint.ARCHITECTURES[layout] + ("/inpaint" if model.task == "inpaint" else "")
     vae = model.autoencoder.vae.config
     return {
         "scaling_factor": str(vae.scaling_factor),  # these two for ldm.models.convert.autoencoder

@@ -233,6 +233,18 @@ def adapter_keys_need_an_adapter(finetune: FinetuneConfig) -> None:
         raise ValueError(f"base_precision: {finetune.base_precision}, but kind full freezes no weights; leave it out")
 
 
+def quantised_weights_suit_the_adapter(finetune: FinetuneConfig) -> None:
+    if finetune.base_precision not in ("8bit", "4bit"):
+        return
+    if finetune.kind in ("lokr", "loha"):
+        raise ValueError(f"base_precision: {finetune.base_precision} suits lora and dora; take bf16")
+    if finetune.merge:
+        raise ValueError(
+            f"merge: {finetune.base_precision} weights would lose precision; leave it out, and merge the adapter into "
+            "the model itself with scripts/merge.py"
+        )
+
+
 def dropout_is_of_lora(finetune: FinetuneConfig) -> None:
     if finetune.dropout and finetune.kind not in ("lora", "dora"):
         raise ValueError(f"dropout: is of lora and dora, and kind is {finetune.kind}; leave it out")
@@ -260,6 +272,7 @@ def prior_keys_need_a_prior_weight(finetune: FinetuneConfig) -> None:
 
 FINETUNE = (
     adapter_keys_need_an_adapter,
+    quantised_weights_suit_the_adapter,
     dropout_is_of_lora,
     inversion_has_a_token,
     prior_keys_need_a_prior_weight,

@@ -84,7 +84,12 @@ def reads_pooled(unet: Any) -> bool:
 
 
 def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """The output of diffusers' UNet2DConditionModel or UNet2DModel for x `(N, C, h, w)` at t, `(N,)` or a scalar."""
+    """The output of diffusers' UNet2DConditionModel or UNet2DModel for x `(N, C, h, w)` at t, `(N,)` or a scalar.
+
+    It is in the U-Net's own precision.
+    """
+    if unet.dtype != torch.float32:
+        x, condition = x.to(unet.dtype), condition.to(unet.dtype)
     inputs: dict[str, Any] = {}
     if condition.text is not None:
         inputs["encoder_hidden_states"] = condition.text

@@ -137,10 +137,10 @@ class TextEncoder:
         With `pooled`, also for those that only the pooled embedding depends on.
         """
         self.model.requires_grad_(True)
-        return self.train_only_used(pooled)
+        return self.freeze_unused(pooled)
 
-    def train_only_used(self, pooled: bool = True) -> list[nn.Parameter]:
-        """Of the parameters with gradients enabled, freezes those that `trainable` would, and returns the others."""
+    def freeze_unused(self, pooled: bool = True) -> list[nn.Parameter]:
+        """The same for those parameters alone that require gradients now; freezes the others of these."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not parameters:
             return []
@@ -233,12 +233,12 @@ class TextEncoders:
     def trainable(self, pooled: bool = True) -> list[nn.Parameter]:
         """As `TextEncoder.trainable`; the pooled embedding is the last encoder's."""
         self.module.requires_grad_(True)
-        return self.train_only_used(pooled)
+        return self.freeze_unused(pooled)
 
-    def train_only_used(self, pooled: bool = True) -> list[nn.Parameter]:
-        """As `TextEncoder.train_only_used`."""
+    def freeze_unused(self, pooled: bool = True) -> list[nn.Parameter]:
+        """As `TextEncoder.freeze_unused`; the pooled embedding is the last encoder's."""
         *others, last = self.encoders
-        return [p for encoder in others for p in encoder.train_only_used(pooled=False)] + last.train_only_used(pooled)
+        return [p for encoder in others for p in encoder.freeze_unused(pooled=False)] + last.freeze_unused(pooled)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before truncation, by the encoder that finds most."""

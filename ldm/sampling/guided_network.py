@@ -48,11 +48,8 @@ def guided_network(
 
 def network_of(model: LatentDiffusion, unet: UNet) -> Network:
     """A U-Net computed in its own precision, float32 outside; an upscaler runs in tiles of its training size."""
-    dtype = unet.dtype
 
     def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        if dtype != torch.float32:
-            x, condition = x.to(dtype), condition.to(dtype)
         return predict(unet, x, t, condition).to(torch.float32, copy=True)  # CUDA graphs reuse the output's memory
 
     return in_tiles(network, model.side // model.autoencoder.factor) if model.task == "upscale" else network

@@ -14,6 +14,8 @@ from ldm.data.sources import CONFIRMATION, Sources
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
+from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
+from ldm.models.adapters.token_embedding import check_token
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_installed
 from ldm.utils.errors import UserError
@@ -26,6 +28,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     sharding.check(stage2, config.run.precision, processes)
     source_kinds.check(config.data.source, config.data.streaming, stage2.conditions)
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
+    _check_finetuning(config, on_gpu, processes)
     if config.run.precision == "fp16" and not on_gpu:
         raise UserError("run.precision: fp16 needs a GPU; take bf16, or no")
     if not stage1.needs_none:
@@ -47,6 +50,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     if stage1.pretrained:
         check_autoencoder(config, "stage1.pretrained", stage1.pretrained)
     encoder = text_encoder.of(config.text) if stage2.text else None
+    if encoder and config.finetune.kind == "inversion":
+        check_token(encoder, config.finetune.token, config.finetune.initializer, config.finetune.vectors)
     widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
@@ -61,6 +66,18 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     else:
         unet.build_empty(stage2, *shape)
     return encoder
+
+
+def _check_finetuning(config: Config, on_gpu: bool, processes: int) -> None:
+    """UserError where a part of a model can't be trained on this machine."""
+    finetune = config.finetune
+    check_base_precision(finetune.base_precision, on_gpu)
+    if (computed := precision(config.run)) != finetune.base_precision == "fp16" and computed != "no":
+        raise UserError(f"finetune.base_precision: fp16, but run.precision is {computed} here; set both to the same")
+    if finetune.kind != "full" and processes > 1 and sharding.sharding_kind() == "deepspeed":
+        raise UserError(f"finetune.kind: {finetune.kind} trains with DDP or FSDP here, not with DeepSpeed; take FSDP")
+    if finetune.base_precision in QUANTISED and processes > 1 and sharding.sharding_kind() == "fsdp":
+        raise UserError(f"finetune.base_precision: {finetune.base_precision} weights can't be sharded; take bf16")
 
 
 def check_captions(config: Config, confirmation: str = CONFIRMATION) -> None:

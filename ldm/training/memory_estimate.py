@@ -18,17 +18,20 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.config.schema import Config, Training
+from ldm.config.schema import Config, FinetuneConfig, Training
 from ldm.data.cache import BATCH as ENCODING_BATCH
 from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder
+from ldm.models.adapters.base_precision import QUANTISED, base_bytes
+from ldm.models.adapters.inject import AdapterSpec, add_adapter, target_layers
 from ldm.models.attention import use_attention
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet, input_channels
 from ldm.training import plan
 from ldm.training.evaluation_sizes import SHEET_BATCH, VALIDATION_BATCH, sheet_images
 from ldm.training.memory_tracker import AsOnGPU, MemoryTracker, Peak
+from ldm.utils.precision import DTYPES
 
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors with fewer elements stay in 32 bits, others have a scale a block
 FSDP_BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # which FSDP gathers one at a time
@@ -86,13 +89,17 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     accumulation = accumulated("stage2", stage, processes)
     vae, unet = (network.to("meta") for network in plan.networks(config))
     text = plan.text_encoder_sizes(config.text) if stage.text else plan.NO_TEXT
-    shapes = [*(p.shape for p in unet.parameters()), *text.trained]
+    base, dequantised = freeze(unet, config.finetune)
+    shapes = [*(p.shape for p in unet.parameters() if p.requires_grad), *text.trained]
+    if config.finetune.kind == "inversion":
+        shapes = [torch.Size([config.finetune.vectors, text.width])]
     sizes = [shard_size(shape, shards) for shape in shapes]
     all_weights, weights = 4 * sum(shape.numel() for shape in shapes), 4 * sum(sizes)
     moments, averages = moments_memory(sizes, stage), max(1, len(stage.ema_widths))
     gradients = all_weights if accumulation.steps > 1 else weights
     gathered = fsdp_memory(unet, processes, accumulation.steps) if sharded else 0
-    exported = all_weights if sharded else 0
+    exported = all_weights + base if sharded else 0
+    base = -(-base // shards)
     kept = gradients if processes > 1 and not sharded else 0  # DDP keeps what it sums gradients in
 
     unet_inputs = partial(_unet_inputs, config, text)
@@ -107,8 +114,11 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
 
     recomputed = ", computed again in the backward pass" if stage.gradient_checkpointing else ""
     frozen, vaes = 4 * text.frozen, 4 * sum(p.numel() for p in vae.parameters())
+    precision_of_base = {"no": "float32"}.get(config.finetune.base_precision, config.finetune.base_precision)
     rows = (
-        Row(f"weights, float32{part}", weights, weights),
+        Row(f"frozen weights, {precision_of_base}{part}", base, base),
+        Row("one layer's weights, dequantised", dequantised, dequantised),
+        Row(f"{'trained ' if base else ''}weights, float32{part}", weights, weights),
         Row(f"gradients, float32{part if gradients == weights else ''}", gradients, kept),
         Row(f"moments of {stage.optimizer}{part}", moments, moments),
         Row(
@@ -129,6 +139,24 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     )
 
 
+def freeze(unet: UNet, finetune: FinetuneConfig) -> tuple[int, int]:
+    """Freezes a U-Net on the meta device and gives it the adapter that it is trained with.
+
+    Returns the bytes of its frozen weights, and of the largest layer's, which are dequantised for its computation.
+    """
+    if finetune.kind == "full":
+        return 0, 0
+    frozen, dequantised = base_bytes(unet, finetune.base_precision), 0
+    if finetune.base_precision in QUANTISED:  # computed in bf16
+        layers = (unet.get_submodule(name) for name in target_layers(unet, "linear"))
+        dequantised = 2 * max(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    dtype = DTYPES.get(finetune.base_precision, torch.bfloat16)
+    nn.Module.to(unet, dtype).requires_grad_(False)  # diffusers' own `to` warns
+    if finetune.adapter:
+        add_adapter(unet, AdapterSpec.of(finetune))
+    return frozen, dequantised
+
+
 def _largest_between_steps(
     exported: int, sampling: int, decoding: int, encoding: int, overlap: bool
 ) -> tuple[int, int, str]:
@@ -146,6 +174,10 @@ def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> 
         yield f"the text encoder, {config.text.model}, whose size is not known here"
     elif text.trained:
         yield f"activations{' and gathered blocks' if sharded else ''} of the text encoder, which is trained too"
+    if config.finetune.text_encoder:
+        yield "the text encoder's adapter, and activations of the text encoder"
+    elif config.finetune.kind == "inversion":
+        yield "activations of the text encoder"
     if config.stage2.attention_backend == "eager":
         yield "matrices of all pairs, which stage2.attention_backend=eager keeps"
     if config.stage2.compile:
@@ -192,12 +224,19 @@ def fsdp_memory(unet: UNet, processes: int, accumulation_steps: int) -> int:
     bound. Gradients that accumulate are whole anyway; of them only a block's copy, which is being reduced, is added.
     """
 
-    def size(module: nn.Module) -> int:
-        return 4 * processes * sum(shard_size(p.shape, processes) for p in module.parameters())
+    def sizes(trained: bool) -> tuple[int, int]:
+        """Bytes outside the blocks, and of the largest block, of all or of the trained parameters."""
 
-    blocks = [size(module) for module in unet.modules() if isinstance(module, FSDP_BLOCKS)]
-    outside, largest = size(unet) - sum(blocks), max(blocks, default=0)
-    reduced = largest if accumulation_steps > 1 else outside + 2 * largest
+        def size(module: nn.Module) -> int:
+            parameters = [p for p in module.parameters() if p.requires_grad or not trained]
+            return processes * sum(p.element_size() * shard_size(p.shape, processes) for p in parameters)
+
+        blocks = [size(module) for module in unet.modules() if isinstance(module, FSDP_BLOCKS)]
+        return size(unet) - sum(blocks), max(blocks, default=0)
+
+    outside, largest = sizes(trained=False)
+    trained_outside, trained_largest = sizes(trained=True)
+    reduced = trained_largest if accumulation_steps > 1 else trained_outside + 2 * trained_largest
     return outside + 2 * largest + reduced
 
 
@@ -246,11 +285,14 @@ def unet_memory(
         unet.enable_gradient_checkpointing(recompute)
     existing = list(unet.parameters())
     for parameter in existing:
-        parameter.grad = torch.empty_like(parameter) if training else None
+        parameter.grad = torch.empty_like(parameter) if training and parameter.requires_grad else None
     existing += [p.grad for p in existing if p.grad is not None]
     with torch.set_grad_enabled(training), MemoryTracker(existing) as tracker:
+        x, t, condition = make_inputs()
+        if condition.text is not None and not any(parameter.requires_grad for parameter in unet.parameters()):
+            condition.text.requires_grad_(training)  # textual inversion learns it
         with AsOnGPU(precision):
-            output = predict(unet, *make_inputs())
+            output = predict(unet, x, t, condition)
         if training:
             output.float().square().mean().backward()
     return tracker.peak

@@ -34,7 +34,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     lines = [
         f"# {folder.name}",
         "",
-        f"{_kind(config)} {_usage(config)}",
+        f"{_kind(config)} {_usage(config)}" if config.finetune.kind == "full" else _adapter(config),
         "",
         *(["![samples](samples.png)", ""] if grids else []),
         *(["Framed: prompts of held-out images.", ""] if grids and stage2.text and not stage2.image else []),
@@ -45,6 +45,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         *([f"| text encoder | `{config.text.model}`{', trained along' * config.text.train} |"] if stage2.text else []),
         f"| autoencoder | {stage1.pretrained or autoencoder} |",
         f"| U-Net | {unet}, {stage2.steps} steps of {stage2.batch} |",
+        *([f"| trained | {_trained(config)} |"] if config.finetune.kind != "full" else []),
         f"| process | {stage2.prediction_type}{schedule} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
         *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
@@ -55,6 +56,25 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     ]
     with atomic_file(folder / "README.md") as tmp_path:
         tmp_path.write_text("\n".join(lines), "utf-8")
+
+
+def _adapter(config: Config) -> str:
+    """What a run hands over that changes a frozen model."""
+    finetune = config.finetune
+    what, folder = ("adapter", "lora") if finetune.adapter else ("word", "embeddings")
+    text = (
+        f"A {finetune.kind} {what} of {config.stage2.init_from}. The folder `{folder}` has it in the layouts of "
+        "several programs, and a README that says how to use it."
+    )
+    return f"{text} {_usage(config)}" if finetune.merge else text
+
+
+def _trained(config: Config) -> str:
+    finetune = config.finetune
+    if finetune.kind == "inversion":
+        return f"the embedding of `{finetune.token}`, {finetune.vectors} × {finetune.initializer!r} at the start"
+    layers = f"{finetune.targets}{', text encoder too' * finetune.text_encoder}"
+    return f"{finetune.kind} of rank {finetune.rank}, alpha {finetune.alpha or finetune.rank}: {layers}"
 
 
 def _kind(config: Config) -> str:

@@ -14,11 +14,13 @@ from ldm.config.schema import Config, TextConfig, Training
 from ldm.data import source_kinds
 from ldm.distributed.launch import accumulated
 from ldm.models import autoencoder, text_encoder, unet
+from ldm.models.adapters.inject import AdapterSpec, add_adapter
 from ldm.training import checks
 from ldm.utils.errors import UserError
 
 CLIP = {
     "openai/clip-vit-large-patch14": 123_060_480,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 123_060_480,
     "stabilityai/stable-diffusion-xl-base-1.0": 123_060_480 + 694_659_840,
 }
 """Parameters of text encoders that need not be on this machine: those of Stable Diffusion 1 and XL."""
@@ -44,6 +46,7 @@ def describe(config: Config, processes: int = 1) -> str:
         else trained
     )
     start = f", starting from {stage2.init_from}" if stage2.init_from else ""
+    parameters, tuned = f"{_millions(network)} parameters", _tuned(config, network)
     conditions = ", ".join(stage2.conditions) or "none"
     return "\n".join(
         [
@@ -53,11 +56,28 @@ def describe(config: Config, processes: int = 1) -> str:
             f"stage 1  {stage1.model} autoencoder, {_millions(vae)} parameters, factor {stage1.factor}, "
             f"latents {stage1.latent_channels} × {side} × {side}; {source}",
             *([] if stage1.needs_none else _batch("stage1", stage1, processes)),
-            f"stage 2  U-Net, {_millions(network)} parameters, conditions: {conditions}, "
+            f"stage 2  U-Net, {parameters}, conditions: {conditions}, "
             f"prediction_type {stage2.prediction_type}; {stage2.steps} steps of {stage2.batch}, lr {stage2.lr}{start}",
+            *([f"         {tuned}"] if tuned else []),
             *_batch("stage2", stage2, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
         ]
+    )
+
+
+def _tuned(config: Config, network: nn.Module) -> str:
+    """What of the U-Net's model is trained, where that isn't all; the network gets the adapter."""
+    finetune = config.finetune
+    if finetune.kind == "full":
+        return ""
+    if finetune.kind == "inversion":
+        return f"frozen; trained is the embedding of {finetune.token}, {finetune.vectors} × the text encoder's width"
+    layers = add_adapter(network.to("meta"), AdapterSpec.of(finetune))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    also = " and the text encoder" if finetune.text_encoder else ""
+    return (
+        f"frozen, with a {finetune.kind} of rank {finetune.rank} on {len(layers)} layers, "
+        f"{trained / 1e6:,.2f} M parameters{also}"
     )
 
 

@@ -30,6 +30,7 @@ from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
+from ldm.models.adapters.base_precision import base_bytes
 from ldm.training import plan
 from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
@@ -224,6 +225,8 @@ def _lacks_memory(config: Config, stage: str) -> str:
         return ""
     networks = dict(zip(("stage1", "stage2"), plan.networks(config), strict=True))
     least = 20 * sum(p.numel() for p in networks[stage].parameters())  # float32 weights, gradients, moments, average
+    if stage == "stage2" and config.finetune.kind != "full":
+        least = base_bytes(networks[stage], config.finetune.base_precision)
     if sharding.sharding_kind() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = psutil.virtual_memory().available
@@ -251,6 +254,8 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
     """What the measurement depends on."""
     keys = dump(config)
     parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
+    if config.finetune.kind != "full":  # as before there was this section
+        parts["finetune"] = keys["finetune"]
     parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}
     parts["data"] = {**parts["data"], "cache_dir": None}
     if stage == "stage2":  # keys that may change while a run goes on

@@ -14,7 +14,7 @@ import yaml
 
 from ldm.config.loader import differences, dump, parse
 from ldm.config.old_names import rename_keys
-from ldm.config.schema import Config, Section, Stage2Config
+from ldm.config.schema import Config, Section
 from ldm.distributed.launch import join, on_main
 from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
@@ -42,7 +42,7 @@ CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_ever
 def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
     """Makes the run's folder, or continues the one there, and writes `config.yaml`.
 
-    With more `stage2.steps` than it was trained for, a run continues to these; its pipeline is kept as
+    With more `stage2.steps` than it was trained for, a run continues to these; its pipeline (or adapter) is kept as
     `pipeline-STEPS`, and comes back where the steps are lowered again before the longer run is finished.
 
     UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
@@ -62,7 +62,7 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
         written = yaml.safe_load(file.read_text("utf-8"))
         if not isinstance(written, dict) or "configuration" not in written:
             raise UserError(f"run.dir: {folder} is not a run of train_ldm.py; give another folder")
-        stage2_begun = (folder / "pipeline").exists() or any((folder / "stage2" / "checkpoints").glob("step-*"))
+        stage2_begun = any(_results(folder, config)) or any((folder / "stage2" / "checkpoints").glob("step-*"))
         origin, old = written["about"] if stage2_begun else None, _with_defaults(written["configuration"])
         if changed := _fixed_changes(folder, old, config, stage2_begun):
             raise UserError(
@@ -70,13 +70,13 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
                 "give another run.dir, or --fresh to start in a new one"
             )
         if stage2_begun:
-            _change_steps(folder, old["stage2"]["steps"], config.stage2)
+            _change_steps(folder, old["stage2"]["steps"], config)
     make_dir("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
     with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
     if stage2_begun:
-        _restore_pipeline(folder, config.stage2.steps)  # after config.yaml, which then has its steps
+        _restore_results(folder, config)  # after config.yaml, which then has its steps
     if config.data.cache_dir:
         make_dir("data.cache_dir", config.data.cache_dir)
     return folder
@@ -120,14 +120,16 @@ def _fixed_out_changes(kind: type[Section], section: str, old: dict[str, Any], n
 
 def _fixed_changes(folder: Path, old: dict[str, Any], config: Config, stage2_begun: bool) -> list[str]:
     """Differences from a run's configuration in keys that may not change any more."""
-    prefixes = CHANGEABLE if stage2_begun else (*CHANGEABLE, "stage2.", "text.")
+    prefixes = CHANGEABLE if stage2_begun else (*CHANGEABLE, "stage2.", "text.", "finetune.")
     names = set(CHANGEABLE_IN_STAGES)
     gan = config.stage1.gan
     if config.stage1.family == "vq" or (gan and (gan.adaptive or gan.norm == "batch")):
         names.remove("device_batch")  # stage one's loss depends on what is computed together
         prefixes = (*prefixes, "stage2.device_batch")
+    if config.finetune.dropout:  # drawn for what is computed together
+        names.discard("device_batch")
     steps = config.stage2.steps
-    if old.get("stage2", {}).get("steps", 0) < steps or (stage2_begun and _can_be_lowered(folder, steps)):
+    if old.get("stage2", {}).get("steps", 0) < steps or (stage2_begun and _can_be_lowered(folder, config)):
         prefixes = (*prefixes, "stage2.steps")
     return [
         change
@@ -136,15 +138,22 @@ def _fixed_changes(folder: Path, old: dict[str, Any], config: Config, stage2_beg
     ]
 
 
-def _can_be_lowered(folder: Path, steps: int) -> bool:
-    """Whether an unfinished stage two may end at `steps`: it has not gone further, or has been exported there."""
-    if (folder / "pipeline").exists():
+def _results(folder: Path, config: Config) -> list[Path]:
+    """The folders of stage two's result that are there."""
+    return [folder / name for name in config.finetune.deliverables if (folder / name).exists()]
+
+
+def _can_be_lowered(folder: Path, config: Config) -> bool:
+    """Whether an unfinished stage two may end at its `steps`: it has not gone further, or has been exported there."""
+    deliverable, steps = config.finetune.deliverable, config.stage2.steps
+    if (folder / deliverable).exists():
         return False
-    return (folder / f"pipeline-{steps}").exists() or steps_done(folder / "stage2") <= steps
+    return (folder / f"{deliverable}-{steps}").exists() or steps_done(folder / "stage2") <= steps
 
 
-def _change_steps(folder: Path, old_steps: int, stage2: Stage2Config) -> None:
-    """Says what other steps mean, and sets the pipeline of the old number aside: without it, stage two continues."""
+def _change_steps(folder: Path, old_steps: int, config: Config) -> None:
+    """Says what other steps mean, and sets the result of the old number aside: without it, stage two continues."""
+    stage2, deliverable = config.stage2, config.finetune.deliverable
     if stage2.steps == old_steps:
         return
     done, change = steps_done(folder / "stage2"), f"stage2.steps: {old_steps} → {stage2.steps}"
@@ -152,28 +161,30 @@ def _change_steps(folder: Path, old_steps: int, stage2: Stage2Config) -> None:
     if stage2.lr_scheduler != "constant":
         factor = lr_factor(done, stage2)
         lr = f"lr_scheduler {stage2.lr_scheduler} now ends at {stage2.steps}: {factor:.0%} of stage2.lr at {done}"
-    pipeline = folder / "pipeline"
-    if not (folder / f"pipeline-{stage2.steps}").exists():
+    if not (folder / f"{deliverable}-{stage2.steps}").exists():
         if not done:
+            weights = f"stage2.init_from={folder / 'pipeline'} with another run.dir trains from its weights"
+            remedy = weights if deliverable == "pipeline" else "train in another run.dir"
             raise UserError(
-                f"{change}, but {folder / 'stage2/checkpoints'} has no checkpoint to continue from; "
-                f"stage2.init_from={pipeline} with another run.dir trains from its weights"
+                f"{change}, but {folder / 'stage2/checkpoints'} has no checkpoint to continue from; {remedy}"
             )
         if done > stage2.steps:
             raise UserError(f"{change}, but the run has gone to {done}; give {done} or more")
         print(f"{change}; {lr}.", file=sys.stderr)
-    if pipeline.exists():  # before config.yaml is written: the pipeline always has the steps that are named there
-        kept = folder / f"pipeline-{old_steps}"
-        pipeline.replace(kept)
-        print(f"The pipeline of {old_steps} steps is kept as {kept}.", file=sys.stderr)
+    for result in reversed(_results(folder, config)):  # before config.yaml is written: it always has the steps there
+        kept = folder / f"{result.name}-{old_steps}"
+        result.replace(kept)
+        print(f"The {result.name} of {old_steps} steps is kept as {kept}.", file=sys.stderr)
 
 
-def _restore_pipeline(folder: Path, steps: int) -> None:
-    """Takes up the pipeline of `steps` again, which was set aside for a longer training."""
-    pipeline, kept = folder / "pipeline", folder / f"pipeline-{steps}"
-    if kept.exists() and not pipeline.exists():
-        kept.replace(pipeline)
-        print(f"The pipeline of {steps} steps, {kept}, is {pipeline} again.", file=sys.stderr)
+def _restore_results(folder: Path, config: Config) -> None:
+    """Takes up the result of the configured steps again, which was set aside for a longer training."""
+    steps = config.stage2.steps
+    for name in config.finetune.deliverables:
+        result, kept = folder / name, folder / f"{name}-{steps}"
+        if kept.exists() and not result.exists():
+            kept.replace(result)
+            print(f"The {name} of {steps} steps, {kept}, is {result} again.", file=sys.stderr)
 
 
 def provenance() -> dict[str, Any]:

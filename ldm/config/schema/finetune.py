@@ -54,8 +54,16 @@ class FinetuneConfig(Section):
         return self.kind in ADAPTERS
 
     @property
-    def scale(self) -> float:
-        return (self.alpha or self.rank) / self.rank
+    def deliverable(self) -> str:
+        """The folder of a run's result, which stands last: where it is, the run is finished."""
+        if self.kind == "full" or self.merge:
+            return "pipeline"
+        return "lora" if self.adapter else "embeddings"
+
+    @property
+    def deliverables(self) -> tuple[str, ...]:
+        """All folders of a run's result, the last one last."""
+        return ("lora", "pipeline") if self.merge else (self.deliverable,)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

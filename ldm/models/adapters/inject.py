@@ -14,11 +14,17 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
+from ldm.config.schema import FinetuneConfig
 from ldm.utils.errors import UserError
 
 Kind = Literal["lora", "dora", "lokr", "loha"]
 NAME = "default"  # of the adapter, in peft
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION = (  # of diffusers, CLIP, BERT, T5
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("q_proj", "k_proj", "v_proj", "out_proj"),
+    *("query", "key", "value", "attention.output.dense"),
+    *("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+)
 TRANSFORMERS = ("Transformer2DModel", "Attention", "CLIPEncoderLayer", "BertLayer", "T5Block")
 CONVOLUTIONS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 """Classes whose layers kohya's names can express; time embedding, first and last convolution stay as they are."""
@@ -34,6 +40,13 @@ class AdapterSpec:
     dropout: float = 0.0
     targets: str = "attention"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, finetune: FinetuneConfig) -> AdapterSpec:
+        """The adapter that a section `finetune`, whose kind is one, describes."""
+        assert finetune.kind in ("lora", "dora", "lokr", "loha"), finetune.kind
+        fields = (finetune.rank, finetune.alpha, finetune.dropout, finetune.targets, finetune.rank_pattern)
+        return cls(finetune.kind, *fields)
 
 
 def target_layers(network: nn.Module, targets: str) -> list[str]:
@@ -87,6 +100,7 @@ def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
     alpha = spec.alpha or spec.rank
     alphas = {} if spec.alpha else dict(others)  # scale 1 everywhere
     options: dict[str, Any] = {
+        ("lora_alpha" if spec.kind in ("lora", "dora") else "alpha"): alpha,
         "r": spec.rank,
         "target_modules": list(ranks),
         "rank_pattern": {f"^{re.escape(name)}$": rank for name, rank in others.items()},
@@ -94,8 +108,8 @@ def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
     }
     if spec.kind in ("lora", "dora"):
         dora = spec.kind == "dora"
-        return LoraConfig(lora_alpha=alpha, lora_dropout=spec.dropout, use_dora=dora, **options)
-    return (LoKrConfig if spec.kind == "lokr" else LoHaConfig)(alpha=alpha, **options)
+        return LoraConfig(lora_dropout=spec.dropout, use_dora=dora, **options)
+    return (LoKrConfig if spec.kind == "lokr" else LoHaConfig)(**options)
 
 
 def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -45,6 +45,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # diffusers' names, in the o
 READING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 SCALING_FACTOR = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 """Of the latents, which programs take for granted by the layout."""
+ARCHITECTURES: dict[str, str] = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+"""Names of the specification of metadata, https://github.com/Stability-AI/ModelSpec."""
 WIDTHS: dict[Layout, tuple[int, ...]] = {
     "sd1": (320, 640, 1280, 1280),
     "sd2": (320, 640, 1280, 1280),

@@ -1,0 +1,52 @@
+"""What a run of stage two hands over: a pipeline, an adapter, or the embedding of a word."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ldm.config.schema import Config
+from ldm.models.adapters.embedding_files import write_embeddings
+from ldm.models.adapters.folder import write_lora_folder
+from ldm.models.adapters.inject import AdapterSpec
+from ldm.models.adapters.merge import merge_adapters
+from ldm.models.convert import checkpoint
+from ldm.sampling.pipeline import LatentDiffusion
+
+
+def deliver(config: Config, model: LatentDiffusion) -> None:
+    """Writes the folders of a finished run's result, the one that marks the run as finished last."""
+    folder, finetune = config.run.dir, config.finetune
+    if finetune.adapter:
+        write_lora_folder(
+            folder / "lora",
+            networks_of(model),
+            AdapterSpec.of(finetune),
+            folder.name,
+            architecture_of(model),
+            base=str(config.stage2.init_from),
+            prompt=config.sample.prompts[0] if config.sample.prompts else "",
+            side=config.data.size,
+        )
+        if finetune.merge:
+            for network in networks_of(model).values():
+                merge_adapters(network)
+    if finetune.kind == "inversion":
+        assert model.text
+        prompt = next((prompt for prompt in config.sample.prompts if finetune.token in prompt), "")
+        write_embeddings(folder / "embeddings", model.text, finetune.token, str(config.stage2.init_from), prompt)
+    if finetune.deliverable == "pipeline":
+        model.save(folder / "pipeline")
+
+
+def networks_of(model: LatentDiffusion) -> dict[str, nn.Module]:
+    """The networks that may have an adapter, by the names of a pipeline's components."""
+    encoders = model.text.models if model.text else []
+    return {"unet": model.unet, **dict(zip(checkpoint.TEXT_ENCODERS, encoders, strict=False))}
+
+
+def architecture_of(model: LatentDiffusion) -> checkpoint.Layout | None:
+    """Which of Stable Diffusion's versions a model is; None if it is another."""
+    try:
+        return checkpoint.layout_of(model.unet, model.autoencoder.vae, list(model.text.models) if model.text else [])
+    except ValueError:
+        return None
