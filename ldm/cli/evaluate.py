@@ -4,12 +4,15 @@
 
     ldm-evaluate runs/openmoji --solver ddim --steps 10
     ldm-evaluate runs/openmoji --model runs/openmoji-few/pipeline-8
+    ldm-evaluate runs/openmoji --lora runs/lora-openmoji/lora --concept openmoji-thumbs
 
 For each prompt, one image is generated and compared with the nearest real image of the data set, by 16 × 16 pixels and
 by latents. The Fréchet distance between the generated images and the real images of these prompts is measured in the
 autoencoder's latents.
 
 A super-resolution model enlarges the held-out images, which were shrunk for it; bicubic enlarging is the comparison.
+
+A concept that a fine-tune of the run learned is measured beside the run's own prompts, which shows what was forgotten.
 
 The run's own figures go to `evaluation.json` and into its model card; those of another model or of other sampling
 options are only printed.
@@ -28,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ldm.cli.sampling_arguments import errors_name_flags, sampling_options
+from ldm.cli.sampling_arguments import add_lora_argument, errors_name_flags, sampling_options
 from ldm.config import loader
-from ldm.config.schema import SOLVERS, SPACINGS, Config
+from ldm.config.schema import SOLVERS, SPACINGS, Config, SourceConfig
 from ldm.data import images, index
 from ldm.data.crops import crop_resize
 from ldm.data.index import Index
@@ -58,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
-    model = LatentDiffusion.load(args.model or args.run / "pipeline").optimize_for_inference(args.precision)
+    model = LatentDiffusion.load(args.model or args.run / "pipeline").add_loras(*args.lora)
+    model.optimize_for_inference(args.precision)
     enlarges = "upscale" in settings.stage2.conditions
     if (model.task == "upscale") != enlarges or model.task == "inpaint":
         does = {"generate": "makes images from text", "inpaint": "completes images", "upscale": "enlarges images"}
@@ -66,23 +70,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--model: {args.model} {does[model.task]}; {args.run} measures {what}")
     if not enlarges and args.noise_level != Sampling.noise_level:
         raise UserError("--noise-level: this model enlarges no image; leave it out")
-    is_default = not args.model and options == Sampling()
+    if enlarges and args.concept:
+        raise UserError("--concept: of a text-to-image model; this one enlarges images, leave it out")
+    concept = _concept(args.concept, settings) if args.concept else None
+    is_default = not (args.model or args.lora or concept) and options == Sampling()
     metrics: dict[str, Any] = {
         "steps": options.num_inference_steps or model.steps,
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
     }
-    evaluate = _evaluate_enlarging if enlarges else _evaluate_prompts
-    metrics |= evaluate(args, model, records, settings.data.size, options, is_default)
+    side = settings.data.size
+    if enlarges:
+        metrics |= _evaluate_enlarging(args, model, records, side, options, is_default)
+    else:
+        metrics |= _evaluate_prompts(args, model, records, concept, side, options, is_default)
     if is_default:
         (args.run / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
         write_card(settings, metrics)
 
 
 def _evaluate_prompts(
-    args: argparse.Namespace, model: LatentDiffusion, records: Index, side: int, options: Sampling, is_default: bool
+    args: argparse.Namespace,
+    model: LatentDiffusion,
+    records: Index,
+    concept: Index | None,
+    side: int,
+    options: Sampling,
+    is_default: bool,
 ) -> dict[str, Any]:
-    """How well images follow their prompts; prints it, and returns it for the run's card."""
+    """How well images follow their prompts; prints it, and returns it for the run's card.
+
+    So do prompts of a `concept`, which are compared with its images too.
+    """
     metrics: dict[str, Any] = {}
     real = _real_images(records, range(len(records)), side)
     features: Features = {"pixels": pixel_features, "latents": lambda x: _latent_features(model, x)}
@@ -99,6 +118,8 @@ def _evaluate_prompts(
             print(f"{name:22} {measure:25} {text}", flush=True)
         if is_default:
             _save_sheet(args.run / f"{name.replace(' ', '-')}.png", generated, targets, records, 10)
+    if concept:
+        metrics["concept"] = _score_concept(args, model, concept, side, options, features, real_features)
     distance = frechet_distance(model.autoencoder, real[list(generated)], torch.stack(list(generated.values())))
     metrics["Fréchet distance of latents"] = distance
     count = len(generated)
@@ -107,6 +128,38 @@ def _evaluate_prompts(
         shown = [i for targets in groups.values() for i in targets[:: -(-len(targets) // 6)]]
         _save_sheet(args.sheet, generated, shown, records, len(shown))
     return metrics
+
+
+def _score_concept(
+    args: argparse.Namespace,
+    model: LatentDiffusion,
+    concept: Index,
+    side: int,
+    options: Sampling,
+    features: Features,
+    real_features: dict[str, torch.Tensor],
+) -> dict[str, dict[str, float]]:
+    """Shares of images of the concept's prompts whose nearest real image, of all, is one of the concept's, or its own.
+
+    A caption comes as often as the others, each time with another noise.
+    """
+    real = _real_images(concept, range(len(concept)), side)
+    targets = [i % len(concept) for i in range(args.count)]
+    samples = _generate(model, [concept[i].captions[0] for i in targets], args.seed, options)
+    scores = {}
+    for name, extract in features.items():
+        known = len(real_features[name])
+        nearest = nearest_neighbors(extract(samples), torch.cat([real_features[name], extract(real)]), 1)[:, 0]
+        exact = nearest == known + torch.tensor(targets)
+        scores[name] = {"concept": float((nearest >= known).float().mean()), "top1": float(exact.float().mean())}
+        text = "  ".join(f"{key} {value:.2f}" for key, value in scores[name].items())
+        print(f"{'concept':22} {name:25} {text}", flush=True)
+    if args.sheet:
+        path = args.sheet.with_name(f"{args.sheet.stem}-concept{args.sheet.suffix}")
+        shown = {i: samples[i] for i in range(min(12, len(samples)))}
+        captions = [concept[targets[i]].captions[0] for i in shown]
+        images.grid(images.to_pil(torch.stack(list(shown.values()))), captions, columns=6).save(path)
+    return scores
 
 
 def _evaluate_enlarging(
@@ -146,6 +199,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first image")
     parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
+    add_lora_argument(parser)
+    concept = "what a fine-tune of the run learned: a folder of captioned images, or openmoji-thumbs; measured too"
+    parser.add_argument("--concept", type=path_or_id, metavar="SOURCE", help=concept)
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
     parser.add_argument("--solver", choices=SOLVERS, help="default: the model's own")
@@ -170,6 +226,15 @@ def _run_settings(run: Path) -> Config:
             f"python -m stage2_diffusion.likelihood {run} measures every model"
         )
     return settings
+
+
+def _concept(source: str, settings: Config) -> Index:
+    """The captioned images of a new concept, at the size of the run's."""
+    changes = {"source": (SourceConfig(path=source),), "val_fraction": 0.0, "buckets": None}
+    index_of = index.build(settings.data.model_copy(update=changes), settings.cache_dir, ("text",))
+    if not len(index_of):
+        raise UserError(f"--concept: {source}: no usable image; give a folder of captioned images")
+    return index_of
 
 
 def _real_images(records: Index, numbers: Sequence[int], side: int) -> torch.Tensor:

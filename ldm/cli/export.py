@@ -1,8 +1,10 @@
 """A model as one file for ComfyUI and A1111, or as a diffusers folder; what was written is read again and compared.
 
     ldm-export runs/openmoji --to single-file --precision fp16 --out openmoji.safetensors
+    ldm-export style.safetensors --to lora --layout diffusers --base BASE --out converted.safetensors
 
 The file has the original layout of Stable Diffusion 1, 2 or XL, whichever has names for the model's tensors.
+`--to lora` converts an adapter between the layouts of diffusers and kohya.
 """
 
 from __future__ import annotations
@@ -11,25 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging
 from safetensors.torch import save_file
 
+from ldm.cli.compare import compare_images, compare_tensors, parts_of, size_of
+from ldm.cli.export_lora import export_lora
 from ldm.models.autoencoder import fold
 from ldm.models.convert import checkpoint
 from ldm.models.convert.unet import NOISE_SCHEDULE
 from ldm.models.finite import check_weights
 from ldm.sampling import pipeline_io
-from ldm.sampling.loop import initial_noise
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 from ldm.utils.precision import DTYPES
 
-PROMPT, SEED, STEPS = "a photograph", 0, 4  # of the image that certifies an export
 OVERFLOW = (
     "SDXL's autoencoder is stored in fp16, but overflows when it is computed in fp16: diffusers (force_upcast) and "
     "ComfyUI take a wider type, A1111 with --no-half-vae"
@@ -40,36 +41,53 @@ OVERFLOW = (
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=path_or_id, help="a finished run, a diffusers folder, a Hub id, or a file")
-    parser.add_argument("--base", type=path_or_id, help="of a single file: a pipeline of the same family")
-    parser.add_argument("--to", required=True, choices=("single-file", "diffusers"))
+    base = "of a single file: a pipeline of the same family; of an adapter: the model that it was trained on"
+    parser.add_argument("--base", type=path_or_id, help=base)
+    parser.add_argument("--to", required=True, choices=("single-file", "diffusers", "lora"))
+    parser.add_argument("--layout", choices=("diffusers", "kohya"), help="of the adapter that --to lora writes")
     parser.add_argument("--precision", default="no", choices=DTYPES, help="of all weights; default: no, float32")
     parser.add_argument("--out", required=True, type=Path, help="the .safetensors, or the folder, to write")
     args = parser.parse_args(arguments)
     check_out(args.out, args.to)
+    if args.to == "lora":
+        export_lora(args.model, args.base, args.layout, DTYPES[args.precision], args.out)
+        return
+    if args.layout:
+        raise UserError(f"--layout: is of an adapter, --to lora; leave it out with --to {args.to}")
     run_pipeline = Path(args.model) / "pipeline"
     name = str(run_pipeline) if run_pipeline.is_dir() else args.model
-    model = in_precision(LatentDiffusion(**pipeline_io.read(name, "model", args.base)), DTYPES[args.precision])
-    if args.to == "diffusers":
-        model.save(args.out)
-        absent = {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(args.out) else {}
-        written = DiffusionPipeline.from_pretrained(args.out, dtype=torch.float32, **absent)
+    model = LatentDiffusion(**pipeline_io.read(name, "model", args.base))
+    write_and_compare(model, args.base or name, args.to, args.precision, args.out)
+
+
+def write_and_compare(model: LatentDiffusion, config: str, to: str, precision: str, out: Path) -> None:
+    """Writes a model, reads it again with plain diffusers, and compares all tensors and an image.
+
+    Prints what was found. `config` is the folder or Hub id with the configuration that a single file lacks. UserError
+    where a tensor differs.
+    """
+    model = in_precision(model, DTYPES[precision])
+    if to == "diffusers":
+        model.save(out)
+        absent = {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(out) else {}
+        written = DiffusionPipeline.from_pretrained(out, dtype=torch.float32, **absent)
     else:
-        layout = write_single_file(model, args.out)
-        written = read_single_file(model, args.out, args.base or name)
+        layout = write_single_file(model, out)
+        written = read_single_file(model, out, config)
         print(f"layout   {layout}")
         if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
             widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))
             print(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
-        if layout == "sdxl" and args.precision == "fp16" and model.autoencoder.vae.config.force_upcast:
+        if layout == "sdxl" and precision == "fp16" and model.autoencoder.vae.config.force_upcast:
             print(f"note     {OVERFLOW}")
     print(f"tensors  {compare_tensors(model, written):,} read again, all equal")
     if model.task == "generate":
         print(f"image    differs by {compare_images(model, written)} of 255 at most from that of the model")
-    print(f"wrote    {args.out}: {size_of(args.out) / 1e6:,.1f} MB")
+    print(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
 
 
 def check_out(out: Path, to: str) -> None:
-    if to == "single-file" and out.suffix != ".safetensors":
+    if to != "diffusers" and out.suffix != ".safetensors":
         raise UserError(f"--out: {out}; give a name that ends in .safetensors")
     if out.exists():
         raise UserError(f"--out: {out} exists already; give a new name")
@@ -93,12 +111,6 @@ def check_range(part: torch.nn.Module) -> None:
         raise UserError(
             f"--precision: fp16 is too narrow for weights of the {type(part).__name__}; give bf16 or no"
         ) from None
-
-
-def parts_of(model: LatentDiffusion) -> dict[str, torch.nn.Module]:
-    """The networks of a model, by the names of a pipeline's components."""
-    parts = {"unet": model.unet, "vae": model.autoencoder.vae}
-    return parts | dict(zip(("text_encoder", "text_encoder_2"), model.text.models if model.text else (), strict=False))
 
 
 def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
@@ -178,35 +190,3 @@ def read_single_file(model: LatentDiffusion, path: Path, config: str) -> Any:
         return kind.from_single_file(str(path), config=config, torch_dtype=torch.float32, **options)
     finally:
         logging.set_verbosity(verbosity)
-
-
-def compare_tensors(model: LatentDiffusion, written: Any) -> int:
-    """How many tensors were read again; UserError where one differs from the model's."""
-    count = 0
-    for name, part in parts_of(model).items():
-        read: Any = getattr(written, "vqvae" if name == "vae" and hasattr(written, "vqvae") else name)
-        tensors = {key.removeprefix("text_model."): tensor for key, tensor in read.state_dict().items()}
-        for key, tensor in part.state_dict().items():
-            other = tensors.get(key.removeprefix("text_model."))
-            if other is None or not torch.equal(other.float(), tensor.float()):
-                raise UserError(f"{name}: {key} was not read again as it was; the export can't be trusted")
-            count += 1
-    return count
-
-
-def compare_images(model: LatentDiffusion, written: Any) -> int:
-    """The largest difference, of 255, between the model's image and that of diffusers from what was written."""
-    for part in parts_of(model).values():
-        torch.nn.Module.to(part, torch.float32)
-    side, factor = model.side, model.autoencoder.factor
-    noise = initial_noise((model.autoencoder.channels, side // factor, side // factor), [SEED])
-    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
-    written.scheduler = type(model.scheduler).from_config(model.scheduler.config)
-    written.set_progress_bar_config(disable=True)
-    ours = np.asarray(model(PROMPT, seed=SEED, **options)[0]).astype(int)
-    plain = written(PROMPT, **options, width=side, height=side, latents=noise).images[0]
-    return int(np.abs(ours - np.asarray(plain).astype(int)).max())
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

@@ -14,7 +14,8 @@ from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
-ARGUMENTS = (*SAMPLING, *UPSCALER, "size", *MODELS, "embedding", *INPUT_IMAGES, "invert", "precision", "compile")
+ADDITIONS = ("lora", "embedding")
+ARGUMENTS = (*SAMPLING, *UPSCALER, "size", *MODELS, *ADDITIONS, *INPUT_IMAGES, "invert", "precision", "compile")
 
 
 def restore_arguments(args: argparse.Namespace, script: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def restore_arguments(args: argparse.Namespace, script: str) -> dict[str, Any]:
     if recipe["script"] != script:
         raise UserError(f"--again: {args.again} was made by {recipe['script']}; give it to that")
     for name in ARGUMENTS:
-        moved = name in (*MODELS, "embedding", *INPUT_IMAGES) and getattr(args, name, None)
+        moved = name in (*MODELS, *ADDITIONS, *INPUT_IMAGES) and getattr(args, name, None)
         if name in recipe and not moved:
             setattr(args, name, recipe[name])
     for name in INPUT_IMAGES:

@@ -96,6 +96,7 @@ def sampling_parser(description: str) -> Parser:
     parser.add_argument("--model", type=path_or_id, help="a diffusers folder, a Hub id, or a single .safetensors")
     base = "of a single file: a pipeline of the same family, for what a file lacks; default: the Hub's"
     parser.add_argument("--base", type=path_or_id, help=base)
+    add_lora_argument(parser)
     embedding = "a learned word (textual inversion): a file or a run's folder; several give several words"
     parser.add_argument("--embedding", nargs="+", action="extend", default=[], type=path_or_id, help=embedding)
     what = parser.add_argument_group("what")
@@ -137,6 +138,21 @@ def sampling_parser(description: str) -> Parser:
     out.add_argument("--grid", type=Path, help="a sheet of all images with their captions, .png")
     out.add_argument("--animate", type=Path, help="the denoising of the first batch: .gif, .webp or .mp4")
     return parser
+
+
+def add_lora_argument(parser: Parser) -> None:
+    """`--lora FILE[:SCALE] …`, any number of times."""
+    text = "LoRA, DoRA, LoKr or LoHa: a file, a run's folder or a Hub id, and its scale; default: 1"
+    options: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "type": lora_argument}
+    parser.add_argument("--lora", **options, metavar="FILE[:SCALE]", help=text)
+
+
+def lora_argument(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE:SCALE`, for argparse; a file's own name may have colons."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    if not match or Path(text).exists():
+        return path_or_id(text), 1.0
+    return path_or_id(match[1]), float(match[2])
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from ldm.data.records import ImageLocation, ReadOptions, Record
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
-SUBSETS = ("openmoji-demo", "openmoji-all")
+SUBSETS = ("openmoji-demo", "openmoji-all", "openmoji-thumbs")
 ATTRIBUTION = "Images: OpenMoji (https://openmoji.org), the open-source emoji and icon project, CC BY-SA 4.0."
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -118,13 +118,16 @@ class Drawing:
 
 @cache
 def drawings(subset: str) -> tuple[Drawing, ...]:
-    """The drawings of `openmoji-demo` (about 800) or `openmoji-all` (about 3,900), in order of their codes.
+    """The drawings of `openmoji-demo` (about 800), `openmoji-all` (about 3,900) or `openmoji-thumbs` (6, none of the
+    demo's, to fine-tune its model on), in order of their codes.
 
     Splits follow from the codes, for every seed and in both subsets. `combination`: 50 pairs of role and skin tone and
     three of colour and shape, every part of which is seen in training. `reconstruction`: 5 % of the demo's plain ones.
     """
     chosen = _merge_alike([_describe(code, names) for code, names in sorted(_names_by_code().items())])
-    if subset == "openmoji-demo":
+    if subset == "openmoji-thumbs":
+        chosen = [d for d in chosen if d.captions[0].partition(",")[0] == "thumbs up"]
+    elif subset == "openmoji-demo":
         chosen = [d for d in chosen if d.role or _is_shape(d) or _is_single(d.code)]
     uses = Counter(caption for d in chosen for caption in d.captions)  # an alias that two drawings share is ambiguous
     chosen = [replace(d, captions=(d.captions[0], *(c for c in d.captions[1:] if uses[c] == 1))) for d in chosen]
@@ -137,17 +140,21 @@ def drawings(subset: str) -> tuple[Drawing, ...]:
 
 
 def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
-    """Renders a subset on white, `size` pixels square, into `folder/CODE.png`; existing files are kept."""
+    """Renders a subset, `size` pixels square, into `folder/CODE.png`; existing files are kept.
+
+    Drawings are on white; those of `openmoji-thumbs` are transparent around the thumb, for `data.source.mask: alpha`.
+    """
     rendered = []
     chosen, svgs = drawings(subset), _svg_folder()
     import resvg_py
 
     folder.mkdir(parents=True, exist_ok=True)
+    background = None if subset == "openmoji-thumbs" else "white"
     for drawing in chosen:
         path = folder / f"{drawing.code}.png"
         if not path.exists():
             svg = svgs / f"{drawing.code}.svg"
-            png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white")
+            png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background=background)
             with atomic_file(path) as tmp_path:  # several processes may render at once
                 tmp_path.write_bytes(bytes(png))
         rendered.append((drawing, path))

@@ -30,7 +30,7 @@ from ldm.utils.errors import UserError, first_line
 
 STATISTICS = "latents.json"
 DETERMINISTIC = -60.0  # log-variance of latents that are no distribution: a sample equals the mean
-MAX_PIXELS = 2**21  # of the images that are computed together
+MAX_PIXELS = 2**20  # of the images that are computed together: 2.7 GB of activations in float32
 MAX_UNTILED_SIDE, TILE = 1024, 512  # an image of more than MAX_UNTILED_SIDE² pixels is computed in tiles of TILE²
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from ldm.data.images import to_pil
 from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
 from ldm.models.adapters.embedding_files import add_embedding_file
+from ldm.models.adapters.merge import add_to_weights
+from ldm.models.adapters.reader import locate, read_adapter
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import NUM_NOISE_LEVELS, TextEmbedding
 from ldm.models.finite import check_output
@@ -120,6 +122,23 @@ class LatentDiffusion:
         self.unet.to(device)
         self.null = self.null if self.null is None else self.null.to(device)
         self._embedding_cache = None if self._embedding_cache is None else {}
+        return self
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """U-Net and text encoders, by the names of a pipeline's components."""
+        encoders = self.text.models if self.text else ()
+        return {"unet": self.unet, **dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))}
+
+    def add_loras(self, *loras: tuple[str | Path, float], option: str = "--lora") -> LatentDiffusion:
+        """Bakes adapters into the weights, each with its scale, and returns the model; call it before others.
+
+        LoRA, DoRA, LoKr or LoHa in the layout of diffusers or kohya: a file, a folder or Hub id with
+        `pytorch_lora_weights.safetensors`. The scale is that of diffusers' `set_adapters`. UserError, naming `option`,
+        if one can't be read, or is of another base.
+        """
+        adapters = [(read_adapter(locate(str(name), option), self.networks, option), scale) for name, scale in loras]
+        add_to_weights(self.networks, adapters)
         return self
 
     def add_embeddings(self, *paths: str | Path) -> LatentDiffusion:

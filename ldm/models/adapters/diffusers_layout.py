@@ -99,11 +99,11 @@ def config_of(component: str, changes: Mapping[str, LayerAdapter]) -> PeftConfig
         options |= {key: {f"^{name}": value for name, value in options[key].items()} for key in PATTERNS}
     if kind in ("lora", "dora"):
         return LoraConfig(lora_alpha=options.pop("alpha"), use_dora=kind == "dora", **options)
-    effective = {"use_effective_conv2d": bool(factors & {"hada_t1", "lokr_t2"})}
+    options["use_effective_conv2d"] = bool(factors & {"hada_t1", "lokr_t2"})
     if kind == "loha":
-        return LoHaConfig(**effective, **options)
-    both = "lokr_w1_a" in factors
-    return LoKrConfig(decompose_both=both, decompose_factor=_lokr_factor(component, changes), **effective, **options)
+        return LoHaConfig(**options)
+    factor = _lokr_factor(component, changes)
+    return LoKrConfig(decompose_both="lokr_w1_a" in factors, decompose_factor=factor, **options)
 
 
 PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from ldm.models.adapters.inject import NAME, Kind
 
@@ -93,20 +93,22 @@ class LayerAdapter:
             w2 = f["lokr_w2"].flatten(1) if "lokr_w2" in f else f["lokr_w2_a"] @ f["lokr_w2_b"]
         return torch.kron(w1, w2)
 
-    def change(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """What is added to a weight, in float32; `strength` scales the product of the factors, as diffusers does.
+    def changed(self, weight: torch.Tensor, strength: float = 1.0, others: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight with this change, in float32; `strength` scales the product of the factors, as in diffusers.
 
-        DoRA, eq. 5: W' = m (W + ΔW) / ‖W + ΔW‖, with a norm and a magnitude m for each output (or each input).
+        `others` is the weight with the changes of other adapters before, by default `weight`. DoRA, eq. 5:
+        W' = m (W + ΔW) / ‖W + ΔW‖ with a norm and a magnitude m for each output, or each input. Of several adapters peft
+        computes the norm without the others, which m then scales too.
         """
         weight = weight.float()
+        others = weight if others is None else others
         delta = strength * self.scale * self.delta().to(weight.device).reshape(weight.shape)
         if MAGNITUDE not in self.factors:
-            return delta
+            return others + delta
         magnitude = self.factors[MAGNITUDE].float().to(weight.device)
         axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
-        others = [i for i in range(weight.dim()) if i != axis]
-        norm = torch.linalg.vector_norm(weight + delta, dim=others, keepdim=True)
-        return magnitude / norm * (weight + delta) - weight
+        norm_axes = [i for i in range(weight.dim()) if i != axis]
+        return magnitude / torch.linalg.vector_norm(weight + delta, dim=norm_axes, keepdim=True) * (others + delta)
 
 
 def tucker(core: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
@@ -114,20 +116,20 @@ def tucker(core: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.T
     return torch.einsum("ij...,ip,jr->pr...", core, out, into).flatten(1)
 
 
-def layer_adapters(network: nn.Module) -> dict[str, LayerAdapter]:
+def layer_adapters(network: Any) -> dict[str, LayerAdapter]:
     """The adapter that `add_adapter` gave a network, by the names that its layers have without one."""
-    return {
-        name: LayerAdapter(dict(_factors(module)), float(module.scaling[NAME]))
-        for name, module in network.named_modules()
-        if isinstance(module, BaseTunerLayer) and NAME in getattr(module, "scaling", {})
-    }
+    return {name: _layer_adapter(layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def _factors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _layer_adapter(layer: Any) -> LayerAdapter:
+    return LayerAdapter(dict(_factors(layer)), float(layer.scaling[NAME]))
+
+
+def _factors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors of a layer of peft. Its magnitudes have no axis for the inputs of a linear layer."""
     for name in (*LORA, *LOKR, *LOHA):
-        if NAME in (held := getattr(layer, name, ())):
+        if NAME in (held := getattr(layer, name, {})):
             yield name, getattr(held[NAME], "weight", held[NAME]).detach()
-    if NAME in (magnitudes := getattr(layer, "lora_magnitude_vector", ())):
+    if NAME in (magnitudes := getattr(layer, "lora_magnitude_vector", {})):
         axes = layer.get_base_layer().weight.dim() - 1
         yield MAGNITUDE, magnitudes[NAME].weight.detach().reshape(-1, *[1] * axes)

@@ -19,6 +19,11 @@ KOHYA_FILE = "kohya.safetensors"
 CARD = "README.md"
 NAMES = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 BASES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "SDXL"}
+DORA = (
+    "- DoRA: diffusers reads its magnitudes in `pytorch_lora_weights.safetensors` alone. ComfyUI divides by the norm "
+    "of the base's weights instead of the changed ones', and A1111 knows magnitudes of the inputs only, so their "
+    "images differ; a merged model is exact everywhere."
+)
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
@@ -36,9 +41,9 @@ def write_lora_folder(
     """Writes the adapters of `add_adapter` in `networks`, atomically: both files and a card.
 
     `networks` by component: `unet`, `text_encoder`, `text_encoder_2`; those without an adapter are left out.
-    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base. `base` is the base model's name, `prompt` an example
-    with the words that were trained, `side` that of the training images in pixels. UserError where weights are not
-    finite.
+    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base. `base` is the base model's name, `prompt` an
+    example with the words that were trained, `side` that of the training images in pixels. UserError where weights are
+    not finite.
     """
     adapter = {name: changes for name, network in networks.items() if (changes := layer_adapters(network))}
     for component, changes in adapter.items():
@@ -91,10 +96,3 @@ def card(adapter: Adapter, spec: AdapterSpec, title: str, architecture: str | No
         "",
     ]
     return "\n".join(lines)
-
-
-DORA = (
-    "- DoRA: diffusers reads its magnitudes in `pytorch_lora_weights.safetensors` alone. ComfyUI divides by the norm of "
-    "the base's weights instead of the changed ones', A1111 knows magnitudes of the inputs only, so their images differ; "
-    "a merged model is exact everywhere."
-)

@@ -51,11 +51,16 @@ def tensors_of(change: LayerAdapter) -> dict[str, torch.Tensor]:
 
     But not LoKr of two whole matrices, which LyCORIS never scales: there the scale goes into the first.
     """
-    factors = dict(change.factors)
-    if {"lokr_w1", "lokr_w2"} <= factors.keys():
-        factors["lokr_w1"] = factors["lokr_w1"] * change.scale
-        change = LayerAdapter(factors)
-    return {TO_FILE.get(name, name): tensor for name, tensor in factors.items()} | {"alpha": torch.tensor(change.alpha)}
+    change = scaled_as_read(change)
+    factors = {TO_FILE.get(name, name): tensor for name, tensor in change.factors.items()}
+    return factors | {"alpha": torch.tensor(change.alpha)}
+
+
+def scaled_as_read(change: LayerAdapter) -> LayerAdapter:
+    """The change of a layer as it is read of this layout's files, whose scale is 1 for two whole matrices."""
+    if not {"lokr_w1", "lokr_w2"} <= change.factors.keys():
+        return change
+    return LayerAdapter({**change.factors, "lokr_w1": change.factors["lokr_w1"] * change.scale})
 
 
 def file_name(component: str, layer: str, networks: Mapping[str, nn.Module]) -> str:
@@ -100,7 +105,8 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
                 own = {layer, original_name(layer, network)} if hasattr(network.config, "up_block_types") else {layer}
                 flattened = {prefix + flat(name) for name in own for prefix in (UNET, "lycoris_")}
             else:
-                flattened = {prefix + flat(full_text_name(layer)) for prefix in TEXT[component]}
+                own = {layer, full_text_name(layer)}
+                flattened = {prefix + flat(name) for name in own for prefix in TEXT[component]}
             names |= dict.fromkeys(flattened, (component, layer))
     return names
 
@@ -130,8 +136,8 @@ def parse(
             unknown += [f"{file_layer}.{TO_FILE.get(name, name)}" for name in factors]
             continue
         component, layer = names[file_layer]
-        unscaled = alpha is None or {"lokr_w1", "lokr_w2"} <= factors.keys()
-        scale = 1.0 if unscaled else float(alpha) / change.rank
+        whole = {"lokr_w1", "lokr_w2"} <= factors.keys()
+        scale = 1.0 if alpha is None or whole else float(alpha) / change.rank
         adapter.setdefault(component, {})[layer] = LayerAdapter(factors, scale)
     return adapter, unknown
 
@@ -139,11 +145,12 @@ def parse(
 def metadata_of(adapter: Adapter, title: str, architecture: str | None, side: int | None = None) -> dict[str, str]:
     """The header: kohya's keys, and those of https://github.com/Stability-AI/ModelSpec.
 
-    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base, of which the header then says nothing. `side` of the
-    training images, in pixels.
+    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base, of which the header then says nothing. `side` is
+    that of the training images, in pixels.
     """
     changes = [change for layers in adapter.values() for change in layers.values()]
-    rank, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*((c.rank, c.alpha) for c in changes)))
+    rank = Counter(change.rank for change in changes).most_common(1)[0][0]
+    alpha = Counter(change.alpha for change in changes).most_common(1)[0][0]
     kind = changes[0].kind
     header = {"format": "pt", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}", "ss_output_name": title}
     if kind == "lora":
