@@ -31,6 +31,7 @@ from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.finetune import prior
 from stage2_diffusion.finetune.deliver import deliver
 from stage2_diffusion.finetune.freeze import base_fingerprint, freeze, seed_dropout
+from stage2_diffusion.finetune.inversion import check_word_in_captions
 from stage2_diffusion.objective import Objective
 from stage2_diffusion.samples import write_sheet
 from stage2_diffusion.validation import Validation
@@ -41,6 +42,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     stage, seed = config.stage2, config.run.seed
     train_set = data.select(*TRAINED)
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
+    check_word_in_captions(config.finetune, train_set, text)
     device = join(config.run).device
 
     # Weights, in the order in which random numbers are drawn for them.

@@ -64,6 +64,7 @@ def generate_images(args: argparse.Namespace, script: str, prepare_inputs: Prepa
     check_arguments(args, len(jobs))
     options, upscaling = sampling_options(args), upscaler_options(args)
     model = _load_model(args, state, "model", args.base).add_loras(*args.lora)
+    model.add_embeddings(*args.embedding)
     upscaler = _load_model(args, state, "upscaler") if getattr(args, "upscaler", None) else None
     guides = {
         "weaker": args.weaker and load_weaker_unet(model, args.weaker),
@@ -140,6 +141,8 @@ def _check_recipe(recipe: dict[str, Any], args: argparse.Namespace, model: Laten
         models = {f"--{name}": path for name in MODELS if name != "base" and (path := getattr(args, name, None))}
         if args.lora:
             models["--lora"] = ", ".join(f"{path}:{scale:g}" for path, scale in args.lora)
+        if args.embedding:
+            models["--embedding"] = ", ".join(args.embedding)
         paths, flags = ", ".join(models.values()), ", ".join(models)
         raise UserError(f"--again: {paths}: other weights than those that made it; name these with {flags}")
 

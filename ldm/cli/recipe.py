@@ -14,7 +14,8 @@ from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
-ARGUMENTS = (*SAMPLING, *UPSCALER, "size", *MODELS, "lora", *INPUT_IMAGES, "invert", "precision", "compile")
+ADDITIONS = ("lora", "embedding")
+ARGUMENTS = (*SAMPLING, *UPSCALER, "size", *MODELS, *ADDITIONS, *INPUT_IMAGES, "invert", "precision", "compile")
 
 
 def restore_arguments(args: argparse.Namespace, script: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def restore_arguments(args: argparse.Namespace, script: str) -> dict[str, Any]:
     if recipe["script"] != script:
         raise UserError(f"--again: {args.again} was made by {recipe['script']}; give it to that")
     for name in ARGUMENTS:
-        moved = name in (*MODELS, "lora", *INPUT_IMAGES) and getattr(args, name, None)
+        moved = name in (*MODELS, *ADDITIONS, *INPUT_IMAGES) and getattr(args, name, None)
         if name in recipe and not moved:
             setattr(args, name, recipe[name])
     for name in INPUT_IMAGES:
@@ -61,5 +62,7 @@ def weights_fingerprint(model: LatentDiffusion, *others: torch.nn.Module) -> str
     tensors = {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.state_dict().items()}
     if model.null is not None:
         tensors["null"] = model.null
+    # an embedding's word too decides what a prompt's tokens are
+    words = [encoder.added_words for encoder in model.text.encoders if encoder.added_words] if model.text else []
     settings = {name: value for name, value in model.scheduler.config.items() if not name.startswith("_")}
-    return tensors_sha256(tensors, type(model.scheduler).__name__, sorted(settings.items()))
+    return tensors_sha256(tensors, type(model.scheduler).__name__, sorted(settings.items()), *words)

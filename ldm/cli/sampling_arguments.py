@@ -97,6 +97,8 @@ def sampling_parser(description: str) -> Parser:
     base = "of a single file: a pipeline of the same family, for what a file lacks; default: the Hub's"
     parser.add_argument("--base", type=path_or_id, help=base)
     add_lora_argument(parser)
+    embedding = "a learned word (textual inversion): a file or a run's folder; several give several words"
+    parser.add_argument("--embedding", nargs="+", action="extend", default=[], type=path_or_id, help=embedding)
     what = parser.add_argument_group("what")
     what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
     what.add_argument("--prompts", type=path_or_id, help="a file with a prompt per line, or - for standard input")

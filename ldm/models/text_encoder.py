@@ -7,7 +7,9 @@ exactly as diffusers' `StableDiffusionPipeline` computes them, so that an export
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,6 +43,8 @@ class TextEncoder:
             model.config.chunks = self.chunks
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.penultimate = tokenizer, penultimate
+        self.added_words: list[str] = []
+        """Words that the tokenizer got after it was loaded; of one with several vectors, all of its tokens."""
         self.piece: int = tokenizer.model_max_length  # tokens of a piece
         self.length = self.chunks * self.piece
         self.width: int = model.config.hidden_size
@@ -51,6 +55,10 @@ class TextEncoder:
     def _projects(self) -> bool:
         """Whether the model has CLIP's text projection, which gives one embedding of each text."""
         return isinstance(self.model, CLIPTextModelWithProjection)
+
+    @property
+    def encoders(self) -> tuple[TextEncoder, ...]:
+        return (self,)
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -75,6 +83,7 @@ class TextEncoder:
     def token_ids(self, prompts: Sequence[str]) -> torch.Tensor:
         """Ids and their mask (0 at padding), `(N, 2, chunks, piece)` int64. Unused pieces are empty captions."""
         options = {"padding": "max_length", "max_length": self.piece, "truncation": True, "return_tensors": "pt"}
+        prompts = self._expand(prompts)
         if self.chunks == 1:
             tokens = self.tokenizer(list(prompts), **options)
             ids, mask = tokens.input_ids[:, None], tokens.attention_mask[:, None]
@@ -101,6 +110,27 @@ class TextEncoder:
         pooled = output.text_embeds.float().unflatten(0, ids.shape[:2])[:, 0] if self._projects else None
         return TextEmbedding(states, pooled)  # of several pieces, the first one's pooled embedding
 
+    def _expand(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts with all tokens of words that have several: `<toy>` becomes `<toy> <toy>_1`, as in diffusers."""
+        tokens, tokens_of = self.tokenizer.added_tokens_encoder, dict[str, str]()
+        for word in tokens:
+            numbered = (f"{word}_{i}" for i in itertools.count(1))
+            if more := list(itertools.takewhile(tokens.__contains__, numbered)):
+                tokens_of[self.normalize(word)] = " ".join([word, *more])
+        if not tokens_of:
+            return list(prompts)
+        flags = re.IGNORECASE if self.normalize("A") == "a" else re.NOFLAG
+        longest_first = sorted(map(re.escape, tokens_of), key=len, reverse=True)
+        pattern = re.compile(f"(?:{'|'.join(longest_first)})(?!_[0-9])", flags)
+        return [
+            pattern.sub(lambda found: tokens_of.get(self.normalize(found[0]), found[0]), prompt) for prompt in prompts
+        ]
+
+    def normalize(self, text: str) -> str:
+        """Text as the tokenizer looks words up: most tokenizers write small letters."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        return str(normalizer.normalize_str(text)) if normalizer else text
+
     def trainable(self, pooled: bool = True) -> list[nn.Parameter]:
         """Enables gradients for the parameters that the states depend on, and returns them. Dropout stays off.
 
@@ -110,8 +140,10 @@ class TextEncoder:
         return self.freeze_unused(pooled)
 
     def freeze_unused(self, pooled: bool = True) -> list[nn.Parameter]:
-        """The same for those parameters alone that require gradients now: of the others of these, none are computed."""
+        """The same for those parameters alone that require gradients now; freezes the others of these."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not parameters:
+            return []
         with torch.enable_grad():
             embedding = self.embed_tokens(self.token_ids([NULL_PROMPT]))
             output = embedding.states.sum()
@@ -125,13 +157,15 @@ class TextEncoder:
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before truncation, with the special tokens of its pieces; `encode` uses `length`."""
         added = self.tokenizer.num_special_tokens_to_add()
-        counts = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+        prompts = self._expand(prompts)
+        counts = [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids] if prompts else []
         pieces = [min(self.chunks, max(1, math.ceil((count - added) / (self.piece - added)))) for count in counts]
         return [count + added * (number - 1) for count, number in zip(counts, pieces, strict=True)]
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that does not fit into `length` tokens; empty if all of it fits."""
         room = self.chunks * (self.piece - self.tokenizer.num_special_tokens_to_add())
+        (prompt,) = self._expand([prompt])
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return str(self.tokenizer.decode(ids[room:])).strip()
 
@@ -198,8 +232,8 @@ class TextEncoders:
 
     def trainable(self, pooled: bool = True) -> list[nn.Parameter]:
         """As `TextEncoder.trainable`; the pooled embedding is the last encoder's."""
-        *others, last = self.encoders
-        return [p for encoder in others for p in encoder.trainable(pooled=False)] + last.trainable(pooled)
+        self.module.requires_grad_(True)
+        return self.freeze_unused(pooled)
 
     def freeze_unused(self, pooled: bool = True) -> list[nn.Parameter]:
         """As `TextEncoder.freeze_unused`; the pooled embedding is the last encoder's."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.data.images import to_pil
 from ldm.diffusion.parameterization import PREDICTION_TYPE_OF, is_flow
+from ldm.models.adapters.embedding_files import add_embedding_file
 from ldm.models.adapters.merge import add_to_weights
 from ldm.models.adapters.reader import locate, read_adapter
 from ldm.models.autoencoder import Autoencoder
@@ -138,6 +139,16 @@ class LatentDiffusion:
         """
         adapters = [(read_adapter(locate(str(name), option), self.networks, option), scale) for name, scale in loras]
         add_to_weights(self.networks, adapters)
+        return self
+
+    def add_embeddings(self, *paths: str | Path) -> LatentDiffusion:
+        """Adds words that were learned by textual inversion, each from a file or a run's folder; returns the model.
+
+        Layouts: diffusers', `emb_params`, and SDXL's `clip_l` and `clip_g` (`ldm/models/adapters/embedding_files.py`).
+        """
+        for path in paths:
+            add_embedding_file(self.text, path)
+        self._embedding_cache = None if self._embedding_cache is None else {}
         return self
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
+from ldm.models.adapters.token_embedding import check_token
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_optimizer
 from ldm.utils.errors import UserError
@@ -50,6 +51,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     if stage1.pretrained:
         check_autoencoder(config, "stage1.pretrained", stage1.pretrained)
     encoder = text_encoder.of(config.text) if stage2.text else None
+    if encoder and config.finetune.kind == "inversion":
+        check_token(encoder, config.finetune.token, config.finetune.initializer, config.finetune.vectors)
     widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ldm.config.schema import Config
+from ldm.models.adapters.embedding_files import write_embeddings
 from ldm.models.adapters.folder import write_lora_folder
 from ldm.models.adapters.inject import AdapterSpec
 from ldm.models.adapters.merge import merge_adapters
@@ -29,6 +30,10 @@ def deliver(config: Config, model: LatentDiffusion) -> None:
         if finetune.merge:
             for network in networks_of(model).values():
                 merge_adapters(network)
+    if finetune.kind == "inversion":
+        assert model.text
+        prompt = next((prompt for prompt in config.sample.prompts if finetune.token in prompt), "")
+        write_embeddings(folder / "embeddings", model.text, finetune.token, str(config.stage2.init_from), prompt)
     if finetune.deliverable == "pipeline":
         model.save(folder / "pipeline")
 

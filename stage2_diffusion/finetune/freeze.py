@@ -9,6 +9,7 @@ import torch
 from ldm.config.schema import Config
 from ldm.models.adapters.base_precision import convert_base
 from ldm.models.adapters.inject import AdapterSpec, add_adapter
+from ldm.models.adapters.token_embedding import add_token
 from ldm.models.conditioning import reads_pooled
 from ldm.models.text_encoder import AnyTextEncoder
 from ldm.models.unet import UNet
@@ -37,6 +38,9 @@ def freeze(config: Config, unet: UNet, text: AnyTextEncoder | None) -> AnyTextEn
         for model in text.models:
             add_adapter(model, spec)
         text.freeze_unused(pooled=reads_pooled(unet))
+    else:
+        assert text, "the configuration allows no inversion without text"
+        add_token(text, finetune.token, finetune.initializer, finetune.vectors)
     return text
 
 
