@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging
-from safetensors.torch import save_file
 
 from ldm.cli.compare import compare_images, compare_tensors, parts_of, size_of
 from ldm.cli.export_lora import export_lora
 from ldm.models.autoencoder import fold
-from ldm.models.convert import checkpoint
+from ldm.models.convert import checkpoint, safetensors_file
 from ldm.models.convert.unet import NOISE_SCHEDULE
 from ldm.models.finite import check_weights
 from ldm.sampling import pipeline_io
@@ -133,8 +132,8 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
     tensors |= {"v_pred": torch.tensor([])} if v_prediction else {}
     tensors |= {"ztsnr": torch.tensor([])} if zero_snr else {}
     with atomic_file(path) as tmp_path:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, tmp_path, metadata_of(model, layout, path.stem, v_prediction))
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        safetensors_file.write(tmp_path, on_cpu, metadata_of(model, layout, path.stem, v_prediction))
     return layout
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ldm.models.adapters.diffusers_layout import Adapter
 from ldm.models.adapters.factors import FACTORS, LayerAdapter
-from ldm.models.convert import checkpoint
+from ldm.models.convert import checkpoint, safetensors_file
 
 TO_FILE = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"}
 FROM_FILE = {file_name: name for name, file_name in TO_FILE.items()} | {
@@ -38,12 +37,12 @@ BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2
 def write(path: Path, adapter: Adapter, networks: Mapping[str, nn.Module], metadata: Mapping[str, str]) -> None:
     """Writes an adapter of networks, by component, whose layers it names; alphas in float32."""
     tensors = {
-        f"{file_name(component, layer, networks)}.{name}": tensor.cpu().contiguous()
+        f"{file_name(component, layer, networks)}.{name}": tensor.cpu()
         for component, changes in adapter.items()
         for layer, change in changes.items()
         for name, tensor in tensors_of(change).items()
     }
-    save_file(tensors, path, dict(metadata))
+    safetensors_file.write(path, tensors, metadata)
 
 
 def tensors_of(change: LayerAdapter) -> dict[str, torch.Tensor]:

@@ -1,13 +1,16 @@
-"""Reading a model's tensors from a single `.safetensors` file: what the converters share."""
+"""Reading and writing a model's tensors in a single `.safetensors` file: what the converters share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ldm.models.weight_files import PICKLES, pickle_error
 from ldm.utils.errors import UserError, first_line
@@ -31,6 +34,21 @@ def opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path}: can't be read as safetensors ({reason}); copy or download it again, or convert a .ckpt first"
         ) from None
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a `.safetensors`; the same content gives the same bytes.
+
+    safetensors itself writes several entries of metadata in an order of chance.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))  # padded with spaces, as the format has it
 
 
 def check_names(path: Path, expected: set[str], actual: set[str], kind: str) -> None:
