@@ -42,7 +42,9 @@ def export_lora(name: str, base: str | None, layout: str | None, dtype: torch.dt
         if layout == "diffusers":
             diffusers_layout.write(tmp_path, adapter)
         else:
-            metadata = kohya_layout.metadata_of(adapter, out.stem, architecture_of(model), model.side)
+            unet, *encoders = model.networks.values()
+            family = checkpoint.known_layout(unet, model.autoencoder.vae, encoders)
+            metadata = kohya_layout.metadata_of(adapter, out.stem, family, model.side)
             kohya_layout.write(tmp_path, adapter, model.networks, metadata)
     written = read_adapter(out, model.networks, "--out")
     print(f"tensors  {compare_adapters(adapter, written):,} read again, all equal")
@@ -62,14 +64,6 @@ def check_finite(adapter: Adapter) -> None:
         for layer, change in layers.items():
             if describe_weights(change.factors):
                 raise UserError(f"--precision: fp16 is too narrow for factors of {part}.{layer}; give bf16 or no")
-
-
-def architecture_of(model: LatentDiffusion) -> str | None:
-    """The family of a model, where it has the layout of one."""
-    try:
-        return checkpoint.layout_of(model.unet, model.autoencoder.vae, list(model.text.models) if model.text else [])
-    except ValueError:
-        return None
 
 
 def compare_adapters(adapter: Adapter, written: Adapter) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ldm.config.schema import Config
 from ldm.models.adapters.embedding_files import write_embeddings
 from ldm.models.adapters.folder import write_lora_folder
@@ -17,18 +15,19 @@ def deliver(config: Config, model: LatentDiffusion) -> None:
     """Writes the folders of a finished run's result, the one that marks the run as finished last."""
     folder, finetune = config.run.dir, config.finetune
     if finetune.adapter:
+        unet, *encoders = model.networks.values()
         write_lora_folder(
             folder / "lora",
-            networks_of(model),
+            model.networks,
             AdapterSpec.of(finetune),
             folder.name,
-            architecture_of(model),
+            checkpoint.known_layout(unet, model.autoencoder.vae, encoders),
             base=str(config.stage2.init_from),
             prompt=config.sample.prompts[0] if config.sample.prompts else "",
             side=config.data.size,
         )
         if finetune.merge:
-            for network in networks_of(model).values():
+            for network in model.networks.values():
                 merge_adapters(network)
     if finetune.kind == "inversion":
         assert model.text
@@ -36,17 +35,3 @@ def deliver(config: Config, model: LatentDiffusion) -> None:
         write_embeddings(folder / "embeddings", model.text, finetune.token, str(config.stage2.init_from), prompt)
     if finetune.deliverable == "pipeline":
         model.save(folder / "pipeline")
-
-
-def networks_of(model: LatentDiffusion) -> dict[str, nn.Module]:
-    """The networks that may have an adapter, by the names of a pipeline's components."""
-    encoders = model.text.models if model.text else []
-    return {"unet": model.unet, **dict(zip(checkpoint.TEXT_ENCODERS, encoders, strict=False))}
-
-
-def architecture_of(model: LatentDiffusion) -> checkpoint.Layout | None:
-    """Which of Stable Diffusion's versions a model is; None if it is another."""
-    try:
-        return checkpoint.layout_of(model.unet, model.autoencoder.vae, list(model.text.models) if model.text else [])
-    except ValueError:
-        return None

@@ -24,6 +24,7 @@ from peft.tuners.lokr.layer import factorization
 from peft.utils.other import get_pattern_key
 
 from ldm.models.adapters.factors import LOHA, LOKR, MAGNITUDE, LayerAdapter
+from ldm.models.convert import safetensors_file
 from ldm.utils.errors import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -56,6 +57,7 @@ def write(path: Path, adapter: Adapter) -> None:
         layers[f"{component}_lora_layers"] = tensors_of(component, changes)
         layers[f"{component}_lora_adapter_metadata"] = config_of(component, changes).to_dict()
     StableDiffusionXLPipeline.save_lora_weights(path.parent, weight_name=path.name, **layers)
+    safetensors_file.sort_metadata(path)
 
 
 def tensors_of(component: str, changes: Mapping[str, LayerAdapter]) -> dict[str, torch.Tensor]:

@@ -134,6 +134,14 @@ def layout_of(unet: Any, autoencoder: Any, encoders: list[Any]) -> Layout:
     return "sd2" if config.use_linear_projection else "sd1"
 
 
+def known_layout(unet: Any, autoencoder: Any, encoders: list[Any]) -> Layout | None:
+    """As `layout_of`; None for a model that no layout has names for."""
+    try:
+        return layout_of(unet, autoencoder, encoders)
+    except ValueError:
+        return None
+
+
 def layout_of_names(names: Collection[str]) -> Layout | None:
     """The layout of a file with tensors of these names; None for another file, SDXL's refiner among them."""
     for layout, prefixes in TEXT.items():

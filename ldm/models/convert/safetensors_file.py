@@ -37,18 +37,21 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a `.safetensors`; the same content gives the same bytes.
-
-    safetensors itself writes several entries of metadata in an order of chance.
-    """
+    """Writes a `.safetensors`; the same content gives the same bytes."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sorts a file's metadata in place, which safetensors writes in an order of chance."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same JSON as compact as before"
         file.seek(8)
-        file.write(text.encode().ljust(size))  # padded with spaces, as the format has it
+        file.write(text.ljust(size))  # padded with spaces, as the format has it
 
 
 def check_names(path: Path, expected: set[str], actual: set[str], kind: str) -> None:
