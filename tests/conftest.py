@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network; read when huggingface_hub is imported
@@ -23,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch, so the process that only distributes tests does without: it starts the others sooner."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
+    elif config.getoption("markexpr") != "not slow":  # tests that start processes are slow
+        fork_server.start()  # for all workers; it imports while they do
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -47,5 +50,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist, which has sent all reports, ends at once: taking its modules apart takes seconds."""
+    if hasattr(config, "workeroutput"):
+        sys.stdout.flush()
+        os._exit(0)
     gc.unfreeze()  # or libraries report what they find alive at the end as leaks

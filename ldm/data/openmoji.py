@@ -109,10 +109,10 @@ class Drawing:
         return next((kind for kind, block in KINDS.items() if first in block), "thing")
 
     def record(self, path: Path, options: ReadOptions) -> Record:
-        """The record of this drawing, rendered into `path`."""
+        """The record of this drawing, rendered into the absolute `path`."""
         label = self.label if options.label else ""
         attributes = {"role": self.role, "tone": self.tone} if self.role else {}
-        location = ImageLocation(str(path.resolve()))
+        location = ImageLocation(str(path))
         return Record(self.code, location, self.captions, label, self.split, self.weight, attributes=attributes)
 
 
@@ -137,12 +137,16 @@ def drawings(subset: str) -> tuple[Drawing, ...]:
 
 
 def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
-    """Renders a subset on white, `size` pixels square, into `folder/CODE.png`; existing files are kept."""
+    """Renders a subset on white, `size` pixels square, into `folder/CODE.png`; existing files are kept.
+
+    Returns each drawing with the absolute path of its image.
+    """
     rendered = []
     chosen, svgs = drawings(subset), _svg_folder()
     import resvg_py
 
     folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()  # once, not for each image
     for drawing in chosen:
         path = folder / f"{drawing.code}.png"
         if not path.exists():
