@@ -36,7 +36,9 @@ def start() -> None:
     address = Path(tempfile.mkdtemp(prefix="ldm-fork-")) / "socket"
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "scripts", TESTS)))
     command = [sys.executable, __file__, address]
-    servers.append(subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}))
+    environment = {**os.environ, "PYTHONPATH": path}
+    # a session of its own: Ctrl-C is for pytest
+    servers.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True))
     os.environ[ADDRESS] = str(address)
 
 
@@ -73,6 +75,7 @@ def main(address: Path) -> None:
                 os._exit(0)
             connection.close()
     shutil.rmtree(address.parent)
+    os._exit(0)  # taking all modules apart takes seconds
 
 
 def _answer(connection: socket.socket) -> None:
@@ -90,7 +93,7 @@ def _answer(connection: socket.socket) -> None:
 def _run(script: list[str], root: str, environment: dict[str, str], output: str) -> None:
     """Runs in the fork; `script` has the arguments of Python: a file or `-m MODULE`, then its own."""
     multiprocessing.set_start_method(None, force=True)  # its own processes start in the default way, as in any command
-    os.setsid()  # Ctrl-C is for pytest
+    os.setsid()  # a script's signals are its own
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(written, stream)

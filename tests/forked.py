@@ -32,8 +32,9 @@ class Fork:
         self._exitcode: int | None = None
 
     def _number(self) -> int:
-        (number,) = fork_server.NUMBER.unpack(self.connection.recv(fork_server.NUMBER.size, socket.MSG_WAITALL))
-        return int(number)
+        number = self.connection.recv(fork_server.NUMBER.size, socket.MSG_WAITALL)
+        assert number, "the server of forks has ended"
+        return int(fork_server.NUMBER.unpack(number)[0])
 
     @property
     def exitcode(self) -> int | None:
