@@ -10,6 +10,7 @@ from pathlib import Path
 import fork_server
 import pytest
 
+gc.disable()  # until tests begin: imports and collection make millions of objects, and hardly any garbage
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network; read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in started processes: sums have one order, bits agree
@@ -24,7 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch, so the process that only distributes tests does without: it starts the others sooner."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
-    elif config.getoption("markexpr") != "not slow":  # tests that start processes are slow
+        return
+    gc.enable()  # it collects no tests
+    if config.getoption("markexpr") != "not slow":  # tests that start processes are slow
         fork_server.start()  # for all workers; it imports while they do
 
 
@@ -48,6 +51,7 @@ def pytest_collection_finish() -> None:
     """Garbage collection, which some code asks for in each step, no longer visits the millions of imported objects."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,6 +8,7 @@ numbers, the id of the script's process and its exit status.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -62,8 +63,10 @@ def main(address: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(address))
         server.listen()
+        gc.disable()
         import imported  # noqa: F401  # who connects meanwhile waits
 
+        gc.enable()
         os.fsync = lambda descriptor: None  # as in tests: what a killed process wrote is there without
 
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for forks

@@ -25,6 +25,7 @@ from ldm.training.model_card import write_card
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]
+pytestmark = pytest.mark.usefixtures("two_noise_levels")
 DDIM, DDPM = "sample.solver=ddim stage2.prediction_type=eps", "sample.solver=ddpm stage2.prediction_type=v"
 EULER, EULER_FLOW = "sample.solver=euler stage2.prediction_type=eps", "sample.solver=euler stage2.prediction_type=flow"
 DPM, DPM_FLOW = "sample.solver=dpm++ stage2.prediction_type=v", "sample.solver=dpm++ stage2.prediction_type=flow"

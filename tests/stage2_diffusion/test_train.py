@@ -27,6 +27,7 @@ from stage2_diffusion.train import train
 
 DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 Few = Callable[..., tuple[Config, Index]]
+pytestmark = pytest.mark.usefixtures("two_noise_levels")
 
 
 def encoder_of(settings: Config) -> text_encoder.TextEncoder:
