@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
+gc.disable()  # until tests begin: imports and collection make millions of objects, and hardly any garbage
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network; read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in started processes: sums have one order, bits agree
@@ -23,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fixtures import torch, so the process that only distributes tests does without: it starts the others sooner."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("shared_fixtures")
+        return
+    gc.enable()  # it collects no tests
+    if config.getoption("markexpr") != "not slow":  # tests that start processes are slow
+        fork_server.start()  # for all workers; it imports while they do
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -45,7 +51,13 @@ def pytest_collection_finish() -> None:
     """Garbage collection, which some code asks for in each step, no longer visits the millions of imported objects."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
-def pytest_unconfigure() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist, which has sent all reports, ends at once: taking its modules apart takes seconds."""
+    if hasattr(config, "workeroutput"):
+        sys.stdout.flush()
+        os._exit(0)
     gc.unfreeze()  # or libraries report what they find alive at the end as leaks

@@ -6,31 +6,51 @@ the environment that torchrun sets for several processes, its own output, signal
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import json
 import os
-import runpy
+import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import pytest
+import fork_server
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["imported"])
 
+class Fork:
+    """A script in one process; like `multiprocessing.Process`."""
 
-def start_server(root: Path) -> None:
-    """Starts the server, which gets no `sys.path` before Python 3.13."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (root, root / "scripts", root / "tests"))))
-        forkserver.ensure_running()
+    def __init__(self, *arguments: object):
+        self.connection = fork_server.connect()
+        self.connection.sendall(f"{json.dumps(arguments)}\n".encode())
+        self.pid = self._number()
+        self._exitcode: int | None = None
+
+    def _number(self) -> int:
+        number = self.connection.recv(fork_server.NUMBER.size, socket.MSG_WAITALL)
+        assert number, "the server of forks has ended"
+        return int(fork_server.NUMBER.unpack(number)[0])
+
+    @property
+    def exitcode(self) -> int | None:
+        if self._exitcode is None and wait([self.connection], 0):
+            self._exitcode = self._number()
+            self.connection.close()
+        return self._exitcode
+
+    def join(self, timeout: float) -> None:
+        if self.exitcode is None:
+            wait([self.connection], timeout)
+
+    def send_signal(self, number: int) -> None:
+        if self.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):  # its status is on the way
+                os.kill(self.pid, number)
 
 
 def of_accelerate(config: Path) -> dict[str, str]:
@@ -49,7 +69,6 @@ class Forked:
     def __init__(
         self, script: Sequence[object], processes: int, root: Path, environment: Mapping[str, str], output: Path
     ):
-        start_server(root)
         self.output = output
         output.touch()
         with socket.socket() as probe:
@@ -59,14 +78,11 @@ class Forked:
         self.ranks = []
         for rank in map(str, range(processes)):
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else dict(environment)
-            arguments = ([*map(str, script)], root, own, output)
-            self.ranks.append(SERVER.Process(target=_run, args=arguments))
-            self.ranks[-1].start()
+            self.ranks.append(Fork([*map(str, script)], str(root), own, str(output)))
 
     @property
     def pid(self) -> int:
         """The id of the first process."""
-        assert self.ranks[0].pid
         return self.ranks[0].pid
 
     @property
@@ -81,12 +97,12 @@ class Forked:
 
     def kill(self) -> None:
         for process in self.ranks:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """What all of them wrote, once they have ended; TimeoutError if that takes longer than `timeout` seconds."""
         end = time.monotonic() + (timeout or 600)
-        while running := [process.sentinel for process in self.ranks if process.exitcode is None]:
+        while running := [process.connection for process in self.ranks if process.exitcode is None]:
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(self.output.read_text()[-3000:])
@@ -94,29 +110,8 @@ class Forked:
             if any(process.exitcode for process in self.ranks):
                 for process in self.ranks:
                     process.join(30)  # an error in one reaches the others, which report it
-                    process.terminate()
+                    process.send_signal(signal.SIGTERM)
         return self.output.read_text(), None
 
 
 ScriptProcess = subprocess.Popen[str] | Forked
-
-
-def _run(script: list[str], root: Path, environment: dict[str, str], output: Path) -> None:
-    """Runs in the fork; `script` has the arguments of Python: a file or `-m MODULE`, then its own."""
-    assert "imported" in sys.modules, "the server could not import it, and printed nothing"
-    multiprocessing.set_start_method(None, force=True)  # its own processes start in the default way, as in any command
-    os.setsid()  # Ctrl-C is for pytest
-    written = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(written, stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(root)
-    if script[0] == "-m":
-        sys.argv = script[1:]
-        runpy.run_module(script[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = script
-        sys.path.insert(0, str(Path(script[0]).parent.absolute()))
-        runpy.run_path(script[0], run_name="__main__")

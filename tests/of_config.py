@@ -14,7 +14,8 @@ from ldm.data.stream import Stream
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import TextEncoder
 
-_EMBEDDED: dict[tuple[str, Path, tuple[str, ...]], Index] = {}
+EVERY = ("text", "class")  # conditions whose index suits all others, where every image has a caption and a class
+_EMBEDDED: dict[tuple[str, Path], Index] = {}
 
 
 def indexed(config: Config) -> Index:
@@ -22,13 +23,15 @@ def indexed(config: Config) -> Index:
 
 
 def indexed_once(config: Config) -> Index:
-    """The same for the embedded drawings, which don't change, is built once a process."""
+    """The same for the embedded drawings, which don't change, is built once a process for all conditions."""
     if any(source.path not in openmoji.SUBSETS for source in config.data.source):
         return indexed(config)
-    key = config.data.model_dump_json(), config.cache_dir, tuple(config.stage2.conditions)
+    read = {key: getattr(config.data, key) for key in ("source", "size", "background", "min_side", "val_fraction")}
+    key = repr(read), config.cache_dir
     if key not in _EMBEDDED:
-        _EMBEDDED[key] = indexed(config)
-    return _EMBEDDED[key]
+        _EMBEDDED[key] = index.build(config.data, config.cache_dir, EVERY)
+    built = _EMBEDDED[key]
+    return Index(built.table, built.sources, config.data, built.rows)
 
 
 def spec_of(config: Config, batch: int | None = None) -> SampleSpec:

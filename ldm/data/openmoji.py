@@ -109,10 +109,10 @@ class Drawing:
         return next((kind for kind, block in KINDS.items() if first in block), "thing")
 
     def record(self, path: Path, options: ReadOptions) -> Record:
-        """The record of this drawing, rendered into `path`."""
+        """The record of this drawing, rendered into the absolute `path`."""
         label = self.label if options.label else ""
         attributes = {"role": self.role, "tone": self.tone} if self.role else {}
-        location = ImageLocation(str(path.resolve()))
+        location = ImageLocation(str(path))
         return Record(self.code, location, self.captions, label, self.split, self.weight, attributes=attributes)
 
 
@@ -143,12 +143,14 @@ def draw(subset: str, size: int, folder: Path) -> list[tuple[Drawing, Path]]:
     """Renders a subset, `size` pixels square, into `folder/CODE.png`; existing files are kept.
 
     Drawings are on white; those of `openmoji-thumbs` are transparent around the thumb, for `data.source.mask: alpha`.
+    Returns each drawing with the absolute path of its image.
     """
     rendered = []
     chosen, svgs = drawings(subset), _svg_folder()
     import resvg_py
 
     folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()  # once, not for each image
     background = None if subset == "openmoji-thumbs" else "white"
     for drawing in chosen:
         path = folder / f"{drawing.code}.png"

@@ -107,7 +107,12 @@ def test_a_loaded_autoencoder_of_other_channels_is_refused(
 
 @pytest.mark.parametrize(
     "name",
-    ["tiny", "openmoji", "sd-512", pytest.param("sdxl-1024", marks=pytest.mark.drill)],  # half a minute
+    [
+        "tiny",
+        pytest.param("openmoji", marks=pytest.mark.drill),  # a block of the data guide, which test_docs runs
+        pytest.param("sd-512", marks=pytest.mark.drill),  # test_memory_estimate
+        pytest.param("sdxl-1024", marks=pytest.mark.drill),  # half a minute
+    ],
 )
 def test_a_dry_run_prints_the_plan_of_any_configuration(
     root: Path,

@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +21,6 @@ import benchmark_sampling
 import benchmark_training
 import pytest
 import torch
-from forked import start_server
 
 from ldm.config.loader import Config
 from ldm.data.index import Index
@@ -54,9 +54,14 @@ def main(benchmark: Any) -> Any:
 
 @pytest.mark.slow
 def test_training_is_measured_next_to_the_reference_in_both_precisions(
-    main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path]
+    main: Any,
+    call: Callable[..., str],
+    root: Path,
+    three_shapes: Callable[[list[str]], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    start_server(root)  # the rows' processes are forks of it
+    forks = multiprocessing.get_context("fork")  # of this process, which has imported everything already
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forks)
     overrides = [f"data.source={three_shapes(['cat', 'dog', 'red heart'] * 3)}", "run.precision=bf16", *SMALLEST]
     output = call(main, "train", "--config", root / "configs/tiny.yaml", "--steps", 4, *overrides)
     rows = {name: [float(x.replace(",", "")) for x in figures] for name, *figures in ROW.findall(output)}

@@ -207,7 +207,10 @@ def test_rfid_of_few_images_comes_with_a_warning(report: Report, shared: Path, m
     [
         (["--model", "/nowhere"], "--model: "),
         (["--model", "COARSE", "data.size=26"], "data.size: 26 is not a multiple of 4, the factor of"),
-        (["--model", "COARSE", "data.size=8"], "data.size: sides of 8 px are less than SSIM's window of 11"),
+        (
+            ["--model", "COARSE", "data.size=8", "data.source=IMAGES"],
+            "data.size: sides of 8 px are less than SSIM's window of 11",
+        ),
         (["--model", "COARSE", "data.buckets={step: 6, smallest: 12}"], "data.buckets.step: 6 is not a multiple of 4"),
         (["--model", "COARSE", "--count", "0"], "--count: 0"),
         (["--model", "COARSE", "--worst", "0"], "--worst: 0"),
@@ -218,8 +221,11 @@ def test_rfid_of_few_images_comes_with_a_warning(report: Report, shared: Path, m
         ([], "--model"),
     ],
 )
-def test_a_mistake_is_one_line(report: Report, shared: Path, arguments: list[str], message: str) -> None:
-    status, _, stderr = report(*[str(shared / "coarse") if word == "COARSE" else word for word in arguments])
+def test_a_mistake_is_one_line(
+    report: Report, shared: Path, three_shapes: Callable[[list[str]], Path], arguments: list[str], message: str
+) -> None:
+    coarse, images = str(shared / "coarse"), str(three_shapes(["cat", "dog", "heart"]))
+    status, _, stderr = report(*[word.replace("COARSE", coarse).replace("IMAGES", images) for word in arguments])
     stderr = stderr.rpartition("\r")[2]  # after the progress bar of checking images
     assert status == 2
     assert message in stderr

@@ -103,6 +103,7 @@ def test_alignment_to_a_pretrained_encoder_improves_and_codebook_statistics_are_
     ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
     settings, index = drawings(
         "stage1.steps=40",
+        "stage1.batch=8",
         "stage1.model=vq-f4-small",
         "stage1.channels=[8, 16]",
         "stage1.norm_num_groups=8",

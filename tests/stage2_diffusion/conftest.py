@@ -12,6 +12,7 @@ from of_config import indexed_once
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data.index import Index
+from stage2_diffusion import validation
 
 SMALL = [
     "run.tracker=none",
@@ -38,6 +39,12 @@ SMALL = [
 def small(drawn: Path, words: Path) -> list[str]:
     """Overrides of configs/tiny.yaml."""
     return [*SMALL, f"data.cache_dir={drawn}", f"text.model={words}"]
+
+
+@pytest.fixture
+def two_noise_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation, which each training has and few tests look at, evaluates two noise levels instead of six."""
+    monkeypatch.setattr(validation, "EVAL_LOG_SNRS", (-3.0, 3.0))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ldm.training.model_card import write_card
 from stage2_diffusion.train import train
 
 Few = Callable[..., tuple[Config, Index]]
+pytestmark = pytest.mark.usefixtures("two_noise_levels")
 DDIM, DDPM = "sample.solver=ddim stage2.prediction_type=eps", "sample.solver=ddpm stage2.prediction_type=v"
 EULER, EULER_FLOW = "sample.solver=euler stage2.prediction_type=eps", "sample.solver=euler stage2.prediction_type=flow"
 DPM, DPM_FLOW = "sample.solver=dpm++ stage2.prediction_type=v", "sample.solver=dpm++ stage2.prediction_type=flow"
@@ -49,27 +50,18 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text,inpaint", "kl", DDIM),
     ("text,upscale", "kl", EULER_FLOW),
     ("text,class,inpaint", "identity", DPM),
-    # These, with the ones above, hold every pair of condition, autoencoder, solver, prediction and extra that works.
-    ("text", "kl", EULER_FLOW),
+    # These, with the ones above, hold every pair of condition, autoencoder and extra that works.
     ("text", "kl", LEARNED),
     ("text", "kl", f"{DPM} {ZERO_SNR}"),
     ("text", "kl", f"sample.solver=ddim {ZERO_SNR}"),
-    ("text", "kl", DPM_FLOW),
     ("text", "kl", f"{DPM} stage2.uncond_embedding=learned"),
-    ("class", "kl", UNIPC_FLOW),
     ("class", "identity", DPM),
     ("class", "identity", LEARNED),
-    ("", "kl", EULER),
-    ("", "kl", UNIPC_FLOW),
     ("text,class", "identity", DDIM),
     ("text,size", "identity", UNIPC_FLOW),
-    ("text,inpaint", "kl", UNIPC_FLOW),
     ("text,inpaint", "kl", LEARNED),
     ("text,inpaint", "identity", EULER_FLOW),
-    ("text,upscale", "kl", DDIM),
-    ("text,upscale", "kl", UNIPC),
     ("text,upscale", "kl", LEARNED),
-    ("text,class,inpaint", "kl", DDPM),
     ("text,upscale", "kl", f"{DPM} stage2.uncond_embedding=learned"),
     ("text", "vq", DPM),
     ("text", "tiny", DDIM),
@@ -79,9 +71,25 @@ COMBINATIONS = [  # what comes first is not slow: each condition, autoencoder an
     ("text,inpaint", "tiny", DPM),
     ("text,inpaint", "dc", DPM),
 ]
+PAIRS_WITH_SOLVERS = [  # with the ones above, every pair of a condition with a solver and prediction
+    ("text", "kl", EULER_FLOW),
+    ("text", "kl", DPM_FLOW),
+    ("class", "kl", UNIPC_FLOW),
+    ("", "kl", EULER),
+    ("", "kl", UNIPC_FLOW),
+    ("text,inpaint", "kl", UNIPC_FLOW),
+    ("text,upscale", "kl", DDIM),
+    ("text,upscale", "kl", UNIPC),
+    ("text,class,inpaint", "kl", DDPM),
+]
 CASES = [
-    pytest.param(*names, marks=pytest.mark.slow if i >= 10 else (), id=" ".join(names).replace("sample.solver=", ""))
-    for i, names in enumerate(COMBINATIONS)
+    pytest.param(*names, marks=marks, id=" ".join(names).replace("sample.solver=", ""))
+    for group, marks in (
+        (COMBINATIONS[:10], ()),
+        (COMBINATIONS[10:], pytest.mark.slow),
+        (PAIRS_WITH_SOLVERS, (pytest.mark.slow, pytest.mark.drill)),
+    )
+    for names in group
 ]
 
 

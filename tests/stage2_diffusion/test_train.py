@@ -27,6 +27,7 @@ from stage2_diffusion.train import train
 
 DIFFUSERS_PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 Few = Callable[..., tuple[Config, Index]]
+pytestmark = pytest.mark.usefixtures("two_noise_levels")
 
 
 def encoder_of(settings: Config) -> text_encoder.TextEncoder:
@@ -127,9 +128,12 @@ def test_nothing_reaches_a_frozen_autoencoder_or_text_encoder(few: Few, vae: Aut
 
 @pytest.mark.slow
 def test_a_text_encoder_is_trained_averaged_and_exported_and_no_embedding_is_kept(
-    tmp_path: Path, few: Few, vae: Autoencoder
+    tmp_path: Path, few: Few, vae: Autoencoder, drawn: Path
 ) -> None:
+    few()  # renders the drawings, if no other test has
     cache = tmp_path / "own cache"
+    cache.mkdir()
+    (cache / "openmoji-demo-16px").symlink_to(drawn / "openmoji-demo-16px")
     settings, index = few("text.train=true", f"data.cache_dir={cache}", "sample.prompts=[red heart]")
     encoder = encoder_of(settings)
     before, frozen, dropped_out = tensors(encoder.model), tensors(vae.vae), list[bool]()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from stable_diffusion import PIPELINES
 
@@ -51,12 +52,35 @@ def read_pixels() -> Callable[[Path], np.ndarray]:
     return lambda path: np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.fixture(scope="session")
+def load_once() -> Callable[..., LatentDiffusion]:
+    """`LatentDiffusion.load`, which reads files again only once they changed."""
+    models: dict[object, LatentDiffusion] = {}
+    load = LatentDiffusion.load
+
+    def load_model(name: str | Path, *options: object) -> LatentDiffusion:
+        files = [(path, path.stat()) for path in sorted(Path(name).rglob("*"))]
+        if not files:  # no folder
+            return load(name, *options)
+        key = str(name), options, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files)
+        if key not in models or models[key].unet.dtype != torch.float32:  # where a call went as far as converting it
+            models[key] = load(name, *options)
+        return models[key]
+
+    return load_model
+
+
 @pytest.fixture
-def refused(call: Callable[..., str]) -> Callable[..., str]:
-    """Calls a script that has to refuse its arguments; returns its error, which is a single line."""
+def refused(call: Callable[..., str], load_once: Callable[..., LatentDiffusion]) -> Callable[..., str]:
+    """Calls a script that has to refuse its arguments; returns its error, which is a single line.
+
+    So it generates nothing, and hardly changes its model, which is loaded once for all such calls.
+    """
 
     def run(main: Main, *arguments: object) -> str:
-        output = call(main, *arguments, status=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LatentDiffusion, "load", load_once)
+            output = call(main, *arguments, status=2)
         assert re.fullmatch(r"error: [^\n]+\n", output), output
         return output
 

@@ -122,13 +122,14 @@ def test_flips_crops_and_captions_vary_and_are_recorded(shapes: Callable[..., lo
 
 @pytest.mark.slow
 def test_training_from_the_cache_has_the_same_losses_as_without(
-    shapes: Callable[..., loader.Config], tmp_path: Path
+    shapes: Callable[..., loader.Config], words: Path, tmp_path: Path
 ) -> None:
     losses = {}
     for kind in ("disk", "none"):
         config = shapes(
             f"data.cache={kind}",
             f"run.dir={tmp_path / kind}",
+            f"text.model={words}",
             "run.log_every=1",
             "run.precision=no",
             "stage2.steps=12",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from cases import each
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
@@ -116,7 +117,7 @@ def test_a_nonfinite_image_is_counted_and_left_out_of_the_means() -> None:
     assert all(math.isnan(value) for value in reconstruction([(real, reconstructed)]).values())
 
 
-@pytest.mark.parametrize(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
+@each(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
 def test_ms_ssim_uses_as_many_scales_as_fit_the_side(side: int, scales: int) -> None:
     assert max_scales(side) == scales
     assert max_scales(side - 1) < scales or not scales
@@ -137,7 +138,7 @@ def test_bicubic_keeps_flat_colours_and_loses_detail_finer_than_its_factor() -> 
 # ------------------------------------------------------------------------------------------------------ recommendations
 
 
-@pytest.mark.parametrize(
+@each(
     ("means", "std", "nonfinite", "expected", "reason"),
     [
         (GOOD, UNIT, 0, "keep", "PSNR 28.0 dB (bicubic 23.0), SSIM 0.850 (0.600)"),
