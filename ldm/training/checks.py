@@ -16,6 +16,7 @@ from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
+from ldm.models.adapters.inject import AdapterSpec, layer_ranks
 from ldm.models.adapters.token_embedding import check_token
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_optimizer
@@ -56,7 +57,11 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
-        unet.load(stage2, *shape)
+        loaded = unet.load(stage2, *shape)
+        if config.finetune.adapter:
+            encoders = encoder.models if encoder and config.finetune.text_encoder else []
+            for network in (loaded, *encoders):
+                layer_ranks(network, AdapterSpec.of(config.finetune))
         trained = on_main((config.run.dir / "autoencoder").exists)
         if not (stage1.needs_none or stage1.init_from or trained):
             raise UserError(

@@ -101,7 +101,7 @@ def test_the_merged_pipeline_draws_what_the_base_with_the_adapter_draws(
         "timestep_spacing": "trailing",
     }
     images = [
-        model("a", **options)[0]
+        model("a", seed=1, **options)[0]
         for model in (
             LatentDiffusion.load(tmp_path / "run/pipeline", "cpu"),
             LatentDiffusion.load(base, "cpu").add_loras((tmp_path / "run/lora", 1.0)),

@@ -72,11 +72,11 @@ def target_layers(network: nn.Module, targets: str) -> list[str]:
     return [name for name, layer in names.items() if fits(name, layer)]
 
 
-def add_adapter(network: nn.Module, spec: AdapterSpec, key: str = "finetune") -> list[str]:
-    """Freezes a network, gives its target layers an adapter in float32, and returns their names. Only it is trained.
+def layer_ranks(network: nn.Module, spec: AdapterSpec, key: str = "finetune") -> dict[str, int]:
+    """The rank of each layer that gets an adapter, in the network's order.
 
-    The change is 0 at the start; its random factors are drawn from torch's generator. UserError, which names the keys
-    of the section `key`, where no layer is meant, or a pattern of `rank_pattern` matches none.
+    UserError, which names the keys of the section `key`, where there is none, or where a pattern of `rank_pattern`
+    matches none.
     """
     layers = target_layers(network, spec.targets)
     if not layers:
@@ -86,12 +86,21 @@ def add_adapter(network: nn.Module, spec: AdapterSpec, key: str = "finetune") ->
         if not (matched := [name for name in layers if re.search(pattern, name)]):
             raise UserError(f"{key}.rank_pattern: {pattern!r} matches no layer; one is {layers[0]}")
         ranks.update(dict.fromkeys(matched, rank))
+    return ranks
+
+
+def add_adapter(network: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Freezes a network, gives its target layers an adapter in float32, and returns their names. Only it is trained.
+
+    The change is 0 at the start; its random factors are drawn from torch's generator. UserError as `layer_ranks`.
+    """
+    ranks = layer_ranks(network, spec)
     network.requires_grad_(False)
     inject_adapter_in_model(peft_config(spec, ranks), network, NAME)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return layers
+    return list(ranks)
 
 
 def peft_config(spec: AdapterSpec, ranks: Mapping[str, int]) -> PeftConfig:
