@@ -95,7 +95,6 @@ def test_the_merged_pipeline_draws_what_the_base_with_the_adapter_draws(
     run(settings("lora", "finetune.merge=true", "stage2.lr=0.1"))
     options = {
         "num_inference_steps": 2,
-        "seed": 1,
         "guidance_scale": 2.0,
         "solver": "ddim",
         "timestep_spacing": "trailing",
