@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ldm.config.schema import Stage2Config
@@ -76,7 +77,7 @@ class Denoiser(nn.Module):
             if dropped is not None:
                 text = self._drop(text, dropped)
             condition = condition.with_text(text)
-        return predict(self.unet, x, t, condition).float()
+        return convert_to_fp32(predict(self.unet, x, t, condition))  # type: ignore[no-any-return]
 
     def _drop(self, text: TextEmbedding, dropped: torch.Tensor) -> TextEmbedding:
         null = self.uncond_embedding()
