@@ -16,6 +16,7 @@ from ldm.distributed.sharding import SHARDED, check_shardable
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
+FLOAT = "=float"  # at the end of the name of a number among the optimizer's tensors
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NO_EFFECT = {
     "ema_decay": ("schedulefree", "has no effect: schedulefree averages the weights itself"),
@@ -134,7 +135,7 @@ def lr_factor(step: int, training: Training) -> float:
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
     """An optimizer's `state_dict()` as named tensors (`3.exp_avg`) and plain groups.
 
-    Integers become int64, floats float64; a group's tensors are `groups.0.d_numerator`.
+    Integers become int64, floats `3.lr_max=float`, in float64; a group's tensors are `groups.0.d_numerator`.
     """
     tensors: Tensors = {}
 
@@ -144,8 +145,10 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, An
                 flatten(f"{name}.{key}", child)
         elif isinstance(value, torch.Tensor):
             tensors[name] = value
+        elif isinstance(value, float):
+            tensors[name + FLOAT] = torch.tensor(value, dtype=torch.float64)
         else:
-            tensors[name] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+            tensors[name] = torch.tensor(value, dtype=torch.int64)
 
     for i, entry in state["state"].items():
         flatten(str(i), entry)
@@ -169,7 +172,8 @@ def unflatten_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[
         entry = state.setdefault(int(index), {})
         for part in path:
             entry = entry.setdefault(part, {})
-        entry[key] = value.item() if value.dtype in (torch.int64, torch.float64) and not value.ndim else value
+        is_number = key.endswith(FLOAT) or (value.dtype == torch.int64 and not value.ndim)
+        entry[key.removesuffix(FLOAT)] = value.item() if is_number else value
     return {"state": state, "param_groups": groups}
 
 
