@@ -43,6 +43,7 @@ def network(process: DiffusionProcess, predict: Callable[[torch.Tensor, torch.Te
         x0 = predict(x, t)
         return (process.target_from(x0, (x - alpha * x0) / sigma, t),)
 
+    forward.dtype = torch.float32  # type: ignore[attr-defined]
     return forward
 
 

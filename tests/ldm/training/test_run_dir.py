@@ -143,7 +143,7 @@ def test_the_pipeline_has_the_configured_steps_wherever_a_change_was_killed(
     if written:
         prepare_run_dir(more)
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "_restore_pipeline" if written else "atomic_file", kill)
+        patch.setattr(run_dir, "_restore_results" if written else "atomic_file", kill)
         with pytest.raises(KeyboardInterrupt):
             prepare_run_dir(settings if written else more)
     assert not (finished / "pipeline").exists()
