@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ldm.cli.sampling_arguments import add_lora_argument, errors_name_flags, sampling_options
+from ldm.cli.sampling_arguments import add_embedding_argument, add_lora_argument, errors_name_flags, sampling_options
 from ldm.config import loader
 from ldm.config.schema import SOLVERS, SPACINGS, Config, SourceConfig
 from ldm.data import images, index
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
     model = LatentDiffusion.load(args.model or args.run / "pipeline").add_loras(*args.lora)
+    model.add_embeddings(*args.embedding)
     model.optimize_for_inference(args.precision)
     enlarges = "upscale" in settings.stage2.conditions
     if (model.task == "upscale") != enlarges or model.task == "inpaint":
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if enlarges and args.concept:
         raise UserError("--concept: of a text-to-image model; this one enlarges images, leave it out")
     concept = _concept(args.concept, settings) if args.concept else None
-    is_default = not (args.model or args.lora or concept) and options == Sampling()
+    is_default = not (args.model or args.lora or args.embedding or concept) and options == Sampling()
     metrics: dict[str, Any] = {
         "steps": options.num_inference_steps or model.steps,
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
@@ -201,6 +202,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first image")
     parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
     add_lora_argument(parser)
+    add_embedding_argument(parser)
     concept = "what a fine-tune of the run learned: a folder of captioned images, or openmoji-thumbs; measured too"
     parser.add_argument("--concept", type=path_or_id, metavar="SOURCE", help=concept)
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")

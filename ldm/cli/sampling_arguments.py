@@ -97,8 +97,7 @@ def sampling_parser(description: str) -> Parser:
     base = "of a single file: a pipeline of the same family, for what a file lacks; default: the Hub's"
     parser.add_argument("--base", type=path_or_id, help=base)
     add_lora_argument(parser)
-    embedding = "a learned word (textual inversion): a file or a run's folder; several give several words"
-    parser.add_argument("--embedding", nargs="+", action="extend", default=[], type=path_or_id, help=embedding)
+    add_embedding_argument(parser)
     what = parser.add_argument_group("what")
     what.add_argument("--prompt", nargs="+", default=[], help="what the image shall show; several give several images")
     what.add_argument("--prompts", type=path_or_id, help="a file with a prompt per line, or - for standard input")
@@ -145,6 +144,12 @@ def add_lora_argument(parser: Parser) -> None:
     text = "LoRA, DoRA, LoKr or LoHa: a file, a run's folder or a Hub id, and its scale; default: 1"
     options: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "type": lora_argument}
     parser.add_argument("--lora", **options, metavar="FILE[:SCALE]", help=text)
+
+
+def add_embedding_argument(parser: Parser) -> None:
+    """`--embedding FILE …`, any number of times."""
+    text = "a learned word (textual inversion): a file or a run's folder; several give several words"
+    parser.add_argument("--embedding", nargs="+", action="extend", default=[], type=path_or_id, help=text)
 
 
 def lora_argument(text: str) -> tuple[str, float]:

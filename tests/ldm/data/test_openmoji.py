@@ -37,7 +37,8 @@ def test_the_demo_has_none_of_the_six_thumbs_to_fine_tune_on() -> None:
 
 def test_both_subsets_hold_out_the_same_combinations() -> None:
     small, everything = (
-        {d.captions[0] for d in openmoji.drawings(name) if d.split == "combination"} for name in ("openmoji-demo", "openmoji-all")
+        {d.captions[0] for d in openmoji.drawings(name) if d.split == "combination"}
+        for name in ("openmoji-demo", "openmoji-all")
     )
     assert small == everything
 
