@@ -90,6 +90,7 @@ def test_a_learned_variance_does_not_count() -> None:
     def both(x: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
         return (torch.cat([torch.zeros_like(x), torch.full_like(x, torch.inf)], dim=1),)
 
+    both.dtype = torch.float32  # type: ignore[attr-defined]
     plain = network(process, lambda x, t: process.alpha_sigma(t)[0] * x)  # v = 0
     for level in EVAL_LOG_SNRS:
         error = velocity_error(process, both, x0, eps, level, Condition())
