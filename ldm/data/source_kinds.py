@@ -39,7 +39,7 @@ KINDS_OF_KEY = {
     "lines": ("sidecars", *_TABULAR),
     "template": ("classes",),
     "caption": ("sidecars",),
-    "mask": ("metadata", "sidecars", "classes", "images", "tar", "parquet", "datasets"),
+    "mask": ("openmoji", "metadata", "sidecars", "classes", "images", "tar", "parquet", "datasets"),
     "split": ("sidecars", "classes", "images", *_TABULAR),
 }
 FOLDERS = ("metadata", "sidecars", "classes", "images")

@@ -190,7 +190,8 @@ class Sources:
                 repeats = record.repeats * source.repeats
                 if repeats > MAX_REPEATS:
                     raise UserError(f"data.source: {key} is repeated {repeats:,} times; give {MAX_REPEATS:,} at most")
-                split = PRIOR if source.prior and kind != "kohya" else record.split
+                of_class = source.prior and kind != "kohya" and record.split == "train"  # held out stays held out
+                split = PRIOR if of_class else record.split
                 mask = record.location if source.mask == ALPHA else record.mask
                 yield replace(record, key=key, repeats=repeats, split=split, mask=mask)
 
