@@ -82,6 +82,8 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
         raise UserError(f"--stage 2: no autoencoder in {folder}; run --stage 1 first, or set stage1.pretrained")
     with_classes = prior.with_class_images(settings, encoder) if "stage2" in stages else settings  # may draw them
     data = load_data(with_classes, encoder)
+    if "stage2" in stages:
+        prior.check_found(settings, data)
     if not on_main(result.exists):
         on_main(lambda: checks.check_on_images(settings, next(dataset.iter_images(data, 2)), state.device))
     if stages and state.is_main_process:

@@ -22,7 +22,7 @@ class Denoiser(nn.Module):
     losses that timesteps are drawn by (`times`), where the configuration asks for them. `empty` is the embedding of the
     empty caption by a frozen encoder. Pass an `encoder` only if some of its parameters train, which require gradients;
     their names begin with `encoder.`, of several encoders with `encoder.0.`, `encoder.1.`. `frozen`: checkpoints keep
-    the trained parameters alone.
+    what is trained of the networks alone.
     """
 
     empty: torch.Tensor | None
@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         frozen: bool = False,
     ):
         super().__init__()
-        self.unet, self.frozen = unet, frozen
+        self.unet, self.frozen = unet, ("unet.", "encoder.") if frozen else ()
         self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
         self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder
@@ -105,4 +105,7 @@ class Denoiser(nn.Module):
         super().train(mode)
         if self.encoder is not None:
             self.encoder.eval()
+            for name, module in self.encoder.named_modules():
+                if ".lora_dropout." in name:  # an adapter's own
+                    module.train(mode)
         return self

@@ -53,7 +53,8 @@ def connect() -> socket.socket:
             client.connect(os.environ[ADDRESS])
         except (FileNotFoundError, ConnectionRefusedError):
             client.close()
-            assert time.monotonic() < end, "the server of forks does not answer"
+            ended = any(server.poll() is not None for server in servers)
+            assert not ended and time.monotonic() < end, "the server of forks does not answer"
             time.sleep(0.02)
         else:
             return client

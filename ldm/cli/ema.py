@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     available = read_snapshots(folder)
     if not available:
         raise UserError(f"{args.run}: no snapshots in {folder}; train with stage2.ema_widths=[0.05, 0.1]")
+    if (args.run / "lora").is_dir() or (args.run / "embeddings").is_dir():
+        raise UserError(
+            f"{args.run}: averages of other widths are made of models that were trained in full; give such a run"
+        )
     if not (args.run / "pipeline").is_dir():
         raise UserError(f"{args.run}: no finished run (it has no pipeline); run train_ldm.py first")
     step = available[-1].step if args.step is None else args.step

@@ -46,8 +46,8 @@ def export_lora(name: str, base: str | None, layout: str | None, dtype: torch.dt
             family = checkpoint.known_layout(unet, model.autoencoder.vae, encoders)
             metadata = kohya_layout.metadata_of(adapter, out.stem, family, model.side)
             kohya_layout.write(tmp_path, adapter, model.networks, metadata)
-    written = read_adapter(out, model.networks, "--out")
-    print(f"tensors  {compare_adapters(adapter, written):,} read again, all equal")
+        written = read_adapter(tmp_path, model.networks, "--out")
+        print(f"tensors  {compare_adapters(adapter, written):,} read again, all equal")
     kinds = {change.kind for layers in written.values() for change in layers.values()}
     if reason := why_not_loaded(kinds, set(written), layout, model.task):
         print(f"image    not compared: {reason}")

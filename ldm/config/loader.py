@@ -153,7 +153,10 @@ def _mark_regularization(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_kohya(source: Any) -> bool:
-    return isinstance(source, dict) and (str(source.get("path")).endswith(".toml") or source.get("kind") == "kohya")
+    if not isinstance(source, dict):
+        return False
+    kind = source.get("kind", "auto")
+    return kind == "kohya" or (kind == "auto" and str(source.get("path")).endswith(".toml"))
 
 
 def _renamed_override(override: str, notes: list[str]) -> str:

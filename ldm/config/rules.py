@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -277,13 +278,21 @@ def adapter_keys_need_an_adapter(finetune: FinetuneConfig) -> None:
 def quantised_weights_suit_the_adapter(finetune: FinetuneConfig) -> None:
     if finetune.base_precision not in ("8bit", "4bit"):
         return
-    if finetune.kind in ("lokr", "loha"):
-        raise ValueError(f"base_precision: {finetune.base_precision} suits lora and dora; take bf16")
+    if finetune.kind not in ("lora", "inversion"):  # DoRA's magnitudes need the weights, before they are on a GPU
+        raise ValueError(f"base_precision: {finetune.base_precision} suits lora and inversion; take bf16")
     if finetune.merge:
         raise ValueError(
             f"merge: {finetune.base_precision} weights would lose precision; leave it out, and merge the adapter into "
             "the model itself with scripts/merge.py"
         )
+
+
+def rank_patterns_are_regular_expressions(finetune: FinetuneConfig) -> None:
+    for pattern in finetune.rank_pattern:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rank_pattern: {pattern!r} is no regular expression ({error})") from None
 
 
 def dropout_is_of_lora(finetune: FinetuneConfig) -> None:
@@ -318,6 +327,7 @@ def prior_keys_need_a_prior_weight(finetune: FinetuneConfig) -> None:
 FINETUNE = (
     adapter_keys_need_an_adapter,
     quantised_weights_suit_the_adapter,
+    rank_patterns_are_regular_expressions,
     dropout_is_of_lora,
     inversion_has_a_token,
     prior_keys_need_a_prior_weight,
@@ -552,12 +562,17 @@ def prior_preservation_has_a_class(config: Config) -> None:
             raise ValueError(
                 "finetune.class_prompt: missing; give the caption of the class, such as 'a photo of a dog'"
             )
+    elif stage2.classes:
+        raise ValueError(
+            "finetune.class_prompt: images of the class need labels, as stage2.conditions has class; give them as a "
+            "data.source with prior: true"
+        )
     elif not finetune.class_images:
         if not stage2.init_from:
             raise ValueError(
                 "stage2.init_from: no model to draw the class with; name one, or give finetune.class_images"
             )
-        if stage2.image or stage2.classes:
+        if stage2.image:
             raise ValueError(
                 "finetune.class_images: missing; only a model conditioned on text alone can draw the class"
             )

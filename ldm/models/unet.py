@@ -98,11 +98,19 @@ def _check_side(side: int, levels: int, subject: str, remedy: str = "") -> None:
 
 
 def load(
-    stage: Stage2Config, channels: int, side: int, text_width: int = 0, classes: int = 0, pooled_width: int = 0
+    stage: Stage2Config,
+    channels: int,
+    side: int,
+    text_width: int = 0,
+    classes: int = 0,
+    pooled_width: int = 0,
+    *,
+    extend: bool = True,
 ) -> UNet:
     """The U-Net of `stage2.init_from`, in its own architecture, with the inputs added that it lacks.
 
-    UserError if it does not fit the latents, text, classes (0: not known yet) or prediction type.
+    Without `extend` none are added, because a frozen network would not learn to read them. UserError if it does not fit
+    the latents, text, classes (0: not known yet) or prediction type.
     """
     name = str(stage.init_from)
     kind = UNet2DConditionModel if stage.text else UNet2DModel
@@ -123,7 +131,7 @@ def load(
         "out_channels": output_channels(stage, channels),
         "num_class_embeds": labels,
     }
-    if unet.config.in_channels == channels:  # with other inputs it was trained for another task
+    if extend and unet.config.in_channels == channels:  # with other inputs it was trained for another task
         widen(unet, required)
     for key, source in (
         ("in_channels", "the latents' and the conditions'"),
@@ -134,6 +142,7 @@ def load(
         if actual != required[key]:
             raise UserError(
                 f"stage2.init_from: {name} has {key} {actual}, but {source} are {required[key]}; use its own"
+                + ("" if extend else ", or finetune.kind=full, which learns new inputs")
             )
     if stage.text:
         _check_text(unet, stage, name, text_width, pooled_width)

@@ -16,7 +16,7 @@ from ldm.distributed import sharding
 from ldm.distributed.launch import accumulated, on_main, precision
 from ldm.models import attention, autoencoder, compilation, feature_networks, text_encoder, unet
 from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
-from ldm.models.adapters.inject import AdapterSpec, layer_ranks
+from ldm.models.adapters.inject import AdapterSpec, check_targets
 from ldm.models.adapters.token_embedding import check_token
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_optimizer
@@ -57,11 +57,10 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()
     shape = (stage1.latent_channels, config.data.size // stage1.factor, *widths)
     if stage2.init_from:
-        loaded = unet.load(stage2, *shape)
+        loaded = unet.load(stage2, *shape, extend=config.finetune.kind == "full")
         if config.finetune.adapter:
             encoders = encoder.models if encoder and config.finetune.text_encoder else []
-            for network in (loaded, *encoders):
-                layer_ranks(network, AdapterSpec.of(config.finetune))
+            check_targets((loaded, *encoders), AdapterSpec.of(config.finetune))
         trained = on_main((config.run.dir / "autoencoder").exists)
         if not (stage1.needs_none or stage1.init_from or trained):
             raise UserError(
@@ -78,7 +77,7 @@ def _check_finetuning(config: Config, on_gpu: bool, processes: int) -> None:
     """UserError where a part of a model can't be trained on this machine."""
     finetune = config.finetune
     check_base_precision(finetune.base_precision, on_gpu)
-    if (computed := precision(config.run)) != finetune.base_precision == "fp16" and computed != "no":
+    if (computed := precision(config.run)) != finetune.base_precision == "fp16":  # else no scale keeps gradients
         raise UserError(f"finetune.base_precision: fp16, but run.precision is {computed} here; set both to the same")
     if finetune.kind != "full" and processes > 1 and sharding.sharding_kind() == "deepspeed":
         raise UserError(f"finetune.kind: {finetune.kind} trains with DDP or FSDP here, not with DeepSpeed; take FSDP")

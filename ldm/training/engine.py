@@ -25,8 +25,8 @@ class Engine:
     What a module names in `extra_parameters`, parameters of another kind than its network's, is not decayed, and its
     gradients are clipped separately, so that large ones don't shorten the network's. It is not sharded either.
 
-    Of a module with a true `frozen` only trained parameters are in checkpoints: the others are those of the model that
-    the training starts from.
+    Of the networks whose names begin with a prefix in a module's `frozen`, only trained parameters are in checkpoints:
+    the others are those of the model that the training starts from.
     """
 
     def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
@@ -123,18 +123,19 @@ class Engine:
     def _weights(self) -> dict[str, torch.Tensor]:
         """Weights and buffers that a checkpoint has."""
         weights = self.module.state_dict()
-        if not getattr(self.module, "frozen", False):
+        if not (frozen := getattr(self.module, "frozen", ())):
             return weights
         trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        return {name: tensor for name, tensor in weights.items() if name in trained}
+        return {name: tensor for name, tensor in weights.items() if name in trained or not name.startswith(frozen)}
 
     def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
         """Restores what `state` returned, in this or another number of processes, sharded or not."""
         own = self._weights()
         loaded = {name: shard_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}
-        if getattr(self.module, "frozen", False) and loaded.keys() != own.keys():
+        frozen = bool(getattr(self.module, "frozen", ()))
+        if frozen and loaded.keys() != own.keys():
             raise KeyError(", ".join(loaded.keys() ^ own.keys()))  # frozen weights alone may be missing
-        self.module.load_state_dict(loaded, strict=not getattr(self.module, "frozen", False))
+        self.module.load_state_dict(loaded, strict=not frozen)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = unflatten_optimizer(tensors, groups)
         for i, entry in state["state"].items():

@@ -109,7 +109,8 @@ def check_optimizer(training: Training, key: str) -> None:
     prefix = f"{key}." if key else ""
     check_installed(training, f"{prefix}optimizer")
     for name, (optimizer, reason) in NO_EFFECT.items():
-        if training.optimizer == optimizer and name in training.model_fields_set:
+        default = type(training).model_fields[name].default
+        if training.optimizer == optimizer and getattr(training, name) != default:
             print(f"{prefix}{name}: {reason}", file=sys.stderr, flush=True)
 
 

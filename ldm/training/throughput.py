@@ -26,17 +26,22 @@ Item = TypeVar("Item")
 TRAINING = 3
 """FLOPs of a training step over those of a forward: the backward has two products for each, as both the inputs' and the
 weights' gradients are needed (arXiv 2001.08361, section 2.1)."""
+FROZEN = 2
+"""The same where nearly all weights are frozen, which need no gradients."""
 
 
 @torch.no_grad()
 def forward_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of `module(*args, **kwargs)`, from shapes alone; 0 where the forward depends on values.
 
-    Nothing is computed, no memory is taken for weights, and the module stays as it is. The same for every precision,
-    attention backend and memory format, compiled or not; activations that are recomputed count once. Arguments are
-    tensors, also within tuples, lists and dictionaries, and whatever else the module takes.
+    0 too where weights are quantised, whose types have no such shapes. Nothing is computed, no memory is taken for
+    weights, and the module stays as it is. The same for every precision, attention backend and memory format, compiled
+    or not; activations that are recomputed count once. Arguments are tensors, also within tuples, lists and
+    dictionaries, and whatever else the module takes.
     """
     # Tensors with a shape, a type and a device, and no values. Entered as a mode, it would take tokens' values as well.
+    if any(type(parameter).__name__ in ("Int8Params", "Params4bit") for parameter in module.parameters()):
+        return 0
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
 
@@ -111,7 +116,8 @@ class Clock:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and ready():
                 hook.remove()
-                self.restart(TRAINING * forward_flops(unsharded, *args, **kwargs) / images, peak)
+                passes = FROZEN if getattr(unsharded, "frozen", ()) else TRAINING
+                self.restart(passes * forward_flops(unsharded, *args, **kwargs) / images, peak)
 
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
 

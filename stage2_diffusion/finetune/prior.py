@@ -112,6 +112,15 @@ def check(config: Config) -> None:
             )
 
 
+def check_found(config: Config, data: Index | Stream) -> None:
+    """UserError where prior preservation found no usable image of the class."""
+    if config.finetune.prior_weight is not None and isinstance(data, Index) and data.prior() is None:
+        raise UserError(
+            "finetune.prior_weight: no usable image of the class, so nothing would be preserved; see data-report.json, "
+            "and add some, or leave it out"
+        )
+
+
 def _has_class_images(source: SourceConfig) -> bool:
     if _is_kohya(source):
         return source.prior and any(subset.is_reg for subset in subsets(Path(source.path)))
@@ -286,4 +295,5 @@ def _settings(config: Config, model: LatentDiffusion) -> dict[str, object]:
         **{key: getattr(config.sample, key) for key in ("steps", "guidance", "solver")},
         **{key: getattr(stage, key) for key in process},
         "seed": config.run.seed,
+        "precision": precision(config.run),
     }

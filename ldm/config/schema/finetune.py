@@ -28,7 +28,8 @@ class FinetuneConfig(Section):
     text_encoder: bool = False
     """Gives the text encoder an adapter too; text embeddings are then not cached."""
     base_precision: Literal["no", "bf16", "fp16", "8bit", "4bit"] = "no"
-    """Precision of the frozen weights; `8bit` and `4bit` need bitsandbytes and a GPU."""
+    """Precision of the frozen weights; `fp16` needs `run.precision: fp16`. `8bit` and `4bit`, of lora and inversion,
+    need bitsandbytes and a GPU."""
     merge: bool = False
     """Writes the pipeline with the adapter merged into its weights, too."""
     token: str = ""

@@ -55,7 +55,9 @@ def write(path: Path, adapter: Adapter) -> None:
     layers: dict[str, Any] = {}
     for component, changes in adapter.items():
         layers[f"{component}_lora_layers"] = tensors_of(component, changes)
-        layers[f"{component}_lora_adapter_metadata"] = config_of(component, changes).to_dict()
+        config = config_of(component, changes).to_dict()
+        config["target_modules"] = sorted(config["target_modules"])  # peft has a set, whose order is of chance
+        layers[f"{component}_lora_adapter_metadata"] = config
     StableDiffusionXLPipeline.save_lora_weights(path.parent, weight_name=path.name, **layers)
     safetensors_file.sort_metadata(path)
 

@@ -52,7 +52,8 @@ def write_embeddings(folder: Path, encoder: AnyTextEncoder, token: str, base: st
 
 def file_stem(token: str) -> str:
     """The name of a word's file, which is the word itself in programs for the desktop: `cat-toy` of `<cat-toy>`."""
-    return re.sub(r"[^\w.-]+", "-", token).strip("-.") or "embedding"
+    stem = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "embedding"
+    return f"{stem}-word" if f"{stem}.safetensors" == DIFFUSERS_FILE else stem
 
 
 def card(token: str, rows: list[torch.Tensor], is_clip: bool, base: str, prompt: str) -> str:
@@ -113,7 +114,7 @@ def add_embedding_file(encoder: AnyTextEncoder | None, name: str | Path, option:
     except UserError as error:
         raise UserError(f"{option}: {error}") from None
     keys = SDXL_KEYS if set(names) == {*SDXL_KEYS} else tuple(names)
-    if keys != SDXL_KEYS and (len(names) != 1 or tensors[names[0]].dim() > 2 or not tensors[names[0]].dim()):
+    if (keys != SDXL_KEYS and len(names) != 1) or any(tensors[name].dim() not in (1, 2) for name in names):
         raise UserError(f"{source}: holds {contents(set(names))}, no learned word; give the file of an embedding")
     if len(keys) != len(encoder.encoders):
         made_for = f"{len(keys)} text encoder{'s' * (len(keys) > 1)}"

@@ -6,12 +6,13 @@ A layer's weight W becomes W + scale · ΔW with a ΔW of few parameters; scale 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ldm.config.schema import FinetuneConfig
@@ -72,27 +73,31 @@ def target_layers(network: nn.Module, targets: str) -> list[str]:
     return [name for name, layer in names.items() if fits(name, layer)]
 
 
-def layer_ranks(network: nn.Module, spec: AdapterSpec, key: str = "finetune") -> dict[str, int]:
-    """The rank of each layer that gets an adapter, in the network's order.
-
-    UserError, which names the keys of the section `key`, where there is none, or where a pattern of `rank_pattern`
-    matches none.
-    """
-    layers = target_layers(network, spec.targets)
-    if not layers:
-        raise UserError(f"{key}.targets: {spec.targets} matches no layer of the {type(network).__name__}; set another")
-    ranks = dict.fromkeys(layers, spec.rank)
+def layer_ranks(network: nn.Module, spec: AdapterSpec) -> dict[str, int]:
+    """The rank of each layer that gets an adapter, in the network's order; of several patterns, the last counts."""
+    ranks = dict.fromkeys(target_layers(network, spec.targets), spec.rank)
     for pattern, rank in spec.rank_pattern.items():
-        if not (matched := [name for name in layers if re.search(pattern, name)]):
-            raise UserError(f"{key}.rank_pattern: {pattern!r} matches no layer; one is {layers[0]}")
-        ranks.update(dict.fromkeys(matched, rank))
+        ranks.update({name: rank for name in ranks if re.search(pattern, name)})
     return ranks
+
+
+def check_targets(networks: Iterable[nn.Module], spec: AdapterSpec) -> None:
+    """UserError where a network has no layer for an adapter, or a pattern matches no layer of any network."""
+    names: list[str] = []
+    for network in networks:
+        if not (layers := target_layers(network, spec.targets)):
+            kind = type(network).__name__
+            raise UserError(f"finetune.targets: {spec.targets} matches no layer of the {kind}; set another")
+        names += layers
+    for pattern in spec.rank_pattern:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"finetune.rank_pattern: {pattern!r} matches no layer; one is {names[0]}")
 
 
 def add_adapter(network: nn.Module, spec: AdapterSpec) -> list[str]:
     """Freezes a network, gives its target layers an adapter in float32, and returns their names. Only it is trained.
 
-    The change is 0 at the start; its random factors are drawn from torch's generator. UserError as `layer_ranks`.
+    The change is 0 at the start; its random factors are drawn from torch's generator. `check_targets` finds mistakes.
     """
     ranks = layer_ranks(network, spec)
     network.requires_grad_(False)
@@ -100,6 +105,11 @@ def add_adapter(network: nn.Module, spec: AdapterSpec) -> list[str]:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in network.modules():  # peft has rounded DoRA's magnitudes to the type of the weights
+        weight = layer.get_base_layer().weight if isinstance(layer, LoraLayer) else None
+        if weight is not None and weight.dtype != torch.float32 and NAME in layer.lora_magnitude_vector:  # type: ignore
+            magnitude = layer.lora_magnitude_vector[NAME].weight  # type: ignore
+            magnitude.data = weight.float().flatten(1).norm(dim=1).reshape(magnitude.shape)
     return list(ranks)
 
 
