@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
@@ -106,10 +106,10 @@ def add_adapter(network: nn.Module, spec: AdapterSpec) -> list[str]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for layer in network.modules():  # peft has rounded DoRA's magnitudes to the type of the weights
-        weight = layer.get_base_layer().weight if isinstance(layer, LoraLayer) else None
-        if weight is not None and weight.dtype != torch.float32 and NAME in layer.lora_magnitude_vector:  # type: ignore
-            magnitude = layer.lora_magnitude_vector[NAME].weight  # type: ignore
-            magnitude.data = weight.float().flatten(1).norm(dim=1).reshape(magnitude.shape)
+        if isinstance(layer, LoraLayer) and NAME in layer.lora_magnitude_vector:
+            weight, magnitude = cast(Any, layer.get_base_layer()).weight, layer.lora_magnitude_vector[NAME].weight
+            if weight.dtype != torch.float32:
+                magnitude.data = weight.float().flatten(1).norm(dim=1).reshape(magnitude.shape)
     return list(ranks)
 
 
