@@ -314,7 +314,6 @@ def test_every_kind_of_source_has_masks(
     [
         ({"mask": "m"}, "data.source.mask: no folder m; give {0}/m"),
         ({"mask": "{0}"}, "data.source.mask: {0} holds the images too; put the masks into a folder of their own"),
-        ({"path": "openmoji-demo", "mask": "alpha"}, "data.source.mask: 'alpha' has no effect on openmoji-demo"),
         ({"path": "{0}/set.toml", "mask": "alpha"}, "write alpha_mask = true, or a conditioning_data_dir, into"),
     ],
 )
