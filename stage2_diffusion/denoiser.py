@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         frozen: bool = False,
     ):
         super().__init__()
-        self.unet, self.frozen = unet, ("unet.", "encoder.") if frozen else ()
+        self.unet, self.frozen_prefixes = unet, ("unet.", "encoder.") if frozen else ()
         self.register_buffer("empty", empty.states[0] if empty else None, persistent=False)
         self.register_buffer("empty_pooled", empty.pooled if empty else None, persistent=False)
         self.text = encoder

@@ -25,7 +25,7 @@ class Engine:
     What a module names in `extra_parameters`, parameters of another kind than its network's, is not decayed, and its
     gradients are clipped separately, so that large ones don't shorten the network's. It is not sharded either.
 
-    Of the networks whose names begin with a prefix in a module's `frozen`, only trained parameters are in checkpoints:
+    Of the networks whose names begin with a prefix in a module's `frozen_prefixes`, only trained parameters are in checkpoints:
     the others are those of the model that the training starts from.
     """
 
@@ -123,7 +123,7 @@ class Engine:
     def _weights(self) -> dict[str, torch.Tensor]:
         """Weights and buffers that a checkpoint has."""
         weights = self.module.state_dict()
-        if not (frozen := getattr(self.module, "frozen", ())):
+        if not (frozen := getattr(self.module, "frozen_prefixes", ())):
             return weights
         trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in weights.items() if name in trained or not name.startswith(frozen)}
@@ -132,7 +132,7 @@ class Engine:
         """Restores what `state` returned, in this or another number of processes, sharded or not."""
         own = self._weights()
         loaded = {name: shard_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}
-        frozen = bool(getattr(self.module, "frozen", ()))
+        frozen = bool(getattr(self.module, "frozen_prefixes", ()))
         if frozen and loaded.keys() != own.keys():
             raise KeyError(", ".join(loaded.keys() ^ own.keys()))  # frozen weights alone may be missing
         self.module.load_state_dict(loaded, strict=not frozen)

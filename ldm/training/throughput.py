@@ -116,7 +116,7 @@ class Clock:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and ready():
                 hook.remove()
-                passes = FROZEN if getattr(unsharded, "frozen", ()) else TRAINING
+                passes = FROZEN if getattr(unsharded, "frozen_prefixes", ()) else TRAINING
                 self.restart(passes * forward_flops(unsharded, *args, **kwargs) / images, peak)
 
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
