@@ -25,8 +25,8 @@ class Engine:
     What a module names in `extra_parameters`, parameters of another kind than its network's, is not decayed, and its
     gradients are clipped separately, so that large ones don't shorten the network's. It is not sharded either.
 
-    Of the networks whose names begin with a prefix in a module's `frozen_prefixes`, only trained parameters are in checkpoints:
-    the others are those of the model that the training starts from.
+    Of the networks whose names begin with one of a module's `frozen_prefixes`, only trained parameters are in
+    checkpoints: the others are those of the model that the training starts from.
     """
 
     def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
