@@ -12,7 +12,7 @@ autoencoder's latents.
 
 A super-resolution model enlarges the held-out images, which were shrunk for it; bicubic enlarging is the comparison.
 
-A concept that a fine-tune of the run learned is measured beside the run's own prompts, which shows what was forgotten.
+A concept that a fine-tune of the run learned is measured with the run's own prompts, which shows what was forgotten.
 
 The run's own figures go to `evaluation.json` and into its model card; those of another model or of other sampling
 options are only printed.
