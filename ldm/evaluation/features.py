@@ -41,7 +41,7 @@ class FeatureNetwork(Protocol):
     """A pretrained network, without dropout, whose weights do not change."""
 
     name: str
-    """As in the configuration and on the command line: `inception`, `clip`, `dinov2`, `efficientnet-lite0`, `latents`."""
+    """As configurations and commands have it: `inception`, `clip`, `dinov2`, `efficientnet-lite0`, `latents`."""
     label: str
     """For people, with the layer's width: `Inception-v3, 2048`."""
     fingerprint: str
