@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,16 +25,17 @@ class Features:
 
     def __getitem__(self, images: torch.Tensor | slice) -> Features:
         """Those of some images, by index or slice."""
-        return Features(*(None if value is None else value[images] for value in self._values()))
+        spatial, logits = (None if value is None else value[images] for value in (self.spatial, self.logits))
+        return Features(self.pooled[images], spatial, logits)
 
     @classmethod
     def cat(cls, parts: Iterable[Features]) -> Features:
         """Features of several batches as those of one."""
-        columns = zip(*(part._values() for part in parts), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
-
-    def _values(self) -> list[torch.Tensor | None]:
-        return [getattr(self, entry.name) for entry in fields(self)]
+        batches = list(parts)
+        spatial = [part.spatial for part in batches if part.spatial is not None]
+        logits = [part.logits for part in batches if part.logits is not None]
+        pooled = torch.cat([part.pooled for part in batches])
+        return cls(pooled, torch.cat(spatial) if spatial else None, torch.cat(logits) if logits else None)
 
 
 class FeatureNetwork(Protocol):
