@@ -62,7 +62,9 @@ def test_a_dry_run_trains_its_steps_and_leaves_no_files(tmp_path: Path, evaluate
     assert measured.seconds["a training step"] > 0 and measured.seconds["encoding the data"] >= 0
     assert [line["step"] for line in measured.lines] == [2, 4]
     assert all(line["loss"] > 0 and line["loss_scale"] == 1 and line["skipped"] == 0 for line in measured.lines)
-    assert measured.weight_bytes == 2 * 4
+    assert (measured.weight_bytes, measured.frozen_bytes) == (2 * 4, 0)
+    step = 2 * 4  # AdamW counts each parameter's
+    assert measured.checkpoint_bytes == (1 + 2 + 1) * 2 * 4 + step  # weights, two moments, an average
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "events" not in path.name]
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
