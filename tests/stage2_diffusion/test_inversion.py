@@ -13,7 +13,7 @@ from stable_diffusion import PIPELINES
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.data import index
+from ldm.data import index, openmoji
 from ldm.models import autoencoder, text_encoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import checks
@@ -107,6 +107,25 @@ def test_only_the_word_is_trained_and_a_resumed_run_has_the_same_bits(
     assert {path.name: path.read_bytes() for path in (tmp_path / "resumed/embeddings").iterdir()} == files
     model.add_embeddings(tmp_path / "run")
     assert torch.isfinite(model.text.embed([f"a {WORD}"]).states).all()
+
+
+THUMB = (  # docs/results.md
+    "finetune={kind: inversion, token: <thumb>, initializer: hand, vectors: 4}",
+    "data.source={path: openmoji-thumbs, replace: {thumbs up: <thumb>, thumbsup: <thumb>, '+1': <thumb>}}",
+)
+
+
+def test_the_demos_thumb_gets_captions_with_a_word_to_learn(root: Path, drawn: Path, tmp_path: Path) -> None:
+    common = f"run.dir={tmp_path}", f"data.cache_dir={drawn}"
+    config = loader.load(root / "configs/lora-openmoji.yaml", [*common, *THUMB])
+    images = index.build(config.data, config.cache_dir)
+    tones = ("", *(f", {tone} skin tone" for tone in openmoji.TONES))
+    assert {tuple(captions) for captions in images.captions()} == {(f"<thumb>{tone}",) for tone in tones}
+    config = loader.load(
+        root / "configs/lora-openmoji.yaml", [*common, THUMB[0], THUMB[1].replace("thumbsup", "thumb")]
+    )
+    with pytest.raises(UserError, match=r"^data\.source\.replace: no caption of openmoji-thumbs has 'thumb'; write it"):
+        index.build(config.data, config.cache_dir)
 
 
 def test_what_can_not_be_learned_is_refused(settings: Settings, tmp_path: Path) -> None:
