@@ -203,9 +203,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
     add_lora_argument(parser)
     add_embedding_argument(parser)
-    concept = (
-        "what a fine-tune of the run learned, as data.source has it: a folder of captioned images, say; measured too"
-    )
+    concept = "what a fine-tune of the run learned, as data.source has it, such as openmoji-thumbs; measured too"
     parser.add_argument("--concept", type=path_or_id, metavar="SOURCE", help=concept)
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
