@@ -289,7 +289,7 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     for source in sources:
-        for key in ("caption", "limit", "mask", "prior"):
+        for key in ("caption", "limit", "mask", "prior", "replace"):
             if not source[key]:  # as before there was this key
                 del source[key]
         if source["kind"] == "images":

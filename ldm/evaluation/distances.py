@@ -28,6 +28,7 @@ from ldm.utils.errors import UserError, unknown_choice
 PRECISION_K = 3  # nearest neighbours, as arXiv 1904.06991 and torch-fidelity
 DENSITY_K = 5  # as arXiv 2002.09797
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # arXiv 2401.09603
+FID_SPLITS = 10  # 21 distances: of 10,000 images and 2048 features each takes up to a minute on a CPU core
 ROWS = 1024  # of a matrix of kernels or distances at once
 
 
@@ -79,6 +80,14 @@ class Metric:
     """Besides pooled features."""
     lowest: float = -math.inf
     highest: float = math.inf
+    max_splits: int | None = None
+    """Into halves, for its interval, where a metric is slow to compute."""
+
+    def splits(self, splits: int, images: int) -> int:
+        """How many splits into halves, of `splits` at most, its interval is from."""
+        if images // 2 < self.min_images:
+            return 0
+        return splits if self.max_splits is None else min(splits, self.max_splits)
 
 
 def fid(pair: Pair) -> torch.Tensor:
@@ -163,8 +172,17 @@ def clip_scores(images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(fid, False, 2, "how far generated images are from real ones, in quality and in variety", lowest=0),
-    "sfid": Metric(sfid, False, 2, "FID that sees where things are in an image", "spatial", lowest=0),
+    "fid": Metric(
+        fid,
+        False,
+        2,
+        "how far generated images are from real ones, in quality and in variety",
+        lowest=0,
+        max_splits=FID_SPLITS,
+    ),
+    "sfid": Metric(
+        sfid, False, 2, "FID that sees where things are in an image", "spatial", lowest=0, max_splits=FID_SPLITS
+    ),
     "kid": Metric(kid, False, 2, "as FID, but not larger for fewer images"),
     "is": Metric(
         inception_score, True, 2, "how clear and how varied the classes of generated images are", "logits", lowest=1
@@ -195,8 +213,8 @@ def measure(
     """The metrics of some `names`, keys of `METRICS`.
 
     `text` `(M, D)` are the features of the generated images' prompts. `bootstrap` is the number of splits into halves
-    for 95 % intervals, see `bootstrap`; 0 gives none, and neither have sets whose halves are too small for the metric.
-    The interval takes in the choice of real and of generated images. `network` is the `FeatureNetwork.label`.
+    for 95 % intervals, see `ldm/evaluation/bootstrap.py`, 10 at most for FID; 0 gives none, and so do sets whose halves
+    are too small. Intervals allow for the choice of real and of generated images. `network` is `FeatureNetwork.label`.
 
     UserError for an unknown name, features that are missing, differ in width or are not finite, or too few images.
     """
@@ -257,10 +275,15 @@ def _values(
         resampling.halves(seed, name, len(features), splits)
         for name, features in (("real images", real), ("generated images", generated))
     )
-    pair = Pair(real, generated, text, *sets)
-    whole = Pair(real, generated, text, pair.real_sets[:1], pair.generated_sets[:1])
-    smallest = min(len(real), len(generated)) // 2
-    return {n: METRICS[n].values(pair if smallest >= METRICS[n].min_images else whole) for n in names}
+    real_sets, generated_sets = sets
+    pairs: dict[int, Pair] = {}  # metrics of as many sets share the distances between images
+    values = {}
+    for name in names:
+        metric = METRICS[name]
+        count = 1 + 2 * metric.splits(splits, min(len(real), len(generated)))
+        pair = pairs.setdefault(count, Pair(real, generated, text, real_sets[:count], generated_sets[:count]))
+        values[name] = metric.values(pair)
+    return values
 
 
 def _frechet(pair: Pair, real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
