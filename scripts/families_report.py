@@ -13,11 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.data.images import to_pil
 from ldm.evaluation import distances
 from ldm.evaluation.features import FeatureNetwork, Features
-from ldm.utils.rng import generator
+from ldm.evaluation.memorization import missed_modes
 
 BATCH = 32  # images in a feature network
-MODES, LEAST_PER_MODE = 50, 4  # clusters of training images; fewer where they would have fewer images
-LLOYD_STEPS = 50
 SHOWN, SCALE, LABEL = 12, 2, 116  # images of a row of the picture; how much larger; pixels of its labels
 Values = dict[str, float]
 
@@ -37,7 +35,7 @@ METRICS = {
     "density": Metric("density", "higher", 2),
     "coverage": Metric("coverage", "higher", 2),
     "diversity": Metric("diversity", "real", 2),
-    "modes_missed": Metric("modes never drawn", "lower", 2),
+    "modes_missed": Metric("training images never drawn", "lower", 2),
     "bits": Metric("bits/dim, at most", "lower", 2),
     "draw_seconds": Metric("seconds an image", "lower", 5),
 }
@@ -49,30 +47,25 @@ WITHOUT_WINNER = ("parameters", "train_seconds")
 
 
 class Reference:
-    """Features of the images that samples are compared with: held-out ones, and modes of the training images."""
+    """Features `(N, …)` of the training images and of as many held-out ones, with which samples are compared."""
 
     def __init__(self, network: FeatureNetwork, training: torch.Tensor, held_out: torch.Tensor):
-        self.network, self.held_out = network, features(network, held_out)
-        self.training = features(network, training)
-        modes = max(1, min(MODES, len(training) // LEAST_PER_MODE))
-        self.modes = cluster(self.training.pooled.double(), modes)
+        self.network = network
+        self.training, self.held_out = features(network, training), features(network, held_out)
 
     def figures(self, samples: torch.Tensor) -> Values:
-        """Of as many samples `(N, 3, S, S)` uint8 as there are held-out images."""
-        return self._figures(features(self.network, samples), modes_of=None)
+        """Of samples `(N, 3, S, S)` uint8."""
+        drawn = features(self.network, samples)
+        return self._of_sets(drawn) | {"modes_missed": missed_modes(self.training, drawn).share}
 
     def of_real(self) -> Values:
-        """The ceiling: training images as if drawn; the modes are those that held-out images miss."""
-        return self._figures(self.training[: len(self.held_out)], modes_of=self.held_out)
+        """The ceiling: training images as if drawn; the modes are those that the held-out images miss."""
+        return self._of_sets(self.training) | {"modes_missed": missed_modes(self.training, self.held_out).share}
 
-    def _figures(self, drawn: Features, modes_of: Features | None) -> Values:
+    def _of_sets(self, drawn: Features) -> Values:
         measured = distances.measure(OF_SETS, self.held_out, drawn, bootstrap=0, network=self.network.label)
         values = {name: figure.value for name, figure in measured.items()}
-        values["kid"] *= 1000
-        return values | {
-            "diversity": diversity(drawn.pooled.double()),
-            "modes_missed": modes_missed(self.modes, (modes_of or drawn).pooled.double()),
-        }
+        return values | {"kid": 1000 * values["kid"], "diversity": diversity(drawn.pooled.double())}
 
 
 def features(network: FeatureNetwork, images: torch.Tensor) -> Features:
@@ -83,24 +76,6 @@ def features(network: FeatureNetwork, images: torch.Tensor) -> Features:
 def diversity(x: torch.Tensor) -> float:
     """Mean Euclidean distance of two different images' features `(N, D)`."""
     return float(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)))
-
-
-def cluster(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Centres `(count, D)` of k-means (Lloyd's algorithm) of `(N, D)`, from random points of it."""
-    centres = x[generator(0, "modes", 0).choice(len(x), count, replace=False)]
-    for _ in range(LLOYD_STEPS):
-        members = torch.eye(count, dtype=x.dtype)[torch.cdist(x, centres).argmin(1)]  # (N, count)
-        sizes = members.sum(0)[:, None]
-        centres = torch.where(sizes > 0, members.T @ x / sizes.clamp(min=1), centres)
-    return centres
-
-
-def modes_missed(centres: torch.Tensor, drawn: torch.Tensor) -> float:
-    """Share of `centres` `(K, D)` that are the nearest one of no drawn image `(N, D)`.
-
-    The bins of Richardson and Weiss, arXiv 1805.12462, section 2, by features instead of pixels.
-    """
-    return 1 - len(torch.cdist(drawn, centres).argmin(1).unique()) / len(centres)
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
