@@ -10,11 +10,11 @@ from ldm.config.schema import Config
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
-from ldm.evaluation import distances
 from ldm.evaluation.features import Features
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.generation import MAX_REAL_IMAGES, GenerationPlan, generated_features, real_features
-from ldm.evaluation.networks import load_network, prompt_features
+from ldm.evaluation.model_figures import measure
+from ldm.evaluation.networks import load_network
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.trainer import Trainer
@@ -54,8 +54,7 @@ class Evaluation:
 
     def _measure(self, real: Features | None, generated: Features) -> dict[str, Figure]:
         assert self.options and real is not None, "on the main process"
-        text = prompt_features(self.network, self.plan.prompts) if "clip_score" in self.options.metrics else None
-        return distances.measure(self.options.metrics, real, generated, text=text, network=self.network.label)
+        return measure(self.options.metrics, real, generated, self.network, self.plan.prompts)
 
 
 def logged(network: str, figures: dict[str, Figure]) -> dict[str, float]:

@@ -41,8 +41,8 @@ TRACKERS = (
 FIGURES = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage", "cmmd", "clip_score")
 FEATURE_NETWORKS = ("efficientnet-lite0", "inception", "clip", "dinov2", "latents")
 FIGURES_OF_NETWORKS = {  # figures that not every network's features give
-    "is": ("inception", "efficientnet-lite0"),
-    "sfid": ("inception",),
+    "is": ("efficientnet-lite0", "inception"),
+    "sfid": ("efficientnet-lite0", "inception"),
     "cmmd": ("clip",),
     "clip_score": ("clip",),
 }

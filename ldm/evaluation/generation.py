@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,7 +61,13 @@ class GenerationPlan:
 
     @classmethod
     def of(
-        cls, data: Index, conditions: Sequence[str], count: int, seed: int = 0, batch: int = 16, options: Sampling = AS_SAVED
+        cls,
+        data: Index,
+        conditions: Sequence[str],
+        count: int,
+        seed: int = 0,
+        batch: int = 16,
+        options: Sampling = AS_SAVED,
     ) -> GenerationPlan:
         """Prompts and classes of held-out images, then of training images, always the same ones of a data set.
 
@@ -119,7 +126,7 @@ def in_batches(count: int, batch: int, compute: Callable[[range], Result], what:
     rounds = range(0, len(starts), state.num_processes)
     for first in tqdm(rounds, what, unit="batch", delay=BAR_DELAY, leave=False, disable=not state.is_main_process):
         start = starts[min(first + state.process_index, len(starts) - 1)]
-        part = on_all(lambda numbers=range(start, min(start + batch, count)): compute(numbers))
+        part = on_all(partial(compute, range(start, min(start + batch, count))))
         parts += gather_objects(part)[: len(starts) - first]
     return parts
 

@@ -26,8 +26,8 @@ class Finished(Exception):  # noqa: N818 it is no error
 class DryRun:
     """Within its `with` block a `Trainer` takes its steps, saves and exports nothing, and handles no signals.
 
-    With `evaluate`, a validation, a sample grid and an evaluation follow the last step. Only numbers are kept, neither the run nor any
-    of its tensors, so that all memory is free after the block.
+    With `evaluate`, a validation, a sample grid and an evaluation follow the last step. Only numbers are kept, neither
+    the run nor any of its tensors, so that all memory is free after the block.
     """
 
     def __init__(self, evaluate: bool = True, progress: bool = False):

@@ -1,0 +1,91 @@
+"""Figures of a model's images: against real ones, with what real images reach themselves, and against another model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm.config.rules import FIGURES, FIGURES_OF_NETWORKS
+from ldm.data.index import Index
+from ldm.evaluation import distances
+from ldm.evaluation.features import FeatureNetwork, Features
+from ldm.evaluation.figures import Figure
+from ldm.evaluation.generation import MAX_REAL_IMAGES, GenerationPlan, in_batches, real_features
+from ldm.evaluation.networks import prompt_features
+from ldm.sampling.pipeline import LatentDiffusion
+
+ENOUGH_HELD_OUT = 100  # images: fewer would make the ceiling a matter of chance
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images of a run that generated ones are compared with, at the size of its model."""
+
+    data: Index
+    side: int
+    """In pixels."""
+    cache_dir: Path
+    """Keeps their features."""
+
+    @property
+    def training(self) -> Index:
+        """Those that figures are measured against."""
+        return self.data.select("train").subset(MAX_REAL_IMAGES)
+
+    @property
+    def held_out(self) -> Index:
+        """Those of a random choice that stage one never saw, as many as the run holds out."""
+        return self.data.select("reconstruction").subset(MAX_REAL_IMAGES)
+
+    def features(self, images: Index, network: FeatureNetwork) -> Features:
+        features = real_features(images, self.side, network, self.cache_dir)
+        assert features is not None, "a command is a single process"
+        return features
+
+    def ceiling(self, count: int) -> tuple[Index, Index]:
+        """Two sets of real images, whose figures a perfect model would have: held-out images, and training images.
+
+        Without enough held-out images they are every other training image. The first has at most `count`.
+        """
+        training, held_out = self.training, self.held_out
+        if len(held_out) >= min(count, ENOUGH_HELD_OUT):
+            return held_out.subset(count), training
+        halves = [Index(self.data.table, self.data.sources, self.data.data, training.rows[i::2]) for i in (0, 1)]
+        return halves[0].subset(count), halves[1]
+
+
+def draw_images(plan: GenerationPlan, model: LatentDiffusion, what: str = "drawing images") -> torch.Tensor:
+    """The plan's images, `(N, 3, H, W)` uint8, in a file that vanishes with the tensor: they may be gigabytes."""
+    shape = (plan.count, 3, model.side, model.side)
+    with tempfile.TemporaryFile() as file:  # which the mapping keeps
+        images = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+
+    def draw(numbers: range) -> None:
+        images[numbers.start : numbers.stop] = plan.draw(model, numbers)
+
+    in_batches(plan.count, plan.batch, draw, what)
+    return images
+
+
+def usual_metrics(network: str, text: bool) -> list[str]:
+    """What is measured where no metric is named: all that the network's features give, but for costly doubles."""
+    able = [metric for metric in FIGURES if network in FIGURES_OF_NETWORKS.get(metric, (network,))]
+    return [metric for metric in able if metric not in ("sfid", *(() if text else ("clip_score",)))]
+
+
+def measure(
+    metrics: Sequence[str],
+    real: Features,
+    generated: Features,
+    network: FeatureNetwork,
+    prompts: Sequence[str] | None,
+    bootstrap: int = distances.resampling.SPLITS,
+) -> dict[str, Figure]:
+    """Figures by metric, of generated images and the prompts that they have."""
+    text = prompt_features(network, prompts) if "clip_score" in metrics else None
+    return distances.measure(metrics, real, generated, text=text, bootstrap=bootstrap, network=network.label)
