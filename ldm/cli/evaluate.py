@@ -86,7 +86,8 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     elif settings.stage2.text and not settings.stage2.classes:
         metrics |= evaluate_prompts(args, model, records, concept, side, options, is_default)
     if request and request.images:
-        metrics |= evaluate_figures.evaluate_model(args, request, settings, model, records)
+        folder = args.run / "evaluation" if is_default else None
+        metrics |= evaluate_figures.evaluate_model(args, request, settings, model, records, folder)
     if is_default:
         with atomic_file(args.run / "evaluation.json") as tmp_path:
             tmp_path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
@@ -138,6 +139,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--noise-level", type=int, default=Sampling.noise_level, help=noise_level)
     model.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="no", help="of the U-Net")
     args = parser.parse_args(arguments)
+    if args.grid and (args.model or args.lora or args.embedding or args.concept or args.real):
+        raise UserError("--grid: is kept with a run's own images; leave out --model, --lora, --embedding, --concept")
     if args.count < 2:
         raise UserError(f"--count: {args.count}; give 2 or more")
     for name, least in (("images", 0), ("batch", 1), ("bootstrap", 0), ("size", 1)):

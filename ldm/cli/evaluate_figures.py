@@ -17,13 +17,21 @@ from ldm.evaluation import distances
 from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.generation import GenerationPlan, features_of
-from ldm.evaluation.model_figures import RealImages, draw_images, measure, usual_metrics
-from ldm.evaluation.networks import default_network, load_network, prompt_features
+from ldm.evaluation.memorization import memorization, missed_modes
+from ldm.evaluation.model_figures import RealImages, draw_images, measure, prompt_following, usual_metrics
+from ldm.evaluation.networks import default_network, load_network, prompt_features, reads_text
+from ldm.evaluation.sample_files import write_best_and_worst, write_closest_pairs, write_grid
 from ldm.models.attention import use_attention
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
 
+GROUPS = {
+    "train": "training captions",
+    "reconstruction": "held-out images",
+    "combination": "held-out combinations",
+}
+"""Of prompts, by the split of the image that has them."""
 KEYS = ("--metrics", "--network", "--images")
 DEFAULT_IMAGES, DEFAULT_BATCH = (EvaluateConfig.model_fields[name].default for name in ("images", "batch"))
 
@@ -95,9 +103,17 @@ class Measured:
 
 
 def evaluate_model(
-    args: argparse.Namespace, request: Request, settings: Config, model: LatentDiffusion, records: Index
+    args: argparse.Namespace,
+    request: Request,
+    settings: Config,
+    model: LatentDiffusion,
+    records: Index,
+    folder: Path | None,
 ) -> dict[str, Any]:
-    """Draws a model's images, prints what they are like, and returns it for `evaluation.json`."""
+    """Draws a model's images, prints what they are like, and returns it for `evaluation.json`.
+
+    `folder` gets a few of the images.
+    """
     networks = request.networks(model.device, model)  # before anything is drawn: their weights may be missing
     conditions = settings.stage2.conditions
     plan = GenerationPlan.of(records, conditions, request.images, args.seed, request.batch, request.options)
@@ -108,8 +124,13 @@ def evaluate_model(
         "figures": {seen.network.name: json_of(seen.figures) for seen in measured},
         "ceiling": {seen.network.name: json_of(seen.ceiling) for seen in measured},
     }
+    metrics["memorization"] = measure_memorization(measured[0], real, images, folder)
+    if plan.prompts:
+        metrics["retrieval"] = measure_prompts(measured, plan, real, images, folder)
     if args.compare:
         metrics["comparison"] = compare_models(request, plan, measured, args.compare, model.device)
+    if args.grid and folder:
+        write_grid(folder / "grid.png", plan, model)
     return metrics
 
 
@@ -132,6 +153,41 @@ def measure_figures(
             print(f"  {name:10} {figure!s:32} {best}  {distances.METRICS[name].help}", flush=True)
         measured.append(seen)
     return measured
+
+
+def measure_memorization(seen: Measured, real: RealImages, images: torch.Tensor, folder: Path | None) -> dict[str, Any]:
+    """Prints and returns whether images are copies of training images; writes the closest pairs to `folder`."""
+    held_out = real.features(real.held_out, seen.network) if len(real.held_out) else None
+    copies = memorization(seen.real, seen.generated, held_out, seen.network.label)
+    missed = missed_modes(seen.real, seen.generated, held_out)
+    print(f"copying, by {seen.network.label}: {copies} (calibrated with {copies.calibration})", flush=True)
+    if folder:
+        write_closest_pairs(folder / "memorization.png", copies.pairs, images, real.training)
+    return {**copies.to_json(), "missed modes": missed.to_json()}
+
+
+def measure_prompts(
+    measured: Sequence[Measured], plan: GenerationPlan, real: RealImages, images: torch.Tensor, folder: Path | None
+) -> dict[str, Any]:
+    """Prints and returns how well images fit their prompts; writes the best and worst to `folder`, by one network."""
+    assert plan.prompts and plan.described, "a model of text"
+    result, scores = {}, []
+    for seen in measured:
+        following = prompt_following(plan, seen.generated, real, seen.network)
+        scores.append((reads_text(seen.network), following.scores))
+        result[seen.network.name] = following.figures(seen.network.label)
+        what = "prompts" if reads_text(seen.network) else "real images"
+        print(f"prompt following, among {following.ranks.candidates} {what}, by {seen.network.label}", flush=True)
+        for name, figure in following.ranks.figures().items():
+            beside = [f"shuffled prompts {following.shuffled.figures()[name]}"]
+            beside += [f"real images {following.real.figures()[name]}"] if following.real else []
+            print(f"  {name:10} {figure!s:32} {', '.join(beside)}", flush=True)
+    if folder:
+        own = plan.described.column("split").tolist()
+        groups = [GROUPS[own[i % len(own)]] for i in range(plan.count)]
+        best = max(scores, key=lambda entry: entry[0])[1]  # by text where there is such a network
+        write_best_and_worst(folder, images, plan.prompts, best, groups)
+    return result
 
 
 def compare_models(

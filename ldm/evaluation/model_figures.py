@@ -6,17 +6,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ldm.config.rules import FIGURES, FIGURES_OF_NETWORKS
 from ldm.data.index import Index
-from ldm.evaluation import distances
+from ldm.data.records import HELD_OUT
+from ldm.evaluation import distances, retrieval
 from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.generation import MAX_REAL_IMAGES, GenerationPlan, in_batches, real_features
-from ldm.evaluation.networks import prompt_features
+from ldm.evaluation.networks import prompt_features, reads_text
 from ldm.sampling.pipeline import LatentDiffusion
 
 ENOUGH_HELD_OUT = 100  # images: fewer would make the ceiling a matter of chance
@@ -39,8 +42,8 @@ class RealImages:
 
     @property
     def held_out(self) -> Index:
-        """Those of a random choice that stage one never saw, as many as the run holds out."""
-        return self.data.select("reconstruction").subset(MAX_REAL_IMAGES)
+        """Those that were not trained on."""
+        return self.data.select(*HELD_OUT).subset(MAX_REAL_IMAGES)
 
     def features(self, images: Index, network: FeatureNetwork) -> Features:
         features = real_features(images, self.side, network, self.cache_dir)
@@ -50,10 +53,11 @@ class RealImages:
     def ceiling(self, count: int) -> tuple[Index, Index]:
         """Two sets of real images, whose figures a perfect model would have: held-out images, and training images.
 
-        Without enough held-out images they are every other training image. The first has at most `count`.
+        Without enough images that were held out at random they are every other training image. The first has at most
+        `count`.
         """
-        training, held_out = self.training, self.held_out
-        if len(held_out) >= min(count, ENOUGH_HELD_OUT):
+        training, held_out = self.training, self.data.select("reconstruction")
+        if len(held_out) >= ENOUGH_HELD_OUT:
             return held_out.subset(count), training
         halves = [Index(self.data.table, self.data.sources, self.data.data, training.rows[i::2]) for i in (0, 1)]
         return halves[0].subset(count), halves[1]
@@ -89,3 +93,54 @@ def measure(
     """Figures by metric, of generated images and the prompts that they have."""
     text = prompt_features(network, prompts) if "clip_score" in metrics else None
     return distances.measure(metrics, real, generated, text=text, bootstrap=bootstrap, network=network.label)
+
+
+@dataclass(frozen=True)
+class PromptFollowing:
+    """How well images fit their prompts."""
+
+    ranks: retrieval.Retrieval
+    shuffled: retrieval.Retrieval
+    """The same of each image and another one's prompt: the floor."""
+    real: retrieval.Retrieval | None
+    """The same of the real images that the prompts describe: the ceiling; None where they are what is ranked."""
+    scores: torch.Tensor
+    """`(N,)`: the cosine of each image and its prompt, or the real image that its prompt describes."""
+
+    def figures(self, network: str) -> dict[str, Any]:
+        """For `evaluation.json`."""
+        parts = {"": self.ranks, "shuffled prompts": self.shuffled, "real images": self.real}
+        figures = {key: part.figures(network) for key, part in parts.items() if part}
+        own = {name: figure.to_json() for name, figure in figures.pop("").items()}
+        return {**own, **{key: {name: f.to_json() for name, f in part.items()} for key, part in figures.items()}}
+
+
+def prompt_following(
+    plan: GenerationPlan, generated: Features, real: RealImages, network: FeatureNetwork
+) -> PromptFollowing:
+    """Ranks each image's prompt among all, where the network reads text; else the described image among real ones."""
+    assert plan.prompts and plan.described, "a model of text"
+    described, n = plan.described, plan.count
+    first = [captions[0] for captions in described.captions()]
+    seen = real.features(described, network).pooled
+    own = torch.arange(n) % len(described)
+    if reads_text(network):
+        prompts = list(plan.prompts)
+        captions = list(dict.fromkeys([*prompts, *first]))
+        text = prompt_features(network, captions)
+        number = {caption: i for i, caption in enumerate(captions)}
+        target = text[[number[prompt] for prompt in prompts]]
+
+        def ranked(images: torch.Tensor, texts: Sequence[str]) -> retrieval.Retrieval:
+            return retrieval.by_text(images, texts, text, captions)
+
+        ceiling = ranked(seen, first)
+    else:
+        prompts, target, ceiling = [first[int(i)] for i in own], seen[own], None
+
+        def ranked(images: torch.Tensor, texts: Sequence[str]) -> retrieval.Retrieval:
+            return retrieval.by_images(images, texts, seen, first)
+
+    shuffled = [*prompts[n // 2 :], *prompts[: n // 2]]
+    scores = F.cosine_similarity(generated.pooled.double(), target.double(), dim=1)
+    return PromptFollowing(ranked(generated.pooled, prompts), ranked(generated.pooled, shuffled), ceiling, scores)

