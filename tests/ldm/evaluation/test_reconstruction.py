@@ -1,23 +1,17 @@
 """Reconstruction metrics, the recommendation that follows from them, and the networks of LPIPS and rFID."""
 
-import json
 import math
-from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from cases import each
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
-from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
 from ldm.evaluation.reconstruction import (
     BETAS,
@@ -28,8 +22,6 @@ from ldm.evaluation.reconstruction import (
     recommend_action,
     reconstruction,
 )
-from ldm.models import feature_networks
-from ldm.utils.errors import UserError
 
 GOOD = {"psnr": 28.0, "ssim": 0.85, "red": 0.1, "green": -0.2, "blue": 0.3}
 BICUBIC = {"psnr": 23.0, "ssim": 0.60, "lpips": 0.5}
@@ -180,92 +172,3 @@ def test_an_exact_copy_is_kept_and_blurred_or_tinted_copies_are_not() -> None:
     assert recommended(F.avg_pool2d(real, 9, 1, 4)) == "retrain"
     assert recommended(0.35 * real + 0.65 * bicubic.decode(bicubic.encode(real))) != "retrain"
     assert recommended(real + torch.tensor([0.05, 0.0, 0.0])[:, None, None]) == "tune the decoder"
-
-
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of torch.hub, offline."""
-    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    folder = tmp_path / "torch/hub/checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.mark.parametrize(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-owt-"), ("squeeze", "squeezenet1_1-")])
-def test_missing_weights_are_named_with_their_folder(net: str, file: str, checkpoints: Path) -> None:
-    with pytest.raises(UserError, match=rf"^LPIPS: {file}\w+\.pth is not in {checkpoints}.*HF_HUB_OFFLINE"):
-        feature_networks.lpips(net, 64)
-    with pytest.raises(
-        UserError, match=rf"^rFID: weights-inception-[\w-]+\.pth is not in {checkpoints}.*torch-fidelity"
-    ):
-        feature_networks.fid()
-
-
-def test_a_failed_download_is_reported_in_one_line_and_leaves_no_file(
-    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
-    monkeypatch.setitem(
-        feature_networks.BACKBONES, "vgg", "http://127.0.0.1:9/vgg16-397923af.pth"
-    )  # nothing listens there
-    with pytest.raises(UserError, match=r"vgg16-397923af\.pth is not in .*refused"):
-        feature_networks.lpips("vgg", 64)
-    assert not list(checkpoints.iterdir())
-
-
-def test_a_file_with_other_content_is_refused_by_name(checkpoints: Path) -> None:
-    file = checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2]
-    for content in (b"<html>not found</html>", b""):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{file}: not the weights"):
-            feature_networks.lpips("squeeze", 64)
-    torch.save({"another": torch.ones(2)}, file)
-    with pytest.raises(UserError, match=rf"{file}: not the weights"):
-        feature_networks.lpips("squeeze", 64)
-
-
-def test_lpips_equals_torchmetrics_with_the_cached_weights(checkpoints: Path) -> None:
-    torch.manual_seed(0)
-    backbone = torchvision.models.squeezenet1_1(weights=None)
-    torch.save(backbone.state_dict(), checkpoints / feature_networks.BACKBONES["squeeze"].rpartition("/")[2])
-    real, reconstructed = pairs(3, 32, 40)
-    metrics = ReconstructionMetrics(lpips=feature_networks.lpips("squeeze", 32))
-    metrics.add(real[:1], reconstructed[:1])
-    metrics.add(real[1:], reconstructed[1:])
-    expected = learned_perceptual_image_patch_similarity(
-        reconstructed.clamp(-1, 1), real, net_type="squeeze", reduction="none"
-    )
-    torch.testing.assert_close(metrics.per_image["lpips"].float(), expected, rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="sides of 16 px are too small for squeeze, which needs 17"):
-        feature_networks.lpips("squeeze", 16)
-
-
-@pytest.mark.slow
-@pytest.mark.drill
-def test_rfid_is_the_frechet_distance_of_inception_features(checkpoints: Path) -> None:
-    torch.manual_seed(0)
-    file = checkpoints / "weights-inception-2015-12-05-6726825d.pth"
-    torch.save({}, file)
-    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
-        inception = FeatureExtractorInceptionV3("", ["2048"], str(file))
-    torch.save(inception.state_dict(), file)
-    real, reconstructed = pairs(4, 32, 32)
-    metrics = ReconstructionMetrics(fid=feature_networks.fid())
-    metrics.add(real[:3], reconstructed[:3])
-    metrics.add(real[3:], reconstructed[3:])
-    a, b = (
-        metrics.fid.inception(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()).double()  # type: ignore[union-attr]
-        for x in (real, reconstructed)
-    )
-    # 1706.08500, eq. 6; tr √(AAᵀBBᵀ) of two covariances is the nuclear norm of AᵀB
-    centred = [(x - x.mean(0)) / 3**0.5 for x in (a, b)]
-    traces = sum(x.square().sum() for x in centred)
-    expected = (
-        (a.mean(0) - b.mean(0)).square().sum() + traces - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    )
-    assert metrics.means()["rfid"] == pytest.approx(float(expected), rel=1e-2)
-    assert json.dumps(metrics.means())
