@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +39,59 @@ def load(name: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     WEIGHTS is one of OpenCLIP's tags or a safetensors file. UserError if there is no such tower, if it is not CLIP's
     causal transformer over CLIP's vocabulary, and if the weights were trained with another GELU.
     """
+    open_clip = _package(name, "text.model")
+    simple_tokenizer = open_clip.SimpleTokenizer()
+
+    def check_tower(config: dict[str, Any]) -> None:
+        _check_tower(name, config["text_cfg"], simple_tokenizer.vocab_size, open_clip.CLIPTextCfg())
+
+    model = _create(name, "text.model", open_clip, check_tower)
+    tower = getattr(model, "text", model)  # CustomTextCLIP has a `text`; CLIP itself holds the tower's modules
+    return convert(tower), tokenizer(simple_tokenizer, tower.context_length)
+
+
+def load_whole(name: str, key: str) -> tuple[Any, Any, dict[str, Any]]:
+    """OpenCLIP's own model of a name as `load` has it, its tokenizer, and how it wants images (`mean`, `std`, `size`).
+
+    UserError, which begins with `key`, if there is none.
+    """
+    open_clip = _package(name, key)
+    model = _create(name, key, open_clip, lambda _: None)
+    has_weights = name.partition(":")[0] in MODEL_SCHEMAS
+    tokenizer = open_clip.get_tokenizer(name if has_weights else name.partition(":")[0])
+    return model, tokenizer, open_clip.get_model_preprocess_cfg(model)
+
+
+def _package(name: str, key: str) -> Any:
     try:
         import open_clip
     except ImportError:
         raise UserError(
-            f"text.model: open_clip:{name} needs the package open_clip_torch; install the extra 'open-clip'"
+            f"{key}: open_clip:{name} needs the package open_clip_torch; install the extra 'open-clip'"
         ) from None
+    return open_clip
+
+
+def _create(name: str, key: str, open_clip: Any, check_config: Callable[[dict[str, Any]], None]) -> Any:
+    """OpenCLIP's model with its weights, after the checks that need no weights."""
     schema, _, rest = name.partition(":")
     has_weights = schema in MODEL_SCHEMAS
     if schema == "local-dir" and not any(Path(rest).glob("*.safetensors")):
-        raise UserError(f"text.model: {rest!r} holds no .safetensors; weights are read from nothing else here")
+        raise UserError(f"{key}: {rest!r} holds no .safetensors; weights are read from nothing else here")
     if not has_weights:
-        _check_architecture(name, schema, open_clip)
+        _check_architecture(name, schema, key, open_clip)
     try:
         config = open_clip.get_model_config(name if has_weights else schema)
-        text = config["text_cfg"]
+        config["text_cfg"]
     except Exception as error:  # OpenCLIP's own checks raise all kinds
-        raise _failed(name, error) from None
-    simple_tokenizer = open_clip.SimpleTokenizer()
-    _check_tower(name, text, simple_tokenizer.vocab_size, open_clip.CLIPTextCfg())
+        raise _failed(name, key, error) from None
+    check_config(config)
     if not has_weights:
-        _check_weights(schema, rest, bool(config.get("quick_gelu")), open_clip)
+        _check_weights(schema, rest, key, bool(config.get("quick_gelu")), open_clip)
     try:
-        model = open_clip.create_model(*([name] if has_weights else [schema, rest]), require_pretrained=True)
+        return open_clip.create_model(*([name] if has_weights else [schema, rest]), require_pretrained=True)
     except Exception as error:
-        raise _failed(name, error) from None
-    tower = getattr(model, "text", model)  # CustomTextCLIP has a `text`; CLIP itself holds the tower's modules
-    return convert(tower), tokenizer(simple_tokenizer, tower.context_length)
+        raise _failed(name, key, error) from None
 
 
 def convert(tower: Any) -> CLIPTextModel:
@@ -127,12 +154,12 @@ def _weight_and_bias(name: str, layer: Any) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
 
 
-def _check_architecture(name: str, architecture: str, open_clip: Any) -> None:
+def _check_architecture(name: str, architecture: str, key: str, open_clip: Any) -> None:
     architectures = open_clip.list_models()
     if architecture not in architectures:
         close = difflib.get_close_matches(architecture, architectures, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "open_clip.list_models() lists them"
-        raise UserError(f"text.model: open_clip:{name}: OpenCLIP has no architecture {architecture!r}; {hint}")
+        raise UserError(f"{key}: open_clip:{name}: OpenCLIP has no architecture {architecture!r}; {hint}")
 
 
 def _check_tower(name: str, text: dict[str, Any], vocab_size: int, defaults: Any) -> None:
@@ -150,25 +177,25 @@ def _check_tower(name: str, text: dict[str, Any], vocab_size: int, defaults: Any
         )
 
 
-def _check_weights(architecture: str, weights: str, quick_gelu: bool, open_clip: Any) -> None:
+def _check_weights(architecture: str, weights: str, key: str, quick_gelu: bool, open_clip: Any) -> None:
     tag = open_clip.get_pretrained_cfg(architecture, weights)
     if not tag and Path(weights).is_file():
         if Path(weights).suffix != ".safetensors":
-            raise UserError(f"text.model: {weights} is no .safetensors; weights are read from nothing else here")
+            raise UserError(f"{key}: {weights} is no .safetensors; weights are read from nothing else here")
     elif not tag:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         raise UserError(
-            f"text.model: {weights!r} is neither a file nor a tag of {architecture}; give a .safetensors"
+            f"{key}: {weights!r} is neither a file nor a tag of {architecture}; give a .safetensors"
             + (f" or one of {', '.join(tags)}" if tags else "")
         )
     elif bool(tag.get("quick_gelu")) != quick_gelu:  # OpenCLIP would only warn, and compute other states
         other = architecture.removesuffix("-quickgelu") if quick_gelu else f"{architecture}-quickgelu"
         raise UserError(
-            f"text.model: {weights} of {architecture} was trained with{'out' * quick_gelu} QuickGELU; "
+            f"{key}: {weights} of {architecture} was trained with{'out' * quick_gelu} QuickGELU; "
             f"take open_clip:{other}:{weights}"
         )
 
 
-def _failed(name: str, error: Exception) -> UserError:
+def _failed(name: str, key: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"text.model: OpenCLIP can't load {name!r}: {type(error).__name__}: {reason}")
+    return UserError(f"{key}: OpenCLIP can't load {name!r}: {type(error).__name__}: {reason}")

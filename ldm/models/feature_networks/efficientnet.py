@@ -53,12 +53,12 @@ class EfficientNetLite0:
     name = NAME
     label = "EfficientNet-Lite0, 1280"
 
-    def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None):
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
         try:
             import timm
         except ImportError:
             raise UserError(f"{NAME}: needs the package timm; install the extra 'metrics'") from None
-        path = weights or WEIGHTS.find(NAME)
+        path = Path(weights) if weights else WEIGHTS.find(NAME)
         tensors = read(path)
         self.fingerprint = sha256(path)
         model: Any = timm.create_model(ARCHITECTURE, pretrained=False)

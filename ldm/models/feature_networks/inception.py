@@ -37,8 +37,8 @@ class Inception:
     name = NAME
     label = "Inception-v3, 2048"
 
-    def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None):
-        path = weights or WEIGHTS.find(NAME)
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
+        path = Path(weights) if weights else WEIGHTS.find(NAME)
         self.fingerprint = sha256(path) if path.exists() else ""
         self.model = extractor(path).to(device)
         self.device = device

@@ -11,16 +11,28 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from cases import each
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from ldm.evaluation.reconstruction import ReconstructionMetrics
 from ldm.models import feature_networks
 from ldm.models.feature_networks import efficientnet, inception, shift_tolerant
 from ldm.models.feature_networks.shift_tolerant import ShiftTolerantNet
 from ldm.models.features import Features
+from ldm.models.open_clip import BOS, EOS
 from ldm.utils.errors import UserError
 
 
@@ -218,6 +230,78 @@ def test_inception_has_torch_fidelitys_features_and_the_first_channels_of_mixed_
     assert features.spatial is not None and features.spatial.shape == (2, 2023)
     torch.testing.assert_close((features.pooled, features.logits), (pooled, logits))
     torch.testing.assert_close(features.spatial.view(2, 17, 17, 7).movedim(3, 1), layers[0][:, :7])
+
+
+def test_clip_embeds_images_and_captions_as_transformers_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "eos_token_id": 63}
+    heads = {"num_attention_heads": 2}
+    config = CLIPConfig(vision_config=vision | heads, text_config=text | heads, projection_dim=24)
+    model = CLIPModel(config).eval()
+    with pytest.raises(UserError, match=r"^clip: .* can't be loaded .* give a local folder"):
+        feature_networks.load("clip", weights=tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^clip: .* has no tokenizer"):
+        feature_networks.load("clip", weights=tmp_path)
+    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    vocabulary = {token: i for i, token in enumerate(letters)} | {BOS: 62, EOS: 63}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(tmp_path)
+    network = feature_networks.load("clip", weights=tmp_path)
+    assert network.label == f"CLIP {tmp_path.name}, 24"
+    check_features(network)
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    images, captions = photographs(2, 3, 32, 32), ["a cat", "a dog " * 60]
+    tokens = CLIPTokenizer.from_pretrained(tmp_path)(captions, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**tokens, **processor(list(images), return_tensors="pt"))
+    actual = network(images).pooled, network.text(captions)  # type: ignore[attr-defined]
+    torch.testing.assert_close(F.normalize(actual[0]), expected.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(F.normalize(actual[1]), expected.text_embeds, rtol=1e-4, atol=1e-5)
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert (feature_networks.load("clip", weights=tmp_path)(images).pooled != actual[0]).any()
+
+
+def test_clip_of_open_clip_has_its_embeddings(tmp_path: Path) -> None:
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1}
+    settings = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 4, "layers": 2}}
+    model = open_clip.CLIP(**settings).eval()
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    statistics = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": statistics}))
+    network = feature_networks.load("clip", weights=f"open_clip:local-dir:{tmp_path}")
+    check_features(network)
+    images, captions = photographs(2, 3, 16, 16), ["a cat", "a dog"]
+    with torch.no_grad():
+        expected = model.encode_image((images / 255 - 0.5) / 0.25), model.encode_text(open_clip.tokenize(captions))
+    actual = network(images).pooled, network.text(captions)  # type: ignore[attr-defined]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"^clip: open_clip:ViT-B-33:openai: OpenCLIP has no architecture"):
+        feature_networks.load("clip", weights="open_clip:ViT-B-33:openai")
+
+
+def test_dinov2_has_transformers_class_token(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 56}
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    network = feature_networks.load("dinov2", weights=tmp_path)
+    assert network.label == f"DINOv2 {tmp_path.name}, 32"
+    check_features(network)
+    images = photographs(2, 3, 224, 224)
+    pixels = BitImageProcessor(do_resize=False, do_center_crop=False)(
+        list(images), image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(network(images).pooled, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=f"^clip: '{tmp_path}' is no CLIPModel"):
+        feature_networks.load("clip", weights=tmp_path)
 
 
 @pytest.mark.slow
