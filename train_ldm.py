@@ -61,6 +61,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     """
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
+    from ldm.evaluation.report import write_report
     from ldm.models import autoencoder
     from ldm.training import checks, plan
     from ldm.training.fingerprint import check_finished
@@ -100,6 +101,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
             on_main(partial(check_finished, folder / "stage2", {"data": data.select("train").fingerprint()}))
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
+            write_report(folder)
     if state.is_main_process:
         print(f"finished: {result if stage != '1' else autoencoder_path(settings)}")
 

@@ -40,17 +40,20 @@ from ldm.cli.evaluate_prompts import evaluate_prompts
 from ldm.cli.sampling_arguments import add_embedding_argument, add_lora_argument, errors_name_flags, sampling_options
 from ldm.config import loader
 from ldm.config.rules import FEATURE_NETWORKS, FIGURES
-from ldm.config.schema import SOLVERS, SPACINGS, Config, SourceConfig
+from ldm.config.schema import SOLVERS, SPACINGS, Config, DataConfig
 from ldm.data import index
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.evaluation.bootstrap import SPLITS
+from ldm.evaluation.report import write_report
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.model_card import write_card
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
+
+NOT_IN_CARD = ("real against real", "memorization", "retrieval", "comparison")
 
 
 @command
@@ -91,7 +94,8 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     if is_default:
         with atomic_file(args.run / "evaluation.json") as tmp_path:
             tmp_path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-        write_card(settings, evaluate_figures.card_rows(metrics))
+        write_card(settings, {name: value for name, value in metrics.items() if name not in NOT_IN_CARD})
+        write_report(args.run)
     return metrics
 
 
@@ -123,7 +127,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument(
         "--count", type=int, default=100, help="training captions to try, or images to enlarge; default: 100"
     )
-    concept = "what a fine-tune of the run learned: a folder of captioned images, or openmoji-thumbs; measured too"
+    concept = "what a fine-tune of the run learned, as data.source has it, such as openmoji-thumbs; measured too"
     prompts.add_argument("--concept", type=path_or_id, metavar="SOURCE", help=concept)
     prompts.add_argument("--sheet", type=Path, help="some of the images, .png")
     model = parser.add_argument_group("model and sampling")
@@ -194,8 +198,9 @@ def _run_settings(run: Path) -> Config:
 
 
 def _concept(source: str, settings: Config) -> Index:
-    """The captioned images of a new concept, at the size of the run's."""
-    changes = {"source": (SourceConfig(path=source),), "val_fraction": 0.0, "buckets": None}
+    """The captioned images of a new concept, at the size of the run's; a source as `data.source` has it."""
+    sources = loader.section(DataConfig, [f"source={source}", f"size={settings.data.size}"], "--concept").source
+    changes = {"source": sources, "val_fraction": 0.0, "buckets": None}
     index_of = index.build(settings.data.model_copy(update=changes), settings.cache_dir, ("text",))
     if not len(index_of):
         raise UserError(f"--concept: {source}: no usable image; give a folder of captioned images")

@@ -122,7 +122,7 @@ def evaluate_model(
     measured = measure_figures(request, plan, images, real, networks)
     metrics: dict[str, Any] = {
         "figures": {seen.network.name: json_of(seen.figures) for seen in measured},
-        "ceiling": {seen.network.name: json_of(seen.ceiling) for seen in measured},
+        "real against real": {seen.network.name: json_of(seen.ceiling) for seen in measured},
     }
     metrics["memorization"] = measure_memorization(measured[0], real, images, folder)
     if plan.prompts:
@@ -171,11 +171,12 @@ def measure_prompts(
 ) -> dict[str, Any]:
     """Prints and returns how well images fit their prompts; writes the best and worst to `folder`, by one network."""
     assert plan.prompts and plan.described, "a model of text"
-    result, scores = {}, []
+    result: dict[str, Any] = {}
+    scores = []
     for seen in measured:
         following = prompt_following(plan, seen.generated, real, seen.network)
         scores.append((reads_text(seen.network), following.scores))
-        result[seen.network.name] = following.figures(seen.network.label)
+        result |= following.figures(seen.network)
         what = "prompts" if reads_text(seen.network) else "real images"
         print(f"prompt following, among {following.ranks.candidates} {what}, by {seen.network.label}", flush=True)
         for name, figure in following.ranks.figures().items():
@@ -218,13 +219,3 @@ def compare_models(
 
 def json_of(figures: dict[str, Figure]) -> dict[str, Any]:
     return {name: figure.to_json() for name, figure in figures.items()}
-
-
-def card_rows(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the model card's table has of `evaluation.json`: each figure by network and number of images."""
-    nested = ("figures", "ceiling", "comparison", "memorization", "retrieval")
-    rows = {name: value for name, value in metrics.items() if name not in nested}
-    for figures in metrics.get("figures", {}).values():
-        for name, figure in figures.items():
-            rows[f"{name} of {figure['images']} images, {figure['network']}"] = figure["value"]
-    return rows

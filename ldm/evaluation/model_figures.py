@@ -46,6 +46,16 @@ class RealImages:
         return self.data.select(*HELD_OUT).subset(MAX_REAL_IMAGES)
 
     def features(self, images: Index, network: FeatureNetwork) -> Features:
+        """Those of some images, taken from the training and held-out images' where they are among them."""
+        known = np.concatenate([self.training.rows, self.held_out.rows])
+        order = known.argsort()
+        place = order[np.searchsorted(known[order], images.rows).clip(max=len(known) - 1)]
+        if not np.array_equal(known[place], images.rows):
+            return self._computed(images, network)
+        parts = [self._computed(part, network) for part in (self.training, self.held_out) if len(part)]
+        return Features.cat(parts)[torch.from_numpy(place)]
+
+    def _computed(self, images: Index, network: FeatureNetwork) -> Features:
         features = real_features(images, self.side, network, self.cache_dir)
         assert features is not None, "a command is a single process"
         return features
@@ -107,12 +117,11 @@ class PromptFollowing:
     scores: torch.Tensor
     """`(N,)`: the cosine of each image and its prompt, or the real image that its prompt describes."""
 
-    def figures(self, network: str) -> dict[str, Any]:
+    def figures(self, network: FeatureNetwork) -> dict[str, dict[str, Any]]:
         """For `evaluation.json`."""
-        parts = {"": self.ranks, "shuffled prompts": self.shuffled, "real images": self.real}
-        figures = {key: part.figures(network) for key, part in parts.items() if part}
-        own = {name: figure.to_json() for name, figure in figures.pop("").items()}
-        return {**own, **{key: {name: f.to_json() for name, f in part.items()} for key, part in figures.items()}}
+        parts = {"": self.ranks, ", prompts shuffled": self.shuffled, ", real images": self.real}
+        figures = {f"{network.name}{key}": ranks.figures(network.label) for key, ranks in parts.items() if ranks}
+        return {key: {name: figure.to_json() for name, figure in part.items()} for key, part in figures.items()}
 
 
 def prompt_following(

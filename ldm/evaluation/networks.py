@@ -38,11 +38,11 @@ def default_network() -> str:
 
 def reads_text(network: FeatureNetwork) -> bool:
     """Whether it has features of text, which images are compared with."""
-    return hasattr(network, "embed_text")
+    return hasattr(network, "text")
 
 
 def prompt_features(network: FeatureNetwork, prompts: Sequence[str] | None) -> torch.Tensor:
     """Features `(N, D)` of prompts by a network of text and images; UserError where it reads no text."""
     if prompts is None or not reads_text(network):
         raise UserError("clip_score: needs prompts, and the network clip; leave it out")
-    return network.embed_text(prompts)  # type: ignore[attr-defined, no-any-return]
+    return network.text(prompts)  # type: ignore[attr-defined, no-any-return]

@@ -38,7 +38,8 @@ class DryRun:
         # Seconds of an activity's evaluations of the U-Net as a solver, but for the first one of each batch
         self.denoising: defaultdict[str, float] = defaultdict(float)
         self.lines: list[dict[str, float]] = []  # of metrics
-        self.weight_bytes = 0  # of what is trained
+        self.weight_bytes = self.frozen_bytes = 0  # of what is trained, and of the rest of its network
+        self.checkpoint_bytes = 0
         self._since = self._evaluated = 0.0
         self._token: Token[DryRun | None] | None = None
 
