@@ -42,7 +42,7 @@ class Request:
 
     metrics: dict[str, list[str]]
     """By network."""
-    weights: Path | None
+    weights: str | None
     images: int
     batch: int
     options: Sampling

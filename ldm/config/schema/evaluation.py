@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from ldm.config import rules
-from ldm.config.schema.base import LocalPath, Section
+from ldm.config.schema.base import PathOrId, Section
 
 
 class EvaluateConfig(Section):
@@ -18,8 +18,8 @@ class EvaluateConfig(Section):
     [Evaluation](../guides/evaluation.md)."""
     network: Literal[rules.FEATURE_NETWORKS] = "efficientnet-lite0"  # type: ignore[valid-type]
     """Whose features are compared; `latents` are those of the run's own autoencoder, and need no download."""
-    weights: LocalPath | None = None
-    """File of the network's weights; default: its package's, torch.hub's cache, or a download."""
+    weights: PathOrId | None = None
+    """Other weights than its published ones: a file; of clip and dinov2 a folder or Hub id of transformers'."""
     images: PositiveInt = 1000
     """Images to draw. More give smaller error bars, and a smaller bias of FID; compare runs at the same number."""
     batch: PositiveInt = 16
