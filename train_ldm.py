@@ -213,7 +213,9 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
             vae = autoencoder.load(path)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
-        text = copy.deepcopy(encoder) if settings.text.train else encoder  # the two steps change it
+        finetune = settings.finetune
+        changed = settings.text.train or finetune.text_encoder or finetune.kind == "inversion"
+        text = copy.deepcopy(encoder) if changed else encoder  # by the two steps
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)

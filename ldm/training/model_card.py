@@ -18,11 +18,13 @@ from ldm.data.source_kinds import HUB_ID
 from ldm.models.autoencoder import STATISTICS
 from ldm.utils.atomic_files import atomic_file
 
+IN_REPORT = ("ceiling", "comparison", "memorization", "retrieval")  # parts of evaluation.json that a card leaves out
+
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
     """`README.md` of a finished run: its data, settings, figures, and a grid of samples.
 
-    `figures` are added to those of the autoencoder's own folder, a row each.
+    `figures`, as `evaluation.json` has them, are added to those of the autoencoder's own folder, a row each.
     """
     folder = config.run.dir
     facts = folder / "autoencoder" / STATISTICS
@@ -131,7 +133,8 @@ def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for names, figure in _flat(figures):
         low, high = figure.get("low"), figure.get("high")
         bar = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-        yield " ".join(names), f"{figure['value']:.3f}{bar}"
+        images = f", {figure['images']:,} images" if figure.get("images") else ""
+        yield " ".join(names), f"{figure['value']:.3f}{bar}{images}"
 
 
 def _flat(
@@ -139,6 +142,8 @@ def _flat(
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """Finite figures by their names and those of the mappings that they are in."""
     for name, value in figures.items():
+        if not above and name in IN_REPORT:
+            continue
         names = above if (not above and name == "figures") else (*above, name)
         if isinstance(value, Mapping) and not isinstance(value.get("value"), float):
             yield from _flat(value, names)

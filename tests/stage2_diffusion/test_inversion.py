@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from sdxl import WIDTHS
 from stable_diffusion import PIPELINES
 
+import train_ldm
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.data import index, openmoji
@@ -107,6 +109,17 @@ def test_only_the_word_is_trained_and_a_resumed_run_has_the_same_bits(
     assert {path.name: path.read_bytes() for path in (tmp_path / "resumed/embeddings").iterdir()} == files
     model.add_embeddings(tmp_path / "run")
     assert torch.isfinite(model.text.embed([f"a {WORD}"]).states).all()
+
+
+@pytest.mark.slow
+def test_a_preflight_leaves_the_text_encoder_without_the_word(settings: Settings, tmp_path: Path) -> None:
+    config = settings("sd1", "stage2.steps=2", "run.preflight=true")
+    encoder = text_encoder.of(config.text)
+    data = index.build(config.data, config.cache_dir, config.stage2.conditions)
+    config.run.dir.mkdir()
+    train_ldm.measure(config, "stage2", data, encoder)
+    assert encoder.encoders[0].added_words == []
+    assert json.loads((tmp_path / "run/preflight.json").read_text())["stage2"]["needs"]["step"] > 0
 
 
 THUMB = (  # docs/results.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 
 from ldm.config.loader import differences
 from ldm.evaluation.bootstrap import compare
+from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements, sections
 from ldm.evaluation.report.charts import COLORS, Series, line_chart, number
@@ -37,9 +39,9 @@ def comparison(runs: Sequence[Run]) -> str:
     parts = [
         Section("figures", "Figures", _figures(runs) + _paired(runs)),
         Section("scores", "Other scores", _scores(runs)),
+        Section("samples", "Samples", _samples(runs, images)),
         Section("evaluated", "Figures while training", sections.chart_grid(_figure_charts(runs))),
         Section("curves", "Training", sections.chart_grid(charts)),
-        Section("samples", "Samples", _samples(runs, images)),
         Section("settings", "What differs", _settings(runs)),
         Section("speed", "Time and memory", _speed(runs)),
     ]
@@ -112,27 +114,32 @@ def _figures(runs: Sequence[Run]) -> str:
         found = {run.name: run.figures.get(network, {}).get(metric) for run in runs}
         known = {name: figure for name, figure in found.items() if figure is not None}
         cells = [sections.with_bar(figure) if figure else "" for figure in found.values()]
-        result = verdict(known, metric not in sections.SMALLER_IS_BETTER) if len(known) > 1 else ""
+        comparable = len(known) > 1 and metric in METRICS
+        result = verdict(known, METRICS[metric].larger_is_better) if comparable else ""
         rows.append((f"{sections.metric_name(metric)}, {network}", *cells, result))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
 
 def _paired(runs: Sequence[Run]) -> str:
-    """Scores of the same prompts, compared image by image with the first run's."""
-    first, rows = runs[0], []
-    for other in runs[1:]:
-        groups = dict.fromkeys(sample.group for sample in first.samples)
-        for group in groups:
-            a, b = ([sample for sample in run.samples if sample.group == group] for run in (first, other))
-            if len(a) < 2 or [sample.prompt for sample in a] != [sample.prompt for sample in b]:
-                continue
-            scores = [torch.tensor([sample.score for sample in samples]) for samples in (b, a)]
-            result = compare(*scores)
-            interval = f"{number(result.difference)} [{number(result.low)}, {number(result.high)}]"
-            rows.append((f"{other.name} less {first.name}", group, interval, str(result)))
+    """Scores compared image by image with the first run's, where the same images of both have one.
+
+    An evaluation keeps the best and the worst of many images: other ones of each run, which can't be compared.
+    """
+    first, *others = runs
+    rows = []
+    for other in others:
+        a, b = (
+            {(sample.path and sample.path.name, sample.prompt): sample.score for sample in run.samples}
+            for run in (first, other)
+        )
+        if len(a) < 2 or a.keys() != b.keys() or len(a) < len(first.samples) or len(b) < len(other.samples):
+            continue
+        result = compare(*(torch.tensor([scores[key] for key in a]) for scores in (b, a)))
+        interval = f"{number(result.difference)} [{number(result.low)}, {number(result.high)}]"
+        rows.append((f"{other.name} less {first.name}", f"{len(a)}", interval, str(result)))
     if not rows:
         return ""
-    header = ("scores image by image", "prompts", "difference [95 % interval]", "")
+    header = ("scores", "images", "difference [95 % interval]", "")
     return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
 
 
@@ -142,8 +149,12 @@ def _scores(runs: Sequence[Run]) -> str:
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         figures = [column.get(name) for column in columns]
-        rows.append((name, *(sections.with_bar(figure) if figure else "" for figure in figures)))
-    return elements.table(("", *(run.name for run in runs)), rows) if rows else ""
+        bars = [figure for figure in figures if figure and figure.low is not None and figure.high is not None]
+        pairs = itertools.combinations(bars, 2)
+        apart = "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told apart"
+        cells = [sections.with_bar(figure) if figure else "" for figure in figures]
+        rows.append((name, *cells, apart if len(bars) > 1 else ""))
+    return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
 
 def _flat(run: Run) -> dict[str, Figure]:
@@ -159,12 +170,19 @@ def _flat(run: Run) -> dict[str, Figure]:
 
     def add(prefix: str, tree: Mapping[str, object]) -> None:
         for name, value in tree.items():
+            if "shuffled" in name or (
+                not prefix and name in (*sections.SETTINGS, *sections.OWN_SECTIONS)
+            ):  # chance; not scores
+                continue
             if (figure := as_figure(value)) is not None:
                 flat[prefix + name] = figure
             elif isinstance(value, dict):
                 add(f"{prefix}{name} · ", value)
 
-    add("", {name: value for name, value in run.evaluation.items() if name != "figures"})
+    add("", run.evaluation)
+    memorization = run.evaluation.get("memorization")
+    if isinstance(memorization, dict) and (share := as_figure(memorization.get("share"))):
+        flat["near-copies of training images"] = share
     return flat
 
 

@@ -84,7 +84,7 @@ def _tiles(run: Run) -> str:
 
 def _figures(run: Run) -> str:
     final, over_steps = sections.final_figures(run), sections.figures_over_steps(run.stage2)
-    return final + (f"<h3>While training</h3>{over_steps}" if over_steps else "")
+    return final + sections.against_another(run) + (f"<h3>While training</h3>{over_steps}" if over_steps else "")
 
 
 def _use(run: Run) -> str:

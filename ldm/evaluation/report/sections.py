@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements
 from ldm.evaluation.report.charts import Series, line_chart, number, short
@@ -16,23 +17,19 @@ from ldm.evaluation.report.pictures import data_uri, spread
 SHEET_WIDTH, THUMB_WIDTH = 1100, 192  # pixels
 SHEETS_BYTES, THUMBS_BYTES, IMAGE_BYTES = 1_300_000, 400_000, 260_000
 """Limits of the WebP files: of all samples over time, of all prompts' images, of each other image."""
-MAX_FRAMES, EXTREMES = 16, 6  # steps that the slider has; prompts at each end
+MAX_FRAMES, EXTREMES = 16, 12  # steps that the slider has; prompts at each end
 
-METRIC_NAMES = {
+METRIC_NAMES = {  # the others' are words
     "fid": "FID",
     "sfid": "sFID",
     "kid": "KID",
     "is": "Inception score",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
     "cmmd": "CMMD",
     "clip_score": "CLIP score",
 }
-SMALLER_IS_BETTER = ("fid", "sfid", "kid", "cmmd")
 LEVEL = "held_out_loss_at_"
-OWN_SECTIONS = ("figures", "memorization")  # of evaluation.json; the rest is shown as it is
+OWN_SECTIONS = ("figures", "ceiling", "comparison", "memorization")  # of evaluation.json; the rest is shown as it is
+SETTINGS = ("steps", "guidance", "seed")  # of the sampling, in evaluation.json
 
 
 class Images:
@@ -148,8 +145,9 @@ def chart_grid(charts: Sequence[str]) -> str:
 
 def metric_name(metric: str) -> str:
     """A metric's name for people, with an arrow towards better values."""
-    arrow = "↓" if metric in SMALLER_IS_BETTER else "↑"
-    return f"{METRIC_NAMES[metric]} {arrow}" if metric in METRIC_NAMES else metric
+    if metric not in METRICS:
+        return metric
+    return f"{METRIC_NAMES.get(metric, metric)} {'↑' if METRICS[metric].larger_is_better else '↓'}"
 
 
 def with_bar(figure: Figure) -> Raw:
@@ -160,46 +158,73 @@ def with_bar(figure: Figure) -> Raw:
 
 
 def final_figures(run: Run) -> str:
-    """The finished model's figures, with their 95 % intervals."""
-    rows = [
-        (
-            metric_name(metric),
-            with_bar(figure),
-            f"{figure.images:,}" if figure.images else "",
-            figure.network or network,
-        )
-        for network, metrics in run.figures.items()
-        for metric, figure in metrics.items()
-    ]
+    """The finished model's figures, with their 95 % intervals, and the same of real images, the ceiling."""
+    rows, found = [], run.evaluation.get("ceiling")
+    ceilings = found if isinstance(found, dict) else {}
+    for network, metrics in run.figures.items():
+        real = ceilings.get(network) or {}
+        for metric, figure in metrics.items():
+            best = with_bar(ceiling) if (ceiling := as_figure(real.get(metric))) else ""
+            images = f"{figure.images:,}" if figure.images else ""
+            rows.append((metric_name(metric), with_bar(figure), best, images, figure.network or network))
     if not rows:
         return ""
-    return elements.table(("metric", "value [95 % interval]", "images", "network"), rows)
+    header = ("metric", "value [95 % interval]", "of real images", "images", "network")
+    return elements.table(header, rows) + explained(run.figures.values())
+
+
+def against_another(run: Run) -> str:
+    """The comparison with another model that an evaluation made, on the same prompts and noise."""
+    comparison, rows = run.evaluation.get("comparison"), []
+    if not isinstance(comparison, dict):
+        return ""
+    for network, metrics in comparison.items():
+        for metric, values in metrics.items() if isinstance(metrics, dict) else ():
+            ends = [values.get(name) for name in ("difference", "low", "high")]
+            difference = as_figure(dict(zip(("value", "low", "high"), ends, strict=True)))
+            if difference:
+                name, verdict = f"{metric_name(metric)}, {network}", values.get("verdict", "")
+                rows.append((name, with_bar(difference), verdict))
+    header = ("metric", "difference [95 % interval]", "this model")
+    title = f"<h3>Against {elements.text(comparison.get('with', 'another model'))}</h3>"
+    return title + elements.table(header, rows) if rows else ""
+
+
+def explained(figures: Iterable[Iterable[str]]) -> str:
+    """What metrics mean, a line each."""
+    names = dict.fromkeys(name for metrics in figures for name in metrics if name in METRICS)
+    items = "".join(f"<li>{metric_name(name)}: {elements.text(METRICS[name].help)}</li>" for name in names)
+    return f"<details><summary>What these mean</summary><ul>{items}</ul></details>" if items else ""
 
 
 def prompt_following(run: Run) -> str:
-    """Everything else that `evaluation.json` has: scores by group of prompts, then single figures."""
-    parts, single, settings = [], dict[str, Figure](), []
+    """Everything else that `evaluation.json` has: scores by group of prompts or by network, then single figures."""
+    parts, single = [], dict[str, Figure]()
     for group, values in run.evaluation.items():
-        if group in ("steps", "guidance", "seed"):
-            settings.append(f"{group} {values}")
-        elif group in OWN_SECTIONS:
+        if group in (*OWN_SECTIONS, *SETTINGS):
             continue
-        elif (figure := as_figure(values)) is not None:
+        if (figure := as_figure(values)) is not None:
             single[group] = figure
         elif isinstance(values, dict):
-            parts.append(_group(group, values))
+            nested = group == "retrieval"  # by network
+            parts += (
+                [_group(f"{group}, {name}", row) for name, row in values.items()] if nested else [_group(group, values)]
+            )
     if single:
         rows = [(name, with_bar(figure)) for name, figure in single.items()]
         parts.append(elements.table(("", "value"), rows))
+    settings = [f"{name} {run.evaluation[name]}" for name in SETTINGS if name in run.evaluation]
     if parts and settings:
         parts.insert(0, f'<p class="note">Sampled with {elements.text(", ".join(settings))}.</p>')
     return "".join(parts)
 
 
 def _group(name: str, values: Mapping[str, Any]) -> str:
-    """A table of scores, a row for each measure, or of one row."""
-    measures = {key: row for key, row in values.items() if isinstance(row, dict) and as_figure(row) is None}
-    rows: Mapping[str, Any] = measures or {name: values}
+    """A table of scores, a row for each measure; scores that stand beside measures are those of generated images."""
+    own = {key: value for key, value in values.items() if as_figure(value)}
+    measures = {key: row for key, row in values.items() if isinstance(row, dict) and key not in own}
+    rows: dict[str, Mapping[str, Any]] = {"generated images" if measures else name: own} if own else {}
+    rows |= measures
     columns = list(dict.fromkeys(column for row in rows.values() for column in row if as_figure(row[column])))
     if not columns:
         return ""
@@ -221,7 +246,10 @@ def samples_over_time(run: Run, images: Images) -> str:
     shown = [(uri, caption) for uri, caption in uris if uri]
     if not shown:
         return ""
-    return elements.frames(shown) + '<p class="note">In an orange frame: prompts of held-out images.</p>'
+    framed = "text" in run.get("stage2.conditions", []) and not {"inpaint", "upscale"} & set(
+        run.get("stage2.conditions")
+    )
+    return elements.frames(shown) + '<p class="note">Framed: prompts of held-out images.</p>' * framed
 
 
 def stage1(run: Run, images: Images) -> str:
@@ -251,38 +279,47 @@ def stage1(run: Run, images: Images) -> str:
 
 
 def extremes(run: Run, images: Images) -> str:
-    """The prompts with the lowest and the highest scores, by group, with their images."""
-    groups: dict[str, list[Sample]] = {}
-    for sample in run.samples:
-        groups.setdefault(sample.group, []).append(sample)
-    parts, limit = [], THUMBS_BYTES // max(1, 2 * EXTREMES * len(groups))
-    for group, samples in groups.items():
-        ordered = sorted(samples, key=lambda sample: sample.score)
-        count = min(EXTREMES, len(ordered) // 2 or 1)
-        for title, chosen in (("lowest", ordered[:count]), ("highest", ordered[: -count - 1 : -1])):
-            heading = f"{group}: {title} scores" if group else f"{title.capitalize()} scores"
-            thumbs = "".join(_thumb(sample, images, limit) for sample in chosen)
-            parts.append(f'<h3>{elements.text(heading)}</h3><div class="thumbs">{thumbs}</div>')
+    """The prompts with the lowest and the highest scores, with their images."""
+    ordered = sorted(run.samples, key=lambda sample: sample.score)
+    count = min(EXTREMES, -(-len(ordered) // 2))
+    parts = []
+    for title, chosen in (("Lowest scores", ordered[:count]), ("Highest scores", ordered[count:][: -count - 1 : -1])):
+        thumbs = "".join(_thumb(sample, images) for sample in chosen)
+        parts.append(f'<h3>{title}</h3><div class="thumbs">{thumbs}</div>' if thumbs else "")
     return "".join(parts)
 
 
-def _thumb(sample: Sample, images: Images, limit: int) -> str:
-    uri = images.uri(sample.path, THUMB_WIDTH, limit)
-    caption = Raw(f"{number(sample.score)} · {elements.text(sample.prompt)}")
-    return (
-        elements.thumbnail(uri, caption, sample.prompt)
-        if uri
-        else f"<figure><figcaption>{caption}</figcaption></figure>"
-    )
+def _thumb(sample: Sample, images: Images) -> str:
+    uri = images.uri(sample.path, THUMB_WIDTH, THUMBS_BYTES // (2 * EXTREMES))
+    group = f" <small>{elements.text(sample.group)}</small>" if sample.group else ""
+    caption = Raw(f"{number(sample.score)} · {elements.text(sample.prompt)}{group}")
+    if not uri:
+        return f"<figure><figcaption>{caption}</figcaption></figure>"
+    return elements.thumbnail(uri, caption, sample.prompt)
 
 
 def memorization(run: Run, images: Images) -> str:
-    """Generated images beside the training images that they are nearest to, and how near these are."""
-    values = run.evaluation.get("memorization")
-    found = {name: as_figure(value) for name, value in values.items()} if isinstance(values, dict) else {}
-    rows = [(name.replace("_", " "), with_bar(figure)) for name, figure in found.items() if figure is not None]
-    shown = images.picture(run.image("evaluation/memorization.png"), "Generated images and the nearest training images")
-    return (elements.table(("", "value [95 % interval]"), rows) if rows else "") + shown
+    """How many generated images are near-copies, how many training images are missed, and the closest pairs."""
+    found = run.evaluation.get("memorization")
+    values: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    modes = values.get("missed modes")
+    missed: Mapping[str, Any] = modes if isinstance(modes, dict) else {}
+    rows = [
+        (name, with_bar(figure))
+        for name, value in (
+            ("near-copies of training images, share of generated images", values.get("share")),
+            ("the same of real images, which copy nothing", values.get("floor")),
+            ("training images that no generated image is near to, share", missed.get("share")),
+            ("the same for as many real images", missed.get("real")),
+        )
+        if (figure := as_figure(value)) is not None
+    ]
+    calibration = values.get("calibration")
+    note = f'<p class="note">Calibrated with {elements.text(calibration)}.</p>' if calibration else ""
+    shown = images.picture(
+        run.image("evaluation/memorization.png"), "Closest pairs: generated, and the training image below"
+    )
+    return (elements.table(("", "value [95 % interval]"), rows) + note if rows else "") + shown
 
 
 def training_speed(run: Run) -> str:

@@ -97,6 +97,7 @@ def test_figures_equal_torch_fidelitys_on_the_same_folders(tmp_path: Path) -> No
         assert ours[name].value == pytest.approx(theirs[key], rel=1e-5), name
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_figures_equal_torchmetrics() -> None:
     class Same(torch.nn.Module):
         num_features = 12
@@ -122,6 +123,12 @@ def test_fid_of_known_moments_is_its_closed_form() -> None:
     variance = 2 * torch.arange(1.0, 7).square() / 11
     expected = 6 * 0.5**2 + float((variance.sqrt() * (3 - 1)).square().sum())
     assert value("fid", points, 3 * points + 0.5) == pytest.approx(expected)
+
+
+def test_fid_of_equal_distributions_is_its_known_bias() -> None:
+    """To the first order in 1/N, of D features of variance 1: 2·D/N of the means and D·(D + 1)/(2·N) of covariances."""
+    values = [value("fid", normal(2 * i, 200, 4), normal(2 * i + 1, 200, 4)) for i in range(100)]
+    assert np.mean(values) == pytest.approx((4 * 5 / 2 + 2 * 4) / 200, rel=0.15)
 
 
 def test_fid_is_the_same_with_fewer_images_than_features_as_in_the_basis_of_the_images() -> None:
@@ -150,6 +157,12 @@ def test_cmmd_of_two_points_is_its_closed_form() -> None:
     x, y = torch.zeros(5, 3), torch.zeros(7, 3)
     x[:, 0], y[:, 1] = 4, 0.1
     assert value("cmmd", x, y) == pytest.approx(2000 * (1 - math.exp(-0.01)))
+
+
+def test_cmmd_of_equal_distributions_is_20_over_n_at_most() -> None:
+    """Its diagonal adds E(1 − k)/N of each set, and 1 − k ≤ ‖x − y‖²/200, whose mean is 2 at most."""
+    values = [value("cmmd", normal(2 * i, 50, 32), normal(2 * i + 1, 50, 32)) for i in range(200)]
+    assert np.mean(values) == pytest.approx(20 / 50, rel=0.05)  # of directions that are even, nearly the most
 
 
 def test_the_score_of_certain_and_even_classes_is_their_number_and_of_one_class_is_1() -> None:

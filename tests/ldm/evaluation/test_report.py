@@ -95,7 +95,20 @@ def test_thinning_keeps_spikes_and_the_last_point() -> None:
 
 def test_figures_are_those_of_the_evaluation(html: str) -> None:
     cells = " ".join(Page(html).text["td"])
-    for expected in ("FID ↓", "12.5", "recall ↑", "0.5", "500", "Inception-v3, 2048", "0.75", "0.0125", "copied"):
+    shown = (
+        "FID ↓",
+        "12.5",
+        "recall ↑",
+        "0.5",
+        "500",
+        "Inception-v3, 2048",
+        "3.25",
+        "0.75",
+        "0.0125",
+        "0.625",
+        "0.03125",
+    )
+    for expected in (*shown, "1.5", "worse", "shuffled prompts"):
         assert expected in cells
     assert "<small>[11.25, 13.75]</small>" in html
     assert "805, 73 held out" in html

@@ -27,7 +27,15 @@ def test_the_card_lists_metrics_and_the_datas_licence(settings: loader.Config) -
 def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:
     prepare_run_dir(settings)
     fid = {"value": 12.5, "low": 11.0, "high": 14.0, "images": 100, "network": "Inception-v3, 2048"}
-    write_card(settings, {"guidance": 3.0, "figures": {"inception": {"fid": fid}}, "pixels": {"top1": 0.5}})
+    write_card(
+        settings,
+        {
+            "guidance": 3.0,
+            "figures": {"inception": {"fid": fid}},
+            "ceiling": {"inception": {"fid": 3.0}},
+            "pixels": {"top1": 0.5},
+        },
+    )
     card = ModelCard.load(settings.run.dir / "README.md")
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("diffusers", "text-to-image", "cc-by-sa-4.0")
@@ -36,7 +44,7 @@ def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:
         "inception fid": 12.5,
         "pixels top1": 0.5,
     }
-    assert "| inception fid | 12.500 [11.000, 14.000] |" in card.content
+    assert "| inception fid | 12.500 [11.000, 14.000], 100 images |" in card.content
 
 
 def test_the_metadata_name_models_and_data_of_the_hub_only(root: Path, tmp_path: Path) -> None:
