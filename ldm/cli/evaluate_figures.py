@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm.config.rules import check_figures
+from ldm.config.rules import FEATURE_NETWORKS, check_figures
 from ldm.config.schema import Config, EvaluateConfig
 from ldm.data.index import Index
 from ldm.evaluation import distances
@@ -24,7 +24,7 @@ from ldm.evaluation.sample_files import write_best_and_worst, write_closest_pair
 from ldm.models.attention import use_attention
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.utils.errors import UserError
+from ldm.utils.errors import UserError, unknown_choice
 
 GROUPS = {
     "train": "training captions",
@@ -57,6 +57,9 @@ class Request:
         evaluate = settings.stage2.evaluate if settings else None
         text = settings is not None and settings.stage2.text
         networks = args.network or ([evaluate.network] if evaluate else [default_network()])
+        for name in networks:
+            if name not in FEATURE_NETWORKS:
+                raise unknown_choice("--network", name, FEATURE_NETWORKS)
         named = args.metrics or (list(evaluate.metrics) if evaluate and not args.network else None)
         images = args.images if args.images is not None else evaluate.images if evaluate else DEFAULT_IMAGES
         if "clip_score" in (named or ()) and not text:

@@ -13,6 +13,7 @@ from ldm.evaluation.features import Features
 from ldm.evaluation.generation import GenerationPlan, generated_features, real_features
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.utils.errors import UserError
 
 Drawings = Callable[..., tuple[object, Index]]
 
@@ -97,3 +98,12 @@ def test_a_damaged_file_of_features_is_named_and_computed_again(
         assert sound and mended
         assert torch.equal(mended.pooled, sound.pooled)
         assert path.read_bytes() == whole
+
+
+def test_images_that_are_not_finite_are_named(random_model: Callable[..., LatentDiffusion], drawings: Drawings) -> None:
+    model = random_model("text")
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(float("nan"))
+    plan = GenerationPlan.of(drawings()[1], ("text",), 3)
+    with pytest.raises(UserError, match="the U-Net's output is NaN or infinite for 3 of 3 images"):
+        generated_features(plan, model, Mean())
