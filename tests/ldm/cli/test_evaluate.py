@@ -76,13 +76,12 @@ def test_mistakes_are_one_line(
     message: str,
     folder: Callable[..., Path],
     call: Call,
+    tmp_path: Path,
 ) -> None:
-    real, other = folder(12, (16, 16)), folder(*generated)
-    (real.parent / "WEIGHTS").write_bytes(b"no weights")
-    own = [
-        str(real.parent / flag) if flag == "WEIGHTS" else flag for flag in ("--network", "efficientnet-lite0", *flags)
-    ]
-    output = call(evaluate.main, "--real", real, "--generated", other, *own, status=2)
+    (tmp_path / "WEIGHTS").write_bytes(b"no weights")
+    own = [str(tmp_path / flag) if flag == "WEIGHTS" else flag for flag in flags]
+    folders = ("--real", folder(12, (16, 16)), "--generated", folder(*generated))
+    output = call(evaluate.main, *folders, "--network", "efficientnet-lite0", *own, status=2)
     error = output[output.index("error: ") :]
     assert message in error
     assert error.count("\n") == 1
