@@ -61,6 +61,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     """
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
+    from ldm.evaluation.report import write_report
     from ldm.models import autoencoder
     from ldm.training import checks, plan
     from ldm.training.fingerprint import check_finished
@@ -100,6 +101,7 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
             on_main(partial(check_finished, folder / "stage2", {"data": data.select("train").fingerprint()}))
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
             write_card(settings)
+            write_report(folder)
     if state.is_main_process:
         print(f"finished: {result if stage != '1' else autoencoder_path(settings)}")
 
@@ -211,7 +213,9 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
             vae = autoencoder.load(path)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
-        text = copy.deepcopy(encoder) if settings.text.train else encoder  # the two steps change it
+        finetune = settings.finetune
+        changed = settings.text.train or finetune.text_encoder or finetune.kind == "inversion"
+        text = copy.deepcopy(encoder) if changed else encoder  # by the two steps
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)

@@ -11,6 +11,7 @@ from ldm.config.schema import Config
 from ldm.data import check, index
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, on_main
+from ldm.evaluation.report import write_report
 from ldm.models import autoencoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import checks
@@ -114,6 +115,7 @@ class FolderTrainer:
             train(settings, images, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:
                 write_card(settings)
+                write_report(settings.run.dir)
         return LatentDiffusion.load(pipeline, state.device)
 
 

@@ -26,8 +26,9 @@ from ldm.data import index
 from ldm.data.dataset import evaluation_batch
 from ldm.data.records import HELD_OUT
 from ldm.diffusion import likelihood
+from ldm.diffusion.losses import bound_integrand
 from ldm.diffusion.process import DiffusionProcess
-from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule, bound_integrand
+from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion

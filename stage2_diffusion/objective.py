@@ -7,9 +7,9 @@ from accelerate import Accelerator
 
 from ldm.config.schema import Stage2Config
 from ldm.diffusion import schedules
-from ldm.diffusion.losses import hybrid_loss, pixel_weights, training_loss
+from ldm.diffusion.losses import bound_integrand, hybrid_loss, pixel_weights, training_loss
 from ldm.diffusion.process import offset_noise, perturbed
-from ldm.diffusion.schedules import LearnedSchedule, bound_integrand, lower_variance
+from ldm.diffusion.schedules import LearnedSchedule, lower_variance
 from ldm.diffusion.timestep_sampling import stratified
 from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.rng import normal, uniform

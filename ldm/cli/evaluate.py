@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ldm.cli.sampling_arguments import add_embedding_argument, add_lora_argument, errors_name_flags, sampling_options
 from ldm.config import loader
-from ldm.config.schema import SOLVERS, SPACINGS, Config, SourceConfig
+from ldm.config.schema import SOLVERS, SPACINGS, Config, DataConfig
 from ldm.data import images, index
 from ldm.data.crops import crop_resize
 from ldm.data.index import Index
@@ -203,7 +203,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=path_or_id, help="another pipeline than the run's, for example a distilled one")
     add_lora_argument(parser)
     add_embedding_argument(parser)
-    concept = "what a fine-tune of the run learned: a folder of captioned images, or openmoji-thumbs; measured too"
+    concept = "what a fine-tune of the run learned, as data.source has it, such as openmoji-thumbs; measured too"
     parser.add_argument("--concept", type=path_or_id, metavar="SOURCE", help=concept)
     parser.add_argument("--steps", type=int, help="default: the run's sample.steps")
     parser.add_argument("--guidance", type=float, help="default: the run's sample.guidance")
@@ -232,8 +232,9 @@ def _run_settings(run: Path) -> Config:
 
 
 def _concept(source: str, settings: Config) -> Index:
-    """The captioned images of a new concept, at the size of the run's."""
-    changes = {"source": (SourceConfig(path=source),), "val_fraction": 0.0, "buckets": None}
+    """The captioned images of a new concept, at the size of the run's; a source as `data.source` has it."""
+    sources = loader.section(DataConfig, [f"source={source}", f"size={settings.data.size}"], "--concept").source
+    changes = {"source": sources, "val_fraction": 0.0, "buckets": None}
     index_of = index.build(settings.data.model_copy(update=changes), settings.cache_dir, ("text",))
     if not len(index_of):
         raise UserError(f"--concept: {source}: no usable image; give a folder of captioned images")

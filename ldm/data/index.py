@@ -219,10 +219,14 @@ class Index:
         return len(self.table) - self.table["reason"].null_count
 
     def write_report(self, path: Path) -> None:
-        """Writes `data-report.json`: how many images are good, and each bad one: file, reason, remedy."""
+        """Writes `data-report.json`: how many good images and captions; each bad image: file, reason, remedy."""
         listed = [bad.__dict__ for _, bad in zip(range(MAX_REPORTED), self.bad_samples(), strict=False)]
+        splits, counts = np.unique(self.column("split").astype(str), return_counts=True)
+        captions = pc.fill_null(pc.list_value_length(self.table["captions"]), 0).to_numpy()
         report = {
             "images": len(self),
+            "splits": dict(zip(splits.tolist(), counts.tolist(), strict=True)),
+            "captions": int(captions[self.rows].sum()),
             "bad": self.bad_count(),
             "left_out": dict(self.sources.left_out().counts),
             "on_error": self.data.on_error,
@@ -285,7 +289,7 @@ def _cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
     sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
     for source in sources:
-        for key in ("caption", "limit", "mask", "prior"):
+        for key in ("caption", "limit", "mask", "prior", "replace"):
             if not source[key]:  # as before there was this key
                 del source[key]
         if source["kind"] == "images":

@@ -20,13 +20,20 @@ from ldm.data.images import MASK_REASON, Size, decode, decode_alpha, rotation
 from ldm.data.records import NO_MASK, BadSample, BadSampleError, ImageLocation, LeftOut, Record, Records, one_line
 from ldm.utils.errors import UserError
 
+FOLDERS = ("metadata", "sidecars", "classes", "images")  # kinds of sources: those that are a folder of images
 ALPHA = "alpha"  # what `data.source.mask` calls the images' own alpha channel
 
 
-def mask_folder(source: SourceConfig) -> Path | None:
-    """The folder that `data.source.mask` names; None for the alpha channel, a column, or no masks."""
+def mask_folder(source: SourceConfig, kind: str) -> Path | None:
+    """The folder that `data.source.mask` names for a source of this kind; None for the alpha channel or no masks.
+
+    None too for a column: a source with columns has its masks in one, whatever folders there are. A folder of masks of
+    images with a metadata file is therefore a path with a slash: `./masks`.
+    """
+    if source.mask in ("", ALPHA) or kind not in FOLDERS or (kind == "metadata" and "/" not in source.mask):
+        return None
     folder = Path(source.mask)
-    return folder if source.mask not in ("", ALPHA) and folder.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def check_apart(key: str, masks: Path, images: Path) -> None:

@@ -13,7 +13,7 @@ from ldm.data import archives, folders, openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import REMEDIES, is_image_file
 from ldm.data.layout import choose_split, folder_layout
-from ldm.data.masks import ALPHA, check_apart, mask_folder
+from ldm.data.masks import ALPHA, FOLDERS, check_apart, mask_folder
 from ldm.data.metadata_files import metadata_files
 from ldm.data.unread_files import METADATA, may_hold_captions
 from ldm.utils.errors import UserError
@@ -42,7 +42,6 @@ KINDS_OF_KEY = {
     "mask": ("openmoji", "metadata", "sidecars", "classes", "images", "tar", "parquet", "datasets"),
     "split": ("sidecars", "classes", "images", *_TABULAR),
 }
-FOLDERS = ("metadata", "sidecars", "classes", "images")
 STREAMED = ("tar", "parquet", "datasets")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 CAPTIONED = ("text",)  # conditions of a model that reads captions
@@ -91,7 +90,7 @@ def _kind_of_folder(folder: Path, source: SourceConfig, captions: bool) -> str:
     in_classes = loose = metadata = False
     undecoded: Path | None = None
     unread: Path | None = None
-    masks = mask_folder(source)
+    masks = mask_folder(source, "sidecars")  # or another kind without columns
     layout = folder_layout(folder, source.split, captions, masks)
     for directory in FolderTree(folder, layout.other_splits, masks).walk():
         images = [name for name in directory.names if is_image_file(name)]
@@ -159,21 +158,22 @@ def check_keys(source: SourceConfig, kind: str) -> None:
             )
     _check_mask_folder(source, kind)
     if kind in FOLDERS and source.split != "train" and _is_folder(source.path):
-        layout = folder_layout(Path(source.path), source.split, masks=mask_folder(source))
+        layout = folder_layout(Path(source.path), source.split, masks=mask_folder(source, kind))
         if not layout.depth:  # no folder there names a split
             choose_split((), source.split, source.path)
 
 
 def _check_mask_folder(source: SourceConfig, kind: str) -> None:
     """UserError where masks of a folder's images are neither `alpha` nor in a folder of their own."""
-    masks = mask_folder(source)
-    if masks is None and source.mask not in ("", ALPHA) and kind in ("sidecars", "classes", "images"):
+    masks = mask_folder(source, kind)
+    is_column = kind == "metadata" and "/" not in source.mask
+    if masks is None and source.mask not in ("", ALPHA) and kind in FOLDERS and not is_column:
         inside = Path(source.path, source.mask)
         raise UserError(
             f"data.source.mask: no folder {source.mask}; give "
             + (str(inside) if inside.is_dir() else "alpha, or the folder that has a mask of each image")
         )
-    if masks and kind in FOLDERS:
+    if masks:
         check_apart("data.source.mask", masks, Path(source.path))
 
 

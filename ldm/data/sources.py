@@ -9,7 +9,8 @@ classes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ from ldm.data.records import (
     Sample,
     one_line,
 )
-from ldm.data.source_kinds import CAPTIONED, FOLDERS, KINDS, check, check_keys, detect
+from ldm.data.source_kinds import CAPTIONED, KINDS, check, check_keys, detect
 from ldm.data.tables import Table
 from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
@@ -56,6 +57,26 @@ def _class_remedy(kind: str, column: str) -> str:
 def _is_utf8(name: str) -> bool:
     """Python puts surrogates for bytes of a file name that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+class WordReplacer:
+    """Puts other words in the place of `words` in captions, each caption once; capitals make no difference."""
+
+    def __init__(self, words: Mapping[str, str]):
+        self.words = {old.lower(): new for old, new in words.items()}
+        self.missing = dict.fromkeys(self.words)  # those that no caption has had so far
+        longest_first = sorted(map(re.escape, self.words), key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[str, ...]:
+        if not self.words:
+            return tuple(captions)
+        return tuple(dict.fromkeys(self._pattern.sub(self._other, caption) for caption in captions))
+
+    def _other(self, match: re.Match[str]) -> str:
+        old = match[0].lower()
+        self.missing.pop(old, None)
+        return self.words[old]
 
 
 CONFIRMATION = "--yes or data.source.kind=classes"  # of a caption that all images share, on the command line
@@ -85,7 +106,7 @@ class Sources:
             if source.caption:
                 lines.append(f"captions {self._default_captions(source)} where an image has no caption file")
             if source.mask:
-                in_folder = mask_folder(source) and kind in FOLDERS
+                in_folder = mask_folder(source, kind)
                 origin = "alpha channels" if source.mask == ALPHA else "the folder" if in_folder else "the column"
                 lines.append(f"masks    from {origin}{'' if source.mask == ALPHA else f' {source.mask}'}")
             if kind in ("classes", "sidecars"):
@@ -96,14 +117,14 @@ class Sources:
         """`data.source.caption`, or, where it takes the file's name, what becomes of the first names."""
         if "{}" not in source.caption:
             return repr(source.caption)
-        tree, _ = self._folder(source)
+        tree, _ = self._folder(source, "sidecars")
         names = (name for directory in tree.walk() for name in directory.names if is_image_file(name))
         captions = [folders.file_caption(name, source.caption) for name in itertools.islice(names, MAX_EXAMPLES)]
         return f"from file names, such as {', '.join(map(repr, captions))},"
 
     def _describe_folder_names(self, source: SourceConfig, kind: str) -> list[str]:
         """What was made of the names of folders, with examples."""
-        tree, layout = self._folder(source)
+        tree, layout = self._folder(source, kind)
         guessed = kind == "classes" and "text" in self.conditions
         if not guessed and not layout.repeated:
             return []
@@ -126,7 +147,7 @@ class Sources:
         for source, kind in zip(self.configs, self.kinds, strict=True):
             confirmed = source.kind == "classes" or source.template != "{}"
             if kind == "classes" and not confirmed and "text" in self.conditions:
-                tree, layout = self._folder(source)
+                tree, layout = self._folder(source, kind)
                 labels = [*folders.first_class_folders(tree, layout, 2)]
                 if len(labels) == 1 and not layout.repeated:  # `10_sks dog` is named so on purpose
                     caption = folders.class_caption(labels[0], source.template)
@@ -144,11 +165,11 @@ class Sources:
             return f"{source.path}: alpha_mask, conditioning_data_dir: no image has a mask; add them, or drop the keys"
         if source.mask == ALPHA:
             where, fix = "an alpha channel", "save them as PNG with one"
-        elif mask_folder(source) and kind in FOLDERS:
+        elif mask_folder(source, kind):
             where, fix = f"a mask in {source.mask}", f"the one of a/b.jpg is {Path(source.mask, 'a/b.png')}"
         else:
-            folder = ", and there is no such folder" if kind == "metadata" else ""
-            where, fix = f"a mask in the column {source.mask!r}{folder}", "name masks there"
+            folder = f"; a folder is written ./{source.mask}" if kind == "metadata" else ""
+            where, fix = f"a mask in the column {source.mask!r}", f"name masks there{folder}"
         return f"data.source.mask: no image of {source.path} has {where}; {fix}, or leave out the key"
 
     def left_out(self) -> LeftOutCounts:
@@ -169,7 +190,7 @@ class Sources:
         """All records of source `number`, good and bad; no image is read. What is left out is counted."""
         source, kind = self.configs[number], self.kinds[number]
         left_out = self._left_out[number] = LeftOutCounts()
-        count = 0
+        count, replaced = 0, WordReplacer(source.replace)
         for record in self._records(number, source, kind):
             if isinstance(record, LeftOut):
                 left_out.add(record)
@@ -193,7 +214,13 @@ class Sources:
                 of_class = source.prior and kind != "kohya" and record.split == "train"  # held out stays held out
                 split = PRIOR if of_class else record.split
                 mask = record.location if source.mask == ALPHA else record.mask
-                yield replace(record, key=key, repeats=repeats, split=split, mask=mask)
+                captions = replaced(record.captions)
+                yield replace(record, key=key, captions=captions, repeats=repeats, split=split, mask=mask)
+        if replaced.missing:
+            raise UserError(
+                f"data.source.replace: no caption of {source.path} has {next(iter(replaced.missing))!r}; write it as "
+                "captions do, or leave it out"
+            )
 
     def read(self, location: ImageLocation) -> bytes:
         """The encoded bytes of an image; OSError or ValueError where they can't be read."""
@@ -220,6 +247,14 @@ class Sources:
 
     def samples(self, shard: tuple[int, str | int]) -> Iterator[Sample]:
         """The samples of a shard with the bytes of their images, in the order of the shard."""
+        replaced = WordReplacer(self.configs[shard[0]].replace)
+        for sample in self._samples(shard):
+            if replaced.words and not isinstance(sample, BadSample):
+                record, content = sample
+                sample = replace(record, captions=replaced(record.captions)), content
+            yield sample
+
+    def _samples(self, shard: tuple[int, str | int]) -> Iterator[Sample]:
         number, name = shard
         if isinstance(name, str):
             unread_keys = self._unread_keys.setdefault(number, set())
@@ -246,7 +281,7 @@ class Sources:
     def _read_options(self, number: int) -> ReadOptions:
         source = self.configs[number]
         label = source.label if "class" in self.conditions else None
-        in_folder = mask_folder(source) and self.kinds[number] in FOLDERS
+        in_folder = mask_folder(source, self.kinds[number])
         mask = None if in_folder or source.mask in ("", ALPHA) else source.mask
         return ReadOptions(source.caption_column, source.lines, "text" in self.conditions, label, mask)
 
@@ -262,8 +297,8 @@ class Sources:
             if kind in ("parquet", "datasets")
         }
 
-    def _folder(self, source: SourceConfig) -> tuple[FolderTree, FolderLayout]:
-        masks = mask_folder(source)
+    def _folder(self, source: SourceConfig, kind: str) -> tuple[FolderTree, FolderLayout]:
+        masks = mask_folder(source, kind)
         layout = folder_layout(Path(source.path), source.split, "text" in self.conditions, masks)
         return FolderTree(Path(source.path), layout.other_splits, masks), layout
 
@@ -273,7 +308,7 @@ class Sources:
             return (drawing.record(path, options) for drawing, path in self._draw(source))
         if kind in ("metadata", "sidecars", "images", "classes"):
             records = self._folder_records(source, kind, options)
-            masks = mask_folder(source)
+            masks = mask_folder(source, kind)
             return MaskFolder(masks).masked(records) if masks else records
         if kind == "kohya":
             return kohya.read(folder, options, source.prior)
@@ -285,7 +320,7 @@ class Sources:
         return itertools.chain(table.left_out, records)
 
     def _folder_records(self, source: SourceConfig, kind: str, options: ReadOptions) -> Records:
-        tree, layout = self._folder(source)
+        tree, layout = self._folder(source, kind)
         if kind == "metadata":
             return read_metadata(tree, options)
         if kind == "classes":

@@ -36,6 +36,17 @@ def pixel_mean(errors: torch.Tensor, weight: torch.Tensor | None = None) -> torc
     return errors.flatten(1).mean(1)
 
 
+def bound_integrand(
+    prediction: torch.Tensor, eps: torch.Tensor, slope: torch.Tensor, pixel_weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The continuous-time bound's integrand, nats per dimension, `(N,)`: ½·(−dλ/dt)·mean (ε − ε̂)².
+
+    Its mean over uniform t is the diffusion term of the bound, for every schedule; arXiv 2107.00630, section 5. That
+    holds pixel by pixel, also where `pixel_weight`, `(N, 1, h, w)`, multiplies them.
+    """
+    return 0.5 * slope * pixel_mean((eps - prediction).square(), pixel_weight)
+
+
 def distance(
     kind: str,
     prediction: torch.Tensor,

@@ -172,20 +172,6 @@ def alpha_sigma(log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
-def bound_integrand(
-    prediction: torch.Tensor, eps: torch.Tensor, slope: torch.Tensor, pixel_weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The continuous-time bound's integrand, nats per dimension, `(N,)`: ½·(−dλ/dt)·mean (ε − ε̂)².
-
-    Its mean over uniform t is the diffusion term of the bound, for every schedule; arXiv 2107.00630, section 5. That
-    holds pixel by pixel, also where `pixel_weight`, `(N, 1, h, w)`, multiplies them.
-    """
-    errors = (eps - prediction).square()
-    if pixel_weight is not None:
-        errors = errors * pixel_weight
-    return 0.5 * slope * errors.flatten(1).mean(1)
-
-
 def lower_variance(losses: torch.Tensor, *drawn: torch.Tensor) -> None:
     """Makes a backward pass of losses `(N,)` train a schedule on their squares: `drawn` are its outputs, `(N,)` each.
 

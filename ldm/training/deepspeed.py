@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ldm.distributed.sharding import on_main_cpu
-from ldm.training.engine import Engine
+from ldm.training.engine import Engine, total_bytes
 from ldm.training.optimizer import unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 
@@ -45,6 +45,9 @@ class ZeroEngine(Engine):
     def _zero(self) -> Any:
         """DeepSpeed's optimizer, around AdamW's."""
         return self.optimizer.optimizer
+
+    def optimizer_bytes(self) -> int:
+        return len(MOMENTS) * total_bytes(self.parameters)
 
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         from deepspeed.utils import safe_get_full_optimizer_state

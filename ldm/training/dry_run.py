@@ -37,7 +37,8 @@ class DryRun:
         self.step_ends: list[float] = []  # on the clock of time.perf_counter
         self.denoising = 0.0  # seconds of a sample grid's evaluations of the U-Net, but for the first one of each batch
         self.lines: list[dict[str, float]] = []  # of metrics
-        self.weight_bytes = 0  # of what is trained
+        self.weight_bytes = self.frozen_bytes = 0  # of what is trained, and of the rest of its network
+        self.checkpoint_bytes = 0
         self._since = self._evaluated = 0.0
         self._token: Token[DryRun | None] | None = None
 

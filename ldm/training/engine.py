@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any
@@ -115,6 +115,11 @@ class Engine:
         """A tensor that the optimizer keeps of a parameter; None before its first step."""
         return self.optimizer.optimizer.state.get(parameter, {}).get(name)  # type: ignore[no-any-return]
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the tensors that the optimizer keeps of all parameters, of sharded ones too, after a step."""
+        entries = self.optimizer.optimizer.state.values()
+        return total_bytes(value for entry in entries for value in entry.values() if isinstance(value, torch.Tensor))
+
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
         """Weights and buffers, the optimizer's tensors, its groups; all processes call it, the main one gets them."""
         tensors, groups = flatten_optimizer(self.optimizer.state_dict())
@@ -159,6 +164,11 @@ class Engine:
         weights = self.module.state_dict() | averages
         self._unsharded.load_state_dict({name: full_tensor(tensor) for name, tensor in weights.items()}, assign=True)
         return self._unsharded.eval()
+
+
+def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors; of sharded ones, of all shards."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def clip_gradients(engines: Sequence[Engine]) -> list[torch.Tensor]:

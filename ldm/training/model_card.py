@@ -1,23 +1,30 @@
-"""The model card of a finished run: `RUN/README.md`."""
+"""The model card of a finished run, `RUN/README.md`, with the metadata that the Hub reads."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from ldm.config.schema import Config
 from ldm.data import openmoji
+from ldm.data.source_kinds import HUB_ID
 from ldm.models.autoencoder import STATISTICS
 from ldm.utils.atomic_files import atomic_file
+
+IN_REPORT = ("ceiling", "comparison", "memorization", "retrieval")  # parts of evaluation.json that a card leaves out
 
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
     """`README.md` of a finished run: its data, settings, figures, and a grid of samples.
 
-    `figures` are added to those of the autoencoder's own folder, a row each.
+    `figures`, as `evaluation.json` has them, are added to those of the autoencoder's own folder, a row each.
     """
     folder = config.run.dir
     facts = folder / "autoencoder" / STATISTICS
@@ -32,6 +39,10 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     unet = stage2.init_from or f"channels {list(stage2.channels)}"
     schedule = "" if stage2.prediction_type == "flow" else f", {stage2.beta_schedule} schedule"
     lines = [
+        "---",
+        _metadata(config, {**rebuilt, **figures}),
+        "---",
+        "",
         f"# {folder.name}",
         "",
         f"{_kind(config)} {_usage(config)}" if config.finetune.kind == "full" else _adapter(config),
@@ -48,10 +59,10 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         *([f"| trained | {_trained(config)} |"] if config.finetune.kind != "full" else []),
         f"| process | {stage2.prediction_type}{schedule} |",
         f"| sampling | {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance} |",
-        *(f"| {name} | {value:.3f} |" for name, value in _flat({**rebuilt, **figures})),
+        *(f"| {name} | {value} |" for name, value in _rows({**rebuilt, **figures})),
         "",
         *([openmoji.ATTRIBUTION, ""] if any(source.path in openmoji.SUBSETS for source in config.data.source) else []),
-        "All settings are in `config.yaml`.",
+        "All settings are in `config.yaml`, all curves and figures in `report.html`.",
         "",
     ]
     with atomic_file(folder / "README.md") as tmp_path:
@@ -117,11 +128,69 @@ def _usage(config: Config) -> str:
     return "\n".join(["With `ldm` installed:", "", "```python", *code, "```"])
 
 
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    rows: list[tuple[str, float]] = []
+def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and texts of figures; those with an interval, as of `evaluation.json`, with it."""
+    for names, figure in _flat(figures):
+        low, high = figure.get("low"), figure.get("high")
+        bar = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+        images = f", {figure['images']:,} images" if figure.get("images") else ""
+        yield " ".join(names), f"{figure['value']:.3f}{bar}{images}"
+
+
+def _flat(
+    figures: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Finite figures by their names and those of the mappings that they are in."""
     for name, value in figures.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name} ")
-        elif isinstance(value, float):
-            rows.append((prefix + name, value))
-    return rows
+        if not above and name in IN_REPORT:
+            continue
+        names = above if (not above and name == "figures") else (*above, name)
+        if isinstance(value, Mapping) and not isinstance(value.get("value"), float):
+            yield from _flat(value, names)
+            continue
+        figure = value if isinstance(value, Mapping) else {"value": value}
+        if isinstance(figure["value"], float) and math.isfinite(figure["value"]):
+            yield names, figure
+
+
+def _metadata(config: Config, figures: Mapping[str, Any]) -> str:
+    """The YAML at a card's top, as the Hub defines it: huggingface.co/docs/hub/model-cards."""
+    stage2, sources = config.stage2, config.data.source
+    if stage2.image:
+        task = "image-to-image"
+    else:
+        task = "text-to-image" if stage2.text else "unconditional-image-generation"
+    hub = [source.path for source in sources if source.kind in ("auto", "datasets") and _on_hub(source.path)]
+    base = str(stage2.init_from) if stage2.init_from and _on_hub(str(stage2.init_from)) else None
+    drawn = all(source.path in openmoji.SUBSETS for source in sources) and not stage2.init_from
+    kind = "textual_inversion" if config.finetune.kind == "inversion" else config.finetune.kind
+    tags = ["diffusers", "ldm", "latent-diffusion" if config.stage1.factor > 1 else "pixel-diffusion"]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[*tags, task, *([kind] if kind != "full" else [])],
+        base_model=base,
+        base_model_relation=("finetune" if kind == "full" or config.finetune.merge else "adapter") if base else None,
+        datasets=hub or None,
+        license="cc-by-sa-4.0" if drawn else None,  # of the images, which the samples are much like
+        model_name=config.run.dir.name,
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=config.data.name,
+                dataset_name=config.data.name,
+                metric_type=names[-1].lower().replace(" ", "-"),
+                metric_name=" ".join(names),
+                metric_value=figure["value"],
+            )
+            for names, figure in _flat(figures)
+            if names != ("guidance",) and not any("shuffled" in name for name in names)  # a setting, and chance
+        ]
+        or None,
+    )
+    return data.to_yaml()
+
+
+def _on_hub(name: str) -> bool:
+    """Whether it can only be an id of the Hub."""
+    return bool(HUB_ID.match(name)) and not Path(name).exists()

@@ -30,6 +30,7 @@ from ldm.data.records import HELD_OUT, TRAINED
 from ldm.data.stream import Stream
 from ldm.distributed import sharding
 from ldm.distributed.launch import join, on_main
+from ldm.models import autoencoder
 from ldm.models.adapters.base_precision import base_bytes
 from ldm.training import plan
 from ldm.training.checkpoint import steps_done
@@ -159,10 +160,9 @@ def _estimate(
     cache_dir = small.run.dir / "cache"
     written = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
     share = len(data.select(*TRAINED)) / len(few.select(*TRAINED)) if isinstance(data, Index) else 0.0  # of the images
-    # weights, two moments and the averages in each checkpoint; the weights once more in what is exported
-    states = (3 + max(1, len(t.ema_widths))) * (config.run.checkpoints_total_limit + 1) + 1
+    kept = dry_run.checkpoint_bytes * (config.run.checkpoints_total_limit + 1) + _result_bytes(config, stage, dry_run)
     if t.ema_widths:
-        states += len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
+        kept += dry_run.weight_bytes * len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
     first, second = dry_run.step_ends  # the first one warms up
     return ResourceEstimate(
         step=second - first,
@@ -172,9 +172,24 @@ def _estimate(
         sheet=_sheet(config, small, seconds["a sample grid"], dry_run.denoising, processes),
         encoding=seconds["encoding the data"] * share / _encoders(config, data, processes) if written else 0.0,
         memory=memory,
-        disk=int(written * share + dry_run.weight_bytes * states),
+        disk=int(written * share + kept),
         device=_machine(processes, _on_gpu(config)),
     )
+
+
+def _result_bytes(config: Config, stage: str, dry_run: DryRun) -> int:
+    """Bytes of what a stage hands over: an autoencoder, a pipeline, an adapter's two files, a word."""
+    trained, frozen, finetune = dry_run.weight_bytes, dry_run.frozen_bytes, config.finetune
+    if stage == "stage1":
+        return trained + frozen
+    files = 0 if finetune.kind == "full" else 2 * trained
+    if finetune.deliverable != "pipeline":
+        return files
+    with torch.device("meta"):
+        others = 4 * sum(p.numel() for p in autoencoder.build(config.stage1, config.data.size).parameters())
+    if config.stage2.text and not (config.text.train or finetune.text_encoder):  # or it is in the network
+        others += 4 * plan.text_encoder_sizes(config.text).frozen
+    return files + others + frozen + (trained if finetune.kind == "full" else 0)
 
 
 def _sheet(config: Config, small: Config, seconds: float, denoising: float, processes: int) -> float:

@@ -34,7 +34,7 @@ from ldm.training import dry_run
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
-from ldm.training.engine import Engine, clip_gradients, step_optimizers
+from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
 from ldm.training.fingerprint import check_same, check_same_on_all_processes
 from ldm.training.loading import load_batches
 from ldm.training.metrics_logger import MetricsLogger
@@ -119,7 +119,8 @@ class Trainer:
         if self.accelerator.log_with:  # after `_resume`, which truncates what a killed run logged too far
             self.accelerator.init_trackers(self.stage)
         if self.dry_run:
-            self.dry_run.weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters)
+            self.dry_run.weight_bytes = total_bytes(self.parameters)
+            self.dry_run.frozen_bytes = total_bytes(p for p in self.module.parameters() if not p.requires_grad)
         self._begin("encoding the data")
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -150,6 +151,9 @@ class Trainer:
                 if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._signals.end)
             if self.dry_run:
+                states = (total_bytes(engine.parameters) + engine.optimizer_bytes() for engine in self._engines)
+                averages = max(1, len(self.training.ema_widths)) * self.dry_run.weight_bytes
+                self.dry_run.checkpoint_bytes = sum(states) + averages
                 a.free_memory()
                 raise dry_run.Finished
         except BaseException:

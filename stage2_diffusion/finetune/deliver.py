@@ -14,6 +14,7 @@ from ldm.sampling.pipeline import LatentDiffusion
 def deliver(config: Config, model: LatentDiffusion) -> None:
     """Writes the folders of a finished run's result, the one that marks the run as finished last."""
     folder, finetune = config.run.dir, config.finetune
+    base = {"base": str(config.stage2.init_from), "base_config": config.text.base or ""}
     if finetune.adapter:
         unet, *encoders = model.networks.values()
         write_lora_folder(
@@ -22,7 +23,7 @@ def deliver(config: Config, model: LatentDiffusion) -> None:
             AdapterSpec.of(finetune),
             folder.name,
             checkpoint.known_layout(unet, model.autoencoder.vae, encoders),
-            base=str(config.stage2.init_from),
+            **base,
             prompt=config.sample.prompts[0] if config.sample.prompts else "",
             side=config.data.size,
         )
@@ -32,6 +33,6 @@ def deliver(config: Config, model: LatentDiffusion) -> None:
     if finetune.kind == "inversion":
         assert model.text
         prompt = next((prompt for prompt in config.sample.prompts if finetune.token in prompt), "")
-        write_embeddings(folder / "embeddings", model.text, finetune.token, str(config.stage2.init_from), prompt)
+        write_embeddings(folder / "embeddings", model.text, finetune.token, **base, prompt=prompt)
     if finetune.deliverable == "pipeline":
         model.save(folder / "pipeline")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +22,12 @@ from tqdm import tqdm
 
 from ldm.config.kohya import subsets
 from ldm.config.schema import Config, SourceConfig
+from ldm.data import index
 from ldm.data.dataset import Item
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import is_image_file
 from ldm.data.index import Index
-from ldm.data.records import PRIOR
+from ldm.data.records import PRIOR, TRAINED
 from ldm.data.stream import Stream
 from ldm.distributed.consensus import on_all, wait_until_visible
 from ldm.distributed.launch import join, on_main, precision
@@ -37,6 +40,7 @@ from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.atomic_files import atomic_file, tensors_sha256
 from ldm.utils.errors import UserError
 from ldm.utils.rng import generator
+from stage2_diffusion.finetune.inversion import check_word_in_captions
 
 BATCH = 4  # images that are drawn at once; always as many, since an image's last bits depend on it
 FOLDER = "class-images"  # in the cache
@@ -219,6 +223,7 @@ def _draw(config: Config, text: AnyTextEncoder | None) -> Path:
     images = _find(config, model)
     if not images.missing:
         return images.folder
+    _check_subject(config, text)
 
     def write_settings() -> None:
         images.folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +239,17 @@ def _draw(config: Config, text: AnyTextEncoder | None) -> Path:
     on_all(lambda: _draw_share(config, model, images))
     wait_until_visible([images.file(i) for i in range(count)], Path.exists)
     return images.folder
+
+
+def _check_subject(config: Config, text: AnyTextEncoder | None) -> None:
+    """UserError where the subject's images can't be trained on: before hours of drawing, not after them."""
+    with redirect_stdout(io.StringIO()):  # the index of both says it again
+        subject = index.build(config.data, config.cache_dir, config.stage2.conditions)
+    report = config.run.dir / "data-report.json"
+    if problem := subject.stop_reason(report):
+        on_main(lambda: subject.write_report(report))
+        raise UserError(problem)
+    check_word_in_captions(config.finetune, subject.select(*TRAINED), text)
 
 
 def _free_memory(text: AnyTextEncoder | None) -> None:

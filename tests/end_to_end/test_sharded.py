@@ -70,6 +70,28 @@ def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_dif
     assert np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
+@pytest.mark.drill
+def test_an_adapter_under_fsdp_has_the_losses_and_the_weights_of_a_single_process(
+    train: Callable[..., str], launch: Start, finish: Finish, root: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    pipeline = tiny_run / "pipeline"
+    more = [f"{key}={pipeline}" for key in ("stage1.pretrained", "text.model", "stage2.init_from")]
+    more += [f"data.cache_dir={tiny_run / 'cache'}", "stage2.steps=6", "run.log_every=1", "run.precision=no"]
+    more += ["finetune.kind=lora", "finetune.rank=4", "finetune.targets=all", "finetune.text_encoder=true"]
+    single, sharded = tmp_path / "single", tmp_path / "sharded"
+    train(single, *more)
+    command = ["train_ldm.py", *TINY, f"run.dir={sharded}", *more]
+    finish(launch(*command, processes=2, more=of_accelerate(root / "configs/accelerate/fsdp.yaml")))
+    lines = [map(json.loads, (run / "stage2/metrics.jsonl").read_text().splitlines()) for run in (single, sharded)]
+    expected, losses = ([line["loss"] for line in of_run if "loss" in line] for of_run in lines)
+    assert len(losses) == 6
+    assert losses == pytest.approx(expected, rel=1e-4)
+    weights, other = (load_file(run / "lora/pytorch_lora_weights.safetensors") for run in (single, sharded))
+    assert weights.keys() == other.keys() and any(name.startswith("text_encoder.") for name in weights)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-4)
+
+
 def test_deepspeed_trains_as_a_single_process_does_and_resumes_with_or_without_it(
     train: Callable[..., str],
     launch_python: Start,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from of_config import indexed
+from PIL import Image
 from stable_diffusion import PIPELINES
 
 from ldm.config.schema import Config
@@ -112,6 +116,34 @@ def test_the_merged_pipeline_draws_what_the_base_with_the_adapter_draws(
     ]
     pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in images]
     assert (pixels[0] - pixels[1]).abs().max() <= 1 < (pixels[0] - pixels[2]).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_masks_act_on_the_training_of_an_adapter(settings: Few, tmp_path: Path) -> None:
+    rng, half = np.random.default_rng(0), Image.fromarray(np.tril(np.full((16, 16), 255, np.uint8)))
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8))
+        if i:
+            image.putalpha(half)
+        image.save(tmp_path / f"images/{i}.png")
+
+    def train(name: str, mask: str, *more: str) -> list[dict[str, float]]:
+        source = f"data.source={{path: {tmp_path / 'images'}, caption: a, {mask}}}"
+        folder = f"run.dir={tmp_path / name / 'run'}"  # files have its name in their headers
+        config, _ = settings("lora", source, folder, "stage2.steps=2", "stage2.batch=4", "data.latents=mean", *more)
+        run((config, indexed(config)))
+        lines = map(json.loads, (tmp_path / name / "run/stage2/metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if "loss" in line]
+
+    plain, masked = train("plain", ""), train("masked", "mask: alpha")
+    weighted = train("weighted", "mask: alpha", "stage2.unmasked_weight=1.0")
+    assert [line["masked"] for line in masked] == [0.75, 0.75]
+    assert masked[0]["loss"] < 0.8 * plain[0]["loss"]
+    assert [line["loss"] for line in weighted] == [line["loss"] for line in plain]  # the same bits
+    adapters = {name: files_of(tmp_path / name / "run/lora") for name in ("plain", "masked", "weighted")}
+    assert adapters["weighted"] == adapters["plain"] != adapters["masked"]
 
 
 def test_a_changed_base_is_refused(settings: Few, base: Path, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import ScriptProcess
 from of_config import images_of, indexed
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sdxl import sdxl
 from stable_diffusion import stable_diffusion
+from tiny import TINY
 
 from ldm.config import loader
 from ldm.config.schema import Config
@@ -119,15 +122,54 @@ def test_a_run_draws_its_class_images_and_logs_both_losses(
     output = train(tmp_path / "run", *keys)
     assert f"drawing 5 images of '{PROMPT}'" in output
     assert "images     8 good" in output
-    lines = [json.loads(line) for line in (tmp_path / "run/stage2/metrics.jsonl").read_text().splitlines()]
+    check_losses(tmp_path / "run")
+    assert (tmp_path / "run/pipeline").exists()
+
+    assert "finished" in train(tmp_path / "run", *keys)  # its data are compared with those that it was trained on
+
+
+def check_losses(run: Path) -> list[float]:
+    """The losses of a run's two steps, each of which is made up of both kinds' losses."""
+    lines = [json.loads(line) for line in (run / "stage2/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     assert len(lines) == 2
     for line in lines:
         assert line["prior_share"] == 0.5
         assert line["loss"] == pytest.approx((line["loss_subject"] + 0.25 * line["loss_prior"]) / 2, rel=1e-5)
-    assert (tmp_path / "run/pipeline").exists()
+    return [line["loss"] for line in lines]
 
-    assert "finished" in train(tmp_path / "run", *keys)  # its data are compared with those that it was trained on
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_two_processes_draw_the_same_class_images_and_have_the_same_losses(
+    base: Path,
+    tmp_path: Path,
+    train: Callable[..., str],
+    launch: Callable[..., ScriptProcess],
+    finish: Callable[[ScriptProcess], str],
+) -> None:
+    keys = overrides(base, tmp_path, "finetune.num_class_images=5", "finetune.kind=lora")
+    train(tmp_path / "single", *keys, f"data.cache_dir={tmp_path / 'one'}")
+    more = [f"run.dir={tmp_path / 'pair'}", f"data.cache_dir={tmp_path / 'two'}"]
+    finish(launch("train_ldm.py", *TINY, *keys, *more, processes=2))
+    images = [
+        {path.name: path.read_bytes() for path in (tmp_path / cache / prior.FOLDER).rglob("*.png")}
+        for cache in ("one", "two")
+    ]
+    assert len(images[0]) == 5
+    assert images[0] == images[1]
+    assert check_losses(tmp_path / "pair") == pytest.approx(check_losses(tmp_path / "single"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_sdxl_draws_its_class_and_trains_on_it_with_sizes(tmp_path: Path, train: Callable[..., str]) -> None:
+    sdxl(tmp_path).save_pretrained(tmp_path / "sdxl")
+    keys = overrides(tmp_path / "sdxl", tmp_path, "finetune.num_class_images=3", "stage2.conditions=[text, size]")
+    assert f"drawing 3 images of '{PROMPT}'" in train(tmp_path / "run", *keys)
+    check_losses(tmp_path / "run")
+    sizes = {Image.open(path).size for path in (tmp_path / "cache" / prior.FOLDER).rglob("*.png")}
+    assert sizes == {(16, 16)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the images
@@ -165,6 +207,24 @@ def test_images_are_drawn_once_and_a_killed_drawing_goes_on_with_the_same_bytes(
     assert (
         "drawing 6 images of 'a photo of a dog' with the base model; 2 of them are missing" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["data.max_bad=0.2"], r"1 of 4 images are bad, .* see .*data-report\.json\. The first: cut\.png"),
+        (["finetune.kind=inversion", "finetune.token=<x>", "finetune.initializer=a"], "no caption has <x>"),
+    ],
+)
+def test_the_subjects_images_are_checked_before_those_of_the_class_are_drawn(
+    keys: list[str], message: str, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = settings("finetune.num_class_images=1", "data.max_bad=0.5", *keys)
+    (tmp_path / "sks/cut.png").write_bytes((tmp_path / "sks/0.png").read_bytes()[:99])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=message):
+        drawn(config)
+    assert not (tmp_path / "cache/class-images").exists()
 
 
 def test_other_weights_prompts_and_seeds_draw_other_images(

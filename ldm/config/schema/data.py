@@ -28,15 +28,20 @@ class SourceConfig(Section):
     """Caption of a class folder's images: `a photo of a {}`."""
     caption: str = ""
     """Caption of a folder's images that have no caption file: `a photo of sks dog`; `{}` is the file's name."""
+    replace: dict[str, str] = Field(default_factory=dict)
+    """Words of captions and what stands there instead, such as a word for textual inversion to learn: `{toy: <toy>}`.
+    Capitals make no difference."""
     mask: PathOrId = ""
     """Masks for the loss, white where an image is learned: `alpha`, its alpha channel; a folder of files with the
-    images' relative names and any suffix; or a column with them, in a metadata file their names."""
+    images' relative names and any suffix; or a column with them, in a metadata file their names. With a metadata file,
+    a folder has a slash: `./masks`."""
     split: str = "train"
     """Split of a data set of `datasets`, or of files and folders that are named after splits."""
     repeats: PositiveInt = 1
     """How often an epoch repeats each image."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of an epoch, relative to the other sources' weights; default: its number of images."""
+    """Share of an epoch, relative to the other sources' weights; default: its number of images. With `prior`, relative
+    to the other sources with `prior`: every second sample is of the class, whatever the weights."""
     limit: PositiveInt | None = None
     """Takes only so many images, the first ones; default: all."""
     prior: bool = False

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from ldm.models.adapters.base_usage import diffusers_code, model_options
 from ldm.models.adapters.token_embedding import add_embedding, learned_rows
 from ldm.models.convert.safetensors_file import opened
 from ldm.models.finite import check_weights
@@ -31,10 +33,13 @@ TOKEN = "token"  # of a file's metadata: the word, where the file's name can't b
 CARD = "README.md"
 
 
-def write_embeddings(folder: Path, encoder: AnyTextEncoder, token: str, base: str = "", prompt: str = "") -> None:
+def write_embeddings(
+    folder: Path, encoder: AnyTextEncoder, token: str, base: str = "", base_config: str = "", prompt: str = ""
+) -> None:
     """Writes the rows that `add_token` added for a word, atomically, with a card that says how programs load them.
 
-    `base` is the model's name, `prompt` an example with the word. UserError where the rows are not finite.
+    `base` is the model's name, `base_config` the pipeline that configures it where it is a single file, `prompt` an
+    example with the word. UserError where the rows are not finite.
     """
     rows = [row.float().cpu().contiguous() for row in learned_rows(encoder)]
     check_weights({f"embedding of {token}": row for row in rows}, folder)
@@ -47,7 +52,7 @@ def write_embeddings(folder: Path, encoder: AnyTextEncoder, token: str, base: st
             save_file({token: rows[0]}, tmp_path / DIFFUSERS_FILE)
             if is_clip:
                 save_file({DESKTOP_KEY: rows[0]}, tmp_path / f"{stem}.safetensors", {TOKEN: token})
-        (tmp_path / CARD).write_text(card(token, rows, is_clip, base, prompt), "utf-8")
+        (tmp_path / CARD).write_text(card(token, rows, is_clip, base, base_config, prompt), "utf-8")
 
 
 def file_stem(token: str) -> str:
@@ -56,10 +61,10 @@ def file_stem(token: str) -> str:
     return f"{stem}-word" if f"{stem}.safetensors" == DIFFUSERS_FILE else stem
 
 
-def card(token: str, rows: list[torch.Tensor], is_clip: bool, base: str, prompt: str) -> str:
+def card(token: str, rows: list[torch.Tensor], is_clip: bool, base: str, base_config: str, prompt: str) -> str:
     """The text of `README.md`."""
     stem, base = file_stem(token), base or "BASE"
-    example = json.dumps(prompt or f"a photo of {token}", ensure_ascii=False)
+    prompt = prompt or f"a photo of {token}"
     count = f"{len(rows[0])} vector{'s' * (len(rows[0]) > 1)}"
     load = [f'pipe.load_textual_inversion("FOLDER/{DIFFUSERS_FILE}")']
     if len(rows) > 1:
@@ -83,16 +88,15 @@ def card(token: str, rows: list[torch.Tensor], is_clip: bool, base: str, prompt:
         "`FOLDER` is the folder of this file.",
         "",
         "```python",
-        "from diffusers import DiffusionPipeline",
         *(["from safetensors.torch import load_file"] if len(rows) > 1 else []),
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+        *diffusers_code(base, len(rows) > 1, base_config),
         *load,
-        f"image = pipe({example}).images[0]",
+        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
         "```",
         "",
         *(desktop if is_clip else []),
-        f"- This package: `ldm-txt2img --model {base} --embedding FOLDER --prompt {example}`",
+        f"- This package: `ldm-txt2img {model_options(base, base_config)} --embedding FOLDER --prompt "
+        f"{shlex.quote(prompt)}`",
         "",
     ]
     return "\n".join(lines)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from ldm.models.adapters import diffusers_layout, kohya_layout
+from ldm.models.adapters.base_usage import diffusers_code, model_options
 from ldm.models.adapters.diffusers_layout import Adapter
 from ldm.models.adapters.factors import layer_adapters
 from ldm.models.adapters.inject import AdapterSpec
@@ -35,15 +37,16 @@ def write_lora_folder(
     architecture: str | None = None,
     *,
     base: str = "",
+    base_config: str = "",
     prompt: str = "",
     side: int | None = None,
 ) -> None:
     """Writes the adapters of `add_adapter` in `networks`, atomically: both files and a card.
 
     `networks` by component: `unet`, `text_encoder`, `text_encoder_2`; those without an adapter are left out.
-    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base. `base` is the base model's name, `prompt` an
-    example with the words that were trained, `side` that of the training images in pixels. UserError where weights are
-    not finite.
+    `architecture` is `sd1`, `sd2` or `sdxl`; None for another base. `base` is the base model's name, `base_config`
+    the pipeline that configures it where it is a single file, `prompt` an example with the words that were trained,
+    `side` that of the training images in pixels. UserError where weights are not finite.
     """
     adapter = {name: changes for name, network in networks.items() if (changes := layer_adapters(network))}
     for component, changes in adapter.items():
@@ -53,10 +56,18 @@ def write_lora_folder(
         diffusers_layout.write(tmp_path / diffusers_layout.FILE, adapter)
         metadata = kohya_layout.metadata_of(adapter, title, architecture, side)
         kohya_layout.write(tmp_path / KOHYA_FILE, adapter, networks, metadata)
-        (tmp_path / CARD).write_text(card(adapter, spec, title, architecture, base, prompt), "utf-8")
+        (tmp_path / CARD).write_text(card(adapter, spec, title, architecture, base, base_config, prompt), "utf-8")
 
 
-def card(adapter: Adapter, spec: AdapterSpec, title: str, architecture: str | None, base: str, prompt: str) -> str:
+def card(
+    adapter: Adapter,
+    spec: AdapterSpec,
+    title: str,
+    architecture: str | None,
+    base: str,
+    base_config: str,
+    prompt: str,
+) -> str:
     """The text of `README.md`."""
     name = NAMES[spec.kind]
     base = base or (BASES[architecture] if architecture else "BASE")
@@ -70,9 +81,7 @@ def card(adapter: Adapter, spec: AdapterSpec, title: str, architecture: str | No
     }.get(spec.kind)
     plain = [
         "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+        *diffusers_code(base, architecture == "sdxl", base_config),
         load or "",
         f"image = pipe({example}).images[0]",
         "```",
@@ -92,7 +101,8 @@ def card(adapter: Adapter, spec: AdapterSpec, title: str, architecture: str | No
         "- ComfyUI: copy `kohya.safetensors` into `ComfyUI/models/loras`; the node Load LoRA lists it.",
         f"- A1111, Forge: copy it into `models/Lora` as `{title}.safetensors`; write `<lora:{title}:1>` in the prompt.",
         *([DORA] if spec.kind == "dora" else []),
-        f"- This package: `ldm-txt2img --model {base} --lora FOLDER --prompt {example}`; `ldm-merge` bakes it in.",
+        f"- This package: `ldm-txt2img {model_options(base, base_config)} --lora FOLDER --prompt "
+        f"{shlex.quote(prompt or '…')}`; `ldm-merge` bakes it in.",
         "",
     ]
     return "\n".join(lines)

@@ -309,6 +309,19 @@ def test_every_kind_of_source_has_masks(
     assert index.stop_reason(tmp_path / "report") == ""
 
 
+def test_a_column_is_meant_whatever_folders_the_working_directory_has(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    path, _ = metadata(tmp_path / "set")
+    write_files(tmp_path, {"cut/b.png": FILES["m/x.png"]})
+    monkeypatch.chdir(tmp_path)
+    for mask, masked, origin in (("cut", "a.png", "the column cut"), ("./cut", "b.png", "the folder ./cut")):
+        index = indexed(settings(root, {"path": path, "mask": mask}, tmp_path / "run"))
+        assert list(index.without_masks()) == [{"a.png": "b.png", "b.png": "a.png"}[masked]]
+        assert f"masks    from {origin}" in index.sources.describe()
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -5,13 +5,13 @@ import torch
 from cases import each
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ldm.diffusion.losses import bound_integrand
 from ldm.diffusion.process import DiffusionProcess
 from ldm.diffusion.schedules import (
     SCHEDULES,
     LearnedSchedule,
     alpha_sigma,
     betas,
-    bound_integrand,
     lower_variance,
     shift_snr,
     shift_time,

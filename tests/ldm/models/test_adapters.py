@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from stable_diffusion import PIPELINES
 from torch import nn
 
+from ldm.cli import export
 from ldm.models.adapters import diffusers_layout
+from ldm.models.adapters.base_usage import diffusers_code, model_options
 from ldm.models.adapters.folder import CARD, KOHYA_FILE, write_lora_folder
 from ldm.models.adapters.inject import AdapterSpec, adapter_parameters, add_adapter
 from ldm.models.adapters.merge import add_to_weights, merge_adapters
@@ -190,6 +193,21 @@ def test_the_files_have_the_names_and_the_header_that_diffusers_and_kohya_write(
         assert "`the/base`" in card and "a sks cat" in card
     assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in kohya
     assert "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.alpha" in kohya
+
+
+def test_the_lines_of_a_card_load_a_base_that_is_a_single_file_in_a_path_with_spaces(
+    pipeline: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "its folder", tmp_path / "a base.safetensors"
+    original = pipeline("sd1")
+    original.save_pretrained(folder)
+    assert export.main([str(folder), "--to", "single-file", "--out", str(file)]) == 0
+    scope: dict[str, Any] = {}
+    exec("\n".join(diffusers_code(str(file), is_sdxl=False, config=str(folder))), scope)
+    loaded = scope["pipe"].unet.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in original.unet.state_dict().items())
+    assert shlex.split(model_options(str(file), str(folder))) == ["--model", str(file), "--base", str(folder)]
+    assert diffusers_code("the/base", is_sdxl=True)[-1] == 'pipe = DiffusionPipeline.from_pretrained("the/base")'
 
 
 @pytest.mark.parametrize("kind", SPECS)

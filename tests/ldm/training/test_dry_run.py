@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.config import loader
 from ldm.config.loader import Config
 from ldm.config.schema import RunConfig, Training
 from ldm.data.index import Index
+from ldm.models import autoencoder, text_encoder
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training import dry_run
 from ldm.training.dry_run import DryRun
+from ldm.training.preflight import _result_bytes
 from ldm.training.trainer import Trainer
 from stage2_diffusion.samples import write_sheet
 
@@ -62,11 +65,25 @@ def test_a_dry_run_trains_its_steps_and_leaves_no_files(tmp_path: Path, evaluate
     assert measured.seconds["a training step"] > 0 and measured.seconds["encoding the data"] >= 0
     assert [line["step"] for line in measured.lines] == [2, 4]
     assert all(line["loss"] > 0 and line["loss_scale"] == 1 and line["skipped"] == 0 for line in measured.lines)
-    assert measured.weight_bytes == 2 * 4
+    assert (measured.weight_bytes, measured.frozen_bytes) == (2 * 4, 0)
+    step = 2 * 4  # AdamW counts each parameter's
+    assert measured.checkpoint_bytes == (1 + 2 + 1) * 2 * 4 + step  # weights, two moments, an average
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "events" not in path.name]
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
     assert dry_run.current() is None
+
+
+def test_the_disk_of_a_merged_adapter_includes_the_whole_pipeline(root: Path, words: Path) -> None:
+    measured = DryRun()
+    measured.weight_bytes, measured.frozen_bytes = 100, 1000
+    adapter = [f"text.model={words}", "stage1.pretrained=P", "stage2.init_from=P", "finetune.kind=lora"]
+    config = loader.load(root / "configs/tiny.yaml", adapter)
+    merged = loader.load(root / "configs/tiny.yaml", [*adapter, "finetune.merge=true"])
+    assert _result_bytes(config, "stage2", measured) == 2 * 100  # both layouts
+    vae = autoencoder.build(config.stage1, config.data.size)
+    parameters = (*vae.parameters(), *(p for part in text_encoder.of(config.text).models for p in part.parameters()))
+    assert _result_bytes(merged, "stage2", measured) == 2 * 100 + 1000 + 4 * sum(p.numel() for p in parameters)
 
 
 def test_an_error_records_its_activity_and_ends_the_dry_run(tmp_path: Path) -> None:

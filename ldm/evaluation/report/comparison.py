@@ -1,0 +1,235 @@
+"""Several runs side by side: what differs, which is better as far as can be told, curves in one chart."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ldm.config.loader import differences
+from ldm.evaluation.bootstrap import compare
+from ldm.evaluation.distances import METRICS
+from ldm.evaluation.figures import Figure
+from ldm.evaluation.report import elements, sections
+from ldm.evaluation.report.charts import COLORS, Series, line_chart, number
+from ldm.evaluation.report.collect import Metrics, Run, as_figure
+from ldm.evaluation.report.elements import Raw, Section
+from ldm.evaluation.report.sections import Curve
+
+IMAGES_BYTES = 2_800_000  # of all runs' images
+CURVES = (
+    Curve("Training loss", {"loss": ""}, noisy=True),
+    Curve("Loss on held-out images", {"held_out_loss": ""}),
+    Curve("Loss on training images", {"trained_on_loss": ""}),
+    Curve("Learning rate", {"lr": ""}, linear=True),
+)
+IGNORED = ("run.dir", "data.cache_dir")  # keys that no result depends on
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """A document of HTML about two or more runs."""
+    runs = _named(runs)
+    images = [sections.Images(run.notes) for run in runs]
+    charts = [line_chart(curve.title, _overlaid(runs, curve), linear=curve.linear) for curve in CURVES]
+    charts.insert(3, sections.level_profile((run.name, run.stage2) for run in runs))
+    parts = [
+        Section("figures", "Figures", _figures(runs) + _paired(runs)),
+        Section("scores", "Other scores", _scores(runs)),
+        Section("samples", "Samples", _samples(runs, images)),
+        Section("evaluated", "Figures while training", sections.chart_grid(_figure_charts(runs))),
+        Section("curves", "Training", sections.chart_grid(charts)),
+        Section("settings", "What differs", _settings(runs)),
+        Section("speed", "Time and memory", _speed(runs)),
+    ]
+    names = [run.name for run in runs]
+    legend = "".join(
+        f'<span><i class="c{i % COLORS}"></i>{elements.text(run.name)}: {elements.text(run.folder)}</span>'
+        for i, run in enumerate(runs)
+    )
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    lead = f"{len(runs)} runs side by side"
+    foot = "Brackets and bands are 95 % intervals. A pointer on a chart shows its values."
+    title = " · ".join(names)
+    return elements.document(title, lead, notes, f'<div class="legend runs">{legend}</div>', parts, foot)
+
+
+def verdict(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
+    """Which run is best by a figure, and which can't be told apart from it: their 95 % intervals overlap it.
+
+    Figures without intervals, or of different networks, are not compared.
+    """
+    if len({figure.network for figure in figures.values()}) > 1:
+        return Raw('<span class="even">different networks: not comparable</span>')
+    if any(figure.low is None or figure.high is None for figure in figures.values()):
+        return Raw('<span class="even">no error bars</span>')
+    choose = max if larger_is_better else min
+    best = choose(figures, key=lambda name: figures[name].value)
+    like_best = [name for name in figures if name != best and _overlap(figures[name], figures[best])]
+    if len(like_best) == len(figures) - 1:
+        return Raw('<span class="even">can\'t be told apart</span>')
+    others = f", can't be told apart from {', '.join(like_best)}" if like_best else ""
+    sizes = {figure.images for figure in figures.values()}
+    unequal = " <small>(of different numbers of images)</small>" if len(sizes) > 1 else ""
+    return Raw(f'<span class="good">{elements.text(best)} is best{elements.text(others)}</span>{unequal}')
+
+
+def _overlap(a: Figure, b: Figure) -> bool:
+    ends = (a.low, a.high, b.low, b.high)
+    assert all(end is not None for end in ends)
+    return a.low <= b.high and b.low <= a.high  # type: ignore[operator]
+
+
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """Runs with distinct names: the folder's, or its path where two are called alike."""
+    counts = Counter(run.name for run in runs)
+    return [replace(run, name=str(run.folder)) if counts[run.name] > 1 else run for run in runs]
+
+
+def _overlaid(runs: Sequence[Run], curve: Curve) -> list[Series]:
+    (name,) = curve.metrics
+    return [Series(run.name, run.stage2.points(name), color=i, noisy=curve.noisy) for i, run in enumerate(runs)]
+
+
+def _figure_charts(runs: Sequence[Run]) -> list[str]:
+    kinds = sorted({kind for run in runs for kind in sections.evaluated(run.stage2)})
+    charts = []
+    for network, metric in kinds:
+        lines = [sections.figure_series(run.name, run.stage2, network, metric) for run in runs]
+        lines = [line._replace(color=i) for i, line in enumerate(lines)]
+        charts.append(line_chart(f"{sections.metric_name(metric)}, {network}", lines))
+    return charts
+
+
+def _figures(runs: Sequence[Run]) -> str:
+    """The finished models' figures, a row each."""
+    kinds = dict.fromkeys(
+        (network, metric) for run in runs for network in run.figures for metric in run.figures[network]
+    )
+    rows = []
+    for network, metric in kinds:
+        found = {run.name: run.figures.get(network, {}).get(metric) for run in runs}
+        known = {name: figure for name, figure in found.items() if figure is not None}
+        cells = [sections.with_bar(figure) if figure else "" for figure in found.values()]
+        comparable = len(known) > 1 and metric in METRICS
+        result = verdict(known, METRICS[metric].larger_is_better) if comparable else ""
+        rows.append((f"{sections.metric_name(metric)}, {network}", *cells, result))
+    return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
+
+
+def _paired(runs: Sequence[Run]) -> str:
+    """Scores compared image by image with the first run's, where the same images of both have one.
+
+    An evaluation keeps the best and the worst of many images: other ones of each run, which can't be compared.
+    """
+    first, *others = runs
+    rows = []
+    for other in others:
+        a, b = (
+            {(sample.path and sample.path.name, sample.prompt): sample.score for sample in run.samples}
+            for run in (first, other)
+        )
+        if len(a) < 2 or a.keys() != b.keys() or len(a) < len(first.samples) or len(b) < len(other.samples):
+            continue
+        result = compare(*(torch.tensor([scores[key] for key in a]) for scores in (b, a)))
+        interval = f"{number(result.difference)} [{number(result.low)}, {number(result.high)}]"
+        rows.append((f"{other.name} less {first.name}", f"{len(a)}", interval, str(result)))
+    if not rows:
+        return ""
+    header = ("scores", "images", "difference [95 % interval]", "")
+    return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
+
+
+def _scores(runs: Sequence[Run]) -> str:
+    """Prompt following and other scores of evaluation.json, the autoencoder's, and the last losses."""
+    columns = [_flat(run) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        figures = [column.get(name) for column in columns]
+        bars = [figure for figure in figures if figure and figure.low is not None and figure.high is not None]
+        pairs = itertools.combinations(bars, 2)
+        apart = "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told apart"
+        cells = [sections.with_bar(figure) if figure else "" for figure in figures]
+        rows.append((name, *cells, apart if len(bars) > 1 else ""))
+    return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
+
+
+def _flat(run: Run) -> dict[str, Figure]:
+    values = {
+        "held-out loss": run.stage2.last("held_out_loss"),
+        "loss on training images": run.stage2.last("trained_on_loss"),
+    }
+    flat = {name: Figure(value) for name, value in values.items() if value is not None}
+    held_out = run.autoencoder.get("held_out", {})
+    flat |= {
+        f"autoencoder {name}": figure for name in ("psnr", "ssim", "rfid") if (figure := as_figure(held_out.get(name)))
+    }
+
+    def add(prefix: str, tree: Mapping[str, object]) -> None:
+        for name, value in tree.items():
+            if "shuffled" in name or (
+                not prefix and name in (*sections.SETTINGS, *sections.OWN_SECTIONS)
+            ):  # chance; not scores
+                continue
+            if (figure := as_figure(value)) is not None:
+                flat[prefix + name] = figure
+            elif isinstance(value, dict):
+                add(f"{prefix}{name} · ", value)
+
+    add("", run.evaluation)
+    memorization = run.evaluation.get("memorization")
+    if isinstance(memorization, dict) and (share := as_figure(memorization.get("share"))):
+        flat["near-copies of training images"] = share
+    return flat
+
+
+def _samples(runs: Sequence[Run], images: Sequence[sections.Images]) -> str:
+    """Each run's last sample grid."""
+    parts, limit = [], IMAGES_BYTES // len(runs)
+    for run, own in zip(runs, images, strict=True):
+        path: Path | None = list(run.sheets.values())[-1] if run.sheets else None
+        if uri := own.uri(path, limit=min(limit, sections.IMAGE_BYTES)):
+            parts.append(
+                f"<h3>{elements.text(run.name)}</h3>" + elements.picture(uri, f"step {list(run.sheets)[-1]:,}")
+            )
+    return "".join(parts)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    """The keys of the configuration, and versions, that are not the same in all runs."""
+    trees = [
+        {**run.config, "version": {name: value for name, value in run.about.items() if name != "command"}}
+        for run in runs
+    ]
+    keys = dict.fromkeys(change.partition(": ")[0] for tree in trees[1:] for change in differences(trees[0], tree))
+    rows = []
+    for key in keys:
+        if key not in IGNORED:
+            rows.append((key, *(elements.code(str(_value(tree, key))) for tree in trees)))
+    return elements.table(("", *(run.name for run in runs)), rows) if rows else "<p>The configurations are equal.</p>"
+
+
+def _value(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = tree.get(part, "") if isinstance(tree, Mapping) else ""
+    return tree
+
+
+def _speed(runs: Sequence[Run]) -> str:
+    rows = []
+    stages: dict[str, Callable[[Run], Metrics]] = {"stage1": lambda run: run.stage1, "stage2": lambda run: run.stage2}
+    for name, metrics in stages.items():
+        for run in runs:
+            if speed := metrics(run).speed(int(run.get(f"{name}.batch", 0))):
+                rows.append(
+                    (
+                        f"{run.name}, {name.replace('stage', 'stage ')}",
+                        *sections.speed_cells(speed),
+                        sections.memory(run, name),
+                    )
+                )
+    header = ("", "time", "images a second", "waiting for data", "MFU", "peak memory")
+    return elements.table(header, rows) if rows else ""
