@@ -28,7 +28,12 @@ METRIC_NAMES = {  # the others' are words
     "clip_score": "CLIP score",
 }
 LEVEL = "held_out_loss_at_"
-OWN_SECTIONS = ("figures", "ceiling", "comparison", "memorization")  # of evaluation.json; the rest is shown as it is
+OWN_SECTIONS = (
+    "figures",
+    "real against real",
+    "comparison",
+    "memorization",
+)  # of evaluation.json; the rest is shown as it is
 SETTINGS = ("steps", "guidance", "seed")  # of the sampling, in evaluation.json
 
 
@@ -158,8 +163,8 @@ def with_bar(figure: Figure) -> Raw:
 
 
 def final_figures(run: Run) -> str:
-    """The finished model's figures, with their 95 % intervals, and the same of real images, the ceiling."""
-    rows, found = [], run.evaluation.get("ceiling")
+    """The finished model's figures, with their 95 % intervals, and the same of real images: the best there is."""
+    rows, found = [], run.evaluation.get("real against real")
     ceilings = found if isinstance(found, dict) else {}
     for network, metrics in run.figures.items():
         real = ceilings.get(network) or {}
@@ -169,7 +174,7 @@ def final_figures(run: Run) -> str:
             rows.append((metric_name(metric), with_bar(figure), best, images, figure.network or network))
     if not rows:
         return ""
-    header = ("metric", "value [95 % interval]", "of real images", "images", "network")
+    header = ("metric", "value [95 % interval]", "real against real", "images", "network")
     return elements.table(header, rows) + explained(run.figures.values())
 
 
