@@ -53,8 +53,6 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 
-NOT_IN_CARD = ("real against real", "memorization", "retrieval", "comparison")
-
 
 @command
 @errors_name_flags()
@@ -97,7 +95,7 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     if is_default:
         with atomic_file(args.run / "evaluation.json") as tmp_path:
             tmp_path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
-        write_card(settings, {name: value for name, value in metrics.items() if name not in NOT_IN_CARD})
+        write_card(settings, metrics)
         write_report(args.run)
     return metrics
 
