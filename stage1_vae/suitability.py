@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = _make_out_dir(args.out, args.model[0])
     data, split, notes = choose_images(settings, args.split, args.count)
     side = _shortest_side(data, settings)
-    subjects, missing = _subjects(models, side, args.lpips_net, device)
+    subjects, lpips_net, missing = _subjects(models, side, args.lpips_net, device)
     notes += missing
 
     with tqdm(
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baselines = {s.model.factor: s.metrics.means() for s in subjects if isinstance(s.model, Bicubic)}
     facts = [describe(subject, baselines) for subject in subjects]
     title = f"{len(names):,} images ({split}) of {settings.data.name} at {settings.data.size} px"
-    unit = "bias: mean of rebuilt less real, in 1/255"
+    unit = "bias: mean of rebuilt less real, in 1/255" + (f"; LPIPS by {lpips_net}" if lpips_net else "")
     lines = [title, "", table(facts), unit, "", *(f"note: {note}" for note in notes), *recommendations(facts), ""]
     print("\n".join(lines))
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "images": len(names),
         "size": settings.data.size,
         "ms_ssim_scales": max_scales(side),
-        "lpips_net": args.lpips_net,
+        "lpips_net": lpips_net,
         "notes": notes,
         "models": facts,
         "names": names,
@@ -111,7 +111,10 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         "--split", action="append", choices=("train", *HELD_OUT), help="may be given repeatedly; default: held out"
     )
     parser.add_argument(
-        "--lpips-net", choices=tuple(feature_networks.BACKBONES), default="vgg", help="default: %(default)s"
+        "--lpips-net",
+        choices=("auto", *feature_networks.LPIPS_NETS),
+        default="auto",
+        help="auto: vgg, or st-vgg where vgg's weights can't be had (default: %(default)s)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.size=256")
     args = parser.parse_intermixed_args(arguments)
@@ -189,29 +192,38 @@ def batches(
 
 def _subjects(
     models: Mapping[str, Autoencoder], side: int, net: str, device: torch.device
-) -> tuple[list[Subject], list[str]]:
-    """A subject per model and per factor's bicubic baseline, with every available metric; notes on missing metrics."""
+) -> tuple[list[Subject], str | None, list[str]]:
+    """A subject per model and per factor's bicubic baseline, with every available metric.
+
+    Also the network of LPIPS, None where it is not measured, and notes on missing metrics.
+    """
     scales, notes = max_scales(side), []
     if scales < 5:
         effect = f"has {scales} of its 5 scales" if scales else "is left out"
         notes.append(f"MS-SSIM {effect}: there are sides of {side} px, and it needs 176")
-    lpips: Metric | None = None
     fids: list[Metric | None] = [None] * len(models)
     try:
         fids = [feature_networks.fid(device) for _ in models]
     except UserError as error:
         notes.append(str(error))
-    try:
-        lpips = feature_networks.lpips(net, side, device)
-    except UserError as error:
-        notes.append(str(error))
+    lpips, lpips_net = _lpips(net, side, device, notes)
     subjects = [
         Subject(name, model, ReconstructionMetrics(scales, lpips, fid))
         for (name, model), fid in zip(models.items(), fids, strict=True)
     ]
     factors = sorted({model.factor for model in models.values()})
     baselines = [Subject(f"bicubic ÷ {f}", Bicubic(f), ReconstructionMetrics(scales, lpips)) for f in factors]
-    return subjects + baselines, notes
+    return subjects + baselines, lpips_net, notes
+
+
+def _lpips(net: str, side: int, device: torch.device, notes: list[str]) -> tuple[Metric | None, str | None]:
+    """LPIPS and the network that it is by, or None twice; adds to the notes which network could not be had."""
+    for candidate in ("vgg", "st-vgg") if net == "auto" else (net,):
+        try:
+            return feature_networks.lpips(candidate, side, device), candidate
+        except UserError as error:
+            notes.append(str(error))
+    return None, None
 
 
 def measure(

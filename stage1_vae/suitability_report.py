@@ -22,6 +22,7 @@ COLUMNS = {
     "ssim": ("SSIM", ".3f"),
     "ms_ssim": ("MS-SSIM", ".3f"),
     "lpips": ("LPIPS", ".3f"),
+    "st_lpips": ("ST-LPIPS", ".3f"),
     "rfid": ("rFID", ".1f"),
     "red": ("R bias", "+z.1f"),
     "green": ("G bias", "+z.1f"),

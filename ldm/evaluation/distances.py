@@ -97,7 +97,7 @@ def fid(pair: Pair) -> torch.Tensor:
 
 def sfid(pair: Pair) -> torch.Tensor:
     """FID of features that keep where things are, arXiv 2103.03841."""
-    return _frechet(pair, _given(pair.real.spatial), _given(pair.generated.spatial))
+    return _frechet(pair, _present(pair.real.spatial), _present(pair.generated.spatial))
 
 
 def kid(pair: Pair) -> torch.Tensor:
@@ -127,7 +127,7 @@ def inception_score(pair: Pair) -> torch.Tensor:
 
     Over all images at once (arXiv 1801.01973); papers often have the mean of ten parts, which is lower.
     """
-    log_p = _given(pair.generated.logits).log_softmax(1)
+    log_p = _present(pair.generated.logits).log_softmax(1)
     weights = pair.generated_sets.double() / pair.generated_sets.sum(1, keepdim=True)  # (R, M)
     marginal = weights @ log_p.exp()  # (R, K)
     return (weights @ torch.special.entr(log_p.exp()).sum(1)).neg().add(torch.special.entr(marginal).sum(1)).exp()
@@ -163,7 +163,7 @@ def coverage(pair: Pair) -> torch.Tensor:
 def clip_score(pair: Pair) -> torch.Tensor:
     """100 times the mean cosine of images and their prompts, not below 0, arXiv 2104.08718, as torchmetrics has it."""
     weights = pair.generated_sets.double() / pair.generated_sets.sum(1, keepdim=True)
-    return (weights @ clip_scores(pair.generated.pooled, _given(pair.text))).clamp(min=0)
+    return (weights @ clip_scores(pair.generated.pooled, _present(pair.text))).clamp(min=0)
 
 
 def clip_scores(images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -364,7 +364,7 @@ def _double(features: Features) -> Features:
     return Features(features.pooled.detach().cpu().double(), spatial, logits)
 
 
-def _given(tensor: torch.Tensor | None) -> torch.Tensor:
+def _present(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None, "checked by _check"
     return tensor
 

@@ -34,7 +34,7 @@ class ReconstructionMetrics:
 
     PSNR in dB, SSIM, and the colour bias: mean signed error of each channel, reconstructed less real, in 1/255. Also
     MS-SSIM if `scales` is 2 … 5 (`max_scales`), LPIPS and rFID if their metrics are passed
-    (`ldm.models.feature_networks`).
+    (`ldm.models.feature_networks`); shift-tolerant LPIPS is `st_lpips`.
     A reconstruction with NaN or Inf is counted as `nonfinite` and has NaN for every metric.
     """
 
@@ -61,7 +61,7 @@ class ReconstructionMetrics:
         if self.scales:
             metrics["ms_ssim"] = ms_ssim(reconstructed, real, self.scales)
         if self.lpips is not None:
-            metrics["lpips"] = self.lpips(reconstructed, real)
+            metrics[getattr(self.lpips, "figure", "lpips")] = self.lpips(reconstructed, real)
             self.lpips.reset()  # or it would accumulate every batch
         bias = (reconstructed - real).mean((2, 3)) * 255  # (N, 3)
         metrics |= dict(zip(COLOURS, bias.T, strict=True))

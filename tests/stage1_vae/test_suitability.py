@@ -62,6 +62,7 @@ def report(
 
     def call(*arguments: object) -> tuple[int, str, str]:
         defaults = ["--config", str(root / "configs/tiny.yaml"), "data.size=24", f"data.cache_dir={shared / 'cache'}"]
+        defaults += ["--lpips-net", "vgg"]  # whose weights are missing
         status = suitability.main([*defaults, *map(str, arguments)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -82,7 +83,8 @@ def test_several_autoencoders_share_one_table_and_missing_metric_weights_are_not
     report: Report, shared: Path, tmp_path: Path
 ) -> None:
     fine, coarse = shared / "run/autoencoder", shared / "coarse"
-    status, out, _ = report("--model", fine, "--model", coarse, "--count", 12, "--worst", 3, "--out", tmp_path / "out")
+    arguments = ("--model", fine, "--model", coarse, "--count", 12, "--worst", 3, "--out", tmp_path / "out")
+    status, out, _ = report(*arguments, "--lpips-net", "auto")
     assert status == 0
     lines = out.splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("model "))
@@ -97,10 +99,11 @@ def test_several_autoencoders_share_one_table_and_missing_metric_weights_are_not
     assert "12 images (of 73 in reconstruction, combination) of openmoji-demo at 24 px" in out
     assert "note: MS-SSIM has 2 of its 5 scales: there are sides of 24 px" in out
     assert "note: LPIPS: vgg16-397923af.pth is not in" in out
+    assert "; LPIPS by st-vgg\n" in out and "ST-LPIPS" in lines[header]
     assert "note: rFID: weights-inception-2015-12-05-6726825d.pth is not in" in out
     assert f"{fine}: retrain" in out
     facts = read_report(tmp_path / "out")
-    assert facts["images"] == 12
+    assert (facts["images"], facts["lpips_net"]) == (12, "st-vgg")
     assert [row["model"] for row in facts["models"]][:2] == [str(fine), str(coarse)]  # type: ignore[attr-defined]
     for name in ("reconstructions.png", "worst.png"):
         with Image.open(tmp_path / "out" / name) as grid:

@@ -95,6 +95,8 @@ class ShiftTolerantLPIPS(Metric):
     is_differentiable = True
     higher_is_better = False
     full_state_update = False
+    figure = "st_lpips"
+    """Its name among figures: not LPIPS', with whose values and thresholds its own are not comparable."""
     scores: list[torch.Tensor]
 
     def __init__(self, name: str, weights: Path | None = None):

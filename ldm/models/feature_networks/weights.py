@@ -133,4 +133,5 @@ def not_weights(path: Path, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; give one with the network's weights")
     reason = " ".join(str(error).split())[:120]
-    return UserError(f"{path}: not the weights that it should be ({reason}); remove it, and it is fetched")
+    remedy = "remove it, and it is fetched" if path.parent == hub_folder() else "give another file"
+    return UserError(f"{path}: not the weights that it should be ({reason}); {remedy}")

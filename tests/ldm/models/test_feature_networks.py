@@ -175,7 +175,7 @@ def test_shift_tolerant_lpips_equals_the_wheels_own_code(monkeypatch: pytest.Mon
         reference = stlpips.LPIPS(net=net, variant="shift_tolerant", verbose=False)
         with torch.no_grad():
             expected = reference(reconstructed.clamp(-1, 1), real).flatten()
-        torch.testing.assert_close(metrics.per_image["lpips"].float(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(metrics.per_image["st_lpips"].float(), expected, rtol=1e-5, atol=1e-6)
 
 
 @each(("net", "side"), [("st-vgg", 18), ("st-alex", 21)])
