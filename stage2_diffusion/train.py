@@ -21,13 +21,14 @@ from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
-from ldm.models.unet import build, load
+from ldm.models.unet import UNet, build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
 from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.evaluation import Evaluation
 from stage2_diffusion.finetune import prior
 from stage2_diffusion.finetune.deliver import deliver
 from stage2_diffusion.finetune.freeze import base_fingerprint, freeze, seed_dropout
@@ -47,13 +48,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     # Weights, in the order in which random numbers are drawn for them.
     torch.manual_seed(seed)
-    widths = (text.width, len(classes), text.pooled_width) if text else (0, len(classes))
-    shape = (autoencoder.channels, config.data.size // autoencoder.factor, *widths)
-    unet = load(stage, *shape) if stage.init_from else build(stage, *shape)
-    if stage.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if stage.channels_last:
-        unet.to(memory_format=torch.channels_last)
+    unet = build_unet(config, autoencoder, text, len(classes))
     base = base_fingerprint(config, unet, text)
     trained_encoder = freeze(config, unet, text)
     use_attention(unet.to(device), stage.attention_backend, device, DTYPES[precision(config.run)])
@@ -81,12 +76,15 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = pipeline_of(config, denoiser, autoencoder, text, objective.process, classes)
     validation = Validation(config, data, model, conditions, objective.process)
+    evaluation = Evaluation(config, data, model, device)
 
     def evaluate_if_due() -> None:
         if trainer.due(config.sample.every):
             write_sheet(config, trainer, model, data)
         if trainer.due(stage.evaluate_every, last=True):
             validation(trainer)
+        if stage.evaluate and trainer.due(stage.evaluate.every, last=True):
+            evaluation(trainer)
 
     if trainer.step or stage.init_from:  # what a killed run did not finish; what a fine-tune starts from
         evaluate_if_due()
@@ -118,6 +116,19 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     write_sheet(config, trainer, model, data)
     trainer.close()
     on_main(partial(deliver, config, model))  # last: where it stands, the stage is finished
+
+
+def build_unet(config: Config, autoencoder: Autoencoder, text: AnyTextEncoder | None, classes: int) -> UNet:
+    """The U-Net to train, of `stage2.init_from` or with random weights."""
+    stage = config.stage2
+    widths = (text.width, classes, text.pooled_width) if text else (0, classes)
+    shape = (autoencoder.channels, config.data.size // autoencoder.factor, *widths)
+    unet = load(stage, *shape) if stage.init_from else build(stage, *shape)
+    if stage.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if stage.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    return unet
 
 
 def pipeline_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import ImageColor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ClassifierConfig,
         Config,
         DistillConfig,
+        EvaluateConfig,
         FinetuneConfig,
         Stage1Config,
         Stage2Config,
@@ -37,6 +38,15 @@ TRACKERS = (
     "trackio",
     "wandb",
 )  # accelerate's, which imports torch
+FIGURES = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage", "cmmd", "clip_score")
+FEATURE_NETWORKS = ("efficientnet-lite0", "inception", "clip", "dinov2", "latents")
+FIGURES_OF_NETWORKS = {  # figures that not every network's features give
+    "is": ("efficientnet-lite0", "inception"),
+    "sfid": ("efficientnet-lite0", "inception"),
+    "cmmd": ("clip",),
+    "clip_score": ("clip",),
+}
+LEAST_IMAGES = 10  # that a figure is of: fewer tell nothing
 FLOW_SOLVERS = ("euler", "dpm++", "dpm++sde", "unipc")  # solvers that diffusers' pipelines can run on a flow
 
 
@@ -257,6 +267,43 @@ STAGE2 = (
 )
 
 
+# ---------------------------------------------------------------------------------------- figures of generated images
+
+
+def check_figures(metrics: Sequence[str], network: str, images: int, keys: tuple[str, str, str]) -> None:
+    """ValueError where a network's features of so many images can't give a figure.
+
+    `keys` are the names of metrics, network and images, as the user knows them.
+    """
+    for metric in metrics:
+        if metric not in FIGURES:
+            close = difflib.get_close_matches(metric, FIGURES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{keys[0]}: {metric!r} is not known; {hint}known are {', '.join(FIGURES)}")
+        able = FIGURES_OF_NETWORKS.get(metric, FEATURE_NETWORKS)
+        if network not in able:
+            raise ValueError(
+                f"{keys[0]}: {metric} is not of {network}'s features; leave it out, or set {keys[1]} to "
+                f"{' or '.join(able)}"
+            )
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"{keys[0]}: an entry is listed twice; name each once")
+    if images < LEAST_IMAGES:
+        raise ValueError(f"{keys[2]}: {images} are too few for {metrics[0]}; give {LEAST_IMAGES} or more")
+
+
+def figures_can_be_measured(evaluate: EvaluateConfig) -> None:
+    check_figures(evaluate.metrics, evaluate.network, evaluate.images, ("metrics", "network", "images"))
+
+
+def latents_have_no_weights(evaluate: EvaluateConfig) -> None:
+    if evaluate.weights and evaluate.network == "latents":
+        raise ValueError("weights: latents are those of the run's autoencoder; leave it out")
+
+
+EVALUATE = (figures_can_be_measured, latents_have_no_weights)
+
+
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
@@ -427,6 +474,27 @@ def streaming_needs_no_index(config: Config) -> None:
         raise ValueError("data.source.mask: a stream's masks aren't read; set data.streaming=false, or leave it out")
     if any(source.repeats > 1 or source.weight or source.limit for source in data.source):
         raise ValueError("data.source: repeats, weight and limit have no meaning with data.streaming; leave them out")
+
+
+def figures_suit_model_and_data(config: Config) -> None:
+    stage2, evaluate = config.stage2, config.stage2.evaluate
+    if not evaluate:
+        return
+    if config.data.streaming:
+        raise ValueError("stage2.evaluate: generated images are compared with an index; set data.streaming=false")
+    if stage2.image:
+        raise ValueError(
+            f"stage2.evaluate: is of models that generate whole images, not of {stage2.conditions[-1]}; set it to null"
+        )
+    if "clip_score" in evaluate.metrics and not stage2.text:
+        raise ValueError("stage2.evaluate.metrics: clip_score needs prompts, and stage2.conditions have no text")
+    guided = stage2.text or stage2.classes
+    if evaluate.guidance not in (None, 1.0) and not guided:
+        raise ValueError("stage2.evaluate.guidance: a model without conditions has none; leave it out")
+    if evaluate.steps and evaluate.steps > stage2.timesteps and stage2.prediction_type != "flow":
+        raise ValueError(
+            f"stage2.evaluate.steps: {evaluate.steps}, but stage2.timesteps are {stage2.timesteps}; lower it"
+        )
 
 
 def unmasked_weight_has_masks(config: Config) -> None:
@@ -605,6 +673,7 @@ CONFIG = (
     sources_go_together,
     buckets_hold_whole_latents,
     streaming_needs_no_index,
+    figures_suit_model_and_data,
     unmasked_weight_has_masks,
     unet_levels_fit,
     images_are_large_enough,

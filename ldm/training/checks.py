@@ -41,6 +41,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
             feature_networks.lpips(stage1.lpips_net, config.data.shortest // (4 if stage1.equivariance else 1))
         if stage1.gan and stage1.gan.norm == "batch" and not on_gpu and processes > 1:
             raise UserError("stage1.gan.norm: batch norm over several processes needs GPUs; take group")
+    if stage2.evaluate and stage2.evaluate.network != "latents":
+        _check_feature_network(stage2.evaluate.network, stage2.evaluate.weights)
     for key, stage in (("stage1", stage1), ("stage2", stage2)):
         on_main(partial(check_optimizer, stage, key))
     tracker = config.run.tracker
@@ -71,6 +73,18 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     else:
         unet.build_empty(stage2, *shape)
     return encoder
+
+
+def _check_feature_network(name: str, weights: str | None) -> None:
+    """UserError where the weights of `stage2.evaluate` are missing; the main process may fetch them."""
+
+    def load() -> None:
+        try:
+            feature_networks.load(name, torch.device("cpu"), weights)
+        except UserError as error:
+            raise UserError(f"stage2.evaluate: {error}") from None
+
+    on_main(load)
 
 
 def _check_finetuning(config: Config, on_gpu: bool, processes: int) -> None:

@@ -26,8 +26,8 @@ class Finished(Exception):  # noqa: N818 it is no error
 class DryRun:
     """Within its `with` block a `Trainer` takes its steps, saves and exports nothing, and handles no signals.
 
-    With `evaluate`, a validation and a sample grid follow the last step. Only numbers are kept, neither the run nor any
-    of its tensors, so that all memory is free after the block.
+    With `evaluate`, a validation, a sample grid and an evaluation follow the last step. Only numbers are kept, neither
+    the run nor any of its tensors, so that all memory is free after the block.
     """
 
     def __init__(self, evaluate: bool = True, progress: bool = False):
@@ -35,7 +35,8 @@ class DryRun:
         self.activity = "the model"  # what memory and time are needed for at present
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of each activity
         self.step_ends: list[float] = []  # on the clock of time.perf_counter
-        self.denoising = 0.0  # seconds of a sample grid's evaluations of the U-Net, but for the first one of each batch
+        # Seconds of an activity's evaluations of the U-Net as a solver, but for the first one of each batch
+        self.denoising: defaultdict[str, float] = defaultdict(float)
         self.lines: list[dict[str, float]] = []  # of metrics
         self.weight_bytes = self.frozen_bytes = 0  # of what is trained, and of the rest of its network
         self.checkpoint_bytes = 0
@@ -70,10 +71,10 @@ class DryRun:
         self.step_ends.append(time.perf_counter())
 
     def evaluated(self, step: Step) -> None:
-        """Callback of a sample grid's solver; a batch's first step, which also chooses convolutions, isn't counted."""
+        """Callback of a solver; a batch's first step, which also chooses convolutions, isn't counted."""
         now = _now()
         if step.number > 1:
-            self.denoising += now - self._evaluated
+            self.denoising[self.activity] += now - self._evaluated
         self._evaluated = now
 
 

@@ -186,6 +186,8 @@ def _not_counted(config: Config, text: plan.TextEncoderSizes, sharded: bool) -> 
         yield "what stage2.compile saves"
     if config.stage2.optimizer not in ("adamw", "adamw8bit"):
         yield f"copies of gradients that {config.stage2.optimizer} takes during its step, after activations are freed"
+    if config.stage2.evaluate and config.stage2.evaluate.network != "latents":
+        yield f"the feature network of stage2.evaluate, {config.stage2.evaluate.network}"
     if sharded:
         yield "other settings of FSDP than those of configs/accelerate/fsdp.yaml"
     elif sharding.sharding_kind() == "deepspeed":
@@ -198,9 +200,13 @@ def _batch_sizes(config: Config, processes: int, images: int) -> tuple[int, int,
     stage, sample = config.stage2, config.sample
     share = -(-sheet_images(config) // processes)
     batch = min(SHEET_BATCH, images, share)
-    guided = sample.guidance != 1 and (stage.text or stage.classes)
-    sampled = max(2 * batch if guided else batch, min(VALIDATION_BATCH, images))
-    return max(ENCODING_BATCH, images), sampled, max(1, batch), share > batch
+    conditional = stage.text or stage.classes
+    guided = sample.guidance != 1 and conditional
+    sampled, overlap = max(2 * batch if guided else batch, min(VALIDATION_BATCH, images)), share > batch
+    if evaluate := stage.evaluate:  # which draws so many at once, whatever the device_batch
+        guided = (evaluate.guidance or sample.guidance) != 1 and conditional
+        sampled, batch = max(sampled, 2 * evaluate.batch if guided else evaluate.batch), max(batch, evaluate.batch)
+    return max(ENCODING_BATCH, images), sampled, max(1, batch), overlap
 
 
 def moments_memory(sizes: Iterable[int], training: Training) -> int:

@@ -61,6 +61,7 @@ def describe(config: Config, processes: int = 1) -> str:
             *([f"         {tuned}"] if tuned else []),
             *_batch("stage2", stage2, processes),
             f"samples  {config.sample.solver}, {config.sample.steps} steps, guidance {config.sample.guidance}",
+            *_figures(config),
         ]
     )
 
@@ -79,6 +80,14 @@ def _tuned(config: Config, network: nn.Module) -> str:
         f"frozen, with a {finetune.kind} of rank {finetune.rank} on {len(layers)} layers, "
         f"{trained / 1e6:,.2f} M parameters{also}"
     )
+
+
+def _figures(config: Config) -> list[str]:
+    """Which figures of generated images are measured while it trains."""
+    if not (evaluate := config.stage2.evaluate):
+        return []
+    metrics = ", ".join(evaluate.metrics)
+    return [f"figures  {metrics} of {evaluate.images} images by {evaluate.network}, every {evaluate.every} steps"]
 
 
 def _rate(training: Training) -> str:

@@ -1,4 +1,4 @@
-"""Time and memory that a stage needs, measured before it starts: two real steps, a validation, a sample grid."""
+"""Time and memory that a stage needs, measured before it starts: two real steps, a validation, samples."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class ResourceEstimate:
     memory: int
     disk: int
     device: str
+    evaluation: float = 0.0
+    """Of `stage2.evaluate`, once the features of the real images are computed."""
 
     def describe(self, config: Config, stage: str, done: int = 0) -> str:
         """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
@@ -68,6 +70,8 @@ class ResourceEstimate:
         )
         encoding = 0.0 if done else self.encoding
         total = encoding + left * self.step + validations * self.validation + sheets * self.sheet
+        evaluations = _times(t.evaluate.every, t, done) if self.evaluation else 0
+        total += evaluations * self.evaluation
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
             f"{_bytes(self.memory)} of memory on {self.device}; "
@@ -75,6 +79,7 @@ class ResourceEstimate:
             + f"{left} steps take {format_time(left * self.step)}, "
             + f"{validations} × validation {format_time(validations * self.validation)}"
             + (f", {sheets} × samples {format_time(sheets * self.sheet)}" if self.sheet else "")
+            + (f", {evaluations} × figures {format_time(evaluations * self.evaluation)}" if evaluations else "")
             + f": {format_time(total)} in all, and {_bytes(self.disk)} of disk"
         )
 
@@ -146,6 +151,9 @@ def _small(config: Config, stage: str, folder: Path) -> Config:
     }
     if stage == "stage2":
         changes[stage]["evaluate_images"] = HELD_OUT_IMAGES
+        if evaluate := config.stage2.evaluate:
+            few = {"images": evaluate.batch * processes, "steps": min(STEPS, evaluate.steps or sample.steps)}
+            changes[stage]["evaluate"] = evaluate.model_copy(update=few)
     elif config.stage1.gan:  # as it is when the discriminator trains
         changes[stage]["gan"] = config.stage1.gan.model_copy(update={"start": 0.0, "warmup": 0, "ramp": 0})
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
@@ -169,12 +177,25 @@ def _estimate(
         validation=seconds["a validation"]
         * _validation_images(config, stage, data)
         / _validation_images(small, stage, few),
-        sheet=_sheet(config, small, seconds["a sample grid"], dry_run.denoising, processes),
+        sheet=_sheet(config, small, seconds["a sample grid"], dry_run.denoising["a sample grid"], processes),
         encoding=seconds["encoding the data"] * share / _encoders(config, data, processes) if written else 0.0,
         memory=memory,
         disk=int(written * share + kept),
         device=_machine(processes, _on_gpu(config)),
+        evaluation=_evaluation(config, small, dry_run, processes) if stage == "stage2" else 0.0,
     )
+
+
+def _evaluation(config: Config, small: Config, dry_run: DryRun, processes: int) -> float:
+    """Seconds of `stage2.evaluate`, of which the dry run drew a batch on each process; without the figures' own."""
+    evaluate, tried = config.stage2.evaluate, small.stage2.evaluate
+    if not (evaluate and tried and tried.steps):
+        return 0.0
+    seconds, denoising = dry_run.seconds["an evaluation"], dry_run.denoising["an evaluation"]
+    steps = evaluate.steps or config.sample.steps
+    if steps > tried.steps:
+        seconds += denoising * (steps - tried.steps) / (tried.steps - 1)
+    return seconds * math.ceil(math.ceil(evaluate.images / evaluate.batch) / processes)
 
 
 def _result_bytes(config: Config, stage: str, dry_run: DryRun) -> int:
@@ -223,6 +244,7 @@ def _too_large(config: Config, stage: str, activity: str, error: str) -> str:
         "the model": f"set {stage}.optimizer=adamw8bit, take a smaller {stage}.model, or shard it with FSDP",
         "a training step": f"{lower}, or set {stage}.gradient_checkpointing=true",
         "encoding the data": "free the GPU of other programs, or take a smaller data.size",
+        "an evaluation": "lower stage2.evaluate.batch",
     }
     if stage == "stage1":  # never sharded; a validation computes so many pixels at once, whatever the device_batch
         remedies["the model"] = "set stage1.optimizer=adamw8bit, or take a smaller stage1.model"
@@ -269,6 +291,8 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
     """What the measurement depends on."""
     keys = dump(config)
     parts = {name: keys[name] for name in ("data", "text", "stage1", "stage2")}
+    if not config.stage2.evaluate:  # as before there was this key
+        parts["stage2"] = {name: value for name, value in keys["stage2"].items() if name != "evaluate"}
     if config.finetune.kind != "full":  # as before there was this section
         parts["finetune"] = keys["finetune"]
     parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}

@@ -35,6 +35,8 @@ CHANGEABLE = (
     "data.on_error",
     "data.max_bad",
     "sample.",
+    "stage2.evaluate.",
+    "stage2.evaluate:",  # where it is switched on or off
 )
 CHANGEABLE_IN_STAGES = ("checkpoint_every", "ema_snapshot_every", "evaluate_every", "evaluate_images", "device_batch")
 

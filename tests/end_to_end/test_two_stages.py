@@ -180,13 +180,22 @@ def test_a_batch_of_8_its_two_halves_and_two_processes_of_4_learn_alike(
 
 
 def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, call: Callable[..., str]) -> None:
-    output = call(evaluate.main, tiny_run, "--count", 8)
+    output = call(evaluate.main, tiny_run, "--count", 8, "--images", 20, "--network", "latents")
     assert "held-out combinations" in output
     assert "Fréchet distance of latents" in output
     figures = json.loads((tiny_run / "evaluation.json").read_text())
     assert figures["held-out combinations"]["pixels"].keys() == {"top1", "top5", "role", "role+tone", "role+tone near"}
     assert figures["held-out combinations"]["pixels, prompts shuffled"]["top1"] < 0.2
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
+    assert {"fid", "kid", "precision", "coverage"} <= figures["figures"]["latents"].keys()
+    assert figures["figures"]["latents"]["fid"]["images"] == 20
+    assert figures["memorization"]["calibration"] == "held-out images"
+    assert figures["retrieval"]["latents"]["R@1"]["images"] == 20
+    samples = json.loads((tiny_run / "evaluation/samples.json").read_text())
+    assert [sample["score"] for sample in samples] == sorted((sample["score"] for sample in samples), reverse=True)
+    assert {sample["group"] for sample in samples} <= {"held-out images", "held-out combinations", "training captions"}
+    for file in ("memorization.png", *(sample["file"] for sample in samples)):
+        Image.open(tiny_run / "evaluation" / file).verify()
 
 
 def test_the_sheet_of_samples_shows_every_prompt(tiny_run: Path, root: Path) -> None:
@@ -203,9 +212,13 @@ def test_evaluating_other_solvers_or_steps_changes_nothing_in_the_run(
 ) -> None:
     before = {path: path.read_bytes() for path in tiny_run.glob("*.*")}
     sheet = tmp_path / "sheet.png"
-    output = call(evaluate.main, tiny_run, "--count", 4, "--solver", "ddim", "--steps", 2, "--sheet", sheet)
+    output = call(
+        evaluate.main, tiny_run, "--count", 4, "--images", 0, "--solver", "ddim", "--steps", 2, "--sheet", sheet
+    )
     assert "images and the real ones of their prompts: Fréchet" in output
-    call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline")
+    figures = ("--images", 12, "--network", "latents", "--metrics", "kid")
+    output = call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline", *figures)
+    assert "12 images against" in output
     assert {path: path.read_bytes() for path in tiny_run.glob("*.*")} == before
     assert Image.open(sheet).width > 8 * 128
 

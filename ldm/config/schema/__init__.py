@@ -6,6 +6,7 @@ from ldm.config.schema.classifier import ClassifierConfig
 from ldm.config.schema.config import Config
 from ldm.config.schema.data import BucketConfig, DataConfig, SourceConfig, as_sources
 from ldm.config.schema.distillation import DistillConfig
+from ldm.config.schema.evaluation import EvaluateConfig
 from ldm.config.schema.finetune import ADAPTERS, FinetuneConfig
 from ldm.config.schema.run import RunConfig
 from ldm.config.schema.sample import SOLVERS, SPACINGS, SampleConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistillConfig",
+    "EvaluateConfig",
     "FinetuneConfig",
     "GanConfig",
     "RunConfig",

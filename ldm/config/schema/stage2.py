@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from ldm.config import rules
 from ldm.config.presets import PROCESSES, UNETS
 from ldm.config.schema.base import PathOrId
+from ldm.config.schema.evaluation import EvaluateConfig
 from ldm.config.schema.training import Training
 
 CONDITIONS = ("text", "class", "size", "inpaint", "upscale")
@@ -103,6 +104,8 @@ class Stage2Config(Training):
     """Steps between evaluations of the loss by noise level, on held-out and on training images."""
     evaluate_images: PositiveInt = 64
     """Held-out, and training, images to evaluate on, always the same."""
+    evaluate: EvaluateConfig | None = None
+    """Figures of generated images, such as FID, by the keys below; default: none."""
 
     @property
     def text(self) -> bool:
