@@ -67,8 +67,7 @@ def check_real_images(config: Config, data: Index | Stream) -> None:
     for name in options.metrics:
         if count < (least := max(distances.METRICS[name].min_images, 2)):
             raise UserError(
-                f"stage2.evaluate.metrics: {name} compares with {least} training images or more, and there are {count}; "
-                "leave it out"
+                f"stage2.evaluate.metrics: {name} needs {least} training images, and there are {count}; leave it out"
             )
 
 

@@ -136,7 +136,7 @@ def test_its_time_is_measured_beforehand_of_a_batch(run: Callable[..., tuple[Con
 def test_too_few_training_images_are_named_before_anything_is_trained(run: Callable[..., tuple[Config, Index]]) -> None:
     settings, data = run("stage2.evaluate.metrics=[kid, density]")
     check_real_images(settings, data)
-    with pytest.raises(UserError, match="density compares with 6 training images or more, and there are 5; leave it"):
+    with pytest.raises(UserError, match="density needs 6 training images, and there are 5; leave it"):
         check_real_images(settings, data.select("train").first(5))
 
 
