@@ -43,9 +43,12 @@ def write_run(root: Path, folder: Path, *, shift: float = 0.0, prompt: str = "re
             "steps": 5,
             "figures": {"inception": {"fid": figure, "recall": {"value": 0.5}}},
             "training captions": {"pixels": {"top1": 0.75}},
-            "ceiling": {"inception": {"fid": {"value": 3.25}}},
+            "real against real": {"inception": {"fid": {"value": 3.25}}},
             "memorization": {"share": {"value": 0.0125, "low": 0.0, "high": 0.025}, "floor": 0.05, "pairs": []},
-            "retrieval": {"inception": {"top1": {"value": 0.625}, "shuffled prompts": {"top1": {"value": 0.03125}}}},
+            "retrieval": {
+                "inception": {"R@1": {"value": 0.625}},
+                "inception, prompts shuffled": {"R@1": {"value": 0.03125}},
+            },
             "comparison": {
                 "with": "other",
                 "inception": {"fid": {"difference": 1.5, "low": 1.25, "high": 1.75, "p": 0.001, "verdict": "worse"}},

@@ -18,7 +18,12 @@ from ldm.data.source_kinds import HUB_ID
 from ldm.models.autoencoder import STATISTICS
 from ldm.utils.atomic_files import atomic_file
 
-IN_REPORT = ("ceiling", "comparison", "memorization", "retrieval")  # parts of evaluation.json that a card leaves out
+IN_REPORT = (
+    "real against real",
+    "comparison",
+    "memorization",
+    "retrieval",
+)  # parts of evaluation.json that a card leaves out
 
 
 def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})) -> None:

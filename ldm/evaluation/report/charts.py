@@ -56,14 +56,14 @@ class Axis(NamedTuple):
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self, most: int = 5) -> list[float]:
-        """Round values on the axis."""
+    def ticks(self, most: int = 5, smallest: float = 0.0) -> list[float]:
+        """Round values on the axis, at least so far apart, unless it is logarithmic."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             factors = (1,) if len(decades) > 4 else (1, 3)
             marks = [factor * 10.0**decade for decade in decades for factor in factors]
             return [mark for mark in marks if self.low <= mark <= self.high]
-        rough = (self.high - self.low) / most
+        rough = max((self.high - self.low) / most, smallest)
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -145,7 +145,7 @@ def _axes(x_axis: Axis, y_axis: Axis, x_of: Scale, y_of: Scale) -> list[str]:
         y = y_of(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in x_axis.ticks(6):
+    for value in x_axis.ticks(6, 1.0):
         x, anchor = x_of(value), "middle"
         if x > WIDTH - RIGHT - 12:
             x, anchor = float(WIDTH - 2), "end"

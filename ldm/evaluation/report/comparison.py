@@ -53,7 +53,7 @@ def comparison(runs: Sequence[Run]) -> str:
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     lead = f"{len(runs)} runs side by side"
     foot = "Brackets and bands are 95 % intervals. A pointer on a chart shows its values."
-    title = " · ".join(names)
+    title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
     return elements.document(title, lead, notes, f'<div class="legend runs">{legend}</div>', parts, foot)
 
 
@@ -210,6 +210,12 @@ def _settings(runs: Sequence[Run]) -> str:
         if key not in IGNORED:
             rows.append((key, *(elements.code(str(_value(tree, key))) for tree in trees)))
     return elements.table(("", *(run.name for run in runs)), rows) if rows else "<p>The configurations are equal.</p>"
+
+
+def _versions(run: Run) -> dict[str, str]:
+    return {
+        name: str(value)[:12] for name, value in run.about.items() if name != "command"
+    }  # a commit's start is enough
 
 
 def _value(tree: object, key: str) -> object:

@@ -35,12 +35,14 @@ def text(value: object) -> str:
     return value if isinstance(value, Raw) else escape(str(value))
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], numeric: bool = True) -> str:
-    """Rows of cells below a header; with `numeric`, all columns but the first are right-aligned."""
-    mark = ' class="n"' if numeric else ""
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Rows of cells below a header: names, then right-aligned values. Columns without a value are left out."""
+    rows = list(rows)
+    mark = ' class="n"'
+    filled = [i for i in range(len(header)) if i == 0 or any(cells[i] != "" for cells in rows)]
 
     def row(cells: Sequence[object], tag: str) -> str:
-        return "".join(f"<{tag}{mark if i else ''}>{text(cell)}</{tag}>" for i, cell in enumerate(cells))
+        return "".join(f"<{tag}{mark if i else ''}>{text(cells[i])}</{tag}>" for i in filled)
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
     return f'<div class="scroll"><table><thead><tr>{row(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'

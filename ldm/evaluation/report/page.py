@@ -18,7 +18,7 @@ def page(run: Run) -> str:
     images = sections.Images(run.notes)
     curves = sections.curves(sections.STAGE2_CURVES, run.stage2)
     curves[2:2] = sections.noise_levels(run.stage2)
-    prompts = sections.prompt_following(run) + "".join(
+    scores = sections.scores(run) + "".join(
         images.picture(run.image(name), caption) for name, caption in SHEETS.items()
     )
     parts = [
@@ -26,7 +26,7 @@ def page(run: Run) -> str:
         Section("samples", "Samples over time", sections.samples_over_time(run, images)),
         Section("figures", "Figures", _figures(run)),
         Section("curves", "Training", sections.chart_grid(curves)),
-        Section("prompts", "Following prompts", prompts),
+        Section("scores", "Scores", scores),
         Section("extremes", "Best and worst prompts", sections.extremes(run, images)),
         Section("memorization", "Memorisation", sections.memorization(run, images)),
         Section("grid", "Guidance and steps", images.picture(run.image("evaluation/grid.png"))),

@@ -28,7 +28,12 @@ METRIC_NAMES = {  # the others' are words
     "clip_score": "CLIP score",
 }
 LEVEL = "held_out_loss_at_"
-OWN_SECTIONS = ("figures", "ceiling", "comparison", "memorization")  # of evaluation.json; the rest is shown as it is
+OWN_SECTIONS = (
+    "figures",
+    "real against real",
+    "comparison",
+    "memorization",
+)  # of evaluation.json; the rest is shown as it is
 SETTINGS = ("steps", "guidance", "seed")  # of the sampling, in evaluation.json
 
 
@@ -158,8 +163,8 @@ def with_bar(figure: Figure) -> Raw:
 
 
 def final_figures(run: Run) -> str:
-    """The finished model's figures, with their 95 % intervals, and the same of real images, the ceiling."""
-    rows, found = [], run.evaluation.get("ceiling")
+    """The finished model's figures, with their 95 % intervals, and the same of real images: the best there is."""
+    rows, found = [], run.evaluation.get("real against real")
     ceilings = found if isinstance(found, dict) else {}
     for network, metrics in run.figures.items():
         real = ceilings.get(network) or {}
@@ -169,7 +174,7 @@ def final_figures(run: Run) -> str:
             rows.append((metric_name(metric), with_bar(figure), best, images, figure.network or network))
     if not rows:
         return ""
-    header = ("metric", "value [95 % interval]", "of real images", "images", "network")
+    header = ("metric", "value [95 % interval]", "real against real", "images", "network")
     return elements.table(header, rows) + explained(run.figures.values())
 
 
@@ -197,43 +202,43 @@ def explained(figures: Iterable[Iterable[str]]) -> str:
     return f"<details><summary>What these mean</summary><ul>{items}</ul></details>" if items else ""
 
 
-def prompt_following(run: Run) -> str:
-    """Everything else that `evaluation.json` has: scores by group of prompts or by network, then single figures."""
-    parts, single = [], dict[str, Figure]()
-    for group, values in run.evaluation.items():
-        if group in (*OWN_SECTIONS, *SETTINGS):
+def scores(run: Run) -> str:
+    """Everything else that `evaluation.json` has: by group of prompts or by network, then what stands alone."""
+    groups: list[tuple[str, Mapping[str, Any]]] = []
+    rows: dict[str, Mapping[str, Any]] = {}
+    for name, values in run.evaluation.items():
+        if name in (*OWN_SECTIONS, *SETTINGS):
             continue
-        if (figure := as_figure(values)) is not None:
-            single[group] = figure
-        elif isinstance(values, dict):
-            nested = group == "retrieval"  # by network
-            parts += (
-                [_group(f"{group}, {name}", row) for name, row in values.items()] if nested else [_group(group, values)]
-            )
-    if single:
-        rows = [(name, with_bar(figure)) for name, figure in single.items()]
-        parts.append(elements.table(("", "value"), rows))
-    settings = [f"{name} {run.evaluation[name]}" for name in SETTINGS if name in run.evaluation]
-    if parts and settings:
-        parts.insert(0, f'<p class="note">Sampled with {elements.text(", ".join(settings))}.</p>')
-    return "".join(parts)
+        nested = values if name == "retrieval" and isinstance(values, dict) else {"": values}  # by network
+        for network, row in nested.items():
+            label = f"{name}, {network}" if network else name
+            if as_figure(row) is not None:
+                rows[label] = {"value": row}
+            elif isinstance(row, dict) and all(map(as_figure, row.values())):
+                rows[label] = row
+            elif isinstance(row, dict):
+                groups.append((label, row))
+    parts = [_group(name, values) for name, values in groups] + [_score_table(rows)]
+    settings = ", ".join(f"{name} {run.evaluation[name]}" for name in SETTINGS if name in run.evaluation)
+    note = f'<p class="note">Sampled with {elements.text(settings)}.</p>' if settings else ""
+    return note + "".join(parts) if any(parts) else ""
 
 
 def _group(name: str, values: Mapping[str, Any]) -> str:
-    """A table of scores, a row for each measure; scores that stand beside measures are those of generated images."""
+    """A table of measures, a row each; scores that stand beside measures are those of generated images."""
     own = {key: value for key, value in values.items() if as_figure(value)}
     measures = {key: row for key, row in values.items() if isinstance(row, dict) and key not in own}
-    rows: dict[str, Mapping[str, Any]] = {"generated images" if measures else name: own} if own else {}
-    rows |= measures
+    table = _score_table({"generated images": own, **measures} if own else measures)
+    return f"<h3>{elements.text(name)}</h3>{table}" if table else ""
+
+
+def _score_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row if as_figure(row[column])))
-    if not columns:
-        return ""
     cells = [
         (label, *(with_bar(figure) if (figure := as_figure(row.get(column))) else "" for column in columns))
         for label, row in rows.items()
     ]
-    title = f"<h3>{elements.text(name)}</h3>" if measures else ""
-    return title + elements.table(("", *columns), cells)
+    return elements.table(("", *columns), cells) if columns else ""
 
 
 def samples_over_time(run: Run, images: Images) -> str:

@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_evaluation(html: str) -> None:
         "0.625",
         "0.03125",
     )
-    for expected in (*shown, "1.5", "worse", "shuffled prompts"):
+    for expected in (*shown, "1.5", "worse", "inception, prompts shuffled"):
         assert expected in cells
     assert "<small>[11.25, 13.75]</small>" in html
     assert "805, 73 held out" in html

@@ -32,7 +32,7 @@ def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:
         {
             "guidance": 3.0,
             "figures": {"inception": {"fid": fid}},
-            "ceiling": {"inception": {"fid": 3.0}},
+            "real against real": {"inception": {"fid": 3.0}},
             "pixels": {"top1": 0.5},
         },
     )
