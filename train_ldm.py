@@ -128,6 +128,7 @@ def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Strea
     """The data set, after the checks that need all its samples."""
     from ldm.data import check, index
     from ldm.data.stream import Stream
+    from stage2_diffusion.evaluation import check_real_images
     from stage2_diffusion.finetune.prior import warn_of_shared_captions
 
     folder, conditions = settings.run.dir, settings.stage2.conditions
@@ -139,6 +140,7 @@ def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Strea
     batches = (settings.stage1.batch, settings.stage2.batch)
     warn_of_shared_captions(data)
     check.before_training(data, folder, encoder, settings.text.model, batches)
+    check_real_images(settings, data)
     return data
 
 

@@ -10,6 +10,7 @@ from ldm.config.schema import Config
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
+from ldm.evaluation import distances
 from ldm.evaluation.features import Features
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.generation import MAX_REAL_IMAGES, GenerationPlan, generated_features, real_features
@@ -18,6 +19,7 @@ from ldm.evaluation.networks import load_network
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.trainer import Trainer
+from ldm.utils.errors import UserError
 
 
 class Evaluation:
@@ -55,6 +57,19 @@ class Evaluation:
     def _measure(self, real: Features | None, generated: Features) -> dict[str, Figure]:
         assert self.options and real is not None, "on the main process"
         return measure(self.options.metrics, real, generated, self.network, self.plan.prompts)
+
+
+def check_real_images(config: Config, data: Index | Stream) -> None:
+    """UserError where there are too few training images for a metric of `stage2.evaluate`."""
+    if not (options := config.stage2.evaluate):
+        return
+    count = len(data.select("train")) if isinstance(data, Index) else 0
+    for name in options.metrics:
+        if count < (least := max(distances.METRICS[name].min_images, 2)):
+            raise UserError(
+                f"stage2.evaluate.metrics: {name} compares with {least} training images or more, and there are {count}; "
+                "leave it out"
+            )
 
 
 def logged(network: str, figures: dict[str, Figure]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ldm.training import checks
 from ldm.training.fingerprint import check_finished
 from ldm.training.model_card import write_card
 from ldm.training.run_dir import prepare_run_dir
+from stage2_diffusion.evaluation import check_real_images
 from stage2_diffusion.finetune import prior
 from stage2_diffusion.train import train
 
@@ -112,6 +113,7 @@ class FolderTrainer:
             batches = (settings.stage1.batch, settings.stage2.batch)
             prior.warn_of_shared_captions(images)
             check.before_training(images, settings.run.dir, text, settings.text.model, batches)
+            check_real_images(settings, images)
             train(settings, images, autoencoder.load(self.autoencoder, "autoencoder"), text)
             if state.is_main_process:
                 write_card(settings)

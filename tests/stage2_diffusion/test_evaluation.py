@@ -23,6 +23,7 @@ from ldm.training import preflight
 from ldm.training.run_dir import prepare_run_dir
 from ldm.utils.errors import UserError
 from scripts import evaluate
+from stage2_diffusion.evaluation import check_real_images
 from stage2_diffusion.train import train
 
 EVALUATE = (
@@ -130,6 +131,13 @@ def test_its_time_is_measured_beforehand_of_a_batch(run: Callable[..., tuple[Con
     line = preflight.measure(settings, "stage2", data, lambda small, few: train(small, few, vae, encoder))
     assert ", 2 × figures " in line
     assert not (settings.run.dir / "stage2").exists()
+
+
+def test_too_few_training_images_are_named_before_anything_is_trained(run: Callable[..., tuple[Config, Index]]) -> None:
+    settings, data = run("stage2.evaluate.metrics=[kid, density]")
+    check_real_images(settings, data)
+    with pytest.raises(UserError, match="density compares with 6 training images or more, and there are 5; leave it"):
+        check_real_images(settings, data.select("train").first(5))
 
 
 @pytest.mark.parametrize(
