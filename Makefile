@@ -25,8 +25,9 @@ demo: setup
 	$(BIN)/python scripts/evaluate.py $(RUN)
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 
+# Test modules, whose assertions pytest rewrites, are kept compiled for the next time, whatever the environment says.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill"
 
 drills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m drill

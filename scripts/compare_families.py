@@ -14,7 +14,6 @@ The same command continues: what is trained stays.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -245,7 +244,7 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     with atomic_file(file) as tmp_path:
-        tmp_path.write_text(json.dumps(values, indent=1) + os.linesep, "utf-8")
+        tmp_path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ METRICS = {
     "diversity": Metric("diversity", "real", 2),
     "modes_missed": Metric("training images never drawn", "lower", 2),
     "bits": Metric("bits/dim, at most", "lower", 2),
-    "draw_seconds": Metric("seconds an image", "lower", 5),
+    "draw_seconds": Metric("seconds to draw an image", "lower", 4),
 }
 OF_SETS = ("fid", "kid", "precision", "recall", "density", "coverage")  # `distances.measure` has these
-WITHOUT_WINNER = ("parameters", "train_seconds")
+WITHOUT_WINNER = {"parameters": ("parameters, million", 2), "train_seconds": ("processor seconds of training", 0)}
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -125,8 +125,8 @@ def markdown(families: Mapping[str, Sequence[Values]], real: Values) -> str:
     """A row per figure, a column per family: mean ± standard deviation over seeds; the last one is of real images."""
     summaries = {label: summary(runs) for label, runs in families.items()}
     lines = [f"| | {' | '.join(families)} | real images |", "|---" * (len(families) + 2) + "|"]
-    rows = [("parameters", "parameters, million", 2), ("train_seconds", "seconds of training", 0)]
-    for name, title, digits in rows + [(name, metric.title, metric.digits) for name, metric in METRICS.items()]:
+    rows = WITHOUT_WINNER | {name: (metric.title, metric.digits) for name, metric in METRICS.items()}
+    for name, (title, digits) in rows.items():
         cells = [_cell(s.get(name), digits) for s in summaries.values()]
         of_real = f"{real[name]:.{digits}f}" if name in real else ""
         lines.append(f"| {title}{_arrow(name)} | {' | '.join(cells)} | {of_real} |")

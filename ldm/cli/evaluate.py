@@ -74,6 +74,9 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
     model = _load_model(args, settings)
+    # Before anything is drawn: weights may be missing
+    networks = request.networks(model.device, model) if request and request.images else []
+    other = evaluate_figures.load_other(args.compare, model) if args.compare else None
     concept = _concept(args.concept, settings) if args.concept else None
     is_default = not (args.model or args.lora or args.embedding or concept) and options == Sampling()
     metrics: dict[str, Any] = {
@@ -88,7 +91,7 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
         metrics |= evaluate_prompts(args, model, records, concept, side, options, is_default)
     if request and request.images:
         folder = args.run / "evaluation" if is_default else None
-        metrics |= evaluate_figures.evaluate_model(args, request, settings, model, records, folder)
+        metrics |= evaluate_figures.evaluate_model(args, request, settings, model, records, folder, networks, other)
     if is_default:
         with atomic_file(args.run / "evaluation.json") as tmp_path:
             tmp_path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
@@ -101,9 +104,7 @@ def _load_model(args: argparse.Namespace, settings: Config) -> LatentDiffusion:
     """The model to measure; UserError where it does another task than the run's, or where flags are of another."""
     model = LatentDiffusion.load(args.model or args.run / "pipeline").add_loras(*args.lora)
     model.add_embeddings(*args.embedding)
-    model.optimize_for_inference(args.precision)
-    if args.precision == "no":
-        evaluate_figures.as_in_training(model, settings)
+    evaluate_figures.prepare(model, args.precision, settings)
     conditions = settings.stage2.conditions
     enlarges = "upscale" in conditions
     if (model.task == "upscale") != enlarges or model.task == "inpaint":
@@ -143,6 +144,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.grid and (args.model or args.lora or args.embedding or args.concept or args.real):
         raise UserError("--grid: is kept with a run's own images; leave out --model, --lora, --embedding, --concept")
+    if args.compare and (args.images == 0 or args.real):
+        raise UserError("--compare: another model's images are compared with those of a run; draw some, with --images")
     if args.count < 2:
         raise UserError(f"--count: {args.count}; give 2 or more")
     for name, least in (("images", 0), ("batch", 1), ("bootstrap", 0), ("size", 1)):

@@ -87,11 +87,13 @@ class Request:
         return [load_network(name, device, self.weights, autoencoder) for name in self.metrics]
 
 
-def as_in_training(model: LatentDiffusion, settings: Config) -> None:
-    """Computes attention as the run does, so that the bits are those of its own evaluations."""
-    stage = settings.stage2
-    use_attention(model.unet, stage.attention_backend, model.device)
-    model.unet.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+def prepare(model: LatentDiffusion, precision: str, settings: Config) -> None:
+    """Sets the U-Net's precision. In float32 it computes as the run's training does, so that the bits are the same."""
+    model.optimize_for_inference(precision)
+    if precision == "no":
+        stage = settings.stage2
+        use_attention(model.unet, stage.attention_backend, model.device)
+        model.unet.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
 
 
 @dataclass
@@ -112,12 +114,13 @@ def evaluate_model(
     model: LatentDiffusion,
     records: Index,
     folder: Path | None,
+    networks: Sequence[FeatureNetwork],
+    other: LatentDiffusion | None,
 ) -> dict[str, Any]:
     """Draws a model's images, prints what they are like, and returns it for `evaluation.json`.
 
-    `folder` gets a few of the images.
+    `folder` gets a few of the images. They are compared with those of an `other` model.
     """
-    networks = request.networks(model.device, model)  # before anything is drawn: their weights may be missing
     conditions = settings.stage2.conditions
     plan = GenerationPlan.of(records, conditions, request.images, args.seed, request.batch, request.options)
     images = draw_images(plan, model)
@@ -130,8 +133,9 @@ def evaluate_model(
     metrics["memorization"] = measure_memorization(measured[0], real, images, folder)
     if plan.prompts:
         metrics["retrieval"] = measure_prompts(measured, plan, real, images, folder)
-    if args.compare:
-        metrics["comparison"] = compare_models(request, plan, measured, args.compare, model.device)
+    if other:
+        prepare(other.to(model.device), request.precision, settings)
+        metrics["comparison"] = compare_models(request, plan, measured, other, args.compare)
     if args.grid and folder:
         write_grid(folder / "grid.png", plan, model)
     return metrics
@@ -194,14 +198,20 @@ def measure_prompts(
     return result
 
 
+def load_other(name: str, model: LatentDiffusion) -> LatentDiffusion:
+    """Another run's model, or a pipeline, on the CPU; UserError where it has other conditions."""
+    folder = Path(name) / "pipeline"
+    other = LatentDiffusion.load(folder if folder.is_dir() else name, "cpu", option="--compare")
+    kinds = [(each.task, each.text is not None, each.classes, each.side) for each in (model, other)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"--compare: {name} draws other images, by task, conditions, classes or size; name another")
+    return other
+
+
 def compare_models(
-    request: Request, plan: GenerationPlan, measured: Sequence[Measured], name: str, device: torch.device
+    request: Request, plan: GenerationPlan, measured: Sequence[Measured], other: LatentDiffusion, name: str
 ) -> dict[str, Any]:
     """Prints and returns whether another model is better, on the same prompts and noise, by network and metric."""
-    folder = Path(name) / "pipeline"
-    other = LatentDiffusion.load(folder if folder.is_dir() else name, device, option="--compare")
-    if request.precision != "no":
-        other.optimize_for_inference(request.precision)
     images = draw_images(plan, other, f"drawing images of {name}")
     result: dict[str, Any] = {}
     for seen in measured:

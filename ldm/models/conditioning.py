@@ -88,8 +88,9 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
 
     It is in the U-Net's own precision.
     """
-    if unet.dtype != torch.float32:
-        x, condition = x.to(unet.dtype), condition.to(unet.dtype)
+    dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())  # `unet.dtype` visits all layers first
+    if dtype != torch.float32:
+        x, condition = x.to(dtype), condition.to(dtype)
     inputs: dict[str, Any] = {}
     if condition.text is not None:
         inputs["encoder_hidden_states"] = condition.text

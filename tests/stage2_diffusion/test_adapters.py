@@ -24,6 +24,7 @@ from ldm.utils.errors import UserError
 from stage2_diffusion import train as training
 from stage2_diffusion.finetune.deliver import deliver
 
+pytestmark = pytest.mark.usefixtures("two_noise_levels")
 Few = Callable[..., tuple[Config, Index]]
 ADAPTERS = {
     "lora": ("finetune.dropout=0.2", "finetune.text_encoder=true", "finetune.alpha=2"),
@@ -41,10 +42,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(few: Few, base: Path, tmp_path: Path) -> Few:
+def settings(few: Few, base: Path) -> Few:
     parts = [f"{key}={base}" for key in ("stage1.pretrained", "stage2.init_from", "text.model")]
     sizes = ["stage1.channels=[8, 8]", "text.max_tokens=null", "stage2.prediction_type=eps", "stage2.batch=2"]
-    common = ["finetune.rank=2", "stage2.checkpoint_every=2", f"data.cache_dir={tmp_path / 'cache'}"]
+    common = ["finetune.rank=2", "stage2.checkpoint_every=2"]
 
     def load(kind: str, *overrides: str) -> tuple[Config, Index]:
         return few(*parts, *sizes, *common, f"finetune.kind={kind}", *ADAPTERS.get(kind, ()), *overrides)

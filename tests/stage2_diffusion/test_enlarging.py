@@ -39,6 +39,7 @@ def test_the_upscaler_and_bicubic_enlarging_get_the_same_small_images(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_noise_levels")
 def test_a_run_keeps_its_figures_and_shows_its_images(
     root: Path,
     tmp_path: Path,

@@ -19,6 +19,7 @@ from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule
 from ldm.models.autoencoder import Autoencoder
 from stage2_diffusion import likelihood
 
+pytestmark = pytest.mark.usefixtures("two_noise_levels")  # of the validation; the bounds have their own
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "ddpm": (("stage2.prediction_type=v", "stage2.conditions=[text, class, size]"), {"small", "large"}),
     "learned variance": (("stage2.process=improved-ddpm", "sample.solver=ddpm"), {"small", "large", "learned"}),

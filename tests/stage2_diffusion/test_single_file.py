@@ -76,7 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     return write
 
 
-@pytest.mark.parametrize("layout", PIPELINES)
+@pytest.mark.parametrize("layout", [pytest.param("sd1", marks=pytest.mark.drill), "sd2", "sdxl"])
 def test_a_single_file_is_fine_tuned_and_exported_as_a_single_file(
     layout: str,
     models: Callable[[str], Model],

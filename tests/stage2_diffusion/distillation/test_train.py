@@ -34,6 +34,7 @@ from ldm.sampling.pipeline import LatentDiffusion
 from stage2_diffusion.distillation import train
 from stage2_diffusion.distillation.methods import Consistency, Guidance, ProgressiveDistillation
 
+pytestmark = pytest.mark.usefixtures("two_noise_levels")  # of the run that is distilled
 STAGE = Stage2Config(
     channels=(8, 8), attention=(False, True), layers=1, attention_head_dim=8, norm_num_groups=4, mid_attention=False
 )
