@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(args: Namespace, load_network: Callable[[], FeatureNetwork]) -> None:
     """Trains, measures and reports what `args.out` does not have yet."""
     make_dir("--out", args.out)
-    training, held_out = prepare_images(args)
+    with redirect_stdout(sys.stderr):  # stdout is for the result
+        training, held_out = prepare_images(args)
     network = load_network()  # before hours of training
     record = read_record(args, training)
     for name in args.families:

@@ -285,5 +285,5 @@ def ldm_bits(config: Config, model: LatentDiffusion, x: torch.Tensor, more: torc
 FAMILIES = {
     "gan": Family("GAN", {"gan": 1.0}, train_gan),
     "vae": Family("VAE", {"vae": 1.0}, train_vae),
-    "ldm": Family("latent diffusion", {"autoencoder": 0.3, "unet": 0.7}, train_ldm),
+    "ldm": Family("latent diffusion model", {"autoencoder": 0.3, "unet": 0.7}, train_ldm),
 }

@@ -16,7 +16,7 @@ from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.memorization import missed_modes
 
 BATCH = 32  # images in a feature network
-SHOWN, SCALE, LABEL = 12, 2, 116  # images of a row of the picture; how much larger; pixels of its labels
+SHOWN, SCALE, LABEL = 12, 2, 160  # images of a row of the picture; how much larger; pixels of its labels
 Values = dict[str, float]
 
 

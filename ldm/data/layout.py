@@ -58,7 +58,7 @@ def folder_layout(folder: Path, split: str, captions: bool = True, masks: Path |
     A single split is taken for one only where captions are needed: a class named `train` does no harm. The folder
     `masks` is none of its own.
     """
-    apart = masks and masks.resolve()
+    mask_folder = masks and masks.resolve()
     try:
         with os.scandir(folder) as entries:
             is_folder = {entry.name: _is_dir(entry) for entry in entries if not entry.name.startswith(".")}
@@ -66,7 +66,7 @@ def folder_layout(folder: Path, split: str, captions: bool = True, masks: Path |
         raise unreadable_folder(error) from None
     loose = any(map(is_image_file, is_folder))
     names = sorted(name for name in is_folder if is_folder[name] and name != "__MACOSX")
-    names = [name for name in names if not apart or (folder / name).resolve() != apart]
+    names = [name for name in names if not mask_folder or (folder / name).resolve() != mask_folder]
     named = [name for name in names if name.lower() in _CANONICAL]
     others = [name for name in names if name not in named]
     if loose or not named or any(_has_images(folder / name) for name in others):

@@ -165,17 +165,17 @@ def real_features(images: Index, side: int, network: FeatureNetwork, cache_dir: 
     They are computed once: a file in `cache_dir` keeps them, under a name that follows from the images' content, their
     size and the network's weights. A damaged one is named and computed again.
     """
-    about = {
+    contents = {
         "images": images.fingerprint(),
         "count": len(images),
         "side": side,
         "background": images.data.background,
         "network": network.fingerprint,
     }
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / "features" / f"{network.name}-{name}.safetensors"
     is_main = PartialState().is_main_process
-    cached = read_features(path, about) if is_main else None
+    cached = read_features(path, contents) if is_main else None
     if on_main(lambda: cached is not None):
         return cached
 
@@ -183,20 +183,20 @@ def real_features(images: Index, side: int, network: FeatureNetwork, cache_dir: 
         return network(load_images(images, numbers, side))
 
     features = Features.cat(in_batches(len(images), REAL_BATCH, compute, "features of real images"))
-    on_main(lambda: write_features(path, about, features))
+    on_main(lambda: write_features(path, contents, features))
     return features if is_main else None
 
 
-def write_features(path: Path, about: dict[str, object], features: Features) -> None:
-    """Writes features, complete or not at all, with what they are `about` and a checksum."""
+def write_features(path: Path, contents: dict[str, object], features: Features) -> None:
+    """Writes features, complete or not at all, with their `contents` and a checksum."""
     tensors = _tensors(features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = json.dumps({"about": about, "sha256": tensors_sha256(tensors)})
+    facts = json.dumps({"contents": contents, "sha256": tensors_sha256(tensors)})
     with atomic_file(path) as tmp_path:
         save_file(tensors, tmp_path, {"features": facts})  # of several keys the order would change by chance
 
 
-def read_features(path: Path, about: dict[str, object]) -> Features | None:
+def read_features(path: Path, contents: dict[str, object]) -> Features | None:
     """Features from a file; None where there is none, or where it is not sound, which a line says."""
     if not path.exists():
         return None
@@ -204,7 +204,7 @@ def read_features(path: Path, about: dict[str, object]) -> Features | None:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["features"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-        if facts["about"] != about:
+        if facts["contents"] != contents:
             raise ValueError("it is of other images, or of another network")
         if facts["sha256"] != tensors_sha256(tensors):
             raise ValueError("its checksum is wrong")

@@ -49,11 +49,11 @@ class RealImages:
         """Those of some images, taken from the training and held-out images' where they are among them."""
         known = np.concatenate([self.training.rows, self.held_out.rows])
         order = known.argsort()
-        place = order[np.searchsorted(known[order], images.rows).clip(max=len(known) - 1)]
-        if not np.array_equal(known[place], images.rows):
+        position = order[np.searchsorted(known[order], images.rows).clip(max=len(known) - 1)]
+        if not np.array_equal(known[position], images.rows):
             return self._computed(images, network)
         parts = [self._computed(part, network) for part in (self.training, self.held_out) if len(part)]
-        return Features.cat(parts)[torch.from_numpy(place)]
+        return Features.cat(parts)[torch.from_numpy(position)]
 
     def _computed(self, images: Index, network: FeatureNetwork) -> Features:
         features = real_features(images, self.side, network, self.cache_dir)

@@ -85,8 +85,8 @@ def _rank(images: torch.Tensor, candidates: torch.Tensor, targets: torch.Tensor,
     if not bool(images.isfinite().all() and candidates.isfinite().all()):
         raise UserError("retrieval: features have NaN or Inf; the images or the network are broken")
     ranks, right = [], []
-    for part, wanted in zip(images.split(ROWS), targets.split(ROWS), strict=True):
-        is_right = wanted[:, None] == labels
+    for part, target in zip(images.split(ROWS), targets.split(ROWS), strict=True):
+        is_right = target[:, None] == labels
         distances = torch.cdist(part, candidates)
         best = distances.masked_fill(~is_right, math.inf).amin(1, keepdim=True)
         ranks.append(1 + ((distances <= best) & ~is_right).sum(1))

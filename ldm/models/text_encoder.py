@@ -123,7 +123,7 @@ class TextEncoder:
         longest_first = sorted(map(re.escape, tokens_of), key=len, reverse=True)
         pattern = re.compile(f"(?:{'|'.join(longest_first)})(?!_[0-9])", flags)
         return [
-            pattern.sub(lambda found: tokens_of.get(self.normalize(found[0]), found[0]), prompt) for prompt in prompts
+            pattern.sub(lambda match: tokens_of.get(self.normalize(match[0]), match[0]), prompt) for prompt in prompts
         ]
 
     def normalize(self, text: str) -> str:

@@ -43,6 +43,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run: Path) -> None:
     for name in (
         "config.yaml",
         "README.md",
+        "report.html",
         "samples.png",
         "autoencoder/config.json",
         "autoencoder/latents.json",

@@ -160,7 +160,7 @@ def parse(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> tup
 
     Names of text encoders are without `text_model.`. Names without a component are those of the component "".
     """
-    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    factors_of: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(peft_name(key))):
@@ -170,10 +170,10 @@ def parse(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> tup
         name = next(group for group in match.groups()[1:] if group)
         if name == "lora_magnitude_vector":
             name, tensor = MAGNITUDE, tensor.flatten()
-        found.setdefault((component, layer), {})[name] = tensor
+        factors_of.setdefault((component, layer), {})[name] = tensor
     metadata = json.loads(header.get(METADATA, "{}"))
     adapter: dict[str, dict[str, LayerAdapter]] = {}
-    for (component, layer), factors in found.items():
+    for (component, layer), factors in factors_of.items():
         alpha = factors.pop("alpha", None)
         change = LayerAdapter(with_axes(factors))
         if change.complete:

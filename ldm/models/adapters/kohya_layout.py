@@ -119,24 +119,24 @@ def parse(
 ) -> tuple[dict[str, dict[str, LayerAdapter]], list[str]]:
     """The layers of a file that networks have, and the keys that match none of theirs."""
     names = layer_names(networks)
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    factors_of: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
         layer, _, factor = key.partition(".")
         if layer in names and (factor in FROM_FILE or factor == "alpha"):
-            found.setdefault(layer, {})[FROM_FILE.get(factor, factor)] = tensor
+            factors_of.setdefault(layer, {})[FROM_FILE.get(factor, factor)] = tensor
         else:
             unknown.append(key)
     adapter: dict[str, dict[str, LayerAdapter]] = {}
-    for file_layer, factors in found.items():
+    for file_layer, factors in factors_of.items():
         alpha = factors.pop("alpha", None)
         change = LayerAdapter(factors)
         if not change.complete:
             unknown += [f"{file_layer}.{TO_FILE.get(name, name)}" for name in factors]
             continue
         component, layer = names[file_layer]
-        whole = {"lokr_w1", "lokr_w2"} <= factors.keys()
-        scale = 1.0 if alpha is None or whole else float(alpha) / change.rank
+        is_unfactored = {"lokr_w1", "lokr_w2"} <= factors.keys()
+        scale = 1.0 if alpha is None or is_unfactored else float(alpha) / change.rank
         adapter.setdefault(component, {})[layer] = LayerAdapter(factors, scale)
     return adapter, unknown
 

@@ -33,8 +33,8 @@ def locate(name: str, option: str = "--lora") -> Path:
         return path
     if path.is_dir():
         folders = (path, path / "lora")
-        if found := next((folder / FILE for folder in folders if (folder / FILE).is_file()), None):
-            return found
+        if file := next((folder / FILE for folder in folders if (folder / FILE).is_file()), None):
+            return file
         raise UserError(f"{option}: {name} has no {FILE}; name the file itself")
     try:
         return Path(hf_hub_download(name, FILE))
@@ -95,12 +95,12 @@ def match_layers(
     }
     adapter: dict[str, dict[str, LayerAdapter]] = {}
     unmatched = []
-    for given, changes in parsed.items():
+    for prefix, changes in parsed.items():
         for name, change in changes.items():
-            components: Iterable[str] = [given] if given else networks
+            components: Iterable[str] = [prefix] if prefix else networks
             component = next((c for c in components if name in names.get(c, ())), None)
             if component is None:
-                unmatched += [f"{given}.{name}".strip(".") + f".{factor}" for factor in change.factors]
+                unmatched += [f"{prefix}.{name}".strip(".") + f".{factor}" for factor in change.factors]
             else:
                 adapter.setdefault(component, {})[names[component][name]] = change
     return adapter, unmatched

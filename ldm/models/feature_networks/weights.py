@@ -76,7 +76,7 @@ class WeightsFile:
     def _in_wheel(self) -> Path | None:
         package, _, folder = self.wheel_folder.partition("/")
         spec = importlib.util.find_spec(package) if package else None  # of a top-level name: imports nothing
-        paths = (Path(place, folder, self.name) for place in (spec and spec.submodule_search_locations) or ())
+        paths = (Path(location, folder, self.name) for location in (spec and spec.submodule_search_locations) or ())
         return next((path for path in paths if path.exists()), None)
 
     def _download(self, path: Path, purpose: str) -> None:
