@@ -187,9 +187,9 @@ def measure_prompts(
         what = "prompts" if reads_text(seen.network) else "real images"
         print(f"prompt following, among {following.ranks.candidates} {what}, by {seen.network.label}", flush=True)
         for name, figure in following.ranks.figures().items():
-            beside = [f"shuffled prompts {following.shuffled.figures()[name]}"]
-            beside += [f"real images {following.real.figures()[name]}"] if following.real else []
-            print(f"  {name:10} {figure!s:32} {', '.join(beside)}", flush=True)
+            context = [f"shuffled prompts {following.shuffled.figures()[name]}"]
+            context += [f"real images {following.real.figures()[name]}"] if following.real else []
+            print(f"  {name:10} {figure!s:32} {', '.join(context)}", flush=True)
     if folder:
         own = plan.described.column("split").tolist()
         groups = [GROUPS[own[i % len(own)]] for i in range(plan.count)]
@@ -202,7 +202,7 @@ def load_other(name: str, model: LatentDiffusion) -> LatentDiffusion:
     """Another run's model, or a pipeline, on the CPU; UserError where it has other conditions."""
     folder = Path(name) / "pipeline"
     other = LatentDiffusion.load(folder if folder.is_dir() else name, "cpu", option="--compare")
-    kinds = [(each.task, each.text is not None, each.classes, each.side) for each in (model, other)]
+    kinds = [(m.task, m.text is not None, m.classes, m.side) for m in (model, other)]
     if kinds[0] != kinds[1]:
         raise UserError(f"--compare: {name} draws other images, by task, conditions, classes or size; name another")
     return other
