@@ -92,9 +92,9 @@ plt.show()
 
 # %% [markdown]
 # **The score** is the slope of the log-density, $\nabla \log p_t(x)$. Here $p_t$ is a Gaussian too, of mean $\alpha m$
-# and variance $\alpha^2 s^2 + \sigma^2$, where $\alpha = \sqrt{\bar\alpha_t}$, $\sigma = \sqrt{1-\bar\alpha_t}$. The best
-# prediction of the noise is the score in other units: $\mathrm E[\varepsilon \mid x_t] = -\sigma\,\nabla \log p_t(x_t)$
-# ([score SDE](https://arxiv.org/abs/2011.13456), eq. 7). A network would learn it; we write it down.
+# and variance $\alpha^2 s^2 + \sigma^2$, where $\alpha = \sqrt{\bar\alpha_t}$, $\sigma = \sqrt{1-\bar\alpha_t}$.
+# The best prediction of the noise is the score in other units:
+# $\mathrm E[\varepsilon \mid x_t] = -\sigma\,\nabla \log p_t(x_t)$ ([score SDE](https://arxiv.org/abs/2011.13456), eq. 7). A network would learn it; we write it down.
 
 # %%
 
@@ -234,9 +234,9 @@ print(f"root mean square distance to the nearest centre: {distance:.3f}; of the 
 # %% [markdown]
 # ## 3. Schedules
 #
-# How fast does the signal fade? The log signal-to-noise ratio $\log \bar\alpha_t / (1-\bar\alpha_t)$ says it. Most
-# chains stop short of pure noise. Sampling starts there, so the model never learns very dark or bright images. *Zero terminal
-# SNR* ([arXiv 2305.08891](https://arxiv.org/abs/2305.08891), algorithm 1) rescales the chain so that
+# How fast does the signal fade? The log signal-to-noise ratio $\log \bar\alpha_t / (1-\bar\alpha_t)$ tells. Most
+# chains stop short of pure noise, yet sampling starts from it: very dark and very bright images go missing. *Zero
+# terminal SNR* ([arXiv 2305.08891](https://arxiv.org/abs/2305.08891), algorithm 1) rescales the chain so that
 # $\bar\alpha_T = 0$.
 
 # %%
@@ -369,9 +369,9 @@ for i, (ax, x) in enumerate(zip(axes, vae.decode(torch.cat(predicted)), strict=T
 plt.show()
 
 # %% [markdown]
-# **Classifier-free guidance** ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) moves the prediction away from that
-# of an empty prompt: $\hat\varepsilon = \varepsilon_\varnothing + w\,(\varepsilon_c - \varepsilon_\varnothing)$. At
-# $w = 0$ the text is ignored; at 1 it is followed; more is clearer and less varied, until it breaks.
+# **Classifier-free guidance** ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) moves the prediction away from
+# that of an empty prompt: $\hat\varepsilon = \varepsilon_\varnothing + w\,(\varepsilon_c - \varepsilon_\varnothing)$.
+# At $w = 0$ the text is ignored; at 1 it is followed; more is clearer and less varied, until it breaks.
 
 # %%
 scales = [0.0, 1.0, 3.0, 8.0]
