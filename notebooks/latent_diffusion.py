@@ -94,7 +94,8 @@ plt.show()
 # **The score** is the slope of the log-density, $\nabla \log p_t(x)$. Here $p_t$ is a Gaussian too, of mean $\alpha m$
 # and variance $\alpha^2 s^2 + \sigma^2$, where $\alpha = \sqrt{\bar\alpha_t}$, $\sigma = \sqrt{1-\bar\alpha_t}$.
 # The best prediction of the noise is the score in other units:
-# $\mathrm E[\varepsilon \mid x_t] = -\sigma\,\nabla \log p_t(x_t)$ ([score SDE](https://arxiv.org/abs/2011.13456), eq. 7). A network would learn it; we write it down.
+# $\mathrm E[\varepsilon \mid x_t] = -\sigma\,\nabla \log p_t(x_t)$
+# ([score SDE](https://arxiv.org/abs/2011.13456), eq. 7). A network would learn it; we write it down.
 
 # %%
 
@@ -154,7 +155,8 @@ plt.show()
 
 # %% [markdown]
 # **Likelihood.** Run the same ODE from data to noise and add up how it stretches space: the result is $\log p(x_0)$
-# ([score SDE](https://arxiv.org/abs/2011.13456), eq. 39).
+# ([score SDE](https://arxiv.org/abs/2011.13456), eq. 39). The small difference is the prior's: the last $x_t$ has mean
+# $\alpha m$, not 0.
 
 # %%
 
@@ -371,7 +373,8 @@ plt.show()
 # %% [markdown]
 # **Classifier-free guidance** ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) moves the prediction away from
 # that of an empty prompt: $\hat\varepsilon = \varepsilon_\varnothing + w\,(\varepsilon_c - \varepsilon_\varnothing)$.
-# At $w = 0$ the text is ignored; at 1 it is followed; more is clearer and less varied, until it breaks.
+# At $w = 0$ the text is ignored; at 1 it is followed; more follows it more strictly, at the cost of
+# variety.
 
 # %%
 scales = [0.0, 1.0, 3.0, 8.0]
