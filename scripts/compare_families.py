@@ -28,7 +28,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
 from families_models import FAMILIES, Family, Images, Steps
-from families_report import Reference, markdown, picture, verdicts
+from families_report import Reference, conclusions, markdown, sample_sheet
 from safetensors.torch import load_file, save_file
 
 from ldm.config import loader
@@ -93,7 +93,7 @@ def compare(args: Namespace, load_network: Callable[[], FeatureNetwork]) -> None
             runs.setdefault(name, []).append(measured(folder / FIGURES, lambda r, x=samples: r.figures(x)))  # type: ignore[misc]
 
     by_label = {FAMILIES[name].label: of_seeds for name, of_seeds in runs.items()}
-    sentences = verdicts(by_label, real)
+    sentences = conclusions(by_label, real)
     record |= {"network": network.label, "compared": min(COMPARED, len(held_out)), "real": real, "families": runs}
     record |= {"verdicts": sentences}
     write_json(args.out / "families.json", record)
@@ -104,7 +104,7 @@ def compare(args: Namespace, load_network: Callable[[], FeatureNetwork]) -> None
     for name in runs:
         rows[FAMILIES[name].label] = load_file(args.out / f"{name}-seed0" / SAMPLES)["images"].float() / 127.5 - 1
     with atomic_file(args.out / "families.png") as tmp_path:
-        picture(rows).save(tmp_path, "PNG")
+        sample_sheet(rows).save(tmp_path, "PNG")
     print(json.dumps(record) if args.json else f"{text}\n\n{args.out / 'families.png'}")
 
 

@@ -89,7 +89,7 @@ def summary(runs: Sequence[Values]) -> dict[str, tuple[float, float]]:
     }
 
 
-def verdict(name: str, families: Mapping[str, tuple[float, float]], real: float | None) -> str:
+def conclusion(name: str, families: Mapping[str, tuple[float, float]], real: float | None) -> str:
     """Who wins a metric: the best, if it leads each other by more than both standard deviations together.
 
     `families` has mean and standard deviation by label; those that have no such figure take no part.
@@ -133,11 +133,11 @@ def markdown(families: Mapping[str, Sequence[Values]], real: Values) -> str:
     return "\n".join(lines)
 
 
-def verdicts(families: Mapping[str, Sequence[Values]], real: Values) -> list[str]:
+def conclusions(families: Mapping[str, Sequence[Values]], real: Values) -> list[str]:
     """A sentence per metric."""
     summaries = {label: summary(runs) for label, runs in families.items()}
     measured = {name: {label: s[name] for label, s in summaries.items() if name in s} for name in METRICS}
-    return [verdict(name, figures, real.get(name)) for name, figures in measured.items() if figures]
+    return [conclusion(name, figures, real.get(name)) for name, figures in measured.items() if figures]
 
 
 def _cell(value: tuple[float, float] | None, digits: int) -> str:
@@ -151,7 +151,7 @@ def _arrow(name: str) -> str:
     return {"lower": " ↓", "higher": " ↑", "real": ""}[METRICS[name].better] if name in METRICS else ""
 
 
-def picture(rows: Mapping[str, torch.Tensor]) -> Image.Image:
+def sample_sheet(rows: Mapping[str, torch.Tensor]) -> Image.Image:
     """Two lines of images per label, from `(N, 3, S, S)` in [-1, 1]; the label is at their left."""
     side = SCALE * next(iter(rows.values())).shape[-1]
     pad, lines = 4, 2

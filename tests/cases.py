@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def for_each(
+    names: str | tuple[str, ...], cases: Iterable[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Like `pytest.mark.parametrize`, but all cases are one test, which ends at the first that fails and names it.
 
     For tests that change nothing: fixtures are those of the one test.

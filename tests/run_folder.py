@@ -20,10 +20,10 @@ STEPS = range(5, 105, 5)
 def write_run(root: Path, folder: Path, *, shift: float = 0.0, prompt: str = "red heart", side: int = 64) -> Path:
     """A finished run with everything that a report shows; `shift` is added to its losses and figures."""
     config = loader.load(root / "configs/tiny.yaml", [f"run.dir={folder}", f"sample.prompts=[{json.dumps(prompt)}]"])
-    about = {"command": f"train_ldm.py run.dir={folder}", "git_commit": "abc", "torch": "2", "python": "3.11"}
+    provenance = {"command": f"train_ldm.py run.dir={folder}", "git_commit": "abc", "torch": "2", "python": "3.11"}
     (folder / "stage2/samples").mkdir(parents=True)
     (folder / "evaluation").mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"about": about, "configuration": loader.dump(config)}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"about": provenance, "configuration": loader.dump(config)}))
     write_metrics(folder / "stage1/metrics.jsonl", [training_line(step, shift) for step in STEPS])
     write_metrics(
         folder / "stage2/metrics.jsonl", [*map(training_line, STEPS), *(validation(s, shift) for s in (50, 100))]

@@ -129,12 +129,12 @@ def test_the_elbo_is_the_decoders_density_less_the_closed_form_of_the_kl() -> No
 
 
 def test_only_a_lead_beyond_both_spreads_is_called_a_win() -> None:
-    verdict = families_report.verdict
-    assert verdict("fid", {"a": (10, 1), "b": (13, 1), "c": (20, 2)}, 5) == "Fréchet distance: the a wins"
-    tie = verdict("recall", {"a": (0.5, 0.1), "b": (0.4, 0.1), "c": (0.1, 0.1)}, 0.9)
+    conclusion = families_report.conclusion
+    assert conclusion("fid", {"a": (10, 1), "b": (13, 1), "c": (20, 2)}, 5) == "Fréchet distance: the a wins"
+    tie = conclusion("recall", {"a": (0.5, 0.1), "b": (0.4, 0.1), "c": (0.1, 0.1)}, 0.9)
     assert tie == "recall: the a and the b tie, ahead of the c"
-    assert verdict("diversity", {"a": (30, 1), "b": (22, 1)}, 20) == "diversity: the b wins"  # nearer to real images
-    assert verdict("bits", {"b": (3, 0.1)}, None) == "bits/dim, at most: only the b has one"
+    assert conclusion("diversity", {"a": (30, 1), "b": (22, 1)}, 20) == "diversity: the b wins"  # nearer to real images
+    assert conclusion("bits", {"b": (3, 0.1)}, None) == "bits/dim, at most: only the b has one"
 
 
 def test_mistakes_are_named_in_one_line(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each
+from cases import for_each
 from torch.distributions import Laplace, Normal, kl_divergence
 
 from stage1_vae import losses
@@ -100,7 +100,7 @@ def test_alignment_is_zero_for_latents_parallel_to_the_features_and_ignores_erro
     torch.testing.assert_close(losses.alignment_loss(z, LOGVAR, LOGVAR), pairs)
 
 
-@each("kind", ["vanilla", "non_saturating"])
+@for_each("kind", ["vanilla", "non_saturating"])
 def test_the_discriminators_loss_is_half_the_binary_cross_entropy(kind: str) -> None:
     real, fake = LOGITS
     ones, zeros = torch.ones_like(real), torch.zeros_like(real)
@@ -150,7 +150,7 @@ DIFFERENTIABLE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 }
 
 
-@each("name", DIFFERENTIABLE)
+@for_each("name", DIFFERENTIABLE)
 def test_gradients_match_finite_differences(name: str) -> None:
     side = 8 if name == "gradient" else 2
     a, b = (x[:, :, :side, :side].clone().requires_grad_() for x in ((X, Y) if side == 8 else (MEAN, LOGVAR)))

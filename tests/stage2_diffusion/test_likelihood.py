@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cases import each
+from cases import for_each
 
 import train_ldm
 from ldm.config import loader
@@ -85,8 +85,8 @@ def random_schedule(seed: int) -> likelihood.NoiseLevels:
     return lambda u: tuple(tensor.detach() for tensor in schedule.draw(u))
 
 
-@each("target", ["eps", "v", "x0"])
-@each("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(0), random_schedule(1)])
+@for_each("target", ["eps", "v", "x0"])
+@for_each("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(0), random_schedule(1)])
 def test_the_mean_bound_does_not_depend_on_the_schedule(target: str, levels: likelihood.NoiseLevels) -> None:
     """½∫(1 − σ²)dλ = ½∫sigmoid(λ)dλ between the ends, for standard normal data, whose ε̂ is σ·x_t."""
     process = DiffusionProcess(target, "log_linear", timesteps=4000)
@@ -104,7 +104,7 @@ def test_the_mean_bound_does_not_depend_on_the_schedule(target: str, levels: lik
     assert standard_error < 0.2
 
 
-@each("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(2)])
+@for_each("levels", [likelihood.log_linear_levels, likelihood.cosine_levels, random_schedule(2)])
 def test_the_slope_of_a_schedule_is_its_derivative_and_its_ends_are_fixed(levels: likelihood.NoiseLevels) -> None:
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)
     if levels not in (likelihood.log_linear_levels, likelihood.cosine_levels):
@@ -160,7 +160,7 @@ def test_with_the_exact_posterior_the_bound_through_an_autoencoder_is_the_likeli
     torch.testing.assert_close(bits(x, mean, log_variance, float(error), w), exact, rtol=0, atol=5e-3)
 
 
-@each(("shift", "scale"), [(0.5, 1.0), (0.0, 2.0), (0.0, 0.5), (-1.0, 3.0)])
+@for_each(("shift", "scale"), [(0.5, 1.0), (0.0, 2.0), (0.0, 0.5), (-1.0, 3.0)])
 def test_a_wrong_posterior_costs_its_kl_divergence_from_the_exact_one(shift: float, scale: float) -> None:
     x, mean, log_variance, exact, error, w = linear_gaussian(32)
     wrong = mean + shift * (0.5 * log_variance).exp(), log_variance + 2 * math.log(scale)

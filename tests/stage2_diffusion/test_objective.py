@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from accelerate import Accelerator
-from cases import each
+from cases import for_each
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -97,8 +97,8 @@ def test_every_configuration_takes_a_finite_step_or_is_refused_by_a_key(examples
     assert min(outcomes.values()) >= 0.4 * examples, outcomes
 
 
-@each("target", CHOICES["prediction_type"])
-@each("weight", CHOICES["loss_weighting"])
+@for_each("target", CHOICES["prediction_type"])
+@for_each("weight", CHOICES["loss_weighting"])
 def test_every_prediction_type_trains_under_every_schedule_and_weighting(target: str, weight: str) -> None:
     for schedule in CHOICES["beta_schedule"]:
         if schedule != "learned" or (target, weight) == ("eps", "uniform"):
@@ -109,7 +109,7 @@ def test_every_prediction_type_trains_under_every_schedule_and_weighting(target:
             assert refusal(refused.value) == "beta_schedule"
 
 
-@each("weight", CHOICES["loss_weighting"])
-@each("keys", [{"shift": 100.0, "timestep_sampling": "uniform"}, {"logit_mean": -10.0}, {"logit_std": 10.0}])
+@for_each("weight", CHOICES["loss_weighting"])
+@for_each("keys", [{"shift": 100.0, "timestep_sampling": "uniform"}, {"logit_mean": -10.0}, {"logit_std": 10.0}])
 def test_a_flows_loss_is_finite_for_timesteps_concentrated_at_one_end(weight: str, keys: dict[str, Any]) -> None:
     take_a_step(Stage2Config(**TINY, prediction_type="flow", loss_weighting=weight, **keys))

@@ -187,11 +187,11 @@ def _hover(lines: Sequence[Series], x_name: str, x_of: Scale) -> list[str]:
     for i, (x, _) in enumerate(xs):
         texts = [f"{x_name} {number(x)}"]
         for line in lines:
-            place = bisect.bisect_left(line.points, (x, -math.inf))
-            if place < len(line.points) and line.points[place][0] == x:
-                low, high = line.bars[place] if line.bars else (math.nan, math.nan)
+            position = bisect.bisect_left(line.points, (x, -math.inf))
+            if position < len(line.points) and line.points[position][0] == x:
+                low, high = line.bars[position] if line.bars else (math.nan, math.nan)
                 bar = f" [{number(low)}, {number(high)}]" if line.bars else ""
-                texts.append(f"{line.label} {number(line.points[place][1])}{bar}".strip())
+                texts.append(f"{line.label} {number(line.points[position][1])}{bar}".strip())
         parts.append(
             f'<rect class="hit" x="{edges[i]:.1f}" y="{TOP}" width="{max(0.5, edges[i + 1] - edges[i]):.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape(chr(10).join(texts))}</title></rect>'

@@ -110,7 +110,7 @@ class Run:
 
     folder: Path
     name: str
-    about: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     """Command, commit and versions."""
     config: Mapping[str, Any]
     """As `config.yaml` has it, with all defaults."""

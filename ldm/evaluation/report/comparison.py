@@ -57,7 +57,7 @@ def comparison(runs: Sequence[Run]) -> str:
     return elements.document(title, lead, notes, f'<div class="legend runs">{legend}</div>', parts, foot)
 
 
-def verdict(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
+def best_of(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
     """Which run is best by a figure, and which can't be told apart from it: their 95 % intervals overlap it.
 
     Figures without intervals, or of different networks, are not compared.
@@ -111,11 +111,11 @@ def _figures(runs: Sequence[Run]) -> str:
     )
     rows = []
     for network, metric in kinds:
-        found = {run.name: run.figures.get(network, {}).get(metric) for run in runs}
-        known = {name: figure for name, figure in found.items() if figure is not None}
-        cells = [sections.with_bar(figure) if figure else "" for figure in found.values()]
+        of_runs = {run.name: run.figures.get(network, {}).get(metric) for run in runs}
+        known = {name: figure for name, figure in of_runs.items() if figure is not None}
+        cells = [sections.with_bar(figure) if figure else "" for figure in of_runs.values()]
         comparable = len(known) > 1 and metric in METRICS
-        result = verdict(known, METRICS[metric].larger_is_better) if comparable else ""
+        result = best_of(known, METRICS[metric].larger_is_better) if comparable else ""
         rows.append((f"{sections.metric_name(metric)}, {network}", *cells, result))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
@@ -151,9 +151,9 @@ def _scores(runs: Sequence[Run]) -> str:
         figures = [column.get(name) for column in columns]
         bars = [figure for figure in figures if figure and figure.low is not None and figure.high is not None]
         pairs = itertools.combinations(bars, 2)
-        apart = "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told apart"
+        result = "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told result"
         cells = [sections.with_bar(figure) if figure else "" for figure in figures]
-        rows.append((name, *cells, apart if len(bars) > 1 else ""))
+        rows.append((name, *cells, result if len(bars) > 1 else ""))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
 
@@ -192,16 +192,14 @@ def _samples(runs: Sequence[Run], images: Sequence[sections.Images]) -> str:
     for run, own in zip(runs, images, strict=True):
         path: Path | None = list(run.sheets.values())[-1] if run.sheets else None
         if uri := own.uri(path, limit=min(limit, sections.IMAGE_BYTES)):
-            parts.append(
-                f"<h3>{elements.text(run.name)}</h3>" + elements.picture(uri, f"step {list(run.sheets)[-1]:,}")
-            )
+            parts.append(f"<h3>{elements.text(run.name)}</h3>" + elements.image(uri, f"step {list(run.sheets)[-1]:,}"))
     return "".join(parts)
 
 
 def _settings(runs: Sequence[Run]) -> str:
     """The keys of the configuration, and versions, that are not the same in all runs."""
     trees = [
-        {**run.config, "version": {name: value for name, value in run.about.items() if name != "command"}}
+        {**run.config, "version": {name: value for name, value in run.provenance.items() if name != "command"}}
         for run in runs
     ]
     keys = dict.fromkeys(change.partition(": ")[0] for tree in trees[1:] for change in differences(trees[0], tree))
@@ -214,7 +212,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 def _versions(run: Run) -> dict[str, str]:
     return {
-        name: str(value)[:12] for name, value in run.about.items() if name != "command"
+        name: str(value)[:12] for name, value in run.provenance.items() if name != "command"
     }  # a commit's start is enough
 
 

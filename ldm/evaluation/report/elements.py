@@ -69,7 +69,7 @@ def block(source: str) -> str:
     return f"<pre>{escape(source)}</pre>"
 
 
-def picture(uri: str, caption: str = "", hidden: bool = False) -> str:
+def image(uri: str, caption: str = "", hidden: bool = False) -> str:
     """An image in the page, from `pictures.data_uri`."""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure{" hidden" if hidden else ""}>{below}<img alt="{escape(caption)}" src="{uri}"></figure>'
@@ -79,10 +79,10 @@ def thumbnail(uri: str, caption: Raw, name: str) -> str:
     return f'<figure><img alt="{escape(name)}" src="{uri}"><figcaption>{caption}</figcaption></figure>'
 
 
-def frames(pictures: Sequence[tuple[str, str]]) -> str:
+def frames(images: Sequence[tuple[str, str]]) -> str:
     """Images with captions, of which a slider chooses one; without a script the last is seen."""
-    last = len(pictures) - 1
-    shown = "".join(picture(uri, caption, i < last) for i, (uri, caption) in enumerate(pictures))
+    last = len(images) - 1
+    shown = "".join(image(uri, caption, i < last) for i, (uri, caption) in enumerate(images))
     bar = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step of training">'
     return (
         f'<div class="frames"><div class="slider" hidden><span>earlier</span>{bar}<span>later</span></div>{shown}</div>'

@@ -18,9 +18,7 @@ def page(run: Run) -> str:
     images = sections.Images(run.notes)
     curves = sections.curves(sections.STAGE2_CURVES, run.stage2)
     curves[2:2] = sections.noise_levels(run.stage2)
-    scores = sections.scores(run) + "".join(
-        images.picture(run.image(name), caption) for name, caption in SHEETS.items()
-    )
+    scores = sections.scores(run) + "".join(images.figure(run.image(name), caption) for name, caption in SHEETS.items())
     parts = [
         Section("model", "Model and data", sections.summary(run)),
         Section("samples", "Samples over time", sections.samples_over_time(run, images)),
@@ -29,7 +27,7 @@ def page(run: Run) -> str:
         Section("scores", "Scores", scores),
         Section("extremes", "Best and worst prompts", sections.extremes(run, images)),
         Section("memorization", "Memorisation", sections.memorization(run, images)),
-        Section("grid", "Guidance and steps", images.picture(run.image("evaluation/grid.png"))),
+        Section("grid", "Guidance and steps", images.figure(run.image("evaluation/grid.png"))),
         Section("stage1", "Autoencoder", sections.stage1(run, images)),
         Section("speed", "Time and memory", sections.training_speed(run)),
         Section("use", "Use and remake", _use(run)),
@@ -100,7 +98,7 @@ def _use(run: Run) -> str:
         ]
         parts.append(elements.block("\n".join(lines)))
     parts.append('<p class="note">README.md in the folder is the model card. Made with:</p>')
-    command, commit = (str(run.about.get(name, "")) for name in ("command", "git_commit"))
+    command, commit = (str(run.provenance.get(name, "")) for name in ("command", "git_commit"))
     python = "python " if command.partition(" ")[0].endswith(".py") else ""
     lines = [f"git checkout {commit}"] * (commit not in ("", "unknown")) + [python + command] * bool(command)
     parts.append(elements.block("\n".join(lines)) if lines else "")

@@ -12,7 +12,7 @@ from ldm.evaluation.report import elements
 from ldm.evaluation.report.charts import Series, line_chart, number, short
 from ldm.evaluation.report.collect import Metrics, Run, Sample, Speed, as_figure
 from ldm.evaluation.report.elements import Raw
-from ldm.evaluation.report.pictures import data_uri, spread
+from ldm.evaluation.report.image_data import data_uri, spread
 
 SHEET_WIDTH, THUMB_WIDTH = 1100, 192  # pixels
 SHEETS_BYTES, THUMBS_BYTES, IMAGE_BYTES = 1_300_000, 400_000, 260_000
@@ -53,9 +53,9 @@ class Images:
             self.notes.append(f"{path.parent.name}/{path.name}: can't be read as an image, and is left out")
             return ""
 
-    def picture(self, path: Path | None, caption: str = "") -> str:
+    def figure(self, path: Path | None, caption: str = "") -> str:
         uri = self.uri(path)
-        return elements.picture(uri, caption) if uri else ""
+        return elements.image(uri, caption) if uri else ""
 
 
 class Curve(NamedTuple):
@@ -164,8 +164,8 @@ def with_bar(figure: Figure) -> Raw:
 
 def final_figures(run: Run) -> str:
     """The finished model's figures, with their 95 % intervals, and the same of real images: the best there is."""
-    rows, found = [], run.evaluation.get("real against real")
-    ceilings = found if isinstance(found, dict) else {}
+    rows, ceiling = [], run.evaluation.get("real against real")
+    ceilings = ceiling if isinstance(ceiling, dict) else {}
     for network, metrics in run.figures.items():
         real = ceilings.get(network) or {}
         for metric, figure in metrics.items():
@@ -188,8 +188,8 @@ def against_another(run: Run) -> str:
             ends = [values.get(name) for name in ("difference", "low", "high")]
             difference = as_figure(dict(zip(("value", "low", "high"), ends, strict=True)))
             if difference:
-                name, verdict = f"{metric_name(metric)}, {network}", values.get("verdict", "")
-                rows.append((name, with_bar(difference), verdict))
+                name, result = f"{metric_name(metric)}, {network}", values.get("verdict", "")
+                rows.append((name, with_bar(difference), result))
     header = ("metric", "difference [95 % interval]", "this model")
     title = f"<h3>Against {elements.text(comparison.get('with', 'another model'))}</h3>"
     return title + elements.table(header, rows) if rows else ""
@@ -260,12 +260,12 @@ def samples_over_time(run: Run, images: Images) -> str:
 def stage1(run: Run, images: Images) -> str:
     """Reconstruction figures by split, curves, warnings about the latents, and reconstructed images."""
     splits = {"reconstruction": "held-out images", "combination": "held-out combinations", "held_out": "both"}
-    found = {title: run.autoencoder[key] for key, title in splits.items() if run.autoencoder.get(key)}
+    by_split = {title: run.autoencoder[key] for key, title in splits.items() if run.autoencoder.get(key)}
     names = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "rfid": "rFID"}
-    columns = [name for name in names if any(name in values for values in found.values())]
+    columns = [name for name in names if any(name in values for values in by_split.values())]
     rows = [
         (title, *(number(values[name]) if name in values else "" for name in columns))
-        for title, values in found.items()
+        for title, values in by_split.items()
     ]
     parts = (
         [elements.table(("reconstruction of", *(names[name] for name in columns)), rows)] if rows and columns else []
@@ -276,7 +276,7 @@ def stage1(run: Run, images: Images) -> str:
         items = "".join(f"<li>{elements.text(warning)}</li>" for warning in warnings)
         parts.append(f"<details><summary>{len(warnings)} remarks on the latents</summary><ul>{items}</ul></details>")
     sheets = sorted((run.folder / "stage1" / "samples").glob("step-*.png"))
-    if shown := images.picture(
+    if shown := images.figure(
         sheets[-1] if sheets else None, "Images, their reconstructions, the difference amplified"
     ):
         parts.append(f"<h3>Reconstructions</h3>{shown}")
@@ -305,8 +305,8 @@ def _thumb(sample: Sample, images: Images) -> str:
 
 def memorization(run: Run, images: Images) -> str:
     """How many generated images are near-copies, how many training images are missed, and the closest pairs."""
-    found = run.evaluation.get("memorization")
-    values: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    memorization = run.evaluation.get("memorization")
+    values: Mapping[str, Any] = memorization if isinstance(memorization, dict) else {}
     modes = values.get("missed modes")
     missed: Mapping[str, Any] = modes if isinstance(modes, dict) else {}
     rows = [
@@ -321,7 +321,7 @@ def memorization(run: Run, images: Images) -> str:
     ]
     calibration = values.get("calibration")
     note = f'<p class="note">Calibrated with {elements.text(calibration)}.</p>' if calibration else ""
-    shown = images.picture(
+    shown = images.figure(
         run.image("evaluation/memorization.png"), "Closest pairs: generated, and the training image below"
     )
     return (elements.table(("", "value [95 % interval]"), rows) + note if rows else "") + shown
@@ -378,7 +378,7 @@ def summary(run: Run) -> str:
     schedule = "" if get("stage2.prediction_type") == "flow" else f", {get('stage2.beta_schedule')} schedule"
     shares = [f"{name} {short(count)}" for name, count in run.parameters.items()]
     optimizer = f"{get('stage2.optimizer')}, learning rate {get('stage2.lr')}, {get('stage2.lr_scheduler')}"
-    versions = [f"{name} {run.about[name]}" for name in ("python", "torch", "diffusers") if name in run.about]
+    versions = [f"{name} {run.provenance[name]}" for name in ("python", "torch", "diffusers") if name in run.provenance]
     return elements.facts(
         {
             "data": f"{run.sources}, {get('data.size')} px",
@@ -395,7 +395,9 @@ def summary(run: Run) -> str:
             "sampling": f"{get('sample.solver')}, {get('sample.steps')} steps, guidance {get('sample.guidance')}",
             "seed, precision": f"{get('run.seed')}, {get('run.precision')}",
             "versions": ", ".join(versions),
-            "git commit": elements.code(str(run.about["git_commit"])[:12]) if run.about.get("git_commit") else "",
+            "git commit": elements.code(str(run.provenance["git_commit"])[:12])
+            if run.provenance.get("git_commit")
+            else "",
         }
     )
 

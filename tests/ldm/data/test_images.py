@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from PIL import Image
 
 from ldm.data import images
@@ -53,7 +53,7 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
     torch.testing.assert_close(pixels, torch.full((3, 16, 16), 30_000 / 32_767.5 - 1), atol=0.01, rtol=0)
 
 
-@each("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+@for_each("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
 def test_an_image_cut_off_after_its_signature_is_damaged_not_of_an_unknown_format(format: str) -> None:
     with pytest.raises(BadSampleError, match="its pixels can't be decoded"):
         images.decode(encoded(format)[:16])
@@ -105,7 +105,7 @@ ODD_TAGS = [
 ]
 
 
-@each(
+@for_each(
     ("name", "content", "checksum"),
     [
         (b"zTXt", LONG_TEXT, None),
@@ -123,8 +123,8 @@ def test_an_odd_metadata_chunk_never_makes_a_png_bad(name: bytes, content: bytes
     assert images.decode(with_chunk(plain, name, content, checksum)).tobytes() == images.decode(plain).tobytes()
 
 
-@each("tags", [[tag] for tag in ODD_TAGS] + [ODD_TAGS])
-@each("kind", ["JPEG", "PNG", "WEBP"])
+@for_each("tags", [[tag] for tag in ODD_TAGS] + [ODD_TAGS])
+@for_each("kind", ["JPEG", "PNG", "WEBP"])
 def test_odd_exif_never_makes_an_image_bad_and_its_rotation_is_kept(
     kind: str, tags: list[tuple[int, int, int, bytes]]
 ) -> None:
@@ -134,8 +134,8 @@ def test_odd_exif_never_makes_an_image_bad_and_its_rotation_is_kept(
     assert images.decode(odd).tobytes() == rotated.tobytes()
 
 
-@each("marker", [0xE1, 0xE2, 0xED, 0xFE])
-@each("content", [b"Exif\0\0", b"ICC_PROFILE\0\5\1", b"MPF\0II", b"Photoshop 3.0\x008BIM\4\4\0"])
+@for_each("marker", [0xE1, 0xE2, 0xED, 0xFE])
+@for_each("content", [b"Exif\0\0", b"ICC_PROFILE\0\5\1", b"MPF\0II", b"Photoshop 3.0\x008BIM\4\4\0"])
 def test_an_odd_metadata_segment_never_makes_a_jpeg_bad(marker: int, content: bytes) -> None:
     plain = encoded("JPEG")
     assert images.decode(with_segment(plain, marker, content)).tobytes() == images.decode(plain).tobytes()

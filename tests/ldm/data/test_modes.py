@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cases import each
+from cases import for_each
 from PIL import Image, ImageOps
 
 from ldm.data.images import decode
@@ -223,7 +223,7 @@ def lightness() -> np.ndarray:
     return grey(255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear))
 
 
-@each("case", CASES)
+@for_each("case", CASES)
 def test_an_image_of_any_mode_decodes_to_what_a_viewer_shows(case: str) -> None:
     data, expected, tolerance = CASES[case]()
     image = decode(data, BACKGROUND)
@@ -244,8 +244,8 @@ TRANSPOSES: dict[int, tuple[Image.Transpose, ...]] = {
 }
 
 
-@each("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@each("orientation", TRANSPOSES)
+@for_each("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@for_each("orientation", TRANSPOSES)
 def test_the_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     stored = Image.fromarray(COLOURS)
     for transpose in TRANSPOSES[orientation]:
@@ -258,7 +258,7 @@ def test_the_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     np.testing.assert_allclose(np.asarray(image, float), COLOURS.astype(float), atol=6 if kind == "JPEG" else 0, rtol=0)
 
 
-@each("orientation", [0, 9, 65535])
+@for_each("orientation", [0, 9, 65535])
 def test_an_unknown_exif_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cases import each
+from cases import for_each
 from PIL import ExifTags, Image
 
 from ldm.config.schema import SourceConfig
@@ -231,7 +231,7 @@ METADATA_FAULTS: dict[str, Callable[[], bytes]] = {
 }
 
 
-@each("fault", METADATA_FAULTS)
+@for_each("fault", METADATA_FAULTS)
 def test_metadata_never_costs_an_image_whose_pixels_decode(fault: str) -> None:
     assert decode(METADATA_FAULTS[fault]()).size == (24, 16)
 

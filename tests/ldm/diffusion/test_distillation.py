@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import each
+from cases import for_each
 from diffusers import DDIMScheduler
 
 from ldm.diffusion.distillation import ddim_step, progressive_target, pseudo_huber, x0_weight
@@ -33,7 +33,7 @@ def noise(count: int) -> torch.Tensor:
     return torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-@each("process", PROCESSES)
+@for_each("process", PROCESSES)
 def test_a_step_to_the_progressive_target_ends_where_the_teachers_two_steps_end(process: DiffusionProcess) -> None:
     (t, _, alpha, sigma), half = noise_levels(process, 4), noise_levels(process, 8)
     i, z = torch.arange(4), noise(4)
@@ -47,7 +47,7 @@ def test_a_step_to_the_progressive_target_ends_where_the_teachers_two_steps_end(
     assert (target - optimal_x0(process, z, t)).abs().max() > 0.01  # a step of the optimal denoiser ends elsewhere
 
 
-@each("process", PROCESSES)
+@for_each("process", PROCESSES)
 def test_the_exported_scheduler_visits_these_noise_levels(process: DiffusionProcess) -> None:
     visited, levels = [], noise_levels(process, 5)
 
@@ -67,7 +67,7 @@ def test_the_exported_scheduler_visits_these_noise_levels(process: DiffusionProc
     torch.testing.assert_close(samples, z, rtol=0, atol=1e-3 if process.zero_snr else 1e-5)
 
 
-@each("process", PROCESSES)
+@for_each("process", PROCESSES)
 def test_a_grid_of_half_as_many_steps_has_every_other_level(process: DiffusionProcess) -> None:
     half, full = noise_levels(process, 5), noise_levels(process, 10)
     for few, many in zip(half, full, strict=True):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 
 from ldm.diffusion.likelihood import (
     bound,
@@ -47,7 +47,7 @@ def signs(std: float) -> tuple[torch.Tensor, torch.Tensor]:
     return std * x0, eps
 
 
-@each("process", CHAINS)
+@for_each("process", CHAINS)
 def test_the_bound_of_standard_normal_data_is_its_entropy(process: DiffusionProcess) -> None:
     """For this data the reverse steps have variance β exactly and the prior is exact: no bound is tighter."""
     x0, eps = signs(1.0)
@@ -57,8 +57,8 @@ def test_the_bound_of_standard_normal_data_is_its_entropy(process: DiffusionProc
     assert result.steps.shape == (4, process.timesteps)
 
 
-@each("process", CHAINS)
-@each("std", [0.3, 1.7])
+@for_each("process", CHAINS)
+@for_each("std", [0.3, 1.7])
 def test_a_learned_variance_reaches_the_entropy_of_any_gaussian(process: DiffusionProcess, std: float) -> None:
     """With the exact variance of q(x_{t-1} | x_t) the bound's only gap is the prior's mismatch, in closed form."""
     denoise = optimal_denoiser(process, std)
@@ -112,8 +112,8 @@ def test_bits_per_pixel_are_just_above_the_entropy() -> None:
     assert entropy < float(result.total.mean()) < entropy + 0.1
 
 
-@each("mean", [-1.5, -0.3, 0.0, 0.7, 1.0])
-@each("log_variance", [-12.0, -6.0, 0.0])
+@for_each("mean", [-1.5, -0.3, 0.0, 0.7, 1.0])
+@for_each("log_variance", [-12.0, -6.0, 0.0])
 def test_the_discrete_decoders_probabilities_sum_to_1(mean: float, log_variance: float) -> None:
     x = torch.linspace(-1, 1, 256, dtype=torch.float64)
     nll = discrete_nll(x, torch.tensor(mean).double(), torch.tensor(log_variance).double())

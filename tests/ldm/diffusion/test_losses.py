@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each
+from cases import for_each
 
 from ldm.diffusion.likelihood import bound
 from ldm.diffusion.losses import DISTANCES, WEIGHTS, Uncertainty, distance, hybrid_loss, training_loss, weights
@@ -27,9 +27,9 @@ def draw(process: DiffusionProcess, n: int = 40) -> tuple[torch.Tensor, torch.Te
     return x0, eps, process.time(u)
 
 
-@each("kind", DISTANCES)
-@each("weight", WEIGHTS)
-@each("process", PROCESSES)
+@for_each("kind", DISTANCES)
+@for_each("weight", WEIGHTS)
+@for_each("process", PROCESSES)
 def test_every_schedule_target_weight_and_distance_gives_a_finite_loss_and_gradient(
     process: DiffusionProcess, weight: str, kind: str
 ) -> None:
@@ -46,8 +46,8 @@ def test_every_schedule_target_weight_and_distance_gives_a_finite_loss_and_gradi
     assert bool(torch.isfinite(prediction.grad).all())
 
 
-@each("weight", [w for w in WEIGHTS if w != "uniform"])
-@each("schedule", SCHEDULES)
+@for_each("weight", [w for w in WEIGHTS if w != "uniform"])
+@for_each("schedule", SCHEDULES)
 def test_a_weight_gives_the_same_objective_for_every_prediction_type(weight: str, schedule: str) -> None:
     g = torch.Generator().manual_seed(0)
     x0, eps, wrong = torch.randn(3, 20, 1, 2, 2, generator=g, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_min_snr_equals_its_paper_for_every_prediction_type() -> None:
         torch.testing.assert_close(weights("min_snr", DiffusionProcess(target), t), expected, rtol=1e-5, atol=0)
 
 
-@each(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
+@for_each(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
 def test_min_snr_equals_denoising_diffusion_pytorch(target: str, objective: str) -> None:
     package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
@@ -108,7 +108,7 @@ def test_p2_equals_its_paper() -> None:
     torch.testing.assert_close(weights("p2", process, t, gamma=0.5, k=2), (2 + snr) ** -0.5, rtol=1e-4, atol=0)
 
 
-@each("schedule", ["linear", "cosine", "sigmoid"])
+@for_each("schedule", ["linear", "cosine", "sigmoid"])
 def test_the_sigmoid_weight_has_the_same_integral_over_log_snr_on_every_schedule(schedule: str) -> None:
     """arXiv 2303.00848: ∫ sigmoid(b − λ) dλ = softplus(b − λ_min) − softplus(b − λ_max), for any schedule."""
     process, t = DiffusionProcess("eps", schedule), torch.arange(1, 990)  # the last steps are clipped and jump
@@ -181,7 +181,7 @@ def learned_variance_batch(
     return process, torch.cat([guess, v / 3], 1).requires_grad_(), x0, process.add_noise(x0, eps, t), eps, t
 
 
-@each("decoder", ["gaussian", "discrete"])
+@for_each("decoder", ["gaussian", "discrete"])
 def test_the_bound_trains_only_the_variance(decoder: str) -> None:
     """Improved DDPM, section 3.1: the mean's gradient is that of the simple loss, as without the bound."""
     process, output, x0, x_t, eps, t = learned_variance_batch()
@@ -193,7 +193,7 @@ def test_the_bound_trains_only_the_variance(decoder: str) -> None:
     assert bool((hybrid_grad[:, 2:].abs().flatten(1).sum(1) > 0).all())
 
 
-@each("decoder", ["gaussian", "discrete"])
+@for_each("decoder", ["gaussian", "discrete"])
 def test_the_hybrid_loss_is_the_simple_loss_plus_a_share_of_the_full_bound(decoder: str) -> None:
     """Over all t, T times the term at t is on average the bound's sum: arXiv 2102.09672, eqs. 4 and 16."""
     process, t = DiffusionProcess("v", "cosine", timesteps=50), torch.arange(50)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion.likelihood import reverse_step
@@ -22,7 +22,7 @@ def draw(process: DiffusionProcess, n: int = 64) -> tuple[torch.Tensor, torch.Te
     return x0, eps, process.time(torch.rand(n, generator=g) * 0.9)
 
 
-@each(("target", "schedule"), EVERY)
+@for_each(("target", "schedule"), EVERY)
 def test_a_perfect_prediction_gives_x0(target: str, schedule: str) -> None:
     process = DiffusionProcess(target, schedule)
     x0, eps, t = draw(process)
@@ -30,7 +30,7 @@ def test_a_perfect_prediction_gives_x0(target: str, schedule: str) -> None:
     torch.testing.assert_close(process.predict_x0(process.target_from(x0, eps, t), x_t, t), x0, atol=2e-3, rtol=2e-3)
 
 
-@each("schedule", ["linear", "scaled_linear", "cosine"])
+@for_each("schedule", ["linear", "scaled_linear", "cosine"])
 def test_the_closed_form_equals_the_iterated_chain(schedule: str) -> None:
     """DDPM, eq. 2 step by step against eq. 4: mean and variance of x_t for x_0 = 1."""
     mean, variance = 1.0, 0.0
@@ -43,7 +43,7 @@ def test_the_closed_form_equals_the_iterated_chain(schedule: str) -> None:
             assert float(sigma) ** 2 == pytest.approx(variance, rel=1e-5)
 
 
-@each(
+@for_each(
     ("schedule", "diffusers_schedule"),
     [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
 )
@@ -79,7 +79,7 @@ def test_training_timesteps_cover_their_range() -> None:
     assert float(logit.std()) == pytest.approx(0.8, abs=0.01)
 
 
-@each(
+@for_each(
     "process",
     [
         DiffusionProcess("flow", logit_mean=0.5),
@@ -122,7 +122,7 @@ CHAIN_PROCESSES = [
 CHAIN_IDS = [f"{p.prediction_type}-{p.beta_schedule}-{p.timesteps}{'-zero' * p.zero_snr}" for p in CHAIN_PROCESSES]
 
 
-@each("process", CHAIN_PROCESSES)
+@for_each("process", CHAIN_PROCESSES)
 def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: DiffusionProcess) -> None:
     x0, eps, t = chain_batch(timesteps=process.timesteps)
     reference = diffusers_scheduler(process, DDPMScheduler)
@@ -130,7 +130,7 @@ def test_noising_and_velocity_equal_diffusers_bit_for_bit(process: DiffusionProc
     assert torch.equal(process.target_from(x0, eps, t, "v"), reference.get_velocity(x0, eps, t))
 
 
-@each("process", CHAIN_PROCESSES)
+@for_each("process", CHAIN_PROCESSES)
 def test_predictions_give_the_same_x0_and_noise_as_diffusers(process: DiffusionProcess) -> None:
     x0, eps, t = chain_batch(timesteps=process.timesteps)
     names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -148,7 +148,7 @@ def test_predictions_give_the_same_x0_and_noise_as_diffusers(process: DiffusionP
         torch.testing.assert_close(previous, result.prev_sample, rtol=1e-9, atol=1e-9)
 
 
-@each("process", CHAIN_PROCESSES)
+@for_each("process", CHAIN_PROCESSES)
 def test_the_posterior_equals_a_step_of_diffusers_ddpm(process: DiffusionProcess) -> None:
     """Mean and variance; diffusers computes β from the quotient of two ᾱ, so they are equal up to rounding."""
     x0, eps, t = chain_batch(timesteps=process.timesteps)
@@ -168,7 +168,7 @@ def test_the_posterior_equals_a_step_of_diffusers_ddpm(process: DiffusionProcess
         torch.testing.assert_close(log_variance[i].exp(), variance[i], rtol=1e-12, atol=0)
 
 
-@each("process", CHAIN_PROCESSES)
+@for_each("process", CHAIN_PROCESSES)
 def test_the_posterior_follows_from_bayes_rule(process: DiffusionProcess) -> None:
     """q(x_{t-1} | x_0)·q(x_t | x_{t-1}), two Gaussians, against q(x_t | x_0)·q(x_{t-1} | x_t, x_0), at any x_{t-1}."""
     x0, eps, t = chain_batch(timesteps=process.timesteps)
@@ -188,7 +188,7 @@ def test_the_posterior_follows_from_bayes_rule(process: DiffusionProcess) -> Non
     torch.testing.assert_close(forwards, backwards, rtol=1e-8, atol=1e-8)
 
 
-@each("zero_snr", [False, True])
+@for_each("zero_snr", [False, True])
 def test_single_steps_accumulate_to_the_closed_form(zero_snr: bool) -> None:
     """The mean and the variance of DDPM, eq. 2, iterated from x_0 = 1, against eq. 4."""
     process = DiffusionProcess("v", "cosine", timesteps=40, zero_snr=zero_snr)
@@ -201,8 +201,8 @@ def test_single_steps_accumulate_to_the_closed_form(zero_snr: bool) -> None:
         torch.testing.assert_close(variance, sigma**2, rtol=1e-12, atol=1e-12)
 
 
-@each("process", [*CHAIN_PROCESSES, DiffusionProcess("flow")])
-@each("to", PREDICTION_TYPES)
+@for_each("process", [*CHAIN_PROCESSES, DiffusionProcess("flow")])
+@for_each("to", PREDICTION_TYPES)
 def test_a_prediction_converts_to_every_other_target(process: DiffusionProcess, to: str) -> None:
     x0, eps, t = chain_batch(timesteps=process.timesteps)
     t = (
@@ -243,8 +243,8 @@ def test_impossible_processes_are_refused() -> None:
         DiffusionProcess("eps").target_from(*chain_batch(), "noise")
 
 
-@each("schedule", ["linear", "cosine", "sigmoid"])
-@each(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
+@for_each("schedule", ["linear", "cosine", "sigmoid"])
+@for_each(("target", "objective"), [("eps", "pred_noise"), ("x0", "pred_x0"), ("v", "pred_v")])
 def test_the_process_equals_denoising_diffusion_pytorch(target: str, objective: str, schedule: str) -> None:
     package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
@@ -320,7 +320,9 @@ def test_a_learned_variance_lies_between_its_two_bounds() -> None:
         assert float(log_variance.flatten()[-1]) == pytest.approx(float(large))
 
 
-@each("process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("v", "scaled_linear", zero_snr=True, shift=2.0)])
+@for_each(
+    "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("v", "scaled_linear", zero_snr=True, shift=2.0)]
+)
 def test_a_respaced_chain_keeps_noise_levels_and_their_model_timesteps(
     process: DiffusionProcess,
 ) -> None:
@@ -358,7 +360,9 @@ def test_a_respaced_chain_equals_diffusers_trailing_ddpm() -> None:
         torch.testing.assert_close(mean + (0.5 * log_variance).exp() * noise, expected, atol=1e-5, rtol=1e-4)
 
 
-@each("process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("x0", "log_linear"), DiffusionProcess("flow")])
+@for_each(
+    "process", [DiffusionProcess("eps", "cosine"), DiffusionProcess("x0", "log_linear"), DiffusionProcess("flow")]
+)
 def test_the_time_of_a_log_snr_has_that_log_snr(process: DiffusionProcess) -> None:
     log_snr = torch.linspace(-6, 6, 25)
     t = process.time_at(log_snr)

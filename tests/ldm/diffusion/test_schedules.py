@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ldm.diffusion.losses import bound_integrand
@@ -25,9 +25,9 @@ DIFFUSERS = {
 }
 
 
-@each("zero_snr", [False, True])
-@each("scheduler", [DDPMScheduler, DDIMScheduler])
-@each("schedule", DIFFUSERS)
+@for_each("zero_snr", [False, True])
+@for_each("scheduler", [DDPMScheduler, DDIMScheduler])
+@for_each("schedule", DIFFUSERS)
 def test_float32_schedules_equal_diffusers_bit_for_bit(schedule: str, scheduler: type, zero_snr: bool):
     reference = scheduler(**DIFFUSERS[schedule], rescale_betas_zero_snr=zero_snr)
     beta = betas(schedule, dtype=torch.float32)
@@ -36,14 +36,14 @@ def test_float32_schedules_equal_diffusers_bit_for_bit(schedule: str, scheduler:
     assert torch.equal((1 - beta).cumprod(0), reference.alphas_cumprod)
 
 
-@each("timesteps", [1, 7, 100, 4000])
+@for_each("timesteps", [1, 7, 100, 4000])
 def test_a_cosine_schedule_of_any_length_equals_diffusers(timesteps: int) -> None:
     reference = DDPMScheduler(timesteps, **DIFFUSERS["cosine"])
     assert torch.equal(betas("cosine", timesteps, torch.float32), reference.betas)
 
 
-@each("timesteps", [50, 250, 1000])
-@each("schedule", ["linear", "cosine", "sigmoid"])
+@for_each("timesteps", [50, 250, 1000])
+@for_each("schedule", ["linear", "cosine", "sigmoid"])
 def test_schedules_of_any_length_equal_denoising_diffusion_pytorch(schedule: str, timesteps: int) -> None:
     package = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     reference = getattr(package, f"{schedule}_beta_schedule")(timesteps).clamp(max=0.999)
@@ -53,8 +53,8 @@ def test_schedules_of_any_length_equal_denoising_diffusion_pytorch(schedule: str
     )
 
 
-@each("timesteps", [1, 2, 10, 333, 1000])
-@each("schedule", SCHEDULES)
+@for_each("timesteps", [1, 2, 10, 333, 1000])
+@for_each("schedule", SCHEDULES)
 def test_betas_lie_between_0_and_1_and_alpha_bar_falls(schedule: str, timesteps: int) -> None:
     beta = betas(schedule, timesteps)
     assert beta.shape == (timesteps,)
@@ -64,15 +64,15 @@ def test_betas_lie_between_0_and_1_and_alpha_bar_falls(schedule: str, timesteps:
     assert bool(((1 - beta).cumprod(0).diff() < 0).all())
 
 
-@each("schedule", SCHEDULES)
+@for_each("schedule", SCHEDULES)
 def test_the_final_noise_level_hardly_depends_on_the_number_of_steps(schedule: str) -> None:
     ends = [float((1 - betas(schedule, timesteps)).prod()) for timesteps in (250, 1000, 4000)]
     assert max(ends) < 0.01
     assert max(ends) < 5 * min(ends) or max(ends) < 1e-4
 
 
-@each("shift", [1.0, 2.0])
-@each("schedule", SCHEDULES)
+@for_each("shift", [1.0, 2.0])
+@for_each("schedule", SCHEDULES)
 def test_zero_terminal_snr_is_exactly_0_and_keeps_the_first_step(schedule: str, shift: float) -> None:
     table = DiffusionProcess("v", schedule, zero_snr=True, shift=shift).chain()
     unscaled = DiffusionProcess("v", schedule, shift=shift).chain()
@@ -81,7 +81,7 @@ def test_zero_terminal_snr_is_exactly_0_and_keeps_the_first_step(schedule: str, 
     assert bool(torch.isfinite(table.log_snr).all())
 
 
-@each("schedule", ["linear", "scaled_linear", "cosine"])
+@for_each("schedule", ["linear", "scaled_linear", "cosine"])
 def test_a_resolution_shift_moves_log_snr_by_twice_the_logarithm_of_the_ratio(schedule: str) -> None:
     unshifted, shifted = ((1 - beta).cumprod(0) for beta in (betas(schedule), shift_snr(betas(schedule), 2.0)))
     keep = slice(0, 990)  # without cosine's last, clipped steps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each
+from cases import for_each
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
@@ -109,7 +109,7 @@ def test_a_nonfinite_image_is_counted_and_left_out_of_the_means() -> None:
     assert all(math.isnan(value) for value in reconstruction([(real, reconstructed)]).values())
 
 
-@each(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
+@for_each(("side", "scales"), [(21, 0), (22, 2), (44, 3), (99, 4), (176, 5)])
 def test_ms_ssim_uses_as_many_scales_as_fit_the_side(side: int, scales: int) -> None:
     assert max_scales(side) == scales
     assert max_scales(side - 1) < scales or not scales
@@ -130,7 +130,7 @@ def test_bicubic_keeps_flat_colours_and_loses_detail_finer_than_its_factor() -> 
 # ------------------------------------------------------------------------------------------------------ recommendations
 
 
-@each(
+@for_each(
     ("means", "std", "nonfinite", "expected", "reason"),
     [
         (GOOD, UNIT, 0, "keep", "PSNR 28.0 dB (bicubic 23.0), SSIM 0.850 (0.600)"),

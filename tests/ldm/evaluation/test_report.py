@@ -14,8 +14,8 @@ from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import sections, write, write_report
 from ldm.evaluation.report.charts import MAX_POINTS, Series, line_chart, thin
 from ldm.evaluation.report.collect import STATISTICS, collect
-from ldm.evaluation.report.comparison import verdict
-from ldm.evaluation.report.pictures import data_uri
+from ldm.evaluation.report.comparison import best_of
+from ldm.evaluation.report.image_data import data_uri
 from ldm.models import autoencoder
 
 VOID = {"meta", "img", "input", "br", "link"}
@@ -171,11 +171,11 @@ def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, 
 
 def test_the_verdict_follows_direction_and_bars() -> None:
     a, b = Figure(1.0, 0.5, 1.5), Figure(3.0, 2.5, 3.5)
-    assert "a is best" in verdict({"a": a, "b": b}, larger_is_better=False)
-    assert "b is best" in verdict({"a": a, "b": b}, larger_is_better=True)
-    assert "can't be told apart" in verdict({"a": a, "b": Figure(1.6, 1.4, 1.8)}, larger_is_better=True)
-    assert "no error bars" in verdict({"a": a, "b": Figure(1.6)}, larger_is_better=True)
-    assert "different networks" in verdict({"a": a, "b": Figure(3.0, 2.5, 3.5, network="other")}, larger_is_better=True)
+    assert "a is best" in best_of({"a": a, "b": b}, larger_is_better=False)
+    assert "b is best" in best_of({"a": a, "b": b}, larger_is_better=True)
+    assert "can't be told apart" in best_of({"a": a, "b": Figure(1.6, 1.4, 1.8)}, larger_is_better=True)
+    assert "no error bars" in best_of({"a": a, "b": Figure(1.6)}, larger_is_better=True)
+    assert "different networks" in best_of({"a": a, "b": Figure(3.0, 2.5, 3.5, network="other")}, larger_is_better=True)
 
 
 def test_only_files_of_the_evaluations_folder_are_shown(root: Path, tmp_path: Path) -> None:

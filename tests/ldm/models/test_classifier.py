@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 
 from ldm.config.schema import FLOW_SOLVERS, SOLVERS, ClassifierConfig, Stage1Config
 from ldm.diffusion.process import DiffusionProcess
@@ -77,7 +77,7 @@ def test_the_gradients_of_all_classes_weighted_by_probability_sum_to_0() -> None
     torch.testing.assert_close(total, torch.zeros_like(x), rtol=0, atol=1e-12)
 
 
-@each("shape", [(2, 3, 8, 16), (1, 3, 5, 3), (2, 3, 1, 1)])
+@for_each("shape", [(2, 3, 8, 16), (1, 3, 5, 3), (2, 3, 1, 1)])
 def test_images_may_have_any_shape(shape: tuple[int, ...]) -> None:
     classifier, (x, t, y) = small(), batch(*shape)
     assert classifier(x, t).shape == (len(x), 3)
@@ -106,8 +106,8 @@ def test_a_folder_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -
             NoisyClassifier.load(tmp_path)
 
 
-@each("solver", SOLVERS)
-@each(
+@for_each("solver", SOLVERS)
+@for_each(
     "process",
     [
         CHAIN,
@@ -127,7 +127,7 @@ def test_a_chain_with_the_same_noise_is_accepted_for_any_solver_and_prediction_t
             classifier.check(scheduler(other, "dpm++" if other is FLOW else solver), autoencoder)
 
 
-@each("solver", FLOW_SOLVERS)
+@for_each("solver", FLOW_SOLVERS)
 def test_a_flow_is_accepted_with_any_shift(solver: str) -> None:
     autoencoder, classifier = Autoencoder(Identity()), small(FLOW)
     for shift in (1.0, 3.0):

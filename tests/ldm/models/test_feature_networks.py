@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import each
+from cases import for_each
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
@@ -72,7 +72,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-@each(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-owt-"), ("squeeze", "squeezenet1_1-")])
+@for_each(("net", "file"), [("vgg", "vgg16-"), ("alex", "alexnet-owt-"), ("squeeze", "squeezenet1_1-")])
 def test_missing_weights_are_named_with_their_folder(net: str, file: str, checkpoints: Path) -> None:
     with pytest.raises(UserError, match=rf"^LPIPS: {file}\w+\.pth is not in {checkpoints}.*HF_HUB_OFFLINE"):
         feature_networks.lpips(net, 64)
@@ -178,7 +178,7 @@ def test_shift_tolerant_lpips_equals_the_wheels_own_code(monkeypatch: pytest.Mon
         torch.testing.assert_close(metrics.per_image["st_lpips"].float(), expected, rtol=1e-5, atol=1e-6)
 
 
-@each(("net", "side"), [("st-vgg", 18), ("st-alex", 21)])
+@for_each(("net", "side"), [("st-vgg", 18), ("st-alex", 21)])
 def test_shift_tolerant_lpips_says_which_images_are_too_small(net: str, side: int) -> None:
     images = torch.rand(1, 3, side, side)
     assert float(feature_networks.lpips(net, side)(images, images)) == 0

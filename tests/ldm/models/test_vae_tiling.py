@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -116,7 +116,7 @@ def test_an_image_within_a_tile_equals_the_untiled_function_bit_for_bit(model: A
     assert torch.equal(vae_tiling.encode(model, x, HEIGHT), untiled_latents(model, x))
 
 
-@each("dtype", [torch.bfloat16, torch.float16])
+@for_each("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_differs_by_rounding_only_also_along_tile_borders(dtype: torch.dtype) -> None:
     model, z = convolutional(AutoencoderKL).eval(), latents()
     exact = untiled_pixels(model, z)
@@ -161,7 +161,7 @@ def test_a_model_is_unchanged_after_tiling_even_after_an_error() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@each(
+@for_each(
     "model",
     [
         nn.Identity(),

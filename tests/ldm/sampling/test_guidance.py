@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from gaussian import M, S, perfect, solver_of
@@ -77,7 +77,7 @@ def test_rescaling_equals_diffusers_and_restores_the_standard_deviation() -> Non
     assert torch.equal(rescaled(guided, conditional, 0.0), guided)
 
 
-@each("target", PREDICTION_TYPES)
+@for_each("target", PREDICTION_TYPES)
 def test_thresholding_equals_diffusers(target: str) -> None:
     alpha, sigma = (0.6, 0.8) if target != "flow" else (0.4, 0.6)
     level = Level(torch.tensor(0), alpha, sigma, 0.5)
@@ -91,7 +91,7 @@ def test_thresholding_equals_diffusers(target: str) -> None:
     torch.testing.assert_close(alpha * clipped + sigma * eps, x)  # x_t is unchanged
 
 
-@each("target", PREDICTION_TYPES)
+@for_each("target", PREDICTION_TYPES)
 def test_classifier_guidance_shifts_eps_by_the_papers_formula(target: str) -> None:
     """ε̂ = ε − √(1 − ᾱ)·s·∇, for every prediction type; arXiv 2105.05233, Algorithm 2."""
     alpha, sigma = (0.6, 0.8) if target != "flow" else (0.4, 0.6)
@@ -103,8 +103,8 @@ def test_classifier_guidance_shifts_eps_by_the_papers_formula(target: str) -> No
     torch.testing.assert_close(after, before - sigma * 2.5 * slope)
 
 
-@each("name", ["ddim", "ddpm", "dpm++"])
-@each("target", ["v", "flow"])
+@for_each("name", ["ddim", "ddpm", "dpm++"])
+@for_each("target", ["v", "flow"])
 def test_the_optimal_classifier_at_scale_1_samples_its_class(name: str, target: str) -> None:
     """x_0 is ±m with standard deviation s, and its sign is the class: ∇ log p(y | x_t) is its score minus that of both.
 

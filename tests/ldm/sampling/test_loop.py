@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from gaussian import M, perfect, solver_of
 
 from ldm.config.schema import SOLVERS
@@ -25,8 +25,8 @@ def test_interpolated_noise_has_unit_variance() -> None:
     torch.testing.assert_close(slerp(a, a, 0.3), a)
 
 
-@each("target", ["v", "flow"])
-@each("name", SOLVERS)
+@for_each("target", ["v", "flow"])
+@for_each("name", SOLVERS)
 def test_a_start_from_an_image_has_the_first_levels_noise(name: str, target: str) -> None:
     """The network's input at the first level is α·x_0 + σ·ε, whatever the scheduler's own scale."""
     x0, eps = torch.full((2, 1, 1, 1), 0.9), torch.tensor([-1.0, 2.0]).reshape(2, 1, 1, 1)
@@ -39,8 +39,8 @@ def test_a_start_from_an_image_has_the_first_levels_noise(name: str, target: str
     torch.testing.assert_close(samples, x0, atol=5e-3, rtol=0)
 
 
-@each("target", ["v", "flow"])
-@each("name", SOLVERS)
+@for_each("target", ["v", "flow"])
+@for_each("name", SOLVERS)
 def test_inpainting_returns_the_known_latents_unchanged(name: str, target: str) -> None:
     x0, mask = torch.randn(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     mask[..., :2] = 1

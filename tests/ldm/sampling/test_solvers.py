@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import each
+from cases import for_each
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 from gaussian import M, S, drawn, perfect, solver_of
 
@@ -27,8 +27,8 @@ REFUSED_SPACINGS = {"ddpm": BY_SIGMA, "ddim": BY_SIGMA, "euler_a": BY_SIGMA, "lc
 REFUSED_AS_FULL_CHAIN = {"ddim": ("leading",), "dpm++": ("leading", "linspace"), "unipc": ("leading", "linspace")}
 
 
-@each("solver", [solver for solver in SOLVERS if solver != "lcm"])
-@each("target", ["eps", "v", "x0", "flow"])
+@for_each("solver", [solver for solver in SOLVERS if solver != "lcm"])
+@for_each("target", ["eps", "v", "x0", "flow"])
 def test_every_solver_turns_noise_into_the_data(solver: str, target: str) -> None:
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     x = drawn(DiffusionProcess(target, "linear"), solver, {"ddpm": 1000, "euler_a": 400}.get(solver, 100), noise)
@@ -36,7 +36,7 @@ def test_every_solver_turns_noise_into_the_data(solver: str, target: str) -> Non
     assert float(x.std()) == pytest.approx(S, abs=0.02)
 
 
-@each("target", ["eps", "v", "flow"])
+@for_each("target", ["eps", "v", "flow"])
 def test_lcm_ends_at_what_the_network_sees(target: str) -> None:
     """A network that has learned one point gives it in a single step, whatever the noise; arXiv 2310.04378."""
     process = DiffusionProcess(target, "scaled_linear")
@@ -59,9 +59,9 @@ def loop_of_diffusers(rule, denoise: PredictFn, noise: torch.Tensor, steps: int,
     return x
 
 
-@each("spacing", [None, *SPACINGS])
-@each("target", ["eps", "v"])
-@each("solver", SOLVERS)
+@for_each("spacing", [None, *SPACINGS])
+@for_each("target", ["eps", "v"])
+@for_each("solver", SOLVERS)
 def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target: str, spacing: str | None) -> None:
     noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess(target)
     if spacing in REFUSED_SPACINGS.get(solver, ()):
@@ -73,7 +73,7 @@ def test_our_loop_gives_bit_for_bit_what_diffusers_own_does(solver: str, target:
     assert torch.equal(drawn(process, solver, 12, noise, spacing=spacing), expected)
 
 
-@each("solver", FLOW_SOLVERS)
+@for_each("solver", FLOW_SOLVERS)
 def test_our_loop_on_a_flow_gives_bit_for_bit_what_diffusers_own_does(solver: str) -> None:
     noise, process = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1), DiffusionProcess("flow", shift=2.0)
     rule = with_solver(scheduler(process, "dpm++"), solver)
@@ -93,7 +93,7 @@ def test_euler_on_a_flow_is_diffusers_flow_matching_euler() -> None:
     torch.testing.assert_close(sample(denoise, solver, noise), x, atol=2e-6, rtol=0)
 
 
-@each(
+@for_each(
     ("solver", "target", "spacing", "order"),
     [
         ("ddim", "v", None, 1),
@@ -138,7 +138,7 @@ def test_ddim_on_a_flow_is_its_euler() -> None:
     torch.testing.assert_close(ddim, euler, atol=5e-4, rtol=0)
 
 
-@each("target", ["eps", "v", "flow"])
+@for_each("target", ["eps", "v", "flow"])
 def test_ddim_with_eta_1_has_the_statistics_of_ddpm(target: str) -> None:
     """In each single step: the same mean and, over noise, the same deviation; DDIM, arXiv 2010.02502, section 4.1."""
     process = DiffusionProcess(target, "linear")
@@ -160,14 +160,14 @@ def test_ddim_with_eta_0_adds_no_noise() -> None:
     assert len(drawn(DiffusionProcess("v"), "ddim", 20, noise, eta=0.5).unique()) == 2
 
 
-@each("solver", ["euler", "unipc", "dpm++", "heun"])
+@for_each("solver", ["euler", "unipc", "dpm++", "heun"])
 def test_a_flow_follows_its_straight_paths(solver: str) -> None:
     """The flow's ODE keeps quantiles: x_0 = m + s·ε."""
     noise = torch.linspace(-2, 2, 41).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(drawn(DiffusionProcess("flow"), solver, 500, noise), M + S * noise, atol=0.02, rtol=0)
 
 
-@each("target", ["eps", "v", "flow"])
+@for_each("target", ["eps", "v", "flow"])
 def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> None:
     noise = torch.linspace(-9, 9, 5).reshape(-1, 1, 1, 1)  # wide, so that clipping would show
     process, solvers = DiffusionProcess(target), FLOW_SOLVERS if target == "flow" else SOLVERS
@@ -181,7 +181,7 @@ def test_a_changed_solver_is_the_one_that_would_have_been_built(target: str) -> 
         torch.testing.assert_close(samples(with_solver(rules[old], new)), expected[new], msg=f"{old} to {new}")
 
 
-@each("solver", SOLVERS)
+@for_each("solver", SOLVERS)
 def test_a_scheduler_is_known_by_the_name_of_its_solver(solver: str) -> None:
     assert solver_name(scheduler(DiffusionProcess("eps"), solver)) == solver
     if solver in FLOW_SOLVERS:
@@ -207,7 +207,7 @@ def test_a_solver_or_spacing_that_does_not_fit_is_one_line() -> None:
         with_solver(scheduler(DiffusionProcess("eps"), "dpm++"), "lcm", "trailing")
 
 
-@each("spacing", ["karras", "exponential"])
+@for_each("spacing", ["karras", "exponential"])
 def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
     """EDM, arXiv 2206.00364, eq. 5, with ρ = 7; exponential: evenly in log σ."""
     solver = solver_of(DiffusionProcess("eps", "linear"), "euler", 10, spacing)
@@ -216,8 +216,8 @@ def test_sigmas_are_spaced_as_the_papers_say(spacing: str) -> None:
     torch.testing.assert_close(shaped.diff(), shaped.diff().mean().expand(9), rtol=1e-3, atol=0)
 
 
-@each("solver", SOLVERS)
-@each(
+@for_each("solver", SOLVERS)
+@for_each(
     "process",
     [
         DiffusionProcess("v", "scaled_linear", zero_snr=True),
@@ -252,7 +252,7 @@ def test_a_scheduler_has_the_noise_levels_of_its_process(process: DiffusionProce
     assert rule.config.num_train_timesteps == process.timesteps
 
 
-@each("solver", ["ddim", "heun", "dpm++", "unipc", "ddpm"])
+@for_each("solver", ["ddim", "heun", "dpm++", "unipc", "ddpm"])
 def test_a_zero_snr_chain_keeps_the_brightness_of_the_data(solver: str) -> None:
     """Data that are one bright value: sampled from pure noise they keep it, exactly where the chain ends in noise."""
     process = DiffusionProcess("v", "scaled_linear", zero_snr=True)
@@ -283,7 +283,7 @@ def test_solvers_leave_out_a_learned_variance_and_ddpm_uses_it() -> None:
     assert not torch.allclose(ddpm(learned, with_variance(1.0)), fixed)
 
 
-@each("solver", SOLVERS)
+@for_each("solver", SOLVERS)
 def test_few_steps_over_the_widest_chain_stay_finite(solver: str) -> None:
     """euler_a's three steps had a deviation whose square was, by rounding, below zero."""
     noise = torch.linspace(-2, 2, 5).reshape(-1, 1, 1, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from cases import each
+from cases import for_each
 from diffusers.training_utils import EMAModel
 from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
 from safetensors.torch import load_file
@@ -41,7 +41,7 @@ def averages_of(history: torch.Tensor, folder: Path, widths: tuple[float, ...], 
     return averages
 
 
-@each("width", [0.01, 0.05, 0.1, 0.2, 0.288])
+@for_each("width", [0.01, 0.05, 0.1, 0.2, 0.288])
 def test_the_exponent_gives_the_configured_width(width: float) -> None:
     gamma = exponent(width)
     assert ((gamma + 1) / (gamma + 2) ** 2 / (gamma + 3)) ** 0.5 == pytest.approx(width, rel=1e-9)
@@ -50,7 +50,7 @@ def test_the_exponent_gives_the_configured_width(width: float) -> None:
     assert exponent(WIDEST) == pytest.approx(0, abs=1e-9)
 
 
-@each("width", [0.05, 0.1, 0.25])
+@for_each("width", [0.05, 0.1, 0.25])
 def test_a_steps_weight_is_the_integral_of_the_power_profile(width: float) -> None:
     t, gamma = 500, exponent(width)
     parameter = nn.Parameter(torch.zeros(t, dtype=torch.float64))
@@ -76,7 +76,7 @@ def test_without_widths_the_average_equals_diffusers_with_warm_up(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@each("decay", [0.5, 0.999])
+@for_each("decay", [0.5, 0.999])
 def test_the_average_equals_diffusers_ema_model(decay: float) -> None:
     parameter = nn.Parameter(torch.zeros(8))
     average, reference = EMA([parameter], decay), EMAModel([parameter], decay=decay)
