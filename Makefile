@@ -1,6 +1,7 @@
 # make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
 # make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
 # make drills what takes long: runs killed again and again, further variants of what the tests show; every night
+# make app    pages in a browser to learn, draw and judge: http://localhost:8501
 # All set up a virtual environment in .venv first.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 RUN := runs/openmoji
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test drills lint check
+.PHONY: setup app demo test drills lint check
 
 setup: .venv/.ready
 
@@ -17,6 +18,13 @@ setup: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[demo,test]' -c constraints.txt
+	touch $@
+
+app: .venv/.app
+	$(BIN)/ldm-app
+
+.venv/.app: .venv/.ready
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[app]' -c constraints.txt
 	touch $@
 
 demo: setup
