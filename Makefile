@@ -9,7 +9,7 @@ BIN := .venv/bin
 RUN := runs/openmoji
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup app demo test drills lint check
+.PHONY: setup app demo test test-browser drills lint check
 
 setup: .venv/.ready
 
@@ -35,10 +35,13 @@ demo: setup
 
 # Test modules, whose assertions pytest rewrites, are kept compiled for the next time, whatever the environment says.
 test: setup
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill and not browser"
 
 drills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m drill
+
+test-browser: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,4 +49,4 @@ lint: setup
 	$(BIN)/mypy
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not browser"

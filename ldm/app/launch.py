@@ -8,6 +8,7 @@ It listens on this machine alone unless `--address` says otherwise, and reads mo
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,3 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = SETTINGS | {"server.port": str(args.port), "server.address": args.address}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     streamlit(["run", str(Path(__file__).with_name("main.py")), *flags], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
