@@ -123,4 +123,5 @@ def test_a_page_draws_and_logs_no_error(app: str, chromium: str, tmp_path: Path,
     picture, errors = asyncio.run(visit(chromium, f"{app}/{name}", PAGES[name]))
     folder = Path(os.environ.get("LDM_SCREENSHOTS", tmp_path))
     (folder / f"{name}.png").write_bytes(picture)
-    assert errors == []
+    # Streamlit looks for its server below the page's own path first; that it is not there is no error.
+    assert [error for error in errors if f"{app}/{name}/_stcore/" not in error] == []
