@@ -148,7 +148,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--compare: another model's images are compared with those of a run; draw some, with --images")
     if args.count < 2:
         raise UserError(f"--count: {args.count}; give 2 or more")
-    for name, least in (("images", 0), ("batch", 1), ("bootstrap", 0), ("size", 1)):
+    if args.seeds > 1 and (args.images == 0 or args.real):
+        raise UserError("--seeds: a run's images are drawn anew; draw some, with --images")
+    for name, least in (("images", 0), ("batch", 1), ("bootstrap", 0), ("seeds", 1), ("size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name}: {value}; give {least} or more")
     if bool(args.real) != bool(args.generated):
@@ -170,6 +172,8 @@ def _add_figures(parser: Parser) -> None:
     figures.add_argument("--batch", type=int, help="images drawn at once; default: stage2.evaluate.batch, or 16")
     splits = f"splits into halves that error bars follow from; 0: no bars; default: {SPLITS}"
     figures.add_argument("--bootstrap", type=int, default=SPLITS, metavar="N", help=splits)
+    seeds = "draw the prompts so many times, from other noise each time; the mean and deviation of each figure"
+    figures.add_argument("--seeds", type=int, default=1, metavar="K", help=seeds)
     compare = "another run's folder, or a model: is the first better, on the same prompts and noise?"
     figures.add_argument("--compare", type=path_or_id, metavar="OTHER", help=compare)
     figures.add_argument("--grid", action="store_true", help="RUN/evaluation/grid.png: guidance × steps")

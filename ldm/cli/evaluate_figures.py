@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,6 +137,8 @@ def evaluate_model(
     if other:
         prepare(other.to(model.device), request.precision, settings)
         metrics["comparison"] = compare_models(request, plan, measured, other, args.compare)
+    if args.seeds > 1:
+        metrics["seeds"] = measure_seeds(args.seeds, request, plan, model, measured)
     if args.grid and folder:
         write_grid(folder / "grid.png", plan, model)
     return metrics
@@ -160,6 +163,30 @@ def measure_figures(
             print(f"  {name:10} {figure!s:32} {best}  {distances.METRICS[name].help}", flush=True)
         measured.append(seen)
     return measured
+
+
+def measure_seeds(
+    seeds: int, request: Request, plan: GenerationPlan, model: LatentDiffusion, measured: Sequence[Measured]
+) -> dict[str, Any]:
+    """Draws the same prompts from other noise, and returns each figure's value of each seed, by network and metric.
+
+    Prints mean ± standard deviation: what noise alone does to a figure, while its interval also has the choice of
+    images in it.
+    """
+    values = {seen.network.name: {name: [figure.value] for name, figure in seen.figures.items()} for seen in measured}
+    for k in range(1, seeds):
+        images = draw_images(replace(plan, seed=plan.seed + k * plan.count), model, f"drawing images, seed {k + 1}")
+        for seen in measured:
+            generated = features_of(images, seen.network, plan.batch)
+            metrics = request.metrics[seen.network.name]
+            figures = measure(metrics, seen.real, generated, seen.network, plan.prompts, bootstrap=0)
+            for name, figure in figures.items():
+                values[seen.network.name][name].append(figure.value)
+    for network, by_metric in values.items():
+        print(f"over {seeds} seeds, by {network}", flush=True)
+        for name, of_seeds in by_metric.items():
+            print(f"  {name:10} {statistics.mean(of_seeds):.4g} ± {statistics.stdev(of_seeds):.2g}", flush=True)
+    return values
 
 
 def measure_memorization(seen: Measured, real: RealImages, images: torch.Tensor, folder: Path | None) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def prompt_following(
         def ranked(images: torch.Tensor, texts: Sequence[str]) -> retrieval.Retrieval:
             return retrieval.by_images(images, texts, seen, first)
 
-    shuffled = [*prompts[n // 2 :], *prompts[: n // 2]]
+    distinct = min(n, len(described))  # the prompts come again after so many
+    shuffled = [prompts[(int(i) + distinct // 2) % distinct] for i in own]
     scores = F.cosine_similarity(generated.pooled.double(), target.double(), dim=1)
     return PromptFollowing(ranked(generated.pooled, prompts), ranked(generated.pooled, shuffled), ceiling, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -217,9 +218,10 @@ def test_evaluating_other_solvers_or_steps_changes_nothing_in_the_run(
         evaluate.main, tiny_run, "--count", 4, "--images", 0, "--solver", "ddim", "--steps", 2, "--sheet", sheet
     )
     assert "images and the real ones of their prompts: Fréchet" in output
-    figures = ("--images", 12, "--network", "latents", "--metrics", "kid", "--compare", tiny_run)
+    figures = ("--images", 12, "--network", "latents", "--metrics", "kid", "--seeds", 2, "--compare", tiny_run)
     output = call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline", *figures)
     assert "12 images against" in output
+    assert re.search(r"over 2 seeds, by latents\n  kid +\S+ ± [\d.e+-]*[1-9]", output)  # other noise, another figure
     assert "can't be told apart (p = 1)" in output  # from itself
     assert {path: path.read_bytes() for path in tiny_run.glob("*.*")} == before
     assert Image.open(sheet).width > 8 * 128

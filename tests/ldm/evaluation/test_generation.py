@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from ldm.data.index import Index
-from ldm.evaluation.features import Features
+from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.generation import GenerationPlan, generated_features, real_features
+from ldm.evaluation.model_figures import RealImages, prompt_following
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
@@ -98,6 +100,21 @@ def test_a_damaged_file_of_features_is_named_and_computed_again(
         assert sound and mended
         assert torch.equal(mended.pooled, sound.pooled)
         assert path.read_bytes() == whole
+
+
+def test_real_images_follow_their_prompts_and_never_shuffled_ones_though_prompts_come_again(
+    drawings: Drawings, tmp_path: Path
+) -> None:
+    few, network = drawings()[1].first(4), Mean()
+    plan = GenerationPlan.of(few, ("text",), 8)  # twice as many: half of the list later are the same prompts
+    assert plan.described is not None
+    described = real_features(plan.described, 16, network, tmp_path)
+    assert described is not None
+    following = prompt_following(
+        plan, Features.cat([described, described]), RealImages(few, 16, tmp_path), cast(FeatureNetwork, network)
+    )
+    assert following.ranks.figures()["R@1"].value == 1
+    assert following.shuffled.figures()["R@1"].value == 0
 
 
 def test_images_that_are_not_finite_are_named(random_model: Callable[..., LatentDiffusion], drawings: Drawings) -> None:
