@@ -1,6 +1,7 @@
 # make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
 # make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
 # make drills what takes long: runs killed again and again, further variants of what the tests show; every night
+# make app    pages in a browser to learn, draw and judge: http://localhost:8501
 # All set up a virtual environment in .venv first.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 RUN := runs/openmoji
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup demo test drills lint check
+.PHONY: setup app demo test test-browser drills lint check
 
 setup: .venv/.ready
 
@@ -19,6 +20,13 @@ setup: .venv/.ready
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[demo,test]' -c constraints.txt
 	touch $@
 
+app: .venv/.app
+	$(BIN)/ldm-app
+
+.venv/.app: .venv/.ready
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[app]' -c constraints.txt
+	touch $@
+
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN)
@@ -27,10 +35,13 @@ demo: setup
 
 # Test modules, whose assertions pytest rewrites, are kept compiled for the next time, whatever the environment says.
 test: setup
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not drill and not browser"
 
 drills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m drill
+
+test-browser: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
 lint: setup
 	$(BIN)/ruff check .
@@ -38,4 +49,4 @@ lint: setup
 	$(BIN)/mypy
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not browser"

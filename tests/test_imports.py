@@ -15,6 +15,7 @@ PACKAGES = [
     "training",
     "evaluation",
     "cli",
+    "app",
 ]
 
 

@@ -21,7 +21,8 @@ def test_every_command_of_the_package_can_be_called(root: Path) -> None:
 def test_every_sampling_script_is_a_command_too(root: Path) -> None:
     commands = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
     modules = {path.stem for path in (root / "ldm/cli").glob("*.py") if "\ndef main(" in path.read_text("utf-8")}
-    assert {*commands.values()} == {"train_ldm:main", *(f"ldm.cli.{module}:main" for module in modules)}
+    others = {"train_ldm:main", "ldm.app.launch:main"}
+    assert {*commands.values()} == others | {f"ldm.cli.{module}:main" for module in modules}
     for module in modules:
         assert f"from ldm.cli.{module} import main" in (root / f"scripts/{module}.py").read_text("utf-8")
 

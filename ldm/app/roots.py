@@ -1,0 +1,65 @@
+"""The folders that the app may read, and the models and runs in them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ldm.utils.errors import UserError
+from ldm.utils.paths import expand
+
+ROOTS = "LDM_APP_ROOTS"
+"""The environment variable with the roots, set by `ldm-app`."""
+MAX_FOUND = 200
+
+
+def roots() -> list[Path]:
+    """The folders that may be read, resolved; `runs` where none was chosen."""
+    return [Path(root).resolve() for root in os.environ.get(ROOTS, "runs").split(os.pathsep)]
+
+
+def allowed(text: str) -> Path:
+    """The folder or file that someone typed; UserError if it is outside the roots, links followed, or missing."""
+    try:
+        path = Path(expand(text.strip())).resolve()
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder: {text!r} can't be read ({error}); give another") from None
+    if not any(path.is_relative_to(root) for root in roots()):
+        inside = ", ".join(map(str, roots()))
+        raise UserError(f"folder: {path} is outside of {inside}; start the app with --root {path}")
+    if not exists:
+        raise UserError(f"folder: there is no {path}; give one that exists")
+    return path
+
+
+def _found(*patterns: str) -> list[Path]:
+    """The files of these patterns in all roots, links followed, those outside left out; at most `MAX_FOUND`."""
+    found: dict[Path, None] = {}
+    for root in roots():
+        for pattern in patterns:
+            for path in sorted(root.glob(pattern)):
+                if any(path.resolve().is_relative_to(other) for other in roots()):
+                    found[path] = None
+    return list(found)[:MAX_FOUND]
+
+
+def pipelines() -> list[Path]:
+    """Folders of finished pipelines, up to two folders below a root."""
+    return [path.parent for path in _found("model_index.json", "*/model_index.json", "*/*/model_index.json")]
+
+
+def runs() -> list[Path]:
+    """Folders of trainings, finished or not, up to two folders below a root."""
+    return [path.parent for path in _found("config.yaml", "*/config.yaml", "*/*/config.yaml")]
+
+
+def loras() -> list[Path]:
+    """Adapters that trainings wrote: files in `RUN/lora`."""
+    return _found("lora/*.safetensors", "*/lora/*.safetensors")
+
+
+def short(path: Path) -> str:
+    """A path as menus show it: from its root on."""
+    root = next((root for root in roots() if path.is_relative_to(root)), path)
+    return str(path.relative_to(root.parent)) if root != path else path.name
