@@ -61,9 +61,9 @@ def _schedules(image: Image.Image) -> None:
     alpha_bar, log_snr = curves()
     left, right = st.columns(2)
     left.markdown("**Signal left**, $\\bar\\alpha = \\alpha^2 / (\\alpha^2 + \\sigma^2)$")
-    left.line_chart(alpha_bar, x_label="t / T", color=COLOURS, height=260)
+    left.line_chart(alpha_bar, x_label="t / T", color=[*COLOURS], height=260)
     right.markdown("**Log-SNR**, $\\log(\\alpha^2 / \\sigma^2)$, within ±20")
-    right.line_chart(log_snr, x_label="t / T", color=COLOURS, height=260)
+    right.line_chart(log_snr, x_label="t / T", color=[*COLOURS], height=260)
     st.markdown("The same image and noise at equal $t$:")
     for name in PROCESSES:
         label, *columns = st.columns([1.4, *[1] * len(STRIP)], vertical_alignment="center")
