@@ -15,7 +15,7 @@ PROCESSES = {
     "scaled_linear": DiffusionProcess("v", "scaled_linear"),
     "cosine": DiffusionProcess("v", "cosine"),
     "sigmoid": DiffusionProcess("v", "sigmoid"),
-    "scaled_linear, zero SNR": DiffusionProcess("v", "scaled_linear", zero_snr=True),
+    "zero SNR": DiffusionProcess("v", "scaled_linear", zero_snr=True),
     "flow": DiffusionProcess("flow"),
 }
 FORMULAS = {
@@ -32,7 +32,7 @@ FORMULAS = {
         r"\bar\alpha(u) = \frac{s(3) - s(6u - 3)}{s(3) - s(-3)},\; s(x) = \tfrac{1}{1 + e^{-x}}",
         "arXiv 2212.11972",
     ),
-    "scaled_linear, zero SNR": (
+    "zero SNR": (
         r"\sqrt{\bar\alpha'_t} = (\sqrt{\bar\alpha_t} - \sqrt{\bar\alpha_T})"
         r"\,\frac{\sqrt{\bar\alpha_1}}{\sqrt{\bar\alpha_1} - \sqrt{\bar\alpha_T}}",
         "arXiv 2305.08891, algorithm 1",

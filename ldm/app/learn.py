@@ -10,6 +10,7 @@ from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sample, sentences
 from ldm.data.crops import crop_resize
 
 SIDE = 192  # pixels of the pictures
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#333333"]  # one a schedule, told apart by all eyes
 STRIP = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
@@ -60,9 +61,9 @@ def _schedules(image: Image.Image) -> None:
     alpha_bar, log_snr = curves()
     left, right = st.columns(2)
     left.markdown("**Signal left**, $\\bar\\alpha = \\alpha^2 / (\\alpha^2 + \\sigma^2)$")
-    left.line_chart(alpha_bar, x_label="t / T", height=260)
+    left.line_chart(alpha_bar, x_label="t / T", color=[*COLOURS], height=260)
     right.markdown("**Log-SNR**, $\\log(\\alpha^2 / \\sigma^2)$, within ±20")
-    right.line_chart(log_snr, x_label="t / T", height=260)
+    right.line_chart(log_snr, x_label="t / T", color=[*COLOURS], height=260)
     st.markdown("The same image and noise at equal $t$:")
     for name in PROCESSES:
         label, *columns = st.columns([1.4, *[1] * len(STRIP)], vertical_alignment="center")

@@ -27,6 +27,7 @@ PAGES = {
     "generate": "Generate",
     "judge": "Judge",
 }
+PATHS = {"learn": ""}  # the first page
 DRAWN = """document.querySelector('h1')?.innerText === TITLE
     && !document.querySelector('[data-testid="stStatusWidget"], [data-stale="true"], [data-testid="stSkeleton"]')
     && [...document.images].every(image => image.complete && image.naturalWidth)"""
@@ -120,7 +121,7 @@ async def visit(chromium: str, url: str, title: str) -> tuple[bytes, list[str]]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_draws_and_logs_no_error(app: str, chromium: str, tmp_path: Path, name: str) -> None:
-    picture, errors = asyncio.run(visit(chromium, f"{app}/{name}", PAGES[name]))
+    picture, errors = asyncio.run(visit(chromium, f"{app}/{PATHS.get(name, name)}", PAGES[name]))
     folder = Path(os.environ.get("LDM_SCREENSHOTS", tmp_path))
     (folder / f"{name}.png").write_bytes(picture)
     # Streamlit looks for its server below the page's own path first; that it is not there is no error.
