@@ -78,7 +78,13 @@ class Loaded:
 
 
 def request(model: LatentDiffusion, settings: Settings) -> SamplingRequest:
-    """The library's request for the settings; UserError where an upload is no image, or the model can't do it."""
+    """The library's request; UserError where an upload is no image, a prompt too long, or the model unable."""
+    for name, prompt in {"Prompt": settings.prompt, "Negative prompt": str(settings.options.negative_prompt)}.items():
+        if model.text and prompt and (unread := model.text.unread(prompt)):
+            raise UserError(
+                f"{name}: longer than the {model.text.length} tokens that the model reads; ignored would be "
+                f"{unread!r}; shorten it"
+            )
     inputs: dict[str, Any] = {}
     if settings.image:
         image = decoded(settings.image.data, "image")
@@ -101,9 +107,9 @@ def draw(loaded: Loaded, settings: Settings, preview: Preview | None = None) -> 
         if preview:
             preview(step.number, step.total, to_pil(model.autoencoder.decode(step.x0))[0])
 
-    wanted = request(model, settings)
+    sampling = request(model, settings)
     with loaded.lock:
-        return model.generate(wanted, 1, show)[0]
+        return model.generate(sampling, 1, show)[0]
 
 
 def png(loaded: Loaded, settings: Settings, image: Image.Image) -> bytes:

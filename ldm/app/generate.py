@@ -88,10 +88,10 @@ def page() -> None:
 
 def _adapters() -> Adapters:
     """The LoRAs that the visitor adds, each with its scale."""
-    if not (found := [str(path) for path in loras()]):
+    if not (files := [str(path) for path in loras()]):
         return ()
     with st.sidebar:
-        chosen = st.multiselect("LoRAs", found, format_func=lambda name: short(Path(name)))
+        chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
         return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
 
 
@@ -129,15 +129,15 @@ def _upload(label: str) -> Upload | None:
 
 def _draw(loaded: Loaded, settings: Settings) -> None:
     """Draws a picture, shows it while it forms, and keeps it."""
-    place, bar = st.empty(), st.progress(0.0)
+    canvas, bar = st.empty(), st.progress(0.0)
 
     def preview(number: int, total: int, image: Image.Image) -> None:
         bar.progress(number / total, f"step {number} of {total}")
-        place.image(image, width="stretch")
+        canvas.image(image, width="stretch")
 
     image = draw(loaded, settings, preview)
     bar.empty()
-    place.image(image, width="stretch")
+    canvas.image(image, width="stretch")
     kept = Kept(settings, image, png(loaded, settings, image))
     st.session_state["kept"] = [kept, *st.session_state.get("kept", [])][:MAX_KEPT]
 
@@ -150,10 +150,10 @@ def _gallery() -> None:
     st.header("This session")
     st.caption(f"The last {MAX_KEPT} pictures. A PNG holds its settings; `ldm-txt2img --again` makes it anew.")
     columns = st.columns(4)
-    for i, one in enumerate(kept):
-        settings, options = one.settings, one.settings.options
+    for i, entry in enumerate(kept):
+        settings, options = entry.settings, entry.settings.options
         with columns[i % 4].container(border=True):
-            st.image(one.image, width="stretch")
+            st.image(entry.image, width="stretch")
             words = plain(settings.prompt or settings.label or "")
             solver = options.solver or AS_SAVED
             steps, scale = options.num_inference_steps, options.guidance_scale
@@ -161,4 +161,4 @@ def _gallery() -> None:
             if st.button("Remake", key=f"again-{i}", help="Draws it anew from its settings.", width="stretch"):
                 st.session_state["again"] = settings
                 st.rerun()
-            st.download_button("PNG", one.png, f"{i}-seed-{settings.seed}.png", "image/png", width="stretch")
+            st.download_button("PNG", entry.png, f"{i}-seed-{settings.seed}.png", "image/png", width="stretch")

@@ -68,6 +68,11 @@ def test_a_picture_of_the_page_equals_the_library_s(folder: Path, tmp_path: Path
     again = app.session_state["kept"]
     assert len(again) == 2 and again[0].png == again[1].png
 
+    app.text_area[0].set_value("cat " * 200)
+    press(app, "Generate")
+    assert "tokens that the model reads; ignored would be" in app.error[0].value
+    assert len(app.session_state["kept"]) == 2
+
 
 def test_images_change_and_masks_keep_the_rest(folder: Path) -> None:
     image = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
