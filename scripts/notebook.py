@@ -39,7 +39,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, environment: Mapping[
     client = NotebookClient(
         notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
-    client.execute(env={**environment, "PYTHONPATH": paths})
+    own = {name: value for name, value in environment.items() if name != "MPLBACKEND"}  # another would show no plot
+    client.execute(env={**own, "PYTHONPATH": paths})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the clock times of each cell
 

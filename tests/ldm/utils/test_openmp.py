@@ -13,7 +13,7 @@ import pytest
 
 from ldm.utils import openmp
 
-NO_TORCH = ("benchmark_results.py", "resume_drill.py")  # commands that don't compute with torch
+NO_TORCH = ("benchmark_results.py", "notebook.py", "resume_drill.py")  # commands that don't compute with torch
 
 
 @pytest.mark.parametrize(
