@@ -49,8 +49,8 @@ def load(folder: str, adapters: Adapters = ()) -> Loaded:
 def choose_model() -> str | None:
     """The folder that the visitor chooses in the sidebar; None where there is none yet."""
     with st.sidebar:
-        found = [str(path) for path in pipelines()]
-        chosen = st.selectbox("Model", found, format_func=lambda name: short(Path(name)), placeholder="none found")
+        folders = [str(path) for path in pipelines()]
+        chosen = st.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
         typed = st.text_input("Or another folder", placeholder=f"inside {', '.join(map(str, roots()))}")
     return typed.strip() or chosen
 

@@ -35,11 +35,11 @@ def report(run: Path) -> str:
 def page() -> None:
     """Draws the page."""
     st.title("Judge")
-    if not (found := [str(run) for run in runs()]):
+    if not (folders := [str(run) for run in runs()]):
         st.info(f"No run in {', '.join(f'`{root}`' for root in roots())}. `make demo` trains one.")
         return
     left, right = st.columns([3, 1], vertical_alignment="bottom")
-    chosen = left.selectbox("Run", found, format_func=lambda name: short(Path(name)))
+    chosen = left.selectbox("Run", folders, format_func=lambda name: short(Path(name)))
     with sentences():
         html = report(allowed(chosen))
         right.download_button("Download", html, REPORT, "text/html", width="stretch")

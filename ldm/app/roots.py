@@ -35,13 +35,13 @@ def allowed(text: str) -> Path:
 
 def _found(*patterns: str) -> list[Path]:
     """The files of these patterns in all roots, links followed, those outside left out; at most `MAX_FOUND`."""
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for root in roots():
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
                 if any(path.resolve().is_relative_to(other) for other in roots()):
-                    found[path] = None
-    return list(found)[:MAX_FOUND]
+                    folders[path] = None
+    return list(folders)[:MAX_FOUND]
 
 
 def pipelines() -> list[Path]:

@@ -95,13 +95,13 @@ async def visit(chromium: str, url: str, title: str) -> tuple[bytes, list[str]]:
                 number += 1
                 await tab.send_json({"id": number, "method": method, "params": parameters})
                 async for message in tab:
-                    said = json.loads(message.data)
-                    if said.get("id") == number:
-                        return dict(said["result"])
-                    if said.get("method") == "Runtime.exceptionThrown" or (
-                        said.get("method") == "Log.entryAdded" and said["params"]["entry"]["level"] == "error"
+                    event = json.loads(message.data)
+                    if event.get("id") == number:
+                        return dict(event["result"])
+                    if event.get("method") == "Runtime.exceptionThrown" or (
+                        event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error"
                     ):
-                        errors.append(json.dumps(said["params"]))
+                        errors.append(json.dumps(event["params"]))
                 raise AssertionError("the browser has gone")
 
             for method in ("Page.enable", "Runtime.enable", "Log.enable"):

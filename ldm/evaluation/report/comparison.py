@@ -143,17 +143,23 @@ def _paired(runs: Sequence[Run]) -> str:
     return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
 
 
+def difference(figures: Sequence[Figure | None]) -> str:
+    """Whether the intervals of some figures lie apart; empty where fewer than two have one."""
+    bars = [figure for figure in figures if figure and figure.low is not None and figure.high is not None]
+    if len(bars) < 2:
+        return ""
+    pairs = itertools.combinations(bars, 2)
+    return "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told apart"
+
+
 def _scores(runs: Sequence[Run]) -> str:
     """Prompt following and other scores of evaluation.json, the autoencoder's, and the last losses."""
     columns = [_flat(run) for run in runs]
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         figures = [column.get(name) for column in columns]
-        bars = [figure for figure in figures if figure and figure.low is not None and figure.high is not None]
-        pairs = itertools.combinations(bars, 2)
-        result = "they differ" if any(not _overlap(a, b) for a, b in pairs) else "can't be told result"
         cells = [sections.with_bar(figure) if figure else "" for figure in figures]
-        rows.append((name, *cells, result if len(bars) > 1 else ""))
+        rows.append((name, *cells, difference(figures)))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
 

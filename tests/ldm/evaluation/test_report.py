@@ -14,7 +14,7 @@ from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import sections, write, write_report
 from ldm.evaluation.report.charts import MAX_POINTS, Series, line_chart, thin
 from ldm.evaluation.report.collect import STATISTICS, collect
-from ldm.evaluation.report.comparison import best_of
+from ldm.evaluation.report.comparison import best_of, difference
 from ldm.evaluation.report.image_data import data_uri
 from ldm.models import autoencoder
 
@@ -189,3 +189,10 @@ def test_only_files_of_the_evaluations_folder_are_shown(root: Path, tmp_path: Pa
 
 def test_the_autoencoders_file_has_its_name() -> None:
     assert STATISTICS == autoencoder.STATISTICS
+
+
+def test_scores_are_apart_only_where_no_interval_overlaps_another() -> None:
+    low, near, high = (Figure(value, value - 0.2, value + 0.2) for value in (0.3, 0.4, 0.9))
+    assert difference([low, near]) == "can't be told apart"
+    assert difference([low, near, high]) == "they differ"
+    assert difference([low]) == ""
