@@ -14,13 +14,14 @@ import torch
 from ldm.config.rules import FEATURE_NETWORKS, check_figures
 from ldm.config.schema import Config, EvaluateConfig
 from ldm.data.index import Index
-from ldm.evaluation import distances
+from ldm.evaluation import bootstrap, distances
 from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.generation import GenerationPlan, features_of
 from ldm.evaluation.memorization import memorization, missed_modes
 from ldm.evaluation.model_figures import RealImages, draw_images, measure, prompt_following, usual_metrics
 from ldm.evaluation.networks import default_network, load_network, prompt_features, reads_text
+from ldm.evaluation.retrieval import TOP
 from ldm.evaluation.sample_files import write_best_and_worst, write_closest_pairs, write_grid
 from ldm.models.attention import use_attention
 from ldm.sampling.options import Sampling
@@ -136,7 +137,7 @@ def evaluate_model(
         metrics["retrieval"] = measure_prompts(measured, plan, real, images, folder)
     if other:
         prepare(other.to(model.device), request.precision, settings)
-        metrics["comparison"] = compare_models(request, plan, measured, other, args.compare)
+        metrics["comparison"] = compare_models(request, plan, measured, real, other, args.compare)
     if args.seeds > 1:
         metrics["seeds"] = measure_seeds(args.seeds, request, plan, model, measured)
     if args.grid and folder:
@@ -236,7 +237,12 @@ def load_other(name: str, model: LatentDiffusion) -> LatentDiffusion:
 
 
 def compare_models(
-    request: Request, plan: GenerationPlan, measured: Sequence[Measured], other: LatentDiffusion, name: str
+    request: Request,
+    plan: GenerationPlan,
+    measured: Sequence[Measured],
+    real: RealImages,
+    other: LatentDiffusion,
+    name: str,
 ) -> dict[str, Any]:
     """Prints and returns whether another model is better, on the same prompts and noise, by network and metric."""
     images = draw_images(plan, other, f"drawing images of {name}")
@@ -248,9 +254,15 @@ def compare_models(
         compared = distances.compare(
             metrics, seen.real, seen.generated, generated, text=text, bootstrap=max(1, request.bootstrap)
         )
+        own = seen.figures
+        if plan.prompts:
+            following, others = (prompt_following(plan, x, real, seen.network) for x in (seen.generated, generated))
+            own, theirs = own | following.ranks.figures(), theirs | others.ranks.figures()
+            for k in TOP:
+                compared[f"R@{k}"] = bootstrap.compare(following.ranks.scores(k), others.ranks.scores(k))
         print(f"compared with {name}, by {seen.network.label}", flush=True)
         for metric, comparison in compared.items():
-            print(f"  {metric:10} {seen.figures[metric]} against {theirs[metric]}: {comparison}", flush=True)
+            print(f"  {metric:10} {own[metric]} against {theirs[metric]}: {comparison}", flush=True)
         result[seen.network.name] = {
             metric: {**compared[metric].to_json(), "other": theirs[metric].to_json()} for metric in compared
         }

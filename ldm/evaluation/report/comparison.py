@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements, sections
 from ldm.evaluation.report.charts import COLORS, Series, line_chart, number
-from ldm.evaluation.report.collect import Metrics, Run, as_figure
+from ldm.evaluation.report.collect import Run, as_figure
 from ldm.evaluation.report.elements import Raw, Section
 from ldm.evaluation.report.sections import Curve
 
@@ -121,15 +122,14 @@ def _figures(runs: Sequence[Run]) -> str:
 
 
 def _paired(runs: Sequence[Run]) -> str:
-    """Scores compared image by image with the first run's, where the same images of both have one.
-
-    An evaluation keeps the best and the worst of many images: other ones of each run, which can't be compared.
-    """
+    """Scores compared image by image with the first run's, of the same prompts and judges in both."""
     first, *others = runs
     rows = []
     for other in others:
+        if _networks(first) != _networks(other):
+            continue
         a, b = (
-            {(sample.path and sample.path.name, sample.prompt): sample.score for sample in run.samples}
+            {(sample.number, sample.prompt): sample.score for sample in run.samples if sample.number is not None}
             for run in (first, other)
         )
         if len(a) < 2 or a.keys() != b.keys() or len(a) < len(first.samples) or len(b) < len(other.samples):
@@ -141,6 +141,26 @@ def _paired(runs: Sequence[Run]) -> str:
         return ""
     header = ("scores", "images", "difference [95 % interval]", "")
     return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
+
+
+def _networks(run: Run) -> set[str]:
+    """Those that judged how the run's images follow their prompts."""
+    return set(retrieval) if isinstance(retrieval := run.evaluation.get("retrieval"), dict) else set()
+
+
+def values(run: Run) -> dict[str, Any]:
+    """What the report's tables have of a run, for JSON."""
+    speeds = ((name, metrics.speed(int(run.get(f"{name}.batch", 0)))) for name, metrics in run.stages.items())
+    return {
+        "run": str(run.folder),
+        "steps": run.stage2.step,
+        "figures": {
+            network: {name: figure.to_json() for name, figure in metrics.items()}
+            for network, metrics in run.figures.items()
+        },
+        "scores": {name: figure.to_json() for name, figure in _flat(run).items()},
+        "speed": {name: asdict(speed) for name, speed in speeds if speed},
+    }
 
 
 def difference(figures: Sequence[Figure | None]) -> str:
@@ -216,12 +236,6 @@ def _settings(runs: Sequence[Run]) -> str:
     return elements.table(("", *(run.name for run in runs)), rows) if rows else "<p>The configurations are equal.</p>"
 
 
-def _versions(run: Run) -> dict[str, str]:
-    return {
-        name: str(value)[:12] for name, value in run.provenance.items() if name != "command"
-    }  # a commit's start is enough
-
-
 def _value(tree: object, key: str) -> object:
     for part in key.split("."):
         tree = tree.get(part, "") if isinstance(tree, Mapping) else ""
@@ -230,16 +244,9 @@ def _value(tree: object, key: str) -> object:
 
 def _speed(runs: Sequence[Run]) -> str:
     rows = []
-    stages: dict[str, Callable[[Run], Metrics]] = {"stage1": lambda run: run.stage1, "stage2": lambda run: run.stage2}
-    for name, metrics in stages.items():
+    for name in runs[0].stages:
         for run in runs:
-            if speed := metrics(run).speed(int(run.get(f"{name}.batch", 0))):
-                rows.append(
-                    (
-                        f"{run.name}, {name.replace('stage', 'stage ')}",
-                        *sections.speed_cells(speed),
-                        sections.memory(run, name),
-                    )
-                )
-    header = ("", "time", "images a second", "waiting for data", "MFU", "peak memory")
-    return elements.table(header, rows) if rows else ""
+            if speed := run.stages[name].speed(int(run.get(f"{name}.batch", 0))):
+                title = f"{run.name}, {name.replace('stage', 'stage ')}"
+                rows.append((title, *sections.speed_cells(speed), sections.memory(run, name)))
+    return elements.table(sections.SPEED_HEADER, rows) if rows else ""

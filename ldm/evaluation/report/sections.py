@@ -28,6 +28,7 @@ METRIC_NAMES = {  # the others' are words
     "clip_score": "CLIP score",
 }
 LEVEL = "held_out_loss_at_"
+SPEED_HEADER = ("", "time", "images a second", "waiting for data", "MFU", "energy of the GPUs", "peak memory")
 OWN_SECTIONS = (
     "figures",
     "real against real",
@@ -330,20 +331,21 @@ def memorization(run: Run, images: Images) -> str:
 def training_speed(run: Run) -> str:
     """Time, throughput and memory of the stages."""
     rows = []
-    for name, metrics in (("stage1", run.stage1), ("stage2", run.stage2)):
+    for name, metrics in run.stages.items():
         speed = metrics.speed(int(run.get(f"{name}.batch", 0)))
         if speed:
             rows.append((name.replace("stage", "stage "), *speed_cells(speed), memory(run, name)))
     if not rows:
         return ""
     note = "Time counts steps and the evaluations between them, not the pauses of a stopped run."
-    header = ("", "time", "images a second", "waiting for data", "MFU", "peak memory")
-    return elements.table(header, rows) + f'<p class="note">{note}</p>'
+    return elements.table(SPEED_HEADER, rows) + f'<p class="note">{note}</p>'
 
 
-def speed_cells(speed: Speed) -> tuple[str, str, str, str]:
+def speed_cells(speed: Speed) -> tuple[str, ...]:
+    """Below the first of `SPEED_HEADER`, without the memory."""
     mfu = f"{speed.mfu:.0%}" if speed.mfu is not None else ""
-    return duration(speed.seconds), short(speed.images_per_second), f"{speed.waiting:.0%}", mfu
+    energy = f"{speed.watts * speed.seconds / 3.6e6:.3g} kWh" if speed.watts is not None else ""
+    return duration(speed.seconds), short(speed.images_per_second), f"{speed.waiting:.0%}", mfu, energy
 
 
 def memory(run: Run, stage: str) -> str:

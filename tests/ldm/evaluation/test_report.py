@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_folder import STEPS, noise, training_line, write_run
+from run_folder import STEPS, noise, training_line, write_metrics, write_run
 
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import sections, write, write_report
@@ -119,10 +119,20 @@ def test_time_is_that_of_the_steps(run: Path) -> None:
     assert speed and speed.seconds == pytest.approx(100 * 16 / 8.0)  # 100 steps of 16 images at 8 a second
 
 
+def test_energy_is_mean_power_times_time(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    lines = [training_line(step) | {"watts": watts} for step, watts in ((50, 2000.0), (100, 3000.0))]
+    write_metrics(run / "stage2/metrics.jsonl", lines)  # 200 s at 2.5 kW
+    write([run], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "energy of the GPUs" in page.text["th"] and "0.139 kWh" in page.text["td"]
+
+
 def test_text_of_the_run_is_escaped(root: Path, tmp_path: Path) -> None:
     attack = "<script>alert('x')</script>\" onload=\"x"
     run = write_run(root, tmp_path / "a<b>&", prompt=attack)
-    html = write([run], tmp_path / "report.html").read_text("utf-8")
+    write([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
     Page(html)
     assert html.count("<script>") == 1 and "&lt;script&gt;alert" in html and 'onload="' not in html
     assert "<b>&" not in html
@@ -159,7 +169,8 @@ def test_a_failure_is_one_line_and_no_error(tmp_path: Path, capsys: pytest.Captu
 
 def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, tmp_path: Path, run: Path) -> None:
     other, far = (write_run(root, tmp_path / name, shift=shift) for name, shift in (("near", 1.0), ("far", 5.0)))
-    html = write([run, other, far], tmp_path / "report.html").read_text("utf-8")
+    write([run, other, far], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
     page = Page(html)
     assert {"first", "near", "far"} <= set(page.text["th"])
     assert "first is best, can't be told apart from near" in page.text["span"]
