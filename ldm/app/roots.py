@@ -54,6 +54,12 @@ def runs() -> list[Path]:
     return [path.parent for path in _found("config.yaml", "*/config.yaml", "*/*/config.yaml")]
 
 
+def started_runs() -> list[Path]:
+    """Folders of trainings, and of those that the app started and that had no time to write more; the newest first."""
+    logs = [path.parent for path in _found("process.json", "*/process.json", "*/*/process.json")]
+    return sorted(dict.fromkeys([*runs(), *logs]), key=lambda run: -run.stat().st_mtime)
+
+
 def loras() -> list[Path]:
     """Adapters that trainings wrote: files in `RUN/lora`."""
     return _found("lora/*.safetensors", "*/lora/*.safetensors")
