@@ -61,7 +61,8 @@ def _start(run: Path, arguments: list[str]) -> None:
 def _new(busy: list[Path]) -> None:
     """The form, and what starts from it."""
     folder = configurations()
-    if folder and not busy and not pipelines():
+    offered = bool(folder and not busy and not pipelines())
+    if folder and offered:
         _offer_tiny(folder / TINY)
     if not (chosen := choose()):
         return
@@ -72,7 +73,9 @@ def _new(busy: list[Path]) -> None:
     )
     flags = ("--yes",) if captions else ()
     left, middle, _ = st.columns([1, 1, 2])
-    started = left.button("Start training", type="primary", disabled=config is None, width="stretch")
+    started = left.button(
+        "Start training", type="secondary" if offered else "primary", disabled=config is None, width="stretch"
+    )
     measured = middle.button("Estimate time and memory", disabled=config is None or bool(busy), width="stretch")
     show_command(form)
     with sentences():

@@ -152,9 +152,10 @@ def _all(form: Form, config: Config, kind: str) -> None:
         sections = settings()
         section = st.segmented_control("Section", list(sections), default="stage2", required=True)
         shown = [s for s in sections[section].values() if s.key not in FIRST or s.key in NOT_OF_KIND[kind]]
-        columns = st.columns(3, vertical_alignment="bottom")
-        for number, setting in enumerate(shown):
-            _widget(columns[number % 3], setting, form, config, setting.name)
+        rows = [shown[i : i + 3] for i in range(0, len(shown), 3)]
+        for row in rows:  # not three columns: on a narrow screen they would lose the order
+            for place, setting in zip(st.columns(3, vertical_alignment="bottom"), row, strict=False):
+                _widget(place, setting, form, config, setting.name)
         st.session_state["typed"] = form.typed
         st.text_area(
             "Or as on the command line, one a line",

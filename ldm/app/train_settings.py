@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -187,9 +188,7 @@ def bases(kind: str) -> list[Base]:
     """What a training of this kind can start from: finished runs first, then files, small images first."""
     found = []
     for path in sorted(folder.glob("*.yaml") if (folder := configurations()) else ()):
-        try:
-            config = loader.load(path)
-        except UserError:
+        if not (config := _loaded(path, path.stat().st_mtime)):
             continue
         of_kind = SCRATCH if not config.stage2.init_from else FULL if config.finetune.kind == "full" else LORA
         if of_kind == kind:
@@ -198,14 +197,20 @@ def bases(kind: str) -> list[Base]:
     return own + [base for _, base in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
 
 
+@lru_cache(maxsize=256)
+def _loaded(path: Path, changed: float) -> Config | None:
+    """The configuration of a file, read anew where it has `changed`; None where it is none."""
+    try:
+        return loader.load(path)
+    except UserError:
+        return None
+
+
 def _of_model(pipeline: Path, kind: str) -> Base | None:
     """Continues a finished run's model on other images; None where that isn't the result of a plain training."""
     file = tidy(pipeline.parent / "config.yaml")
-    try:
-        config = loader.load(file)
-    except UserError:
-        return None
-    if config.finetune.kind != "full":
+    config = _loaded(file, file.stat().st_mtime) if file.is_file() else None
+    if config is None or config.finetune.kind != "full":
         return None
     model, stage2 = tidy(pipeline), config.stage2
     overrides = [f"stage1.pretrained={model}", "stage1.init_from=null", f"stage2.init_from={model}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from ldm.app import processes
+from ldm.app.generate import page as generate
 from ldm.app.inputs import plain, sentences
 from ldm.app.roots import short
 from ldm.app.train_settings import configuration
@@ -18,12 +20,12 @@ from ldm.training.checkpoint import steps_done
 from ldm.training.preflight import format_time
 
 EVERY = 2.0  # seconds between two looks
+MAX_LINE = 160  # characters of a printed line that are shown
 STAGES = {"stage1": "Autoencoder", "stage2": "U-Net"}
 CURVES = {
     "stage1": {"loss": "loss"},
     "stage2": {"loss": "loss", "held_out_loss": "held out", "trained_on_loss": "trained on"},
 }
-RESULTS = ("pipeline", "lora", "embeddings")
 COLOURS = ["#0072b2", "#e69f00", "#009e73"]
 
 
@@ -65,20 +67,16 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
     record = processes.Record.read(run)
     if running:
         ending = bool(record and record.asked_to_end)
-        printed = processes.lines(run)
-        text.markdown(
-            "**Stopping**, once the step is saved."
-            if ending
-            else f"**Training.** {plain(printed[-1]) if printed else 'It starts.'}"
-        )
-        if button.button(
-            "Stop at once" if ending else "Stop", help="It saves first; the same run can go on.", width="stretch"
-        ):
+        text.markdown("**Stopping**, once it has saved." if ending else f"**Training.** {plain(_activity(run))}")
+        label = "Stop at once" if ending else "Stop"
+        if button.button(label, help="It saves first; the same run can go on.", width="stretch"):
             processes.stop(run)
             st.rerun(scope="fragment")
         return
     if finished:
-        text.success(f"Finished: `{short(finished)}`. [Generate](generate) draws with it.")
+        text.success(f"Finished: `{short(finished)}`")
+        if finished.name == "pipeline":
+            button.page_link(st.Page(generate, title="Generate", url_path="generate"), label="Draw with it")
         return
     why, done = processes.why_ended(run), max(steps_done(run / stage) for stage in STAGES)
     if why:
@@ -89,6 +87,14 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
         with sentences():
             resume(run)
         st.rerun()
+
+
+def _activity(run: Path) -> str:
+    """What a training does now, by what it printed last; nothing of its steps, which have bars."""
+    last = next(reversed(processes.lines(run)), "It starts, which takes some seconds.")
+    if bar := re.match(r"(\w+): +(\d+)%\|", last):
+        return "" if bar[1] in STAGES else f"{bar[1].capitalize()}: {bar[2]} %"
+    return last if len(last) <= MAX_LINE else f"{last[:MAX_LINE]} …"
 
 
 def _stages(run: Path, values: Mapping[str, Any]) -> list[str]:
@@ -119,7 +125,7 @@ def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
     left, right = st.columns(2, gap="large")
     for stage in reversed(STAGES):
         table = _table(metrics[stage], CURVES[stage])
-        if not table.empty:
+        if len(table) > 1:
             left.markdown(f"**{STAGES[stage]}**, loss")
             left.line_chart(table, x_label="step", color=COLOURS[: len(table.columns)], height=220)
     sheets = [path for stage in reversed(STAGES) for path in sorted((run / stage / "samples").glob("step-*.png"))[-1:]]
@@ -135,4 +141,5 @@ def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
 def _table(metrics: Metrics, names: Mapping[str, str]) -> pd.DataFrame:
     """Metrics over steps, a column each."""
     columns = {shown: dict(points) for name, shown in names.items() if (points := metrics.points(name))}
-    return pd.DataFrame(columns).sort_index()
+    table = pd.DataFrame(columns).sort_index()
+    return table.set_index(table.index.astype(int))
