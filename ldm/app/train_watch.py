@@ -16,7 +16,6 @@ from ldm.app.inputs import plain, sentences
 from ldm.app.roots import short
 from ldm.app.train_settings import configuration
 from ldm.evaluation.report.collect import Metrics
-from ldm.training.checkpoint import steps_done
 from ldm.training.preflight import format_time
 
 EVERY = 2.0  # seconds between two looks
@@ -78,12 +77,11 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
         if finished.name == "pipeline":
             button.page_link(st.Page(generate, title="Generate", url_path="generate"), label="Draw with it")
         return
-    why, done = processes.why_ended(run), max(steps_done(run / stage) for stage in STAGES)
-    if why:
+    if why := processes.why_ended(run):
         text.error(plain(why))
     else:
         text.info("Stopped." if record else "Not finished.")
-    if button.button("Continue", type="primary", help=f"From step {done}, the last that was saved.", width="stretch"):
+    if button.button("Continue", type="primary", help="From the last step that was saved.", width="stretch"):
         with sentences():
             resume(run)
         st.rerun()
