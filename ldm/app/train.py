@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import streamlit as st
 
@@ -68,10 +67,12 @@ def _new(busy: list[Path]) -> None:
     if not (chosen := choose()):
         return
     form, config = chosen
-    captions = st.checkbox(
-        "Caption all images with their folder's name, where they have no captions",
-        help="Otherwise a training on such a folder is refused, with what to do.",
-    )
+    captions = config is not None and any(Path(source.path).is_dir() for source in config.data.source)
+    if captions:
+        captions = st.checkbox(
+            "Where no image has a caption, take the folder's name",
+            help="Otherwise such a training is refused, with what to do.",
+        )
     flags = ("--yes",) if captions else ()
     left, middle, _ = st.columns([1, 1, 2])
     started = left.button(

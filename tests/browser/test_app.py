@@ -24,6 +24,7 @@ pytestmark = [
 WIDTH, HEIGHT, PATIENCE = 1280, 1000, 90  # pixels, pixels, seconds
 PAGES = {
     "learn": "How an image becomes noise",
+    "train": "Train",
     "generate": "Generate",
     "judge": "Judge",
 }
