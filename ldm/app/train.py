@@ -10,7 +10,7 @@ from ldm.app import processes
 from ldm.app.inputs import sentences
 from ldm.app.roots import allowed, pipelines, roots, short, started_runs
 from ldm.app.train_form import choose, estimate, show_command
-from ldm.app.train_settings import TINY, configurations, free_name, tidy
+from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, tidy
 from ldm.app.train_watch import watch
 from ldm.utils.errors import UserError
 
@@ -20,12 +20,12 @@ NEW, RUNS = VIEWS = ("New training", "Runs")
 def page() -> None:
     """Draws the page."""
     st.title("Train")
-    runs = started_runs()
+    runs = [run for run in started_runs() if configuration(run) or processes.Record.read(run)]
     busy = [run for run in runs if processes.is_running(run)]
-    if "next-view" in st.session_state:
-        st.session_state["view"] = st.session_state.pop("next-view")
-    st.session_state.setdefault("view", RUNS if busy else NEW)
-    view = st.segmented_control("View", VIEWS, key="view", required=True, label_visibility="collapsed")
+    if "train-next-view" in st.session_state:
+        st.session_state["train-view"] = st.session_state.pop("train-next-view")
+    st.session_state.setdefault("train-view", RUNS if busy else NEW)
+    view = st.segmented_control("View", VIEWS, key="train-view", required=True, label_visibility="collapsed")
     if view == NEW:
         _new(busy)
     elif not runs:
@@ -36,10 +36,12 @@ def page() -> None:
 
 def _watch(runs: list[Path], busy: list[Path]) -> None:
     names = [str(run) for run in dict.fromkeys([*busy, *runs])]
-    if st.session_state.get("run") not in names:
-        st.session_state["run"] = names[0]
+    if st.session_state.get("train-run") not in names:
+        st.session_state["train-run"] = names[0]
     marks = {str(run): ", in training" for run in busy}
-    chosen = st.selectbox("Run", names, key="run", format_func=lambda name: short(Path(name)) + marks.get(name, ""))
+    chosen = st.selectbox(
+        "Run", names, key="train-run", format_func=lambda name: short(Path(name)) + marks.get(name, "")
+    )
     with sentences():
         watch(allowed(chosen), resume)
 
@@ -49,13 +51,14 @@ def resume(run: Path) -> None:
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"run.dir: {run} has no config.yaml, for its training ended too early; start it anew")
+    resolve(Base(run.name, file), [f"run.dir={run}"])  # its paths too must be inside the roots
     _start(run, processes.command(tidy(file), [f"run.dir={tidy(run)}"], "--yes"))
 
 
 def _start(run: Path, arguments: list[str]) -> None:
     processes.start(run, arguments, started_runs())
-    st.session_state["next-view"], st.session_state["run"] = RUNS, str(run.resolve())
-    st.session_state.pop("form", None)
+    st.session_state["train-next-view"], st.session_state["train-run"] = RUNS, str(run.resolve())
+    st.session_state.pop("train-form", None)
 
 
 def _new(busy: list[Path]) -> None:

@@ -89,11 +89,12 @@ def choose() -> tuple[Form, Config | None] | None:
         st.info(f"There is nothing to start from: this needs {missing} in {', '.join(f'`{r}`' for r in roots())}.")
         return None
     base = right.selectbox("Start from", found, format_func=lambda base: base.name, key=f"base-{kind}")
-    form = st.session_state.get("form")
+    form = st.session_state.get("train-form")
     if not isinstance(form, Form) or form.base != base:
         name = f"{base.path.parent.name}-{'lora' if kind == LORA else 'tuned'}" if base.overrides else base.path.stem
-        form = st.session_state["form"] = Form(base, free_name(name))
-    st.caption(plain(base.description))
+        form = st.session_state["train-form"] = Form(base, free_name(name))
+    if base.description:
+        st.caption(plain(base.description))
     try:
         config, mistake = resolve(base, form.overrides), ""
     except UserError as error:
@@ -116,10 +117,10 @@ def _first(form: Form, config: Config, kind: str) -> None:
     with st.container(border=True):
         left, right = st.columns([2, 1])
         _images(left, known["data.source"], form, config)
-        st.session_state["name"] = form.name
+        st.session_state["train-name"] = form.name
         right.text_input(
             "Name of the run",
-            key="name",
+            key="train-name",
             on_change=_rename,
             args=(form,),
             help=f"Its folder in {roots()[0]}, where everything is written.",
@@ -156,10 +157,10 @@ def _all(form: Form, config: Config, kind: str) -> None:
         for row in rows:  # not three columns: on a narrow screen they would lose the order
             for place, setting in zip(st.columns(3, vertical_alignment="bottom"), row, strict=False):
                 _widget(place, setting, form, config, setting.name)
-        st.session_state["typed"] = form.typed
+        st.session_state["train-typed"] = form.typed
         st.text_area(
             "Or as on the command line, one a line",
-            key="typed",
+            key="train-typed",
             placeholder="stage1.gan={start: 0.5}",
             on_change=_type,
             args=(form,),
@@ -195,11 +196,11 @@ def _change(form: Form, setting: Setting) -> None:
 
 
 def _rename(form: Form) -> None:
-    form.name = st.session_state["name"]
+    form.name = st.session_state["train-name"]
 
 
 def _type(form: Form) -> None:
-    form.typed = st.session_state["typed"]
+    form.typed = st.session_state["train-typed"]
 
 
 def show_command(form: Form) -> None:

@@ -249,9 +249,16 @@ def free_name(name: str) -> str:
 
 
 def configuration(run: Path) -> Mapping[str, Any]:
-    """A run's configuration as its file has it; empty where the run has only begun to start."""
+    """A run's configuration as its file has it; empty where it has none yet, or is a model made from a run."""
+    file = run / "config.yaml"
+    return _tree(file, file.stat().st_mtime_ns) if file.is_file() else {}
+
+
+@lru_cache(maxsize=256)
+def _tree(file: Path, changed: int) -> Mapping[str, Any]:
+    """The configuration in a run's file, read anew where that has `changed`."""
     try:
-        tree = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+        tree = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return tree["configuration"] if isinstance(tree, dict) and isinstance(tree.get("configuration"), dict) else {}

@@ -76,7 +76,7 @@ def test_the_form_has_the_schema_s_help_and_its_rules_messages(runs: Path) -> No
     assert not errors(app) and "configs/tiny.yaml stage2.steps=7 run.dir=" in app.code[0].value
     app.toggle(key="stage2.zero_snr").set_value(True).run()
     assert errors(app) == ["stage2.zero_snr: True is for discrete timesteps, which flow has none of; leave it out"]
-    app.text_area(key="typed").set_value("data.source=/etc")
+    app.text_area(key="train-typed").set_value("data.source=/etc")
     press(app, "Undo all changes")
     assert errors(app) == [f"data.source.path: /etc is outside of {os.environ[roots.ROOTS].replace(':', ', ')}; "
                            "start the app with --root /etc"]  # fmt: skip
@@ -144,7 +144,7 @@ def test_one_training_at_a_time_and_each_end_is_a_sentence(runs: Path) -> None:
 def test_a_run_of_the_terminal_is_shown_with_its_curves_and_samples(runs: Path, root: Path) -> None:
     run = write_run(root, runs / "a")
     app = page()
-    app.session_state["view"] = "Runs"
+    app.session_state["train-view"] = "Runs"
     app.run()
     assert not errors(app) and app.info[0].value == "Not finished."
     assert [label.value for label in app.markdown if "loss" in label.value or "Samples" in label.value] == [
@@ -160,13 +160,13 @@ def test_a_run_of_the_terminal_is_shown_with_its_curves_and_samples(runs: Path, 
 @pytest.mark.slow
 def test_a_training_is_started_watched_and_stopped(runs: Path) -> None:
     app = page()
-    app.text_area(key="typed").set_value("\n".join((*TINY[2:], "stage1.steps=100000", "run.log_every=1"))).run()
+    app.text_area(key="train-typed").set_value("\n".join((*TINY[2:], "stage1.steps=100000", "run.log_every=1"))).run()
     press(app, "Start training")
     run = runs / "tiny"
     assert not errors(app) and processes.is_running(run)
     other = page()  # of another tab
-    assert app.session_state["view"] == other.session_state["view"] == "Runs"
-    other.session_state["view"] = "New training"
+    assert app.session_state["train-view"] == other.session_state["train-view"] == "Runs"
+    other.session_state["train-view"] = "New training"
     press(other.run(), "Start training")
     assert len(errors(other)) == 1 and f"{run} is being trained" in errors(other)[0]
 
