@@ -125,7 +125,7 @@ def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
         table = _table(metrics[stage], CURVES[stage])
         if len(table) > 1:
             left.markdown(f"**{STAGES[stage]}**, loss")
-            left.line_chart(table, x_label="step", color=COLOURS[: len(table.columns)], height=220)
+            left.line_chart(table, x_label="step", color=[*COLOURS[: len(table.columns)]], height=220)
     sheets = [path for stage in reversed(STAGES) for path in sorted((run / stage / "samples").glob("step-*.png"))[-1:]]
     if sheets:
         step = int(sheets[0].stem.removeprefix("step-"))
