@@ -81,7 +81,7 @@ class Form:
 
 def choose() -> tuple[Form, Config | None] | None:
     """Draws the form: what was chosen, and its configuration unless it breaks a rule; None without a base."""
-    left, right = st.columns([1, 1], vertical_alignment="bottom")
+    left, right = st.columns(2)
     kind = left.segmented_control("What to train", KINDS, default=SCRATCH, required=True, width="stretch")
     found = bases(kind)
     if not found:

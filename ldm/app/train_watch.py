@@ -49,8 +49,8 @@ def _draw(run: Path, was_running: bool, resume: Callable[[Path], None]) -> None:
     finished = None if running else result(run, values)
     metrics = {name: Metrics.read(run / name / "metrics.jsonl") for name in STAGES}
     _state(run, running, finished, resume)
-    for stage in _stages(run, values):
-        _progress(run, stage, values, metrics[stage], bool(finished))
+    for stage in () if finished else _stages(values):
+        _progress(run, stage, values, metrics[stage])
     current = "stage2" if metrics["stage2"].lines or not metrics["stage1"].lines else "stage1"
     if running:
         _numbers(current, values, metrics[current])
@@ -75,7 +75,9 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
     if finished:
         text.success(f"Finished: `{short(finished)}`")
         if finished.name == "pipeline":
-            button.page_link(st.Page(generate, title="Generate", url_path="generate"), label="Draw with it")
+            button.page_link(
+                st.Page(generate, title="Generate", url_path="generate"), label="Draw with it", icon=":material/brush:"
+            )
         return
     if why := processes.why_ended(run):
         text.error(plain(why))
@@ -95,15 +97,15 @@ def _activity(run: Path) -> str:
     return last if len(last) <= MAX_LINE else f"{last[:MAX_LINE]} …"
 
 
-def _stages(run: Path, values: Mapping[str, Any]) -> list[str]:
+def _stages(values: Mapping[str, Any]) -> list[str]:
     """The stages that a run trains."""
     stage1 = values.get("stage1", {})
     return ["stage2"] if stage1.get("pretrained") or stage1.get("model") == "identity" else ["stage1", "stage2"]
 
 
-def _progress(run: Path, stage: str, values: Mapping[str, Any], metrics: Metrics, finished: bool) -> None:
+def _progress(run: Path, stage: str, values: Mapping[str, Any], metrics: Metrics) -> None:
     steps = int(values.get(stage, {}).get("steps", 1))
-    done = steps if finished or (stage == "stage1" and (run / "autoencoder").exists()) else metrics.step
+    done = steps if stage == "stage1" and (run / "autoencoder").exists() else metrics.step
     st.progress(min(1.0, done / steps), f"{STAGES[stage]}: step {done:,} of {steps:,}" if values else STAGES[stage])
 
 
@@ -119,25 +121,25 @@ def _numbers(stage: str, values: Mapping[str, Any], metrics: Metrics) -> None:
 
 
 def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
-    """Curves, and the newest samples beside them."""
+    """The newest samples, and the curves beside them."""
     left, right = st.columns(2, gap="large")
     for stage in reversed(STAGES):
         table = _table(metrics[stage], CURVES[stage])
-        if len(table) > 1:
-            left.markdown(f"**{STAGES[stage]}**, loss")
-            left.line_chart(table, x_label="step", color=[*COLOURS[: len(table.columns)]], height=220)
+        if not table.empty:
+            right.markdown(f"**{STAGES[stage]}**, loss")
+            right.line_chart(table, x_label="step", color=[*COLOURS[: len(table.columns)]], height=220)
     sheets = [path for stage in reversed(STAGES) for path in sorted((run / stage / "samples").glob("step-*.png"))[-1:]]
     if sheets:
         step = int(sheets[0].stem.removeprefix("step-"))
         kind = "Samples" if sheets[0].parents[1].name == "stage2" else "Reconstructions"
-        right.markdown(f"**{kind}** at step {step:,}")
-        right.image(sheets[0].read_bytes(), width="stretch")
+        left.markdown(f"**{kind}** at step {step:,}")
+        left.image(sheets[0].read_bytes(), width="stretch")
     else:
-        right.info("The first samples appear here.")
+        left.info("The first samples appear here.")
 
 
 def _table(metrics: Metrics, names: Mapping[str, str]) -> pd.DataFrame:
     """Metrics over steps, a column each."""
-    columns = {shown: dict(points) for name, shown in names.items() if (points := metrics.points(name))}
+    columns = {shown: dict(points) for name, shown in names.items() if len(points := metrics.points(name)) > 1}
     table = pd.DataFrame(columns).sort_index()
     return table.set_index(table.index.astype(int))
