@@ -75,9 +75,8 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
     if finished:
         text.success(f"Finished: `{short(finished)}`")
         if finished.name == "pipeline":
-            button.page_link(
-                st.Page(generate, title="Generate", url_path="generate"), label="Draw with it", icon=":material/brush:"
-            )
+            target = st.Page(generate, title="Generate", url_path="generate")
+            button.page_link(target, label="Draw with it", icon=":material/brush:")
         return
     if why := processes.why_ended(run):
         text.error(plain(why))
@@ -139,7 +138,7 @@ def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
 
 
 def _table(metrics: Metrics, names: Mapping[str, str]) -> pd.DataFrame:
-    """Metrics over steps, a column each."""
+    """Metrics over steps, a column each; straight lines between the values of one that is measured less often."""
     columns = {shown: dict(points) for name, shown in names.items() if len(points := metrics.points(name)) > 1}
     table = pd.DataFrame(columns).sort_index()
-    return table.set_index(table.index.astype(int))
+    return table.set_index(table.index.astype(int)).interpolate("index", limit_area="inside")

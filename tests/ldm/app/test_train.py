@@ -153,7 +153,7 @@ def test_a_run_of_the_terminal_is_shown_with_its_curves_and_samples(runs: Path, 
         "**Samples** at step 100",
     ]
     assert any(button.label == "Continue" for button in app.button)
-    (run / "pipeline").mkdir()
+    (run / "pipeline").mkdir()  # with which it is finished
     assert "Finished" in app.run().success[0].value
 
 
