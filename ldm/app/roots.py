@@ -11,6 +11,8 @@ from ldm.utils.paths import expand
 ROOTS = "LDM_APP_ROOTS"
 """The environment variable with the roots, set by `ldm-app`."""
 MAX_FOUND = 200
+INDEX = "model_index.json"
+"""The file by which a pipeline's folder is known."""
 
 
 def roots() -> list[Path]:
@@ -46,7 +48,12 @@ def _found(*patterns: str) -> list[Path]:
 
 def pipelines() -> list[Path]:
     """Folders of finished pipelines, up to two folders below a root."""
-    return [path.parent for path in _found("model_index.json", "*/model_index.json", "*/*/model_index.json")]
+    return [path.parent for path in _found(INDEX, f"*/{INDEX}", f"*/*/{INDEX}")]
+
+
+def upscalers() -> list[Path]:
+    """Those of `pipelines` that enlarge images."""
+    return [path for path in pipelines() if b"StableDiffusionUpscalePipeline" in (path / INDEX).read_bytes()]
 
 
 def runs() -> list[Path]:
