@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from ldm.app.data import page as data
 from ldm.app.generate import page as generate
 from ldm.app.judge import page as judge
 from ldm.app.learn import page as learn
@@ -10,6 +11,7 @@ st.set_page_config(page_title="ldm", layout="wide")
 st.navigation(
     [
         st.Page(learn, title="Learn", url_path="learn", default=True),
+        st.Page(data, title="Data", url_path="data"),
         st.Page(generate, title="Generate", url_path="generate"),
         st.Page(judge, title="Judge", url_path="judge"),
     ],

@@ -20,6 +20,11 @@ def roots() -> list[Path]:
     return [Path(root).resolve() for root in os.environ.get(ROOTS, "runs").split(os.pathsep)]
 
 
+def inside(path: Path) -> bool:
+    """Whether a resolved path lies in one of the roots."""
+    return any(path.is_relative_to(root) for root in roots())
+
+
 def allowed(text: str) -> Path:
     """The folder or file that someone typed; UserError if it is outside the roots, links followed, or missing."""
     try:
@@ -27,9 +32,9 @@ def allowed(text: str) -> Path:
         exists = path.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"folder: {text!r} can't be read ({error}); give another") from None
-    if not any(path.is_relative_to(root) for root in roots()):
-        inside = ", ".join(map(str, roots()))
-        raise UserError(f"folder: {path} is outside of {inside}; start the app with --root {path}")
+    if not inside(path):
+        where = ", ".join(map(str, roots()))
+        raise UserError(f"folder: {path} is outside of {where}; start the app with --root {path}")
     if not exists:
         raise UserError(f"folder: there is no {path}; give one that exists")
     return path
@@ -41,7 +46,7 @@ def _found(*patterns: str) -> list[Path]:
     for root in roots():
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
-                if any(path.resolve().is_relative_to(other) for other in roots()):
+                if inside(path.resolve()):
                     folders[path] = None
     return list(folders)[:MAX_FOUND]
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,9 +107,11 @@ def test_the_commands_make_a_picture_of_the_gallery_anew(folder: Path, upscaler:
     for main, loaded, settings, images in cases:
         options = Sampling(num_inference_steps=2, guidance_scale=1.5)
         settings, second = replace(settings, options=options), enlarger if settings.upscaler else None
-        steps = list[tuple[int, int]]()
-        made = drawing.draw(loaded, settings, lambda number, total, _: steps.append((number, total)), second)
-        assert steps == [(1, 2), (2, 2)] + [(i, 3) for i in (1, 2, 3)] * bool(second)
+        preview = Mock()
+        made = drawing.draw(loaded, settings, preview, second)
+        assert [call.args[:2] for call in preview.call_args_list] == [(1, 2), (2, 2)] + [
+            (i, 3) for i in (1, 2, 3)
+        ] * bool(second)
         (tmp_path / "a.png").write_bytes(drawing.png(loaded, settings, made, second))
         paths = [str(tmp_path / name) if name.endswith(".png") else name for name in images]
         (tmp_path / "b.png").unlink(missing_ok=True)
@@ -143,7 +146,7 @@ def test_a_painted_mask_has_the_image_s_size(folder: Path) -> None:
     mask = Image.open(io.BytesIO(mask_png(url, (32, 16))))
     assert mask.size == (32, 16) and mask.getbbox() == (0, 0, 16, 16)
     for bad in (PREFIX + "!", PREFIX + base64.b64encode(b"no image").decode()):
-        with pytest.raises(UserError, match="^mask: "):
+        with pytest.raises(UserError, match=r"^mask: "):
             mask_png(bad, (32, 16))
 
     app = AppTest.from_function(script, default_timeout=60).run()
