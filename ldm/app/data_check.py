@@ -81,7 +81,8 @@ def check_links(path: Path) -> None:
 
 def run_check(source: str, size: int, buckets: bool, captions: bool) -> Check:
     """Checks every image of a source; UserError where it can't be read at all."""
-    data = DataConfig(source=source, size=size, buckets=BucketConfig() if buckets else None)
+    step = max(8, min(BucketConfig().step, size // 32 * 8))  # a small size has buckets too
+    data = DataConfig(source=source, size=size, buckets=BucketConfig(step=step) if buckets else None)
     with _lock:
         built = index.build(data, Path(_work().name), ("text",) if captions else ())
         facts = check.facts(built, None) if len(built) else {}
