@@ -3,6 +3,7 @@
 import streamlit as st
 
 from ldm.app.data import page as data
+from ldm.app.export import page as export
 from ldm.app.generate import page as generate
 from ldm.app.judge import page as judge
 from ldm.app.learn import page as learn
@@ -14,6 +15,7 @@ st.navigation(
         st.Page(data, title="Data", url_path="data"),
         st.Page(generate, title="Generate", url_path="generate"),
         st.Page(judge, title="Judge", url_path="judge"),
+        st.Page(export, title="Export", url_path="export"),
     ],
     position="top",
 ).run()

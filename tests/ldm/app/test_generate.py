@@ -8,7 +8,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 from PIL import Image, ImageChops
 from run_folder import write_run
 
@@ -16,9 +15,6 @@ from ldm.app import drawing, generate, roots
 from ldm.app.drawing import Loaded, Settings, Upload, read_base
 from ldm.app.mask_canvas import PREFIX, mask_png
 from ldm.cli import txt2img, upscale
-from ldm.models.adapters import diffusers_layout
-from ldm.models.adapters.factors import LayerAdapter
-from ldm.models.adapters.reader import weighted_layers
 from ldm.sampling import png_metadata
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
@@ -26,13 +22,6 @@ from ldm.utils.errors import UserError
 
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., LatentDiffusion]) -> Path:
-    folder = tmp_path_factory.mktemp("roots") / "runs/a/pipeline"
-    random_model("text").save(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -122,20 +111,14 @@ def test_the_commands_make_a_picture_of_the_gallery_anew(folder: Path, upscaler:
         drawing.draw(enlarger, replace(settings, image=big))
 
 
-def test_adapters_change_a_copy_of_the_model(folder: Path, tmp_path: Path) -> None:
+def test_adapters_change_a_copy_of_the_model(folder: Path, adapter: Path) -> None:
     """The base is read once; a scale gives the weights that the commands have."""
     base = read_base(str(folder))
-    name = next(name for name in weighted_layers(base.unet) if name.endswith("to_q"))
-    out, rank_in = base.unet.get_submodule(name).weight.shape
-    factors = {"lora_A": torch.full((1, rank_in), 0.1), "lora_B": torch.full((out, 1), 0.1)}
-    file = folder.parents[1] / "a/lora/pytorch_lora_weights.safetensors"
-    file.parent.mkdir()
-    diffusers_layout.write(file, {"unet": {name: LayerAdapter(factors)}})
-    assert roots.loras() == [file]
+    assert roots.loras() == [adapter]
     before = Loaded.of(base).weights
     for scale in (0.5, -1.0):
-        expected = drawing.weights_fingerprint(LatentDiffusion.load(folder).add_loras((file, scale)))
-        assert generate.load(str(folder), ((str(file), scale),)).weights == expected != before
+        expected = drawing.weights_fingerprint(LatentDiffusion.load(folder).add_loras((adapter, scale)))
+        assert generate.load(str(folder), ((str(adapter), scale),)).weights == expected != before
     assert Loaded.of(base).weights == before
 
 
