@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,8 @@ from ldm.utils.errors import UserError
 from ldm.utils.precision import DTYPES
 
 Adapters = tuple[tuple[str, float], ...]
-Preview = Callable[[int, int, Image.Image], None]
+Preview = Callable[[int, int, Image.Image | None], None]
+PREVIEW_SHARE = 0.2  # of the time, which pictures of the steps may take
 MAX_ENLARGED = 4  # side of an enlarged image over that of training
 
 
@@ -111,7 +113,7 @@ def request(model: LatentDiffusion, settings: Settings) -> SamplingRequest:
     )
 
 
-def _images(model: LatentDiffusion, settings: Settings) -> dict[str, Image.Image]:
+def _images(model: LatentDiffusion, settings: Settings) -> dict[str, Any]:
     """The uploads, at the size that the model draws."""
     if not settings.image:
         return {}
@@ -138,15 +140,19 @@ def draw(
 ) -> Image.Image:
     """The picture; `preview` gets the number of each step, of how many, and the image that the network predicts.
 
-    An `upscaler` enlarges the picture, with steps of its own.
+    That image is decoded at the first step, and then as often as it costs a small share of the time; else it is None. An `upscaler` enlarges the picture, with steps of its own.
     """
     models = [loaded.model, *([upscaler.model] if upscaler else [])]
     finished = 0  # models whose last step was shown
+    began, spent = time.perf_counter(), 0.0
 
     def show(step: Step) -> None:
-        nonlocal finished
+        nonlocal finished, spent
+        now = time.perf_counter()
         if preview:
-            preview(step.number, step.total, to_pil(models[finished].autoencoder.decode(step.x0))[0])
+            due = spent <= PREVIEW_SHARE * (now - began)
+            preview(step.number, step.total, to_pil(models[finished].autoencoder.decode(step.x0))[0] if due else None)
+            spent += time.perf_counter() - now
         finished += step.number == step.total
 
     sampling = request(loaded.model, settings)

@@ -91,9 +91,9 @@ def page() -> None:
             settings = _settings(model, folder, adapters)
             pressed = st.button("Generate", type="primary", disabled=settings is None, width="stretch")
         with canvas:
-            again = st.session_state.pop("again", None)
-            if again or (pressed and settings):
-                _draw(again or settings)
+            again: Settings | None = st.session_state.pop("again", None)
+            if chosen := again or (settings if pressed else None):
+                _draw(chosen)
             elif kept := st.session_state.get("kept"):
                 st.image(kept[0].image, width="stretch")
             else:
@@ -171,9 +171,10 @@ def _draw(settings: Settings) -> None:
     upscaler = load(settings.upscaler) if settings.upscaler else None
     canvas, bar = st.empty(), st.progress(0.0)
 
-    def preview(number: int, total: int, image: Image.Image) -> None:
+    def preview(number: int, total: int, image: Image.Image | None) -> None:
         bar.progress(number / total, f"step {number} of {total}")
-        canvas.image(image, width="stretch")
+        if image:
+            canvas.image(image, width="stretch")
 
     image = draw(loaded, settings, preview, upscaler)
     bar.empty()

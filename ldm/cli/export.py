@@ -64,8 +64,8 @@ def write_and_compare(
 ) -> None:
     """Writes a model, reads it again with plain diffusers, and compares all tensors and an image.
 
-    Says what was found, line by line. `config` is the folder or Hub id with the configuration that a single file lacks. UserError
-    where a tensor differs.
+    Says what was found, line by line. `config` is the folder or Hub id with the configuration that a single file lacks.
+    UserError where a tensor differs.
     """
     model = in_precision(model, DTYPES[precision])
     if to == "diffusers":
