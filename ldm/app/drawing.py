@@ -140,7 +140,8 @@ def draw(
 ) -> Image.Image:
     """The picture; `preview` gets the number of each step, of how many, and the image that the network predicts.
 
-    That image is decoded at the first step, and then as often as it costs a small share of the time; else it is None. An `upscaler` enlarges the picture, with steps of its own.
+    That image is decoded at the first step, and then as often as it costs a small share of the time; else it is None.
+    An `upscaler` enlarges the picture, with steps of its own.
     """
     models = [loaded.model, *([upscaler.model] if upscaler else [])]
     finished = 0  # models whose last step was shown
