@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.app.roots import allowed, inside
-from ldm.config.schema import DataConfig, SourceConfig
+from ldm.config.schema import DataConfig
 from ldm.config.schema.data import BucketConfig
 from ldm.data import check, index, openmoji
 from ldm.data.archives import TARS
@@ -82,9 +82,8 @@ def check_links(path: Path) -> None:
 def run_check(source: str, size: int, buckets: bool, captions: bool) -> Check:
     """Checks every image of a source; UserError where it can't be read at all."""
     step = max(8, min(BucketConfig().step, size // 32 * 8))  # a small size has buckets too
-    data = DataConfig(
-        source=(SourceConfig(path=source),), size=size, buckets=BucketConfig(step=step) if buckets else None
-    )
+    settings = {"source": source, "size": size, "buckets": BucketConfig(step=step) if buckets else None}
+    data = DataConfig.model_validate(settings)
     with _lock:
         built = index.build(data, Path(_work().name), ("text",) if captions else ())
         facts = check.facts(built, None) if len(built) else {}
