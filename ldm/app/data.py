@@ -39,15 +39,17 @@ def page() -> None:
 
 def _source() -> str | None:
     """The path of what the visitor chose; None where nothing is chosen yet."""
-    with st.sidebar:
-        way = st.segmented_control("Images from", WAYS, default=FOLDER, required=True)
+    left, right = st.columns([1, 2])
+    way = left.segmented_control("Images from", WAYS, default=FOLDER, required=True)
+    with right:
         if way == DRAWINGS:
             st.caption(plain(ATTRIBUTION))
             return BUILT_IN
         if way == UPLOAD:
             return _uploaded()
-        text = st.text_input("Folder or archive", placeholder=f"inside {', '.join(map(str, roots()))}").strip()
-    return source_of(text) if text else None
+        where = " or ".join(str(root) for root in roots())
+        text = st.text_input("Folder or archive", help=f"In {where}.", placeholder="a folder, a .tar or a .parquet")
+    return source_of(text.strip()) if text.strip() else None
 
 
 def _uploaded() -> str | None:

@@ -67,11 +67,12 @@ def _index(folder: str) -> Path:
 
 
 def choose_model() -> str | None:
-    """The folder that the visitor chooses in the sidebar; None where there is none yet."""
-    with st.sidebar:
-        folders = [str(path) for path in pipelines()]
-        chosen = st.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
-        typed = st.text_input("Or another folder", placeholder=f"inside {', '.join(map(str, roots()))}")
+    """The folder that the visitor chooses; None where there is none yet."""
+    left, right = st.columns(2)
+    folders = [str(path) for path in pipelines()]
+    chosen = left.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
+    where = " or ".join(str(root) for root in roots())
+    typed = right.text_input("Or another folder", help=f"In {where}.", placeholder="RUN/pipeline")
     return typed.strip() or chosen
 
 
@@ -84,11 +85,10 @@ def page() -> None:
         st.info(f"No finished model in {where}. `make demo` trains one; or start the app with `--root FOLDER`.")
         return
     with sentences():
-        adapters = _adapters()
         model = base(folder)
         controls, canvas = st.columns([1, 1], gap="large")
         with controls:
-            settings = _settings(model, folder, adapters)
+            settings = _settings(model, folder)
             pressed = st.button("Generate", type="primary", disabled=settings is None, width="stretch")
         with canvas:
             again: Settings | None = st.session_state.pop("again", None)
@@ -105,12 +105,11 @@ def _adapters() -> Adapters:
     """The LoRAs that the visitor adds, each with its scale."""
     if not (files := [str(path) for path in loras()]):
         return ()
-    with st.sidebar:
-        chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
-        return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
+    chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
+    return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
 
 
-def _settings(model: LatentDiffusion, folder: str, adapters: Adapters) -> Settings | None:
+def _settings(model: LatentDiffusion, folder: str) -> Settings | None:
     """What the visitor chooses; None while an image or mask is missing."""
     modes = MODES[model.task]
     mode = st.segmented_control("Task", modes, default=modes[0], required=True) if len(modes) > 1 else modes[0]
@@ -119,6 +118,7 @@ def _settings(model: LatentDiffusion, folder: str, adapters: Adapters) -> Settin
     label = st.selectbox("Class", model.classes) if model.classes else None
     image = _upload("Image") if mode != TEXT else None
     mask = _mask(image) if mode == INPAINT and image else None
+    adapters = _adapters()
     left, right = st.columns(2)
     solver = left.selectbox("Solver", [AS_SAVED, *SOLVERS])
     steps = right.number_input("Steps", 1, 1000, model.steps)

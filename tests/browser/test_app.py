@@ -31,7 +31,8 @@ PAGES = {
 }
 PATHS = {"learn": ""}  # the first page
 DRAWN = """document.querySelector('h1')?.innerText === TITLE
-    && !document.querySelector('[data-testid="stStatusWidget"], [data-stale="true"], [data-testid="stSkeleton"]')
+    && document.querySelector('[data-test-script-state]')?.dataset.testScriptState === 'notRunning'
+    && !document.querySelector('[data-stale="true"], [data-testid="stSkeleton"], [data-testid="stSpinner"]')
     && [...document.images].every(image => image.complete && image.naturalWidth)"""
 
 
