@@ -97,22 +97,22 @@ def _scale(loaded: Loaded, place: st.delta_generator.DeltaGenerator) -> float | 
 
 @st.fragment
 def _films(films: dict[str, Film]) -> None:
-    steps = max(len(film.x_t) for film in films.values()) - 1
+    steps = max(len(shown.x_t) for shown in films.values()) - 1
     left, right = st.columns([1, 2], vertical_alignment="bottom")
     kinds = {"x_t": "x_t, as it is", "x0": "x̂₀, predicted from it"}
     kind = left.segmented_control("Show", list(kinds), default="x_t", required=True, format_func=kinds.__getitem__)
     step = right.slider("Step", 0, steps, steps // 2)
-    for solver, film in films.items():
+    for solver, shown in films.items():
         name, text, source = SOLVERS[solver]
-        frames = film.x_t if kind == "x_t" else film.x0
+        frames = shown.x_t if kind == "x_t" else shown.x0
         label, now, strip = st.columns([3, 1.4, 6], vertical_alignment="center")
         with label:
-            st.markdown(f"**{name}**, {film.seconds:.1f} s")
+            st.markdown(f"**{name}**, {shown.seconds:.1f} s")
             formula(text, source)
         with now:
-            row([frames[film.frame(step / steps)]], [f"step {step}"])
+            row([frames[shown.frame(step / steps)]], [f"step {step}"])
         with strip:
-            row([frames[film.frame(share)] for share in SHARES], [f"{share:.0%}" for share in SHARES])
+            row([frames[shown.frame(share)] for share in SHARES], [f"{share:.0%}" for share in SHARES])
     st.caption("All from the same noise; the shares are of the steps. Latents, decoded: noisy ones look odd.")
 
 

@@ -14,7 +14,7 @@ from ldm.data.crops import crop_resize
 from ldm.data.images import to_pil
 from ldm.models.classifier import NoisyClassifier
 from ldm.sampling.loop import Step
-from ldm.sampling.predictions import predict_at_levels
+from ldm.sampling.predictions import Prediction, Predictions, predict_at_levels
 from ldm.sampling.solvers import Level
 
 SIDE = 256  # pixels of a picture, at most
@@ -22,7 +22,7 @@ LEVELS = 20
 """Noise levels at which predictions are shown."""
 LATENT_RANGE = 3.0
 """Latents have a standard deviation of 1; colours show them within ± this."""
-Progress = Callable[[float], None]
+Progress = Callable[[float], object]
 SOLVERS = {
     "ddpm": (
         "DDPM",
@@ -103,17 +103,15 @@ def looks(loaded: Loaded, settings: Settings, image: Image.Image) -> Looks:
     square = crop_resize(image, (model.side, model.side))[0]
     with loaded.lock, torch.no_grad():
         found = predict_at_levels(model, replace(request(model, replace(settings, options=options)), image=square))
-        at = [
-            Look(
-                prediction.level,
-                *_decoded(loaded, [prediction.x_t, prediction.x0]),
-                latent_picture(prediction.eps[0]),
-                float((prediction.x0 - found.x0).square().mean()),
-                float((prediction.eps - found.eps).square().mean()),
-            )
-            for prediction in reversed(found.at)
-        ]
+        at = [_look(loaded, prediction, found) for prediction in reversed(found.at)]
         return Looks(_decoded(loaded, [found.x0])[0], latent_picture(found.eps[0]), at)
+
+
+def _look(loaded: Loaded, prediction: Prediction, truth: Predictions) -> Look:
+    x_t, x0 = _decoded(loaded, [prediction.x_t, prediction.x0])
+    errors = [prediction.x0 - truth.x0, prediction.eps - truth.eps]
+    x0_error, eps_error = (float(error.square().mean()) for error in errors)
+    return Look(prediction.level, x_t, x0, latent_picture(prediction.eps[0]), x0_error, eps_error)
 
 
 @dataclass(frozen=True)
