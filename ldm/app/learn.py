@@ -32,11 +32,9 @@ TITLES = {
 
 def page() -> None:
     """Draws the page: one view of several, so that each is quick."""
-    if "view" not in st.session_state and st.query_params.get("view") in TITLES:
-        st.session_state["view"] = st.query_params["view"]
-    view = st.segmented_control(
-        "View", list(TITLES), default="Forward", key="view", required=True, label_visibility="collapsed"
-    )
+    asked = st.query_params.get("view")
+    st.session_state.setdefault("view", asked if asked in TITLES else "Forward")
+    view = st.segmented_control("View", list(TITLES), key="view", required=True, label_visibility="collapsed")
     st.query_params["view"] = view
     st.title(TITLES[view])
     with sentences():

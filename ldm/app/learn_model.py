@@ -23,8 +23,8 @@ def network(image: Image.Image) -> None:
         return
     folder, loaded = chosen
     with st.form("network"):
-        settings = replace(subject(loaded, folder), options=Sampling(guidance_scale=1.0))
-        pressed = st.form_submit_button("Predict", type="primary")
+        settings, pressed, _ = subject(loaded, folder, "Predict", prompt="thumbs up")  # as the sample shows
+        settings = replace(settings, options=Sampling(guidance_scale=1.0))
     if not (wanted := asked("network", loaded, (folder,), settings, pressed)):
         waits()
         return
@@ -64,11 +64,9 @@ def reverse() -> None:
         return
     folder, loaded = chosen
     with st.form("reverse"):
-        settings = subject(loaded, folder)
-        left, right = st.columns(2)
+        settings, pressed, (left, right) = subject(loaded, folder, "Film", 2)
         number = left.slider("Steps", 4, 100, 20)
         options = Sampling(num_inference_steps=number, guidance_scale=_scale(loaded, right))
-        pressed = st.form_submit_button("Film", type="primary")
     if not (wanted := asked("reverse", loaded, (folder,), replace(settings, options=options), pressed)):
         waits()
         return
@@ -102,7 +100,7 @@ def _films(films: dict[str, Film]) -> None:
     kinds = {"x_t": "x_t, as it is", "x0": "x̂₀, predicted from it"}
     kind = left.segmented_control("Show", list(kinds), default="x_t", required=True, format_func=kinds.__getitem__)
     step = right.slider("Step", 0, steps, steps // 2)
-    for solver, shown in films.items():
+    for i, (solver, shown) in enumerate(films.items()):
         name, text, source = SOLVERS[solver]
         frames = shown.x_t if kind == "x_t" else shown.x0
         label, now, strip = st.columns([3, 1.4, 6], vertical_alignment="center")
@@ -110,9 +108,9 @@ def _films(films: dict[str, Film]) -> None:
             st.markdown(f"**{name}**, {shown.seconds:.1f} s")
             formula(text, source)
         with now:
-            row([frames[shown.frame(step / steps)]], [f"step {step}"])
+            row([frames[shown.frame(step / steps)]], [] if i else [f"step {step}"])
         with strip:
-            row([frames[shown.frame(share)] for share in SHARES], [f"{share:.0%}" for share in SHARES])
+            row([frames[shown.frame(share)] for share in SHARES], [] if i else [f"{share:.0%}" for share in SHARES])
     st.caption("All from the same noise; the shares are of the steps. Latents, decoded: noisy ones look odd.")
 
 
@@ -122,11 +120,9 @@ def steps() -> None:
         return
     folder, loaded = chosen
     with st.form("steps"):
-        settings = subject(loaded, folder)
-        left, right = st.columns(2)
+        settings, pressed, (left, right) = subject(loaded, folder, "Compare", 2)
         solver = left.selectbox("Solver", list(SOLVERS), index=2, format_func=lambda name: SOLVERS[name][0])
         options = Sampling(solver=solver, guidance_scale=_scale(loaded, right))
-        pressed = st.form_submit_button("Compare", type="primary")
     if not (wanted := asked("steps", loaded, (folder,), replace(settings, options=options), pressed)):
         waits()
         return

@@ -63,13 +63,16 @@ def model() -> tuple[str, Loaded] | None:
     return folder, loaded
 
 
-def subject(loaded: Loaded, folder: str) -> Settings:
-    """Widgets for what to draw from which noise."""
+def subject(
+    loaded: Loaded, folder: str, button: str, extra: int = 0, prompt: str = "red heart"
+) -> tuple[Settings, bool, list[st.delta_generator.DeltaGenerator]]:
+    """Widgets in one row of a form: what to draw, its noise, and the button; columns for `extra` ones between them."""
     network = loaded.model
-    left, right = st.columns([3, 1])
-    prompt = left.text_input("Prompt", "red heart") if network.text else None
-    label = left.selectbox("Class", network.classes) if network.classes else None
-    return Settings(folder, prompt, label, int(right.number_input("Seed", 0, 2**32 - 1, 0)))
+    words, number, *others, end = st.columns([2, 1, *[1.4] * extra, 0.8], vertical_alignment="bottom")
+    text = words.text_input("Prompt", prompt) if network.text else None
+    label = words.selectbox("Class", network.classes) if network.classes else None
+    seed = int(number.number_input("Seed", 0, 2**32 - 1, 0))
+    return Settings(folder, text, label, seed), end.form_submit_button(button, type="primary"), others
 
 
 def asked(view: str, loaded: Loaded, chosen: tuple[str, ...], wanted: Result, pressed: bool) -> Result | None:

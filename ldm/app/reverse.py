@@ -36,8 +36,8 @@ SOLVERS = {
     ),
     "dpm++": (
         "DPM-Solver++",
-        r"x_s = \tfrac{\sigma_s}{\sigma_t}\,x_t - \alpha_s\,(e^{-h} - 1)\,D,\;"
-        r" D = (1 + \tfrac{1}{2r})\,\hat x_0 - \tfrac{1}{2r}\,\hat x_0^{\text{before}}",
+        r"\begin{aligned}x_s &= \tfrac{\sigma_s}{\sigma_t}\,x_t - \alpha_s\,(e^{-h} - 1)\,D \\"
+        r"D &= (1 + \tfrac{1}{2r})\,\hat x_0 - \tfrac{1}{2r}\,\hat x_0^{\text{before}}\end{aligned}",
         "arXiv 2211.01095, algorithm 2: uses the prediction before, too",
     ),
 }

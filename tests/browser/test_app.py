@@ -24,6 +24,9 @@ pytestmark = [
 WIDTH, HEIGHT, PATIENCE = 1280, 1000, 90  # pixels, pixels, seconds
 PAGES = {
     "learn": "How an image becomes noise",
+    "?view=Schedules": "Noise schedules side by side",
+    "?view=Reverse": "How noise becomes an image",
+    "?view=Guidance": "What guidance does",
     "generate": "Generate",
     "judge": "Judge",
 }
@@ -123,6 +126,6 @@ async def visit(chromium: str, url: str, title: str) -> tuple[bytes, list[str]]:
 def test_a_page_draws_and_logs_no_error(app: str, chromium: str, tmp_path: Path, name: str) -> None:
     picture, errors = asyncio.run(visit(chromium, f"{app}/{PATHS.get(name, name)}", PAGES[name]))
     folder = Path(os.environ.get("LDM_SCREENSHOTS", tmp_path))
-    (folder / f"{name}.png").write_bytes(picture)
+    (folder / f"{name.rpartition('=')[2]}.png").write_bytes(picture)
     # Streamlit looks for its server below the page's own path first; that it is not there is no error.
     assert [error for error in errors if f"{app}/{name}/_stcore/" not in error] == []
