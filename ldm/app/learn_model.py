@@ -103,14 +103,14 @@ def _films(films: dict[str, Film]) -> None:
     for i, (solver, shown) in enumerate(films.items()):
         name, text, source = SOLVERS[solver]
         frames = shown.x_t if kind == "x_t" else shown.x0
-        label, now, strip = st.columns([3, 1.4, 6], vertical_alignment="center")
+        label, strip = st.columns([3, 7], vertical_alignment="center")
         with label:
             st.markdown(f"**{name}**, {shown.seconds:.1f} s")
             formula(text, source)
-        with now:
-            row([frames[shown.frame(step / steps)]], [] if i else [f"step {step}"])
         with strip:
-            row([frames[shown.frame(share)] for share in SHARES], [] if i else [f"{share:.0%}" for share in SHARES])
+            shares = [step / steps, *SHARES]
+            labels = [f"step {step}", *(f"{share:.0%}" for share in SHARES)]
+            row([frames[shown.frame(share)] for share in shares], [] if i else labels)
     st.caption("All from the same noise; the shares are of the steps. Latents, decoded: noisy ones look odd.")
 
 
