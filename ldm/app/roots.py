@@ -72,6 +72,21 @@ def started_runs() -> list[Path]:
     return sorted(dict.fromkeys([*runs(), *logs]), key=lambda run: -run.stat().st_mtime)
 
 
+def learned_runs() -> list[Path]:
+    """Those of `runs` that learn their noise schedule."""
+    return [
+        run
+        for run in runs()
+        if (run / "stage2/checkpoints").is_dir() and b"beta_schedule: learned\n" in (run / "config.yaml").read_bytes()
+    ]
+
+
+def classifiers() -> list[Path]:
+    """Runs of classifiers that guide, up to two folders below a root."""
+    files = _found("model/config.json", "*/model/config.json", "*/*/model/config.json")
+    return [path.parents[1] for path in files if b'"NoisyClassifier"' in path.read_bytes()]
+
+
 def loras() -> list[Path]:
     """Adapters that trainings wrote: files in `RUN/lora`."""
     return _found("lora/*.safetensors", "*/lora/*.safetensors")

@@ -24,6 +24,9 @@ pytestmark = [
 WIDTHS, HEIGHT, PATIENCE = (1280, 400), 1000, 90  # pixels, pixels, seconds
 PAGES = {
     "learn": "How an image becomes noise",
+    "?view=Schedules": "Noise schedules side by side",
+    "?view=Reverse": "How noise becomes an image",
+    "?view=Guidance": "What guidance does",
     "data": "Data",
     "train": "Train",
     "generate": "Generate",
@@ -145,7 +148,7 @@ async def visit(chromium: str, url: str, title: str, width: int) -> tuple[bytes,
 def test_a_page_draws_fits_and_logs_no_error(app: str, chromium: str, tmp_path: Path, name: str, width: int) -> None:
     picture, layout, errors = asyncio.run(visit(chromium, f"{app}/{PATHS.get(name, name)}", PAGES[name], width))
     folder = Path(os.environ.get("LDM_SCREENSHOTS", tmp_path))
-    (folder / f"{name}-{width}.png").write_bytes(picture)
+    (folder / f"{name.rpartition('=')[2]}-{width}.png").write_bytes(picture)
     assert layout["overflow"] <= 0 and layout["shift"] < MAX_SHIFT, layout
     # Streamlit looks for its server below the page's own path first; that it is not there is no error.
     assert [error for error in errors if f"{app}/{name}/_stcore/" not in error] == []
