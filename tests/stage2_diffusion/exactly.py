@@ -23,6 +23,7 @@ from ldm.distributed.sharding import to_local
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder, build
 from ldm.training import throughput
+from stage2_diffusion import validation
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.train import train
 
@@ -51,6 +52,7 @@ shares: dict[str, float] = {}
 torch.nn.modules.module.register_module_forward_pre_hook(record_shares)
 torch.set_default_dtype(torch.float64)
 throughput.forward_flops = lambda *args, **kwargs: 0  # counting takes as long as a run, and nobody asks how fast it is
+validation.EVAL_LOG_SNRS = (-3.0, 3.0)  # as the fixture `two_noise_levels` has it
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)
 drawings: Index | None = None
