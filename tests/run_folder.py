@@ -36,11 +36,13 @@ def write_run(root: Path, folder: Path, *, shift: float = 0.0, prompt: str = "re
     noise(8, side).save(folder / "evaluation/grid.png")
     figure = {**FID, **{name: FID[name] + shift for name in ("value", "low", "high")}}  # type: ignore[operator]
     samples = [
-        {"prompt": f"{prompt} {i}", "file": f"{i}.png", "score": i / 4 + shift, "group": "held out"} for i in range(4)
+        {"number": i, "prompt": f"{prompt} {i}", "file": f"{i}.png", "score": i / 4 + shift, "group": "held out"}
+        for i in range(4)
     ]
     facts: dict[str, Any] = {
         "evaluation.json": {
             "steps": 5,
+            "references": {"inception": "of the training images"},
             "figures": {"inception": {"fid": figure, "recall": {"value": 0.5}}},
             "training captions": {"pixels": {"top1": 0.75}},
             "real against real": {"inception": {"fid": {"value": 3.25}}},

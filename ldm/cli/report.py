@@ -10,10 +10,12 @@ file contains its images and loads nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.evaluation.report import REPORT, write
+from ldm.evaluation.report.comparison import values
 from ldm.utils.errors import Parser, UserError, command
 
 
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help=f"the file to write; default: {REPORT} in the run's folder, of several in this one"
     )
+    parser.add_argument("--json", action="store_true", help="print the figures, scores and speeds of the runs as JSON")
     args = parser.parse_args(arguments)
     folders = list(dict.fromkeys(args.runs))
     if len(folders) < len(args.runs):
@@ -33,4 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--out: {out} is a folder; give a file, such as {out / REPORT}")
     if not out.parent.is_dir() and args.out:
         raise UserError(f"--out: no folder {out.parent}; create it first")
-    print(f"wrote {write(folders, out)}")
+    runs = write(folders, out)
+    print(json.dumps({"report": str(out), "runs": [values(run) for run in runs]}) if args.json else f"wrote {out}")

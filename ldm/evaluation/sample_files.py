@@ -31,20 +31,32 @@ def write_best_and_worst(
 ) -> None:
     """PNGs of the images `(N, 3, H, W)` uint8 with the highest and the lowest scores `(N,)`, and `samples.json`.
 
-    It lists them, the best first: `{"prompt", "file", "score", "group"}`. Files of an earlier evaluation are removed.
+    It lists all images, the best first: `{"number", "prompt", "score", "group"}`, and `"file"` of those that are kept.
+    Files of an earlier evaluation are removed.
     """
     order = scores.argsort(descending=True, stable=True).tolist()
-    chosen = order if len(order) <= 2 * KEPT else [*order[:KEPT], *order[-KEPT:]]
+    kept = set(order if len(order) <= 2 * KEPT else [*order[:KEPT], *order[-KEPT:]])
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample-*.png"):
         old.unlink()
     entries = []
-    for i, image in zip(chosen, to_images(images[chosen]), strict=True):
-        file = f"sample-{i:05d}.png"
-        image.save(folder / file)
-        entries.append({"prompt": prompts[i], "file": file, "score": float(scores[i]), "group": groups[i]})
+    for i in order:
+        entry = {"number": i, "prompt": prompts[i], "score": float(scores[i]), "group": groups[i]}
+        if i in kept:
+            entry["file"] = f"sample-{i:05d}.png"
+            to_images(images[[i]])[0].save(folder / entry["file"])
+        entries.append(entry)
     with atomic_file(folder / "samples.json") as tmp_path:
         tmp_path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def remove_stale(folder: Path, grid: bool, figures: bool) -> None:
+    """Removes what earlier evaluations left of parts that this one does not have: the grid, or all but the grid."""
+    stale = [] if grid else ["grid.png"]
+    stale += [] if figures else ["memorization.png", "samples.json", "sample-*.png"]
+    for pattern in stale:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def write_closest_pairs(path: Path, pairs: Sequence[ClosePair], images: torch.Tensor, training: Index) -> None:

@@ -22,12 +22,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.models.attention import use_attention
 
 Item = TypeVar("Item")
+Power = Callable[[], float | None]
 
 TRAINING = 3
 """FLOPs of a training step over those of a forward: the backward has two products for each, as both the inputs' and the
 weights' gradients are needed (arXiv 2001.08361, section 2.1)."""
 FROZEN = 2
 """The same where nearly all weights are frozen, which need no gradients."""
+
+
+def gpu_power(device: torch.device) -> float | None:
+    """The watts that a GPU draws at this moment; None of a CPU, or without NVIDIA's package nvidia-ml-py."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.power_draw(device) / 1000
+    except (ImportError, RuntimeError):  # no package; no right to read it
+        return None
 
 
 @torch.no_grad()
@@ -97,12 +108,19 @@ class Clock:
             clock.count(len(batch))
             values = clock.read()
 
-    `flops` are those of training on one image and `peak` is the FLOP/s of all devices together; 0 where not known. On a
-    GPU, whose work is queued, waiting for data is not always the GPU's waiting: the share is an upper bound of it.
+    `flops` are those of training on one image and `peak` is the FLOP/s of all devices together; 0 where not known.
+    `power` gives the watts that are drawn, or None. On a GPU, whose work is queued, waiting for data is not always the
+    GPU's waiting: the share is an upper bound of it.
     """
 
-    def __init__(self, flops: float = 0.0, peak: float = 0.0, now: Callable[[], float] = time.perf_counter):
-        self.now = now
+    def __init__(
+        self,
+        flops: float = 0.0,
+        peak: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+        power: Power = lambda: None,
+    ):
+        self.now, self.power = now, power
         self.restart(flops, peak)
 
     def count_flops(
@@ -143,11 +161,16 @@ class Clock:
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `waiting` in [0, 1] and, where known, `mfu` in [0, 1], since the last reading."""
+        """`images_per_second`, `waiting` in [0, 1] and, where known, `mfu` in [0, 1], since the last reading.
+
+        And, where `power()` is known, its `watts` at this moment.
+        """
         elapsed = self.now() - self._began
         rate = self._images / elapsed
         values = {"images_per_second": rate, "waiting": self._waited / elapsed}
         if self.flops and self.peak:
             values["mfu"] = rate * self.flops / self.peak
+        if (watts := self.power()) is not None:
+            values["watts"] = watts
         self.restart(self.flops, self.peak)
         return values

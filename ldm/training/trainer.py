@@ -43,7 +43,7 @@ from ldm.training.optimizer import lr_factor
 from ldm.training.progress import ProgressBar
 from ldm.training.run_dir import remove_later_outputs
 from ldm.training.signals import Interrupted, SignalHandler
-from ldm.training.throughput import Clock, matmul_peak
+from ldm.training.throughput import Clock, gpu_power, matmul_peak
 from ldm.utils.errors import UserError
 from ldm.utils.precision import DTYPES
 
@@ -111,7 +111,7 @@ class Trainer:
         self._gradient_norms: dict[str, torch.Tensor] = {}  # of the last step
         self._stream_positions: dict[str, Any] = {}  # how far this process's lanes of a stream have been read
         self._progress: ProgressBar | None = None
-        self._clock = Clock()
+        self._clock = Clock(power=self._power)
         self._signals = SignalHandler()
         self._stop, self._save = 0, False  # which signal ended the last step, and whether one asked for a checkpoint
         self._exported = False
@@ -266,6 +266,11 @@ class Trainer:
             self.dry_run.lines.append({"step": self.step, "time": time.time(), **values, **state})
         else:
             self._logger.write(self.step, values)
+
+    def _power(self) -> float | None:
+        """The watts of all GPUs, as if each drew what the first one does."""
+        watts = gpu_power(self.accelerator.device)
+        return watts and watts * self.accelerator.num_processes
 
     def checkpoint_if_due(self) -> None:
         """After a step: writes a checkpoint every `checkpoint_every` steps, at the end, and when a signal asks."""

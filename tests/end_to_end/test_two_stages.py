@@ -191,11 +191,13 @@ def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, 
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
     assert {"fid", "kid", "precision", "coverage"} <= figures["figures"]["latents"].keys()
     assert figures["figures"]["latents"]["fid"]["images"] == 20
+    assert figures["sampling of figures"] == {"steps": 5, "guidance": 3.0, "precision": "no"}
     assert figures["memorization"]["calibration"] == "held-out images"
     assert figures["retrieval"]["latents"]["R@1"]["images"] == 20
     samples = json.loads((tiny_run / "evaluation/samples.json").read_text())
     assert [sample["score"] for sample in samples] == sorted((sample["score"] for sample in samples), reverse=True)
     assert {sample["group"] for sample in samples} <= {"held-out images", "held-out combinations", "training captions"}
+    assert sorted(sample["number"] for sample in samples) == list(range(20))
     for file in ("memorization.png", *(sample["file"] for sample in samples)):
         Image.open(tiny_run / "evaluation" / file).verify()
 
@@ -222,7 +224,7 @@ def test_evaluating_other_solvers_or_steps_changes_nothing_in_the_run(
     output = call(evaluate.main, tiny_run, "--count", 4, "--steps", 2, "--model", tiny_run / "pipeline", *figures)
     assert "12 images against" in output
     assert re.search(r"over 2 seeds, by latents\n  kid +\S+ ± [\d.e+-]*[1-9]", output)  # other noise, another figure
-    assert "can't be told apart (p = 1)" in output  # from itself
+    assert output.count("can't be told apart (p = 1)") == 3  # from itself: KID, R@1 and R@5
     assert {path: path.read_bytes() for path in tiny_run.glob("*.*")} == before
     assert Image.open(sheet).width > 8 * 128
 

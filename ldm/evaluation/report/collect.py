@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import yaml
@@ -34,6 +34,8 @@ class Speed:
     """Median model FLOP utilisation, in [0, 1]; None where not known."""
     seconds: float
     """Of the steps, with the evaluations between them; pauses between two starts don't count."""
+    watts: float | None = None
+    """Mean power of the GPUs; None where not known."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,13 @@ class Metrics:
             previous = step
         if not rates:
             return None
-        waiting, mfu = ([value for _, value in self.points(name)] for name in ("waiting", "mfu"))
+        waiting, mfu, watts = ([value for _, value in self.points(name)] for name in ("waiting", "mfu", "watts"))
         return Speed(
             median(rate for _, rate in rates),
-            sum(waiting) / len(waiting) if waiting else 0.0,
+            fmean(waiting) if waiting else 0.0,
             median(mfu) if mfu else None,
             seconds,
+            fmean(watts) if watts else None,
         )
 
 
@@ -100,6 +103,8 @@ class Sample:
     prompt: str
     score: float
     group: str
+    number: int | None
+    """Its place among the evaluation's images; None in files of older versions."""
     path: Path | None
     """Its file; None where it was not kept."""
 
@@ -132,6 +137,10 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What could not be read, a line each."""
 
+    @property
+    def stages(self) -> dict[str, Metrics]:
+        return {"stage1": self.stage1, "stage2": self.stage2}
+
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the configuration, by its dotted key."""
         value: Any = self.config
@@ -140,8 +149,12 @@ class Run:
         return default if value is None else value
 
     def image(self, *names: str) -> Path | None:
-        """The first of these files that is there."""
-        return next((path for path in (self.folder / name for name in names) if path.is_file()), None)
+        """The first of these files of the evaluation that is there."""
+        return (
+            None
+            if not self.evaluation
+            else next((path for path in (self.folder / name for name in names) if path.is_file()), None)
+        )
 
     @property
     def sources(self) -> str:
@@ -162,6 +175,10 @@ def collect(folder: Path) -> Run:
             what = "line is" if metrics.broken == 1 else "lines are"
             notes.append(f"{name}/metrics.jsonl: {metrics.broken} {what} incomplete and left out")
     evaluation = _json(folder / "evaluation.json", notes)
+    steps = tree["configuration"].get("stage2", {}).get("steps")
+    if (measured := evaluation.get("trained steps", steps)) != steps:
+        notes.append(f"evaluation.json: of the model at step {measured}, before training went on; evaluate it again")
+        evaluation = {}
     return Run(
         folder,
         folder.resolve().name,
@@ -175,7 +192,7 @@ def collect(folder: Path) -> Run:
         stages["stage1"],
         stages["stage2"],
         _figures(evaluation.get("figures"), notes),
-        _samples(folder / "evaluation", notes),
+        _samples(folder / "evaluation", notes) if evaluation else (),
         _sheets(folder / "stage2" / "samples"),
         notes,
     )
@@ -237,7 +254,13 @@ def _samples(folder: Path, notes: list[str]) -> tuple[Sample, ...]:
     try:
         entries = json.loads(path.read_text("utf-8"))
         read = [
-            Sample(str(entry["prompt"]), float(entry["score"]), str(entry.get("group") or ""), _file(folder, entry))
+            Sample(
+                str(entry["prompt"]),
+                float(entry["score"]),
+                str(entry.get("group") or ""),
+                entry.get("number"),
+                _file(folder, entry),
+            )
             for entry in entries
             if _is_finite(entry["score"])
         ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements, sections
 from ldm.evaluation.report.charts import COLORS, Series, line_chart, number
-from ldm.evaluation.report.collect import Metrics, Run, as_figure
+from ldm.evaluation.report.collect import Run, as_figure
 from ldm.evaluation.report.elements import Raw, Section
 from ldm.evaluation.report.sections import Curve
 
@@ -57,13 +58,20 @@ def comparison(runs: Sequence[Run]) -> str:
     return elements.document(title, lead, notes, f'<div class="legend runs">{legend}</div>', parts, foot)
 
 
-def best_of(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
+def best_of(figures: Mapping[str, Figure], larger_is_better: bool, references: Iterable[object]) -> Raw:
     """Which run is best by a figure, and which can't be told apart from it: their 95 % intervals overlap it.
 
-    Figures without intervals, or of different networks, are not compared.
+    Figures without intervals, or of different networks, training images or numbers of images, are not compared.
+    `references` are the runs' own, as `RealImages.fingerprint` has them; None where not known.
     """
     if len({figure.network for figure in figures.values()}) > 1:
         return Raw('<span class="even">different networks: not comparable</span>')
+    if None in (known := set(references)):
+        return Raw('<span class="even">measured by an older version: not known to be comparable</span>')
+    if len(known) > 1:
+        return Raw('<span class="even">different networks or training images: not comparable</span>')
+    if len({figure.images for figure in figures.values()}) > 1:
+        return Raw('<span class="even">different numbers of images: not comparable</span>')
     if any(figure.low is None or figure.high is None for figure in figures.values()):
         return Raw('<span class="even">no error bars</span>')
     choose = max if larger_is_better else min
@@ -72,9 +80,7 @@ def best_of(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
     if len(like_best) == len(figures) - 1:
         return Raw('<span class="even">can\'t be told apart</span>')
     others = f", can't be told apart from {', '.join(like_best)}" if like_best else ""
-    sizes = {figure.images for figure in figures.values()}
-    unequal = " <small>(of different numbers of images)</small>" if len(sizes) > 1 else ""
-    return Raw(f'<span class="good">{elements.text(best)} is best{elements.text(others)}</span>{unequal}')
+    return Raw(f'<span class="good">{elements.text(best)} is best{elements.text(others)}</span>')
 
 
 def _overlap(a: Figure, b: Figure) -> bool:
@@ -115,21 +121,21 @@ def _figures(runs: Sequence[Run]) -> str:
         known = {name: figure for name, figure in of_runs.items() if figure is not None}
         cells = [sections.with_bar(figure) if figure else "" for figure in of_runs.values()]
         comparable = len(known) > 1 and metric in METRICS
-        result = best_of(known, METRICS[metric].larger_is_better) if comparable else ""
+        references = [_references(run).get(network) for run in runs if run.name in known]
+        result = best_of(known, METRICS[metric].larger_is_better, references) if comparable else ""
         rows.append((f"{sections.metric_name(metric)}, {network}", *cells, result))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
 
 def _paired(runs: Sequence[Run]) -> str:
-    """Scores compared image by image with the first run's, where the same images of both have one.
-
-    An evaluation keeps the best and the worst of many images: other ones of each run, which can't be compared.
-    """
+    """Scores compared image by image with the first run's, of the same prompts and judges in both."""
     first, *others = runs
     rows = []
     for other in others:
+        if _references(first) != _references(other):
+            continue
         a, b = (
-            {(sample.path and sample.path.name, sample.prompt): sample.score for sample in run.samples}
+            {(sample.number, sample.prompt): sample.score for sample in run.samples if sample.number is not None}
             for run in (first, other)
         )
         if len(a) < 2 or a.keys() != b.keys() or len(a) < len(first.samples) or len(b) < len(other.samples):
@@ -141,6 +147,26 @@ def _paired(runs: Sequence[Run]) -> str:
         return ""
     header = ("scores", "images", "difference [95 % interval]", "")
     return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
+
+
+def _references(run: Run) -> dict[str, str]:
+    """By network: what the run's figures are measured with."""
+    return references if isinstance(references := run.evaluation.get("references"), dict) else {}
+
+
+def values(run: Run) -> dict[str, Any]:
+    """What the report's tables have of a run, for JSON."""
+    speeds = ((name, metrics.speed(int(run.get(f"{name}.batch", 0)))) for name, metrics in run.stages.items())
+    return {
+        "run": str(run.folder),
+        "steps": run.stage2.step,
+        "figures": {
+            network: {name: figure.to_json() for name, figure in metrics.items()}
+            for network, metrics in run.figures.items()
+        },
+        "scores": {name: figure.to_json() for name, figure in _flat(run).items()},
+        "speed": {name: asdict(speed) for name, speed in speeds if speed},
+    }
 
 
 def difference(figures: Sequence[Figure | None]) -> str:
@@ -216,12 +242,6 @@ def _settings(runs: Sequence[Run]) -> str:
     return elements.table(("", *(run.name for run in runs)), rows) if rows else "<p>The configurations are equal.</p>"
 
 
-def _versions(run: Run) -> dict[str, str]:
-    return {
-        name: str(value)[:12] for name, value in run.provenance.items() if name != "command"
-    }  # a commit's start is enough
-
-
 def _value(tree: object, key: str) -> object:
     for part in key.split("."):
         tree = tree.get(part, "") if isinstance(tree, Mapping) else ""
@@ -230,16 +250,9 @@ def _value(tree: object, key: str) -> object:
 
 def _speed(runs: Sequence[Run]) -> str:
     rows = []
-    stages: dict[str, Callable[[Run], Metrics]] = {"stage1": lambda run: run.stage1, "stage2": lambda run: run.stage2}
-    for name, metrics in stages.items():
+    for name in runs[0].stages:
         for run in runs:
-            if speed := metrics(run).speed(int(run.get(f"{name}.batch", 0))):
-                rows.append(
-                    (
-                        f"{run.name}, {name.replace('stage', 'stage ')}",
-                        *sections.speed_cells(speed),
-                        sections.memory(run, name),
-                    )
-                )
-    header = ("", "time", "images a second", "waiting for data", "MFU", "peak memory")
-    return elements.table(header, rows) if rows else ""
+            if speed := run.stages[name].speed(int(run.get(f"{name}.batch", 0))):
+                title = f"{run.name}, {name.replace('stage', 'stage ')}"
+                rows.append((title, *sections.speed_cells(speed), sections.memory(run, name)))
+    return elements.table(sections.SPEED_HEADER, rows) if rows else ""

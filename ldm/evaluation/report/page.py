@@ -71,10 +71,7 @@ def _tiles(run: Run) -> str:
         tiles["autoencoder, held-out PSNR"] = f"{psnr:.1f} dB"
     if unet := run.parameters.get("U-Net"):
         tiles["parameters of the U-Net"] = sections.short(unet)
-    speeds = [
-        stage.speed(int(run.get(f"{name}.batch", 0)))
-        for name, stage in (("stage1", run.stage1), ("stage2", run.stage2))
-    ]
+    speeds = [stage.speed(int(run.get(f"{name}.batch", 0))) for name, stage in run.stages.items()]
     if seconds := sum(speed.seconds for speed in speeds if speed):
         tiles["training time"] = sections.duration(seconds)
     return elements.tiles(dict(list(tiles.items())[:6]))

@@ -28,13 +28,15 @@ METRIC_NAMES = {  # the others' are words
     "clip_score": "CLIP score",
 }
 LEVEL = "held_out_loss_at_"
+SPEED_HEADER = ("", "time", "images a second", "waiting for data", "MFU", "energy of the GPUs", "peak memory")
 OWN_SECTIONS = (
     "figures",
     "real against real",
     "comparison",
     "memorization",
 )  # of evaluation.json; the rest is shown as it is
-SETTINGS = ("steps", "guidance", "seed")  # of the sampling, in evaluation.json
+SETTINGS = ("trained steps", "steps", "guidance", "seed", "references", "sampling of figures")  # no scores
+SAMPLING = ("steps", "guidance", "seed")
 
 
 class Images:
@@ -175,7 +177,10 @@ def final_figures(run: Run) -> str:
     if not rows:
         return ""
     header = ("metric", "value [95 % interval]", "real against real", "images", "network")
-    return elements.table(header, rows) + explained(run.figures.values())
+    sampling = run.evaluation.get("sampling of figures")
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.items()) if isinstance(sampling, dict) else ""
+    note = f'<p class="note">Sampled with {elements.text(settings)}.</p>' if settings else ""
+    return elements.table(header, rows) + note + explained(run.figures.values())
 
 
 def against_another(run: Run) -> str:
@@ -219,7 +224,7 @@ def scores(run: Run) -> str:
             elif isinstance(row, dict):
                 groups.append((label, row))
     parts = [_group(name, values) for name, values in groups] + [_score_table(rows)]
-    settings = ", ".join(f"{name} {run.evaluation[name]}" for name in SETTINGS if name in run.evaluation)
+    settings = ", ".join(f"{name} {run.evaluation[name]}" for name in SAMPLING if name in run.evaluation)
     note = f'<p class="note">Sampled with {elements.text(settings)}.</p>' if settings else ""
     return note + "".join(parts) if any(parts) else ""
 
@@ -330,20 +335,21 @@ def memorization(run: Run, images: Images) -> str:
 def training_speed(run: Run) -> str:
     """Time, throughput and memory of the stages."""
     rows = []
-    for name, metrics in (("stage1", run.stage1), ("stage2", run.stage2)):
+    for name, metrics in run.stages.items():
         speed = metrics.speed(int(run.get(f"{name}.batch", 0)))
         if speed:
             rows.append((name.replace("stage", "stage "), *speed_cells(speed), memory(run, name)))
     if not rows:
         return ""
     note = "Time counts steps and the evaluations between them, not the pauses of a stopped run."
-    header = ("", "time", "images a second", "waiting for data", "MFU", "peak memory")
-    return elements.table(header, rows) + f'<p class="note">{note}</p>'
+    return elements.table(SPEED_HEADER, rows) + f'<p class="note">{note}</p>'
 
 
-def speed_cells(speed: Speed) -> tuple[str, str, str, str]:
+def speed_cells(speed: Speed) -> tuple[str, ...]:
+    """Below the first of `SPEED_HEADER`, without the memory."""
     mfu = f"{speed.mfu:.0%}" if speed.mfu is not None else ""
-    return duration(speed.seconds), short(speed.images_per_second), f"{speed.waiting:.0%}", mfu
+    energy = f"{speed.watts * speed.seconds / 3.6e6:.3g} kWh" if speed.watts is not None else ""
+    return duration(speed.seconds), short(speed.images_per_second), f"{speed.waiting:.0%}", mfu, energy
 
 
 def memory(run: Run, stage: str) -> str:

@@ -1,9 +1,10 @@
 """The command that writes reports."""
 
+import json
 from pathlib import Path
 
 import pytest
-from run_folder import write_run
+from run_folder import FID, write_run
 
 from ldm.cli import report
 
@@ -15,7 +16,11 @@ def test_one_run_gets_its_report_and_several_share_one(
     assert report.main([str(first)]) == 0
     assert capsys.readouterr().out == f"wrote {first / 'report.html'}\n"
     out = tmp_path / "both.html"
-    assert report.main([str(first), str(second), "--out", str(out)]) == 0
+    assert report.main([str(first), str(second), "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"] == str(out) and [run["run"] for run in printed["runs"]] == [str(first), str(second)]
+    assert all(run["figures"]["inception"]["fid"]["value"] == FID["value"] for run in printed["runs"])
+    assert all(run["speed"]["stage2"]["images_per_second"] == 8.0 for run in printed["runs"])
     assert all(f'<th class="n">{folder}</th>' in out.read_text() for folder in (first, second))  # called alike
 
 

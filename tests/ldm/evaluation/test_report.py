@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_folder import STEPS, noise, training_line, write_run
+from run_folder import STEPS, noise, training_line, write_metrics, write_run
 
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import sections, write, write_report
@@ -119,10 +119,20 @@ def test_time_is_that_of_the_steps(run: Path) -> None:
     assert speed and speed.seconds == pytest.approx(100 * 16 / 8.0)  # 100 steps of 16 images at 8 a second
 
 
+def test_energy_is_mean_power_times_time(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    lines = [training_line(step) | {"watts": watts} for step, watts in ((50, 2000.0), (100, 3000.0))]
+    write_metrics(run / "stage2/metrics.jsonl", lines)  # 200 s at 2.5 kW
+    write([run], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "energy of the GPUs" in page.text["th"] and "0.139 kWh" in page.text["td"]
+
+
 def test_text_of_the_run_is_escaped(root: Path, tmp_path: Path) -> None:
     attack = "<script>alert('x')</script>\" onload=\"x"
     run = write_run(root, tmp_path / "a<b>&", prompt=attack)
-    html = write([run], tmp_path / "report.html").read_text("utf-8")
+    write([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
     Page(html)
     assert html.count("<script>") == 1 and "&lt;script&gt;alert" in html and 'onload="' not in html
     assert "<b>&" not in html
@@ -159,7 +169,8 @@ def test_a_failure_is_one_line_and_no_error(tmp_path: Path, capsys: pytest.Captu
 
 def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, tmp_path: Path, run: Path) -> None:
     other, far = (write_run(root, tmp_path / name, shift=shift) for name, shift in (("near", 1.0), ("far", 5.0)))
-    html = write([run, other, far], tmp_path / "report.html").read_text("utf-8")
+    write([run, other, far], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
     page = Page(html)
     assert {"first", "near", "far"} <= set(page.text["th"])
     assert "first is best, can't be told apart from near" in page.text["span"]
@@ -171,11 +182,26 @@ def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, 
 
 def test_the_verdict_follows_direction_and_bars() -> None:
     a, b = Figure(1.0, 0.5, 1.5), Figure(3.0, 2.5, 3.5)
-    assert "a is best" in best_of({"a": a, "b": b}, larger_is_better=False)
-    assert "b is best" in best_of({"a": a, "b": b}, larger_is_better=True)
-    assert "can't be told apart" in best_of({"a": a, "b": Figure(1.6, 1.4, 1.8)}, larger_is_better=True)
-    assert "no error bars" in best_of({"a": a, "b": Figure(1.6)}, larger_is_better=True)
-    assert "different networks" in best_of({"a": a, "b": Figure(3.0, 2.5, 3.5, network="other")}, larger_is_better=True)
+    for other, larger_is_better, expected in (
+        (b, False, "a is best"),
+        (b, True, "b is best"),
+        (Figure(1.6, 1.4, 1.8), True, "can't be told apart"),
+        (Figure(1.6), True, "no error bars"),
+        (Figure(3.0, 2.5, 3.5, network="other"), True, "different networks"),
+        (Figure(3.0, 2.5, 3.5, images=7), True, "different numbers of images"),
+    ):
+        assert expected in best_of({"a": a, "b": other}, larger_is_better, ["reference", "reference"])
+    assert "training images: not comparable" in best_of({"a": a, "b": b}, True, ["reference", "other"])
+    assert "not known to be comparable" in best_of({"a": a, "b": b}, True, ["reference", None])
+
+
+def test_an_evaluation_of_an_earlier_step_is_left_out_and_named(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    file = run / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained steps": 3}))
+    result = collect(run)
+    assert not result.figures and not result.samples and result.image("evaluation/grid.png") is None
+    assert result.notes == ["evaluation.json: of the model at step 3, before training went on; evaluate it again"]
 
 
 def test_only_files_of_the_evaluations_folder_are_shown(root: Path, tmp_path: Path) -> None:

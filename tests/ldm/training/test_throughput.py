@@ -179,13 +179,15 @@ def test_the_clock_reports_rates_and_waiting_since_the_last_reading() -> None:
             time.seconds += seconds
             yield 8
 
-    clock, read = Clock(flops=50.0, peak=1000.0, now=time), []
+    clock, read = Clock(flops=50.0, peak=1000.0, now=time, power=lambda: 350.0), []
     for images in clock.waiting(loader()):
         time.seconds += 1.0
         clock.count(images)
         read.append(clock.read() if len(read) != 1 else {})
-    assert read[0] == {"images_per_second": 8 / 4, "waiting": 3 / 4, "mfu": 2 * 50 / 1000}
-    assert read[2] == pytest.approx({"images_per_second": 16 / 5, "waiting": 3 / 5, "mfu": 3.2 * 50 / 1000})
+    assert read[0] == {"images_per_second": 8 / 4, "waiting": 3 / 4, "mfu": 2 * 50 / 1000, "watts": 350.0}
+    assert read[2] == pytest.approx(
+        {"images_per_second": 16 / 5, "waiting": 3 / 5, "mfu": 3.2 * 50 / 1000, "watts": 350.0}
+    )
 
 
 def test_the_clock_reports_no_utilisation_without_flops_or_peak() -> None:
