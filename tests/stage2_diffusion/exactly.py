@@ -1,11 +1,13 @@
 """`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums hardly matters.
 
-RUNS (overrides by run name) and OVERRIDES (those of all runs) are JSON. Each process writes to
-`FOLDER/shares-RANK.json` the share of each run's trained parameters that it held. They see a tenth of the drawings.
+RUNS (overrides by run name) and OVERRIDES (those of all runs) are JSON. A run whose first override is `after=NAME`
+continues a copy of that one. Each process writes to `FOLDER/shares-RANK.json` the share of each run's trained
+parameters that it held. They see a tenth of the drawings.
 """
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,11 @@ for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in
     kind.forward = in_float64(kind.forward)
 drawings: Index | None = None
 for name, more in json.loads(runs).items():
+    if more[0].startswith("after="):
+        if PartialState().is_main_process:
+            shutil.copytree(Path(folder, more[0].removeprefix("after=")), Path(folder, name))
+        PartialState().wait_for_everyone()
+        del more[0]
     settings = loader.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)
