@@ -35,6 +35,7 @@ def page() -> None:
     asked = st.query_params.get("view")
     st.session_state.setdefault("view", asked if asked in TITLES else "Forward")
     view = st.segmented_control("View", list(TITLES), key="view", required=True, label_visibility="collapsed")
+    assert view, "a view is required"
     st.query_params["view"] = view
     st.title(TITLES[view])
     with sentences():
