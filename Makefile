@@ -1,7 +1,7 @@
 # make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
 # make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
 # make drills what takes long: runs killed again and again, further variants of what the tests show; every night
-# make app    pages in a browser to learn, draw and judge: http://localhost:8501
+# make app    pages in a browser to learn, train, draw and judge: http://localhost:8501
 # All set up a virtual environment in .venv first.
 
 PYTHON ?= python3

@@ -42,6 +42,7 @@ def write_run(root: Path, folder: Path, *, shift: float = 0.0, prompt: str = "re
     facts: dict[str, Any] = {
         "evaluation.json": {
             "steps": 5,
+            "references": {"inception": "of the training images"},
             "figures": {"inception": {"fid": figure, "recall": {"value": 0.5}}},
             "training captions": {"pixels": {"top1": 0.75}},
             "real against real": {"inception": {"fid": {"value": 3.25}}},

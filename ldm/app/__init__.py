@@ -1,1 +1,1 @@
-"""The app: pages of Streamlit over the library, to learn, draw and judge in a browser."""
+"""The app: pages of Streamlit over the library, to learn, train, draw and judge in a browser."""

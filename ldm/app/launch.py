@@ -1,4 +1,4 @@
-"""The app in a browser: learn how diffusion works, generate images, look at reports.
+"""The app in a browser: learn how diffusion works, train models, generate images, look at reports.
 
     ldm-app --root runs --port 8501
 

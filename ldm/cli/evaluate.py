@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.evaluation.bootstrap import SPLITS
 from ldm.evaluation.report import write_report
+from ldm.evaluation.sample_files import remove_stale
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.model_card import write_card
@@ -53,11 +55,20 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 
+RUN_ONLY = (
+    *("batch", "seed", "steps", "guidance", "solver", "spacing", "model", "lora", "embedding", "count", "sheet"),
+    *("images", "concept", "noise_level", "precision"),
+)
+FOLDERS_ONLY = ("size",)
+"""Flags."""
+
 
 @command
 @errors_name_flags()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("ldm-evaluate: is one process; start it without accelerate launch or torchrun")
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         metrics = evaluate_folders.evaluate_folders(args) if args.real else _evaluate_run(args)
     if args.json:
@@ -73,6 +84,8 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     records = index.build(settings.data, settings.cache_dir, settings.stage2.conditions).select("train", *HELD_OUT)
     if not len(records):
         raise UserError(f"{settings.data.name}: no image is left to compare with")
+    if request and request.images:
+        request.check_real_images(len(records.select("train")))
     model = _load_model(args, settings)
     # Before anything is drawn: weights may be missing
     networks = request.networks(model.device, model) if request and request.images else []
@@ -80,6 +93,7 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     concept = _concept(args.concept, settings) if args.concept else None
     is_default = not (args.model or args.lora or args.embedding or concept) and options == Sampling()
     metrics: dict[str, Any] = {
+        "trained steps": settings.stage2.steps,
         "steps": options.num_inference_steps or model.steps,
         "guidance": model.guidance if options.guidance_scale is None else options.guidance_scale,
         "seed": args.seed,
@@ -93,6 +107,7 @@ def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
         folder = args.run / "evaluation" if is_default else None
         metrics |= evaluate_figures.evaluate_model(args, request, settings, model, records, folder, networks, other)
     if is_default:
+        remove_stale(args.run / "evaluation", grid=args.grid, figures=bool(request and request.images))
         with atomic_file(args.run / "evaluation.json") as tmp_path:
             tmp_path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         write_card(settings, metrics)
@@ -144,6 +159,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.grid and (args.model or args.lora or args.embedding or args.concept or args.real):
         raise UserError("--grid: is kept with a run's own images; leave out --model, --lora, --embedding, --concept")
+    if args.compare and not args.bootstrap:
+        raise UserError("--compare: tells by splits whether runs differ; leave out --bootstrap 0")
     if args.compare and (args.images == 0 or args.real):
         raise UserError("--compare: another model's images are compared with those of a run; draw some, with --images")
     if args.count < 2:
@@ -157,6 +174,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--real, --generated: give both, or neither and a run")
     if bool(args.run) == bool(args.real):
         raise UserError("give the folder of a finished run, or --real and --generated with folders of images")
+    for name in RUN_ONLY if args.real else FOLDERS_ONLY:
+        if getattr(args, name) != parser.get_default(name):
+            what = "a run" if args.real else "--real and --generated"
+            raise UserError(f"--{name.replace('_', '-')}: is for {what}; leave it out")
     return args
 
 

@@ -52,6 +52,8 @@ class Request:
     """Splits into halves; 0 for no error bars."""
     precision: str = "no"
     """Of the U-Net."""
+    named: bool = False
+    """Whether the user named the metrics."""
 
     @classmethod
     def of(cls, args: argparse.Namespace, options: Sampling, settings: Config | None = None) -> Request:
@@ -82,11 +84,28 @@ class Request:
                 guidance_scale=evaluate.guidance if options.guidance_scale is None else options.guidance_scale,
             )
         batch = args.batch or (evaluate.batch if evaluate else DEFAULT_BATCH)
-        return cls(metrics, weights, images, batch, options, args.bootstrap, args.precision)
+        return cls(metrics, weights, images, batch, options, args.bootstrap, args.precision, named is not None)
+
+    def check_real_images(self, count: int) -> None:
+        """Leaves out metrics that so many training images are too few for; UserError where they were named."""
+        for name, metrics in self.metrics.items():
+            able = possible(metrics, count)
+            if lost := [metric for metric in metrics if metric not in able]:
+                least = distances.METRICS[lost[0]].min_images
+                reason = f"{lost[0]} needs {least} training images, and there are {count}"
+                if self.named or not able:
+                    raise UserError(f"--metrics: {reason}; leave it out, or draw no images for figures: --images 0")
+                print(f"without {', '.join(lost)}: {reason}", flush=True)
+            self.metrics[name] = able
 
     def networks(self, device: torch.device, model: LatentDiffusion | None) -> list[FeatureNetwork]:
         autoencoder = model.autoencoder if model else None
         return [load_network(name, device, self.weights, autoencoder) for name in self.metrics]
+
+
+def possible(metrics: Sequence[str], images: int) -> list[str]:
+    """The metrics that so many images are enough for."""
+    return [metric for metric in metrics if images >= distances.METRICS[metric].min_images]
 
 
 def prepare(model: LatentDiffusion, precision: str, settings: Config) -> None:
@@ -125,12 +144,18 @@ def evaluate_model(
     """
     conditions = settings.stage2.conditions
     plan = GenerationPlan.of(records, conditions, request.images, args.seed, request.batch, request.options)
-    images = draw_images(plan, model)
     real = RealImages(records, settings.data.size, settings.cache_dir)
+    images = draw_images(plan, model)
     measured = measure_figures(request, plan, images, real, networks)
     metrics: dict[str, Any] = {
         "figures": {seen.network.name: json_of(seen.figures) for seen in measured},
         "real against real": {seen.network.name: json_of(seen.ceiling) for seen in measured},
+        "sampling of figures": {
+            "steps": request.options.num_inference_steps or model.steps,
+            "guidance": model.guidance if request.options.guidance_scale is None else request.options.guidance_scale,
+            "precision": request.precision,
+        },
+        "references": {seen.network.name: real.fingerprint(seen.network) for seen in measured},
     }
     metrics["memorization"] = measure_memorization(measured[0], real, images, folder)
     if plan.prompts:
@@ -157,10 +182,10 @@ def measure_figures(
         seen.figures = measure(metrics, seen.real, seen.generated, network, plan.prompts, request.bootstrap)
         captions = [captions[0] for captions in held.captions()] if plan.prompts else None
         others = (real.features(training, network), real.features(held, network))
-        seen.ceiling = measure(metrics, *others, network, captions, 0)
+        seen.ceiling = measure(possible(metrics, min(map(len, others))), *others, network, captions, 0)
         print(f"{plan.count} images against {len(seen.real)} training images, by {network.label}", flush=True)
         for name, figure in seen.figures.items():
-            best = f"real against real {seen.ceiling[name]}"
+            best = f"real against real {seen.ceiling.get(name, 'has too few')}"
             print(f"  {name:10} {figure!s:32} {best}  {distances.METRICS[name].help}", flush=True)
         measured.append(seen)
     return measured
@@ -252,7 +277,12 @@ def compare_models(
         text = prompt_features(seen.network, plan.prompts) if "clip_score" in metrics else None
         theirs = measure(metrics, seen.real, generated, seen.network, plan.prompts, request.bootstrap)
         compared = distances.compare(
-            metrics, seen.real, seen.generated, generated, text=text, bootstrap=max(1, request.bootstrap)
+            possible(metrics, min(len(seen.real), plan.count) // 2),
+            seen.real,
+            seen.generated,
+            generated,
+            text=text,
+            bootstrap=request.bootstrap,
         )
         own = seen.figures
         if plan.prompts:

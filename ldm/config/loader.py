@@ -28,7 +28,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration file, then applies overrides such as `stage2.lr=1e-4`.
+    """Reads a configuration file, or a run's `config.yaml`, then applies overrides such as `stage2.lr=1e-4`.
 
     The values of overrides are YAML; those of strings and paths are text as it is typed, or YAML in quotes.
     """
@@ -47,6 +47,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'stage2:', found {type(tree).__name__}")
+    if isinstance(tree.get("configuration"), dict):  # a run's, which says how it was made, too
+        tree = tree["configuration"]
     tree, notes = rename_keys(Config, tree)
     overrides = [_renamed_override(override, notes) for override in overrides]
     for section, name, _, keys in PRESETS:

@@ -12,7 +12,7 @@ class Figure:
 
     value: float
     low: float | None = None
-    """Lower end of the 95 % bootstrap interval; None where none was computed."""
+    """Lower end of the 95 % interval; None where none was computed."""
     high: float | None = None
     images: int = 0
     """Generated images that it is of."""

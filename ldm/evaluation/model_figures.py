@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class RealImages:
         features = real_features(images, self.side, network, self.cache_dir)
         assert features is not None, "a command is a single process"
         return features
+
+    def fingerprint(self, network: FeatureNetwork) -> str:
+        """Of the network and the training images: figures with the same one are comparable."""
+        return sha256(f"{network.fingerprint} {self.training.fingerprint()} {self.side}".encode()).hexdigest()
 
     def ceiling(self, count: int) -> tuple[Index, Index]:
         """Two sets of real images, whose figures a perfect model would have: held-out images, and training images.

@@ -50,6 +50,15 @@ def write_best_and_worst(
         tmp_path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
+def remove_stale(folder: Path, grid: bool, figures: bool) -> None:
+    """Removes what earlier evaluations left of parts that this one does not have: the grid, or all but the grid."""
+    stale = [] if grid else ["grid.png"]
+    stale += [] if figures else ["memorization.png", "samples.json", "sample-*.png"]
+    for pattern in stale:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def write_closest_pairs(path: Path, pairs: Sequence[ClosePair], images: torch.Tensor, training: Index) -> None:
     """A sheet of generated images, of `(N, 3, H, W)` uint8, each above the training image nearest to it."""
     side = images.shape[-1]

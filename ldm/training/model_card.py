@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,8 @@ IN_REPORT = (
     "comparison",
     "memorization",
     "retrieval",
+    "sampling of figures",
+    "references",
 )  # parts of evaluation.json that a card leaves out
 
 
@@ -184,8 +186,8 @@ def _metadata(config: Config, figures: Mapping[str, Any]) -> str:
                 task_type=task,
                 dataset_type=config.data.name,
                 dataset_name=config.data.name,
-                metric_type=names[-1].lower().replace(" ", "-"),
-                metric_name=" ".join(names),
+                metric_type=_metric_type(names),
+                metric_name=" ".join(names) + (f" ({figure['images']:,} images)" if figure.get("images") else ""),
                 metric_value=figure["value"],
             )
             for names, figure in _flat(figures)
@@ -194,6 +196,12 @@ def _metadata(config: Config, figures: Mapping[str, Any]) -> str:
         or None,
     )
     return data.to_yaml()
+
+
+def _metric_type(names: Sequence[str]) -> str:
+    """The Hub's name of a metric; "fid" and the like are of Inception, those of other networks are named after them."""
+    *above, metric = (name.lower().replace(" ", "-") for name in names)
+    return metric if not above or above[-1] == "inception" else f"{metric}-{above[-1]}"
 
 
 def _on_hub(name: str) -> bool:

@@ -191,6 +191,7 @@ def test_evaluation_reports_both_groups_and_the_card_shows_them(tiny_run: Path, 
     assert "held-out combinations pixels top1" in (tiny_run / "README.md").read_text()
     assert {"fid", "kid", "precision", "coverage"} <= figures["figures"]["latents"].keys()
     assert figures["figures"]["latents"]["fid"]["images"] == 20
+    assert figures["sampling of figures"] == {"steps": 5, "guidance": 3.0, "precision": "no"}
     assert figures["memorization"]["calibration"] == "held-out images"
     assert figures["retrieval"]["latents"]["R@1"]["images"] == 20
     samples = json.loads((tiny_run / "evaluation/samples.json").read_text())

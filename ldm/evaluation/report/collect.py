@@ -149,8 +149,12 @@ class Run:
         return default if value is None else value
 
     def image(self, *names: str) -> Path | None:
-        """The first of these files that is there."""
-        return next((path for path in (self.folder / name for name in names) if path.is_file()), None)
+        """The first of these files of the evaluation that is there."""
+        return (
+            None
+            if not self.evaluation
+            else next((path for path in (self.folder / name for name in names) if path.is_file()), None)
+        )
 
     @property
     def sources(self) -> str:
@@ -171,6 +175,10 @@ def collect(folder: Path) -> Run:
             what = "line is" if metrics.broken == 1 else "lines are"
             notes.append(f"{name}/metrics.jsonl: {metrics.broken} {what} incomplete and left out")
     evaluation = _json(folder / "evaluation.json", notes)
+    steps = tree["configuration"].get("stage2", {}).get("steps")
+    if (measured := evaluation.get("trained steps", steps)) != steps:
+        notes.append(f"evaluation.json: of the model at step {measured}, before training went on; evaluate it again")
+        evaluation = {}
     return Run(
         folder,
         folder.resolve().name,
@@ -184,7 +192,7 @@ def collect(folder: Path) -> Run:
         stages["stage1"],
         stages["stage2"],
         _figures(evaluation.get("figures"), notes),
-        _samples(folder / "evaluation", notes),
+        _samples(folder / "evaluation", notes) if evaluation else (),
         _sheets(folder / "stage2" / "samples"),
         notes,
     )

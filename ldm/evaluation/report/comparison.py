@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,20 @@ def comparison(runs: Sequence[Run]) -> str:
     return elements.document(title, lead, notes, f'<div class="legend runs">{legend}</div>', parts, foot)
 
 
-def best_of(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
+def best_of(figures: Mapping[str, Figure], larger_is_better: bool, references: Iterable[object]) -> Raw:
     """Which run is best by a figure, and which can't be told apart from it: their 95 % intervals overlap it.
 
-    Figures without intervals, or of different networks, are not compared.
+    Figures without intervals, or of different networks, training images or numbers of images, are not compared.
+    `references` are the runs' own, as `RealImages.fingerprint` has them; None where not known.
     """
     if len({figure.network for figure in figures.values()}) > 1:
         return Raw('<span class="even">different networks: not comparable</span>')
+    if None in (known := set(references)):
+        return Raw('<span class="even">measured by an older version: not known to be comparable</span>')
+    if len(known) > 1:
+        return Raw('<span class="even">different networks or training images: not comparable</span>')
+    if len({figure.images for figure in figures.values()}) > 1:
+        return Raw('<span class="even">different numbers of images: not comparable</span>')
     if any(figure.low is None or figure.high is None for figure in figures.values()):
         return Raw('<span class="even">no error bars</span>')
     choose = max if larger_is_better else min
@@ -73,9 +80,7 @@ def best_of(figures: Mapping[str, Figure], larger_is_better: bool) -> Raw:
     if len(like_best) == len(figures) - 1:
         return Raw('<span class="even">can\'t be told apart</span>')
     others = f", can't be told apart from {', '.join(like_best)}" if like_best else ""
-    sizes = {figure.images for figure in figures.values()}
-    unequal = " <small>(of different numbers of images)</small>" if len(sizes) > 1 else ""
-    return Raw(f'<span class="good">{elements.text(best)} is best{elements.text(others)}</span>{unequal}')
+    return Raw(f'<span class="good">{elements.text(best)} is best{elements.text(others)}</span>')
 
 
 def _overlap(a: Figure, b: Figure) -> bool:
@@ -116,7 +121,8 @@ def _figures(runs: Sequence[Run]) -> str:
         known = {name: figure for name, figure in of_runs.items() if figure is not None}
         cells = [sections.with_bar(figure) if figure else "" for figure in of_runs.values()]
         comparable = len(known) > 1 and metric in METRICS
-        result = best_of(known, METRICS[metric].larger_is_better) if comparable else ""
+        references = [_references(run).get(network) for run in runs if run.name in known]
+        result = best_of(known, METRICS[metric].larger_is_better, references) if comparable else ""
         rows.append((f"{sections.metric_name(metric)}, {network}", *cells, result))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
@@ -126,7 +132,7 @@ def _paired(runs: Sequence[Run]) -> str:
     first, *others = runs
     rows = []
     for other in others:
-        if _networks(first) != _networks(other):
+        if _references(first) != _references(other):
             continue
         a, b = (
             {(sample.number, sample.prompt): sample.score for sample in run.samples if sample.number is not None}
@@ -143,9 +149,9 @@ def _paired(runs: Sequence[Run]) -> str:
     return "<h3>The same prompts, image by image</h3>" + elements.table(header, rows)
 
 
-def _networks(run: Run) -> set[str]:
-    """Those that judged how the run's images follow their prompts."""
-    return set(retrieval) if isinstance(retrieval := run.evaluation.get("retrieval"), dict) else set()
+def _references(run: Run) -> dict[str, str]:
+    """By network: what the run's figures are measured with."""
+    return references if isinstance(references := run.evaluation.get("references"), dict) else {}
 
 
 def values(run: Run) -> dict[str, Any]:

@@ -35,7 +35,8 @@ OWN_SECTIONS = (
     "comparison",
     "memorization",
 )  # of evaluation.json; the rest is shown as it is
-SETTINGS = ("steps", "guidance", "seed")  # of the sampling, in evaluation.json
+SETTINGS = ("trained steps", "steps", "guidance", "seed", "references", "sampling of figures")  # no scores
+SAMPLING = ("steps", "guidance", "seed")
 
 
 class Images:
@@ -176,7 +177,10 @@ def final_figures(run: Run) -> str:
     if not rows:
         return ""
     header = ("metric", "value [95 % interval]", "real against real", "images", "network")
-    return elements.table(header, rows) + explained(run.figures.values())
+    sampling = run.evaluation.get("sampling of figures")
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.items()) if isinstance(sampling, dict) else ""
+    note = f'<p class="note">Sampled with {elements.text(settings)}.</p>' if settings else ""
+    return elements.table(header, rows) + note + explained(run.figures.values())
 
 
 def against_another(run: Run) -> str:
@@ -220,7 +224,7 @@ def scores(run: Run) -> str:
             elif isinstance(row, dict):
                 groups.append((label, row))
     parts = [_group(name, values) for name, values in groups] + [_score_table(rows)]
-    settings = ", ".join(f"{name} {run.evaluation[name]}" for name in SETTINGS if name in run.evaluation)
+    settings = ", ".join(f"{name} {run.evaluation[name]}" for name in SAMPLING if name in run.evaluation)
     note = f'<p class="note">Sampled with {elements.text(settings)}.</p>' if settings else ""
     return note + "".join(parts) if any(parts) else ""
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli.evaluate_figures import Request
 from ldm.config.rules import FEATURE_NETWORKS, FIGURES, FIGURES_OF_NETWORKS
 from ldm.evaluation.distances import METRICS
 from ldm.models import feature_networks
+from ldm.sampling.options import Sampling
+from ldm.utils.errors import UserError
 from scripts import evaluate
 
 Call = Callable[..., str]
@@ -67,6 +70,7 @@ def test_two_folders_are_compared_and_json_is_alone_on_stdout(
         ((11, (16, 16)), ("--network", "vgg"), "--network: 'vgg'; give"),
         ((11, (16, 16)), ("--metrics", "clip_score", "--network", "clip"), "clip_score needs prompts"),
         ((11, (16, 16)), ("--weights", "WEIGHTS"), "not the weights that it should be"),
+        ((11, (16, 16)), ("--guidance", "3"), "--guidance: is for a run; leave it out"),
         ((11, (16, 16)), ("runs/one",), "give the folder of a finished run, or --real and --generated"),
     ],
 )
@@ -85,3 +89,20 @@ def test_mistakes_are_one_line(
     error = output[output.index("error: ") :]
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "ldm-evaluate: is one process; start it without" in call(evaluate.main, tmp_path, status=2)
+
+
+def test_metrics_that_training_images_are_too_few_for_are_left_out_and_refused_where_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    request = Request({"latents": ["fid", "precision", "density"]}, None, 20, 4, Sampling(), 4)
+    request.check_real_images(5)
+    assert request.metrics == {"latents": ["fid", "precision"]}
+    assert capsys.readouterr().out == "without density: density needs 6 training images, and there are 5\n"
+    request.named = True
+    with pytest.raises(UserError, match="--metrics: precision needs 4 training images, and there are 3"):
+        request.check_real_images(3)

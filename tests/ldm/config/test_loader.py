@@ -40,6 +40,12 @@ def test_a_dumped_configuration_reads_back_equal(tiny: Path) -> None:
     assert loader.parse(loader.dump(config), "a dump") == config
 
 
+def test_the_configuration_of_a_run_is_read_as_a_file_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    tree = {"about": {"command": "train_ldm.py"}, "configuration": loader.dump(loader.load(tiny))}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert loader.load(tmp_path / "config.yaml", ["stage2.steps=9"]) == loader.load(tiny, ["stage2.steps=9"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -182,11 +182,26 @@ def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, 
 
 def test_the_verdict_follows_direction_and_bars() -> None:
     a, b = Figure(1.0, 0.5, 1.5), Figure(3.0, 2.5, 3.5)
-    assert "a is best" in best_of({"a": a, "b": b}, larger_is_better=False)
-    assert "b is best" in best_of({"a": a, "b": b}, larger_is_better=True)
-    assert "can't be told apart" in best_of({"a": a, "b": Figure(1.6, 1.4, 1.8)}, larger_is_better=True)
-    assert "no error bars" in best_of({"a": a, "b": Figure(1.6)}, larger_is_better=True)
-    assert "different networks" in best_of({"a": a, "b": Figure(3.0, 2.5, 3.5, network="other")}, larger_is_better=True)
+    for other, larger_is_better, expected in (
+        (b, False, "a is best"),
+        (b, True, "b is best"),
+        (Figure(1.6, 1.4, 1.8), True, "can't be told apart"),
+        (Figure(1.6), True, "no error bars"),
+        (Figure(3.0, 2.5, 3.5, network="other"), True, "different networks"),
+        (Figure(3.0, 2.5, 3.5, images=7), True, "different numbers of images"),
+    ):
+        assert expected in best_of({"a": a, "b": other}, larger_is_better, ["reference", "reference"])
+    assert "training images: not comparable" in best_of({"a": a, "b": b}, True, ["reference", "other"])
+    assert "not known to be comparable" in best_of({"a": a, "b": b}, True, ["reference", None])
+
+
+def test_an_evaluation_of_an_earlier_step_is_left_out_and_named(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    file = run / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained steps": 3}))
+    result = collect(run)
+    assert not result.figures and not result.samples and result.image("evaluation/grid.png") is None
+    assert result.notes == ["evaluation.json: of the model at step 3, before training went on; evaluate it again"]
 
 
 def test_only_files_of_the_evaluations_folder_are_shown(root: Path, tmp_path: Path) -> None:

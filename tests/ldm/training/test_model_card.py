@@ -31,7 +31,8 @@ def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:
         settings,
         {
             "guidance": 3.0,
-            "figures": {"inception": {"fid": fid}},
+            "figures": {"inception": {"fid": fid}, "latents": {"fid": {"value": 2.5, "images": 100}}},
+            "sampling of figures": {"steps": 5, "guidance": 1.5},
             "real against real": {"inception": {"fid": 3.0}},
             "pixels": {"top1": 0.5},
         },
@@ -41,9 +42,12 @@ def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:
     assert (data.library_name, data.pipeline_tag, data.license) == ("diffusers", "text-to-image", "cc-by-sa-4.0")
     assert data.base_model is None and data.datasets is None
     assert {result.metric_name: result.metric_value for result in data.eval_results or ()} == {
-        "inception fid": 12.5,
+        "inception fid (100 images)": 12.5,
+        "latents fid (100 images)": 2.5,
         "pixels top1": 0.5,
     }
+    types = [result.metric_type for result in data.eval_results or ()]
+    assert types == ["fid", "fid-latents", "top1-pixels"]  # the Hub's "fid" is Inception's
     assert "| inception fid | 12.500 [11.000, 14.000], 100 images |" in card.content
 
 
