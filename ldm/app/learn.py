@@ -35,6 +35,7 @@ def page() -> None:
     asked = st.query_params.get("view")
     st.session_state.setdefault("view", asked if asked in TITLES else "Forward")
     view = st.segmented_control("View", list(TITLES), key="view", required=True, label_visibility="collapsed")
+    assert view, "a view is required"
     st.query_params["view"] = view
     st.title(TITLES[view])
     with sentences():
@@ -50,8 +51,8 @@ def page() -> None:
 
 def _image() -> Image.Image:
     """The visitor's image, or a sample."""
-    with st.sidebar:
-        upload = st.file_uploader("Your image", IMAGE_TYPES, help="At most 20 MB. Without one, a drawing is used.")
+    with st.popover("Your image"):
+        upload = st.file_uploader("Image", IMAGE_TYPES, help="At most 20 MB. Without one, a drawing is used.")
         if not upload:
             image, source = sample()
             st.caption(plain(source))
@@ -69,8 +70,7 @@ def _processes() -> dict[str, DiffusionProcess]:
     """The schedules, and one that a run has learned, where there is such a run."""
     if not (runs := [str(run) for run in learned_runs()]):
         return PROCESSES
-    with st.sidebar:
-        run = st.selectbox("Learned schedule of", runs, format_func=lambda name: short(Path(name)))
+    run = st.selectbox("Learned schedule of", runs, format_func=lambda name: short(Path(name)))
     changed = allowed(f"{run}/stage2/checkpoints").stat().st_mtime
     return {**PROCESSES, LEARNED: _learned(run, changed)}
 
