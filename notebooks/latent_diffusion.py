@@ -308,10 +308,10 @@ display(grid([Image.open(path) for _, path in shapes], captions, 9, marked=map(c
 # ([rectified flow](https://arxiv.org/abs/2209.03003), eq. 1). Run the cell again and it finds the run finished.
 
 # %%
-STAGE1, STAGE2 = (12, 12) if FAST else (300, 600)
+STAGE1, STAGE2 = (12, 4) if FAST else (300, 600)
 options = [
     "data.val_fraction=0",
-    f"run.log_every={3 if FAST else 100}",
+    f"run.log_every={2 if FAST else 100}",
     "sample.every=100000",
     f"run.dir={WORK / 'run'}",
 ]
@@ -356,7 +356,7 @@ plt.show()
 # %%
 model = LatentDiffusion.load(WORK / "run/pipeline", "cpu")
 prompts = ["red heart", "blue heart", "yellow circle", "brown square", "purple square", *held_out]
-images = model(prompts, seed=0, num_inference_steps=5 if FAST else 20)
+images = model(prompts, seed=0, num_inference_steps=2 if FAST else 20)
 display(grid(images, prompts, len(prompts), marked=map(prompts.index, held_out)).quantize(64))
 
 # %% [markdown]
@@ -378,7 +378,7 @@ plt.show()
 
 # %%
 scales = [0.0, 1.0, 3.0, 8.0]
-steps = 5 if FAST else 20
+steps = 2 if FAST else 20
 sheets = [model("blue circle", count=6, seed=0, guidance_scale=w, num_inference_steps=steps) for w in scales]
 fig, axes = plt.subplots(len(scales), 6, figsize=(6, 4.3))
 for row, w, sheet in zip(axes, scales, sheets, strict=True):

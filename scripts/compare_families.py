@@ -4,8 +4,8 @@
     python scripts/compare_families.py --out runs/mine --source ~/pictures --size 64 --seconds 600
 
 Each family trains on one half of the images for `--seconds` of processor time (the latent diffusion model's autoencoder
-included), once per seed. Its samples are compared with the other half. The first steps are timed to find how many fit
-into that time; `families.json` has their number, and `--steps` repeats exactly these. CPU only.
+included), once per seed. Its samples are compared with the other half. Short trainings are timed first to find how many
+steps fit into that time; `families.json` has their number, and `--steps` repeats exactly these. CPU only.
 
 `OUT/families.md` and `families.json` have the figures, `families.png` samples; `OUT/ldm-seed0` is a run like any other.
 The same command continues: what is trained stays.
@@ -28,7 +28,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 
 import torch
 from families_models import FAMILIES, Family, Images, Steps
-from families_report import Reference, conclusions, markdown, sample_sheet
+from families_report import Reference, conclusions, equal_compute, markdown, sample_sheet
 from safetensors.torch import load_file, save_file
 
 from ldm.config import loader
@@ -49,6 +49,8 @@ COMPARED = 1000  # of each half, at most
 BOUNDED = 128  # held-out images of the likelihood bound, at most
 DRAWN_AT_ONCE = 50
 WARM_UP, TIMED = 4, 24  # steps of the runs that time a step
+REHEARSAL = 5  # the estimate is checked by a training of a fifth of its steps
+ANOTHER = "give another folder"
 SAMPLES, FIGURES = "samples.safetensors", "figures.json"
 
 
@@ -61,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(args: Namespace, load_network: Callable[[], FeatureNetwork]) -> None:
     """Trains, measures and reports what `args.out` does not have yet."""
     make_dir("--out", args.out)
+    record = read_record(args)
     with redirect_stdout(sys.stderr):  # stdout is for the result
-        training, held_out = prepare_images(args)
+        training, held_out = prepare_images(args, record)
     network = load_network()  # before hours of training
-    record = read_record(args, training)
     for name in args.families:
         if missing := [part for part in FAMILIES[name].parts if part not in record["steps"]]:
             fitting = steps_within(args.seconds, FAMILIES[name], training)
@@ -94,11 +96,14 @@ def compare(args: Namespace, load_network: Callable[[], FeatureNetwork]) -> None
 
     by_label = {FAMILIES[name].label: of_seeds for name, of_seeds in runs.items()}
     sentences = conclusions(by_label, real)
+    compute = equal_compute(by_label)
     record |= {"network": network.label, "compared": min(COMPARED, len(held_out)), "real": real, "families": runs}
-    record |= {"verdicts": sentences}
+    record |= {"compute": compute, "verdicts": sentences}
     write_json(args.out / "families.json", record)
     note = f"{record['compared']} samples against as many held-out images, {network.label}; mean ± deviation of seeds"
-    text = "\n".join([markdown(by_label, real), "", f"{note}.", "", *(f"- {sentence}." for sentence in sentences)])
+    text = "\n".join(
+        [markdown(by_label, real), "", f"{note}. {compute}.", "", *(f"- {sentence}." for sentence in sentences)]
+    )
     (args.out / "families.md").write_text(text + "\n", "utf-8")
     rows = {"real, held out": held_out}
     for name in runs:
@@ -126,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     for key, least in (("seconds", 1), ("seeds", 1)):
         if getattr(args, key) < least:
             raise UserError(f"--{key}: {getattr(args, key):g}; give {least} or more")
-    args.steps = dict(args.steps)
+    args.steps, args.families = dict(args.steps), list(dict.fromkeys(args.families))
     return args
 
 
@@ -139,24 +144,26 @@ def part_steps(text: str) -> tuple[str, int]:
     return part, int(number)
 
 
-def read_record(args: Namespace, images: Images) -> dict[str, Any]:
-    """What `families.json` keeps, with this call's settings and steps; UserError if it belongs to others."""
+def read_record(args: Namespace) -> dict[str, Any]:
+    """What `families.json` has, with this call's settings and steps; UserError if it belongs to others."""
     file = args.out / "families.json"
-    digest = tensors_sha256({"images": images.pixels})
-    settings = {"source": args.source, "size": args.size, "seconds": args.seconds, "images": digest}
+    settings = {"source": args.source, "size": args.size, "seconds": args.seconds}
     old = json.loads(file.read_text("utf-8")) if file.exists() else {"settings": settings, "steps": {}}
     for key, value in settings.items():
         if old["settings"][key] != value:
-            was = f"{old['settings'][key]}, not {value}" if key != "images" else "other images"
-            raise UserError(f"--out: {args.out} was made with {key} {was}; give another folder")
+            raise UserError(f"--out: {args.out} was made with {key} {old['settings'][key]}, not {value}; {ANOTHER}")
     for part, number in args.steps.items():
         if old["steps"].get(part, number) != number:
             raise UserError(f"--steps: {args.out} has {part}={old['steps'][part]}, not {number}; give another --out")
-    return {"settings": settings, "steps": old["steps"] | args.steps}
+    return old | {"steps": old["steps"] | args.steps}
 
 
-def prepare_images(args: Namespace) -> tuple[Images, torch.Tensor]:
-    """Two random halves of the source: images to train on, also as files, and held-out ones `(N, 3, S, S)`."""
+def prepare_images(args: Namespace, record: dict[str, Any]) -> tuple[Images, torch.Tensor]:
+    """Two random halves of the source: images to train on, also as files, and held-out ones `(N, 3, S, S)`.
+
+    `families.json` is written before the files, so that no other call can take them for its own. UserError if the
+    source no longer has the images that it records.
+    """
     data = loader.section(DataConfig, [f"source={json.dumps(args.source)}", f"size={args.size}"], "--source")
     entries = index.build(data, args.out / "cache", ())
     report = args.out / "data-report.json"
@@ -170,6 +177,10 @@ def prepare_images(args: Namespace) -> tuple[Images, torch.Tensor]:
     pixels = pixels[generator(0, "halves", 0).permutation(len(pixels))]
     training, held_out = pixels.tensor_split(2)
     print(f"{len(training)} images to train on, {len(held_out)} held out, {args.size} px", file=sys.stderr, flush=True)
+    digest = tensors_sha256({"images": training})
+    if record["settings"].setdefault("images", digest) != digest:
+        raise UserError(f"--out: {args.out} was made with other images of {args.source}; {ANOTHER}")
+    write_json(args.out / "families.json", record)
     folder = args.out / "images"
     if not folder.exists():
         with atomic_folder(folder) as tmp_path:
@@ -188,11 +199,15 @@ def steps_within(seconds: float, family: Family, images: Images) -> dict[str, in
 
     few = dict.fromkeys(family.parts, WARM_UP)
     cost(few)  # the first one imports and allocates
-    fixed, steps = cost(few), {}
-    for part, share in family.parts.items():
-        per_step = max(1e-6, cost(few | {part: TIMED}) - fixed) / (TIMED - WARM_UP)
-        steps[part] = WARM_UP + max(0, int(share * (seconds - fixed) / per_step))
-    return steps
+    fixed = cost(few)
+    per_step = {part: max(1e-6, cost(few | {part: TIMED}) - fixed) / (TIMED - WARM_UP) for part in family.parts}
+    more = {part: max(0.0, share * (seconds - fixed) / per_step[part]) for part, share in family.parts.items()}
+
+    # A few steps tell little of thousands: caches, logs and the second epoch are not in them.
+    rehearsed = {part: max(TIMED, int(n / REHEARSAL)) for part, n in more.items()}
+    expected = sum(per_step[part] * n for part, n in rehearsed.items())
+    scale = expected / max(1e-6, cost({part: WARM_UP + n for part, n in rehearsed.items()}) - fixed)
+    return {part: WARM_UP + int(scale * n) for part, n in more.items()}
 
 
 def train_and_draw(
@@ -220,7 +235,11 @@ def train_and_draw(
 
     def draw() -> None:
         for start in range(0, number, DRAWN_AT_ONCE):
-            parts.append(to_bytes(trained.draw(range(start, min(start + DRAWN_AT_ONCE, number)))))
+            images = trained.draw(range(start, min(start + DRAWN_AT_ONCE, number)))
+            if not bool(images.isfinite().all()):
+                remedy = "give another --out and fewer --seconds, or leave it out of --families"
+                raise UserError(f"{family.label}, seed {seed}: its training diverged, it draws NaN or Inf; {remedy}")
+            parts.append(to_bytes(images))
 
     figures |= {"parameters": trained.parameters / 1e6, "draw_seconds": cpu_seconds(draw) / number}
     if trained.bits:

@@ -17,6 +17,7 @@ from ldm.evaluation.memorization import missed_modes
 
 BATCH = 32  # images in a feature network
 SHOWN, SCALE, LABEL = 12, 2, 160  # images of a row of the picture; how much larger; pixels of its labels
+EQUAL = 1.10  # times of training that lie nearer together count as equal
 Values = dict[str, float]
 
 
@@ -89,28 +90,45 @@ def summary(runs: Sequence[Values]) -> dict[str, tuple[float, float]]:
     }
 
 
-def conclusion(name: str, families: Mapping[str, tuple[float, float]], real: float | None) -> str:
-    """Who wins a metric: the best, if it leads each other by more than both standard deviations together.
+def conclusion(name: str, families: Mapping[str, Sequence[float]], real: float | None) -> str:
+    """Who wins a metric: the family of the best mean, if its lead over each other is significant.
 
-    `families` has mean and standard deviation by label; those that have no such figure take no part.
+    `families` has the values of the seeds by label; those that have no such figure take no part.
     """
     title, better = METRICS[name].title, METRICS[name].better
-    if any(isnan(spread) for _, spread in families.values()):
+    if any(len(values) < 2 for values in families.values()):
         return f"{title}: one seed, no verdict"
-
-    def loss(label: str) -> float:
-        value = families[label][0]
-        return abs(value - (real or 0.0)) if better == "real" else -value if better == "higher" else value
-
-    ranked = sorted(families, key=loss)
-    first, *others = ranked
+    sign = -1 if better == "higher" else 1
+    losses = {
+        label: [abs(value - (real or 0.0)) if better == "real" else sign * value for value in values]
+        for label, values in families.items()
+    }
+    first, *others = sorted(losses, key=lambda label: fmean(losses[label]))
     if not others:
         return f"{title}: only the {first} has one"
-    level = [o for o in others if loss(o) - loss(first) <= families[first][1] + families[o][1]]
-    if not level:
+    behind = [label for label in others if differ(losses[first], losses[label])]
+    if behind == others:
         return f"{title}: the {first} wins"
-    behind = [label for label in others if label not in level]
-    return f"{title}: {_listed([first, *level])} tie" + (f", ahead of {_listed(behind)}" if behind else "")
+    level = [label for label in others if label not in behind]
+    ahead = f"; the {first} is ahead of {_listed(behind)}" if behind else ""
+    return f"{title}: {_listed([first, *level])} tie{ahead}"
+
+
+def differ(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the means of two families' seeds differ, by Welch's t-test: p < 0.05."""
+    from scipy.stats import ttest_ind_from_stats
+
+    if stdev(a) == stdev(b) == 0:
+        return fmean(a) != fmean(b)
+    return float(ttest_ind_from_stats(fmean(a), stdev(a), len(a), fmean(b), stdev(b), len(b), False).pvalue) < 0.05
+
+
+def equal_compute(families: Mapping[str, Sequence[Values]]) -> str:
+    """How far the mean times of training lie apart."""
+    seconds = [fmean(run["train_seconds"] for run in runs) for runs in families.values()]
+    ratio = max(seconds) / min(seconds)
+    text = f"The longest training took {ratio:.2f} times the shortest"
+    return text if ratio <= EQUAL else f"{text}: this is not equal compute"
 
 
 def _listed(labels: Sequence[str]) -> str:
@@ -135,8 +153,10 @@ def markdown(families: Mapping[str, Sequence[Values]], real: Values) -> str:
 
 def conclusions(families: Mapping[str, Sequence[Values]], real: Values) -> list[str]:
     """A sentence per metric."""
-    summaries = {label: summary(runs) for label, runs in families.items()}
-    measured = {name: {label: s[name] for label, s in summaries.items() if name in s} for name in METRICS}
+    measured = {
+        name: {label: [run[name] for run in runs] for label, runs in families.items() if name in runs[0]}
+        for name in METRICS
+    }
     return [conclusion(name, figures, real.get(name)) for name, figures in measured.items() if figures]
 
 

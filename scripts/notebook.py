@@ -37,7 +37,11 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, environment: Mapping[
     """Runs all cells in one kernel whose working folder is `folder`; CellExecutionError for one that fails."""
     paths = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     client = NotebookClient(
-        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=3600,
+        startup_timeout=600,  # on a busy machine
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
     )
     own = {name: value for name, value in environment.items() if name != "MPLBACKEND"}  # another would show no plot
     client.execute(env={**own, "PYTHONPATH": paths})

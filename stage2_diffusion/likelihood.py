@@ -28,12 +28,11 @@ from ldm.data.records import HELD_OUT
 from ldm.diffusion import likelihood
 from ldm.diffusion.losses import bound_integrand
 from ldm.diffusion.process import DiffusionProcess
-from ldm.diffusion.schedules import LOG_SNR, LearnedSchedule
+from ldm.diffusion.schedules import LOG_SNR
 from ldm.models.conditioning import Condition, predict
 from ldm.models.unet import UNet
 from ldm.sampling.pipeline import LatentDiffusion
-from ldm.training.checkpoint import read_checkpoint, read_last
-from ldm.training.diffusion_process import diffusion_process
+from ldm.training.diffusion_process import diffusion_process, learned_schedule
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.rng import normal, uniform
 from stage2_diffusion.conditions import Conditions
@@ -190,13 +189,8 @@ def cosine_levels(u: torch.Tensor, endpoints: tuple[float, float] = LOG_SNR) -> 
 
 
 def learned_levels(run: Path) -> NoiseLevels:
-    """The schedule that a run has learned, from its last checkpoint; UserError where that is gone or damaged."""
-    if not (content := read_last(run / "stage2", read_checkpoint)):
-        raise UserError(f"{run}: its checkpoints are gone, and with them the schedule that it learned")
-    parts, _ = content
-    schedule = LearnedSchedule()
-    prefix = "schedule."
-    schedule.load_state_dict({k.removeprefix(prefix): v for k, v in parts["model"].items() if k.startswith(prefix)})
+    """The noise levels of the schedule that a run has learned; UserError as `learned_schedule`."""
+    schedule = learned_schedule(run)
 
     def levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_snr, slope = schedule.draw(u.cpu())

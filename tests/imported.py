@@ -8,10 +8,12 @@ import pandas  # noqa: F401
 import resvg_py  # noqa: F401
 import torch
 import torch.utils.tensorboard
+import torchmetrics.image  # noqa: F401
 import transformers.models.bert.modeling_bert  # noqa: F401
 
 import train_ldm  # noqa: F401
 from ldm.data import check, stream  # noqa: F401
+from ldm.models import latent_plots  # noqa: F401
 from ldm.training import memory_estimate, preflight  # noqa: F401
 from ldm.training.throughput import matmul_peak
 from scripts import evaluate, txt2img  # noqa: F401

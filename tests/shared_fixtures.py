@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+import flops
 import numpy as np
 import psutil
 import pytest
@@ -27,8 +27,6 @@ from forked import Forked, ScriptProcess
 from of_config import indexed_once
 from PIL import Image
 from tiny import TINY, WORDS
-from torch import nn
-from torch.utils._pytree import tree_structure
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from ldm.config import loader
@@ -54,23 +52,14 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def flops_counted_once() -> Iterator[None]:
-    """Tests train hundreds of small networks: counting FLOPs, half a second's work, is done once for each kind.
-
-    Networks of one kind have the same kinds of layers and of inputs; `test_throughput` holds that the count is right.
-    """
-    counts: dict[Any, int] = {}
-    forward_flops = throughput.forward_flops
-
-    def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-        kinds = frozenset(type(part) for part in module.modules())
-        key = kinds, tree_structure((args, kwargs))
-        if key not in counts:
-            counts[key] = forward_flops(module, *args, **kwargs)
-        return counts[key]
-
+def flops_counted_once(of_all_workers: Path) -> Iterator[None]:
+    """Tests train hundreds of small networks, in this process and in forks. `test_throughput` holds that the count is
+    right."""
+    folder = of_all_workers / "flops"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "forward_flops", count)
+        patch.setenv(flops.COUNTS, str(folder))
+        patch.setattr(throughput, "forward_flops", flops.count_once)
         yield
 
 
@@ -237,7 +226,7 @@ def shard(write_tar: Callable[[Path, dict[str, bytes]], None]) -> Callable[[Path
 
 
 @pytest.fixture(scope="session")
-def environment(tiny_reads_words: None) -> dict[str, str]:
+def environment(tiny_reads_words: None, flops_counted_once: None) -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}  # the output of a killed process is not lost
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import nbformat
 import pytest
 
 from scripts import notebook as command
 
+TESTS = Path(__file__).parent
 REPORT = """
 import json
 facts = dict(results=results, errors=errors, likelihood_error=likelihood_error, last_alpha_bar=last_alpha_bar,
@@ -22,10 +25,21 @@ print(json.dumps(facts))
 
 
 def run(folder: Path, fast: str) -> tuple[list[Any], dict[str, Any]]:
-    """The executed code cells, and the facts that they computed."""
+    """The executed code cells, and the facts that they computed.
+
+    The kernel is a fork, which has imported everything already: matplotlib too, so that it is told its backend.
+    """
+    argv = [sys.executable, TESTS / "forked_python.py", folder / "kernel.txt"]
+    argv += ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--matplotlib=inline"]
+    spec = folder / "jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": [*map(str, argv)], "display_name": "forked", "language": "python"}))
+    fork_server.start()
     notebook = command.from_source()
     notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
-    command.execute(notebook, folder, {**os.environ, "FAST": fast, "OMP_NUM_THREADS": "1"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        command.execute(notebook, folder, {**os.environ, "FAST": fast, "OMP_NUM_THREADS": "1"})
     *cells, report = (cell for cell in notebook.cells if cell.cell_type == "code")
     return cells, json.loads(report.outputs[0].text)
 

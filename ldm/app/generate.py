@@ -1,22 +1,26 @@
-"""The page *Generate*: text to image, image to image, inpainting, and the pictures of this session."""
+"""The page *Generate*: text to image, image to image, inpainting, enlarging, and the pictures of this session."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import streamlit as st
 from PIL import Image
 
-from ldm.app.drawing import Adapters, Loaded, Settings, Upload, draw, png
-from ldm.app.inputs import IMAGE_TYPES, plain, sentences
-from ldm.app.roots import allowed, loras, pipelines, roots, short
+from ldm.app.drawing import Adapters, Loaded, Settings, Upload, draw, png, read_base
+from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
+from ldm.app.mask_canvas import painted_mask
+from ldm.app.roots import INDEX, allowed, loras, pipelines, roots, short, upscalers
 from ldm.config.schema import SOLVERS
+from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
 
-MODES = ("Text to image", "Image to image", "Inpainting")
+TEXT, IMAGE, INPAINT, ENLARGE = "Text to image", "Image to image", "Inpainting", "Enlarging"
+MODES = {"generate": (TEXT, IMAGE, INPAINT), "inpaint": (INPAINT,), "upscale": (ENLARGE,)}
+"""What can be done with a model, by its task."""
 MAX_KEPT = 24  # pictures in a session's gallery
 AS_SAVED = "as saved"
 
@@ -30,28 +34,45 @@ class Kept:
     png: bytes
 
 
-@st.cache_resource(max_entries=2, show_spinner="Loading the model …")
-def _load(folder: str, adapters: Adapters, changed: float) -> Loaded:
-    """A model in memory, loaded anew where its folder has `changed`."""
-    return Loaded.read(folder, adapters)
+@st.cache_resource(max_entries=2, show_spinner="Reading the model …")
+def _base(folder: str, changed: float) -> LatentDiffusion:
+    """A model as it was saved, read anew where its folder has `changed`."""
+    return read_base(folder)
+
+
+@st.cache_resource(max_entries=2, show_spinner="Preparing the model …")
+def _loaded(folder: str, adapters: Adapters, changed: tuple[float, ...]) -> Loaded:
+    """A model with adapters, prepared anew where one of their files has `changed`; the base stays in memory."""
+    return Loaded.of(_base(folder, changed[0]), adapters)
+
+
+def base(folder: str) -> LatentDiffusion:
+    """The model of a folder inside the roots; UserError where it is none."""
+    index = _index(folder)
+    return _base(str(index.parent), index.stat().st_mtime)
 
 
 def load(folder: str, adapters: Adapters = ()) -> Loaded:
-    """The model of a folder inside the roots; UserError where it is none."""
-    index = allowed(folder) / "model_index.json"
+    """The same with adapters, ready to draw."""
+    index = _index(folder)
+    files = (index, *(allowed(name) for name, _ in adapters))
+    return _loaded(str(index.parent), adapters, tuple(file.stat().st_mtime for file in files))
+
+
+def _index(folder: str) -> Path:
+    index = allowed(folder) / INDEX
     if not index.is_file():
-        raise UserError(f"folder: {folder} is no pipeline (it has no model_index.json); give RUN/pipeline")
-    for name, _ in adapters:
-        allowed(name)
-    return _load(str(index.parent), adapters, index.stat().st_mtime)
+        raise UserError(f"folder: {folder} is no pipeline (it has no {INDEX}); give RUN/pipeline")
+    return index
 
 
 def choose_model() -> str | None:
-    """The folder that the visitor chooses in the sidebar; None where there is none yet."""
-    with st.sidebar:
-        folders = [str(path) for path in pipelines()]
-        chosen = st.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
-        typed = st.text_input("Or another folder", placeholder=f"inside {', '.join(map(str, roots()))}")
+    """The folder that the visitor chooses; None where there is none yet."""
+    left, right = st.columns(2)
+    folders = [str(path) for path in pipelines()]
+    chosen = left.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
+    where = " or ".join(str(root) for root in roots())
+    typed = right.text_input("Or another folder", help=f"In {where}.", placeholder="RUN/pipeline")
     return typed.strip() or chosen
 
 
@@ -64,21 +85,15 @@ def page() -> None:
         st.info(f"No finished model in {where}. `make demo` trains one; or start the app with `--root FOLDER`.")
         return
     with sentences():
-        adapters = _adapters()
-        loaded = load(folder, adapters)
-        model = loaded.model
-        if model.task == "upscale":
-            raise UserError("model: it enlarges images; use ldm-upscale, or choose another")
+        model = base(folder)
         controls, canvas = st.columns([1, 1], gap="large")
         with controls:
-            settings = _settings(model, folder, adapters)
+            settings = _settings(model, folder)
             pressed = st.button("Generate", type="primary", disabled=settings is None, width="stretch")
         with canvas:
-            again = st.session_state.pop("again", None)
-            if again:
-                _draw(load(again.model, again.loras), again)
-            elif pressed and settings:
-                _draw(loaded, settings)
+            again: Settings | None = st.session_state.pop("again", None)
+            if chosen := again or (settings if pressed else None):
+                _draw(chosen)
             elif kept := st.session_state.get("kept"):
                 st.image(kept[0].image, width="stretch")
             else:
@@ -90,36 +105,49 @@ def _adapters() -> Adapters:
     """The LoRAs that the visitor adds, each with its scale."""
     if not (files := [str(path) for path in loras()]):
         return ()
-    with st.sidebar:
-        chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
-        return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
+    chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
+    return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
 
 
-def _settings(model: LatentDiffusion, folder: str, adapters: Adapters) -> Settings | None:
+def _settings(model: LatentDiffusion, folder: str) -> Settings | None:
     """What the visitor chooses; None while an image or mask is missing."""
-    modes = MODES[2:] if model.task == "inpaint" else MODES
+    modes = MODES[model.task]
     mode = st.segmented_control("Task", modes, default=modes[0], required=True) if len(modes) > 1 else modes[0]
     prompt = st.text_area("Prompt", "red heart", height=68) if model.text else None
     negative = st.text_input("Negative prompt", help="What the picture should not show.") if model.text else ""
     label = st.selectbox("Class", model.classes) if model.classes else None
-    image = _upload("Image") if mode != MODES[0] else None
-    mask = _upload("Mask, white where to generate") if mode == MODES[2] else None
+    image = _upload("Image") if mode != TEXT else None
+    mask = _mask(image) if mode == INPAINT and image else None
+    adapters = _adapters()
     left, right = st.columns(2)
     solver = left.selectbox("Solver", [AS_SAVED, *SOLVERS])
     steps = right.number_input("Steps", 1, 1000, model.steps)
     guidance = left.slider("Guidance", 0.0, 20.0, float(min(model.guidance, 20)), 0.5, help="1 is none.")
     seed = right.number_input("Seed", 0, 2**32 - 1, 0)
-    strength = left.slider("Strength", 0.0, 1.0, 0.6 if mode == MODES[1] else 1.0, 0.05) if image else None
-    if (mode != MODES[0] and not image) or (mode == MODES[2] and not mask):
-        return None
     options = Sampling(
         num_inference_steps=int(steps),
         guidance_scale=guidance,
         solver=None if solver == AS_SAVED else solver,
         negative_prompt=negative,
-        strength=strength,
     )
-    return Settings(folder, prompt, label, int(seed), options, adapters, image, mask)
+    upscaler = None
+    if mode == ENLARGE:
+        help_text = "Noise on the small image: more invents more detail."
+        level = st.slider("Noise level", 0, MAX_NOISE_LEVEL - 1, options.noise_level, help=help_text)
+        options = replace(options, noise_level=level)
+    elif image:
+        options = replace(options, strength=st.slider("Strength", 0.0, 1.0, 0.6 if mode == IMAGE else 1.0, 0.05))
+    elif mode == TEXT and model.text and (folders := [str(path) for path in upscalers()]):
+        upscaler = st.selectbox("Enlarge it with", [None, *folders], format_func=_upscaler_name)
+    if (mode != TEXT and not image) or (mode == INPAINT and not mask):
+        return None
+    return Settings(
+        folder, prompt, label, int(seed), options, adapters, image, mask, enlarges=mode == ENLARGE, upscaler=upscaler
+    )
+
+
+def _upscaler_name(folder: str | None) -> str:
+    return short(Path(folder)) if folder else "nothing"
 
 
 def _upload(label: str) -> Upload | None:
@@ -127,18 +155,31 @@ def _upload(label: str) -> Upload | None:
     return Upload(file.name, file.getvalue()) if file else None
 
 
-def _draw(loaded: Loaded, settings: Settings) -> None:
+def _mask(image: Upload) -> Upload | None:
+    """The mask that the visitor paints over the image, or brings; None while there is none."""
+    ways = ("Paint", "Upload")
+    if st.segmented_control("Mask", ways, default=ways[0], required=True) == ways[1]:
+        return _upload("White where to generate, black elsewhere")
+    st.caption("Paint over what to generate.")
+    data = painted_mask(decoded(image.data, "image"), image.sha256[:16])
+    return Upload("mask.png", data) if data else None
+
+
+def _draw(settings: Settings) -> None:
     """Draws a picture, shows it while it forms, and keeps it."""
+    loaded = load(settings.model, settings.loras)
+    upscaler = load(settings.upscaler) if settings.upscaler else None
     canvas, bar = st.empty(), st.progress(0.0)
 
-    def preview(number: int, total: int, image: Image.Image) -> None:
+    def preview(number: int, total: int, image: Image.Image | None) -> None:
         bar.progress(number / total, f"step {number} of {total}")
-        canvas.image(image, width="stretch")
+        if image:
+            canvas.image(image, width="stretch")
 
-    image = draw(loaded, settings, preview)
+    image = draw(loaded, settings, preview, upscaler)
     bar.empty()
     canvas.image(image, width="stretch")
-    kept = Kept(settings, image, png(loaded, settings, image))
+    kept = Kept(settings, image, png(loaded, settings, image, upscaler))
     st.session_state["kept"] = [kept, *st.session_state.get("kept", [])][:MAX_KEPT]
 
 
@@ -148,17 +189,26 @@ def _gallery() -> None:
     if not kept:
         return
     st.header("This session")
-    st.caption(f"The last {MAX_KEPT} pictures. A PNG holds its settings; `ldm-txt2img --again` makes it anew.")
+    scripts = sorted({entry.settings.script.removesuffix(".py") for entry in kept})
+    commands = ", ".join(f"`ldm-{script} --again`" for script in scripts)
+    st.caption(f"The last {MAX_KEPT} pictures. A PNG holds its settings; {commands} makes it anew.")
     columns = st.columns(4)
     for i, entry in enumerate(kept):
-        settings, options = entry.settings, entry.settings.options
         with columns[i % 4].container(border=True):
-            st.image(entry.image, width="stretch")
-            words = plain(settings.prompt or settings.label or "")
-            solver = options.solver or AS_SAVED
-            steps, scale = options.num_inference_steps, options.guidance_scale
-            st.caption(f"{words}  \nseed {settings.seed}, {solver}, {steps} steps, guidance {scale:g}")
-            if st.button("Remake", key=f"again-{i}", help="Draws it anew from its settings.", width="stretch"):
-                st.session_state["again"] = settings
-                st.rerun()
-            st.download_button("PNG", entry.png, f"{i}-seed-{settings.seed}.png", "image/png", width="stretch")
+            _card(i, entry)
+
+
+def _card(number: int, entry: Kept) -> None:
+    settings, options = entry.settings, entry.settings.options
+    st.image(entry.image, width="stretch")
+    words = plain(settings.prompt or settings.label or "")
+    solver = options.solver or AS_SAVED
+    steps, scale = options.num_inference_steps, options.guidance_scale
+    st.caption(f"{words}  \nseed {settings.seed}, {solver}, {steps} steps, guidance {scale:g}")
+    if st.button("Remake", key=f"again-{number}", help="Draws it anew from its settings.", width="stretch"):
+        st.session_state["again"] = settings
+        st.rerun()
+    name = f"{number}-seed-{settings.seed}"
+    st.download_button("PNG", entry.png, f"{name}.png", "image/png", width="stretch")
+    if settings.mask:  # `--again` asks for it
+        st.download_button("Mask", settings.mask.data, f"{name}-mask.png", key=f"mask-{number}", width="stretch")

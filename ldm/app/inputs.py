@@ -31,15 +31,16 @@ def plain(text: str) -> str:
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Shows a mistake in the block as a sentence, and ends the page there."""
+def sentences(stop: bool = True) -> Iterator[None]:
+    """Shows a mistake in the block as a sentence, and ends the page there, or with `stop=False` the block alone."""
     try:
         yield
+        return
     except UserError as error:
         st.error(plain(str(error)))
-        st.stop()
     except torch.OutOfMemoryError:
         st.error("The GPU's memory is full; take a smaller model, or close other programs.")
+    if stop:
         st.stop()
 
 

@@ -11,11 +11,18 @@ from ldm.utils.paths import expand
 ROOTS = "LDM_APP_ROOTS"
 """The environment variable with the roots, set by `ldm-app`."""
 MAX_FOUND = 200
+INDEX = "model_index.json"
+"""The file by which a pipeline's folder is known."""
 
 
 def roots() -> list[Path]:
     """The folders that may be read, resolved; `runs` where none was chosen."""
     return [Path(root).resolve() for root in os.environ.get(ROOTS, "runs").split(os.pathsep)]
+
+
+def inside(path: Path) -> bool:
+    """Whether a resolved path lies in one of the roots."""
+    return any(path.is_relative_to(root) for root in roots())
 
 
 def allowed(text: str) -> Path:
@@ -25,9 +32,9 @@ def allowed(text: str) -> Path:
         exists = path.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"folder: {text!r} can't be read ({error}); give another") from None
-    if not any(path.is_relative_to(root) for root in roots()):
-        inside = ", ".join(map(str, roots()))
-        raise UserError(f"folder: {path} is outside of {inside}; start the app with --root {path}")
+    if not inside(path):
+        where = ", ".join(map(str, roots()))
+        raise UserError(f"folder: {path} is outside of {where}; start the app with --root {path}")
     if not exists:
         raise UserError(f"folder: there is no {path}; give one that exists")
     return path
@@ -39,14 +46,19 @@ def _found(*patterns: str) -> list[Path]:
     for root in roots():
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
-                if any(path.resolve().is_relative_to(other) for other in roots()):
+                if inside(path.resolve()):
                     folders[path] = None
     return list(folders)[:MAX_FOUND]
 
 
 def pipelines() -> list[Path]:
     """Folders of finished pipelines, up to two folders below a root."""
-    return [path.parent for path in _found("model_index.json", "*/model_index.json", "*/*/model_index.json")]
+    return [path.parent for path in _found(INDEX, f"*/{INDEX}", f"*/*/{INDEX}")]
+
+
+def upscalers() -> list[Path]:
+    """Those of `pipelines` that enlarge images."""
+    return [path for path in pipelines() if b"StableDiffusionUpscalePipeline" in (path / INDEX).read_bytes()]
 
 
 def runs() -> list[Path]:
@@ -58,6 +70,21 @@ def started_runs() -> list[Path]:
     """Folders of trainings, and of those that the app started and that had no time to write more; the newest first."""
     logs = [path.parent for path in _found("process.json", "*/process.json", "*/*/process.json")]
     return sorted(dict.fromkeys([*runs(), *logs]), key=lambda run: -run.stat().st_mtime)
+
+
+def learned_runs() -> list[Path]:
+    """Those of `runs` that learn their noise schedule."""
+    return [
+        run
+        for run in runs()
+        if (run / "stage2/checkpoints").is_dir() and b"beta_schedule: learned\n" in (run / "config.yaml").read_bytes()
+    ]
+
+
+def classifiers() -> list[Path]:
+    """Runs of classifiers that guide, up to two folders below a root."""
+    files = _found("model/config.json", "*/model/config.json", "*/*/model/config.json")
+    return [path.parents[1] for path in files if b'"NoisyClassifier"' in path.read_bytes()]
 
 
 def loras() -> list[Path]:

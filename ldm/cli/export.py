@@ -9,7 +9,7 @@ The file has the original layout of Stable Diffusion 1, 2 or XL, whichever has n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_and_compare(model, args.base or name, args.to, args.precision, args.out)
 
 
-def write_and_compare(model: LatentDiffusion, config: str, to: str, precision: str, out: Path) -> None:
+def write_and_compare(
+    model: LatentDiffusion, config: str, to: str, precision: str, out: Path, say: Callable[[str], None] = print
+) -> None:
     """Writes a model, reads it again with plain diffusers, and compares all tensors and an image.
 
-    Prints what was found. `config` is the folder or Hub id with the configuration that a single file lacks. UserError
-    where a tensor differs.
+    Says what was found, line by line. `config` is the folder or Hub id with the configuration that a single file lacks.
+    UserError where a tensor differs.
     """
     model = in_precision(model, DTYPES[precision])
     if to == "diffusers":
@@ -73,16 +75,16 @@ def write_and_compare(model: LatentDiffusion, config: str, to: str, precision: s
     else:
         layout = write_single_file(model, out)
         written = read_single_file(model, out, config)
-        print(f"layout   {layout}")
+        say(f"layout   {layout}")
         if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
             widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))
-            print(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
+            say(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
         if layout == "sdxl" and precision == "fp16" and model.autoencoder.vae.config.force_upcast:
-            print(f"note     {OVERFLOW}")
-    print(f"tensors  {compare_tensors(model, written):,} read again, all equal")
+            say(f"note     {OVERFLOW}")
+    say(f"tensors  {compare_tensors(model, written):,} read again, all equal")
     if model.task == "generate":
-        print(f"image    differs by {compare_images(model, written)} of 255 at most from that of the model")
-    print(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
+        say(f"image    differs by {compare_images(model, written)} of 255 at most from that of the model")
+    say(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
 
 
 def check_out(out: Path, to: str) -> None:

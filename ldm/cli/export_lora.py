@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 
-def export_lora(name: str, base: str | None, layout: str | None, dtype: torch.dtype, out: Path) -> None:
+def export_lora(
+    name: str,
+    base: str | None,
+    layout: str | None,
+    dtype: torch.dtype,
+    out: Path,
+    say: Callable[[str], None] = print,
+) -> None:
     """Writes an adapter's file in a layout, reads it again, and compares all tensors, and an image where diffusers can.
 
-    Prints what was found. UserError without a layout or a base, or where a tensor differs.
+    Says what was found, line by line. UserError without a layout or a base, or where a tensor differs.
     """
     if not layout:
         raise UserError("--layout: --to lora needs one; give diffusers or kohya")
@@ -47,15 +55,15 @@ def export_lora(name: str, base: str | None, layout: str | None, dtype: torch.dt
             metadata = kohya_layout.metadata_of(adapter, out.stem, family, model.side)
             kohya_layout.write(tmp_path, adapter, model.networks, metadata)
         written = read_adapter(tmp_path, model.networks, "--out")
-        print(f"tensors  {compare_adapters(adapter, written):,} read again, all equal")
+        say(f"tensors  {compare_adapters(adapter, written):,} read again, all equal")
     kinds = {change.kind for layers in written.values() for change in layers.values()}
     if reason := why_not_loaded(kinds, set(written), layout, model.task):
-        print(f"image    not compared: {reason}")
+        say(f"image    not compared: {reason}")
     else:
         pipeline = load_in_diffusers(plain, out, min(kinds))
         model.add_loras((out, 1.0))
-        print(f"image    differs by {compare_images(model, pipeline)} of 255 at most from that of plain diffusers")
-    print(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
+        say(f"image    differs by {compare_images(model, pipeline)} of 255 at most from that of plain diffusers")
+    say(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
 
 
 def check_finite(adapter: Adapter) -> None:

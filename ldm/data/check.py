@@ -108,11 +108,19 @@ def balance_line(good: int, bad: int, left_out: int) -> str:
 
 
 def sheet(index: Index, spec: SampleSpec, count: int = 32) -> Image.Image:
-    """A grid of a sample of each of the first steps, cropped and mirrored as in training, with caption or class."""
+    """A grid of `samples`."""
+    images, captions = zip(*samples(index, spec, count), strict=True)
+    return grid(images, captions, columns=8)
+
+
+def samples(index: Index, spec: SampleSpec, count: int) -> list[tuple[Image.Image, str]]:
+    """A sample of each of the first steps, cropped and mirrored as in training, with caption or class."""
     plan = SamplePlan(index, spec)
-    samples = {n: plan[n] for n in range(0, count * spec.batch, spec.batch)}
-    images = [to_pil(plan.pixels(n, sample)[0][None])[0] for n, sample in samples.items()]
-    return grid(images, [sample.caption or sample.entry.label for sample in samples.values()], columns=8)
+    chosen = {n: plan[n] for n in range(0, count * spec.batch, spec.batch)}
+    return [
+        (to_pil(plan.pixels(n, sample)[0][None])[0], sample.caption or sample.entry.label)
+        for n, sample in chosen.items()
+    ]
 
 
 def _sizes(index: Index) -> dict[str, Any]:

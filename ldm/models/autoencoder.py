@@ -27,6 +27,7 @@ from ldm.models.finite import check_weights
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import atomic_folder, tensors_sha256
 from ldm.utils.errors import UserError, first_line
+from ldm.utils.precision import placement
 
 STATISTICS = "latents.json"
 DETERMINISTIC = -60.0  # log-variance of latents that are no distribution: a sample equals the mean
@@ -49,6 +50,10 @@ KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, AutoencoderTin
 FAMILIES = {"kl": "AutoencoderKL", "vq": "VQModel", "tiny": "AutoencoderTiny", "dc": "AutoencoderDC"}
 FAMILIES["identity"] = "Identity"
 Model: TypeAlias = Any  # one of these, or Identity
+
+
+def _placement(vae: Model) -> tuple[torch.device, torch.dtype]:
+    return (vae.device, vae.dtype) if isinstance(vae, Identity) else placement(vae)
 
 
 def split_batch(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -82,7 +87,8 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the normalised posterior, each of the shape of `encode`'s result."""
-        parts = [self._moments(part.to(self.vae.device, self.vae.dtype)) for part in split_batch(pixels)]
+        place = _placement(self.vae)
+        parts = [self._moments(part.to(*place)) for part in split_batch(pixels)]
         mean, logvar = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
         if self._overflows(mean, pixels):
             return self.moments(pixels)
@@ -99,7 +105,7 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """`(N, channels, h, w)` normalised latents → `(N, 3, h·factor, w·factor)` float32, roughly in [-1, 1]."""
-        z = latents.to(self.vae.device, self.vae.dtype) / self.scale + self.shift
+        z = latents.to(*_placement(self.vae)) / self.scale + self.shift
         area = z[0, 0].numel() * self.factor**2
         pixels = torch.cat([self._decode(part, area) for part in z.split(max(1, MAX_PIXELS // area))]).float()
         return self.decode(latents) if self._overflows(pixels, latents) else pixels
@@ -109,7 +115,8 @@ class Autoencoder:
 
         Stable Diffusion XL's first autoencoder needs it: its activations exceed 65504.
         """
-        if self.vae.dtype != torch.float16 or bool(output.isfinite().all()) or not bool(source.isfinite().all()):
+        _, dtype = _placement(self.vae)
+        if dtype != torch.float16 or bool(output.isfinite().all()) or not bool(source.isfinite().all()):
             return False
         print("the autoencoder overflows in fp16; it computes in float32 from now on", file=sys.stderr, flush=True)
         self._encoder = self.encoder_fingerprint()
@@ -304,9 +311,8 @@ def channel_statistics(
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)  # of 1, of z, of z²
     with torch.no_grad():
         for pixels in (part for batch in batches for part in split_batch(batch)):
-            z = (
-                encode_posterior(vae, pixels.to(vae.device, vae.dtype))[0].double().cpu().transpose(0, 1).flatten(1)
-            )  # (C, N·h·w)
+            mean, _ = encode_posterior(vae, pixels.to(*placement(vae)))
+            z = mean.double().cpu().transpose(0, 1).flatten(1)  # (C, N·h·w)
             sums += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
     count, linear, squares = total(sums)
     mean = linear / count

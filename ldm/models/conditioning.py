@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.diffusion.schedules import betas
+from ldm.utils.precision import placement
 
 NUM_NOISE_LEVELS = 1000  # of an upscaler's low-resolution input, as its U-Net's class embedding knows them
 MAX_NOISE_LEVEL = 350  # training uses the levels below it, as Stable Diffusion's upscaler does
@@ -88,7 +89,7 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -
 
     It is in the U-Net's own precision.
     """
-    dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())  # `unet.dtype` visits all layers first
+    _, dtype = placement(unet)
     if dtype != torch.float32:
         x, condition = x.to(dtype), condition.to(dtype)
     inputs: dict[str, Any] = {}

@@ -18,7 +18,8 @@ from ldm.utils.atomic_files import atomic_file
 
 def plot_latents(statistics: LatentStatistics, path: Path) -> None:
     """Histograms, correlation, spectrum, mean and standard deviation, as one PNG."""
-    figure = Figure(figsize=(11, 8), dpi=110)
+    # no layout, also where a notebook's rcParams ask for one; matplotlib's types lack it
+    figure = Figure(figsize=(11, 8), dpi=110, layout="none")  # type: ignore[arg-type]
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     many = statistics.channels > 10

@@ -24,6 +24,8 @@ class Step(NamedTuple):
     total: int
     x0: torch.Tensor
     """The latents that the network predicts from x_t, `(N, C, h, w)`."""
+    x_t: torch.Tensor
+    """The network's input, `(N, C, h, w)`."""
 
 
 class InpaintMask(NamedTuple):
@@ -76,7 +78,7 @@ def sample(
             predicted_x0 = predict_x0(
                 solver.prediction_type, prediction[:, : x.shape[1]], model_input, level.alpha, level.sigma
             )
-            callback(Step(i + 1, len(solver.levels), predicted_x0))
+            callback(Step(i + 1, len(solver.levels), predicted_x0, model_input))
     return x
 
 

@@ -32,6 +32,7 @@ from ldm.sampling.options import Sampling
 from ldm.sampling.prepare import prepare
 from ldm.sampling.request import AS_SAVED, Interpolation, SamplingInputs, SamplingRequest, Size
 from ldm.utils.errors import UserError
+from ldm.utils.precision import placement
 
 __all__ = ["Interpolation", "LatentDiffusion", "SamplingRequest"]
 MAX_CACHED_PROMPTS = 1000
@@ -95,7 +96,7 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device  # type: ignore[no-any-return]
+        return placement(self.unet)[0]
 
     @classmethod
     def load(
@@ -271,7 +272,7 @@ class LatentDiffusion:
         def finish(
             start: int, latents: torch.Tensor, image: torch.Tensor | None, mask: torch.Tensor | None
         ) -> list[Image.Image]:
-            check_output(latents, "U-Net", self.unet, OVERFLOW[self.unet.dtype == torch.float16])
+            check_output(latents, "U-Net", self.unet, OVERFLOW[placement(self.unet)[1] == torch.float16])
             images = self.to_images(latents, image, mask)
             if not ready:
                 return images

@@ -1,4 +1,4 @@
-"""The app in a browser: its pages draw, and log no error."""
+"""The app in a browser: its pages draw, log no error, and fit a wide and a narrow window."""
 
 import asyncio
 import base64
@@ -21,17 +21,35 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine"),
 ]
-WIDTH, HEIGHT, PATIENCE = 1280, 1000, 90  # pixels, pixels, seconds
+WIDTHS, HEIGHT, PATIENCE = (1280, 400), 1000, 90  # pixels, pixels, seconds
 PAGES = {
     "learn": "How an image becomes noise",
+    "?view=Schedules": "Noise schedules side by side",
+    "?view=Reverse": "How noise becomes an image",
+    "?view=Guidance": "What guidance does",
+    "data": "Data",
     "train": "Train",
     "generate": "Generate",
     "judge": "Judge",
+    "export": "Export",
 }
 PATHS = {"learn": ""}  # the first page
 DRAWN = """document.querySelector('h1')?.innerText === TITLE
-    && !document.querySelector('[data-testid="stStatusWidget"], [data-stale="true"], [data-testid="stSkeleton"]')
+    && document.querySelector('[data-test-script-state]')?.dataset.testScriptState === 'notRunning'
+    && !document.querySelector('[data-stale="true"], [data-testid="stSkeleton"], [data-testid="stSpinner"]')
     && [...document.images].every(image => image.complete && image.naturalWidth)"""
+
+
+LAYOUT = """(() => {
+    const main = document.querySelector('[data-testid="stMain"]');
+    const wide = [document.documentElement, main].map((part) => part.scrollWidth - part.clientWidth);
+    return {overflow: Math.max(...wide), height: main.scrollHeight, shift: window.shift};
+})()"""
+"""By how many pixels the page is too wide, its height, and how far its parts moved once they were drawn."""
+SHIFTS = """window.shift = 0; new PerformanceObserver((list) => {
+    for (const entry of list.getEntries()) window.shift += entry.value;
+}).observe({type: "layout-shift", buffered: true});"""
+MAX_SHIFT = 0.1  # of the window, as web.dev counts it: https://web.dev/articles/cls
 
 
 def free_port() -> int:
@@ -82,8 +100,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(30)
 
 
-async def visit(chromium: str, url: str, title: str) -> tuple[bytes, list[str]]:
-    """A picture of the page once it is drawn, and the errors that it logged."""
+async def visit(chromium: str, url: str, title: str, width: int) -> tuple[bytes, dict[str, float], list[str]]:
+    """A picture of the whole page once it is drawn, its layout, and the errors that it logged."""
     errors: list[str] = []
     async with aiohttp.ClientSession() as session:
         async with session.put(f"{chromium}/json/new?about:blank") as answer:
@@ -107,23 +125,30 @@ async def visit(chromium: str, url: str, title: str) -> tuple[bytes, list[str]]:
 
             for method in ("Page.enable", "Runtime.enable", "Log.enable"):
                 await call(method)
-            size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+            size = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
             await call("Emulation.setDeviceMetricsOverride", **size)
+            await call("Page.addScriptToEvaluateOnNewDocument", source=SHIFTS)
             await call("Page.navigate", url=url)
             end, drawn = time.monotonic() + PATIENCE, 0
             while drawn < 3 and time.monotonic() < end:  # three times in a row: it draws in parts
                 await asyncio.sleep(0.5)
                 found = await call("Runtime.evaluate", expression=DRAWN.replace("TITLE", json.dumps(title)))
                 drawn = drawn + 1 if found["result"].get("value") is True else 0
+            layout = await call("Runtime.evaluate", expression=LAYOUT, returnByValue=True)
+            measured: dict[str, float] = layout["result"]["value"]
+            await call("Emulation.setDeviceMetricsOverride", **size | {"height": int(measured["height"]) + 100})
+            await asyncio.sleep(0.5)
             picture = base64.b64decode((await call("Page.captureScreenshot", format="png"))["data"])
             assert drawn == 3, f"{url} is not drawn after {PATIENCE} s; it logged {errors}"
-    return picture, errors
+    return picture, measured, errors
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_draws_and_logs_no_error(app: str, chromium: str, tmp_path: Path, name: str) -> None:
-    picture, errors = asyncio.run(visit(chromium, f"{app}/{PATHS.get(name, name)}", PAGES[name]))
+def test_a_page_draws_fits_and_logs_no_error(app: str, chromium: str, tmp_path: Path, name: str, width: int) -> None:
+    picture, layout, errors = asyncio.run(visit(chromium, f"{app}/{PATHS.get(name, name)}", PAGES[name], width))
     folder = Path(os.environ.get("LDM_SCREENSHOTS", tmp_path))
-    (folder / f"{name}.png").write_bytes(picture)
+    (folder / f"{name.rpartition('=')[2]}-{width}.png").write_bytes(picture)
+    assert layout["overflow"] <= 0 and layout["shift"] < MAX_SHIFT, layout
     # Streamlit looks for its server below the page's own path first; that it is not there is no error.
     assert [error for error in errors if f"{app}/{name}/_stcore/" not in error] == []

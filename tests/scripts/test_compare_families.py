@@ -82,9 +82,26 @@ def test_three_families_are_trained_once_and_the_same_steps_draw_the_same_images
         compare("a", gan=3)
 
 
+def test_a_stopped_comparison_belongs_to_its_images(three_shapes: Callable[[list[str]], Path], tmp_path: Path) -> None:
+    def stop() -> Features:
+        raise KeyboardInterrupt
+
+    call = ["--out", str(tmp_path / "out"), "--size", "16", "--families", "gan", "gan", "--steps", "gan=2", "--source"]
+    args = compare_families.parse([*call, str(three_shapes(["a drawing"] * 32))])
+    assert args.families == ["gan"]
+    with pytest.raises(KeyboardInterrupt):
+        compare_families.compare(args, stop)  # type: ignore[arg-type]
+    args.source = str(tmp_path)
+    with pytest.raises(ValueError, match="was made with source"):
+        compare_families.compare(args, CoarsePixels)
+
+
 def test_steps_are_as_many_as_fit_into_the_time() -> None:
+    later = 0.0
+
     def train(images: families_models.Images, steps: dict[str, int], seed: int, folder: Path) -> None:
-        compare_families.time.spent += 1 + 0.1 * steps["first"] + 0.2 * steps["second"]
+        first, second = (steps[part] + later * max(0, steps[part] - compare_families.TIMED) for part in steps)
+        compare_families.time.spent += 1 + 0.1 * first + 0.2 * second
 
     class Clock:
         spent = 0.0
@@ -96,9 +113,14 @@ def test_steps_are_as_many_as_fit_into_the_time() -> None:
     images = families_models.Images(torch.zeros(1), Path())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_families, "time", Clock())
-        steps = compare_families.steps_within(102.2, family, images)
-    # 1 s besides, and 4 steps of each part, take 2.2 s; 25 s and 75 s are left
-    assert steps == {"first": pytest.approx(254, abs=1), "second": pytest.approx(379, abs=1)}
+        steps = compare_families.steps_within(1002.2, family, images)
+        # 1 s besides, and 4 steps of each part, take 2.2 s; 250 s and 750 s are left
+        assert steps == {"first": pytest.approx(2504, abs=1), "second": pytest.approx(3754, abs=1)}
+        later = 0.25  # a step takes longer than the first ones show
+        steps = compare_families.steps_within(1002.2, family, images)
+        compare_families.time.spent = 0
+        train(images, steps, 0, Path())
+        assert compare_families.time.process_time() == pytest.approx(1002.2, rel=0.02)
 
 
 def test_r1_of_a_linear_discriminator_is_half_gamma_times_its_squared_weights() -> None:
@@ -128,13 +150,36 @@ def test_the_elbo_is_the_decoders_density_less_the_closed_form_of_the_kl() -> No
     torch.testing.assert_close(bits, (nll + kl) / (x[0].numel() * math.log(2)), atol=1e-4, rtol=0)
 
 
-def test_only_a_lead_beyond_both_spreads_is_called_a_win() -> None:
+def test_only_a_significant_lead_is_called_a_win() -> None:
     conclusion = families_report.conclusion
-    assert conclusion("fid", {"a": (10, 1), "b": (13, 1), "c": (20, 2)}, 5) == "Fréchet distance: the a wins"
-    tie = conclusion("recall", {"a": (0.5, 0.1), "b": (0.4, 0.1), "c": (0.1, 0.1)}, 0.9)
-    assert tie == "recall: the a and the b tie, ahead of the c"
-    assert conclusion("diversity", {"a": (30, 1), "b": (22, 1)}, 20) == "diversity: the b wins"  # nearer to real images
-    assert conclusion("bits", {"b": (3, 0.1)}, None) == "bits/dim, at most: only the b has one"
+    a, b = [10.0, 11, 12], [13.0, 14, 15]  # Welch: t = 3.67, 4 degrees, p = 0.021
+    assert conclusion("fid", {"a": a, "b": b, "c": [20, 22, 24]}, 5) == "Fréchet distance: the a wins"
+    tie = conclusion("recall", {"a": [0.5, 0.6, 0.7], "b": [0.3, 0.4, 0.5], "c": [0.0, 0.1, 0.2]}, 0.9)  # p = 0.07
+    assert tie == "recall: the a and the b tie; the a is ahead of the c"
+    assert conclusion("diversity", {"a": b, "b": a}, 9.5) == "diversity: the b wins"  # nearer to real images
+    assert conclusion("recall", {"a": [0.0] * 3, "b": [0.0] * 3}, 0.9) == "recall: the a and the b tie"
+    assert conclusion("bits", {"b": a}, None) == "bits/dim, at most: only the b has one"
+    assert conclusion("bits", {"a": [3.0], "b": [4.0]}, None) == "bits/dim, at most: one seed, no verdict"
+
+
+def test_unequal_times_of_training_are_called_so() -> None:
+    times = [
+        [{"train_seconds": 99.0}, {"train_seconds": 101.0}],
+        [{"train_seconds": 108.0}],
+        [{"train_seconds": 115.0}],
+    ]
+    text = "The longest training took"
+    assert families_report.equal_compute(dict(zip("ab", times, strict=False))) == f"{text} 1.08 times the shortest"
+    unequal = f"{text} 1.15 times the shortest: this is not equal compute"
+    assert families_report.equal_compute(dict(zip("abc", times, strict=True))) == unequal
+
+
+def test_a_diverged_model_is_named_not_measured(tmp_path: Path) -> None:
+    nan = families_models.Trained(1, lambda numbers: torch.full((len(numbers), 3, 4, 4), torch.nan), None)
+    family = families_models.Family("GAN", {"gan": 1.0}, lambda *_: nan)
+    images = families_models.Images(torch.zeros(2, 3, 4, 4), tmp_path)
+    with pytest.raises(ValueError, match="GAN, seed 0: its training diverged"):
+        compare_families.train_and_draw(family, images, images.pixels, {"gan": 1}, 0, tmp_path / "gan")
 
 
 def test_mistakes_are_named_in_one_line(

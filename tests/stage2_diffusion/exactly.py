@@ -1,11 +1,13 @@
 """`exactly.py WORLD_SIZE FOLDER RUNS OVERRIDES` trains small U-Nets in float64, where the order of sums hardly matters.
 
-RUNS (overrides by run name) and OVERRIDES (those of all runs) are JSON. Each process writes to
-`FOLDER/shares-RANK.json` the share of each run's trained parameters that it held. They see a tenth of the drawings.
+RUNS (overrides by run name) and OVERRIDES (those of all runs) are JSON. A run whose first override is `after=NAME`
+continues a copy of that one. Each process writes to `FOLDER/shares-RANK.json` the share of each run's trained
+parameters that it held. They see a tenth of the drawings.
 """
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ldm.distributed.sharding import to_local
 from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder, build
 from ldm.training import throughput
+from stage2_diffusion import validation
 from stage2_diffusion.denoiser import Denoiser
 from stage2_diffusion.train import train
 
@@ -51,10 +54,16 @@ shares: dict[str, float] = {}
 torch.nn.modules.module.register_module_forward_pre_hook(record_shares)
 torch.set_default_dtype(torch.float64)
 throughput.forward_flops = lambda *args, **kwargs: 0  # counting takes as long as a run, and nobody asks how fast it is
+validation.EVAL_LOG_SNRS = (-3.0, 3.0)  # as the fixture `two_noise_levels` has it
 for kind in (UNet2DConditionModel, UNet2DModel):  # embeddings and noise come in float32
     kind.forward = in_float64(kind.forward)
 drawings: Index | None = None
 for name, more in json.loads(runs).items():
+    if more[0].startswith("after="):
+        if PartialState().is_main_process:
+            shutil.copytree(Path(folder, more[0].removeprefix("after=")), Path(folder, name))
+        PartialState().wait_for_everyone()
+        del more[0]
     settings = loader.load("configs/tiny.yaml", [*json.loads(overrides), f"run.dir={folder}/{name}", *more])
     join(settings.run)
     torch.manual_seed(0)

@@ -305,14 +305,14 @@ def train_exactly(
 def trained(train_exactly: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the RUNS that a single process trained, and two with DDP; and one that FSDP began.
 
-    What FSDP trained for two of four steps is continued by FSDP, DDP and a single process.
+    What FSDP trained for two of four steps is continued by FSDP, DDP and a single process; by the first in the same
+    processes, because those that shard take seconds to begin.
     """
     folder = tmp_path_factory.mktemp("processes")
-    train_exactly(folder / "fsdp", {"half": (*RUNS[ALL_LEARNED], "stage2.steps=2")})
-    for copy in ("single/half", "ddp/half", f"fsdp/{ALL_LEARNED}"):
-        shutil.copytree(folder / "fsdp/half", folder / copy)
-    train_exactly(folder / "fsdp", {ALL_LEARNED: RUNS[ALL_LEARNED]})
+    whole = RUNS[ALL_LEARNED]
+    train_exactly(folder / "fsdp", {"half": (*whole, "stage2.steps=2"), ALL_LEARNED: ("after=half", *whole)})
     for name in ("single", "ddp"):
+        shutil.copytree(folder / "fsdp/half", folder / name / "half")
         train_exactly(folder / name, {**RUNS, "half": RUNS[ALL_LEARNED]})
     return folder
 

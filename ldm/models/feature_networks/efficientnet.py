@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ldm.models.feature_networks.preprocessing import normalized
+from ldm.models.feature_networks.preprocessing import normalized, versioned
 from ldm.models.feature_networks.weights import WeightsFile, not_weights, read, sha256
 from ldm.models.features import Features
 from ldm.utils.errors import UserError
@@ -60,7 +60,7 @@ class EfficientNetLite0:
             raise UserError(f"{NAME}: needs the package timm; install the extra 'metrics'") from None
         path = Path(weights) if weights else WEIGHTS.find(NAME)
         tensors = read(path)
-        self.fingerprint = sha256(path)
+        self.fingerprint = versioned(sha256(path))
         model: Any = timm.create_model(ARCHITECTURE, pretrained=False)
         try:
             blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]

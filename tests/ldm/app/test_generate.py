@@ -1,15 +1,20 @@
 """The pages *Generate* and *Judge*, and the folders that they may read."""
 
+import base64
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image, ImageChops
 from run_folder import write_run
 
-from ldm.app import drawing, roots
-from ldm.app.drawing import Loaded, Settings, Upload
+from ldm.app import drawing, generate, roots
+from ldm.app.drawing import Loaded, Settings, Upload, read_base
+from ldm.app.mask_canvas import PREFIX, mask_png
+from ldm.cli import txt2img, upscale
 from ldm.sampling import png_metadata
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
@@ -17,13 +22,6 @@ from ldm.utils.errors import UserError
 
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., LatentDiffusion]) -> Path:
-    folder = tmp_path_factory.mktemp("roots") / "runs/a/pipeline"
-    random_model("text").save(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +72,82 @@ def test_a_picture_of_the_page_equals_the_library_s(folder: Path, tmp_path: Path
     assert len(app.session_state["kept"]) == 2
 
 
+def png_of(picture: Image.Image) -> bytes:
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def upscaler(folder: Path, random_model: Callable[..., LatentDiffusion]) -> Path:
+    path = folder.parents[1] / "up/pipeline"
+    random_model("text", "upscale").save(path)
+    return path
+
+
+def test_the_commands_make_a_picture_of_the_gallery_anew(folder: Path, upscaler: Path, tmp_path: Path) -> None:
+    assert roots.upscalers() == [upscaler]
+    small = Upload("small.png", png_of(Image.radial_gradient("L").resize((8, 8)).convert("RGB")))
+    (tmp_path / "small.png").write_bytes(small.data)
+    enlarger = Loaded.of(read_base(str(upscaler)))
+    cases = [
+        (txt2img.main, Loaded.of(read_base(str(folder))), Settings(str(folder), "cat", upscaler=str(upscaler)), []),
+        (upscale.main, enlarger, Settings(str(upscaler), "cat", image=small, enlarges=True), ["--image", "small.png"]),
+    ]
+    for main, loaded, settings, images in cases:
+        options = Sampling(num_inference_steps=2, guidance_scale=1.5)
+        settings, second = replace(settings, options=options), enlarger if settings.upscaler else None
+        preview = Mock()
+        made = drawing.draw(loaded, settings, preview, second)
+        assert [call.args[:2] for call in preview.call_args_list] == [(1, 2), (2, 2)] + [
+            (i, 3) for i in (1, 2, 3)
+        ] * bool(second)
+        (tmp_path / "a.png").write_bytes(drawing.png(loaded, settings, made, second))
+        paths = [str(tmp_path / name) if name.endswith(".png") else name for name in images]
+        (tmp_path / "b.png").unlink(missing_ok=True)
+        assert not main(["--again", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), *paths])
+        assert ImageChops.difference(Image.open(tmp_path / "b.png"), made).getbbox() is None
+    big = Upload("big.png", png_of(Image.new("RGB", (33, 8))))
+    with pytest.raises(UserError, match="image: 33 × 8 pixels; give 32 × 32 at most"):
+        drawing.draw(enlarger, replace(settings, image=big))
+
+
+def test_adapters_change_a_copy_of_the_model(folder: Path, adapter: Path) -> None:
+    """The base is read once; a scale gives the weights that the commands have."""
+    base = read_base(str(folder))
+    assert roots.loras() == [adapter]
+    before = Loaded.of(base).weights
+    for scale in (0.5, -1.0):
+        expected = drawing.weights_fingerprint(LatentDiffusion.load(folder).add_loras((adapter, scale)))
+        assert generate.load(str(folder), ((str(adapter), scale),)).weights == expected != before
+    assert Loaded.of(base).weights == before
+
+
+def test_a_painted_mask_has_the_image_s_size(folder: Path) -> None:
+    sheet = Image.new("RGBA", (8, 4))
+    sheet.paste("white", (0, 0, 4, 4))
+    url = PREFIX + base64.b64encode(png_of(sheet)).decode()
+    mask = Image.open(io.BytesIO(mask_png(url, (32, 16))))
+    assert mask.size == (32, 16) and mask.getbbox() == (0, 0, 16, 16)
+    for bad in (PREFIX + "!", PREFIX + base64.b64encode(b"no image").decode()):
+        with pytest.raises(UserError, match=r"^mask: "):
+            mask_png(bad, (32, 16))
+
+    app = AppTest.from_function(script, default_timeout=60).run()
+    app.segmented_control[0].set_value("Inpainting").run()
+    assert [button.disabled for button in app.button if button.label == "Generate"] == [True]
+    app.file_uploader[0].upload("a.png", png_of(sheet), "image/png").run()
+    assert not app.exception and not app.error and app.get("bidi_component")
+
+
 def test_images_change_and_masks_keep_the_rest(folder: Path) -> None:
     image = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
-    uploads = []
-    for picture in (image, mask):
-        picture.save(buffer := io.BytesIO(), "PNG")
-        uploads.append(Upload("a.png", buffer.getvalue()))
-    loaded, steps = Loaded.read(str(folder), ()), []
+    uploads = [Upload("a.png", png_of(picture)) for picture in (image, mask)]
+    loaded, steps = Loaded.of(read_base(str(folder))), []
     settings = Settings(str(folder), "cat", options=Sampling(strength=1.0), image=uploads[0], mask=uploads[1])
-    made = drawing.draw(loaded, settings, lambda number, total, picture: steps.append((number, total, picture.size)))
-    assert steps == [(i, 3, (16, 16)) for i in (1, 2, 3)]
+    made = drawing.draw(loaded, settings, lambda *step: steps.append(step))
+    assert [step[:2] for step in steps] == [(i, 3) for i in (1, 2, 3)] and steps[0][2].size == (16, 16)
     difference = ImageChops.difference(made, image)
     assert difference.crop((8, 0, 16, 16)).getbbox() is None and difference.getbbox()
     with pytest.raises(UserError, match="mask: it is none of"):
@@ -100,7 +162,7 @@ def test_folders_outside_of_the_roots_are_refused(folder: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=f"^folder: .* is outside of {root}"):
             roots.allowed(str(name))
     assert roots.allowed(str(folder)) == folder
-    assert roots.pipelines() == [folder]
+    assert folder in roots.pipelines() and root / "link" not in roots.pipelines()
     app = AppTest.from_function(script, default_timeout=60).run()
     next(box for box in app.text_input if box.label == "Or another folder").set_value("/etc").run()
     assert len(app.error) == 1 and "is outside of" in app.error[0].value and not app.exception

@@ -50,8 +50,7 @@ def networks_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def adapted(pipeline: Any, spec: AdapterSpec, encoders: bool = True) -> Any:
-    """A copy whose networks have random adapters, with another rank for some layers, and alpha half the rank."""
-    pipeline = copy.deepcopy(pipeline)
+    """The pipeline, whose networks now have random adapters: another rank for some layers, and alpha half the rank."""
     for name, network in networks_of(pipeline).items():
         if name == "unet" or encoders:
             add_adapter(network, spec if name == "unet" else AdapterSpec(spec.kind, 4, 2.0, rank_pattern={"q_proj": 2}))
@@ -83,8 +82,14 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pipeline(request: pytest.FixtureRequest, pipelines: dict[str, Any]) -> Callable[[str], Any]:
+def pipeline(pipelines: dict[str, Any]) -> Callable[[str], Any]:
     return lambda name: copy.deepcopy(pipelines[name])
+
+
+@pytest.fixture
+def unet(pipelines: dict[str, Any]) -> Callable[[], Any]:
+    """Copies the U-Net of Stable Diffusion 1."""
+    return lambda: copy.deepcopy(pipelines["sd1"].unet)
 
 
 SPECS = {
@@ -100,13 +105,13 @@ SPECS = {
     [("sd1", "lora"), ("sd1", "dora"), ("sdxl", "lora"), pytest.param("sdxl", "dora", marks=pytest.mark.drill)],
 )
 def test_plain_diffusers_draws_the_trained_image_from_our_file(
-    layout: str, kind: str, pipeline: Callable[[str], Any], tmp_path: Path
+    layout: str, kind: str, pipeline: Callable[[str], Any], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
     convolutions = (layout, kind) in (("sd1", "dora"), ("sdxl", "lora"))
     spec = SPECS[kind] if convolutions else replace(SPECS[kind], targets="attention")
     trained = adapted(pipeline(layout), spec)
     write_lora_folder(tmp_path / "lora", networks_of(trained), spec, "cat", layout)
-    expected, without = draw(trained), draw(pipeline(layout))
+    expected, without = draw(trained), draw(pipelines[layout])
     assert difference(expected, without) > 10
 
     def loaded(name: str) -> np.ndarray:
@@ -128,7 +133,7 @@ def test_plain_diffusers_draws_the_trained_image_from_our_file(
         assert difference(draw(merged), expected) <= 1
     for network in networks_of(trained).values():
         merge_adapters(network)
-    assert trained.unet.state_dict().keys() == pipeline(layout).unet.state_dict().keys()
+    assert trained.unet.state_dict().keys() == pipelines[layout].unet.state_dict().keys()
     assert difference(draw(trained), expected) <= 1
 
 
@@ -214,11 +219,12 @@ def test_the_lines_of_a_card_load_a_base_that_is_a_single_file_in_a_path_with_sp
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_lycoris_computes_what_was_trained_from_our_file(
-    kind: str, pipeline: Callable[[str], Any], tmp_path: Path
+    kind: str, pipeline: Callable[[str], Any], unet: Callable[[], Any], tmp_path: Path
 ) -> None:
     trained = adapted(pipeline("sd1"), SPECS[kind], encoders=False)
     write_lora_folder(tmp_path / "lora", {"unet": trained.unet}, SPECS[kind], "cat", "sd1")
-    expected, plain = output(trained.unet), pipeline("sd1").unet
+    expected, plain = output(trained.unet), unet()
+    assert not torch.allclose(output(plain), expected, atol=1e-2)
     tensors = load_file(tmp_path / "lora" / KOHYA_FILE)
     tensors = {key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in tensors.items()}
     with torch.no_grad():
@@ -227,8 +233,7 @@ def test_lycoris_computes_what_was_trained_from_our_file(
     network.eval()
     torch.testing.assert_close(output(plain), expected, atol=1e-4, rtol=1e-4)
     for name in (diffusers_layout.FILE, KOHYA_FILE):
-        ours = pipeline("sd1").unet
-        assert not torch.allclose(output(ours), expected, atol=1e-2)
+        ours = unet()
         add_to_weights({"unet": ours}, [(read_adapter(tmp_path / "lora" / name, {"unet": ours}), 1.0)])
         torch.testing.assert_close(output(ours), expected, atol=1e-4, rtol=1e-4)
 
@@ -247,9 +252,9 @@ LYCORIS: list[Any] = [
 
 @pytest.mark.parametrize("options", LYCORIS, ids=lambda options: " ".join(map(str, options.values())))
 def test_a_file_of_lycoris_changes_the_weights_as_lycoris_does(
-    options: dict[str, Any], pipeline: Callable[[str], Any], tmp_path: Path
+    options: dict[str, Any], unet: Callable[[], Any], tmp_path: Path
 ) -> None:
-    theirs, ours = pipeline("sd1").unet, pipeline("sd1").unet
+    theirs, ours = unet(), unet()
     modules = ["Transformer2DModel", "ResnetBlock2D"]
     LycorisNetwork.apply_preset({"enable_conv": True, "target_module": modules, "target_name": []})
     network = create_lycoris(theirs, 1.0, 2, 1.0, conv_dim=2, conv_alpha=0.5, **options)

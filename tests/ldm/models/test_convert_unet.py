@@ -1,5 +1,6 @@
 """U-Nets loaded from a single file, in the original layout or diffusers'."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@functools.cache
 def build(name: str) -> UNet2DConditionModel:
     """A model none of whose weights has its initial value, so that a weight that isn't loaded shows."""
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from transformers import (
 
 from ldm.evaluation.reconstruction import ReconstructionMetrics
 from ldm.models import feature_networks
-from ldm.models.feature_networks import efficientnet, inception, shift_tolerant
+from ldm.models.feature_networks import efficientnet, inception, preprocessing, shift_tolerant
 from ldm.models.feature_networks.shift_tolerant import ShiftTolerantNet
 from ldm.models.features import Features
 from ldm.models.open_clip import BOS, EOS
@@ -262,6 +262,9 @@ def test_clip_embeds_images_and_captions_as_transformers_does(tmp_path: Path) ->
 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     assert (feature_networks.load("clip", weights=tmp_path)(images).pooled != actual[0]).any()
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"^clip: .* can't be loaded .* give a local folder"):
+        feature_networks.load("clip", weights=tmp_path)
 
 
 def test_clip_of_open_clip_has_its_embeddings(tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_clip_of_open_clip_has_its_embeddings(tmp_path: Path) -> None:
         feature_networks.load("clip", weights="open_clip:ViT-B-33:openai")
 
 
-def test_dinov2_has_transformers_class_token(tmp_path: Path) -> None:
+def test_dinov2_has_transformers_class_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 56}
     model = Dinov2Model(Dinov2Config(**sizes)).eval()
@@ -302,6 +305,33 @@ def test_dinov2_has_transformers_class_token(tmp_path: Path) -> None:
     torch.testing.assert_close(network(images).pooled, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=f"^clip: '{tmp_path}' is no CLIPModel"):
         feature_networks.load("clip", weights=tmp_path)
+
+    fingerprints = {network.fingerprint, feature_networks.load("dinov2", weights=tmp_path).fingerprint}
+    assert len(fingerprints) == 1
+    processor, config = tmp_path / "preprocessor_config.json", json.loads((tmp_path / "config.json").read_text("utf-8"))
+    processor.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    fingerprints.add(feature_networks.load("dinov2", weights=tmp_path).fingerprint)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    fingerprints.add(feature_networks.load("dinov2", weights=tmp_path).fingerprint)
+    monkeypatch.setattr(preprocessing, "VERSION", 2)
+    fingerprints.add(feature_networks.load("dinov2", weights=tmp_path).fingerprint)
+    assert len(fingerprints) == 4 and preprocessing.versioned("a") == "a-2"
+
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for name, content in (
+        ("preprocessor_config.json", b"{"),
+        ("preprocessor_config.json", b'{"image_std": [0.5, 0.5]}'),
+        ("config.json", json.dumps(config | {"hidden_size": 64}).encode()),
+        ("config.json", json.dumps(config | {"num_hidden_layers": "two"}).encode()),
+        ("model.safetensors", weights[:-100]),
+        ("model.safetensors", b""),
+    ):
+        original = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"^dinov2: ") as caught:
+            feature_networks.load("dinov2", weights=tmp_path)
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+        (tmp_path / name).write_bytes(original)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ class Attention(TorchFunctionMode):
     ids=["none", "class", "text-bf16", "text-fp16", "pooled", "size"],
 )
 def test_types_are_those_of_autocast_on_a_gpu(precision: str, keys: dict[str, Any]) -> None:
-    stage = Stage2Config(**SHAPE, **keys)
+    stage = Stage2Config(**{**SHAPE, "attention": (False, True)}, **keys)
     net = network("meta", stage)
     with MemoryTracker(weights_and_gradients(net)) as counted, AsOnGPU(precision):
         x = inputs("meta", stage)
@@ -402,6 +402,7 @@ def test_a_dry_run_says_what_a_gpu_must_hold_where_nothing_is_here_yet(
                 "--dry-run",
                 f"run.dir={tmp_path / 'run'}",
                 f"data.source={tmp_path / 'none'}",
+                *SMALL,
             ]
         )
         == 0

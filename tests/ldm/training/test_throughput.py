@@ -68,7 +68,19 @@ def test_a_copy_without_weights_has_the_same_count() -> None:
     assert forward_flops(without_weights(network), *args) == forward_flops(network, *args) > 0
 
 
-@pytest.mark.parametrize(("conditions", "backend"), [*((kind, "sdpa") for kind in KINDS), (("text",), "eager")])
+@pytest.mark.parametrize(
+    ("conditions", "backend"),
+    [
+        *(
+            # an upscaler has a text, classes and channels of an image
+            pytest.param(
+                kind, "sdpa", marks=pytest.mark.drill if kind in (("text", "class"), ("text", "inpaint")) else ()
+            )
+            for kind in KINDS
+        ),
+        (("text",), "eager"),
+    ],
+)
 def test_the_count_of_a_unet_equals_that_of_the_computation(conditions: tuple[str, ...], backend: str) -> None:
     model, args = denoiser(conditions), inputs(conditions)
     attention.use_attention(model.unet, backend, torch.device("cpu"))
