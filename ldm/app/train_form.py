@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ NOT_OF_KIND = {
     FULL: {"data.size", "stage1.steps", "finetune.rank"},
     LORA: {"data.size", "stage1.steps"},
 }
+BAR = re.compile(r"%\||/s\]$")  # a progress bar
 WIDE = ("data.source", "sample.prompts")
 
 
@@ -217,12 +219,14 @@ def estimate(arguments: Sequence[str]) -> None:
             arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert process.stdout
+        printed, shown = [], st.empty()
         try:
-            for line in process.stdout:
+            for line in map(str.rstrip, process.stdout):
                 if line.startswith("error: "):
-                    st.error(plain(line.removeprefix("error: ").strip()))
-                elif "%|" not in line:  # no progress bar
-                    st.markdown(plain(line.strip()))
+                    st.error(plain(line.removeprefix("error: ")))
+                elif line and not BAR.search(line):
+                    printed.append(line)
+                    shown.code("\n".join(printed), None, wrap_lines=True)
         except BaseException:  # the visitor left
             process.kill()
             raise

@@ -148,9 +148,9 @@ def test_a_run_of_the_terminal_is_shown_with_its_curves_and_samples(runs: Path, 
     app.run()
     assert not errors(app) and app.info[0].value == "Not finished."
     assert [label.value for label in app.markdown if "loss" in label.value or "Samples" in label.value] == [
+        "**Samples** at step 100",
         "**U-Net**, loss",
         "**Autoencoder**, loss",
-        "**Samples** at step 100",
     ]
     assert any(button.label == "Continue" for button in app.button)
     (run / "pipeline").mkdir()  # with which it is finished
