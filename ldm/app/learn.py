@@ -132,5 +132,5 @@ def _chart(table: pd.DataFrame) -> alt.Chart:
                 alt.Tooltip("value:Q", format=".3f"),
             ],
         )
-        .properties(height=270)
+        .properties(height=330)
     )
