@@ -157,7 +157,7 @@ def evaluate_model(
         },
         "references": {seen.network.name: real.fingerprint(seen.network) for seen in measured},
     }
-    metrics["memorization"] = measure_memorization(measured[0], real, images, folder)
+    metrics["memorization"] = measure_memorization(measured[0], plan, real, images, folder)
     if plan.prompts:
         metrics["retrieval"] = measure_prompts(measured, plan, real, images, folder)
     if other:
@@ -215,10 +215,12 @@ def measure_seeds(
     return values
 
 
-def measure_memorization(seen: Measured, real: RealImages, images: torch.Tensor, folder: Path | None) -> dict[str, Any]:
+def measure_memorization(
+    seen: Measured, plan: GenerationPlan, real: RealImages, images: torch.Tensor, folder: Path | None
+) -> dict[str, Any]:
     """Prints and returns whether images are copies of training images; writes the closest pairs to `folder`."""
-    held_out = real.features(real.held_out, seen.network) if len(real.held_out) else None
-    copies = memorization(seen.real, seen.generated, held_out, seen.network.label)
+    held_out = real.features(real.held_out_at_random, seen.network) if len(real.held_out_at_random) else None
+    copies = memorization(seen.real, seen.generated, held_out, seen.network.label, plan.prompts)
     missed = missed_modes(seen.real, seen.generated, held_out)
     print(f"copying, by {seen.network.label}: {copies} (calibrated with {copies.calibration})", flush=True)
     if folder:
@@ -240,7 +242,8 @@ def measure_prompts(
         what = "prompts" if reads_text(seen.network) else "real images"
         print(f"prompt following, among {following.ranks.candidates} {what}, by {seen.network.label}", flush=True)
         for name, figure in following.ranks.figures().items():
-            context = [f"shuffled prompts {following.shuffled.figures()[name]}"]
+            context = [f"chance {following.ranks.chance(int(name.removeprefix('R@'))):.3g}"]
+            context += [f"shuffled prompts {following.shuffled.figures()[name]}"] if following.shuffled else []
             context += [f"real images {following.real.figures()[name]}"] if following.real else []
             print(f"  {name:10} {figure!s:32} {', '.join(context)}", flush=True)
     if folder:

@@ -131,7 +131,8 @@ def _score(
     for name, extract in features.items():
         neighbors = nearest_neighbors(extract(samples), real_features[name])
         scores[name] = prompt_following(neighbors, targets, records)
-        scores[f"{name}, prompts shuffled"] = prompt_following(neighbors, shuffled, records)
+        if len(targets) > 1:  # a single prompt has no other
+            scores[f"{name}, prompts shuffled"] = prompt_following(neighbors, shuffled, records)
     return scores
 
 

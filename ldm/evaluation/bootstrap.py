@@ -12,6 +12,7 @@ with other images, equally many, and does not correct it for a small set.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,20 +77,33 @@ def interval_of_set(values: torch.Tensor) -> tuple[float, float]:
     return float(values[0]) - margin, float(values[0]) + margin
 
 
-def mean(scores: torch.Tensor, network: str | None = None) -> Figure:
+def mean(scores: torch.Tensor, network: str | None = None, prompts: Sequence[Hashable] | None = None) -> Figure:
     """The mean of scores `(N,)` of images, with its 95 % interval: Wilson's where each is 0 or 1, else Student's t.
 
-    UserError if a score is NaN.
+    Images of one prompt are not independent: where some of the N `prompts` are equal, the interval is of as many
+    prompts, by their images' summed deviations (Liang and Zeger 1986); of equally many images each, that is Student's t
+    of the means per prompt. A single prompt has none. UserError if a score is NaN.
     """
     values = _checked(scores)
     value, n = float(values.mean()), len(values)
-    if bool(((values == 0) | (values == 1)).all()):
-        from scipy.stats import binomtest
+    clusters = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts if prompts is not None else range(n)))}
+    count = len(clusters)
+    binary = bool(((values == 0) | (values == 1)).all())
+    if count == 1:
+        return Figure(value, None, None, n, network) if n > 1 or not binary else _wilson(value, 1, n, network)
+    if binary and (count == n or value in (0, 1)):
+        return _wilson(value, count, n, network)
+    cluster = torch.tensor([clusters[prompt] for prompt in prompts]) if prompts is not None else torch.arange(n)
+    deviations = torch.zeros(count, dtype=values.dtype).index_add(0, cluster, values - value)
+    margin = _t(count - 1) * math.sqrt(count / (count - 1)) * float(deviations.norm()) / n
+    return Figure(value, value - margin, value + margin, n, network)
 
-        ends = binomtest(int(values.sum()), n).proportion_ci(CONFIDENCE, method="wilson")
-        return Figure(value, float(ends.low), float(ends.high), n, network)
-    margin = _t(n - 1) * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
-    return Figure(value, value - margin, value + margin, n, network) if n > 1 else Figure(value, None, None, n, network)
+
+def _wilson(share: float, trials: int, images: int, network: str | None) -> Figure:
+    from scipy.stats import binomtest
+
+    ends = binomtest(round(share * trials), trials).proportion_ci(CONFIDENCE, method="wilson")
+    return Figure(share, float(ends.low), float(ends.high), images, network)
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, *, larger_is_better: bool = True, seed: int = 0) -> Comparison:

@@ -46,6 +46,11 @@ class RealImages:
         """Those that were not trained on."""
         return self.data.select(*HELD_OUT).subset(MAX_REAL_IMAGES)
 
+    @property
+    def held_out_at_random(self) -> Index:
+        """Those of them that chance chose, not their captions."""
+        return self.data.select("reconstruction").subset(MAX_REAL_IMAGES)
+
     def features(self, images: Index, network: FeatureNetwork) -> Features:
         """Those of some images, taken from the training and held-out images' where they are among them."""
         known = np.concatenate([self.training.rows, self.held_out.rows])
@@ -115,8 +120,8 @@ class PromptFollowing:
     """How well images fit their prompts."""
 
     ranks: retrieval.Retrieval
-    shuffled: retrieval.Retrieval
-    """The same of each image and another one's prompt: the floor."""
+    shuffled: retrieval.Retrieval | None
+    """The same of each image and another one's prompt: the floor; None where all have one prompt."""
     real: retrieval.Retrieval | None
     """The same of the real images that the prompts describe: the ceiling; None where they are what is ranked."""
     scores: torch.Tensor
@@ -157,5 +162,6 @@ def prompt_following(
 
     distinct = min(n, len(described))  # the prompts come again after so many
     shuffled = [prompts[(int(i) + distinct // 2) % distinct] for i in own]
+    floor = ranked(generated.pooled, shuffled) if len(set(prompts)) > 1 else None
     scores = F.cosine_similarity(generated.pooled.double(), target.double(), dim=1)
-    return PromptFollowing(ranked(generated.pooled, prompts), ranked(generated.pooled, shuffled), ceiling, scores)
+    return PromptFollowing(ranked(generated.pooled, prompts), floor, ceiling, scores)

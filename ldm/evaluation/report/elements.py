@@ -70,7 +70,7 @@ def block(source: str) -> str:
 
 
 def image(uri: str, caption: str = "", hidden: bool = False) -> str:
-    """An image in the page, from `pictures.data_uri`."""
+    """An image in the page, from `image_data.data_uri`."""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure{" hidden" if hidden else ""}>{below}<img alt="{escape(caption)}" src="{uri}"></figure>'
 

@@ -314,13 +314,23 @@ def memorization(run: Run, images: Images) -> str:
     values: Mapping[str, Any] = memorization if isinstance(memorization, dict) else {}
     modes = values.get("missed modes")
     missed: Mapping[str, Any] = modes if isinstance(modes, dict) else {}
+
+    def of_images(key: str, kind: str) -> str:
+        count = missed.get(key)
+        return f"{count:,} {kind} images" if isinstance(count, int) else f"the {kind} images"
+
     rows = [
         (name, with_bar(figure))
         for name, value in (
             ("near-copies of training images, share of generated images", values.get("share")),
             ("the same of real images, which copy nothing", values.get("floor")),
-            ("training images that no generated image is near to, share", missed.get("share")),
-            ("the same for as many real images", missed.get("real")),
+            (
+                f"training images that are nearest to none of {of_images('images', 'generated')}, share",
+                missed.get("share"),
+            ),
+            ("the same by chance, of even draws", missed.get("expected")),
+            (f"nearest to none of {of_images('real_images', 'generated')}", missed.get("share_of_as_many")),
+            (f"nearest to none of {of_images('real_images', 'real')}, not trained on", missed.get("real")),
         )
         if (figure := as_figure(value)) is not None
     ]

@@ -51,9 +51,9 @@ def versioned(digest: str) -> str:
     return digest if VERSION == 1 else f"{digest}-{VERSION}"
 
 
-def _of_network(config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_network(config: Mapping[Any, Any]) -> dict[str, Any]:
     return {
-        key: _of_network(value) if isinstance(value, Mapping) else value
+        str(key): _of_network(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if not key.startswith("_") and key not in OF_LIBRARIES
+        if not str(key).startswith("_") and key not in OF_LIBRARIES
     }

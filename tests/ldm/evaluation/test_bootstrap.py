@@ -22,6 +22,19 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert 0 < mean(torch.zeros(40)).high < 0.1  # of shares: not of width 0
 
 
+def test_the_interval_of_repeated_prompts_is_of_the_means_per_prompt() -> None:
+    prompts = [f"prompt {i % 10}" for i in range(40)]
+    figure = mean(SCORES, prompts=prompts)
+    expected = ttest_1samp(SCORES.reshape(4, 10).mean(0).numpy(), 0).confidence_interval()
+    assert (figure.low, figure.high) == pytest.approx((expected.low, expected.high))
+    assert mean(SCORES, prompts=range(40)) == mean(SCORES)
+    right = torch.tensor([1.0, 0.0]).repeat_interleave(20)  # four images of a prompt, all right or all wrong: of 10
+    alike = mean(right, prompts=sorted(prompts))
+    assert alike.high - alike.low > 1.5 * (mean(right).high - mean(right).low)
+    assert mean(torch.ones(40), prompts=prompts).low == mean(torch.ones(10)).low
+    assert mean(SCORES, prompts=["one"] * 40).low is None
+
+
 def test_halves_are_complementary_and_give_the_standard_error_of_a_mean() -> None:
     masks = halves(0, "images", 40, 2000)
     assert masks[0].all() and torch.equal(masks[1::2], ~masks[2::2]) and set(masks[1:].sum(1).tolist()) == {20}

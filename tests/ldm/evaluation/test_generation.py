@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ldm.data.index import Index
+from ldm.evaluation import networks
 from ldm.evaluation.features import FeatureNetwork, Features
 from ldm.evaluation.generation import GenerationPlan, generated_features, real_features
 from ldm.evaluation.model_figures import RealImages, prompt_following
@@ -124,3 +126,18 @@ def test_images_that_are_not_finite_are_named(random_model: Callable[..., Latent
     plan = GenerationPlan.of(drawings()[1], ("text",), 3)
     with pytest.raises(UserError, match="the U-Net's output is NaN or infinite for 3 of 3 images"):
         generated_features(plan, model, Mean())
+
+
+def test_without_timm_the_default_network_is_the_runs_own_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing: set[str] = set()
+
+    def version(package: str) -> str:
+        if package in missing:
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(networks, "version", version)
+    assert networks.default_network() == "efficientnet-lite0"
+    for package in ("timm", networks.WHEEL):
+        missing = {package}
+        assert networks.default_network() == "latents"

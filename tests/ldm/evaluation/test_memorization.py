@@ -55,12 +55,29 @@ def test_without_held_out_images_the_ratios_of_training_images_are_those_of_leav
     assert memorization(Features(train), Features(OTHERS)).threshold == pytest.approx(sorted(ratios)[1])
 
 
+def test_few_held_out_images_do_not_set_the_threshold() -> None:
+    """Honest models; by 10 held-out images, the share of one in three is above 0.10, and of the worst 0.38."""
+    assert memorization(Features(TRAINING), Features(OTHERS), Features(HELD_OUT[:100])).calibration == "held-out images"
+    results = []
+    for i in range(30):
+        training, others, few = (Features(drawn(100 + 3 * i + k, n)) for k, n in enumerate((300, 300, 10)))
+        results.append(memorization(training, others, few))
+        assert results[-1] == memorization(training, others)
+    assert {result.calibration for result in results} == {"training images"}
+    shares = [result.share.value for result in results]
+    assert 0.03 < sum(shares) / len(shares) < 0.07 and max(shares) < 0.15
+
+
 def test_a_model_of_half_the_modes_misses_the_other_half() -> None:
     modes = torch.cat([TRAINING[:100], TRAINING[:100] + 100])
     result = missed_modes(Features(modes), Features(TRAINING[:100].repeat(2, 1)), Features(modes))
-    assert (result.share, result.real, result.images) == (0.5, 0, 200)
+    assert (result.share, result.real, result.images, result.real_images) == (0.5, 0, 200, 200)
     assert result.expected == pytest.approx((199 / 200) ** 200)
-    assert missed_modes(Features(modes), Features(modes), Features(modes[:50])).share == 0.75  # the first 50 alone
+    with_few = missed_modes(Features(modes), Features(modes), Features(modes[:50]))
+    assert (with_few.share, with_few.images) == (0, 200)  # of all images
+    assert (with_few.share_of_as_many, with_few.real, with_few.real_images) == (0.75, 0.75, 50)
+    without = missed_modes(Features(modes), Features(modes))
+    assert (without.share, without.real, without.share_of_as_many) == (0, None, None)
 
 
 def test_the_nearest_are_those_of_plain_distances() -> None:
