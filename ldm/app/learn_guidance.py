@@ -54,7 +54,7 @@ def guidance() -> None:
     formula(*FORMULAS[kind])
     rows, scales = wanted
     for i, settings in enumerate(rows):
-        label, strip = st.columns([1, 4], vertical_alignment="center")
+        label, strip = st.columns([1, 2], vertical_alignment="center")
         label.text(" · ".join(filter(None, (settings.prompt, settings.label))) or "no prompt")
         label.caption(f"seed {settings.seed}")
         with strip, st.spinner("Drawing …"):
