@@ -116,7 +116,14 @@ def test_real_images_follow_their_prompts_and_never_shuffled_ones_though_prompts
         plan, Features.cat([described, described]), RealImages(few, 16, tmp_path), cast(FeatureNetwork, network)
     )
     assert following.ranks.figures()["R@1"].value == 1
-    assert following.shuffled.figures()["R@1"].value == 0
+    assert following.shuffled and following.shuffled.figures()["R@1"].value == 0
+
+    one = few.first(1)
+    plan = GenerationPlan.of(one, ("text",), 2)
+    alone = prompt_following(
+        plan, Features.cat([described[:1]] * 2), RealImages(one, 16, tmp_path), cast(FeatureNetwork, network)
+    )
+    assert alone.shuffled is None and set(alone.figures(cast(FeatureNetwork, network))) == {"mean"}
 
 
 def test_images_that_are_not_finite_are_named(random_model: Callable[..., LatentDiffusion], drawings: Drawings) -> None:
