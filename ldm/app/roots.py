@@ -87,6 +87,11 @@ def classifiers() -> list[Path]:
     return [path.parents[1] for path in files if b'"NoisyClassifier"' in path.read_bytes()]
 
 
+def families() -> list[Path]:
+    """Finished comparisons of a GAN, a VAE and a diffusion model, up to two folders below a root."""
+    return [path.parent for path in _found("families.md", "*/families.md", "*/*/families.md")]
+
+
 def loras() -> list[Path]:
     """Adapters that trainings wrote: files in `RUN/lora`."""
     return _found("lora/*.safetensors", "*/lora/*.safetensors")

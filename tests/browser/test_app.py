@@ -134,6 +134,8 @@ async def visit(chromium: str, url: str, title: str, width: int) -> tuple[bytes,
                 await asyncio.sleep(0.5)
                 found = await call("Runtime.evaluate", expression=DRAWN.replace("TITLE", json.dumps(title)))
                 drawn = drawn + 1 if found["result"].get("value") is True else 0
+                if drawn == 1:  # until then the page comes in parts, which make room for each other
+                    await call("Runtime.evaluate", expression="window.shift = 0")
             layout = await call("Runtime.evaluate", expression=LAYOUT, returnByValue=True)
             measured: dict[str, float] = layout["result"]["value"]
             await call("Emulation.setDeviceMetricsOverride", **size | {"height": int(measured["height"]) + 100})

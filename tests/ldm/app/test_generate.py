@@ -175,10 +175,18 @@ def test_without_a_run_the_pages_say_what_to_do(monkeypatch: pytest.MonkeyPatch,
         assert "make demo" in app.info[0].value and not app.exception
 
 
-def test_judge_shows_the_report_of_a_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(root, tmp_path / "runs/b")
-    monkeypatch.setenv(roots.ROOTS, str(run.parent))
+def test_judge_shows_reports_side_by_side_and_comparisons_of_families(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(root, tmp_path / "runs" / name) for name in ("a", "b")]
+    (tmp_path / "runs/c").mkdir()
+    (tmp_path / "runs/c/families.md").write_text("- recall: the GAN wins.")
+    monkeypatch.setenv(roots.ROOTS, str(tmp_path / "runs"))
     app = AppTest.from_function(judge, default_timeout=60).run()
-    assert not app.exception and not app.error
-    (frame,) = app.get("iframe")
-    assert "Content-Security-Policy" in frame.proto.srcdoc and "</html>" in frame.proto.srcdoc
+    pages = [app.get("iframe")[0].proto.srcdoc]
+    app.multiselect[0].set_value([str(run) for run in runs]).run()
+    pages.append(app.get("iframe")[0].proto.srcdoc)
+    assert all("Content-Security-Policy" in page and "</html>" in page for page in pages)
+    assert "2 runs side by side" in pages[1] and "2 runs side by side" not in pages[0]
+    app.segmented_control[0].set_value("GAN, VAE, diffusion").run()
+    assert "- recall: the GAN wins." in [text.value for text in app.markdown] and not app.exception
