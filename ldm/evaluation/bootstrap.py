@@ -96,7 +96,10 @@ def mean(scores: torch.Tensor, network: str | None = None, prompts: Sequence[Has
     cluster = torch.tensor([clusters[prompt] for prompt in prompts]) if prompts is not None else torch.arange(n)
     deviations = torch.zeros(count, dtype=values.dtype).index_add(0, cluster, values - value)
     margin = _t(count - 1) * math.sqrt(count / (count - 1)) * float(deviations.norm()) / n
-    return Figure(value, value - margin, value + margin, n, network)
+    low, high = value - margin, value + margin
+    if binary:  # a share, whatever Student's t says
+        low, high = max(0.0, low), min(1.0, high)
+    return Figure(value, low, high, n, network)
 
 
 def _wilson(share: float, trials: int, images: int, network: str | None) -> Figure:
