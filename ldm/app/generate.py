@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.app.drawing import Adapters, Loaded, Settings, Upload, draw, png, read_base
 from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
 from ldm.app.mask_canvas import painted_mask
-from ldm.app.roots import INDEX, allowed, loras, pipelines, roots, short, upscalers
+from ldm.app.roots import INDEX, adapter_name, allowed, loras, pipelines, roots, short, upscalers
 from ldm.config.schema import SOLVERS
 from ldm.models.conditioning import MAX_NOISE_LEVEL
 from ldm.sampling.options import Sampling
@@ -105,8 +105,8 @@ def _adapters() -> Adapters:
     """The LoRAs that the visitor adds, each with its scale."""
     if not (files := [str(path) for path in loras()]):
         return ()
-    chosen = st.multiselect("LoRAs", files, format_func=lambda name: short(Path(name)))
-    return tuple((name, st.slider(short(Path(name)), -1.0, 2.0, 1.0, 0.05)) for name in chosen)
+    chosen = st.multiselect("LoRAs", files, format_func=lambda name: adapter_name(Path(name)))
+    return tuple((name, st.slider(f"Scale of {adapter_name(Path(name))}", -1.0, 2.0, 1.0, 0.05)) for name in chosen)
 
 
 def _settings(model: LatentDiffusion, folder: str) -> Settings | None:

@@ -11,6 +11,7 @@ from ldm.utils.paths import expand
 ROOTS = "LDM_APP_ROOTS"
 """The environment variable with the roots, set by `ldm-app`."""
 MAX_FOUND = 200
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
 """The file by which a pipeline's folder is known."""
 
@@ -93,8 +94,14 @@ def families() -> list[Path]:
 
 
 def loras() -> list[Path]:
-    """Adapters that trainings wrote: files in `RUN/lora`."""
-    return _found("lora/*.safetensors", "*/lora/*.safetensors")
+    """Adapters that trainings wrote: files in `RUN/lora`; of one adapter in several layouts, diffusers' own."""
+    files = _found("lora/*.safetensors", "*/lora/*.safetensors")
+    return [file for file in files if file.name == DIFFUSERS_LORA or not file.with_name(DIFFUSERS_LORA).exists()]
+
+
+def adapter_name(path: Path) -> str:
+    """An adapter as menus show it: by its run, where it is the run's only one."""
+    return short(path.parents[1] if path.name == DIFFUSERS_LORA else path)
 
 
 def short(path: Path) -> str:

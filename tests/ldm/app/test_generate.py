@@ -115,6 +115,10 @@ def test_adapters_change_a_copy_of_the_model(folder: Path, adapter: Path) -> Non
     """The base is read once; a scale gives the weights that the commands have."""
     base = read_base(str(folder))
     assert roots.loras() == [adapter]
+    same = adapter.with_name("kohya.safetensors")
+    same.touch()  # the same adapter in another layout
+    assert roots.loras() == [adapter] and roots.adapter_name(adapter) == roots.short(adapter.parents[1])
+    same.unlink()
     before = Loaded.of(base).weights
     for scale in (0.5, -1.0):
         expected = drawing.weights_fingerprint(LatentDiffusion.load(folder).add_loras((adapter, scale)))
