@@ -27,7 +27,7 @@ print(json.dumps(facts))
 def run(folder: Path, fast: str) -> tuple[list[Any], dict[str, Any]]:
     """The executed code cells, and the facts that they computed.
 
-    The kernel is a fork, which has imported everything already: matplotlib too, so that it is told its backend.
+    The kernel is a fork, which has imported everything already: matplotlib too, so that its backend is set.
     """
     argv = [sys.executable, TESTS / "forked_python.py", folder / "kernel.txt"]
     argv += ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--matplotlib=inline"]

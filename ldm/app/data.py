@@ -191,6 +191,6 @@ def _save(changes: list[tuple[Row, str, str]]) -> None:
         st.info("No caption was changed.")
         return
     noun = "caption" if len(changes) == 1 else "captions"
-    copies = f" What {copied} of them said before is beside them, as `.txt.bak`." if copied else ""
+    copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
     st.session_state["saved"] = [f"Saved {len(changes)} {noun}.{copies}"]
     st.rerun()

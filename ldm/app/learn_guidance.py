@@ -48,11 +48,11 @@ def guidance() -> None:
         pressed = st.form_submit_button("Draw", type="primary")
     if not (rows and scales):
         raise UserError("grid: it is empty; choose a scale, and a prompt or class")
-    if not (wanted := asked(f"guidance {kind}", loaded, (folder, guide), (rows, scales), pressed)):
+    if not (requested := asked(f"guidance {kind}", loaded, (folder, guide), (rows, scales), pressed)):
         waits()
         return
     formula(*FORMULAS[kind])
-    rows, scales = wanted
+    rows, scales = requested
     for i, settings in enumerate(rows):
         label, strip = st.columns([1, 2], vertical_alignment="center")
         label.text(" · ".join(filter(None, (settings.prompt, settings.label))) or "no prompt")

@@ -25,12 +25,12 @@ def network(image: Image.Image) -> None:
     with st.form("network"):
         settings, pressed, _ = subject(loaded, folder, "Predict", prompt="thumbs up")  # as the sample shows
         settings = replace(settings, options=Sampling(guidance_scale=1.0))
-    if not (wanted := asked("network", loaded, (folder,), settings, pressed)):
+    if not (requested := asked("network", loaded, (folder,), settings, pressed)):
         waits()
         return
     with st.spinner("Predicting at 20 noise levels …"):
-        key = ("network", loaded.weights, wanted, hash(image.tobytes()))
-        found = remembered(key, lambda: looks(loaded, wanted, image))
+        key = ("network", loaded.weights, requested, hash(image.tobytes()))
+        found = remembered(key, lambda: looks(loaded, requested, image))
     _looks(found, loaded.model.prediction_type)
 
 
@@ -67,12 +67,12 @@ def reverse() -> None:
         settings, pressed, (left, right) = subject(loaded, folder, "Film", 2)
         number = left.slider("Steps", 4, 100, 20)
         options = Sampling(num_inference_steps=number, guidance_scale=_scale(loaded, right))
-    if not (wanted := asked("reverse", loaded, (folder,), replace(settings, options=options), pressed)):
+    if not (requested := asked("reverse", loaded, (folder,), replace(settings, options=options), pressed)):
         waits()
         return
     films = {}
     for solver, (name, _, _) in SOLVERS.items():
-        one = replace(wanted, options=replace(wanted.options, solver=solver))
+        one = replace(requested, options=replace(requested.options, solver=solver))
         with st.spinner(f"Filming {name} …"):
             films[solver] = remembered(("film", loaded.weights, one), partial(_film, loaded, one))
     _films(films)
@@ -123,17 +123,17 @@ def steps() -> None:
         settings, pressed, (left, right) = subject(loaded, folder, "Compare", 2)
         solver = left.selectbox("Solver", list(SOLVERS), index=2, format_func=lambda name: SOLVERS[name][0])
         options = Sampling(solver=solver, guidance_scale=_scale(loaded, right))
-    if not (wanted := asked("steps", loaded, (folder,), replace(settings, options=options), pressed)):
+    if not (requested := asked("steps", loaded, (folder,), replace(settings, options=options), pressed)):
         waits()
         return
     pictures, labels = [], []
     for number in STEPS:
-        one = replace(wanted, options=replace(wanted.options, num_inference_steps=number))
+        one = replace(requested, options=replace(requested.options, num_inference_steps=number))
         with st.spinner(f"{number} steps …"):
             picture, seconds = remembered(("steps", loaded.weights, one), partial(timed, loaded, one))
         pictures.append(picture)
         labels.append(f"{number} steps, {seconds:.2f} s")
     row(pictures, labels)
     st.markdown("Each step jumps from $t$ to an earlier $s$; fewer steps are longer jumps, with larger errors:")
-    _, text, source = SOLVERS[str(wanted.options.solver)]
+    _, text, source = SOLVERS[str(requested.options.solver)]
     formula(text, source)

@@ -75,8 +75,8 @@ def subject(
     return Settings(folder, text, label, seed), end.form_submit_button(button, type="primary"), others
 
 
-def asked(view: str, loaded: Loaded, chosen: tuple[str, ...], wanted: Result, pressed: bool) -> Result | None:
-    """What to draw: the `wanted` of the last press of the button, for the same `chosen` models.
+def asked(view: str, loaded: Loaded, chosen: tuple[str, ...], requested: Result, pressed: bool) -> Result | None:
+    """What to draw: the `requested` of the last press of the button, for the same `chosen` models.
 
     A small model draws once before the button is pressed.
     """
@@ -84,7 +84,7 @@ def asked(view: str, loaded: Loaded, chosen: tuple[str, ...], wanted: Result, pr
     small = sum(weight.numel() for weight in loaded.model.unet.parameters()) < SMALL
     last: tuple[tuple[str, ...], Result] | None = st.session_state.get(key)
     if pressed or (small and (last is None or last[0] != chosen)):
-        st.session_state[key] = last = (chosen, wanted)
+        st.session_state[key] = last = (chosen, requested)
     return last[1] if last and last[0] == chosen else None
 
 

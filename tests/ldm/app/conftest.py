@@ -1,11 +1,12 @@
 """A model and an adapter of it, which tests of several pages share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from ldm.app import roots
 from ldm.models.adapters import diffusers_layout
 from ldm.models.adapters.factors import LayerAdapter
 from ldm.models.adapters.reader import weighted_layers
@@ -31,3 +32,11 @@ def adapter(folder: Path) -> Path:
     file.parent.mkdir()
     diffusers_layout.write(file, {"unet": {name: LayerAdapter(factors)}})
     return file
+
+
+@pytest.fixture
+def rooted(folder: Path) -> Iterator[None]:
+    """The app's roots have the model's run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(roots.ROOTS, str(folder.parents[1]))
+        yield

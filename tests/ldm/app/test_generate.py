@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -23,12 +23,7 @@ from ldm.utils.errors import UserError
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
-
-@pytest.fixture(autouse=True)
-def rooted(folder: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(roots.ROOTS, str(folder.parents[1]))
-        yield
+pytestmark = pytest.mark.usefixtures("rooted")
 
 
 def script() -> None:

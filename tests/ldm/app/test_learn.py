@@ -1,7 +1,7 @@
 """The page *Learn*."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,14 @@ from streamlit.testing.v1 import AppTest
 
 from ldm.app.generate import load
 
+pytestmark = pytest.mark.usefixtures("rooted")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., LatentDiffusion]) -> Path:
     folder = tmp_path_factory.mktemp("roots") / "runs/a/pipeline"
     random_model("text").save(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def rooted(folder: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(roots.ROOTS, str(folder.parents[1]))
-        yield
 
 
 def script() -> None:
