@@ -50,7 +50,7 @@ def test_the_page_checks_a_folder_and_saves_captions(folder: Path) -> None:
 
     app.text_area[1].set_value("a brown  dog")
     press(app, "Save")
-    assert not app.exception and app.success[-1].value.startswith("Saved 1 caption. What 1 of them")
+    assert not app.exception and app.success[-1].value.startswith("Saved 1 caption. The earlier captions of 1 are kept")
     assert (folder / "01.txt").read_text() == "a brown dog\n" and (folder / "01.txt.bak").read_text() == "a dog"
     app.text_area[1].set_value("a black dog")
     press(app, "Save")
