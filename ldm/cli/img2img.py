@@ -13,6 +13,7 @@ from ldm.cli.generate import generate_images
 from ldm.cli.sampling_arguments import open_image, parse_size, sampling_parser
 from ldm.data.crops import crop_resize
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.request import check_size
 from ldm.utils.errors import UserError, command
 from ldm.utils.paths import path_or_id
 
@@ -34,7 +35,7 @@ def prepare_inputs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str
         raise UserError("--image: none given; name the image to start from")
     image = open_image("--image", args.image)
     size = tuple(args.size) if args.size else fitting_size(image.size, model)
-    model.check_size(size)
+    check_size(size, model.multiple)
     return {"image": crop_resize(image, size)[0]}
 
 

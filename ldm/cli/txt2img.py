@@ -17,6 +17,7 @@ from typing import Any
 from ldm.cli.generate import generate_images
 from ldm.cli.sampling_arguments import parse_size, sampling_parser
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.request import check_size
 from ldm.utils.errors import UserError, command
 from ldm.utils.paths import path_or_id
 
@@ -44,5 +45,5 @@ def prepare_inputs(model: LatentDiffusion, args: argparse.Namespace) -> dict[str
         )
     size = tuple(args.size) if args.size else None
     if size:
-        model.check_size(size)
+        check_size(size, model.multiple)
     return {"size": size}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.models.attention import use_attention
@@ -29,12 +30,26 @@ def optimize(model: LatentDiffusion, precision: str, compile: str) -> None:
         raise UserError(f"compile: {compile!r}; give no, yes or, on a GPU, graphs")
     use_attention(model.unet, "auto", model.device)
     nn.Module.to(model.unet, DTYPES[precision])  # diffusers' own `to` warns about layers to keep in float32
+    for conv in model.unet.modules() if precision == "bf16" and not gpu else ():
+        if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
+            conv.register_forward_hook(_in_float32_where_narrow)
     if gpu:
         model.unet.to(memory_format=torch.channels_last)
         if precision == "bf16":
             model.autoencoder.bfloat16()
     if compile != "no":
         model.unet.compile(mode="reduce-overhead" if compile == "graphs" else None)
+
+
+def _in_float32_where_narrow(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """The output of a strided bf16 convolution, computed again in float32 where the image is 1 or 2 wide.
+
+    There oneDNN 3.13 with AMX reads memory that nobody wrote, if the image is 9 or more high.
+    """
+    if inputs[0].shape[-1] > 2 or conv.bias is None:
+        return output
+    x, weight, bias = (tensor.float() for tensor in (inputs[0], conv.weight, conv.bias))
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding).to(output.dtype)  # type: ignore[arg-type]
 
 
 def _fast_bf16() -> bool:

@@ -31,7 +31,6 @@ from ldm.sampling.optimize import optimize
 from ldm.sampling.options import Sampling
 from ldm.sampling.prepare import prepare
 from ldm.sampling.request import AS_SAVED, Interpolation, SamplingInputs, SamplingRequest, Size
-from ldm.utils.errors import UserError
 from ldm.utils.precision import placement
 
 __all__ = ["Interpolation", "LatentDiffusion", "SamplingRequest"]
@@ -173,8 +172,6 @@ class LatentDiffusion:
         self._embedding_cache = {}
         return self
 
-    # ------------------------------------------------------------------------------------------------------- sampling
-
     def latents(
         self,
         prompts: Sequence[str] | None,
@@ -218,12 +215,12 @@ class LatentDiffusion:
         cache = {} if self._embedding_cache is None else self._embedding_cache
         if len(cache) > MAX_CACHED_PROMPTS:
             cache.clear()
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]:
-            encoded = [self.text.embed([prompt]) for prompt in new]  # one at a time: bits depend on a batch
-            states = TextEmbedding.cat(encoded).states
-            for model in self.text.models:
-                check_output(states, "text encoder", model, "take another one")
-            cache.update(zip(new, encoded, strict=True))
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in cache:
+                embedding = self.text.embed([prompt])  # one at a time: bits depend on a batch
+                for model in self.text.models:
+                    check_output(embedding.states, "text encoder", model, "take another one")
+                cache[prompt] = embedding
         return TextEmbedding.cat([cache[prompt] for prompt in prompts])
 
     def __call__(
@@ -269,21 +266,18 @@ class LatentDiffusion:
         """The images of a request; the arguments are those of a call, in one object."""
         inputs = request.resolve(self)
 
-        def finish(
-            start: int, latents: torch.Tensor, image: torch.Tensor | None, mask: torch.Tensor | None
-        ) -> list[Image.Image]:
+        def finish(start: int, latents: torch.Tensor, part: SamplingInputs) -> list[Image.Image]:
             check_output(latents, "U-Net", self.unet, OVERFLOW[placement(self.unet)[1] == torch.float16])
-            images = self.to_images(latents, image, mask)
-            if not ready:
-                return images
-            ready(start, images)
-            return []
+            images = self.to_images(latents, part.image, part.mask)
+            if ready:
+                ready(start, images)
+            return [] if ready else images
 
         batches: list[Future[list[Image.Image]]] = []
         with BackgroundWorker(self.device) as worker:
             for rows, part in inputs.batches(batch):
                 latents = self._sample(part.padded(self.multiple // self.upscale_factor), callback)
-                batches.append(worker.submit(finish, rows.start, latents, part.image, part.mask))
+                batches.append(worker.submit(finish, rows.start, latents, part))
                 for finished in filter(Future.done, batches):
                     finished.result()  # raises its error before more is sampled
         return [image for finished in batches for image in finished.result()]
@@ -298,12 +292,3 @@ class LatentDiffusion:
             height, width = (side * self.upscale_factor for side in image.shape[2:])
             pixels = pixels[..., :height, :width]
         return to_pil(pixels) if image is None or mask is None else composite(pixels, image, mask)
-
-    def check_size(self, size: Size) -> None:
-        """UserError if the model can't make images of `size` (width, height)."""
-        multiple = self.multiple
-        if any(side < 1 or side % multiple for side in size):
-            nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
-            raise UserError(
-                f"size: {size[0]}x{size[1]}; this model makes sides that are multiples of {multiple}, {nearest} for one"
-            )

@@ -203,7 +203,7 @@ class SamplingRequest:
         if self.size:
             if self.image is not None:
                 raise UserError("size: is that of the image; resize it, or leave it out")
-            model.check_size(self.size)
+            check_size(self.size, model.multiple)
         if self.options.threshold is not None and model.autoencoder.factor != 1:
             raise UserError("threshold: is for pixels, and this model's latents have no bounds; leave it out")
 
@@ -231,6 +231,15 @@ class SamplingRequest:
         seeds = range(seed, seed + number) if isinstance(seed, int) else seed
         return SamplingInputs(
             seeds, self.prompts_per_image, self.labels_per_image, image, mask, self.size, self.toward, self.options
+        )
+
+
+def check_size(size: Size, multiple: int) -> None:
+    """UserError unless both sides are multiples of `multiple` (`LatentDiffusion.multiple`)."""
+    if any(side < 1 or side % multiple for side in size):
+        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        raise UserError(
+            f"size: {size[0]}x{size[1]}; this model makes sides that are multiples of {multiple}, {nearest} for one"
         )
 
 

@@ -116,6 +116,7 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
 
     recomputed = ", computed again in the backward pass" if stage.gradient_checkpointing else ""
     frozen, vaes = 4 * text.frozen, 4 * sum(p.numel() for p in vae.parameters())
+    averages_of = "average of the weights" if averages == 1 else f"{averages} averages of the weights"
     precision_of_base = {"no": "float32"}.get(config.finetune.base_precision, config.finetune.base_precision)
     rows = (
         Row(f"frozen weights, {precision_of_base}{part}", base, base),
@@ -123,11 +124,7 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
         Row(f"{'trained ' if base else ''}weights, float32{part}", weights, weights),
         Row(f"gradients, float32{part if gradients == weights else ''}", gradients, kept),
         Row(f"moments of {stage.optimizer}{part}", moments, moments),
-        Row(
-            ("average of the weights" if averages == 1 else f"{averages} averages of the weights") + part,
-            averages * weights,
-            averages * weights,
-        ),
+        Row(f"{averages_of}{part}", averages * weights, averages * weights),
         Row("weights gathered, gradients reduced, at most", gathered, 0),
         Row("all weights, for the export", 0, exported),  # sampling before that gathers less
         Row("text encoder", frozen, frozen),

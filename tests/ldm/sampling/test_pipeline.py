@@ -1,5 +1,6 @@
 """LatentDiffusion with random weights: saving, loading, guidance and every kind of autoencoder."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_guidance_1_ignores_the_negative_prompt_and_a_higher_scale_does_not(mode
 
     assert torch.equal(latents(1.0, ""), latents(1.0, "blue"))
     assert not torch.equal(latents(2.0, ""), latents(2.0, "blue"))
+
+
+def test_a_narrow_image_is_the_same_in_bf16_whatever_was_in_memory(model: LatentDiffusion) -> None:
+    fast = copy.deepcopy(model).optimize_for_inference("bf16")
+    prediction, expected = (
+        torch.cat([m.latents(["red heart"], [seed], Sampling(1), size=(2, 92)) for seed in range(4)])
+        for m in (_with_used_memory(fast), model)
+    )
+    torch.testing.assert_close(prediction, expected, atol=0.05, rtol=0.05)
+
+
+def _with_used_memory(model: LatentDiffusion) -> LatentDiffusion:
+    """The model, after memory of many sizes was filled with what is no number, and freed."""
+    for size in range(8, 4096, 8):
+        torch.full((size,), torch.nan)
+    return model
 
 
 @pytest.mark.parametrize("prompts", ["", " ", [], ["cat", ""]])
