@@ -36,8 +36,6 @@ MAX_LISTED = 200  # bad images
 MAX_UPLOADS = 500  # files
 BUILT_IN = "openmoji-demo"
 ZIP = ".zip"
-READ = (*SIDECARS, *REMEDIES)
-"""Suffixes that are unpacked besides images: captions, and images for which the check names a remedy."""
 
 _lock = threading.Lock()  # two checks would write the same index
 
@@ -152,7 +150,7 @@ def _unzip(name: str, data: bytes, folder: Path) -> tuple[Path, list[str]]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for info, path in _members(name, archive):
-                if not (is_image_file(path.name) or path.name.lower().endswith(READ) or path.name in METADATA[:2]):
+                if not _is_unpacked(path.name):
                     left_out.append(str(path))
                     continue
                 target = folder / path
@@ -174,10 +172,15 @@ def _unzip(name: str, data: bytes, folder: Path) -> tuple[Path, list[str]]:
     return folder, left_out
 
 
+def _is_unpacked(name: str) -> bool:
+    """Whether it is an image, perhaps one for which the check names a remedy, or a file of captions."""
+    table = name in METADATA and not name.endswith(".parquet")
+    return table or is_image_file(name) or name.lower().endswith((*SIDECARS, *REMEDIES))
+
+
 def _members(name: str, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, PurePosixPath]]:
     """The files of a zip, without hidden ones and what macOS adds; UserError before the first where one is unsafe."""
     infos = [info for info in archive.infolist() if not info.is_dir()]
-    _check_amount(f"upload: {name}", len(infos), sum(info.file_size for info in infos))
     paths = [PurePosixPath(info.filename.replace("\\", "/")) for info in infos]
     for info, path in zip(infos, paths, strict=True):
         if path.is_absolute() or ".." in path.parts:
@@ -188,9 +191,10 @@ def _members(name: str, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipI
             raise UserError(f"upload: {name} is encrypted; zip the images without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without bounds
             raise UserError(f"upload: {name} is not compressed by Deflate; zip the images with the usual settings")
-    for info, path in zip(infos, paths, strict=True):
-        if not any(part.startswith((".", "__MACOSX")) for part in path.parts):
-            yield info, path
+    hidden = [any(part.startswith((".", "__MACOSX")) for part in path.parts) for path in paths]
+    members = [(info, path) for info, path, skip in zip(infos, paths, hidden, strict=True) if not skip]
+    _check_amount(f"upload: {name}", len(members), sum(info.file_size for info, _ in members))
+    yield from members
 
 
 def keep(source: Path) -> Path:

@@ -281,7 +281,7 @@ def test_a_zip_of_a_folder_is_that_folder(folder: Path) -> None:
         "cats/sub/a.txt": b"a small cat",
         "cats/model.bin": b"weights",
         "cats/.DS_Store": b"",
-        "__MACOSX/cats/._a.png": b"",
+        **{f"__MACOSX/cats/._{number}.png": b"" for number in range(data_check.MAX_UPLOADS)},
     }
     app = opened(menu)
     app.segmented_control[0].set_value("Upload").run()
