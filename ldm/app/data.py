@@ -10,14 +10,20 @@ from PIL import Image
 
 from ldm.app import data_captions
 from ldm.app.data_captions import Row, normalized
-from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, MAX_UPLOADS_MB, Check, run_check, save_uploads, source_of
+from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, run_check, save_uploads, source_of
 from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
-from ldm.app.roots import roots
+from ldm.app.launch import MAX_UPLOADS_MB
+from ldm.app.menu import menu_page
+from ldm.app.roots import inside, roots
+from ldm.app.train import NEW
+from ldm.app.train_form import SOURCE
+from ldm.app.train_settings import default_size, image_sources, tidy
 from ldm.data.openmoji import ATTRIBUTION
 from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
 
 FOLDER, UPLOAD, DRAWINGS = WAYS = ("Folder", "Upload", "Sample drawings")
+CHECK, CAPTIONS = VIEWS = ("Check", "Captions")
 ROWS = 8  # captions on a page
 THUMBNAIL = 256
 
@@ -28,13 +34,20 @@ def page() -> None:
     with sentences():
         source = _source()
         if not source:
-            st.info("Name a folder, a tar or parquet file with images, or upload some: the check says what is in it.")
+            st.info(
+                "Choose a folder of images, a tar or a parquet file: the check says what training would make of it. "
+                f"Captions can be written here too. The list has those in {_where()}; copy yours there, or upload some."
+            )
             return
-        check, captions = st.tabs(["Check", "Captions"])
+        check, captions = st.tabs(VIEWS, key="data-view", on_change="rerun")
         with check, sentences(stop=False):
             _check(source)
         with captions, sentences(stop=False):
             _captions(source)
+
+
+def _where() -> str:
+    return " or ".join(f"`{root}`" for root in roots())
 
 
 def _source() -> str | None:
@@ -47,24 +60,37 @@ def _source() -> str | None:
             return BUILT_IN
         if way == UPLOAD:
             return _uploaded()
-        where = " or ".join(str(root) for root in roots())
-        text = st.text_input("Folder or archive", help=f"In {where}.", placeholder="a folder, a .tar or a .parquet")
-    return source_of(text.strip()) if text.strip() else None
+        text = st.selectbox(
+            "Folder or archive",
+            image_sources(),
+            index=None,
+            key="data-folder",
+            accept_new_options=True,
+            placeholder="Choose one, or type a path",
+            help=f"The list has what lies in {_where()}, up to two folders deep. Any other path in there can be typed.",
+        )
+    return source_of(text) if text and text.strip() else None
 
 
 def _uploaded() -> str | None:
     """A folder of this session with the uploads, or the tar in it."""
-    types = [*IMAGE_TYPES, *(suffix[1:] for suffix in SIDECARS), "tar"]
-    limits = f"At most {MAX_UPLOADS} files of {MAX_UPLOADS_MB} MB in all."
-    files = st.file_uploader("Images with caption files, or a tar", types, accept_multiple_files=True, help=limits)
+    types = [*IMAGE_TYPES, *(suffix[1:] for suffix in SIDECARS), "zip", "tar"]
+    limits = f"At most {MAX_UPLOADS} files of {MAX_UPLOADS_MB} MB in all, also those in a zip."
+    files = st.file_uploader(
+        "Images with caption files, or one zip or tar of them", types, accept_multiple_files=True, help=limits
+    )
     if not files:
         return None
     key = tuple(file.file_id for file in files)
     if st.session_state.get("uploaded", (None,))[0] != key:
         folder = TemporaryDirectory(prefix="ldm-upload-")  # it goes when the session forgets it
-        path = save_uploads([(file.name, file.getvalue()) for file in files], Path(folder.name))
-        st.session_state["uploaded"] = (key, folder, str(path))
-    return str(st.session_state["uploaded"][2])
+        saved = save_uploads([(file.name, file.getvalue()) for file in files], Path(folder.name))
+        st.session_state["uploaded"] = (key, folder, *saved)
+    _, _, path, left_out = st.session_state["uploaded"]
+    if left_out:
+        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        st.caption(plain(f"Neither images nor captions, so left out of the zip: {', '.join(left_out[:3])}{more}."))
+    return str(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- the check
@@ -72,25 +98,66 @@ def _uploaded() -> str | None:
 
 def _check(source: str) -> None:
     left, middle, right = st.columns([1, 1, 2], vertical_alignment="bottom")
-    size = left.number_input("Size", 8, 2048, 512, 8, help="`data.size`: the side of training's images, in pixels.")
+    help_text = (
+        "`data.size`: the side of training's images, in pixels. It begins as that of the newest model in the app's "
+        "folders, or else of the smallest configuration, with which the page Train begins."
+    )
+    size = left.number_input("Size", 8, 2048, default_size(), 8, help=help_text, key="data-size")
     buckets = middle.toggle("Buckets", help="Sorts images by aspect ratio, so that little is cropped.")
     captions = right.toggle("With captions", True, help="Off: for a model without text; no caption is needed.")
     settings = (source, int(size), buckets, captions)
     if st.button("Check", type="primary"):
         st.session_state.pop("check", None)
         with st.spinner("Opening every image …"):
-            st.session_state["check"] = (settings, run_check(*settings))
-    checked, check = st.session_state.get("check", (None, None))
-    if check and checked == settings:
+            st.session_state["check"] = (settings, *_checked(*settings))
+    checked, check, uncaptioned = st.session_state.get("check", (None, None, []))
+    if checked != settings:
+        return
+    _verdict(check, source)
+    if uncaptioned:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            count = len(uncaptioned)
+            st.markdown(f"{count:,} {'image has' if count == 1 else 'images have'} no caption.", width="content")
+            st.button("Write captions", on_click=_open_captions, args=(uncaptioned[0],))
+    if isinstance(check, Check):
         _show(check)
 
 
+def _is_upload(source: str) -> bool:
+    return source != BUILT_IN and not inside(Path(source))
+
+
+def _checked(source: str, size: int, buckets: bool, captions: bool) -> tuple[Check | str, list[int]]:
+    """The check, or why there can be none, and the numbers of the images that lack a caption."""
+    try:
+        check: Check | str = run_check(source, size, buckets, captions)
+    except UserError as error:
+        check = str(error)
+    return check, data_captions.uncaptioned(source) if captions else []
+
+
+def _open_captions(number: int) -> None:
+    """Shows the captions from the page with an image on."""
+    st.session_state["data-view"], st.session_state["captions-page"] = CAPTIONS, number // ROWS + 1
+
+
+def _verdict(check: Check | str, source: str) -> None:
+    """Whether training can begin, with the way to it."""
+    if stop := check if isinstance(check, str) else check.stop:
+        st.error(plain(f"Training would stop: {stop}"))
+        return
+    assert isinstance(check, Check)
+    left, right = st.columns([4, 1], vertical_alignment="center")
+    left.success(plain(f"Training can begin: {check.kind}."))
+    help_text = f"Copies the upload into a folder in `{roots()[0]}` first." if _is_upload(source) else None
+    if right.button("Train on it", type="primary", help=help_text, width="stretch"):
+        st.session_state[SOURCE] = source if source == BUILT_IN else str(tidy(keep(Path(source))))
+        st.session_state["train-next-view"] = NEW
+        st.switch_page(menu_page("train"))
+
+
 def _show(check: Check) -> None:
-    """The verdict, the counts, and all that explains them."""
-    if check.stop:
-        st.error(plain(f"Training would stop: {check.stop}"))
-    else:
-        st.success(plain(f"Training can begin: {check.kind}."))
+    """The counts, and all that explains them."""
     left_out = sum(count for count, _ in check.left_out.values())
     duplicates = check.facts.get("duplicates", {})
     counts = {"good": check.good, "bad": check.bad, "left out": left_out, "copies": duplicates.get("exact", 0)}
@@ -142,17 +209,23 @@ def _captions(source: str) -> None:
     rows = data_captions.rows(Path(source))
     pages = max(1, -(-len(rows) // ROWS))
     left, right = st.columns([1, 3], vertical_alignment="bottom")
-    number = left.number_input(f"Page, of {pages:,}", 1, pages)
-    right.caption(
-        f"{len(rows):,} images. Saving writes a `.txt` beside each image; what was there before stays as `.txt.bak`."
+    st.session_state["captions-page"] = min(st.session_state.get("captions-page", 1), pages)
+    number = left.number_input(f"Page, of {pages:,}", 1, pages, key="captions-page")
+    kept = (
+        "The upload goes with this session; *Train on it*, after a check, keeps a copy." if _is_upload(source) else ""
     )
-    for message in st.session_state.pop("saved", []):
-        st.success(message)
+    right.caption(
+        f"{len(rows):,} images. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
+    )
     shown = rows[(int(number) - 1) * ROWS :][:ROWS]
     with st.form("captions", border=False):
         edited = [(row, *_edit(row)) for row in shown]
-        if st.form_submit_button("Save", type="primary"):
-            _save([(row, seen, text) for row, seen, text in edited if normalized(text) != normalized(seen)])
+        with st.container(horizontal=True, vertical_alignment="center"), sentences(stop=False):
+            pressed = st.form_submit_button("Save", type="primary")
+            if pressed:
+                _save([(row, seen, text) for row, seen, text in edited if normalized(text) != normalized(seen)])
+            elif message := st.session_state.pop("saved", ""):
+                st.success(message)
 
 
 def _edit(row: Row) -> tuple[str, str]:
@@ -183,14 +256,17 @@ def _thumbnail(path: str, changed: float) -> Image.Image:
 
 def _save(changes: list[tuple[Row, str, str]]) -> None:
     """Writes the captions that were changed, and says what was done; the page is drawn anew."""
+    if not changes:
+        st.info("No caption was changed.")
+        return
+    st.session_state.pop("check", None)  # its result is of the earlier captions
     copied = 0
     for row, seen, text in changes:
         copied += data_captions.save(row, seen, text)
         st.session_state["seen"][f"caption-{row.image}"] = row.caption()
-    if not changes:
-        st.info("No caption was changed.")
-        return
     noun = "caption" if len(changes) == 1 else "captions"
     copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
-    st.session_state["saved"] = [f"Saved {len(changes)} {noun}.{copies}"]
+    st.session_state["saved"] = (
+        f"Saved {len(changes)} {noun}.{copies} Press *Check* again to see what training makes of it."
+    )
     st.rerun()

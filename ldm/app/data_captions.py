@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config.schema import SourceConfig
+from ldm.data import openmoji
 from ldm.data.folder_tree import FolderTree
 from ldm.data.folders import CaptionFiles
 from ldm.data.formats import is_image_file
@@ -65,6 +66,20 @@ def rows(folder: Path) -> list[Row]:
                 path = text if isinstance(text, Path) else directory.path / file
                 found.append(Row(keys[0], image, path, shared=files[file] > 1))
     return found
+
+
+def uncaptioned(source: str) -> list[int]:
+    """The numbers of those images of `rows` that have no caption; none where captions aren't edited here."""
+    if source in openmoji.SUBSETS or why_not(source):
+        return []
+    return [number for number, row in enumerate(rows(Path(source))) if not row.file.exists() or _is_blank(row.file)]
+
+
+def _is_blank(file: Path) -> bool:
+    try:
+        return not file.read_bytes().strip()
+    except OSError:  # the check names it
+        return False
 
 
 def normalized(text: str) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 import streamlit as st
 
 from ldm.app.inputs import plain, sentences
-from ldm.app.roots import allowed, loras, pipelines, roots, short
+from ldm.app.menu import no_model
+from ldm.app.roots import allowed, loras, pipelines, short
 from ldm.cli.compare import size_of
 from ldm.cli.export import check_out, write_and_compare
 from ldm.cli.export_lora import export_lora
@@ -88,8 +89,7 @@ def page() -> None:
     st.title("Export")
     folders = [str(path) for path in pipelines()]
     if not folders:
-        where = ", ".join(f"`{root}`" for root in roots())
-        st.info(f"No finished model in {where}. `make demo` trains one; or start the app with `--root FOLDER`.")
+        no_model()
         return
     target = st.segmented_control("As", [*TARGETS], default=next(iter(TARGETS)), required=True)
     to, purpose = TARGETS[target]

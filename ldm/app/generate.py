@@ -10,7 +10,9 @@ from PIL import Image
 
 from ldm.app.drawing import Adapters, Loaded, Settings, Upload, draw, png, read_base
 from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
+from ldm.app.launch import MAX_UPLOAD_MB
 from ldm.app.mask_canvas import painted_mask
+from ldm.app.menu import no_model
 from ldm.app.roots import INDEX, adapter_name, allowed, loras, pipelines, roots, short, upscalers
 from ldm.config.schema import SOLVERS
 from ldm.models.conditioning import MAX_NOISE_LEVEL
@@ -81,8 +83,7 @@ def page() -> None:
     st.title("Generate")
     folder = choose_model()
     if not folder:
-        where = ", ".join(f"`{root}`" for root in roots())
-        st.info(f"No finished model in {where}. `make demo` trains one; or start the app with `--root FOLDER`.")
+        no_model()
         return
     with sentences():
         model = base(folder)
@@ -151,7 +152,7 @@ def _upscaler_name(folder: str | None) -> str:
 
 
 def _upload(label: str) -> Upload | None:
-    file = st.file_uploader(label, IMAGE_TYPES)
+    file = st.file_uploader(label, IMAGE_TYPES, max_upload_size=MAX_UPLOAD_MB)
     return Upload(file.name, file.getvalue()) if file else None
 
 

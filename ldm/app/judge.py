@@ -8,7 +8,8 @@ from pathlib import Path
 import streamlit as st
 
 from ldm.app.inputs import sentences
-from ldm.app.roots import allowed, families, roots, runs, short
+from ldm.app.menu import no_model
+from ldm.app.roots import allowed, families, runs, short
 from ldm.evaluation.report import REPORT
 from ldm.evaluation.report.collect import collect
 from ldm.evaluation.report.comparison import comparison
@@ -41,7 +42,7 @@ def page() -> None:
     st.title("Judge")
     compared = families()
     if not (folders := [str(run) for run in runs()]) and not compared:
-        st.info(f"No run in {', '.join(f'`{root}`' for root in roots())}. The page *Train* or `make demo` trains one.")
+        no_model("run")
         return
     views = [REPORTS] * bool(folders) + [FAMILIES] * bool(compared)
     if len(views) > 1:

@@ -15,11 +15,11 @@ from pathlib import Path
 from ldm.app.roots import ROOTS
 from ldm.utils.errors import Parser, UserError, command
 
-MAX_UPLOAD_MB = 20
+MAX_UPLOAD_MB, MAX_UPLOADS_MB = 20, 200  # of an image; of all uploads of the page Data
 SETTINGS = {
     "server.headless": "true",  # opens no browser and asks for no e-mail address
     "server.fileWatcherType": "none",
-    "server.maxUploadSize": str(MAX_UPLOAD_MB),
+    "server.maxUploadSize": str(MAX_UPLOADS_MB),
     "browser.gatherUsageStats": "false",
     "client.showErrorDetails": "none",  # a defect's traceback goes to the terminal alone
     "client.toolbarMode": "minimal",

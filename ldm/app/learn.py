@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.app import learn_guidance, learn_model
 from ldm.app.forward import FORMULAS, LEARNED, PROCESSES, coefficients, curves, learned, noised
 from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sample, sentences
+from ldm.app.launch import MAX_UPLOAD_MB
 from ldm.app.learn_parts import formula, row
 from ldm.app.roots import allowed, learned_runs, short
 from ldm.data.crops import crop_resize
@@ -52,7 +53,9 @@ def page() -> None:
 def _image() -> Image.Image:
     """The visitor's image, or a sample."""
     with st.popover("Your image"):
-        upload = st.file_uploader("Image", IMAGE_TYPES, help="At most 20 MB. Without one, a drawing is used.")
+        upload = st.file_uploader(
+            "Image", IMAGE_TYPES, max_upload_size=MAX_UPLOAD_MB, help="Without one, a drawing is used."
+        )
         if not upload:
             image, source = sample()
             st.caption(plain(source))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.app.drawing import Loaded, Settings
 from ldm.app.generate import choose_model, load
-from ldm.app.roots import roots
+from ldm.app.menu import no_model
 from ldm.utils.errors import UserError
 
 Result = TypeVar("Result")
@@ -51,11 +51,7 @@ def model() -> tuple[str, Loaded] | None:
     """The folder and the model that the visitor chooses; a sentence and None where there is none."""
     folder = choose_model()
     if not folder:
-        where = ", ".join(f"`{root}`" for root in roots())
-        st.info(
-            f"This needs a model, and there is none in {where}. The page *Train* makes a small one in a minute; "
-            "`make demo`, in a terminal, a better one. Forward and Schedules need none."
-        )
+        no_model(note="Forward and Schedules need none.")
         return None
     loaded = load(folder)
     if loaded.model.task != "generate":

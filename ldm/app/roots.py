@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ldm.utils.errors import UserError
@@ -27,18 +28,33 @@ def inside(path: Path) -> bool:
 
 
 def allowed(text: str) -> Path:
-    """The folder or file that someone typed; UserError if it is outside the roots, links followed, or missing."""
+    """The folder or file that someone typed; UserError if it is outside the roots, links followed, or missing.
+
+    A relative path starts at the current folder, at a root, or as menus show it, with the root's name.
+    """
     try:
-        path = Path(expand(text.strip())).resolve()
-        exists = path.exists()
+        typed = Path(expand(text.strip()))
+        starts = [Path(), *(start for root in roots() for start in (root, root.parent))]
+        paths = [path for start in starts if (path := (start / typed).resolve()).exists()]
+        refused = "" if not paths or any(map(inside, paths)) else outside(paths[0])
     except (OSError, ValueError) as error:
         raise UserError(f"folder: {text!r} can't be read ({error}); give another") from None
-    if not inside(path):
+    if refused:
+        raise UserError(f"folder: {refused}")
+    if not paths:
         where = ", ".join(map(str, roots()))
-        raise UserError(f"folder: {path} is outside of {where}; start the app with --root {path}")
-    if not exists:
-        raise UserError(f"folder: there is no {path}; give one that exists")
-    return path
+        raise UserError(f"folder: there is no {typed}; give a folder or file in {where}")
+    return next(filter(inside, paths))
+
+
+def outside(path: Path) -> str:
+    """That a resolved path is outside of the roots, and what to do about it; OSError where it can't be looked at."""
+    where = ", ".join(map(str, roots()))
+    if not path.exists():
+        return f"{path} is outside of {where}, and there is no such path; give one inside"
+    folders = [*filter(Path.is_dir, roots()), path if path.is_dir() else path.parent]
+    flags = shlex.join(flag for folder in folders for flag in ("--root", str(folder)))
+    return f"{path} is outside of {where}; start the app with {flags}"
 
 
 def _found(*patterns: str) -> list[Path]:

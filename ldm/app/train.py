@@ -9,7 +9,7 @@ import streamlit as st
 from ldm.app import processes
 from ldm.app.inputs import sentences
 from ldm.app.roots import allowed, pipelines, roots, short, started_runs
-from ldm.app.train_form import choose, estimate, show_command
+from ldm.app.train_form import choose, estimate, has_own_images, show_command
 from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, tidy
 from ldm.app.train_watch import watch
 from ldm.utils.errors import UserError
@@ -64,7 +64,7 @@ def _start(run: Path, arguments: list[str]) -> None:
 def _new(busy: list[Path]) -> None:
     """The form, and what starts from it."""
     folder = configurations()
-    offered = bool(folder and not busy and not pipelines())
+    offered = bool(folder and not busy and not pipelines() and not has_own_images())
     if folder and offered:
         _offer_tiny(folder / TINY)
     if not (chosen := choose()):

@@ -25,7 +25,7 @@ from ldm.app.train_settings import (
     Setting,
     bases,
     free_name,
-    image_folders,
+    image_sources,
     resolve,
     settings,
     tidy,
@@ -51,6 +51,7 @@ NOT_OF_KIND = {
     LORA: {"data.size", "stage1.steps"},
 }
 BAR = re.compile(r"%\||/s\]$")  # a progress bar
+SOURCE = "train-source"  # in the session: images that the page Data hands over
 WIDE = ("data.source", "sample.prompts")
 
 
@@ -81,6 +82,12 @@ class Form:
         return processes.command(self.base.path, [*self.base.overrides, *self.overrides], *flags)
 
 
+def has_own_images() -> bool:
+    """Whether the visitor chose images, here or on the page Data."""
+    form = st.session_state.get("train-form")
+    return SOURCE in st.session_state or (isinstance(form, Form) and "data.source" in form.changed)
+
+
 def choose() -> tuple[Form, Config | None] | None:
     """Draws the form: what was chosen, and its configuration unless it breaks a rule; None without a base."""
     left, right = st.columns(2)
@@ -95,6 +102,8 @@ def choose() -> tuple[Form, Config | None] | None:
     if not isinstance(form, Form) or form.base != base:
         name = f"{base.path.parent.name}-{'lora' if kind == LORA else 'tuned'}" if base.overrides else base.path.stem
         form = st.session_state["train-form"] = Form(base, free_name(name))
+    if source := st.session_state.pop(SOURCE, None):
+        form.changed["data.source"] = source
     if base.description:
         st.caption(plain(base.description))
     try:
@@ -136,7 +145,7 @@ def _first(form: Form, config: Config, kind: str) -> None:
 def _images(place: DeltaGenerator, setting: Setting, form: Form, config: Config) -> None:
     """The source of images: one of the folders in the roots, or what is typed."""
     shown = form.changed.get(setting.key, setting.shown(config))
-    options = list(dict.fromkeys([shown, setting.shown(loader.load(form.base.path)), *image_folders()]))
+    options = list(dict.fromkeys([shown, setting.shown(loader.load(form.base.path)), *image_sources()]))
     st.session_state[setting.key] = shown
     place.selectbox(
         FIRST[setting.key],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +16,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from ldm.app.roots import pipelines, roots, short
+from ldm.app.roots import INDEX, inside, outside, pipelines, roots, short
 from ldm.config import kohya, loader
 from ldm.config.schema import Config, Section
+from ldm.data.archives import TARS
 from ldm.data.formats import is_image_file
 from ldm.utils.errors import UserError
 from ldm.utils.paths import expand
@@ -166,11 +168,11 @@ def _check_inside(key: str, text: str | Path) -> None:
         if isinstance(text, str) and (REMOTE.match(text) or (HUB_ID.fullmatch(text) and not path.exists())):
             return
         path = path.resolve()
+        refused = "" if inside(path) else outside(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {str(text)!r} can't be read ({error}); give another") from None
-    if not any(path.is_relative_to(root) for root in roots()):
-        inside = ", ".join(map(str, roots()))
-        raise UserError(f"{key}: {path} is outside of {inside}; start the app with --root {path}")
+    if refused:
+        raise UserError(f"{key}: {refused}")
 
 
 def tidy(path: Path) -> Path:
@@ -223,23 +225,39 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
     return Base(f"{short(pipeline.parent)}, your model", file, tuple(overrides))
 
 
-def image_folders() -> list[str]:
-    """Folders with images in the roots, those of runs left out, at most `MAX_FOLDERS`."""
-    found: list[str] = []
+def image_sources() -> list[str]:
+    """Folders with images, archives or class folders in the roots, without those of runs; at most `MAX_FOLDERS`."""
+    paths: list[Path] = []
     for root in roots():
-        for folder in sorted((*root.glob("*/"), *root.glob("*/*/"))):
+        sources: list[Path] = []
+        for folder in (root, *root.glob("*/"), *root.glob("*/*/")):
             of_run = any((parent / "config.yaml").exists() for parent in (folder, folder.parent))
-            if not of_run and folder.resolve().is_relative_to(root) and _has_images(folder):
-                found.append(str(tidy(folder)))
-    return found[:MAX_FOLDERS]
+            if not of_run and inside(folder.resolve()) and (source := _image_source(folder)):
+                sources.append(source)
+        parents = Counter(source.parent for source in sources)
+        classes = [parent for parent, count in parents.items() if count > 1 and parent not in (root, root.parent)]
+        paths += sorted({*sources, *classes})
+    return [str(tidy(path)) for path in dict.fromkeys(paths)][:MAX_FOLDERS]
 
 
-def _has_images(folder: Path) -> bool:
+def _image_source(folder: Path) -> Path | None:
+    """The folder where it has images or several archives, else its only archive; None without either."""
     try:
-        entries = (path.name for path, _ in zip(folder.iterdir(), range(MAX_ENTRIES), strict=False))
-        return any(is_image_file(name) for name in entries)
+        names = [path.name for path, _ in zip(folder.iterdir(), range(MAX_ENTRIES), strict=False)]
     except OSError:
-        return False
+        return None
+    archives = [name for name in names if name.endswith((*TARS, ".parquet"))]
+    if len(archives) == 1 and not any(map(is_image_file, names)):
+        return folder / archives[0]
+    return folder if archives or any(map(is_image_file, names)) else None
+
+
+def default_size() -> int:
+    """The side of the training images of the newest model in the roots; without one, of the smallest configuration."""
+    models = sorted(pipelines(), key=lambda model: (model / INDEX).stat().st_mtime, reverse=True)
+    files = [*(model.parent / "config.yaml" for model in models), *(base.path for base in bases(SCRATCH))]
+    configs = (config for file in filter(Path.is_file, files) if (config := _loaded(file, file.stat().st_mtime)))
+    return next((config.data.size for config in configs), 512)
 
 
 def free_name(name: str) -> str:

@@ -38,6 +38,12 @@ def judge() -> None:
     page()
 
 
+def export() -> None:
+    from ldm.app.export import page
+
+    page()
+
+
 def press(app: AppTest, label: str) -> AppTest:
     return next(button for button in app.button if button.label == label).click().run()
 
@@ -169,9 +175,11 @@ def test_folders_outside_of_the_roots_are_refused(folder: Path, tmp_path: Path) 
 
 def test_without_a_run_the_pages_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(roots.ROOTS, str(tmp_path / "none"))
-    for page in (script, judge):
+    for page in (script, judge, export):
         app = AppTest.from_function(page, default_timeout=60).run()
-        assert "make demo" in app.info[0].value and not app.exception
+        text = app.info[0].value
+        assert 0 < text.index("*Train*") < text.index("make demo") and not app.exception
+        assert [link.proto.page for link in app.get("page_link")] == ["train"]
 
 
 def test_judge_shows_reports_side_by_side_and_comparisons_of_families(

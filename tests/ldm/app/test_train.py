@@ -78,8 +78,9 @@ def test_the_form_has_the_schema_s_help_and_its_rules_messages(runs: Path) -> No
     assert errors(app) == ["stage2.zero_snr: True is for discrete timesteps, which flow has none of; leave it out"]
     app.text_area(key="train-typed").set_value("data.source=/etc")
     press(app, "Undo all changes")
-    assert errors(app) == [f"data.source.path: /etc is outside of {os.environ[roots.ROOTS].replace(':', ', ')}; "
-                           "start the app with --root /etc"]  # fmt: skip
+    folders = os.environ[roots.ROOTS].split(":")
+    flags = " ".join(f"--root {folder}" for folder in (*folders, "/etc"))
+    assert errors(app) == [f"data.source.path: /etc is outside of {', '.join(folders)}; start the app with {flags}"]
     assert not any(runs.iterdir())
 
 
