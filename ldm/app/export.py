@@ -97,6 +97,7 @@ def page() -> None:
         return
     st.session_state.setdefault(TARGET, next(iter(TARGETS)))
     target = st.segmented_control("As", [*TARGETS], key=TARGET, required=True)
+    assert target, "a target is required"
     to, purpose = TARGETS[target]
     st.caption(purpose)
     job = _job(to, folders)

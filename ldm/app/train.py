@@ -26,6 +26,7 @@ def page() -> None:
         st.session_state["train-view"] = st.session_state.pop("train-next-view")
     st.session_state.setdefault("train-view", RUNS if busy else NEW)
     view = st.segmented_control("View", VIEWS, key="train-view", required=True, label_visibility="collapsed")
+    assert view, "a view is required"
     # a place for each view, so that what another one drew goes at once
     places = {name: st.container() if name == view else st.empty() for name in VIEWS}
     with places[view]:

@@ -216,7 +216,8 @@ def _change_images(form: Form, setting: Setting) -> None:
     _change(form, setting)
     form.fitting = {}
     with suppress(UserError):  # which the form shows
-        form.fitting = fitting_images(resolve(form.base, [setting.override(form.changed[setting.key])]))
+        images = setting.override(form.changed[setting.key])
+        form.fitting = fitting_images(resolve(form.base, [images, f"run.dir={form.folder}"]))
 
 
 def _rename(form: Form) -> None:
@@ -257,15 +258,17 @@ def estimate(arguments: Sequence[str], start: bool) -> None:
 def _dry_run(arguments: Sequence[str]) -> list[str]:
     """The lines that a dry run prints, shown as they come; it ends with this call, and leaves nothing."""
     printed, shown = list[str](), st.empty()
-    with TemporaryDirectory(prefix="ldm-estimate-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
+    with (
+        TemporaryDirectory(prefix="ldm-estimate-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "TMPDIR": folder},  # what it makes there, a killed one leaves
-        )
+        ) as process,
+    ):
         assert process.stdout
         try:
             for line in map(str.rstrip, process.stdout):
@@ -275,6 +278,4 @@ def _dry_run(arguments: Sequence[str]) -> list[str]:
         except BaseException:  # the visitor left
             process.kill()
             raise
-        finally:
-            process.wait()
     return printed

@@ -1,6 +1,6 @@
 """A folder in which one process at a time trains: a lock on a file in it, which ends with the process, also by kill -9.
 
-The lock is POSIX's (`lockf`): a loader's forked process does not inherit it, and NFS passes it on to other machines.
+The lock is POSIX's (`lockf`): forked processes, such as a data loader's, don't inherit it.
 """
 
 from __future__ import annotations
