@@ -44,7 +44,8 @@ def _watch(runs: list[Path], busy: list[Path]) -> None:
     if st.session_state.get("train-run") not in names:
         st.session_state["train-run"] = names[0]
     key = f"train-run-{sorted(marks)}"  # another menu: Streamlit's knows its choice by the words that it shows
-    st.session_state[key] = st.session_state["train-run"]
+    if st.session_state.get(key) not in names:
+        st.session_state[key] = st.session_state["train-run"]
     chosen = st.selectbox("Run", names, key=key, format_func=lambda name: short(Path(name)) + marks.get(name, ""))
     st.session_state["train-run"] = chosen
     with sentences():

@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
+from ldm.app.data_check import check_links
 from ldm.app.roots import pipelines, roots, short
 from ldm.config import kohya, loader
 from ldm.config.schema import Config, Section
@@ -231,16 +232,17 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
 def fitting_images(config: Config) -> dict[str, Any]:
     """Settings, by key as their widgets have them, that fit the folder of images of a configuration.
 
-    A step has no more images than there are, and some captions are the prompts. Empty where it is no folder inside the
-    roots, or can't be read.
+    A step has no more images than there are, and some captions are the prompts. Empty where it is no folder, has links
+    that lead out of the roots, or can't be read.
     """
-    folder = Path(config.data.source[0].path).resolve()
-    if not (len(config.data.source) == 1 and folder.is_dir() and any(folder.is_relative_to(root) for root in roots())):
+    folder = Path(config.data.source[0].path)
+    if len(config.data.source) > 1 or not folder.is_dir():
         return {}
     batches = {"stage2.batch": config.stage2.batch}
     if not config.stage1.needs_none:
         batches["stage1.batch"] = config.stage1.batch
     try:
+        check_links(folder)
         records = Sources(config.data.source, config.data.size, folder, config.stage2.conditions).records(0)
         good = (record for record in records if not isinstance(record, BadSample))
         images = list(itertools.islice(good, max(MAX_ENTRIES, *batches.values())))

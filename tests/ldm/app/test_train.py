@@ -170,6 +170,10 @@ def menu(app: AppTest) -> list[str]:
     return next(box.options for box in app.selectbox if box.label == "Run")
 
 
+def choose_run(app: AppTest, run: Path) -> None:
+    next(box for box in app.selectbox if box.label == "Run").set_value(str(run)).run()
+
+
 def test_a_training_of_a_terminal_is_shown_as_one_and_no_second_one_starts(runs: Path, root: Path) -> None:
     write_configuration(runs / "b", "lora", runs / "a/pipeline", "dog", stage1={"pretrained": str(runs / "a/pipeline")})
     run = write_configuration(runs / "a", "lora", runs / "b", "dog", stage1={"pretrained": str(runs / "b")})
@@ -181,6 +185,9 @@ def test_a_training_of_a_terminal_is_shown_as_one_and_no_second_one_starts(runs:
         assert any("started elsewhere" in text.value for text in app.markdown)
         assert [bar.proto.text for bar in app.get("progress")] == ["U-Net: step 0 of 1"], "no autoencoder is trained"
         assert not app.button
+        choose_run(app, runs / "b")
+        assert not errors(app) and app.info[0].value == "Not finished."
+        choose_run(app, run)
         for name in ("a", "c"):
             with pytest.raises(UserError, match=rf"^run\.dir: {run} is being trained"):
                 processes.start(runs / name, [sys.executable, "-c", ""], runs.iterdir())
