@@ -36,7 +36,8 @@ def lock(key: str, folder: Path) -> None:
         while not _acquired(descriptor):
             if time.monotonic() > end:
                 os.close(_held.pop(file))
-                raise UserError(f"{key}: another process trains in {folder}; wait until it ends, or give another")
+                busy = f"another process trains in {folder}"
+                raise UserError(f"{key}: {busy}; wait until it ends, or give another folder")
             time.sleep(PATIENCE / 10)
 
 
