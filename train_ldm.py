@@ -153,7 +153,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
     from ldm.distributed.launch import join, on_main
     from ldm.distributed.sharding import sharding_kind
     from ldm.models import text_encoder
-    from ldm.training import checks, memory_estimate, plan
+    from ldm.training import checks, memory_estimate, plan, preflight
     from stage2_diffusion.finetune import prior
 
     disable_progress_bars()
@@ -189,6 +189,8 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
         data = load_data(prior.with_class_images(settings, encoder) if draws_none else settings, encoder)
         for name in stages:
             measure(settings, name, data, encoder)
+        if state.is_main_process and (total := preflight.describe_total(settings, stages)):
+            print(total, flush=True)
         if undrawn and state.is_main_process:
             print(prior.describe_drawing(settings, undrawn), flush=True)
         state.wait_for_everyone()

@@ -18,6 +18,7 @@ from ldm.training import checks
 from ldm.training.fingerprint import check_finished
 from ldm.training.model_card import write_card
 from ldm.training.run_dir import prepare_run_dir
+from ldm.utils.folder_lock import release_locks
 from stage2_diffusion.evaluation import check_real_images
 from stage2_diffusion.finetune import prior
 from stage2_diffusion.train import train
@@ -95,6 +96,7 @@ class FolderTrainer:
         self.config = loader.parse(tree, "FolderTrainer")
         self.autoencoder = str(autoencoder)
 
+    @release_locks()
     def train(self) -> LatentDiffusion:
         """Trains to the end, or continues, and returns the model; `RUN/pipeline` opens in plain diffusers."""
         state = join(self.config.run)

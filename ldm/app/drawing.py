@@ -7,7 +7,7 @@ import copy
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +58,8 @@ class Settings:
     seed: int = 0
     options: Sampling = field(default_factory=Sampling)
     loras: Adapters = ()
+    embeddings: tuple[str, ...] = ()
+    """Files of learned words."""
     image: Upload | None = None
     mask: Upload | None = None
     enlarges: bool = False
@@ -82,10 +84,10 @@ class Loaded:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, base: LatentDiffusion, loras: Adapters = ()) -> Loaded:
-        """A copy of a model of `read_base` with adapters, ready to draw as the commands do."""
+    def of(cls, base: LatentDiffusion, loras: Adapters = (), embeddings: Sequence[str] = ()) -> Loaded:
+        """A copy of a model of `read_base` with adapters and learned words, ready to draw as the commands do."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = copy.deepcopy(base).to(device).add_loras(*loras, option="LoRA")
+        model = copy.deepcopy(base).to(device).add_loras(*loras, option="LoRA").add_embeddings(*embeddings)
         weights = weights_fingerprint(model)
         return cls(model.optimize_for_inference(), weights)
 
@@ -183,6 +185,7 @@ def png(loaded: Loaded, settings: Settings, image: Image.Image, upscaler: Loaded
         "threads": torch.get_num_threads(),
         "model": settings.model,
         "lora": settings.loras,
+        "embedding": settings.embeddings,
         "precision": next(name for name, dtype in DTYPES.items() if dtype == model.unet.dtype),
         "compile": "no",
         "prompt": settings.prompt,

@@ -14,6 +14,7 @@ import streamlit as st
 
 from ldm.app.inputs import plain, sentences
 from ldm.app.menu import no_model
+from ldm.app.results import opened
 from ldm.app.roots import allowed, loras, pipelines, short
 from ldm.cli.compare import size_of
 from ldm.cli.export import check_out, write_and_compare
@@ -31,6 +32,8 @@ TARGETS = {
 }
 PRECISIONS = {"fp16": "16 bits (fp16)", "bf16": "16 bits (bf16)", "no": "32 bits"}
 MAX_DOWNLOAD_MB = 500
+TARGET, MODEL, ADAPTER, BASE = "export-target", "export-model", "export-adapter", "export-base"
+"""Keys of the widgets that a run's result fills in."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,14 @@ def zipped(folder: Path) -> bytes:
 def page() -> None:
     """Draws the page."""
     st.title("Export")
+    _open_result()
     folders = [str(path) for path in pipelines()]
     if not folders:
         no_model()
         return
-    target = st.segmented_control("As", [*TARGETS], default=next(iter(TARGETS)), required=True)
+    st.session_state.setdefault(TARGET, next(iter(TARGETS)))
+    target = st.segmented_control("As", [*TARGETS], key=TARGET, required=True)
+    assert target, "a target is required"
     to, purpose = TARGETS[target]
     st.caption(purpose)
     job = _job(to, folders)
@@ -101,6 +107,15 @@ def page() -> None:
             st.session_state["exported"] = run(job)
     if exported := st.session_state.get("exported"):
         _show(*exported)
+
+
+def _open_result() -> None:
+    """Chooses what the page was opened with: a run's model, or its adapter."""
+    if result := opened():
+        st.session_state[TARGET] = "LoRA" if result.lora else next(iter(TARGETS))
+        st.session_state[MODEL] = st.session_state[BASE] = result.model
+        if result.lora:
+            st.session_state[ADAPTER] = result.lora
 
 
 def _job(to: str, folders: list[str]) -> Job | None:
@@ -115,11 +130,11 @@ def _job(to: str, folders: list[str]) -> Job | None:
         if not (files := [str(path) for path in loras()]):
             st.info("No adapter in `RUN/lora` of a run; a fine-tuning with `finetune.kind=lora` trains one.")
             return None
-        model = left.selectbox("Adapter", files, format_func=name)
-        base = right.selectbox("Trained on", folders, format_func=name)
+        model = left.selectbox("Adapter", files, key=ADAPTER, format_func=name)
+        base = right.selectbox("Trained on", folders, key=BASE, format_func=name)
         layout = left.selectbox("Layout", ["kohya", "diffusers"])
     else:
-        model = left.selectbox("Model", folders, format_func=name)
+        model = left.selectbox("Model", folders, key=MODEL, format_func=name)
     precision = right.selectbox("Weights", [*PRECISIONS], format_func=PRECISIONS.__getitem__)
     kind = f"-{layout}" if layout else "" if to == "single-file" else "-diffusers"
     suffix = "" if to == "diffusers" else ".safetensors"

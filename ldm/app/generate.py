@@ -13,6 +13,7 @@ from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
 from ldm.app.launch import MAX_UPLOAD_MB
 from ldm.app.mask_canvas import painted_mask
 from ldm.app.menu import no_model
+from ldm.app.results import opened, words
 from ldm.app.roots import INDEX, adapter_name, allowed, loras, pipelines, roots, short, upscalers
 from ldm.config.schema import SOLVERS
 from ldm.models.conditioning import MAX_NOISE_LEVEL
@@ -25,6 +26,8 @@ MODES = {"generate": (TEXT, IMAGE, INPAINT), "inpaint": (INPAINT,), "upscale": (
 """What can be done with a model, by its task."""
 MAX_KEPT = 24  # pictures in a session's gallery
 AS_SAVED = "as saved"
+MODEL, PROMPT, LORAS, WORDS = "generate-model", "generate-prompt", "generate-loras", "generate-words"
+"""Keys of the widgets that a run's result fills in."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ def _base(folder: str, changed: float) -> LatentDiffusion:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Preparing the model …")
-def _loaded(folder: str, adapters: Adapters, changed: tuple[float, ...]) -> Loaded:
-    """A model with adapters, prepared anew where one of their files has `changed`; the base stays in memory."""
-    return Loaded.of(_base(folder, changed[0]), adapters)
+def _loaded(folder: str, adapters: Adapters, embeddings: tuple[str, ...], changed: tuple[float, ...]) -> Loaded:
+    """A model with adapters and words, prepared anew where a file has `changed`; the base stays in memory."""
+    return Loaded.of(_base(folder, changed[0]), adapters, embeddings)
 
 
 def base(folder: str) -> LatentDiffusion:
@@ -54,11 +57,11 @@ def base(folder: str) -> LatentDiffusion:
     return _base(str(index.parent), index.stat().st_mtime)
 
 
-def load(folder: str, adapters: Adapters = ()) -> Loaded:
-    """The same with adapters, ready to draw."""
+def load(folder: str, adapters: Adapters = (), embeddings: tuple[str, ...] = ()) -> Loaded:
+    """The same with adapters and learned words, ready to draw."""
     index = _index(folder)
-    files = (index, *(allowed(name) for name, _ in adapters))
-    return _loaded(str(index.parent), adapters, tuple(file.stat().st_mtime for file in files))
+    files = (index, *(allowed(name) for name in (*(name for name, _ in adapters), *embeddings)))
+    return _loaded(str(index.parent), adapters, embeddings, tuple(file.stat().st_mtime for file in files))
 
 
 def _index(folder: str) -> Path:
@@ -72,7 +75,9 @@ def choose_model() -> str | None:
     """The folder that the visitor chooses; None where there is none yet."""
     left, right = st.columns(2)
     folders = [str(path) for path in pipelines()]
-    chosen = left.selectbox("Model", folders, format_func=lambda name: short(Path(name)), placeholder="none found")
+    chosen = left.selectbox(
+        "Model", folders, key=MODEL, format_func=lambda name: short(Path(name)), placeholder="none found"
+    )
     where = " or ".join(str(root) for root in roots())
     typed = right.text_input("Or another folder", help=f"In {where}.", placeholder="RUN/pipeline")
     return typed.strip() or chosen
@@ -81,6 +86,7 @@ def choose_model() -> str | None:
 def page() -> None:
     """Draws the page."""
     st.title("Generate")
+    _open_result()
     folder = choose_model()
     if not folder:
         no_model()
@@ -102,24 +108,50 @@ def page() -> None:
     _gallery()
 
 
+def _open_result() -> None:
+    """Fills in what the page was opened with: a run's model, its LoRA or word, and its prompt."""
+    if result := opened():
+        st.session_state[MODEL] = result.model
+        st.session_state[LORAS] = [result.lora] if result.lora else []
+        st.session_state[WORDS] = [result.word] if result.word else []
+        if result.prompt:
+            st.session_state[PROMPT] = result.prompt
+
+
 def _adapters() -> Adapters:
     """The LoRAs that the visitor adds, each with its scale."""
     if not (files := [str(path) for path in loras()]):
         return ()
-    chosen = st.multiselect("LoRAs", files, format_func=lambda name: adapter_name(Path(name)))
-    return tuple((name, st.slider(f"Scale of {adapter_name(Path(name))}", -1.0, 2.0, 1.0, 0.05)) for name in chosen)
+    chosen = st.multiselect("LoRAs", files, key=LORAS, format_func=_adapter_name)
+    return tuple((name, st.slider(f"Scale of {_adapter_name(name)}", -1.0, 2.0, 1.0, 0.05)) for name in chosen)
+
+
+def _adapter_name(file: str) -> str:
+    return adapter_name(Path(file))
+
+
+def _words() -> tuple[str, ...]:
+    """The files of learned words that the visitor adds; a prompt may then have them."""
+    if not (files := [str(path) for path in words()]):
+        return ()
+    return tuple(st.multiselect("Learned words", files, key=WORDS, format_func=_word_name))
+
+
+def _word_name(file: str) -> str:
+    return short(Path(file).parents[1])
 
 
 def _settings(model: LatentDiffusion, folder: str) -> Settings | None:
     """What the visitor chooses; None while an image or mask is missing."""
     modes = MODES[model.task]
     mode = st.segmented_control("Task", modes, default=modes[0], required=True) if len(modes) > 1 else modes[0]
-    prompt = st.text_area("Prompt", "red heart", height=68) if model.text else None
+    st.session_state.setdefault(PROMPT, "red heart")
+    prompt = st.text_area("Prompt", key=PROMPT, height=68) if model.text else None
     negative = st.text_input("Negative prompt", help="What the picture should not show.") if model.text else ""
     label = st.selectbox("Class", model.classes) if model.classes else None
     image = _upload("Image") if mode != TEXT else None
     mask = _mask(image) if mode == INPAINT and image else None
-    adapters = _adapters()
+    adapters, embeddings = _adapters(), _words() if model.text else ()
     left, right = st.columns(2)
     solver = left.selectbox("Solver", [AS_SAVED, *SOLVERS])
     steps = right.number_input("Steps", 1, 1000, model.steps)
@@ -143,7 +175,17 @@ def _settings(model: LatentDiffusion, folder: str) -> Settings | None:
     if (mode != TEXT and not image) or (mode == INPAINT and not mask):
         return None
     return Settings(
-        folder, prompt, label, int(seed), options, adapters, image, mask, enlarges=mode == ENLARGE, upscaler=upscaler
+        folder,
+        prompt,
+        label,
+        int(seed),
+        options,
+        adapters,
+        embeddings,
+        image,
+        mask,
+        enlarges=mode == ENLARGE,
+        upscaler=upscaler,
     )
 
 
@@ -168,7 +210,7 @@ def _mask(image: Upload) -> Upload | None:
 
 def _draw(settings: Settings) -> None:
     """Draws a picture, shows it while it forms, and keeps it."""
-    loaded = load(settings.model, settings.loras)
+    loaded = load(settings.model, settings.loras, settings.embeddings)
     upscaler = load(settings.upscaler) if settings.upscaler else None
     canvas, bar = st.empty(), st.progress(0.0)
 
@@ -202,10 +244,13 @@ def _gallery() -> None:
 def _card(number: int, entry: Kept) -> None:
     settings, options = entry.settings, entry.settings.options
     st.image(entry.image, width="stretch")
-    words = plain(settings.prompt or settings.label or "")
+    text = plain(settings.prompt or settings.label or "")
     solver = options.solver or AS_SAVED
     steps, scale = options.num_inference_steps, options.guidance_scale
-    st.caption(f"{words}  \nseed {settings.seed}, {solver}, {steps} steps, guidance {scale:g}")
+    loras = [f"{_adapter_name(name)} × {factor:g}" for name, factor in settings.loras]
+    parts = [short(Path(settings.model)), *loras, *map(_word_name, settings.embeddings)]
+    used = plain(" + ".join(parts))
+    st.caption(f"{text}  \n{used}  \nseed {settings.seed}, {solver}, {steps} steps, guidance {scale:g}")
     if st.button("Remake", key=f"again-{number}", help="Draws it anew from its settings.", width="stretch"):
         st.session_state["again"] = settings
         st.rerun()

@@ -24,6 +24,7 @@ import psutil
 
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError, cant_write
+from ldm.utils.folder_lock import is_locked
 
 FILE, LOG = "process.json", "train.log"
 CLOCK = 5.0  # seconds by which a clock that was set changes the time at which a process began
@@ -66,10 +67,15 @@ class Record:
         return None
 
 
-def is_running(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
     """Whether a training that the app started goes on in the folder."""
     record = Record.read(folder)
     return bool(record and record.process)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a training goes on in the folder, of the app or of a terminal."""
+    return is_ours(folder) or is_locked(folder)
 
 
 def command(config: Path, overrides: Iterable[str], *flags: str) -> list[str]:

@@ -26,24 +26,30 @@ def page() -> None:
         st.session_state["train-view"] = st.session_state.pop("train-next-view")
     st.session_state.setdefault("train-view", RUNS if busy else NEW)
     view = st.segmented_control("View", VIEWS, key="train-view", required=True, label_visibility="collapsed")
-    if view == NEW:
-        _new(busy)
-    elif not runs:
-        st.info(f"No training in {', '.join(f'`{root}`' for root in roots())} yet.")
-    else:
-        _watch(runs, busy)
+    assert view, "a view is required"
+    # a place for each view, so that what another one drew goes at once
+    places = {name: st.container() if name == view else st.empty() for name in VIEWS}
+    with places[view]:
+        if view == NEW:
+            _new(busy)
+        elif not runs:
+            st.info(f"No training in {', '.join(f'`{root}`' for root in roots())} yet.")
+        else:
+            _watch(runs, busy)
 
 
 def _watch(runs: list[Path], busy: list[Path]) -> None:
     names = [str(run) for run in dict.fromkeys([*busy, *runs])]
+    marks = {str(run): ", in training" for run in busy}
     if st.session_state.get("train-run") not in names:
         st.session_state["train-run"] = names[0]
-    marks = {str(run): ", in training" for run in busy}
-    chosen = st.selectbox(
-        "Run", names, key="train-run", format_func=lambda name: short(Path(name)) + marks.get(name, "")
-    )
+    key = f"train-run-{sorted(marks)}"  # another menu: Streamlit's knows its choice by the words that it shows
+    if st.session_state.get(key) not in names:
+        st.session_state[key] = st.session_state["train-run"]
+    chosen = st.selectbox("Run", names, key=key, format_func=lambda name: short(Path(name)) + marks.get(name, ""))
+    st.session_state["train-run"] = chosen
     with sentences():
-        watch(allowed(chosen), resume)
+        watch(allowed(chosen), chosen in marks, resume)
 
 
 def resume(run: Path) -> None:
@@ -88,8 +94,7 @@ def _new(busy: list[Path]) -> None:
             _check_new(config.run.dir)
             _start(config.run.dir, form.command(*flags))
             st.rerun()
-    if measured:
-        estimate(form.command("--dry-run", *flags))
+    estimate(form.command("--dry-run", *flags), start=measured)
 
 
 def _check_new(run: Path) -> None:

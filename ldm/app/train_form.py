@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import streamlit as st
@@ -24,6 +27,7 @@ from ldm.app.train_settings import (
     Base,
     Setting,
     bases,
+    fitting_images,
     free_name,
     image_sources,
     resolve,
@@ -52,6 +56,7 @@ NOT_OF_KIND = {
 }
 BAR = re.compile(r"%\||/s\]$")  # a progress bar
 SOURCE = "train-source"  # in the session: images that the page Data hands over
+TOTAL = "in all: "  # begins the dry run's line on all stages
 WIDE = ("data.source", "sample.prompts")
 
 
@@ -63,19 +68,32 @@ class Form:
     name: str
     changed: dict[str, Any] = field(default_factory=dict)
     """What the widgets of changed settings have, by key."""
+    fitting: dict[str, Any] = field(default_factory=dict)
+    """The same for what follows from the images that were chosen; what was changed goes first."""
     typed: str = ""
     """Further overrides, one a line."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of all settings that differ from the base's, by key, as their widgets have them."""
+        return self.fitting | self.changed
 
     @property
     def overrides(self) -> list[str]:
         """As on the command line, without those of the base."""
         known = {key: setting for keys in settings().values() for key, setting in keys.items()}
-        chosen = [known[key].override(value) for key, value in self.changed.items()]
+        chosen = [known[key].override(value) for key, value in self.values.items()]
         return [*chosen, *filter(None, map(str.strip, self.typed.splitlines())), f"run.dir={self.folder}"]
 
     @property
     def folder(self) -> Path:
         return tidy(roots()[0] / self.name.strip())
+
+    def choose_images(self, source: str) -> None:
+        """Takes a source of images, and what fits it."""
+        self.changed["data.source"], self.fitting = source, {}
+        with suppress(UserError):  # which the form shows
+            self.fitting = fitting_images(resolve(self.base, self.overrides))
 
     def command(self, *flags: str) -> list[str]:
         """What trains with these settings."""
@@ -103,7 +121,7 @@ def choose() -> tuple[Form, Config | None] | None:
         name = f"{base.path.parent.name}-{'lora' if kind == LORA else 'tuned'}" if base.overrides else base.path.stem
         form = st.session_state["train-form"] = Form(base, free_name(name))
     if source := st.session_state.pop(SOURCE, None):
-        form.changed["data.source"] = source
+        form.choose_images(source)
     if base.description:
         st.caption(plain(base.description))
     try:
@@ -144,7 +162,7 @@ def _first(form: Form, config: Config, kind: str) -> None:
 
 def _images(place: DeltaGenerator, setting: Setting, form: Form, config: Config) -> None:
     """The source of images: one of the folders in the roots, or what is typed."""
-    shown = form.changed.get(setting.key, setting.shown(config))
+    shown = form.values.get(setting.key, setting.shown(config))
     options = list(dict.fromkeys([shown, setting.shown(loader.load(form.base.path)), *image_sources()]))
     st.session_state[setting.key] = shown
     place.selectbox(
@@ -153,9 +171,10 @@ def _images(place: DeltaGenerator, setting: Setting, form: Form, config: Config)
         key=setting.key,
         accept_new_options=True,
         help=f"{setting.help}\n\nThe list has the folders with images in the roots; any other source can be typed.",
-        on_change=_change,
-        args=(form, setting),
+        on_change=lambda: form.choose_images(st.session_state[setting.key]),
     )
+    if form.fitting:
+        place.caption("The prompts and the images in a step follow from these images, until you change them.")
 
 
 def _all(form: Form, config: Config, kind: str) -> None:
@@ -178,12 +197,13 @@ def _all(form: Form, config: Config, kind: str) -> None:
         )
         if form.changed and st.button("Undo all changes"):
             form.changed.clear()
+            form.fitting.clear()
             st.rerun()
 
 
 def _widget(place: DeltaGenerator | Any, setting: Setting, form: Form, config: Config, label: str) -> None:
     """The widget of a setting, which says what is in the form whatever it showed before."""
-    st.session_state[setting.key] = form.changed.get(setting.key, setting.shown(config))
+    st.session_state[setting.key] = form.values.get(setting.key, setting.shown(config))
     options: dict[str, Any] = {
         "key": setting.key,
         "help": setting.help,
@@ -221,25 +241,47 @@ def show_command(form: Form) -> None:
         st.code(shlex.join(["ldm-train", *arguments[arguments.index("--config") :]]), "bash", wrap_lines=True)
 
 
-def estimate(arguments: Sequence[str]) -> None:
-    """Measures two steps of each stage, and shows what the library's dry run says."""
-    with st.status("Measuring two steps of each stage …", expanded=True) as status:
-        process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+def estimate(arguments: Sequence[str], start: bool) -> None:
+    """What the library's dry run with these arguments says, for as long as they stay; with `start`, it runs now."""
+    if start:
+        place = st.empty()
+        with place.status("Measuring two steps of each stage …", expanded=True):
+            st.session_state["train-estimate"] = (list(arguments), _dry_run(arguments))
+        place.empty()
+    of, printed = st.session_state.get("train-estimate", ([], []))
+    if of != list(arguments):
+        return
+    if errors := [line.removeprefix("error: ") for line in printed if line.startswith("error: ")]:
+        st.error(f"It could not be measured: {plain(errors[-1])}")
+        return
+    for problem in (line for line in printed if line.startswith("training would stop: ")):
+        st.warning(plain(problem))
+    totals = [line.removeprefix(TOTAL) for line in printed if line.startswith(TOTAL)]
+    with st.expander(f"About {plain(totals[-1])}" if totals else "It was not measured; why"):
+        st.code("\n".join(printed), None, wrap_lines=True)
+
+
+def _dry_run(arguments: Sequence[str]) -> list[str]:
+    """The lines that a dry run prints, shown as they come; it ends with this call, and leaves nothing."""
+    printed, shown = list[str](), st.empty()
+    with (
+        TemporaryDirectory(prefix="ldm-estimate-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": folder},  # what it makes there, a killed one leaves
+        ) as process,
+    ):
         assert process.stdout
-        printed, shown = [], st.empty()
         try:
             for line in map(str.rstrip, process.stdout):
-                if line.startswith("error: "):
-                    st.error(plain(line.removeprefix("error: ")))
-                elif line and not BAR.search(line):
+                if line and not BAR.search(line):
                     printed.append(line)
                     shown.code("\n".join(printed), None, wrap_lines=True)
         except BaseException:  # the visitor left
             process.kill()
             raise
-        finally:
-            failed = bool(process.wait())
-        label = "It could not be measured" if failed else "What it would take"
-        status.update(label=label, state="error" if failed else "complete")
+    return printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,17 +17,21 @@ import yaml
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
+from ldm.app.data_check import check_links
 from ldm.app.roots import INDEX, inside, outside, pipelines, roots, short
 from ldm.config import kohya, loader
 from ldm.config.schema import Config, Section
 from ldm.data.archives import TARS
 from ldm.data.formats import is_image_file
+from ldm.data.records import BadSample
+from ldm.data.sources import Sources
 from ldm.utils.errors import UserError
 from ldm.utils.paths import expand
 
 SCRATCH, FULL, LORA = KINDS = ("From scratch", "Full fine-tune", "LoRA")
 TINY = "tiny.yaml"
 MAX_FOLDERS, MAX_ENTRIES = 50, 200  # of images that are offered; of a folder that are looked at
+MAX_PROMPTS = 4  # captions that become prompts
 REMOTE = re.compile(r"(https?|hf|s3|gs)://")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -220,9 +225,36 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
     # as configs/lora-openmoji.yaml, whose adapter of a small model is measured; a tenth of its rate for all weights
     rate = stage2.lr / (2 if kind == LORA else 10)
     overrides += [f"stage2.lr={rate:.3g}", "stage2.steps=300", "stage2.lr_warmup_steps=20", "stage2.ema_decay=0.95"]
-    overrides += ["stage2.lr_scheduler=cosine", "stage2.checkpoint_every=100", "sample.every=100"]
+    overrides += [f"stage2.batch={min(16, stage2.batch)}", "stage2.lr_scheduler=cosine", "stage2.checkpoint_every=100"]
+    overrides += ["sample.every=50"]  # or the first samples come late
     overrides += ["finetune.kind=lora", "finetune.targets=all"] if kind == LORA else []
     return Base(f"{short(pipeline.parent)}, your model", file, tuple(overrides))
+
+
+def fitting_images(config: Config) -> dict[str, Any]:
+    """Settings, by key as their widgets have them, that fit the folder of images of a configuration.
+
+    A step has no more images than there are, and some captions are the prompts. Empty where it is no folder, has links
+    that lead out of the roots, or can't be read.
+    """
+    folder = Path(config.data.source[0].path)
+    if len(config.data.source) > 1 or not folder.is_dir():
+        return {}
+    batches = {"stage2.batch": config.stage2.batch}
+    if not config.stage1.needs_none:
+        batches["stage1.batch"] = config.stage1.batch
+    try:
+        check_links(folder)
+        records = Sources(config.data.source, config.data.size, folder, config.stage2.conditions).records(0)
+        good = (record for record in records if not isinstance(record, BadSample))
+        images = list(itertools.islice(good, max(MAX_ENTRIES, *batches.values())))
+    except (UserError, OSError):
+        return {}
+    fitting: dict[str, Any] = {key: len(images) for key, batch in batches.items() if 0 < len(images) < batch}
+    captions = list(dict.fromkeys(record.captions[0] for record in images if record.captions[0]))
+    if config.stage2.text and captions:
+        fitting["sample.prompts"] = "\n".join(captions[:: -(-len(captions) // MAX_PROMPTS)])
+    return fitting
 
 
 def image_sources() -> list[str]:

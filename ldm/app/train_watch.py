@@ -11,8 +11,9 @@ import pandas as pd
 import streamlit as st
 
 from ldm.app import processes
-from ldm.app.generate import page as generate
 from ldm.app.inputs import plain, sentences
+from ldm.app.menu import menu_page
+from ldm.app.results import Result
 from ldm.app.roots import short
 from ldm.app.train_settings import configuration
 from ldm.evaluation.report.collect import Metrics
@@ -28,17 +29,8 @@ CURVES = {
 COLOURS = ["#0072b2", "#e69f00", "#009e73"]
 
 
-def result(run: Path, values: Mapping[str, Any]) -> Path | None:
-    """What a finished run hands over; None where it has not finished."""
-    finetune = values.get("finetune", {})
-    kind, merge = finetune.get("kind", "full"), finetune.get("merge", False)
-    name = "pipeline" if kind == "full" or merge else "embeddings" if kind == "inversion" else "lora"
-    return run / name if values and (run / name).exists() else None
-
-
-def watch(run: Path, resume: Callable[[Path], None]) -> None:
-    """Draws the training in a folder, again and again while it goes on; `resume` continues it."""
-    running = processes.is_running(run)
+def watch(run: Path, running: bool, resume: Callable[[Path], None]) -> None:
+    """Draws the training in a folder, again and again while it is `running`; `resume` continues it."""
     st.fragment(_draw, run_every=EVERY if running else None)(run, running, resume)
 
 
@@ -46,24 +38,30 @@ def _draw(run: Path, was_running: bool, resume: Callable[[Path], None]) -> None:
     running, values = processes.is_running(run), configuration(run)
     if running != was_running:
         st.rerun()  # the whole page, which then refreshes by itself no longer
-    finished = None if running else result(run, values)
+    finished = None if running else Result.of(run)
     metrics = {name: Metrics.read(run / name / "metrics.jsonl") for name in STAGES}
     _state(run, running, finished, resume)
     for stage in () if finished else _stages(values):
         _progress(run, stage, values, metrics[stage])
     current = "stage2" if metrics["stage2"].lines or not metrics["stage1"].lines else "stage1"
-    if running:
-        _numbers(current, values, metrics[current])
     if any(metric.lines for metric in metrics.values()):
+        if running:
+            _numbers(current, values, metrics[current])
         _pictures(run, metrics)
     with st.expander("Log"):
         st.code("\n".join(processes.lines(run)[-40:]) or "Nothing yet.", None, wrap_lines=True)
 
 
-def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Path], None]) -> None:
+def _state(run: Path, running: bool, finished: Result | None, resume: Callable[[Path], None]) -> None:
     """A sentence on how it stands, and the button that goes with it."""
+    if finished:
+        _finished(finished)
+        return
     text, button = st.columns([4, 1], vertical_alignment="center")
     record = processes.Record.read(run)
+    if running and not processes.is_ours(run):
+        text.markdown("**Training**, started elsewhere, where it can be stopped too.")
+        return
     if running:
         ending = bool(record and record.asked_to_end)
         text.markdown("**Stopping**, once it has saved." if ending else f"**Training.** {plain(_activity(run))}")
@@ -71,12 +69,6 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
         if button.button(label, help="It saves first; the same run can go on.", width="stretch"):
             processes.stop(run)
             st.rerun(scope="fragment")
-        return
-    if finished:
-        text.success(f"Finished: `{short(finished)}`")
-        if finished.name == "pipeline":
-            target = st.Page(generate, title="Generate", url_path="generate")
-            button.page_link(target, label="Draw with it", icon=":material/brush:")
         return
     if why := processes.why_ended(run):
         text.error(plain(why))
@@ -88,6 +80,17 @@ def _state(run: Path, running: bool, finished: Path | None, resume: Callable[[Pa
         st.rerun()
 
 
+def _finished(result: Result) -> None:
+    """Where it is, and the pages that go on with it."""
+    text, links = st.columns([3, 2], vertical_alignment="center")
+    text.success(f"Finished: `{short(result.folder)}`")
+    with links.container(horizontal=True):
+        address = result.address
+        st.page_link(menu_page("generate"), label="Draw with it", icon=":material/brush:", query_params=address)
+        if not result.word:
+            st.page_link(menu_page("export"), label="Export", icon=":material/save:", query_params=address)
+
+
 def _activity(run: Path) -> str:
     """What a training does now, by what it printed last; nothing of its steps, which have bars."""
     last = next(reversed(processes.lines(run)), "It starts, which takes some seconds.")
@@ -97,15 +100,17 @@ def _activity(run: Path) -> str:
 
 
 def _stages(values: Mapping[str, Any]) -> list[str]:
-    """The stages that a run trains."""
+    """The stages that a run trains; none before its configuration is written."""
     stage1 = values.get("stage1", {})
+    if not values:
+        return []
     return ["stage2"] if stage1.get("pretrained") or stage1.get("model") == "identity" else ["stage1", "stage2"]
 
 
 def _progress(run: Path, stage: str, values: Mapping[str, Any], metrics: Metrics) -> None:
     steps = int(values.get(stage, {}).get("steps", 1))
     done = steps if stage == "stage1" and (run / "autoencoder").exists() else metrics.step
-    st.progress(min(1.0, done / steps), f"{STAGES[stage]}: step {done:,} of {steps:,}" if values else STAGES[stage])
+    st.progress(min(1.0, done / steps), f"{STAGES[stage]}: step {done:,} of {steps:,}")
 
 
 def _numbers(stage: str, values: Mapping[str, Any], metrics: Metrics) -> None:
@@ -120,21 +125,20 @@ def _numbers(stage: str, values: Mapping[str, Any], metrics: Metrics) -> None:
 
 
 def _pictures(run: Path, metrics: Mapping[str, Metrics]) -> None:
-    """The newest samples, and the curves beside them."""
-    left, right = st.columns(2, gap="large")
-    for stage in reversed(STAGES):
-        table = _table(metrics[stage], CURVES[stage])
-        if not table.empty:
-            right.markdown(f"**{STAGES[stage]}**, loss")
-            right.line_chart(table, x_label="step", color=[*COLOURS[: len(table.columns)]], height=220)
+    """The newest samples, and the curves below them."""
     sheets = [path for stage in reversed(STAGES) for path in sorted((run / stage / "samples").glob("step-*.png"))[-1:]]
     if sheets:
         step = int(sheets[0].stem.removeprefix("step-"))
         kind = "Samples" if sheets[0].parents[1].name == "stage2" else "Reconstructions"
-        left.markdown(f"**{kind}** at step {step:,}")
-        left.image(sheets[0].read_bytes(), width="stretch")
+        st.markdown(f"**{kind}** at step {step:,}")
+        st.image(sheets[0].read_bytes(), width="content")
     else:
-        left.info("The first samples appear here.")
+        st.info("The first samples appear here.")
+    tables = {stage: _table(metrics[stage], CURVES[stage]) for stage in reversed(STAGES)}
+    drawn = {stage: table for stage, table in tables.items() if not table.empty}
+    for place, (stage, table) in zip(st.columns(len(drawn) or 1, gap="large"), drawn.items(), strict=False):
+        place.markdown(f"**{STAGES[stage]}**, loss")
+        place.line_chart(table, x_label="step", color=[*COLOURS[: len(table.columns)]], height=220)
 
 
 def _table(metrics: Metrics, names: Mapping[str, str]) -> pd.DataFrame:

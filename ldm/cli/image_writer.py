@@ -97,7 +97,7 @@ class ImageWriter:
         args = self.args
         if args.grid:
             written = [Image.open(path).convert("RGB") for path in self.paths]  # convert closes the files
-            sheet = images.grid(written, [job.caption for job in self.jobs], columns=min(8, len(written)))
+            sheet = images.grid(written, [job.caption for job in self.jobs], columns=8)
             suffix = args.grid.suffix.lower()
             with atomic_file(args.grid) as tmp_path:
                 sheet.save(tmp_path, {".jpg": "JPEG"}.get(suffix, suffix[1:].upper()))

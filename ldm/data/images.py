@@ -145,7 +145,11 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
 def grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
 ) -> Image.Image:
-    """A grid of captioned images, those whose numbers are in `marked` framed; small images are enlarged."""
+    """A grid of captioned images, those whose numbers are in `marked` framed; small images are enlarged.
+
+    It has as many `columns`, or fewer where there are fewer images.
+    """
+    columns = min(columns, len(images))
     side = max(128, *(max(image.size) for image in images))
     pad, line = 12, 15
     font = ImageFont.load_default(12)

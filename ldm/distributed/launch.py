@@ -22,6 +22,7 @@ from ldm.config.schema import RunConfig, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.distributed.sharding import KINDS
 from ldm.utils.errors import UserError
+from ldm.utils.folder_lock import release_locks
 
 Result = TypeVar("Result")
 
@@ -51,7 +52,8 @@ def training_processes(config: RunConfig) -> Iterator[PartialState]:
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     state = join(config)
-    yield state
+    with release_locks():
+        yield state
     state.wait_for_everyone()  # not after an error: the others may have none, and never arrive
     state.destroy_process_group()  # or gloo's threads may abort the process as it ends
 

@@ -42,7 +42,7 @@ class Animation:
 
     def show(self, images: Sequence[Image.Image]) -> None:
         """Adds a frame of finished images."""
-        self._frames.append(grid(images, self.captions, columns=min(4, len(images))))
+        self._frames.append(grid(images, self.captions, columns=4))
 
     def write(self) -> None:
         """Writes the file, complete or not at all."""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,6 +60,17 @@ class ResourceEstimate:
     evaluation: float = 0.0
     """Of `stage2.evaluate`, once the features of the real images are computed."""
 
+    def seconds_left(self, config: Config, stage: str, done: int = 0) -> float:
+        """After `done` steps, with all that happens between them."""
+        t = getattr(config, stage)
+        return (
+            (0.0 if done else self.encoding)
+            + (t.steps - done) * self.step
+            + _times(t.evaluate_every, t, done) * self.validation
+            + _times(config.sample.every, t, done) * self.sheet
+            + (_times(t.evaluate.every, t, done) * self.evaluation if self.evaluation else 0)
+        )
+
     def describe(self, config: Config, stage: str, done: int = 0) -> str:
         """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
         t = getattr(config, stage)
@@ -69,9 +80,7 @@ class ResourceEstimate:
             _times(config.sample.every, t, done),
         )
         encoding = 0.0 if done else self.encoding
-        total = encoding + left * self.step + validations * self.validation + sheets * self.sheet
         evaluations = _times(t.evaluate.every, t, done) if self.evaluation else 0
-        total += evaluations * self.evaluation
         return (
             f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
             f"{_bytes(self.memory)} of memory on {self.device}; "
@@ -80,7 +89,7 @@ class ResourceEstimate:
             + f"{validations} × validation {format_time(validations * self.validation)}"
             + (f", {sheets} × samples {format_time(sheets * self.sheet)}" if self.sheet else "")
             + (f", {evaluations} × figures {format_time(evaluations * self.evaluation)}" if evaluations else "")
-            + f": {format_time(total)} in all, and {_bytes(self.disk)} of disk"
+            + f": {format_time(self.seconds_left(config, stage, done))} in all, and {_bytes(self.disk)} of disk"
         )
 
 
@@ -114,6 +123,24 @@ def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> s
 
     on_main(write)
     return estimate.describe(config, stage, done)
+
+
+def describe_total(config: Config, stages: Sequence[str]) -> str:
+    """A line on stages together, which `measure` has measured in the run's folder; empty where it has not, or no stage.
+
+    They take their memory one after the other.
+    """
+    file = config.run.dir / FILE
+    measured = json.loads(file.read_text()) if file.exists() else {}
+    if not stages or not all(measured.get(stage, {}).get("about") == _cache_key(config, stage) for stage in stages):
+        return ""
+    estimates = {stage: ResourceEstimate(**measured[stage]["needs"]) for stage in stages}
+    seconds = sum(
+        estimate.seconds_left(config, stage, steps_done(config.run.dir / stage))
+        for stage, estimate in estimates.items()
+    )
+    memory, disk = (max(e.memory for e in estimates.values()), sum(e.disk for e in estimates.values()))
+    return f"in all: {format_time(seconds)}, {_bytes(memory)} of memory, {_bytes(disk)} of disk"
 
 
 def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:

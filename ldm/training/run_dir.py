@@ -20,6 +20,7 @@ from ldm.training.checkpoint import steps_done
 from ldm.training.optimizer import lr_factor
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
+from ldm.utils.folder_lock import lock
 
 # Keys that change neither a run's numbers nor their meaning: a run may be continued with other values.
 CHANGEABLE = (
@@ -47,8 +48,9 @@ def prepare_run_dir(config: Config, fresh: bool = False) -> Config:
     With more `stage2.steps` than it was trained for, a run continues to these; its pipeline (or adapter) is kept as
     `pipeline-STEPS`, and comes back where the steps are lowered again before the longer run is finished.
 
-    UserError, with the keys that differ, where it belongs to another configuration. With `fresh` a used folder is left
-    alone and the first free one of `DIR-2`, `DIR-3`, … is made: the configuration returned names it.
+    UserError, with the keys that differ, where it belongs to another configuration, or where another process trains in
+    it: the main process locks it. With `fresh` a used folder is left alone and the first free one of `DIR-2`, `DIR-3`,
+    … is made: the configuration returned names it.
     """
     join(config.run)
     folder = on_main(lambda: _prepare(config, config.run.dir, fresh))
@@ -71,9 +73,11 @@ def _prepare(config: Config, folder: Path, fresh: bool) -> Path:
                 f"run.dir: {folder} belongs to another configuration ({'; '.join(changed)}); "
                 "give another run.dir, or --fresh to start in a new one"
             )
+        lock("run.dir", folder)
         if stage2_begun:
             _change_steps(folder, old["stage2"]["steps"], config)
     make_dir("run.dir", folder)
+    lock("run.dir", folder)
     tree = {"about": origin or provenance(), "configuration": dump(config)}
     with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump(tree, sort_keys=False), "utf-8")
@@ -88,7 +92,8 @@ def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[
     """Makes the folder of a model made from a run, or continues it, and writes `tree` to its `config.yaml`.
 
     `tree` has the configuration, of the `kind`, in its `section`, and what the model is made from. Once there is a
-    checkpoint, UserError where it differs from what was written, but for the run's path and CHANGEABLE_IN_STAGES.
+    checkpoint, UserError where it differs from what was written, but for the run's path and CHANGEABLE_IN_STAGES; also
+    where another process trains in the folder.
     """
     file, origin = folder / "config.yaml", provenance()
     if file.exists():
@@ -103,6 +108,7 @@ def prepare_out_dir(folder: Path, kind: type[Section], section: str, tree: dict[
             if changed := _fixed_out_changes(kind, section, old, tree):
                 raise UserError(f"--out: {folder} belongs to another training ({'; '.join(changed)}); give another one")
     make_dir("--out", folder)
+    lock("--out", folder)
     with atomic_file(file) as tmp_path:
         tmp_path.write_text(yaml.safe_dump({"about": origin, **tree}, sort_keys=False), "utf-8")
 

@@ -48,6 +48,7 @@ def test_a_dry_run_measures_both_stages_and_trains_nothing(
     for stage in ("stage1", "stage2"):
         measured = rf"measured {stage}: [\d,.]+ images/s in global batches of 8, [\d,.]+ [MG]B of memory .* of disk"
         assert re.search(measured, output), output
+    assert re.search(r"\nin all: .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk\n$", output), output
     assert "cache: " not in output
     assert not folder.exists()
 
@@ -164,6 +165,24 @@ def test_the_whole_stage_is_counted_from_a_step_and_a_validation(root: Path) -> 
         "1.5 GB of memory on a GPU; encoding takes 60 s, 1000 steps take 8 min, 4 × validation 40 s, 2 × samples 30 s: "
         "10 min in all, and 120 MB of disk"
     )
+
+
+def test_stages_together_take_the_sum_of_their_times_and_the_larger_memory(root: Path, tmp_path: Path) -> None:
+    settings = load(root / "configs/openmoji.yaml", [f"run.dir={tmp_path}", "stage1.steps=1000", "stage2.steps=1000"])
+    assert preflight.describe_total(settings, ["stage1", "stage2"]) == ""
+    needs = {"validation": 0, "sheet": 0, "encoding": 0, "disk": 10_000_000, "device": "a GPU"}
+    measured = {
+        stage: {"about": preflight._cache_key(settings, stage), "needs": {**needs, "step": step, "memory": memory}}
+        for stage, step, memory in (("stage1", 0.06, 2_000_000_000), ("stage2", 0.3, 1_500_000_000))
+    }
+    (tmp_path / preflight.FILE).write_text(json.dumps(measured))
+    assert preflight.describe_total(settings, ["stage1", "stage2"]) == (
+        "in all: 6 min, 2.0 GB of memory, 20 MB of disk"
+    )
+    assert preflight.describe_total(settings, ["stage2"]) == "in all: 5 min, 1.5 GB of memory, 10 MB of disk"
+    assert preflight.describe_total(settings, []) == ""
+    other = load(root / "configs/openmoji.yaml", [f"run.dir={tmp_path}", "stage1.steps=1000", "stage2.steps=2000"])
+    assert preflight.describe_total(other, ["stage2"]) == ""
 
 
 @pytest.mark.parametrize(

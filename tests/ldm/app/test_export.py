@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from app_runs import write_adapter_run
 
 from ldm.app import export, roots
 from ldm.app.export import Job
@@ -46,6 +47,16 @@ def test_the_page_writes_what_it_compared(folder: Path, adapter: Path) -> None:
     assert not app.exception and not app.error and "tensors  2 read again" in app.code[0].value
     with opened(adapter.parent / "a-kohya-fp16.safetensors") as file:
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
+
+
+def test_the_page_opens_with_the_adapter_of_a_run(folder: Path, adapter: Path) -> None:
+    run = write_adapter_run(folder, adapter, "b")
+    app = AppTest.from_function(script, default_timeout=60)
+    app.query_params["run"] = str(run)
+    app.run()
+    assert not app.exception and not app.error and app.segmented_control[0].value == "LoRA"
+    chosen = {box.label: box.value for box in app.selectbox}
+    assert (chosen["Adapter"], chosen["Trained on"]) == (str(run / "lora" / adapter.name), str(folder))
 
 
 def test_nothing_is_written_outside_of_the_roots(folder: Path, tmp_path: Path) -> None:

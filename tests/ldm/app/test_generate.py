@@ -8,13 +8,17 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
+from app_runs import write_adapter_run, write_configuration
 from PIL import Image, ImageChops
 from run_folder import write_run
+from safetensors.torch import save_file
 
 from ldm.app import drawing, generate, roots
 from ldm.app.drawing import Loaded, Settings, Upload, read_base
 from ldm.app.mask_canvas import PREFIX, mask_png
 from ldm.cli import txt2img, upscale
+from ldm.models.adapters.embedding_files import DIFFUSERS_FILE
 from ldm.sampling import png_metadata
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
@@ -125,6 +129,61 @@ def test_adapters_change_a_copy_of_the_model(folder: Path, adapter: Path) -> Non
         expected = drawing.weights_fingerprint(LatentDiffusion.load(folder).add_loras((adapter, scale)))
         assert generate.load(str(folder), ((str(adapter), scale),)).weights == expected != before
     assert Loaded.of(base).weights == before
+
+
+def opened_with(run: Path) -> AppTest:
+    app = AppTest.from_function(script, default_timeout=120)
+    app.query_params["run"] = str(run)
+    return app.run()
+
+
+def test_the_page_opens_with_the_adapter_of_a_run_and_compares_its_scales(folder: Path, adapter: Path) -> None:
+    run = write_adapter_run(folder, adapter, "b")
+    app = opened_with(run)
+    assert not app.exception and not app.error and "run" not in app.query_params
+    assert app.selectbox[0].value == str(folder) and app.text_area[0].value == "dog"
+    press(app, "Generate")
+    next(slider for slider in app.slider if slider.label.startswith("Scale of")).set_value(0.5)
+    press(app, "Generate")
+    assert not app.exception and not app.error
+    file = str(run / "lora" / adapter.name)
+    assert [kept.settings.loras for kept in app.session_state["kept"]] == [((file, 0.5),), ((file, 1.0),)]
+    cards = [text.value.replace("\\", "").split("  \n") for text in app.caption if "seed" in text.value]
+    assert [card[1] for card in cards] == ["runs/a/pipeline + runs/b × 0.5", "runs/a/pipeline + runs/b × 1"]
+    assert cards[0][0] == cards[1][0] == "dog" and cards[0][2] == cards[1][2]
+
+
+def test_the_page_opens_with_the_word_of_a_run(folder: Path, tmp_path: Path) -> None:
+    run = write_configuration(folder.parents[1] / "c", "inversion", folder, "a <toy>")
+    text = LatentDiffusion.load(folder, "cpu").text
+    assert text
+    (run / "embeddings").mkdir()
+    word = run / "embeddings" / DIFFUSERS_FILE
+    save_file({"<toy>": torch.full((1, text.width), 0.1)}, word)
+    app = opened_with(run)
+    assert not app.exception and not app.error and app.text_area[0].value == "a <toy>"
+    press(app, "Generate")
+    kept = app.session_state["kept"][0]
+    assert kept.settings.embeddings == (str(word),) and not app.exception and not app.error
+    model = LatentDiffusion.load(folder).add_embeddings(word).optimize_for_inference()
+    (expected,) = model("a <toy>", 0)
+    assert ImageChops.difference(kept.image, expected).getbbox() is None
+    (tmp_path / "a.png").write_bytes(kept.png)
+    assert png_metadata.read(tmp_path / "a.png")["embedding"] == [str(word)]
+
+
+def test_a_run_that_can_t_be_opened_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    unfinished = write_configuration(folder.parents[1] / "d", "lora", folder, "dog")
+    other = write_configuration(folder.parents[1] / "e", "lora", tmp_path / "elsewhere", "dog")
+    (other / "lora").mkdir()
+    for run, message in {
+        unfinished: "it has not finished",
+        other: f"its model, {tmp_path}/elsewhere, is in none of the app's folders",
+        tmp_path: "is outside of",
+    }.items():
+        app = opened_with(run)
+        assert not app.exception and message in app.error[0].value.replace("\\", "")
+        assert app.text_area[0].value == "red heart"
 
 
 def test_a_painted_mask_has_the_image_s_size(folder: Path) -> None:

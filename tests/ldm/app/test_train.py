@@ -1,19 +1,25 @@
 """The page *Train*: its form, the folders that a training may use; trainings started, stopped and killed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlencode
 
 import psutil
 import pytest
+from app_runs import write_configuration
+from lock_holder import holder
 from run_folder import write_run
 from tiny import TINY
 
-from ldm.app import processes, roots, train_settings
+from ldm.app import processes, roots, train_form, train_settings
 from ldm.app.processes import Record
 from ldm.app.train_settings import LORA, SCRATCH, resolve
 from ldm.config import loader
@@ -156,12 +162,90 @@ def test_a_run_of_the_terminal_is_shown_with_its_curves_and_samples(runs: Path, 
     assert any(button.label == "Continue" for button in app.button)
     (run / "pipeline").mkdir()  # with which it is finished
     assert "Finished" in app.run().success[0].value
+    links = [(link.proto.label, link.proto.page, link.proto.query_string) for link in app.get("page_link")]
+    query = urlencode({"run": run})
+    assert links == [("Draw with it", "generate", query), ("Export", "export", query)]
+
+
+def menu(app: AppTest) -> list[str]:
+    return next(box.options for box in app.selectbox if box.label == "Run")
+
+
+def choose_run(app: AppTest, run: Path) -> None:
+    next(box for box in app.selectbox if box.label == "Run").set_value(str(run)).run()
+
+
+def test_a_training_of_a_terminal_is_shown_as_one_and_no_second_one_starts(runs: Path, root: Path) -> None:
+    write_configuration(runs / "b", "lora", runs / "a/pipeline", "dog", stage1={"pretrained": str(runs / "a/pipeline")})
+    run = write_configuration(runs / "a", "lora", runs / "b", "dog", stage1={"pretrained": str(runs / "b")})
+    with holder(root, run):
+        app = page()
+        app.session_state["train-run"] = str(runs / "a")
+        app.run()
+        assert not errors(app) and menu(app) == ["runs/a, in training", "runs/b"]
+        assert any("started elsewhere" in text.value for text in app.markdown)
+        assert [bar.proto.text for bar in app.get("progress")] == ["U-Net: step 0 of 1"], "no autoencoder is trained"
+        assert not app.button
+        choose_run(app, runs / "b")
+        assert not errors(app) and app.info[0].value == "Not finished."
+        choose_run(app, run)
+        for name in ("a", "c"):
+            with pytest.raises(UserError, match=rf"^run\.dir: {run} is being trained"):
+                processes.start(runs / name, [sys.executable, "-c", ""], runs.iterdir())
+    app.run()
+    assert not errors(app) and sorted(menu(app)) == ["runs/a", "runs/b"] and app.info[0].value == "Not finished."
+    assert next(box.value for box in app.selectbox if box.label == "Run") == str(run)
+
+
+def test_chosen_images_decide_the_batch_and_the_prompts_but_nothing_that_was_changed(
+    runs: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    images = runs / "images"
+    three_shapes([f"kite {i}" for i in range(7)]).rename(images)
+    app = page()
+
+    def choose(source: str) -> tuple[int, str]:
+        next(box for box in app.selectbox if box.label == "Images").set_value(source).run()
+        assert not errors(app)
+        return app.number_input(key="stage2.batch").value, app.text_area(key="sample.prompts").value
+
+    before = (16, "red heart\nwoman astronaut, light skin tone\ngreen square")
+    assert choose(str(images)) == (7, "kite 0\nkite 2\nkite 4\nkite 6")
+    assert all(f"{key}=7" in app.code[0].value for key in ("stage1.batch", "stage2.batch"))
+    assert choose("openmoji-demo") == before
+    app.number_input(key="stage2.batch").set_value(12).run()
+    app.text_area(key="sample.prompts").set_value("a dog").run()
+    assert choose(str(images)) == (12, "a dog") and "stage1.batch=7" in app.code[0].value
+    press(app, "Undo all changes")
+    assert (app.number_input(key="stage2.batch").value, app.text_area(key="sample.prompts").value) == before
+    assert "stage1.batch" not in app.code[0].value
+
+
+def test_an_estimate_that_is_broken_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_form.st, "empty", lambda: SimpleNamespace(code=leave))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os, tempfile, time; tempfile.mkdtemp(); print(os.getpid(), flush=True); time.sleep(600)"
+    with pytest.raises(KeyboardInterrupt):
+        train_form._dry_run([sys.executable, "-c", code])
+    assert not any(tmp_path.iterdir()) and not psutil.Process().children()
 
 
 @pytest.mark.slow
-def test_a_training_is_started_watched_and_stopped(runs: Path) -> None:
+def test_a_training_is_estimated_started_watched_and_stopped(
+    runs: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    three_shapes(list("abcdefgh")).rename(runs / "images")
     app = page()
-    app.text_area(key="train-typed").set_value("\n".join((*TINY[2:], "stage1.steps=100000", "run.log_every=1"))).run()
+    settings = (*TINY[2:], f"data.source={runs / 'images'}", "stage1.steps=100000", "run.log_every=1")
+    app.text_area(key="train-typed").set_value("\n".join(settings)).run()
+    press(app, "Estimate time and memory")
+    (line,) = (part.label.replace("\\", "") for part in app.expander if part.label.startswith("About "))
+    assert not errors(app) and re.fullmatch(r"About .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk", line)
+    app.toggle(key="stage2.channels_last").set_value(True).run()
+    assert not any(part.label.startswith("About ") for part in app.expander), "of other settings"
     press(app, "Start training")
     run = runs / "tiny"
     assert not errors(app) and processes.is_running(run)

@@ -70,6 +70,8 @@ def test_a_grid_has_room_for_every_image() -> None:
     )
     assert grid.width >= 3 * 128
     assert grid.getpixel((12 + 64, 12 + 64)) == (255, 0, 0)
+    one, all_columns = (images.grid([Image.new("RGB", (64, 64))], ["a"], columns=columns) for columns in (1, 8))
+    assert one.size == all_columns.size, "no wider than its images"
 
 
 def with_chunk(png: bytes, name: bytes, content: bytes, checksum: int | None = None) -> bytes:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lock_holder import holder
 
 from ldm.config import loader
 from ldm.config.schema import ClassifierConfig
 from ldm.training import run_dir
 from ldm.training.run_dir import prepare_out_dir, prepare_run_dir
 from ldm.utils.errors import UserError
+from ldm.utils.folder_lock import release_locks
 
 
 @pytest.fixture
@@ -61,6 +63,19 @@ def test_a_folder_that_cannot_be_written_is_refused_by_key(root: Path, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir: can't write"):
         prepare_run_dir(loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'file/run'}"]))
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_and_left_as_it_is(
+    root: Path, settings: loader.Config
+) -> None:
+    with release_locks():
+        prepare_run_dir(settings)
+    before = (settings.run.dir / "config.yaml").read_bytes()
+    with holder(root, settings.run.dir), pytest.raises(UserError, match=r"^run\.dir: another process trains in"):
+        prepare_run_dir(load_for(root, settings, "sample.steps=7"))
+    assert (settings.run.dir / "config.yaml").read_bytes() == before
+    with release_locks():
+        prepare_run_dir(settings)
 
 
 def load_for(root: Path, settings: loader.Config, *overrides: str) -> loader.Config:
