@@ -215,12 +215,12 @@ class LatentDiffusion:
         cache = {} if self._embedding_cache is None else self._embedding_cache
         if len(cache) > MAX_CACHED_PROMPTS:
             cache.clear()
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in cache:
-                embedding = self.text.embed([prompt])  # one at a time: bits depend on a batch
-                for model in self.text.models:
-                    check_output(embedding.states, "text encoder", model, "take another one")
-                cache[prompt] = embedding
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]:
+            encoded = [self.text.embed([prompt]) for prompt in new]  # one at a time: bits depend on a batch
+            states = TextEmbedding.cat(encoded).states
+            for model in self.text.models:
+                check_output(states, "text encoder", model, "take another one")
+            cache.update(zip(new, encoded, strict=True))
         return TextEmbedding.cat([cache[prompt] for prompt in prompts])
 
     def __call__(

@@ -85,6 +85,7 @@ def test_two_processes_equal_a_single_one_with_the_discriminator_on(
     assert facts[1]["held_out"]["psnr"] == pytest.approx(facts[0]["held_out"]["psnr"], rel=1e-6)
 
 
+@pytest.mark.drill  # kill -9 in each stage: tests/end_to_end/test_two_stages.py
 def test_both_networks_survive_kill_9(
     train: Callable[..., str],
     launch: Start,

@@ -129,7 +129,7 @@ def test_a_compiled_unet_runs_with_substituted_weights() -> None:
         assert counter.frame_count == 2 * DIFFERENT_SINGLE
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_without_buckets_blocks_are_compiled_for_a_single_size_and_too_many_compilations_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
