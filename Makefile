@@ -1,4 +1,4 @@
-# make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures: 15 minutes where the CPU has bf16, else 40
+# make demo   the whole job on the embedded pictures: both stages, a sheet of samples, figures; 15 minutes, or BUDGET=30
 # make test   all tests but drills   make check  ruff, mypy, fast tests   make lint   ruff, mypy
 # make drills what takes long: runs killed again and again, further variants of what the tests show; every night
 # make app    pages in a browser to learn, train, draw and judge: http://localhost:8501
@@ -7,6 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/openmoji
+BUDGET ?= 15
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .PHONY: setup app demo test test-browser drills lint check
@@ -29,7 +30,8 @@ app: .venv/.app
 
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(CORES) train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN)
+		--num_cpu_threads_per_process $(CORES) train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN) \
+		--budget $(BUDGET)
 	$(BIN)/python scripts/evaluate.py $(RUN) --images 200
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 

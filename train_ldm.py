@@ -39,11 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained and its cost; train nothing"
     )
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="choose the steps of both stages so that all ends in time"
+    )
     parser.add_argument("--fresh", action="store_true", help="start in a new folder where run.dir is used")
     parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
     args = parser.parse_intermixed_args(arguments)
 
+    if args.budget is not None:
+        if not 0 < args.budget < float("inf"):
+            raise UserError(f"--budget: {args.budget:g} minutes; give a number above 0")
+        if clash := [flag for flag in ("stage", "fresh", "dry_run") if getattr(args, flag)]:
+            raise UserError(f"--budget: is for both stages of one run; leave out --{clash[0].replace('_', '-')}")
     settings = loader.load(args.config, args.overrides)
     from ldm.distributed.launch import training_processes
 
@@ -51,11 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             dry_run(settings, args.stage, args.yes)
         else:
-            train(settings, state, args.stage, args.fresh, args.yes)
+            train(settings, state, args.stage, args.fresh, args.yes, args.budget)
 
 
-def train(settings: Config, state: PartialState, stage: str | None, fresh: bool, confirmed: bool) -> None:
-    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both.
+def train(
+    settings: Config,
+    state: PartialState,
+    stage: str | None,
+    fresh: bool,
+    confirmed: bool,
+    minutes: float | None = None,
+) -> None:
+    """Trains the unfinished stages: of `stage`, which is `1` or `2`, or of both, in `minutes` if they are given.
 
     A caption that all images share is guessed from a folder's name only where that is `confirmed`.
     """
@@ -76,6 +91,8 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
     if not confirmed:
         checks.check_captions(settings)
+    if minutes is not None:
+        settings = with_planned_steps(settings, encoder, minutes)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     result, stages = folder / settings.finetune.deliverable, unfinished_stages(settings, stage)
@@ -90,7 +107,9 @@ def train(settings: Config, state: PartialState, stage: str | None, fresh: bool,
     if stages and state.is_main_process:
         print(plan.describe(settings, state.num_processes), flush=True)
     for name in stages if settings.run.preflight else ():
-        measure(settings, name, data, encoder)
+        report = measure(settings, name, data, encoder)
+        if state.is_main_process:
+            print(report, flush=True)
 
     if "stage1" in stages:
         train_autoencoder(settings, data)
@@ -188,7 +207,9 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
         draws_none = "stage2" in stages and not undrawn
         data = load_data(prior.with_class_images(settings, encoder) if draws_none else settings, encoder)
         for name in stages:
-            measure(settings, name, data, encoder)
+            report = measure(settings, name, data, encoder)
+            if state.is_main_process:
+                print(report, flush=True)
         if state.is_main_process and (total := preflight.describe_total(settings, stages)):
             print(total, flush=True)
         if undrawn and state.is_main_process:
@@ -199,10 +220,47 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyTextEncoder | None) -> None:
-    """Prints the cost of `stage1` or `stage2`, from two steps; an untrained autoencoder has random weights."""
-    import torch
+def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes: float) -> Config:
+    """The configuration with the steps that end within `minutes`: as the run's plan has them, which is made once."""
     from accelerate import PartialState
+
+    from ldm.distributed.launch import on_main
+    from ldm.training import budget, preflight
+    from ldm.training.run_dir import make_dir
+    from ldm.utils.folder_lock import lock
+
+    folder, stages = settings.run.dir, unfinished_stages(settings, None)
+    plan = on_main(lambda: budget.Plan.read(folder))
+    if plan and plan.minutes != minutes:
+        raise UserError(f"--budget: {folder} was planned for {plan.minutes:g} minutes; give that, or another run.dir")
+    if not plan:
+        if on_main((folder / "config.yaml").exists):
+            raise UserError(f"--budget: {folder} has begun without a plan; leave it out, or give another run.dir")
+        start_up = budget.seconds_since_start()
+        on_main(lambda: make_dir("run.dir", folder))
+        on_main(lambda: lock("run.dir", folder))
+        data = load_data(settings, encoder)
+        for name in stages:
+            report = measure(settings, name, data, encoder, budget.MEASURED_STEPS)
+            if not on_main(partial(preflight.measured, settings, name)):
+                raise UserError(f"--budget: {report}; set the steps of both stages yourself")
+
+        def choose() -> budget.Plan:
+            needs = {name: need for name in stages if (need := preflight.measured(settings, name))}
+            fixed = budget.fixed_seconds(settings, budget.seconds_since_start(), start_up, needs["stage2"])
+            chosen = budget.choose(settings, minutes, fixed, needs)
+            chosen.write(folder)
+            return chosen
+
+        plan = on_main(choose)
+    if PartialState().is_main_process:
+        print(plan, flush=True)
+    return plan.apply(settings)
+
+
+def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyTextEncoder | None, steps: int = 2) -> str:
+    """A line on the cost of `stage1` or `stage2`, from some steps; an untrained autoencoder has random weights."""
+    import torch
 
     from ldm.distributed.launch import on_main
     from ldm.models import autoencoder
@@ -223,11 +281,10 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)
-    report = preflight.measure(settings, stage, data, train)
+    report = preflight.measure(settings, stage, data, train, steps)
     if encoder:
         encoder.to(torch.device("cpu"))  # stage one, which may come first, needs its memory
-    if PartialState().is_main_process:
-        print(report, flush=True)
+    return report
 
 
 if __name__ == "__main__":

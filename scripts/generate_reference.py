@@ -36,6 +36,7 @@ INTRODUCTIONS = {
     "stage2": "Stage two trains the U-Net. [The U-Net](../guides/unet.md) explains them.",
     "finetune": "What of a loaded model is trained. [Fine-tuning](../guides/fine-tuning.md) explains them.",
     "sample": "Solver, steps and prompts of the sample grids, and what the exported pipeline remembers.",
+    "budget": "Steps that were measured, for `train_ldm.py --budget MINUTES`.",
 }
 COMMANDS = {  # sections with a command of their own, whose keys have no prefix: `steps=3000`
     "distillation": (

@@ -121,9 +121,11 @@ def _plain(value: Any) -> Any:
 
 
 def settings() -> dict[str, dict[str, Setting]]:
-    """All keys of the schema, by section and key. The run's folder is the form's own."""
+    """All keys of the schema, by section and key. The run's folder is the form's own; a budget is the command's."""
     keys: dict[str, dict[str, Setting]] = {}
     for section, field in Config.model_fields.items():
+        if section == "budget":
+            continue
         kind = field.annotation
         assert isinstance(kind, type) and issubclass(kind, Section)
         all_of_section = (Setting(f"{section}.{name}", info) for name, info in kind.model_fields.items())

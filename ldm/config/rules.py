@@ -15,6 +15,7 @@ from PIL import ImageColor
 
 if TYPE_CHECKING:
     from ldm.config.schema import (
+        BudgetConfig,
         ClassifierConfig,
         Config,
         DistillConfig,
@@ -662,6 +663,17 @@ def frozen_model_has_nothing_else_to_train(config: Config) -> None:
                 "leave it out, or set finetune.kind=full"
             )
 
+
+def points_ascend(config: BudgetConfig) -> None:
+    for number, (fewer, more) in enumerate(itertools.pairwise(config.points), start=2):
+        if more.stage1 < fewer.stage1 or more.stage2 <= fewer.stage2:
+            raise ValueError(
+                f"points: number {number} has {more.stage1} + {more.stage2} steps, the one before "
+                f"{fewer.stage1} + {fewer.stage2}; order them by steps"
+            )
+
+
+BUDGET = (points_ascend,)
 
 CONFIG = (
     size_is_whole_latents,

@@ -93,36 +93,44 @@ class ResourceEstimate:
         )
 
 
-def measure(config: Config, stage: str, data: Index | Stream, train: Train) -> str:
+def measure(config: Config, stage: str, data: Index | Stream, train: Train, steps: int = STEPS) -> str:
     """A line on what `stage` needs, or why it isn't measured. It is kept in the run's folder for the same machine.
 
-    UserError where a step doesn't fit in the GPU's memory.
+    Measured are `steps` steps without the first, which warms up. UserError where one doesn't fit in the GPU's memory.
     """
     state = join(config.run)
-    key, done = _cache_key(config, stage), steps_done(config.run.dir / stage)
-    file = config.run.dir / FILE
-    measured = on_main(lambda: json.loads(file.read_text()) if file.exists() else {})
-    if measured.get(stage, {}).get("about") == key:
-        return ResourceEstimate(**measured[stage]["needs"]).describe(config, stage, done)
+    done = steps_done(config.run.dir / stage)
+    if estimate := on_main(lambda: measured(config, stage)):
+        return estimate.describe(config, stage, done)
     if too_little := on_main(lambda: _lacks_memory(config, stage)):
         return too_little
     folder = config.run.dir / ".preflight"  # where all machines of a run can see it
     on_main(partial(shutil.rmtree, folder, ignore_errors=True))  # of a killed one
     try:
-        estimate = _measure(config, stage, data, train, folder)
+        estimate = _measure(config, stage, data, train, folder, steps)
         wait_for_everyone()  # not after an error, which the others may not have: they would never come
     finally:
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write() -> None:
-        with atomic_file(file) as tmp_path:
-            tmp_path.write_text(
-                json.dumps({**measured, stage: {"about": key, "needs": asdict(estimate)}}, indent=1) + "\n"
-            )
+        with atomic_file(config.run.dir / FILE) as tmp_path:
+            entry = {"about": _cache_key(config, stage), "needs": asdict(estimate)}
+            tmp_path.write_text(json.dumps({**_read(config.run.dir), stage: entry}, indent=1) + "\n")
 
     on_main(write)
     return estimate.describe(config, stage, done)
+
+
+def measured(config: Config, stage: str) -> ResourceEstimate | None:
+    """What a stage needs, as measured in the run's folder on this machine; None where it was not."""
+    entry = _read(config.run.dir).get(stage, {})
+    return ResourceEstimate(**entry["needs"]) if entry.get("about") == _cache_key(config, stage) else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / FILE
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def describe_total(config: Config, stages: Sequence[str]) -> str:
@@ -130,11 +138,9 @@ def describe_total(config: Config, stages: Sequence[str]) -> str:
 
     They take their memory one after the other.
     """
-    file = config.run.dir / FILE
-    measured = json.loads(file.read_text()) if file.exists() else {}
-    if not stages or not all(measured.get(stage, {}).get("about") == _cache_key(config, stage) for stage in stages):
+    estimates = {stage: estimate for stage in stages if (estimate := measured(config, stage))}
+    if not stages or len(estimates) < len(stages):
         return ""
-    estimates = {stage: ResourceEstimate(**measured[stage]["needs"]) for stage in stages}
     seconds = sum(
         estimate.seconds_left(config, stage, steps_done(config.run.dir / stage))
         for stage, estimate in estimates.items()
@@ -143,9 +149,11 @@ def describe_total(config: Config, stages: Sequence[str]) -> str:
     return f"in all: {format_time(seconds)}, {_bytes(memory)} of memory, {_bytes(disk)} of disk"
 
 
-def _measure(config: Config, stage: str, data: Index | Stream, train: Train, folder: Path) -> ResourceEstimate:
+def _measure(
+    config: Config, stage: str, data: Index | Stream, train: Train, folder: Path, steps: int
+) -> ResourceEstimate:
     """Dry-runs a small configuration. UserError where memory runs out; no memory is held afterwards."""
-    small, cuda = _small(config, stage, folder), _on_gpu(config)
+    small, cuda = _small(config, stage, folder, steps), _on_gpu(config)
     if isinstance(data, Stream):
         few: Index | Stream = data.with_report(folder / "data-report.jsonl")
     else:
@@ -167,14 +175,14 @@ def _measure(config: Config, stage: str, data: Index | Stream, train: Train, fol
     return _estimate(config, stage, data, small, few, dry_run, max(gather_object([peak])))
 
 
-def _small(config: Config, stage: str, folder: Path) -> Config:
-    """A few steps, then a validation and a sample grid of one batch; writes only to `folder`."""
+def _small(config: Config, stage: str, folder: Path, steps: int) -> Config:
+    """So many steps, then a validation and a sample grid of one batch; writes only to `folder`."""
     sample, processes = config.sample, join(config.run).num_processes
     changes: dict[str, dict[str, Any]] = {
-        "run": {"dir": folder, "tracker": "none", "log_every": STEPS},
+        "run": {"dir": folder, "tracker": "none", "log_every": steps},
         "data": {"cache_dir": None},
         "sample": {"steps": min(STEPS, sample.steps), "prompts": sample.prompts[: SHEET_BATCH * processes]},
-        stage: {"steps": STEPS},
+        stage: {"steps": steps},
     }
     if stage == "stage2":
         changes[stage]["evaluate_images"] = HELD_OUT_IMAGES
@@ -198,9 +206,9 @@ def _estimate(
     kept = dry_run.checkpoint_bytes * (config.run.checkpoints_total_limit + 1) + _result_bytes(config, stage, dry_run)
     if t.ema_widths:
         kept += dry_run.weight_bytes * len(t.ema_widths) * math.ceil(t.steps / t.ema_snapshot_every)
-    first, second = dry_run.step_ends  # the first one warms up
+    first, *others = dry_run.step_ends  # the first one warms up
     return ResourceEstimate(
-        step=second - first,
+        step=(others[-1] - first) / len(others),
         validation=seconds["a validation"]
         * _validation_images(config, stage, data)
         / _validation_images(small, stage, few),
@@ -323,6 +331,9 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
     if config.finetune.kind != "full":  # as before there was this section
         parts["finetune"] = keys["finetune"]
     parts["run"] = {name: keys["run"][name] for name in ("precision", "checkpoints_total_limit")}
+    for name in ("stage1", "stage2"):
+        if not getattr(config, name).ema_widths:  # whose snapshots take disk
+            parts[name] = {**parts[name], "steps": None}
     parts["data"] = {**parts["data"], "cache_dir": None}
     if stage == "stage2":  # keys that may change while a run goes on
         parts["sample"] = {name: keys["sample"][name] for name in ("steps", "guidance", "solver", "prompts")}

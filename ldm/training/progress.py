@@ -7,12 +7,16 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from ldm.training.budget import LoadWatch
+
 
 class ProgressBar:
     """Counts images; shows step, batch and the last metrics. Where stderr is no terminal, a line each 30 s."""
 
-    def __init__(self, stage: str, step: int, steps: int, batch: int, hidden: bool):
-        self.steps, self.batch = steps, batch
+    def __init__(
+        self, stage: str, step: int, steps: int, batch: int, hidden: bool, load_watch: LoadWatch | None = None
+    ):
+        self.steps, self.batch, self.load_watch = steps, batch, load_watch
         self._bar = tqdm(
             total=steps * batch,
             initial=step * batch,
@@ -33,6 +37,8 @@ class ProgressBar:
         shown = {name: f"{value:.3g}" for name, value in values.items() if not name.endswith("gradient_norm")}
         shown |= {name: f"{speed[name]:.0%}" for name in ("waiting", "mfu") if name in speed}
         self._bar.set_postfix({"step": f"{step}/{self.steps}", "batch": self.batch} | shown, refresh=False)
+        if self.load_watch and (line := self.load_watch.observe(step, self.batch / speed["images_per_second"])):
+            self.write(line)
 
     def write(self, line: str) -> None:
         """A line above the bar."""

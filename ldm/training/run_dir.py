@@ -36,6 +36,7 @@ CHANGEABLE = (
     "data.on_error",
     "data.max_bad",
     "sample.",
+    "budget.",
     "stage2.evaluate.",
     "stage2.evaluate:",  # where it is switched on or off
 )

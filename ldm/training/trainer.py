@@ -31,6 +31,7 @@ from ldm.distributed.launch import (
 )
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
+from ldm.training.budget import LoadWatch
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
@@ -130,7 +131,8 @@ class Trainer:
         t, a = self.training, self.accelerator
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
-        self._progress = ProgressBar(self.stage, self.step, t.steps, t.batch, hidden)
+        load_watch = None if hidden else LoadWatch.of(self.config.dir, self.stage)
+        self._progress = ProgressBar(self.stage, self.step, t.steps, t.batch, hidden, load_watch)
         start = self.step
         if self.is_main:  # which alone writes metrics
             self._clock.count_flops(  # after the first line of metrics; dry runs end before

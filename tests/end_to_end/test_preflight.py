@@ -20,6 +20,7 @@ import train_ldm
 from ldm.config.loader import Config, load
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
+from ldm.models import text_encoder
 from ldm.training import preflight
 from ldm.training.preflight import ResourceEstimate
 from ldm.training.trainer import Trainer
@@ -327,3 +328,19 @@ def test_encoding_is_shared_by_as_many_processes_as_there_are_files(
     monkeypatch.setattr("ldm.data.cache.PER_FILE", 100)
     assert preflight._encoders(settings, index, 8) == min(8, -(-len(index) // 100))
     assert preflight._encoders(settings, index, 2) == 2
+
+
+def test_a_budget_is_planned_once_for_a_run(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*TINY[2:], f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
+    settings = load(Path(TINY[1]), overrides)
+    encoder = text_encoder.of(settings.text)
+    planned = [train_ldm.with_planned_steps(settings, encoder, 5) for _ in range(2)]
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert planned[0] == planned[1] != settings
+    assert {name: getattr(planned[0], name).steps for name in ("stage1", "stage2")} == plan["steps"]
+    assert 0.9 * 300 < sum(plan["seconds"].values()) <= 300
+    assert capsys.readouterr().out.count("plan     ") == 2
+    assert train_ldm.main(["--config", TINY[1], *overrides, "--budget", "6"]) == 2
+    assert "was planned for 5 minutes; give that, or another run.dir" in capsys.readouterr().err
+    assert train_ldm.main(["--config", TINY[1], f"run.dir={tiny_run}", *TINY[2:], "--budget", "5"]) == 2
+    assert "has begun without a plan; leave it out, or give another run.dir" in capsys.readouterr().err

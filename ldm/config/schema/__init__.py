@@ -2,6 +2,7 @@
 
 from ldm.config.rules import FLOW_SOLVERS, TRACKERS
 from ldm.config.schema.base import Section
+from ldm.config.schema.budget import BudgetConfig, BudgetPoint
 from ldm.config.schema.classifier import ClassifierConfig
 from ldm.config.schema.config import Config
 from ldm.config.schema.data import BucketConfig, DataConfig, SourceConfig, as_sources
@@ -25,6 +26,8 @@ __all__ = [
     "WIDEST",
     "AlignConfig",
     "BucketConfig",
+    "BudgetConfig",
+    "BudgetPoint",
     "ClassifierConfig",
     "Config",
     "DataConfig",

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from ldm.config import rules
 from ldm.config.schema.base import Section
+from ldm.config.schema.budget import BudgetConfig
 from ldm.config.schema.data import DataConfig
 from ldm.config.schema.finetune import FinetuneConfig
 from ldm.config.schema.run import RunConfig
@@ -26,6 +27,7 @@ class Config(Section):
     stage2: Stage2Config = Stage2Config()
     finetune: FinetuneConfig = FinetuneConfig()
     sample: SampleConfig = SampleConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     @property
     def cache_dir(self) -> Path:

@@ -1,0 +1,160 @@
+"""`--budget`: steps of both stages that fill so many minutes on this machine, planned once and kept with the run.
+
+`RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. A run that continues
+reads it, so that nothing depends on a second measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ldm.config.schema import BudgetPoint, Config
+from ldm.training.preflight import ResourceEstimate, format_time
+from ldm.utils.atomic_files import atomic_file
+from ldm.utils.errors import UserError
+
+FILE = "plan.json"
+MEASURED_STEPS = 8
+LEAST = 0.1  # of the steps of a configuration without points
+TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
+SMOOTHING = 0.3  # of the time of steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget is spent on."""
+
+    minutes: float
+    steps: Mapping[str, int]
+    """Of each stage that is trained."""
+    seconds_per_step: Mapping[str, float]
+    """As measured."""
+    seconds: Mapping[str, float]
+    """Of each part, as expected."""
+    figures: str
+    """What a model of these steps, or of the nearest fewer ones, was measured to be."""
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in self.seconds.items())
+        steps = " + ".join(f"{steps:,}" for steps in self.steps.values())
+        total = format_time(sum(self.seconds.values()))
+        return f"plan     {steps} steps, {total} of {self.minutes:g} minutes: {parts}" + (
+            f"\nexpected {self.figures}" if self.figures else ""
+        )
+
+    def apply(self, config: Config) -> Config:
+        """The configuration with the planned steps."""
+        stages = {name: getattr(config, name).model_copy(update={"steps": n}) for name, n in self.steps.items()}
+        return config.model_copy(update=stages)
+
+    def write(self, folder: Path) -> None:
+        with atomic_file(folder / FILE) as tmp_path:
+            tmp_path.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan | None:
+        """None where the run has no plan; UserError where its file is damaged."""
+        file = folder / FILE
+        if not file.exists():
+            return None
+        try:
+            return cls(**json.loads(file.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--budget: {file} is damaged ({error}); remove it, or give another run.dir") from None
+
+
+def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Mapping[str, ResourceEstimate]) -> Plan:
+    """The plan with the most steps that ends within `minutes`.
+
+    `fixed` are the seconds of what comes before and after training; `needs` those of the stages to train. Steps lie on
+    the line through the points of `budget`, the origin before them; after the last point both grow in its ratio.
+    UserError where the time isn't enough for the first point, or without points for a tenth of the steps.
+    """
+    points = config.budget.points or (BudgetPoint(stage1=config.stage1.steps, stage2=config.stage2.steps),)
+
+    def plan(progress: float) -> Plan:
+        steps = {name: max(1, round(_interpolated(progress, [getattr(p, name) for p in points]))) for name in needs}
+        changed = Plan(minutes, steps, {name: need.step for name, need in needs.items()}, {}, _figures(points, steps))
+        planned = changed.apply(config)
+        seconds = {name: need.seconds_left(planned, name) for name, need in needs.items()}
+        before, *after = fixed.items()
+        return Plan(minutes, steps, changed.seconds_per_step, dict([before, *seconds.items(), *after]), changed.figures)
+
+    def too_long(progress: float) -> bool:
+        return sum(plan(progress).seconds.values()) > 60 * minutes
+
+    low, high = (1.0, 2.0) if config.budget.points else (LEAST, 1.0)
+    if too_long(low):
+        least = sum(plan(low).seconds.values()) / 60
+        raise UserError(f"--budget: {minutes:g} minutes; here it takes {least:.1f} at least, give that or more")
+    while not too_long(high):
+        low, high = high, 2 * high
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_long(middle) else (middle, high)
+    return plan(low)
+
+
+def _interpolated(progress: float, steps: Sequence[int]) -> float:
+    """Steps at a real number of points: 1 is the first one; past the last one, in proportion to its."""
+    last = len(steps)
+    if progress >= last:
+        return steps[-1] * progress / last
+    known = [0, *steps]
+    number = int(progress)
+    return known[number] + (progress - number) * (known[number + 1] - known[number])
+
+
+def _figures(points: Sequence[BudgetPoint], steps: Mapping[str, int]) -> str:
+    """Those of the last point that has no more steps than planned, with the next one's where that is not reached."""
+    reached = [point for point in points if all(getattr(point, name) <= steps[name] for name in steps)]
+    beyond = [point for point in points if point not in reached]
+    shown = [f"{point.figures} ({point.stage1:,} + {point.stage2:,} steps)" for point in (*reached[-1:], *beyond[:1])]
+    return " to ".join(text for text in shown if not text.startswith(" ("))
+
+
+class LoadWatch:
+    """Says when steps take longer or shorter than planned, once for each change."""
+
+    def __init__(self, planned: float, steps: int):
+        self.planned, self.steps = planned, steps
+        self._mean = self._reported = planned
+
+    @classmethod
+    def of(cls, folder: Path, stage: str) -> LoadWatch | None:
+        """Of a stage of a run; None where it has no plan."""
+        plan = Plan.read(folder)
+        return cls(plan.seconds_per_step[stage], plan.steps[stage]) if plan and stage in plan.steps else None
+
+    def observe(self, step: int, seconds: float) -> str:
+        """After `step` steps, of which the last ones took `seconds` each: a line, or nothing."""
+        self._mean += SMOOTHING * (seconds - self._mean)
+        if abs(self._mean / self._reported - 1) <= TOLERANCE:
+            return ""
+        self._reported = self._mean
+        ratio, left = self._mean / self.planned, format_time((self.steps - step) * self._mean)
+        if abs(ratio - 1) <= TOLERANCE:
+            return f"steps take as long as planned again; {left} are left"
+        return f"the load has changed: steps take {ratio:.0%} of the time that was planned; {left} are left"
+
+
+def seconds_since_start() -> float:
+    """Since this process began, its imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def fixed_seconds(config: Config, begun: float, start_up: float, stage2: ResourceEstimate | None) -> dict[str, float]:
+    """Seconds of all but training: those since the program began, and those of an evaluation afterwards.
+
+    An evaluation starts anew, in `start_up` seconds, and draws the images of `budget` as sample grids are drawn.
+    """
+    parts = {"start and plan": begun}
+    if stage2 and (images := config.budget.images):
+        parts["evaluation"] = start_up + images * stage2.sheet / max(1, len(config.sample.prompts))
+    return parts

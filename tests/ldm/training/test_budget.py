@@ -1,0 +1,102 @@
+"""`--budget`: steps that fill so many minutes, and what is reported where the load changes."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.config import loader
+from ldm.config.schema import Config
+from ldm.training.budget import LoadWatch, Plan, choose, fixed_seconds
+from ldm.training.preflight import ResourceEstimate
+from ldm.utils.errors import UserError
+
+POINTS = "budget={points: [{stage1: 300, stage2: 400, figures: few}, {stage1: 900, stage2: 1600, figures: many}]}"
+FIXED = {"start and plan": 40.0, "evaluation": 60.0}
+
+
+def needs(stage1: float = 0.2, stage2: float = 0.5) -> dict[str, ResourceEstimate]:
+    def of(step: float) -> ResourceEstimate:
+        return ResourceEstimate(step, validation=1.0, sheet=2.0, encoding=3.0, memory=0, disk=0, device="the CPU")
+
+    return {"stage1": of(stage1), "stage2": of(stage2)}
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> Config:
+    return loader.load(root / "configs/openmoji.yaml", [POINTS])
+
+
+def seconds(config: Config, stage1: int, stage2: int) -> float:
+    """What these steps take, by the estimates that were given to the plan."""
+    planned = Plan(0, {"stage1": stage1, "stage2": stage2}, {}, {}, "").apply(config)
+    return sum(FIXED.values()) + sum(need.seconds_left(planned, name) for name, need in needs().items())
+
+
+@pytest.mark.parametrize("minutes", [7, 10, 15, 60, 600])
+def test_a_plan_fills_its_budget(config: Config, minutes: int) -> None:
+    plan = choose(config, minutes, FIXED, needs())
+    total = sum(plan.seconds.values())
+    assert total == pytest.approx(seconds(config, **plan.steps))
+    assert 0.98 * 60 * minutes < total <= 60 * minutes
+
+
+@pytest.mark.parametrize(("stage1", "stage2"), [(300, 400), (900, 1600), (1800, 3200)])
+def test_the_time_of_a_point_is_spent_on_its_steps(config: Config, stage1: int, stage2: int) -> None:
+    plan = choose(config, seconds(config, stage1, stage2) / 60, FIXED, needs())
+    assert plan.steps["stage1"] == pytest.approx(stage1, abs=1)
+    assert plan.steps["stage2"] == pytest.approx(stage2, abs=1)
+
+
+def test_without_points_both_stages_keep_their_ratio(root: Path) -> None:
+    config = loader.load(root / "configs/openmoji.yaml", ["budget={}", "stage1.steps=500", "stage2.steps=1000"])
+    for minutes in (3, 30):
+        steps = choose(config, minutes, FIXED, needs()).steps
+        assert steps["stage2"] == pytest.approx(2 * steps["stage1"], abs=2)
+
+
+def test_the_figures_are_those_of_the_points_around_the_plan(config: Config) -> None:
+    between, beyond = (choose(config, minutes, FIXED, needs()).figures for minutes in (8, 60))
+    assert between == "few (300 + 400 steps) to many (900 + 1,600 steps)"
+    assert beyond == "many (900 + 1,600 steps)"
+
+
+def test_too_little_time_is_refused_with_the_least(config: Config) -> None:
+    with pytest.raises(UserError, match=r"--budget: 1 minutes; here it takes [\d.]+ at least"):
+        choose(config, 1, FIXED, needs())
+
+
+def test_a_plan_is_read_as_it_was_written(config: Config, tmp_path: Path) -> None:
+    assert Plan.read(tmp_path) is None
+    plan = choose(config, 10, FIXED, needs())
+    plan.write(tmp_path)
+    assert Plan.read(tmp_path) == plan
+    applied = plan.apply(config)
+    assert {"stage1": applied.stage1.steps, "stage2": applied.stage2.steps} == plan.steps
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"--budget: .*plan.json is damaged"):
+        Plan.read(tmp_path)
+
+
+def test_an_evaluation_afterwards_takes_the_time_of_its_images(config: Config) -> None:
+    after = config.model_copy(update={"budget": config.budget.model_copy(update={"images": 240})})
+    assert len(config.sample.prompts) == 24
+    assert fixed_seconds(after, 30, 12, needs()["stage2"]) == {"start and plan": 30, "evaluation": 12 + 10 * 2.0}
+    assert fixed_seconds(config, 30, 12, needs()["stage2"]) == {"start and plan": 30}
+
+
+def test_a_change_of_load_is_reported_once_and_so_is_its_end() -> None:
+    watch = LoadWatch(planned=1.0, steps=1000)
+    assert not any(watch.observe(step, 1.05) for step in range(0, 100, 10))
+    lines = [line for step in range(100, 300, 10) if (line := watch.observe(step, 2.0))]
+    assert lines[-1].startswith("the load has changed: steps take 1")
+    assert len(lines) <= 6  # while the mean approaches 2 s
+    assert not any(watch.observe(step, 2.0) for step in range(300, 400, 10))
+    lines = [line for step in range(400, 600, 10) if (line := watch.observe(step, 1.0))]
+    assert lines[-1].startswith("steps take as long as planned again; ")
+
+
+def test_points_must_ascend(root: Path) -> None:
+    with pytest.raises(UserError, match=r"budget.points: number 2 has 300 \+ 400 steps, the one before 300 \+ 400"):
+        loader.load(
+            root / "configs/tiny.yaml", ["budget.points=[{stage1: 300, stage2: 400}, {stage1: 300, stage2: 400}]"]
+        )
