@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from ldm.models.attention import use_attention
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.compilation import compile_blocks
 from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder
+from ldm.models.text_normalization import normalized, statistics_of_run
 from ldm.models.unet import UNet, build, load
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.solvers import scheduler
@@ -44,6 +46,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     train_set = data.select(*TRAINED)
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
     check_word_in_captions(config.finetune, train_set, text)
+    text = normalized_encoder(config, train_set, text)
     device = join(config.run).device
 
     # Weights, in the order in which random numbers are drawn for them.
@@ -116,6 +119,14 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     write_sheet(config, trainer, model, data)
     trainer.close()
     on_main(partial(deliver, config, model))  # last: where it stands, the stage is finished
+
+
+def normalized_encoder(config: Config, data: Index | Stream, text: AnyTextEncoder | None) -> AnyTextEncoder | None:
+    """The text encoder, with `text.normalize` a copy whose states are normalised over the captions."""
+    if not (text and config.text.normalize):
+        return text
+    captions = itertools.chain.from_iterable(data.captions())
+    return normalized(text, on_main(partial(statistics_of_run, config.run.dir, text, captions)))
 
 
 def build_unet(config: Config, autoencoder: Autoencoder, text: AnyTextEncoder | None, classes: int) -> UNet:

@@ -223,7 +223,7 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
         return None
     model, stage2 = tidy(pipeline), config.stage2
     overrides = [f"stage1.pretrained={model}", "stage1.init_from=null", f"stage2.init_from={model}"]
-    overrides += [f"text.model={model}"] if stage2.text else []
+    overrides += [f"text.model={model}", "text.normalize=false"] if stage2.text else []
     # as configs/lora-openmoji.yaml, whose adapter of a small model is measured; a tenth of its rate for all weights
     rate = stage2.lr / (2 if kind == LORA else 10)
     overrides += [f"stage2.lr={rate:.3g}", "stage2.steps=300", "stage2.lr_warmup_steps=20", "stage2.ema_decay=0.95"]

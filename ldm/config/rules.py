@@ -664,6 +664,23 @@ def frozen_model_has_nothing_else_to_train(config: Config) -> None:
             )
 
 
+def normalized_states_are_of_a_new_model(config: Config) -> None:
+    text, stage2 = config.text, config.stage2
+    if not text.normalize:
+        return
+    if stage2.init_from:
+        raise ValueError(
+            f"text.normalize: {stage2.init_from} reads the states of its own encoder; set text.normalize=false and, "
+            f"if it is a pipeline, text.model={stage2.init_from}"
+        )
+    if not stage2.text:
+        raise ValueError("text.normalize: has no effect on a model without text; set it to false")
+    if config.data.streaming:
+        raise ValueError(
+            "text.normalize: needs all captions before it starts; set data.streaming=false, or leave it out"
+        )
+
+
 def points_ascend(config: BudgetConfig) -> None:
     for number, (fewer, more) in enumerate(itertools.pairwise(config.points), start=2):
         if more.stage1 < fewer.stage1 or more.stage2 <= fewer.stage2:
@@ -676,6 +693,7 @@ def points_ascend(config: BudgetConfig) -> None:
 BUDGET = (points_ascend,)
 
 CONFIG = (
+    normalized_states_are_of_a_new_model,
     size_is_whole_latents,
     finetuning_has_a_model,
     prior_preservation_has_a_class,

@@ -237,6 +237,7 @@ RUNS = {
 }
 
 LAYOUTS = {
+    "normalized token states": ("text.normalize=true",),
     "channels last": ("stage2.channels_last=true", "stage2.attention=[false, true]"),
     "channels last, of pixels": (
         "stage2.channels_last=true",
@@ -257,7 +258,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param(keys, id=name, marks=pytest.mark.drill if name in ("channels last", *list(LAYOUTS)[2:]) else ())
+        pytest.param(keys, id=name, marks=pytest.mark.drill if name in ("channels last", *list(LAYOUTS)[3:]) else ())
         for name, keys in {**RUNS, **LAYOUTS}.items()
     ],
 )

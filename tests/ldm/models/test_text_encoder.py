@@ -20,8 +20,9 @@ from transformers import (
     T5EncoderModel,
 )
 
+from ldm.config import loader
 from ldm.config.schema import TextConfig
-from ldm.models import text_encoder, text_encoder_files
+from ldm.models import text_encoder, text_encoder_files, text_normalization
 from ldm.utils.atomic_files import tensors_sha256
 from ldm.utils.errors import UserError
 
@@ -273,3 +274,55 @@ def test_gradients_equal_finite_differences(clip: Path) -> None:
 def test_every_key_of_the_configuration_is_applied(clip: Path) -> None:
     encoder = text_encoder.of(TextConfig(model=str(clip), max_tokens=8, skip_layers=1, chunks=2))
     assert (encoder.piece, encoder.chunks, encoder.model.config.num_hidden_layers) == (8, 2, 1)
+
+
+CAPTIONS = ["red heart", "green square", "a red square", "woman cook, light skin tone"] * 30
+
+
+@pytest.mark.parametrize("kind", [tiny_clip, tiny_bert])
+def test_normalized_states_are_those_of_the_encoder_less_their_mean_over_their_deviation(
+    kind: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    encoder = text_encoder.load(str(kind(tmp_path)), 8)
+    mean, deviation = text_normalization.measure(encoder, CAPTIONS)
+    changed = text_normalization.normalized(encoder, (mean, deviation))
+    states = encoder.encode(["green heart", ""])
+    torch.testing.assert_close(changed.encode(["green heart", ""]), (states - mean) / deviation, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.encode(["green heart", ""]), states, rtol=0, atol=0)
+    new_mean, new_deviation = text_normalization.measure(changed, CAPTIONS)
+    torch.testing.assert_close(new_mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(new_deviation.median(), torch.tensor(1.0), atol=0.2, rtol=0)
+    assert float(new_deviation.max()) < 1 + 1e-4
+    changed.model.save_pretrained(tmp_path / "saved")
+    encoder.tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = text_encoder.load(str(tmp_path / "saved"), 8)
+    torch.testing.assert_close(loaded.encode(CAPTIONS[:4]), changed.encode(CAPTIONS[:4]), rtol=0, atol=0)
+
+
+def test_statistics_are_measured_once_for_a_run(clip: Path, tmp_path: Path) -> None:
+    encoder = text_encoder.load(str(clip), 8)
+    first, again = (
+        text_normalization.statistics_of_run(tmp_path, encoder, captions) for captions in (CAPTIONS, ["another"])
+    )
+    for a, b, measured in zip(first, again, text_normalization.measure(encoder, CAPTIONS), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, measured, rtol=0, atol=0)
+
+
+def test_an_encoder_without_a_last_layer_norm_is_not_normalized(tmp_path: Path) -> None:
+    encoder = text_encoder.load(str(tiny_t5(tmp_path)), 8)
+    with pytest.raises(UserError, match=r"text.normalize: is for an encoder whose last layer is a LayerNorm"):
+        text_normalization.normalized(encoder, text_normalization.measure(encoder, CAPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["stage2.init_from=runs/a/pipeline"], "runs/a/pipeline reads the states of its own encoder"),
+        (["stage2.conditions=[]", "stage2.pooled_text=false"], "has no effect on a model without text"),
+        (["data.streaming=true"], "needs all captions before it starts"),
+    ],
+)
+def test_states_are_normalized_for_a_new_model_that_reads_text(root: Path, keys: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"text.normalize: .*{message}"):
+        loader.load(root / "configs/tiny.yaml", ["text.normalize=true", *keys])
