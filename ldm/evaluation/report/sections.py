@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
+from ldm.data.images import has_frames
 from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements
@@ -256,9 +259,8 @@ def samples_over_time(run: Run, images: Images) -> str:
     shown = [(uri, caption) for uri, caption in uris if uri]
     if not shown:
         return ""
-    framed = "text" in run.get("stage2.conditions", []) and not {"inpaint", "upscale"} & set(
-        run.get("stage2.conditions")
-    )
+    with Image.open(next(paths[i] for i, (uri, _) in zip(chosen, uris, strict=True) if uri)) as sheet:
+        framed = has_frames(sheet)  # the prompts are the same at all steps
     return elements.frames(shown) + '<p class="note">Framed: prompts of held-out images.</p>' * framed
 
 
