@@ -37,7 +37,7 @@ def comparison(runs: Sequence[Run]) -> str:
     """A document of HTML about two or more runs."""
     runs = _named(runs)
     images = [sections.Images(run.notes) for run in runs]
-    charts = [line_chart(curve.title, _overlaid(runs, curve), linear=curve.linear) for curve in CURVES]
+    charts = [_chart(runs, curve) for curve in CURVES]
     charts.insert(3, sections.level_profile((run.name, run.stage2) for run in runs))
     figures = _figures(runs) + _paired(runs)
     parts = [
@@ -98,9 +98,11 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name=str(run.folder)) if counts[run.name] > 1 else run for run in runs]
 
 
-def _overlaid(runs: Sequence[Run], curve: Curve) -> list[Series]:
+def _chart(runs: Sequence[Run], curve: Curve) -> str:
+    """The runs' lines; empty where a single point is all that a run has, which the scores show too."""
     (name,) = curve.metrics
-    return [Series(run.name, run.stage2.points(name), color=i, noisy=curve.noisy) for i, run in enumerate(runs)]
+    lines = [Series(run.name, run.stage2.points(name), color=i, noisy=curve.noisy) for i, run in enumerate(runs)]
+    return line_chart(curve.title, lines, linear=curve.linear) if any(len(line.points) > 1 for line in lines) else ""
 
 
 def _figure_charts(runs: Sequence[Run]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 from ldm.evaluation.report import elements, sections
 from ldm.evaluation.report.collect import Run
@@ -88,11 +89,18 @@ def _figures(run: Run) -> str:
 
 def how_to_measure(run: Run) -> str:
     """The command that measures a run without figures and scores; empty where it has some, or none can be."""
-    if run.figures or "inpaint" in run.get("stage2.conditions", []) or run.get("finetune.kind", "full") != "full":
+    if run.figures or "inpaint" in run.get("stage2.conditions", []):
         return ""
-    command = elements.code(shlex.join(["ldm-evaluate", str(run.folder)]))
-    when = "Not measured yet" if (run.folder / "pipeline").is_dir() else "Once it is trained"
-    return f"<p>{when}: {command} draws images with the prompts, and adds their figures and scores to this report.</p>"
+    folder, base = run.folder, Path(run.get("stage2.init_from", "")).parent
+    arguments, result = [str(folder)], "adds their figures and scores to this report"
+    if run.get("finetune.kind", "full") != "full":
+        if not (base / "config.yaml").is_file() or not (folder / "lora").is_dir():
+            return ""
+        arguments, result = [str(base), "--lora", str(folder / "lora")], "prints their figures and scores"
+    when = (
+        "Not measured yet" if any((folder / name).is_dir() for name in ("pipeline", "lora")) else "Once it is trained"
+    )
+    return f"<p>{when}: {elements.code(shlex.join(['ldm-evaluate', *arguments]))} draws images and {result}.</p>"
 
 
 def _use(run: Run) -> str:
