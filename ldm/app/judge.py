@@ -37,11 +37,16 @@ def report(folders: Sequence[Path]) -> str:
     return _report(tuple(map(str, folders)), max((file.stat().st_mtime for file in files), default=0.0))
 
 
+def _last_trained(run: Path) -> float:
+    """When a run wrote its last metrics, in seconds since the epoch; 0 where it has none."""
+    return max((file.stat().st_mtime for file in run.glob("stage[12]/metrics.jsonl")), default=0.0)
+
+
 def page() -> None:
     """Draws the page."""
     st.title("Judge")
     compared = families()
-    if not (folders := [str(run) for run in runs()]) and not compared:
+    if not (folders := [str(run) for run in sorted(runs(), key=_last_trained, reverse=True)]) and not compared:
         no_model("run")
         return
     views = [REPORTS] * bool(folders) + [FAMILIES] * bool(compared)

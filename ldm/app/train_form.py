@@ -97,7 +97,11 @@ class Form:
 
     def command(self, *flags: str) -> list[str]:
         """What trains with these settings."""
-        return processes.command(self.base.path, [*self.base.overrides, *self.overrides], *flags)
+        overrides = [*self.base.overrides, *self.overrides]
+        last = {override.partition("=")[0]: i for i, override in enumerate(overrides)}
+        merged = "data.source="  # a path keeps the options that were set before
+        kept = [text for i, text in enumerate(overrides) if i in last.values() or text.startswith(merged)]
+        return processes.command(self.base.path, kept, *flags)
 
 
 def has_own_images() -> bool:

@@ -142,6 +142,9 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
 
 
+FRAME = "#e8590c"  # the colour around marked images
+
+
 def grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int, marked: Iterable[int] = ()
 ) -> Image.Image:
@@ -166,10 +169,16 @@ def grid(
         sheet.paste(thumbnail, (left, top))
         if i in marked:
             right, bottom = left + thumbnail.width, top + thumbnail.height
-            draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline="#e8590c", width=2)
+            draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=FRAME, width=2)
         for j, text in enumerate(lines[i]):
             draw.text((x + side / 2, y + side + 6 + j * line), text, fill="#333", font=font, anchor="ma")
     return sheet
+
+
+def has_frames(sheet: Image.Image) -> bool:
+    """Whether a `grid` has a marked image: its frame's longer side has at least 128 pixels in a line."""
+    framed = (np.asarray(sheet.convert("RGB")) == ImageColor.getrgb(FRAME)).all(2)
+    return bool(max(framed.sum(0).max(), framed.sum(1).max()) >= 128)
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

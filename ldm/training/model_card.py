@@ -11,9 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from PIL import Image
 
 from ldm.config.schema import Config
 from ldm.data import openmoji
+from ldm.data.images import has_frames
 from ldm.data.source_kinds import HUB_ID
 from ldm.models.autoencoder import STATISTICS
 from ldm.utils.atomic_files import atomic_file
@@ -37,10 +39,12 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
     facts = folder / "autoencoder" / STATISTICS
     held_out = json.loads(facts.read_text("utf-8")).get("held_out", {}) if facts.exists() else {}
     rebuilt = {name: held_out[name] for name in ("psnr", "ssim") if name in held_out}
-    grids = list((folder / "stage2" / "samples").glob("step-*.png"))
+    framed, grids = False, list((folder / "stage2" / "samples").glob("step-*.png"))
     if grids:
         newest = max(grids, key=lambda path: int(path.stem.removeprefix("step-")))
         shutil.copy(newest, folder / "samples.png")
+        with Image.open(newest) as sheet:
+            framed = has_frames(sheet)
     stage1, stage2 = config.stage1, config.stage2
     autoencoder = "none: pixels" if stage1.needs_none else f"{stage1.model}, {stage1.steps} steps of {stage1.batch}"
     unet = stage2.init_from or f"channels {list(stage2.channels)}"
@@ -55,7 +59,7 @@ def write_card(config: Config, figures: Mapping[str, Any] = MappingProxyType({})
         f"{_kind(config)} {_usage(config)}" if config.finetune.kind == "full" else _adapter(config),
         "",
         *(["![samples](samples.png)", ""] if grids else []),
-        *(["Framed: prompts of held-out images.", ""] if grids and stage2.text and not stage2.image else []),
+        *(["Framed: prompts of held-out images.", ""] if framed else []),
         "| | |",
         "|---|---|",
         f"| data | `{config.data.name}`, {config.data.size} px |",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -197,9 +198,9 @@ def _restore_results(folder: Path, config: Config) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """What makes a run: command, commit and versions."""
+    """What makes a run: the command as a shell takes it, commit and versions."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "git_commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},

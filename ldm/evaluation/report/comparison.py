@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ CURVES = (
     Curve("Loss on training images", {"trained_on_loss": ""}),
     Curve("Learning rate", {"lr": ""}, linear=True),
 )
+NO_VALUE = "–"
 IGNORED = ("run.dir", "data.cache_dir")  # keys that no result depends on
 
 
@@ -35,11 +37,12 @@ def comparison(runs: Sequence[Run]) -> str:
     """A document of HTML about two or more runs."""
     runs = _named(runs)
     images = [sections.Images(run.notes) for run in runs]
-    charts = [line_chart(curve.title, _overlaid(runs, curve), linear=curve.linear) for curve in CURVES]
+    charts = [_chart(runs, curve) for curve in CURVES]
     charts.insert(3, sections.level_profile((run.name, run.stage2) for run in runs))
+    figures = _figures(runs) + _paired(runs)
     parts = [
-        Section("figures", "Figures", _figures(runs) + _paired(runs)),
-        Section("scores", "Other scores", _scores(runs)),
+        Section("figures", "Figures", figures),
+        Section("scores", "Other scores" if figures else "Scores", _scores(runs)),
         Section("samples", "Samples", _samples(runs, images)),
         Section("evaluated", "Figures while training", sections.chart_grid(_figure_charts(runs))),
         Section("curves", "Training", sections.chart_grid(charts)),
@@ -95,9 +98,11 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name=str(run.folder)) if counts[run.name] > 1 else run for run in runs]
 
 
-def _overlaid(runs: Sequence[Run], curve: Curve) -> list[Series]:
+def _chart(runs: Sequence[Run], curve: Curve) -> str:
+    """The runs' lines; empty where a single point is all that a run has, which the scores show too."""
     (name,) = curve.metrics
-    return [Series(run.name, run.stage2.points(name), color=i, noisy=curve.noisy) for i, run in enumerate(runs)]
+    lines = [Series(run.name, run.stage2.points(name), color=i, noisy=curve.noisy) for i, run in enumerate(runs)]
+    return line_chart(curve.title, lines, linear=curve.linear) if any(len(line.points) > 1 for line in lines) else ""
 
 
 def _figure_charts(runs: Sequence[Run]) -> list[str]:
@@ -119,7 +124,7 @@ def _figures(runs: Sequence[Run]) -> str:
     for network, metric in kinds:
         of_runs = {run.name: run.figures.get(network, {}).get(metric) for run in runs}
         known = {name: figure for name, figure in of_runs.items() if figure is not None}
-        cells = [sections.with_bar(figure) if figure else "" for figure in of_runs.values()]
+        cells = [sections.with_bar(figure) if figure else NO_VALUE for figure in of_runs.values()]
         comparable = len(known) > 1 and metric in METRICS
         references = [_references(run).get(network) for run in runs if run.name in known]
         result = best_of(known, METRICS[metric].larger_is_better, references) if comparable else ""
@@ -184,7 +189,7 @@ def _scores(runs: Sequence[Run]) -> str:
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         figures = [column.get(name) for column in columns]
-        cells = [sections.with_bar(figure) if figure else "" for figure in figures]
+        cells = [sections.with_bar(figure) if figure else NO_VALUE for figure in figures]
         rows.append((name, *cells, difference(figures)))
     return elements.table(("", *(run.name for run in runs), ""), rows) if rows else ""
 
@@ -238,8 +243,30 @@ def _settings(runs: Sequence[Run]) -> str:
     rows = []
     for key in keys:
         if key not in IGNORED:
-            rows.append((key, *(elements.code(str(_value(tree, key))) for tree in trees)))
-    return elements.table(("", *(run.name for run in runs)), rows) if rows else "<p>The configurations are equal.</p>"
+            values = [_value(tree, key) for tree in trees]
+            shown = _sources(values) if key == "data.source" else map(_text, values)
+            rows.append((key, *map(elements.code, shown)))
+    header = ("", *(run.name for run in runs))
+    return elements.table(header, rows, wrap=True) if rows else "<p>The configurations are equal.</p>"
+
+
+def _sources(values: Sequence[Any]) -> list[str]:
+    """The paths of each run's `data.source`, with the options that are not the same in all sources."""
+    values = [[source for source in sources if isinstance(source, Mapping)] for sources in values]
+    everywhere = list(itertools.chain(*values))
+    names = dict.fromkeys(name for source in everywhere for name in source if name != "path")
+    differing = [name for name in names if any(s.get(name) != everywhere[0].get(name) for s in everywhere)]
+
+    def shown(source: Mapping[str, Any]) -> str:
+        options = [f"{name}: {_text(source.get(name))}" for name in differing]
+        return ", ".join([str(source.get("path")), *options])
+
+    return ["; ".join(map(shown, sources)) for sources in values]
+
+
+def _text(value: object) -> str:
+    """A value as an override has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _value(tree: object, key: str) -> object:

@@ -35,10 +35,13 @@ def text(value: object) -> str:
     return value if isinstance(value, Raw) else escape(str(value))
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Rows of cells below a header: names, then right-aligned values. Columns without a value are left out."""
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], wrap: bool = False) -> str:
+    """Rows of cells below a header: names, then right-aligned values. Columns without a value are left out.
+
+    With `wrap` values are aligned left, and long ones take several lines.
+    """
     rows = list(rows)
-    mark = ' class="n"'
+    mark = f' class="{"w" if wrap else "n"}"'
     filled = [i for i in range(len(header)) if i == 0 or any(cells[i] != "" for cells in rows)]
 
     def row(cells: Sequence[object], tag: str) -> str:

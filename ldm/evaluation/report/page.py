@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 from ldm.evaluation.report import elements, sections
 from ldm.evaluation.report.collect import Run
 from ldm.evaluation.report.elements import Section
@@ -11,6 +15,7 @@ SHEETS = {
     "held-out-combinations.png": "Prompts of held-out images",
     "enlarged.png": "Enlarged held-out images",
 }
+SCRIPT = re.compile(r"('[^']*|\S*)\.py'?(\s|$)")  # what a command begins with, quoted where its path needs it
 
 
 def page(run: Run) -> str:
@@ -24,7 +29,7 @@ def page(run: Run) -> str:
         Section("samples", "Samples over time", sections.samples_over_time(run, images)),
         Section("figures", "Figures", _figures(run)),
         Section("curves", "Training", sections.chart_grid(curves)),
-        Section("scores", "Scores", scores),
+        Section("scores", "Scores", scores or how_to_measure(run)),
         Section("extremes", "Best and worst prompts", sections.extremes(run, images)),
         Section("memorization", "Memorisation", sections.memorization(run, images)),
         Section("grid", "Guidance and steps", images.figure(run.image("evaluation/grid.png"))),
@@ -82,6 +87,22 @@ def _figures(run: Run) -> str:
     return final + sections.against_another(run) + (f"<h3>While training</h3>{over_steps}" if over_steps else "")
 
 
+def how_to_measure(run: Run) -> str:
+    """The command that measures a run without figures and scores; empty where it has some, or none can be."""
+    if run.figures or "inpaint" in run.get("stage2.conditions", []):
+        return ""
+    folder, base = run.folder, Path(run.get("stage2.init_from", "")).parent
+    arguments, result = [str(folder)], "adds their figures and scores to this report"
+    if run.get("finetune.kind", "full") != "full":
+        if not (base / "config.yaml").is_file() or not (folder / "lora").is_dir():
+            return ""
+        arguments, result = [str(base), "--lora", str(folder / "lora")], "prints their figures and scores"
+    when = (
+        "Not measured yet" if any((folder / name).is_dir() for name in ("pipeline", "lora")) else "Once it is trained"
+    )
+    return f"<p>{when}: {elements.code(shlex.join(['ldm-evaluate', *arguments]))} draws images and {result}.</p>"
+
+
 def _use(run: Run) -> str:
     """How the result is used, and the command that makes it again."""
     parts = []
@@ -96,7 +117,7 @@ def _use(run: Run) -> str:
         parts.append(elements.block("\n".join(lines)))
     parts.append('<p class="note">README.md in the folder is the model card. Made with:</p>')
     command, commit = (str(run.provenance.get(name, "")) for name in ("command", "git_commit"))
-    python = "python " if command.partition(" ")[0].endswith(".py") else ""
+    python = "python " if SCRIPT.match(command) else ""
     lines = [f"git checkout {commit}"] * (commit not in ("", "unknown")) + [python + command] * bool(command)
     parts.append(elements.block("\n".join(lines)) if lines else "")
     return "".join(parts)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
+from ldm.data.images import has_frames
 from ldm.evaluation.distances import METRICS
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import elements
@@ -99,10 +102,10 @@ def curves(charts: Sequence[Curve], metrics: Metrics, single: bool = True) -> li
 
 
 def noise_levels(metrics: Metrics) -> list[str]:
-    """The held-out loss by noise level: over steps, and at the last evaluation."""
-    names = levels(metrics)
-    lines = [Series(f"log-SNR {level:+g}", metrics.points(name)) for level, name in names]
-    over_steps = line_chart("Held-out loss by noise level", lines, note="much noise: low log-SNR")
+    """The held-out loss by noise level: over steps, where it was measured several times, and at the last evaluation."""
+    lines = [Series(f"log-SNR {level:+g}", metrics.points(name)) for level, name in levels(metrics)]
+    several = any(len(line.points) > 1 for line in lines)
+    over_steps = line_chart("Held-out loss by noise level", lines, note="much noise: low log-SNR") if several else ""
     return [chart for chart in (over_steps, level_profile([("", metrics)])) if chart]
 
 
@@ -256,9 +259,8 @@ def samples_over_time(run: Run, images: Images) -> str:
     shown = [(uri, caption) for uri, caption in uris if uri]
     if not shown:
         return ""
-    framed = "text" in run.get("stage2.conditions", []) and not {"inpaint", "upscale"} & set(
-        run.get("stage2.conditions")
-    )
+    with Image.open(next(paths[i] for i, (uri, _) in zip(chosen, uris, strict=True) if uri)) as sheet:
+        framed = has_frames(sheet)  # the prompts are the same at all steps
     return elements.frames(shown) + '<p class="note">Framed: prompts of held-out images.</p>' * framed
 
 
@@ -348,7 +350,7 @@ def training_speed(run: Run) -> str:
     for name, metrics in run.stages.items():
         speed = metrics.speed(int(run.get(f"{name}.batch", 0)))
         if speed:
-            rows.append((name.replace("stage", "stage "), *speed_cells(speed), memory(run, name)))
+            rows.append((name.replace("stage", "stage\N{NO-BREAK SPACE}"), *speed_cells(speed), memory(run, name)))
     if not rows:
         return ""
     note = "Time counts steps and the evaluations between them, not the pauses of a stopped run."

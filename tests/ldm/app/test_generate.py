@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -256,3 +257,16 @@ def test_judge_shows_reports_side_by_side_and_comparisons_of_families(
     assert "2 runs side by side" in pages[1] and "2 runs side by side" not in pages[0]
     app.segmented_control[0].set_value("GAN, VAE, diffusion").run()
     assert "- recall: the GAN wins." in [text.value for text in app.markdown] and not app.exception
+
+
+def test_judge_opens_with_the_run_that_was_trained_last(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(root, tmp_path / "runs" / name) for name in ("a", "b", "c")]
+    for run, time in zip(runs, (1, 3, 2), strict=True):
+        for stage in ("stage1", "stage2"):
+            os.utime(run / stage / "metrics.jsonl", (time, time))
+    monkeypatch.setenv(roots.ROOTS, str(tmp_path / "runs"))
+    app = AppTest.from_function(judge, default_timeout=60).run()
+    assert not app.exception and app.multiselect[0].value == [str(runs[1])]
+    assert [Path(option).name for option in app.multiselect[0].options] == ["b", "c", "a"]

@@ -98,6 +98,15 @@ def test_every_setting_is_shown_as_an_override_that_changes_nothing(root: Path) 
         assert loader.load(root / "configs/tiny.yaml", [*overrides, f"run.dir={config.run.dir}"]) == config
 
 
+def test_of_two_overrides_of_a_key_the_command_has_the_last(root: Path) -> None:
+    base = train_settings.Base("tiny", root / "configs/tiny.yaml", ("stage2.batch=16", "data.source={path: a, url: b}"))
+    typed = "stage2.batch=8\nstage2.steps=7\ndata.source=c"
+    form = train_form.Form(base, "x", {"stage2.batch": 12}, typed=typed)
+    *overrides, folder = form.command()[6:]  # behind the interpreter, the module and the file
+    assert overrides == ["data.source={path: a, url: b}", "stage2.batch=8", "stage2.steps=7", "data.source=c"]
+    assert folder == f"run.dir={form.folder}"
+
+
 @pytest.mark.parametrize("key", ["run.dir", "data.cache_dir", "text.model", "stage2.init_from", "data.source"])
 def test_paths_outside_of_the_roots_are_refused(runs: Path, root: Path, key: str) -> None:
     (runs / "link").symlink_to(root)

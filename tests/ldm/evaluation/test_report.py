@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 from run_folder import STEPS, noise, training_line, write_metrics, write_run
 
+from ldm.data.images import grid
 from ldm.evaluation.figures import Figure
 from ldm.evaluation.report import sections, write, write_report
 from ldm.evaluation.report.charts import MAX_POINTS, Series, line_chart, thin
 from ldm.evaluation.report.collect import STATISTICS, collect
 from ldm.evaluation.report.comparison import best_of, difference
 from ldm.evaluation.report.image_data import data_uri
+from ldm.evaluation.report.page import page
 from ldm.models import autoencoder
 
 VOID = {"meta", "img", "input", "br", "link"}
@@ -178,6 +184,91 @@ def test_runs_side_by_side_are_told_apart_where_their_intervals_are(root: Path, 
         assert any(f"{name} {training_line(5)['loss']:.4g}" in title for title in page.text["title"])
     assert "near less first" in page.text["td"]  # the same prompts, image by image
     assert html.count('class="line c2"') >= 4
+
+
+def settings_of_rows(html: str) -> dict[str, list[str]]:
+    """The cells of *What differs*, by key."""
+    table = html.partition('id="settings"')[2].partition("</table>")[0]
+    rows = re.findall(r'<td>([^<]+)</td>((?:<td class="w"><code>[^<]*</code></td>)+)', table)
+    return {key: re.findall(r"<code>([^<]*)</code>", unescape(cells)) for key, cells in rows}
+
+
+def change(run: Path, section: str, **values: object) -> None:
+    """Writes other values into a run's configuration."""
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["configuration"][section] |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_sources_differ_by_their_paths_and_by_the_options_that_are_not_the_same(root: Path, tmp_path: Path) -> None:
+    a, b = (write_run(root, tmp_path / name) for name in "ab")
+    (source,) = collect(a).get("data.source")
+    for sources, shown in (
+        ([source | {"path": "photos"}], "photos"),
+        ([source | {"path": "x"}, source | {"path": "y"}], "x; y"),
+        ([source | {"caption_column": "title"}], "openmoji-demo, caption_column: title"),
+    ):
+        change(b, "data", source=sources)
+        write([a, b], tmp_path / "report.html")
+        rows = settings_of_rows((tmp_path / "report.html").read_text("utf-8"))
+        assert rows["data.source"][1] == shown and rows["data.source"][0].partition(",")[0] == "openmoji-demo"
+
+
+def test_differing_values_are_those_of_overrides(root: Path, tmp_path: Path) -> None:
+    a, b = write_run(root, tmp_path / "a", prompt="it's"), write_run(root, tmp_path / "b")
+    change(b, "stage2", init_from="models/first")
+    write([a, b], tmp_path / "report.html")
+    rows = settings_of_rows((tmp_path / "report.html").read_text("utf-8"))
+    assert rows == {"sample.prompts": ['["it\'s"]', '["red heart"]'], "stage2.init_from": ["null", "models/first"]}
+
+
+def test_a_run_without_scores_keeps_its_column(root: Path, tmp_path: Path) -> None:
+    scored, bare = (write_run(root, tmp_path / name) for name in ("scored", "bare"))
+    write_metrics(bare / "stage2/metrics.jsonl", [training_line(step) for step in STEPS])
+    (bare / "evaluation.json").unlink()
+    write([scored, bare], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert ">Figures</h2>" in html and ">Other scores</h2>" in html
+    assert '<tr><td>held-out loss</td><td class="n">0.5</td><td class="n">–</td></tr>' in html
+    (scored / "evaluation.json").unlink()
+    write([scored, bare], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert ">Scores</h2>" in html and "Other scores" not in html
+    assert '<th class="n">scored</th><th class="n">bare</th>' in html
+
+
+def test_frames_are_explained_where_one_is_drawn(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    squares = [Image.new("RGB", (32, 32), "white")] * 2
+    for marked in ([], [1]):
+        for step in (50, 100):
+            grid(squares, ["a", "b"], columns=8, marked=marked).save(run / f"stage2/samples/step-{step:06d}.png")
+        assert ("Framed: prompts of held-out images." in page(collect(run))) == bool(marked)
+
+
+def test_a_run_without_scores_says_how_to_measure_it(root: Path, tmp_path: Path) -> None:
+    base, adapter = write_run(root, tmp_path / "a run"), write_run(root, tmp_path / "adapter")
+    assert "ldm-evaluate" not in page(collect(base))
+    for run, result in ((base, "pipeline"), (adapter, "lora")):
+        (run / "evaluation.json").unlink()
+        (run / result).mkdir()
+    change(adapter, "finetune", kind="lora")
+    change(adapter, "stage2", init_from=str(base / "pipeline"))
+    commands = (["ldm-evaluate", str(base)], ["ldm-evaluate", str(base), "--lora", str(adapter / "lora")])
+    for run, command in zip((base, adapter), commands, strict=True):
+        shown = re.findall(r"<code>(ldm-evaluate [^<]*)</code>", page(collect(run)))
+        assert [shlex.split(unescape(text)) for text in shown] == [command]
+
+
+def test_the_command_can_be_pasted(root: Path, tmp_path: Path) -> None:
+    run = write_run(root, tmp_path / "run")
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    for script, begins in (("a folder/train_ldm.py", ["python"]), ("train_ldm.py", ["python"]), ("bin/ldm-train", [])):
+        arguments = [script, 'sample.prompts=["it\'s", "b"]']
+        tree["about"]["command"] = shlex.join(arguments)
+        (run / "config.yaml").write_text(yaml.safe_dump(tree))
+        commands = re.findall(r"<pre>git checkout abc\n([^<]*)</pre>", page(collect(run)))
+        assert [shlex.split(unescape(text)) for text in commands] == [[*begins, *arguments]]
 
 
 def test_the_verdict_follows_direction_and_bars() -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from ldm.config import loader
+from ldm.data.images import grid
 from ldm.training.model_card import write_card
 from ldm.training.run_dir import prepare_run_dir
 
@@ -22,6 +24,16 @@ def test_the_card_lists_metrics_and_the_datas_licence(settings: loader.Config) -
     assert "CC BY-SA 4.0" in card
     assert "| psnr | 28.000 |" in card
     assert "| held-out top1 | 0.500 |" in card
+
+
+def test_frames_are_explained_where_one_is_drawn(settings: loader.Config) -> None:
+    file = prepare_run_dir(settings).run.dir / "stage2/samples/step-000010.png"
+    file.parent.mkdir(parents=True)
+    for marked in ([], [1]):
+        grid([Image.new("RGB", (32, 32))] * 2, ["a", "b"], columns=8, marked=marked).save(file)
+        write_card(settings)
+        card = (settings.run.dir / "README.md").read_text()
+        assert "![samples](samples.png)" in card and ("Framed: prompts of held-out images." in card) == bool(marked)
 
 
 def test_the_hub_reads_the_cards_metadata(settings: loader.Config) -> None:

@@ -1,5 +1,6 @@
 """The run's folder: continuing it, refusing another configuration, training longer."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_a_folder_is_continued_only_by_the_same_configuration(root: Path, settin
     other = loader.load(root / "configs/tiny.yaml", [f"run.dir={settings.run.dir}", "stage1.lr=1e-3"])
     with pytest.raises(UserError, match=r"stage1\.lr: 0\.002 → 0\.001"):
         prepare_run_dir(other)
+
+
+def test_the_command_that_is_kept_is_one_for_a_shell(settings: loader.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["a folder/train_ldm.py", 'sample.prompts=["grey, short", "it\'s"]']
+    monkeypatch.setattr("sys.argv", arguments)
+    prepare_run_dir(settings)
+    about = yaml.safe_load((settings.run.dir / "config.yaml").read_text())["about"]
+    assert shlex.split(about["command"]) == arguments
 
 
 def test_a_folder_from_before_a_key_existed_is_continued(settings: loader.Config) -> None:
