@@ -26,6 +26,7 @@ FOLDER, UPLOAD, DRAWINGS = WAYS = ("Folder", "Upload", "Sample drawings")
 CHECK, CAPTIONS = VIEWS = ("Check", "Captions")
 ROWS = 8  # captions on a page
 THUMBNAIL = 256
+NO_CAPTION = "No image has a caption yet."
 
 
 def page() -> None:
@@ -113,11 +114,15 @@ def _check(source: str) -> None:
     checked, check, uncaptioned = st.session_state.get("check", (None, None, []))
     if checked != settings:
         return
-    _verdict(check, source)
+    if check == NO_CAPTION:
+        st.error(NO_CAPTION)
+    else:
+        _verdict(check, source)
     if uncaptioned:
         with st.container(horizontal=True, vertical_alignment="center"):
-            count = len(uncaptioned)
-            st.markdown(f"{count:,} {'image has' if count == 1 else 'images have'} no caption.", width="content")
+            if check != NO_CAPTION:
+                verb = "has" if len(uncaptioned) == 1 else "have"
+                st.markdown(f"{_images(len(uncaptioned))} {verb} no caption.", width="content")
             st.button("Write captions", on_click=_open_captions, args=(uncaptioned[0],))
     if isinstance(check, Check):
         _show(check)
@@ -129,11 +134,18 @@ def _is_upload(source: str) -> bool:
 
 def _checked(source: str, size: int, buckets: bool, captions: bool) -> tuple[Check | str, list[int]]:
     """The check, or why there can be none, and the numbers of the images that lack a caption."""
+    uncaptioned, images = data_captions.uncaptioned(source) if captions else ([], 0)
+    if uncaptioned and len(uncaptioned) == images:
+        return NO_CAPTION, uncaptioned
     try:
         check: Check | str = run_check(source, size, buckets, captions)
     except UserError as error:
         check = str(error)
-    return check, data_captions.uncaptioned(source) if captions else []
+    return check, uncaptioned
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _open_captions(number: int) -> None:
@@ -207,44 +219,65 @@ def _captions(source: str) -> None:
         st.info("The drawings' captions come with them.")
         return
     rows = data_captions.rows(Path(source))
-    pages = max(1, -(-len(rows) // ROWS))
-    left, right = st.columns([1, 3], vertical_alignment="bottom")
-    st.session_state["captions-page"] = min(st.session_state.get("captions-page", 1), pages)
-    number = left.number_input(f"Page, of {pages:,}", 1, pages, key="captions-page")
     kept = (
         "The upload goes with this session; *Train on it*, after a check, keeps a copy." if _is_upload(source) else ""
     )
-    right.caption(
-        f"{len(rows):,} images. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
+    st.caption(
+        f"{_images(len(rows))}. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
     )
-    shown = rows[(int(number) - 1) * ROWS :][:ROWS]
-    with st.form("captions", border=False):
-        edited = [(row, *_edit(row)) for row in shown]
-        with st.container(horizontal=True, vertical_alignment="center"), sentences(stop=False):
-            pressed = st.form_submit_button("Save", type="primary")
-            if pressed:
-                _save([(row, seen, text) for row, seen, text in edited if normalized(text) != normalized(seen)])
-            elif message := st.session_state.pop("saved", ""):
-                st.success(message)
+    pages = max(1, -(-len(rows) // ROWS))
+    number = st.session_state["captions-page"] = min(st.session_state.get("captions-page", 1), pages)
+    for row in rows[(number - 1) * ROWS :][:ROWS]:
+        _edit(row)
+    with st.container(horizontal=True, vertical_alignment="bottom"), sentences(stop=False):
+        st.number_input(f"Page, of {pages:,}", 1, pages, key="captions-page", width=160)
+        pressed = st.button("Save", type="primary")
+        changes = [(row, _drafts()[str(row.image)]) for row in rows if str(row.image) in _drafts()]
+        if pressed:
+            _save(changes)
+        elif changes:
+            st.markdown(f"{len(changes):,} unsaved, of all pages.", width="content")
+        elif message := st.session_state.pop("saved", ""):
+            st.success(message)
 
 
-def _edit(row: Row) -> tuple[str, str]:
-    """A row with image and caption; what the caption was when it was shown first, and what it is now."""
+def _drafts() -> dict[str, str]:
+    """The captions that were typed and not saved, by the image's path: pages that aren't drawn lose their widgets."""
+    drafts: dict[str, str] = st.session_state.setdefault("drafts", {})
+    return drafts
+
+
+def _edit(row: Row) -> None:
+    """A row with image and caption."""
     picture, words = st.columns([1, 4])
     try:
         picture.image(_thumbnail(str(row.image), row.image.stat().st_mtime), width=110)
     except (UserError, OSError) as error:
         picture.warning(plain(str(error)))
-    key = f"caption-{row.image}"
-    seen: dict[str, str] = st.session_state.setdefault("seen", {})
+    image, seen = str(row.image), _seen()
     try:
-        if key not in seen:
-            seen[key] = row.caption()
+        if image not in seen:
+            seen[image] = row.caption()
     except UserError as error:
         words.warning(plain(str(error)))
-        return "", ""
+        return
     note = " (another image has the same file)" if row.shared else ""
-    return seen[key], words.text_area(plain(row.key) + note, seen[key], key=key, height=90)
+    key = f"caption-{image}"
+    st.session_state[key] = _drafts().get(image, seen[image])
+    words.text_area(plain(row.key) + note, key=key, height=90, on_change=_draft, args=(image, key))
+
+
+def _seen() -> dict[str, str]:
+    """What captions were when they were shown first, by the image's path."""
+    seen: dict[str, str] = st.session_state.setdefault("seen", {})
+    return seen
+
+
+def _draft(image: str, key: str) -> None:
+    """Keeps what was typed, unless it is what the file has."""
+    _drafts()[image] = st.session_state[key]
+    if normalized(st.session_state[key]) == normalized(_seen()[image]):
+        del _drafts()[image]
 
 
 @st.cache_data(max_entries=512, show_spinner=False)
@@ -254,16 +287,17 @@ def _thumbnail(path: str, changed: float) -> Image.Image:
     return image
 
 
-def _save(changes: list[tuple[Row, str, str]]) -> None:
+def _save(changes: list[tuple[Row, str]]) -> None:
     """Writes the captions that were changed, and says what was done; the page is drawn anew."""
     if not changes:
         st.info("No caption was changed.")
         return
     st.session_state.pop("check", None)  # its result is of the earlier captions
     copied = 0
-    for row, seen, text in changes:
-        copied += data_captions.save(row, seen, text)
-        st.session_state["seen"][f"caption-{row.image}"] = row.caption()
+    for row, text in changes:
+        copied += data_captions.save(row, _seen()[str(row.image)], text)
+        _seen()[str(row.image)] = row.caption()
+        del _drafts()[str(row.image)]
     noun = "caption" if len(changes) == 1 else "captions"
     copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
     st.session_state["saved"] = (
