@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.app import data_captions
 from ldm.app.data_captions import Row, normalized
 from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, run_check, save_uploads, source_of
-from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
+from ldm.app.inputs import IMAGE_TYPES, decoded, initial, plain, sentences
 from ldm.app.launch import MAX_UPLOADS_MB
 from ldm.app.menu import menu_page
 from ldm.app.roots import inside, roots
@@ -54,7 +54,7 @@ def _where() -> str:
 def _source() -> str | None:
     """The path of what the visitor chose; None where nothing is chosen yet."""
     left, right = st.columns([1, 2])
-    way = left.segmented_control("Images from", WAYS, default=FOLDER, required=True)
+    way = left.segmented_control("Images from", WAYS, key=initial("data-way", FOLDER), required=True)
     with right:
         if way == DRAWINGS:
             st.caption(plain(ATTRIBUTION))
@@ -103,9 +103,12 @@ def _check(source: str) -> None:
         "`data.size`: the side of training's images, in pixels. It begins as that of the newest model in the app's "
         "folders, or else of the smallest configuration, with which the page Train begins."
     )
-    size = left.number_input("Size", 8, 2048, default_size(), 8, help=help_text, key="data-size")
-    buckets = middle.toggle("Buckets", help="Sorts images by aspect ratio, so that little is cropped.")
-    captions = right.toggle("With captions", True, help="Off: for a model without text; no caption is needed.")
+    size = left.number_input("Size", 8, 2048, step=8, help=help_text, key=initial("data-size", default_size()))
+    buckets = middle.toggle(
+        "Buckets", key="data-buckets", help="Sorts images by aspect ratio, so that little is cropped."
+    )
+    help_text = "Off: for a model without text; no caption is needed."
+    captions = right.toggle("With captions", key=initial("data-captions", True), help=help_text)
     settings = (source, int(size), buckets, captions)
     if st.button("Check", type="primary"):
         st.session_state.pop("check", None)
@@ -150,7 +153,7 @@ def _images(count: int) -> str:
 
 def _open_captions(number: int) -> None:
     """Shows the captions from the page with an image on."""
-    st.session_state["data-view"], st.session_state["captions-page"] = CAPTIONS, number // ROWS + 1
+    st.session_state["data-view"], st.session_state["data-captions-page"] = CAPTIONS, number // ROWS + 1
 
 
 def _verdict(check: Check | str, source: str) -> None:
@@ -226,11 +229,11 @@ def _captions(source: str) -> None:
         f"{_images(len(rows))}. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
     )
     pages = max(1, -(-len(rows) // ROWS))
-    number = st.session_state["captions-page"] = min(st.session_state.get("captions-page", 1), pages)
+    number = st.session_state["data-captions-page"] = min(st.session_state.get("data-captions-page", 1), pages)
     for row in rows[(number - 1) * ROWS :][:ROWS]:
         _edit(row)
     with st.container(horizontal=True, vertical_alignment="bottom"), sentences(stop=False):
-        st.number_input(f"Page, of {pages:,}", 1, pages, key="captions-page", width=160)
+        st.number_input(f"Page, of {pages:,}", 1, pages, key="data-captions-page", width=160)
         pressed = st.button("Save", type="primary")
         changes = [(row, _drafts()[str(row.image)]) for row in rows if str(row.image) in _drafts()]
         if pressed:

@@ -184,10 +184,10 @@ def _job(to: str, folders: list[str]) -> Job | None:
             return None
         model = left.selectbox("Adapter", files, key=ADAPTER, format_func=name)
         base = right.selectbox("Trained on", folders, key=BASE, format_func=name)
-        layout = left.selectbox("Layout", ["kohya", "diffusers"])
+        layout = left.selectbox("Layout", ["kohya", "diffusers"], key="export-layout")
     else:
         model = left.selectbox("Model", folders, key=MODEL, format_func=name)
-    precision = right.selectbox("Weights", [*PRECISIONS], format_func=PRECISIONS.__getitem__)
+    precision = right.selectbox("Weights", [*PRECISIONS], key="export-precision", format_func=PRECISIONS.__getitem__)
     kind = f"-{layout}" if layout else "" if to == "single-file" else "-diffusers"
     suffix = "" if to == "diffusers" else ".safetensors"
     run_dir = Path(model).parent

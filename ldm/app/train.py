@@ -81,6 +81,7 @@ def _new(busy: list[Path]) -> None:
     if captions:
         captions = st.checkbox(
             "Where no image has a caption, take the folder's name",
+            key="train-captions",
             help="Otherwise such a training is refused, with what to do.",
         )
     flags = ("--yes",) if captions else ()

@@ -127,7 +127,7 @@ def choose() -> tuple[Form, Config | None] | None:
         missing = "a finished model" if kind != SCRATCH else "the folder configs/"
         st.info(f"There is nothing to start from: this needs {missing} in {', '.join(f'`{r}`' for r in roots())}.")
         return None
-    base = right.selectbox("Start from", found, format_func=lambda base: base.name, key=f"base-{kind}")
+    base = right.selectbox("Start from", found, format_func=lambda base: base.name, key=f"train-base-{kind}")
     form = st.session_state.get("train-form")
     if not isinstance(form, Form):
         form = Form(base, free_name(base.run_name))

@@ -109,10 +109,10 @@ def test_typed_captions_outlast_a_change_of_page_and_are_saved_together(
     monkeypatch.setenv(roots.ROOTS, str(folder.parent))
     app = chosen(folder)
     app.text_area[0].set_value("a kite").run()
-    app.number_input(key="captions-page").set_value(2).run()
+    app.number_input(key="data-captions-page").set_value(2).run()
     assert [area.value for area in app.text_area] == ["image 8"] and "1 unsaved, of all pages." in texts(app.markdown)
     app.text_area[0].set_value("a hat")
-    app.number_input(key="captions-page").set_value(1).run()
+    app.number_input(key="data-captions-page").set_value(1).run()
     assert app.text_area[0].value == "a kite" and "2 unsaved, of all pages." in texts(app.markdown)
     press(app, "Save")
     assert not app.exception and not app.error and app.success[-1].value.startswith("Saved 2 captions.")
@@ -196,7 +196,9 @@ def test_images_without_captions_lead_to_where_they_are_written(
     assert ("3 of 12 images are bad" if captioned else "No image has a caption yet.") in app.error[0].value
     assert ("3 images have no caption." in [text.value for text in app.markdown]) == bool(captioned)
     press(app, "Write captions")
-    assert app.session_state["data-view"] == "Captions" and app.session_state["captions-page"] == captioned // 8 + 1
+    assert (
+        app.session_state["data-view"] == "Captions" and app.session_state["data-captions-page"] == captioned // 8 + 1
+    )
     for area in [area for area in app.text_area if not area.value]:
         area.set_value("a shape")
     press(app, "Save")

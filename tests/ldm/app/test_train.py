@@ -144,7 +144,7 @@ def test_images_and_what_was_typed_stay_with_another_kind_and_base(
     app.text_input(key="train-name").set_value("kites").run()
     choose("Full fine-tune")
     choose("From scratch")
-    app.selectbox(key="base-From scratch").select_index(1).run()
+    app.selectbox(key="train-base-From scratch").select_index(1).run()
     assert not errors(app) and app.selectbox(key="data.source").value == str(images)
     assert app.text_input(key="train-name").value == "kites"
 
@@ -160,7 +160,7 @@ def test_images_of_the_page_data_suggest_a_lora_on_the_newest_model(
     app.session_state["train-source"] = str(runs / "images")
     app.run()
     assert not errors(app) and app.segmented_control(key="train-kind").value == "LoRA"
-    assert app.selectbox(key="base-LoRA").value.name == "runs/new, your model"
+    assert app.selectbox(key="train-base-LoRA").value.name == "runs/new, your model"
     assert app.selectbox(key="data.source").value == str(runs / "images")
     assert any("can't draw photographs" in caption.value for caption in app.caption)
     app.segmented_control(key="train-kind").set_value("Full fine-tune").run()
