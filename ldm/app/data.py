@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ldm.app import data_captions
 from ldm.app.data_captions import Row, normalized
-from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, run_check, save_uploads, source_of
+from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, kept_path, run_check, save_uploads, source_of
 from ldm.app.inputs import IMAGE_TYPES, decoded, initial, plain, sentences
 from ldm.app.launch import MAX_UPLOADS_MB
 from ldm.app.menu import menu_page
@@ -26,6 +27,7 @@ FOLDER, UPLOAD, DRAWINGS = WAYS = ("Folder", "Upload", "Sample drawings")
 CHECK, CAPTIONS = VIEWS = ("Check", "Captions")
 ROWS = 8  # captions on a page
 THUMBNAIL = 256
+UPLOADED = "upload"  # the name of a folder for several files
 NO_CAPTION = "No image has a caption yet."
 
 
@@ -35,6 +37,9 @@ def page() -> None:
     with sentences():
         source = _source()
         if not source:
+            if st.session_state["data-way"] == UPLOAD:
+                st.info("Upload images with their captions: the check says what training would make of them.")
+                return
             st.info(
                 "Choose a folder of images, a tar or a parquet file: the check says what training would make of it. "
                 f"Captions can be written here too. The list has those in {_where()}; copy yours there, or upload some."
@@ -86,12 +91,18 @@ def _uploaded() -> str | None:
     if st.session_state.get("uploaded", (None,))[0] != key:
         folder = TemporaryDirectory(prefix="ldm-upload-")  # it goes when the session forgets it
         saved = save_uploads([(file.name, file.getvalue()) for file in files], Path(folder.name))
-        st.session_state["uploaded"] = (key, folder, *saved)
-    _, _, path, left_out = st.session_state["uploaded"]
+        st.session_state["uploaded"] = (key, folder, *saved, _name(files[0].name) if len(files) == 1 else UPLOADED)
+    _, _, path, left_out, _ = st.session_state["uploaded"]
     if left_out:
         more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
         st.caption(plain(f"Neither images nor captions, so left out of the zip: {', '.join(left_out[:3])}{more}."))
     return str(path)
+
+
+def _name(file: str) -> str:
+    """The name of a folder for what an uploaded file holds."""
+    stem = Path(file.replace("\\", "/")).name.partition(".")[0]
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or UPLOADED
 
 
 # ----------------------------------------------------------------------------------------------------------- the check
@@ -110,7 +121,7 @@ def _check(source: str) -> None:
     help_text = "Off: for a model without text; no caption is needed."
     captions = right.toggle("With captions", key=initial("data-captions", True), help=help_text)
     settings = (source, int(size), buckets, captions)
-    if st.button("Check", type="primary"):
+    if st.button("Check", type="primary") or st.session_state.pop("check-now", False):
         st.session_state.pop("check", None)
         with st.spinner("Opening every image …"):
             st.session_state["check"] = (settings, *_checked(*settings))
@@ -156,6 +167,11 @@ def _open_captions(number: int) -> None:
     st.session_state["data-view"], st.session_state["data-captions-page"] = CAPTIONS, number // ROWS + 1
 
 
+def _check_now() -> None:
+    """Shows the check, and runs it."""
+    st.session_state["data-view"], st.session_state["check-now"] = CHECK, True
+
+
 def _verdict(check: Check | str, source: str) -> None:
     """Whether training can begin, with the way to it."""
     if stop := check if isinstance(check, str) else check.stop:
@@ -164,9 +180,11 @@ def _verdict(check: Check | str, source: str) -> None:
     assert isinstance(check, Check)
     left, right = st.columns([4, 1], vertical_alignment="center")
     left.success(plain(f"Training can begin: {check.kind}."))
-    help_text = f"Copies the upload into a folder in `{roots()[0]}` first." if _is_upload(source) else None
-    if right.button("Train on it", type="primary", help=help_text, width="stretch"):
-        st.session_state[SOURCE] = source if source == BUILT_IN else str(tidy(keep(Path(source))))
+    name = st.session_state["uploaded"][-1] if _is_upload(source) else ""
+    if name:
+        st.caption(f"*Train on it* copies the upload to `{tidy(kept_path(Path(source), name))}` first.")
+    if right.button("Train on it", type="primary", width="stretch"):
+        st.session_state[SOURCE] = source if source == BUILT_IN else str(tidy(keep(Path(source), name)))
         st.session_state["train-next-view"] = NEW
         st.switch_page(menu_page("train"))
 
@@ -204,7 +222,7 @@ def _sizes(check: Check) -> None:
     st.markdown(
         f"The shorter side has {shorter[0]:,} to {shorter[-1]:,} pixels (median {shorter[2]:,}), the longer "
         f"{longer[0]:,} to {longer[-1]:,} (median {longer[2]:,}). Cropping removes {facts['cropped']:.1%} of the area "
-        f"on average. {facts['upscaled']:,} images are smaller than training's, and are enlarged."
+        f"on average. Smaller than training's, and enlarged: {_images(facts['upscaled'])}."
     )
     if len(facts["buckets"]) > 1:
         columns = {name: [row[i] for row in facts["buckets"]] for i, name in enumerate(("bucket", "images"))}
@@ -237,11 +255,12 @@ def _captions(source: str) -> None:
         pressed = st.button("Save", type="primary")
         changes = [(row, _drafts()[str(row.image)]) for row in rows if str(row.image) in _drafts()]
         if pressed:
-            _save(changes)
+            _save(changes, source)
         elif changes:
             st.markdown(f"{len(changes):,} unsaved, of all pages.", width="content")
         elif message := st.session_state.pop("saved", ""):
             st.success(message)
+            st.button("Check", key="check-saved", on_click=_check_now)
 
 
 def _drafts() -> dict[str, str]:
@@ -290,7 +309,7 @@ def _thumbnail(path: str, changed: float) -> Image.Image:
     return image
 
 
-def _save(changes: list[tuple[Row, str]]) -> None:
+def _save(changes: list[tuple[Row, str]], source: str) -> None:
     """Writes the captions that were changed, and says what was done; the page is drawn anew."""
     if not changes:
         st.info("No caption was changed.")
@@ -303,7 +322,8 @@ def _save(changes: list[tuple[Row, str]]) -> None:
         del _drafts()[str(row.image)]
     noun = "caption" if len(changes) == 1 else "captions"
     copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
-    st.session_state["saved"] = (
-        f"Saved {len(changes)} {noun}.{copies} Press *Check* again to see what training makes of it."
-    )
+    without, images = data_captions.uncaptioned(source)
+    rest = f"{len(without):,} of {_images(images)} still {'has' if len(without) == 1 else 'have'} none."
+    left = rest if without else "All images have one."
+    st.session_state["saved"] = f"Saved {len(changes)} {noun}.{copies} {left}"
     st.rerun()

@@ -11,7 +11,7 @@ from ldm.app.inputs import sentences
 from ldm.app.roots import allowed, pipelines, roots, short, started_runs
 from ldm.app.train_estimate import estimate
 from ldm.app.train_form import choose, has_own_images, show_command
-from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, tidy
+from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, shares_caption, tidy
 from ldm.app.train_watch import watch
 from ldm.utils.errors import UserError
 
@@ -77,10 +77,10 @@ def _new(busy: list[Path]) -> None:
     if not (chosen := choose()):
         return
     form, config = chosen
-    captions = config is not None and any(Path(source.path).is_dir() for source in config.data.source)
+    captions = config is not None and shares_caption(config)
     if captions:
         captions = st.checkbox(
-            "Where no image has a caption, take the folder's name",
+            "No image has a caption: take the folder's name for all",
             key="train-captions",
             help="Otherwise such a training is refused, with what to do.",
         )

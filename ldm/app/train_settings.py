@@ -266,6 +266,17 @@ def fitting_images(config: Config) -> dict[str, Any]:
     return fitting
 
 
+def shares_caption(config: Config) -> bool:
+    """Whether all images would share a caption guessed from a folder's name, which a training takes with `--yes`."""
+    try:
+        for source in config.data.source:
+            check_links(Path(source.path))
+        sources = Sources(config.data.source, config.data.size, Path(), config.stage2.conditions)
+        return bool(sources.unconfirmed_caption())
+    except (UserError, OSError):  # which the training says
+        return False
+
+
 def image_sources() -> list[str]:
     """Folders with images, archives or class folders in the roots, without those of runs; at most `MAX_FOLDERS`."""
     paths: list[Path] = []

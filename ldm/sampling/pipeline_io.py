@@ -112,12 +112,12 @@ def read_outline(folder: Path) -> dict[str, Any]:
     networks: dict[str, Any] = {}
     with torch.device("meta"):
         for part in ("unet", "vae", "vqvae", *(f"text_encoder{suffix}" for suffix in TWO)):
-            library, class_name = config.get(part) or (None, None)
+            library, class_name = config.get(part) or (None, "")
             if library == "diffusers":
-                kind = getattr(diffusers, class_name)
+                kind = getattr(diffusers, str(class_name))
                 networks[part] = kind.from_config(kind.load_config(str(folder), subfolder=part))
             elif library:
-                kind = getattr(transformers, class_name)
+                kind = getattr(transformers, str(class_name))
                 networks[part] = kind(kind.config_class.from_pretrained(folder / part))
     encoders = [network for part, network in networks.items() if part.startswith("text_encoder")]
     scheduler = getattr(diffusers, config["scheduler"][1])

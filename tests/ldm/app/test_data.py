@@ -116,7 +116,16 @@ def test_typed_captions_outlast_a_change_of_page_and_are_saved_together(
     assert app.text_area[0].value == "a kite" and "2 unsaved, of all pages." in texts(app.markdown)
     press(app, "Save")
     assert not app.exception and not app.error and app.success[-1].value.startswith("Saved 2 captions.")
+    assert "All images have one." in app.success[-1].value
+    app.button(key="check-saved").click().run()
+    assert app.session_state["data-view"] == "Check" and "Training can begin" in app.success[0].value
     assert [(folder / f"0{i}.txt").read_text() for i in (0, 8)] == ["a kite\n", "a hat\n"]
+    (folder / "01.txt").unlink()
+    app.text_area[0].set_value("a ship")
+    press(app, "Save")
+    assert "1 of 9 images still has none." in app.success[-1].value
+    (folder / "00.txt").write_text("a kite")
+    app = chosen(folder)
     app.text_area[0].set_value("a ship").run()
     app.text_area[0].set_value("a kite").run()
     assert not any("unsaved" in text for text in texts(app.markdown)), "as the file has it"
@@ -314,8 +323,9 @@ def test_a_zip_of_a_folder_is_that_folder(folder: Path) -> None:
     press(app, "Save")
     press(app, "Check")
     assert "Training can begin" in app.success[0].value and app.metric[0].value == "2"
+    assert f"copies the upload to `{folder.parent}/cats` first" in "".join(texts(app.caption))
     press(app, "Train on it")
-    kept = folder.parent / "upload-1"
+    kept = folder.parent / "cats"
     assert app.selectbox(key="data.source").value == str(kept) and not app.error
     assert (kept / "a.txt").read_text() == "a large cat\n" and (kept / "sub/a.png").read_bytes() == image
 

@@ -149,6 +149,22 @@ def test_images_and_what_was_typed_stay_with_another_kind_and_base(
     assert app.text_input(key="train-name").value == "kites"
 
 
+def test_a_folder_s_name_is_offered_as_caption_where_no_image_has_one(
+    runs: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    (runs / "class").mkdir()
+    images = three_shapes(["a kite", "a hat"]).rename(runs / "class/kites")
+    app = page()
+    app.selectbox(key="data.source").set_value(str(images)).run()
+    assert not errors(app) and not app.checkbox
+    for file in images.glob("*.txt"):
+        file.unlink()
+    box = app.selectbox(key="data.source")
+    box.options.append(str(runs / "class"))  # a browser sends what was typed as another option
+    box.set_value(str(runs / "class")).run()
+    assert not errors(app) and "take the folder's name" in app.checkbox[0].label
+
+
 def test_images_of_the_page_data_suggest_a_lora_on_the_newest_model(
     runs: Path, root: Path, three_shapes: Callable[[list[str]], Path]
 ) -> None:
