@@ -7,15 +7,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import streamlit as st
-from PIL import Image
 
 from ldm.app import data_captions
-from ldm.app.data_captions import Row, normalized
-from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, kept_path, run_check, save_uploads, source_of
-from ldm.app.inputs import IMAGE_TYPES, decoded, initial, plain, sentences
+from ldm.app.data_caption_form import CAPTIONS, CHECK_NOW, ROWS, VIEWS, edit_captions
+from ldm.app.data_check import (
+    BUILT_IN,
+    MAX_UPLOADS,
+    Check,
+    is_upload,
+    keep,
+    kept_path,
+    run_check,
+    save_uploads,
+    source_of,
+)
+from ldm.app.inputs import IMAGE_TYPES, images_text, initial, plain, sentences
 from ldm.app.launch import MAX_UPLOADS_MB
 from ldm.app.menu import menu_page
-from ldm.app.roots import inside, roots
+from ldm.app.roots import roots
 from ldm.app.train import NEW
 from ldm.app.train_form import SOURCE
 from ldm.app.train_settings import default_size, image_sources, tidy
@@ -24,9 +33,6 @@ from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
 
 FOLDER, UPLOAD, DRAWINGS = WAYS = ("Folder", "Upload", "Sample drawings")
-CHECK, CAPTIONS = VIEWS = ("Check", "Captions")
-ROWS = 8  # captions on a page
-THUMBNAIL = 256
 UPLOADED = "upload"  # the name of a folder for several files
 NO_CAPTION = "No image has a caption yet."
 
@@ -49,7 +55,7 @@ def page() -> None:
         with check, sentences(stop=False):
             _check(source)
         with captions, sentences(stop=False):
-            _captions(source)
+            edit_captions(source)
 
 
 def _where() -> str:
@@ -121,7 +127,7 @@ def _check(source: str) -> None:
     help_text = "Off: for a model without text; no caption is needed."
     captions = right.toggle("With captions", key=initial("data-captions", True), help=help_text)
     settings = (source, int(size), buckets, captions)
-    if st.button("Check", type="primary") or st.session_state.pop("check-now", False):
+    if st.button("Check", type="primary") or st.session_state.pop(CHECK_NOW, False):
         st.session_state.pop("check", None)
         with st.spinner("Opening every image …"):
             st.session_state["check"] = (settings, *_checked(*settings))
@@ -136,14 +142,10 @@ def _check(source: str) -> None:
         with st.container(horizontal=True, vertical_alignment="center"):
             if check != NO_CAPTION:
                 verb = "has" if len(uncaptioned) == 1 else "have"
-                st.markdown(f"{_images(len(uncaptioned))} {verb} no caption.", width="content")
+                st.markdown(f"{images_text(len(uncaptioned))} {verb} no caption.", width="content")
             st.button("Write captions", on_click=_open_captions, args=(uncaptioned[0],))
     if isinstance(check, Check):
         _show(check)
-
-
-def _is_upload(source: str) -> bool:
-    return source != BUILT_IN and not inside(Path(source))
 
 
 def _checked(source: str, size: int, buckets: bool, captions: bool) -> tuple[Check | str, list[int]]:
@@ -158,18 +160,9 @@ def _checked(source: str, size: int, buckets: bool, captions: bool) -> tuple[Che
     return check, uncaptioned
 
 
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
-
-
 def _open_captions(number: int) -> None:
     """Shows the captions from the page with an image on."""
     st.session_state["data-view"], st.session_state["data-captions-page"] = CAPTIONS, number // ROWS + 1
-
-
-def _check_now() -> None:
-    """Shows the check, and runs it."""
-    st.session_state["data-view"], st.session_state["check-now"] = CHECK, True
 
 
 def _verdict(check: Check | str, source: str) -> None:
@@ -180,7 +173,7 @@ def _verdict(check: Check | str, source: str) -> None:
     assert isinstance(check, Check)
     left, right = st.columns([4, 1], vertical_alignment="center")
     left.success(plain(f"Training can begin: {check.kind}."))
-    name = st.session_state["uploaded"][-1] if _is_upload(source) else ""
+    name = st.session_state["uploaded"][-1] if is_upload(source) else ""
     if name:
         st.caption(f"*Train on it* copies the upload to `{tidy(kept_path(Path(source), name))}` first.")
     if right.button("Train on it", type="primary", width="stretch"):
@@ -222,108 +215,8 @@ def _sizes(check: Check) -> None:
     st.markdown(
         f"The shorter side has {shorter[0]:,} to {shorter[-1]:,} pixels (median {shorter[2]:,}), the longer "
         f"{longer[0]:,} to {longer[-1]:,} (median {longer[2]:,}). Cropping removes {facts['cropped']:.1%} of the area "
-        f"on average. Smaller than training's, and enlarged: {_images(facts['upscaled'])}."
+        f"on average. Smaller than training's, and enlarged: {images_text(facts['upscaled'])}."
     )
     if len(facts["buckets"]) > 1:
         columns = {name: [row[i] for row in facts["buckets"]] for i, name in enumerate(("bucket", "images"))}
         st.bar_chart(columns, x="bucket", y="images", height=260, sort=False)
-
-
-# ------------------------------------------------------------------------------------------------------------ captions
-
-
-def _captions(source: str) -> None:
-    if reason := "" if source == BUILT_IN else data_captions.why_not(source):
-        st.info(reason)
-        return
-    if source == BUILT_IN:
-        st.info("The drawings' captions come with them.")
-        return
-    rows = data_captions.rows(Path(source))
-    kept = (
-        "The upload goes with this session; *Train on it*, after a check, keeps a copy." if _is_upload(source) else ""
-    )
-    st.caption(
-        f"{_images(len(rows))}. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
-    )
-    pages = max(1, -(-len(rows) // ROWS))
-    number = st.session_state["data-captions-page"] = min(st.session_state.get("data-captions-page", 1), pages)
-    for row in rows[(number - 1) * ROWS :][:ROWS]:
-        _edit(row)
-    with st.container(horizontal=True, vertical_alignment="bottom"), sentences(stop=False):
-        st.number_input(f"Page, of {pages:,}", 1, pages, key="data-captions-page", width=160)
-        pressed = st.button("Save", type="primary")
-        changes = [(row, _drafts()[str(row.image)]) for row in rows if str(row.image) in _drafts()]
-        if pressed:
-            _save(changes, source)
-        elif changes:
-            st.markdown(f"{len(changes):,} unsaved, of all pages.", width="content")
-        elif message := st.session_state.pop("saved", ""):
-            st.success(message)
-            st.button("Check", key="check-saved", on_click=_check_now)
-
-
-def _drafts() -> dict[str, str]:
-    """The captions that were typed and not saved, by the image's path: pages that aren't drawn lose their widgets."""
-    drafts: dict[str, str] = st.session_state.setdefault("drafts", {})
-    return drafts
-
-
-def _edit(row: Row) -> None:
-    """A row with image and caption."""
-    picture, words = st.columns([1, 4])
-    try:
-        picture.image(_thumbnail(str(row.image), row.image.stat().st_mtime), width=110)
-    except (UserError, OSError) as error:
-        picture.warning(plain(str(error)))
-    image, seen = str(row.image), _seen()
-    try:
-        if image not in seen:
-            seen[image] = row.caption()
-    except UserError as error:
-        words.warning(plain(str(error)))
-        return
-    note = " (another image has the same file)" if row.shared else ""
-    key = f"caption-{image}"
-    st.session_state[key] = _drafts().get(image, seen[image])
-    words.text_area(plain(row.key) + note, key=key, height=90, on_change=_draft, args=(image, key))
-
-
-def _seen() -> dict[str, str]:
-    """What captions were when they were shown first, by the image's path."""
-    seen: dict[str, str] = st.session_state.setdefault("seen", {})
-    return seen
-
-
-def _draft(image: str, key: str) -> None:
-    """Keeps what was typed, unless it is what the file has."""
-    _drafts()[image] = st.session_state[key]
-    if normalized(st.session_state[key]) == normalized(_seen()[image]):
-        del _drafts()[image]
-
-
-@st.cache_data(max_entries=512, show_spinner=False)
-def _thumbnail(path: str, changed: float) -> Image.Image:
-    image = decoded(Path(path).read_bytes())
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
-
-
-def _save(changes: list[tuple[Row, str]], source: str) -> None:
-    """Writes the captions that were changed, and says what was done; the page is drawn anew."""
-    if not changes:
-        st.info("No caption was changed.")
-        return
-    st.session_state.pop("check", None)  # its result is of the earlier captions
-    copied = 0
-    for row, text in changes:
-        copied += data_captions.save(row, _seen()[str(row.image)], text)
-        _seen()[str(row.image)] = row.caption()
-        del _drafts()[str(row.image)]
-    noun = "caption" if len(changes) == 1 else "captions"
-    copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
-    without, images = data_captions.uncaptioned(source)
-    rest = f"{len(without):,} of {_images(images)} still {'has' if len(without) == 1 else 'have'} none."
-    left = rest if without else "All images have one."
-    st.session_state["saved"] = f"Saved {len(changes)} {noun}.{copies} {left}"
-    st.rerun()

@@ -197,6 +197,11 @@ def _members(name: str, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipI
     yield from members
 
 
+def is_upload(source: str) -> bool:
+    """Whether it lies in a folder of the session."""
+    return source != BUILT_IN and not inside(Path(source))
+
+
 def kept_path(source: Path, name: str) -> Path:
     """Where a training may read a source: itself, or of an upload a new folder in the first root, by its name."""
     if inside(source):

@@ -31,6 +31,11 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|$:~<>])", r"\\\1", text)
 
 
+def images_text(count: int) -> str:
+    """A number of images, in words."""
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
 def initial(key: str, value: Any) -> str:
     """The key of a widget that begins with a value, and has the visitor's again when its page is drawn anew."""
     st.session_state.setdefault(key, value)
