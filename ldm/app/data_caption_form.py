@@ -29,9 +29,8 @@ def edit_captions(source: str) -> None:
         return
     rows = data_captions.rows(Path(source))
     kept = "The upload goes with this session; *Train on it*, after a check, keeps a copy." if is_upload(source) else ""
-    st.caption(
-        f"{images_text(len(rows))}. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
-    )
+    saving = "Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`."
+    st.caption(f"{images_text(len(rows))}. {saving} {kept}")
     pages = max(1, -(-len(rows) // ROWS))
     number = st.session_state["data-captions-page"] = min(st.session_state.get("data-captions-page", 1), pages)
     for row in rows[(number - 1) * ROWS :][:ROWS]:

@@ -310,7 +310,7 @@ def test_a_training_is_estimated_started_watched_and_stopped(
     app.text_area(key="train-typed").set_value("\n".join(settings)).run()
     press(app, "Estimate time and memory")
     (line,) = (part.value.replace("\\", "") for part in app.markdown if part.value.startswith("About "))
-    assert not errors(app) and re.fullmatch(r"About .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk\\.", line)
+    assert not errors(app) and re.fullmatch(r"About .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk\.", line)
     app.toggle(key="stage2.channels_last").set_value(True).run()
     assert not any(part.value.startswith("About ") for part in app.markdown), "of other settings"
     press(app, "Start training")
