@@ -37,7 +37,7 @@ STICKY = """<style>
 @media (min-width: 640px) { [data-testid="stColumn"]:has(.st-key-generate-picture) {
     position: sticky; top: 4rem; align-self: flex-start; } }
 </style>"""
-"""Keeps the picture in view beside a long form."""
+"""Keeps the picture in view next to a long form."""
 
 
 @dataclass(frozen=True)
