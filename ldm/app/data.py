@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import streamlit as st
-from PIL import Image
 
 from ldm.app import data_captions
-from ldm.app.data_captions import Row, normalized
-from ldm.app.data_check import BUILT_IN, MAX_UPLOADS, Check, keep, run_check, save_uploads, source_of
-from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sentences
+from ldm.app.data_caption_form import CAPTIONS, CHECK_NOW, ROWS, VIEWS, edit_captions
+from ldm.app.data_check import (
+    BUILT_IN,
+    MAX_UPLOADS,
+    Check,
+    is_upload,
+    keep,
+    kept_path,
+    run_check,
+    save_uploads,
+    source_of,
+)
+from ldm.app.inputs import IMAGE_TYPES, images_text, initial, plain, sentences
 from ldm.app.launch import MAX_UPLOADS_MB
 from ldm.app.menu import menu_page
-from ldm.app.roots import inside, roots
+from ldm.app.roots import roots
 from ldm.app.train import NEW
 from ldm.app.train_form import SOURCE
 from ldm.app.train_settings import default_size, image_sources, tidy
@@ -23,9 +33,8 @@ from ldm.data.unread_files import SIDECARS
 from ldm.utils.errors import UserError
 
 FOLDER, UPLOAD, DRAWINGS = WAYS = ("Folder", "Upload", "Sample drawings")
-CHECK, CAPTIONS = VIEWS = ("Check", "Captions")
-ROWS = 8  # captions on a page
-THUMBNAIL = 256
+UPLOADED = "upload"  # the name of a folder for several files
+NO_CAPTION = "No image has a caption yet."
 
 
 def page() -> None:
@@ -34,6 +43,9 @@ def page() -> None:
     with sentences():
         source = _source()
         if not source:
+            if st.session_state["data-way"] == UPLOAD:
+                st.info("Upload images with their captions: the check says what training would make of them.")
+                return
             st.info(
                 "Choose a folder of images, a tar or a parquet file: the check says what training would make of it. "
                 f"Captions can be written here too. The list has those in {_where()}; copy yours there, or upload some."
@@ -43,7 +55,7 @@ def page() -> None:
         with check, sentences(stop=False):
             _check(source)
         with captions, sentences(stop=False):
-            _captions(source)
+            edit_captions(source)
 
 
 def _where() -> str:
@@ -53,7 +65,7 @@ def _where() -> str:
 def _source() -> str | None:
     """The path of what the visitor chose; None where nothing is chosen yet."""
     left, right = st.columns([1, 2])
-    way = left.segmented_control("Images from", WAYS, default=FOLDER, required=True)
+    way = left.segmented_control("Images from", WAYS, key=initial("data-way", FOLDER), required=True)
     with right:
         if way == DRAWINGS:
             st.caption(plain(ATTRIBUTION))
@@ -85,12 +97,18 @@ def _uploaded() -> str | None:
     if st.session_state.get("uploaded", (None,))[0] != key:
         folder = TemporaryDirectory(prefix="ldm-upload-")  # it goes when the session forgets it
         saved = save_uploads([(file.name, file.getvalue()) for file in files], Path(folder.name))
-        st.session_state["uploaded"] = (key, folder, *saved)
-    _, _, path, left_out = st.session_state["uploaded"]
+        st.session_state["uploaded"] = (key, folder, *saved, _name(files[0].name) if len(files) == 1 else UPLOADED)
+    _, _, path, left_out, _ = st.session_state["uploaded"]
     if left_out:
         more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
         st.caption(plain(f"Neither images nor captions, so left out of the zip: {', '.join(left_out[:3])}{more}."))
     return str(path)
+
+
+def _name(file: str) -> str:
+    """The name of a folder for what an uploaded file holds."""
+    stem = Path(file.replace("\\", "/")).name.partition(".")[0]
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or UPLOADED
 
 
 # ----------------------------------------------------------------------------------------------------------- the check
@@ -102,43 +120,49 @@ def _check(source: str) -> None:
         "`data.size`: the side of training's images, in pixels. It begins as that of the newest model in the app's "
         "folders, or else of the smallest configuration, with which the page Train begins."
     )
-    size = left.number_input("Size", 8, 2048, default_size(), 8, help=help_text, key="data-size")
-    buckets = middle.toggle("Buckets", help="Sorts images by aspect ratio, so that little is cropped.")
-    captions = right.toggle("With captions", True, help="Off: for a model without text; no caption is needed.")
+    size = left.number_input("Size", 8, 2048, step=8, help=help_text, key=initial("data-size", default_size()))
+    buckets = middle.toggle(
+        "Buckets", key="data-buckets", help="Sorts images by aspect ratio, so that little is cropped."
+    )
+    help_text = "Off: for a model without text; no caption is needed."
+    captions = right.toggle("With captions", key=initial("data-captions", True), help=help_text)
     settings = (source, int(size), buckets, captions)
-    if st.button("Check", type="primary"):
+    if st.button("Check", type="primary") or st.session_state.pop(CHECK_NOW, False):
         st.session_state.pop("check", None)
         with st.spinner("Opening every image …"):
             st.session_state["check"] = (settings, *_checked(*settings))
     checked, check, uncaptioned = st.session_state.get("check", (None, None, []))
     if checked != settings:
         return
-    _verdict(check, source)
+    if check == NO_CAPTION:
+        st.error(NO_CAPTION)
+    else:
+        _verdict(check, source)
     if uncaptioned:
         with st.container(horizontal=True, vertical_alignment="center"):
-            count = len(uncaptioned)
-            st.markdown(f"{count:,} {'image has' if count == 1 else 'images have'} no caption.", width="content")
+            if check != NO_CAPTION:
+                verb = "has" if len(uncaptioned) == 1 else "have"
+                st.markdown(f"{images_text(len(uncaptioned))} {verb} no caption.", width="content")
             st.button("Write captions", on_click=_open_captions, args=(uncaptioned[0],))
     if isinstance(check, Check):
         _show(check)
 
 
-def _is_upload(source: str) -> bool:
-    return source != BUILT_IN and not inside(Path(source))
-
-
 def _checked(source: str, size: int, buckets: bool, captions: bool) -> tuple[Check | str, list[int]]:
     """The check, or why there can be none, and the numbers of the images that lack a caption."""
+    uncaptioned, images = data_captions.uncaptioned(source) if captions else ([], 0)
+    if uncaptioned and len(uncaptioned) == images:
+        return NO_CAPTION, uncaptioned
     try:
         check: Check | str = run_check(source, size, buckets, captions)
     except UserError as error:
         check = str(error)
-    return check, data_captions.uncaptioned(source) if captions else []
+    return check, uncaptioned
 
 
 def _open_captions(number: int) -> None:
     """Shows the captions from the page with an image on."""
-    st.session_state["data-view"], st.session_state["captions-page"] = CAPTIONS, number // ROWS + 1
+    st.session_state["data-view"], st.session_state["data-captions-page"] = CAPTIONS, number // ROWS + 1
 
 
 def _verdict(check: Check | str, source: str) -> None:
@@ -149,9 +173,11 @@ def _verdict(check: Check | str, source: str) -> None:
     assert isinstance(check, Check)
     left, right = st.columns([4, 1], vertical_alignment="center")
     left.success(plain(f"Training can begin: {check.kind}."))
-    help_text = f"Copies the upload into a folder in `{roots()[0]}` first." if _is_upload(source) else None
-    if right.button("Train on it", type="primary", help=help_text, width="stretch"):
-        st.session_state[SOURCE] = source if source == BUILT_IN else str(tidy(keep(Path(source))))
+    name = st.session_state["uploaded"][-1] if is_upload(source) else ""
+    if name:
+        st.caption(f"*Train on it* copies the upload to `{tidy(kept_path(Path(source), name))}` first.")
+    if right.button("Train on it", type="primary", width="stretch"):
+        st.session_state[SOURCE] = source if source == BUILT_IN else str(tidy(keep(Path(source), name)))
         st.session_state["train-next-view"] = NEW
         st.switch_page(menu_page("train"))
 
@@ -189,84 +215,8 @@ def _sizes(check: Check) -> None:
     st.markdown(
         f"The shorter side has {shorter[0]:,} to {shorter[-1]:,} pixels (median {shorter[2]:,}), the longer "
         f"{longer[0]:,} to {longer[-1]:,} (median {longer[2]:,}). Cropping removes {facts['cropped']:.1%} of the area "
-        f"on average. {facts['upscaled']:,} images are smaller than training's, and are enlarged."
+        f"on average. Smaller than training's, and enlarged: {images_text(facts['upscaled'])}."
     )
     if len(facts["buckets"]) > 1:
         columns = {name: [row[i] for row in facts["buckets"]] for i, name in enumerate(("bucket", "images"))}
         st.bar_chart(columns, x="bucket", y="images", height=260, sort=False)
-
-
-# ------------------------------------------------------------------------------------------------------------ captions
-
-
-def _captions(source: str) -> None:
-    if reason := "" if source == BUILT_IN else data_captions.why_not(source):
-        st.info(reason)
-        return
-    if source == BUILT_IN:
-        st.info("The drawings' captions come with them.")
-        return
-    rows = data_captions.rows(Path(source))
-    pages = max(1, -(-len(rows) // ROWS))
-    left, right = st.columns([1, 3], vertical_alignment="bottom")
-    st.session_state["captions-page"] = min(st.session_state.get("captions-page", 1), pages)
-    number = left.number_input(f"Page, of {pages:,}", 1, pages, key="captions-page")
-    kept = (
-        "The upload goes with this session; *Train on it*, after a check, keeps a copy." if _is_upload(source) else ""
-    )
-    right.caption(
-        f"{len(rows):,} images. Saving writes a `.txt` beside each; what was there before stays as `.txt.bak`. {kept}"
-    )
-    shown = rows[(int(number) - 1) * ROWS :][:ROWS]
-    with st.form("captions", border=False):
-        edited = [(row, *_edit(row)) for row in shown]
-        with st.container(horizontal=True, vertical_alignment="center"), sentences(stop=False):
-            pressed = st.form_submit_button("Save", type="primary")
-            if pressed:
-                _save([(row, seen, text) for row, seen, text in edited if normalized(text) != normalized(seen)])
-            elif message := st.session_state.pop("saved", ""):
-                st.success(message)
-
-
-def _edit(row: Row) -> tuple[str, str]:
-    """A row with image and caption; what the caption was when it was shown first, and what it is now."""
-    picture, words = st.columns([1, 4])
-    try:
-        picture.image(_thumbnail(str(row.image), row.image.stat().st_mtime), width=110)
-    except (UserError, OSError) as error:
-        picture.warning(plain(str(error)))
-    key = f"caption-{row.image}"
-    seen: dict[str, str] = st.session_state.setdefault("seen", {})
-    try:
-        if key not in seen:
-            seen[key] = row.caption()
-    except UserError as error:
-        words.warning(plain(str(error)))
-        return "", ""
-    note = " (another image has the same file)" if row.shared else ""
-    return seen[key], words.text_area(plain(row.key) + note, seen[key], key=key, height=90)
-
-
-@st.cache_data(max_entries=512, show_spinner=False)
-def _thumbnail(path: str, changed: float) -> Image.Image:
-    image = decoded(Path(path).read_bytes())
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
-
-
-def _save(changes: list[tuple[Row, str, str]]) -> None:
-    """Writes the captions that were changed, and says what was done; the page is drawn anew."""
-    if not changes:
-        st.info("No caption was changed.")
-        return
-    st.session_state.pop("check", None)  # its result is of the earlier captions
-    copied = 0
-    for row, seen, text in changes:
-        copied += data_captions.save(row, seen, text)
-        st.session_state["seen"][f"caption-{row.image}"] = row.caption()
-    noun = "caption" if len(changes) == 1 else "captions"
-    copies = f" The earlier captions of {copied} are kept as `.txt.bak`." if copied else ""
-    st.session_state["saved"] = (
-        f"Saved {len(changes)} {noun}.{copies} Press *Check* again to see what training makes of it."
-    )
-    st.rerun()

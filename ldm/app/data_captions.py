@@ -68,11 +68,12 @@ def rows(folder: Path) -> list[Row]:
     return found
 
 
-def uncaptioned(source: str) -> list[int]:
-    """The numbers of those images of `rows` that have no caption; none where captions aren't edited here."""
+def uncaptioned(source: str) -> tuple[list[int], int]:
+    """The numbers of those images of `rows` that have no caption, and of how many; none where none are edited here."""
     if source in openmoji.SUBSETS or why_not(source):
-        return []
-    return [number for number, row in enumerate(rows(Path(source))) if not row.file.exists() or _is_blank(row.file)]
+        return [], 0
+    images = rows(Path(source))
+    return [number for number, row in enumerate(images) if not row.file.exists() or _is_blank(row.file)], len(images)
 
 
 def _is_blank(file: Path) -> bool:

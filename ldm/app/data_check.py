@@ -197,12 +197,24 @@ def _members(name: str, archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipI
     yield from members
 
 
-def keep(source: Path) -> Path:
-    """The source where a training may read it: itself, or of an upload a copy in the first root."""
+def is_upload(source: str) -> bool:
+    """Whether it lies in a folder of the session."""
+    return source != BUILT_IN and not inside(Path(source))
+
+
+def kept_path(source: Path, name: str) -> Path:
+    """Where a training may read a source: itself, or of an upload a new folder in the first root, by its name."""
     if inside(source):
         return source
-    names = (f"upload-{number}" for number in range(1, 10**6))
-    target = next(folder for name in names if not (folder := roots()[0] / name).exists())
+    folders = (roots()[0] / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def keep(source: Path, name: str) -> Path:
+    """The source at its `kept_path`: an upload is copied."""
+    target = kept_path(source, name)
+    if target == source:
+        return source
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

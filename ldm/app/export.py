@@ -15,9 +15,9 @@ import streamlit as st
 from ldm.app.inputs import plain, sentences
 from ldm.app.menu import no_model
 from ldm.app.results import opened
-from ldm.app.roots import allowed, loras, pipelines, short
+from ldm.app.roots import INDEX, allowed, loras, pipelines, short
 from ldm.cli.compare import size_of
-from ldm.cli.export import check_out, write_and_compare
+from ldm.cli.export import check_out, has_published_widths, single_file_layout, write_and_compare
 from ldm.cli.export_lora import export_lora
 from ldm.sampling import pipeline_io
 from ldm.sampling.pipeline import LatentDiffusion
@@ -26,9 +26,15 @@ from ldm.utils.paths import expand
 from ldm.utils.precision import DTYPES
 
 TARGETS = {
-    "Single file": ("single-file", "For ComfyUI and A1111: Stable Diffusion's original layout."),
-    "Diffusers folder": ("diffusers", "For diffusers, and programs that read its folders."),
-    "LoRA": ("lora", "An adapter in the layout of diffusers, or of kohya for ComfyUI and A1111."),
+    "Single file": "single-file",
+    "Diffusers folder": "diffusers",
+    "LoRA": "lora",
+}
+FILE, FOLDER, ADAPTER_FILE = TARGETS
+PURPOSES = {
+    "single-file": "Stable Diffusion's original layout",
+    "diffusers": "For diffusers, and programs that read its folders.",
+    "lora": "An adapter in the layout of diffusers or of kohya",
 }
 PRECISIONS = {"fp16": "16 bits (fp16)", "bf16": "16 bits (bf16)", "no": "32 bits"}
 MAX_DOWNLOAD_MB = 500
@@ -47,6 +53,28 @@ class Job:
     base: str | None = None
     """Of an adapter: the model that it was trained on."""
     layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where a model can go."""
+
+    reason: str
+    """Why no single file holds it; empty where one does."""
+    in_programs: bool
+    """Whether ComfyUI and A1111 open it."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Fit:
+        """By the configurations in a pipeline's folder. A damaged folder fits: the export says what is wrong."""
+        try:
+            model = LatentDiffusion(**pipeline_io.read_outline(folder))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return cls("", True)
+        try:
+            return cls("", has_published_widths(model, single_file_layout(model)))
+        except ValueError as error:
+            return cls(str(error), False)
 
 
 def run(job: Job) -> tuple[Path, list[str]]:
@@ -95,27 +123,51 @@ def page() -> None:
     if not folders:
         no_model()
         return
-    st.session_state.setdefault(TARGET, next(iter(TARGETS)))
+    first = chosen if (chosen := st.session_state.get(MODEL)) in folders else folders[0]
+    st.session_state.setdefault(TARGET, FOLDER if _fit(first).reason else FILE)
     target = st.segmented_control("As", [*TARGETS], key=TARGET, required=True)
     assert target, "a target is required"
-    to, purpose = TARGETS[target]
-    st.caption(purpose)
-    job = _job(to, folders)
-    if job and st.button("Export", type="primary"):
-        st.session_state.pop("exported", None)
-        with sentences(), st.spinner("Writing, reading again, comparing …"):
-            st.session_state["exported"] = run(job)
+    if job := _job(TARGETS[target], folders):
+        fit = _fit(job.base or job.model)
+        _purpose(job.to, fit)
+        reason = fit.reason if job.to == "single-file" else ""
+        if st.button("Export", type="primary", disabled=bool(reason), help=plain(reason) or None):
+            st.session_state.pop("exported", None)
+            with sentences(), st.spinner("Writing, reading again, comparing …"):
+                st.session_state["exported"] = run(job)
     if exported := st.session_state.get("exported"):
         _show(*exported)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _fit_of(folder: str, changed: float) -> Fit:
+    """Where the model of a folder can go, found anew where the folder has `changed`."""
+    return Fit.of(Path(folder))
+
+
+def _fit(folder: str) -> Fit:
+    return _fit_of(folder, (Path(folder) / INDEX).stat().st_mtime)
+
+
+def _purpose(to: str, fit: Fit) -> None:
+    """What the export is for, or, of a single file, why it can't be."""
+    if to == "single-file" and fit.reason:
+        st.info(f"This model has parts that the single-file layout lacks; take *{FOLDER}*.")
+    elif to == "diffusers":
+        st.caption(PURPOSES[to])
+    elif fit.in_programs:
+        st.caption(f"{PURPOSES[to]}, for ComfyUI and A1111.")
+    else:
+        st.caption(f"{PURPOSES[to]}. ComfyUI and A1111 can't open this model: its U-Net isn't Stable Diffusion's.")
 
 
 def _open_result() -> None:
     """Chooses what the page was opened with: a run's model, or its adapter."""
     if result := opened():
-        st.session_state[TARGET] = "LoRA" if result.lora else next(iter(TARGETS))
         st.session_state[MODEL] = st.session_state[BASE] = result.model
+        st.session_state.pop(TARGET, None)
         if result.lora:
-            st.session_state[ADAPTER] = result.lora
+            st.session_state[TARGET], st.session_state[ADAPTER] = ADAPTER_FILE, result.lora
 
 
 def _job(to: str, folders: list[str]) -> Job | None:
@@ -132,10 +184,10 @@ def _job(to: str, folders: list[str]) -> Job | None:
             return None
         model = left.selectbox("Adapter", files, key=ADAPTER, format_func=name)
         base = right.selectbox("Trained on", folders, key=BASE, format_func=name)
-        layout = left.selectbox("Layout", ["kohya", "diffusers"])
+        layout = left.selectbox("Layout", ["kohya", "diffusers"], key="export-layout")
     else:
         model = left.selectbox("Model", folders, key=MODEL, format_func=name)
-    precision = right.selectbox("Weights", [*PRECISIONS], format_func=PRECISIONS.__getitem__)
+    precision = right.selectbox("Weights", [*PRECISIONS], key="export-precision", format_func=PRECISIONS.__getitem__)
     kind = f"-{layout}" if layout else "" if to == "single-file" else "-diffusers"
     suffix = "" if to == "diffusers" else ".safetensors"
     run_dir = Path(model).parent

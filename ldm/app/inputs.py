@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import streamlit as st
 import torch
@@ -28,6 +29,17 @@ SAMPLE_SIDE = 512
 def plain(text: str) -> str:
     """Text whose characters Markdown does not interpret."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|$:~<>])", r"\\\1", text)
+
+
+def images_text(count: int) -> str:
+    """A number of images, in words."""
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def initial(key: str, value: Any) -> str:
+    """The key of a widget that begins with a value, and has the visitor's again when its page is drawn anew."""
+    st.session_state.setdefault(key, value)
+    return key
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.app import learn_guidance, learn_model
 from ldm.app.forward import FORMULAS, LEARNED, PROCESSES, coefficients, curves, learned, noised
-from ldm.app.inputs import IMAGE_TYPES, decoded, plain, sample, sentences
+from ldm.app.inputs import IMAGE_TYPES, decoded, initial, plain, sample, sentences
 from ldm.app.launch import MAX_UPLOAD_MB
 from ldm.app.learn_parts import formula, row
 from ldm.app.roots import allowed, learned_runs, short
@@ -34,10 +34,9 @@ TITLES = {
 def page() -> None:
     """Draws the page: one view of several, so that each is quick."""
     asked = st.query_params.get("view")
-    st.session_state.setdefault("view", asked if asked in TITLES else "Forward")
-    view = st.segmented_control("View", list(TITLES), key="view", required=True, label_visibility="collapsed")
+    key = initial("learn-view", asked if asked in TITLES else "Forward")
+    view = st.segmented_control("View", list(TITLES), key=key, required=True, label_visibility="collapsed")
     assert view, "a view is required"
-    st.query_params["view"] = view
     st.title(TITLES[view])
     with sentences():
         if view == "Forward":

@@ -14,6 +14,7 @@ from ldm.app.launch import MAX_UPLOAD_MB
 from ldm.utils.errors import UserError
 
 SHEET_SIDE = 640  # pixels: the longer side of the sheet, whatever the image's
+MAX_HEIGHT = 420  # pixels of the screen, so that a high image leaves room for the form
 PREFIX = "data:image/png;base64,"
 
 HTML = """
@@ -44,6 +45,7 @@ export default function ({ parentElement, data, setStateValue }) {
     canvas.dataset.ready = "yes";
     [canvas.width, canvas.height] = data.size;
     image.style.aspectRatio = data.size.join(" / ");
+    parentElement.querySelector(".sheet").style.maxWidth = `${(data.height * data.size[0]) / data.size[1]}px`;
     image.src = data.image;
   }
   let last = null;
@@ -85,7 +87,7 @@ def painted_mask(image: Image.Image, key: str) -> bytes | None:
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     state = _canvas(
         key=f"mask-{key}",
-        data={"image": url, "size": sheet.size},
+        data={"image": url, "size": sheet.size, "height": MAX_HEIGHT},
         default={"mask": None},
         on_mask_change=lambda: None,
     )

@@ -11,10 +11,21 @@ from ldm.app.roots import roots
 NAMES = ("learn", "data", "train", "generate", "judge", "export")  # the app opens with the first
 
 
+KEPT = tuple(f"{name}-" for name in NAMES)
+"""With these begin the keys of widgets whose values stay while another page is open."""
+
+
 def menu_page(name: str) -> st.Page:
     """The page of the menu that the module `name` draws, for `st.switch_page` too."""
     draw = import_module(f"ldm.app.{name}").page
     return st.Page(draw, title=name.capitalize(), url_path=name, default=name == NAMES[0])
+
+
+def keep_choices() -> None:
+    """Keeps what was chosen on pages that aren't drawn now: Streamlit forgets widgets that it does not draw."""
+    for key in list(st.session_state):
+        if str(key).startswith(KEPT):
+            st.session_state[key] = st.session_state[key]
 
 
 def no_model(what: str = "finished model", note: str = "") -> None:

@@ -9,8 +9,9 @@ import streamlit as st
 from ldm.app import processes
 from ldm.app.inputs import sentences
 from ldm.app.roots import allowed, pipelines, roots, short, started_runs
-from ldm.app.train_form import choose, estimate, has_own_images, show_command
-from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, tidy
+from ldm.app.train_estimate import estimate
+from ldm.app.train_form import choose, has_own_images, show_command
+from ldm.app.train_settings import TINY, Base, configuration, configurations, free_name, resolve, shares_caption, tidy
 from ldm.app.train_watch import watch
 from ldm.utils.errors import UserError
 
@@ -76,14 +77,15 @@ def _new(busy: list[Path]) -> None:
     if not (chosen := choose()):
         return
     form, config = chosen
-    captions = config is not None and any(Path(source.path).is_dir() for source in config.data.source)
+    captions = config is not None and shares_caption(config)
     if captions:
         captions = st.checkbox(
-            "Where no image has a caption, take the folder's name",
+            "No image has a caption: take the folder's name for all",
+            key="train-captions",
             help="Otherwise such a training is refused, with what to do.",
         )
     flags = ("--yes",) if captions else ()
-    left, middle, _ = st.columns([1, 1, 2])
+    left, middle, right = st.columns([1, 1, 2], vertical_alignment="center")
     started = left.button(
         "Start training", type="secondary" if offered else "primary", disabled=config is None, width="stretch"
     )
@@ -94,7 +96,7 @@ def _new(busy: list[Path]) -> None:
             _check_new(config.run.dir)
             _start(config.run.dir, form.command(*flags))
             st.rerun()
-    estimate(form.command("--dry-run", *flags), start=measured)
+    estimate(form.command("--dry-run", *flags), measured, right)
 
 
 def _check_new(run: Path) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
-import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import streamlit as st
@@ -54,10 +49,12 @@ NOT_OF_KIND = {
     FULL: {"data.size", "stage1.steps", "finetune.rank"},
     LORA: {"data.size", "stage1.steps"},
 }
-BAR = re.compile(r"%\||/s\]$")  # a progress bar
 SOURCE = "train-source"  # in the session: images that the page Data hands over
-TOTAL = "in all: "  # begins the dry run's line on all stages
 WIDE = ("data.source", "sample.prompts")
+OF_THE_MODEL = ("stage1.", "stage2.", "text.", "finetune.")
+"""Sections whose changes were made for one base."""
+SMALL_SIDE = 64  # pixels; models of smaller images show how training goes
+KIND = "train-kind"
 
 
 @dataclass
@@ -89,6 +86,16 @@ class Form:
     def folder(self) -> Path:
         return tidy(roots()[0] / self.name.strip())
 
+    def on(self, base: Base, kind: str) -> Form:
+        """The form of another base: images, name and typed text stay, and those changes that are not of the model."""
+        name = self.name if self.name != free_name(self.base.run_name) else free_name(base.run_name)
+        hidden = (*OF_THE_MODEL, *NOT_OF_KIND[kind])
+        kept = {key: value for key, value in self.changed.items() if not key.startswith(hidden)}
+        form = Form(base, name, kept, typed=self.typed)
+        if "data.source" in kept:
+            form.choose_images(kept["data.source"])
+        return form
+
     def choose_images(self, source: str) -> None:
         """Takes a source of images, and what fits it."""
         self.changed["data.source"], self.fitting = source, {}
@@ -112,19 +119,26 @@ def has_own_images() -> bool:
 
 def choose() -> tuple[Form, Config | None] | None:
     """Draws the form: what was chosen, and its configuration unless it breaks a rule; None without a base."""
+    source = st.session_state.pop(SOURCE, None)
+    if source and st.session_state.get(KIND, SCRATCH) == SCRATCH and any(base.overrides for base in bases(LORA)):
+        st.session_state[KIND] = LORA  # few images suffice for it
+    st.session_state.setdefault(KIND, SCRATCH)
     left, right = st.columns(2)
-    kind = left.segmented_control("What to train", KINDS, default=SCRATCH, required=True, width="stretch")
+    kind = left.segmented_control("What to train", KINDS, key=KIND, required=True, width="stretch")
+    assert kind, "a kind is required"
     found = bases(kind)
     if not found:
         missing = "a finished model" if kind != SCRATCH else "the folder configs/"
         st.info(f"There is nothing to start from: this needs {missing} in {', '.join(f'`{r}`' for r in roots())}.")
         return None
-    base = right.selectbox("Start from", found, format_func=lambda base: base.name, key=f"base-{kind}")
+    base = right.selectbox("Start from", found, format_func=lambda base: base.name, key=f"train-base-{kind}")
     form = st.session_state.get("train-form")
-    if not isinstance(form, Form) or form.base != base:
-        name = f"{base.path.parent.name}-{'lora' if kind == LORA else 'tuned'}" if base.overrides else base.path.stem
-        form = st.session_state["train-form"] = Form(base, free_name(name))
-    if source := st.session_state.pop(SOURCE, None):
+    if not isinstance(form, Form):
+        form = Form(base, free_name(base.run_name))
+    elif form.base != base:
+        form = form.on(base, kind)
+    st.session_state["train-form"] = form
+    if source:
         form.choose_images(source)
     if base.description:
         st.caption(plain(base.description))
@@ -137,6 +151,9 @@ def choose() -> tuple[Form, Config | None] | None:
         except UserError as error:
             st.error(plain(str(error)))
             return None
+    if kind != SCRATCH and config.data.size < SMALL_SIDE:
+        side = config.data.size
+        st.caption(f"This small model draws {side} × {side} pixels and can't draw photographs: expect no good images.")
     _first(form, config, kind)
     _all(form, config, kind)
     if mistake:
@@ -243,49 +260,3 @@ def show_command(form: Form) -> None:
     arguments = form.command()
     with st.expander("The same in a terminal"):
         st.code(shlex.join(["ldm-train", *arguments[arguments.index("--config") :]]), "bash", wrap_lines=True)
-
-
-def estimate(arguments: Sequence[str], start: bool) -> None:
-    """What the library's dry run with these arguments says, for as long as they stay; with `start`, it runs now."""
-    if start:
-        place = st.empty()
-        with place.status("Measuring two steps of each stage …", expanded=True):
-            st.session_state["train-estimate"] = (list(arguments), _dry_run(arguments))
-        place.empty()
-    of, printed = st.session_state.get("train-estimate", ([], []))
-    if of != list(arguments):
-        return
-    if errors := [line.removeprefix("error: ") for line in printed if line.startswith("error: ")]:
-        st.error(f"It could not be measured: {plain(errors[-1])}")
-        return
-    for problem in (line for line in printed if line.startswith("training would stop: ")):
-        st.warning(plain(problem))
-    totals = [line.removeprefix(TOTAL) for line in printed if line.startswith(TOTAL)]
-    with st.expander(f"About {plain(totals[-1])}" if totals else "It was not measured; why"):
-        st.code("\n".join(printed), None, wrap_lines=True)
-
-
-def _dry_run(arguments: Sequence[str]) -> list[str]:
-    """The lines that a dry run prints, shown as they come; it ends with this call, and leaves nothing."""
-    printed, shown = list[str](), st.empty()
-    with (
-        TemporaryDirectory(prefix="ldm-estimate-", ignore_cleanup_errors=True) as folder,
-        subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "TMPDIR": folder},  # what it makes there, a killed one leaves
-        ) as process,
-    ):
-        assert process.stdout
-        try:
-            for line in map(str.rstrip, process.stdout):
-                if line and not BAR.search(line):
-                    printed.append(line)
-                    shown.code("\n".join(printed), None, wrap_lines=True)
-        except BaseException:  # the visitor left
-            process.kill()
-            raise
-    return printed

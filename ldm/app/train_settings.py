@@ -45,6 +45,13 @@ class Base:
     overrides: tuple[str, ...] = ()
 
     @property
+    def run_name(self) -> str:
+        """The name that its run begins with."""
+        if not self.overrides:
+            return self.path.stem
+        return f"{self.path.parent.name}-{'lora' if 'finetune.kind=lora' in self.overrides else 'tuned'}"
+
+    @property
     def description(self) -> str:
         """The first paragraph of the file's comment."""
         text = self.path.read_text("utf-8").partition("\n#\n")[0]
@@ -194,7 +201,7 @@ def configurations() -> Path | None:
 
 
 def bases(kind: str) -> list[Base]:
-    """What a training of this kind can start from: finished runs first, then files, small images first."""
+    """What a training of this kind can start from: finished runs first, the newest one before, then files."""
     found = []
     for path in sorted(folder.glob("*.yaml") if (folder := configurations()) else ()):
         if not (config := _loaded(path, path.stat().st_mtime)):
@@ -202,7 +209,7 @@ def bases(kind: str) -> list[Base]:
         of_kind = SCRATCH if not config.stage2.init_from else FULL if config.finetune.kind == "full" else LORA
         if of_kind == kind:
             found.append((config.data.size, Base(path.stem, path)))
-    own = [base for pipeline in pipelines() if kind != SCRATCH and (base := _of_model(pipeline, kind))]
+    own = [base for pipeline in newest_pipelines() if kind != SCRATCH and (base := _of_model(pipeline, kind))]
     return own + [base for _, base in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
 
 
@@ -259,6 +266,17 @@ def fitting_images(config: Config) -> dict[str, Any]:
     return fitting
 
 
+def shares_caption(config: Config) -> bool:
+    """Whether all images would share a caption guessed from a folder's name, which a training takes with `--yes`."""
+    try:
+        for source in config.data.source:
+            check_links(Path(source.path))
+        sources = Sources(config.data.source, config.data.size, Path(), config.stage2.conditions)
+        return bool(sources.unconfirmed_caption())
+    except (UserError, OSError):  # which the training says
+        return False
+
+
 def image_sources() -> list[str]:
     """Folders with images, archives or class folders in the roots, without those of runs; at most `MAX_FOLDERS`."""
     paths: list[Path] = []
@@ -286,10 +304,14 @@ def _image_source(folder: Path) -> Path | None:
     return folder if archives or any(map(is_image_file, names)) else None
 
 
+def newest_pipelines() -> list[Path]:
+    """Those of `pipelines`, the newest first."""
+    return sorted(pipelines(), key=lambda model: (model / INDEX).stat().st_mtime, reverse=True)
+
+
 def default_size() -> int:
     """The side of the training images of the newest model in the roots; without one, of the smallest configuration."""
-    models = sorted(pipelines(), key=lambda model: (model / INDEX).stat().st_mtime, reverse=True)
-    files = [*(model.parent / "config.yaml" for model in models), *(base.path for base in bases(SCRATCH))]
+    files = [*(model.parent / "config.yaml" for model in newest_pipelines()), *(base.path for base in bases(SCRATCH))]
     configs = (config for file in filter(Path.is_file, files) if (config := _loaded(file, file.stat().st_mtime)))
     return next((config.data.size for config in configs), 512)
 

@@ -76,7 +76,7 @@ def write_and_compare(
         layout = write_single_file(model, out)
         written = read_single_file(model, out, config)
         say(f"layout   {layout}")
-        if tuple(model.unet.config.block_out_channels) != checkpoint.WIDTHS[layout]:
+        if not has_published_widths(model, layout):
             widths = ", ".join(map(str, checkpoint.WIDTHS[layout]))
             say(f"note     ComfyUI and A1111 open U-Nets of widths {widths} alone; diffusers opens it with config=")
         if layout == "sdxl" and precision == "fp16" and model.autoencoder.vae.config.force_upcast:
@@ -117,11 +117,10 @@ def check_range(part: torch.nn.Module) -> None:
 def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
     """Writes a model in the original layout, which is returned; UserError, naming the reason, where it has none."""
     try:
-        encoders = list(model.text.models) if model.text else []
-        layout = checkpoint.layout_of(model.unet, model.autoencoder.vae, encoders)
-        check_conventions(model)
+        layout = single_file_layout(model)
     except ValueError as error:
         raise UserError(f"--to single-file: {error}; --to diffusers keeps all of it") from None
+    encoders = list(model.text.models) if model.text else []
     vae, factor = model.autoencoder.vae, checkpoint.SCALING_FACTOR[layout]
     if abs(vae.config.scaling_factor - factor) > 1e-6:  # programs take the layout's: the weights absorb the rest
         zeros = torch.zeros(vae.config.latent_channels)
@@ -137,6 +136,18 @@ def write_single_file(model: LatentDiffusion, path: Path) -> checkpoint.Layout:
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         safetensors_file.write(tmp_path, on_cpu, metadata_of(model, layout, path.stem, v_prediction))
     return layout
+
+
+def single_file_layout(model: LatentDiffusion) -> checkpoint.Layout:
+    """The original layout that holds all of a model; ValueError, which says why, where none does."""
+    layout = checkpoint.layout_of(model.unet, model.autoencoder.vae, list(model.text.models) if model.text else [])
+    check_conventions(model)
+    return layout
+
+
+def has_published_widths(model: LatentDiffusion, layout: checkpoint.Layout) -> bool:
+    """Whether ComfyUI and A1111 recognise the U-Net."""
+    return tuple(model.unet.config.block_out_channels) == checkpoint.WIDTHS[layout]
 
 
 def metadata_of(model: LatentDiffusion, layout: checkpoint.Layout, title: str, v_prediction: bool) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import diffusers
@@ -100,6 +101,37 @@ def read(name: str | Path, option: str = "--model", base: str | None = None) -> 
     finally:
         logging.set_verbosity(verbosity)
     return _fields(pipeline, facts, null, str(name), option)
+
+
+def read_outline(folder: Path) -> dict[str, Any]:
+    """The fields of a LatentDiffusion that has no weights, by the configurations in a folder that `write` made.
+
+    Its networks are on the meta device, which takes no memory; its text encoder has `models` and `chunks` alone.
+    """
+    config = DiffusionPipeline.load_config(str(folder))
+    networks: dict[str, Any] = {}
+    with torch.device("meta"):
+        for part in ("unet", "vae", "vqvae", *(f"text_encoder{suffix}" for suffix in TWO)):
+            library, class_name = config.get(part) or (None, "")
+            if library == "diffusers":
+                kind = getattr(diffusers, str(class_name))
+                networks[part] = kind.from_config(kind.load_config(str(folder), subfolder=part))
+            elif library:
+                kind = getattr(transformers, str(class_name))
+                networks[part] = kind(kind.config_class.from_pretrained(folder / part))
+    encoders = [network for part, network in networks.items() if part.startswith("text_encoder")]
+    scheduler = getattr(diffusers, config["scheduler"][1])
+    facts, null = _facts(folder)
+    return {
+        "text": SimpleNamespace(models=encoders, chunks=getattr(encoders[-1].config, "chunks", 1))
+        if encoders
+        else None,
+        "unet": networks["unet"],
+        "autoencoder": Autoencoder(networks.get("vqvae") or networks.get("vae") or Identity()),
+        "scheduler": scheduler.from_pretrained(str(folder), subfolder="scheduler"),
+        "null": null,
+        "classes": tuple(facts.get("classes", ())),
+    }
 
 
 def _read_file(path: Path, option: str, base: str | None) -> DiffusionPipeline:

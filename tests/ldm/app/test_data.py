@@ -102,6 +102,35 @@ def test_saved_is_shown_by_the_button(folder: Path) -> None:
     assert [message.value for message in row.success] == [app.success[0].value]
 
 
+def test_typed_captions_outlast_a_change_of_page_and_are_saved_together(
+    three_shapes: Callable[[list[str]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = three_shapes([f"image {i}" for i in range(9)])
+    monkeypatch.setenv(roots.ROOTS, str(folder.parent))
+    app = chosen(folder)
+    app.text_area[0].set_value("a kite").run()
+    app.number_input(key="data-captions-page").set_value(2).run()
+    assert [area.value for area in app.text_area] == ["image 8"] and "1 unsaved, of all pages." in texts(app.markdown)
+    app.text_area[0].set_value("a hat")
+    app.number_input(key="data-captions-page").set_value(1).run()
+    assert app.text_area[0].value == "a kite" and "2 unsaved, of all pages." in texts(app.markdown)
+    press(app, "Save")
+    assert not app.exception and not app.error and app.success[-1].value.startswith("Saved 2 captions.")
+    assert "All images have one." in app.success[-1].value
+    app.button(key="check-saved").click().run()
+    assert app.session_state["data-view"] == "Check" and "Training can begin" in app.success[0].value
+    assert [(folder / f"0{i}.txt").read_text() for i in (0, 8)] == ["a kite\n", "a hat\n"]
+    (folder / "01.txt").unlink()
+    app.text_area[0].set_value("a ship")
+    press(app, "Save")
+    assert "1 of 9 images still has none." in app.success[-1].value
+    (folder / "00.txt").write_text("a kite")
+    app = chosen(folder)
+    app.text_area[0].set_value("a ship").run()
+    app.text_area[0].set_value("a kite").run()
+    assert not any("unsaved" in text for text in texts(app.markdown)), "as the file has it"
+
+
 def test_the_list_has_folders_and_archives_of_the_roots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, image = folder.parent, (folder / "00.png").read_bytes()
     for name in ("run/samples/a.png", "one/a.tar", "several/a.tar", "several/b.tgz", "text/a.txt", "pets/cat/a.png"):
@@ -173,10 +202,12 @@ def test_images_without_captions_lead_to_where_they_are_written(
         (folder / f"{number:02}.txt").unlink()
     app = chosen(folder)
     press(app, "Check")
-    assert ("3 of 12 images are bad" if captioned else "no captioned image") in app.error[0].value
-    assert f"{12 - captioned} images have no caption." in [text.value for text in app.markdown]
+    assert ("3 of 12 images are bad" if captioned else "No image has a caption yet.") in app.error[0].value
+    assert ("3 images have no caption." in [text.value for text in app.markdown]) == bool(captioned)
     press(app, "Write captions")
-    assert app.session_state["data-view"] == "Captions" and app.session_state["captions-page"] == captioned // 8 + 1
+    assert (
+        app.session_state["data-view"] == "Captions" and app.session_state["data-captions-page"] == captioned // 8 + 1
+    )
     for area in [area for area in app.text_area if not area.value]:
         area.set_value("a shape")
     press(app, "Save")
@@ -292,8 +323,9 @@ def test_a_zip_of_a_folder_is_that_folder(folder: Path) -> None:
     press(app, "Save")
     press(app, "Check")
     assert "Training can begin" in app.success[0].value and app.metric[0].value == "2"
+    assert f"copies the upload to `{folder.parent}/cats` first" in "".join(texts(app.caption))
     press(app, "Train on it")
-    kept = folder.parent / "upload-1"
+    kept = folder.parent / "cats"
     assert app.selectbox(key="data.source").value == str(kept) and not app.error
     assert (kept / "a.txt").read_text() == "a large cat\n" and (kept / "sub/a.png").read_bytes() == image
 

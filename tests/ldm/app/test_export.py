@@ -5,11 +5,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from app_runs import write_adapter_run
+from diffusers import UNet2DConditionModel
+from stable_diffusion import PIPELINES
 
 from ldm.app import export, roots
-from ldm.app.export import Job
+from ldm.app.export import Fit, Job
+from ldm.cli.export import single_file_layout
 from ldm.models.convert.safetensors_file import opened
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError
 
 pytest.importorskip("streamlit")
@@ -29,10 +34,7 @@ def script() -> None:
 
 def test_the_page_writes_what_it_compared(folder: Path, adapter: Path) -> None:
     app = AppTest.from_function(script, default_timeout=120).run()
-    app.button[0].click().run()
-    assert not app.exception and app.error[0].value.replace("\\", "").startswith("to single-file: ")
-
-    app.segmented_control[0].set_value("Diffusers folder").run()
+    assert app.segmented_control[0].value == "Diffusers folder", "the model has no single file"
     out = folder.parent / "a-diffusers-fp16"
     assert app.text_input[0].value == str(out)
     app.button[0].click().run()
@@ -43,10 +45,33 @@ def test_the_page_writes_what_it_compared(folder: Path, adapter: Path) -> None:
     assert "exists already; give a new name" in app.error[0].value.replace("\\", "")
 
     app.segmented_control[0].set_value("LoRA").run()
+    assert "can't open this model" in app.caption[0].value
     app.button[0].click().run()
     assert not app.exception and not app.error and "tensors  2 read again" in app.code[0].value
     with opened(adapter.parent / "a-kohya-fp16.safetensors") as file:
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
+
+
+def test_a_layout_that_lacks_parts_of_the_model_is_refused_before_the_click(folder: Path) -> None:
+    app = AppTest.from_function(script, default_timeout=60).run()
+    app.segmented_control[0].set_value("Single file").run()
+    assert not app.exception and app.button[0].disabled
+    assert app.info[0].value == "This model has parts that the single-file layout lacks; take *Diffusers folder*."
+    with pytest.raises(ValueError) as refused:
+        single_file_layout(LatentDiffusion.load(folder, "cpu"))
+    assert Fit.of(folder) == Fit(str(refused.value), in_programs=False)
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sdxl"])
+def test_where_a_model_can_go_is_known_from_its_configurations(layout: str, tmp_path: Path) -> None:
+    PIPELINES[layout](tmp_path).save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        file.unlink()
+    assert Fit.of(tmp_path / "model") == Fit("", in_programs=False), "its widths are smaller than the published ones"
+    with torch.device("meta"):
+        UNet2DConditionModel().save_config(tmp_path / "model/unet")
+    published = layout == "sd1"  # whose configuration is the default one
+    assert Fit.of(tmp_path / "model").in_programs == published
 
 
 def test_the_page_opens_with_the_adapter_of_a_run(folder: Path, adapter: Path) -> None:

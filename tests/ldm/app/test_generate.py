@@ -187,6 +187,61 @@ def test_a_run_that_can_t_be_opened_is_refused_in_a_sentence(folder: Path, tmp_p
         assert app.text_area[0].value == "red heart"
 
 
+def missing(app: AppTest) -> str:
+    """What is in the row of the disabled button."""
+    rows = [block for block in app.get("flex_container") if any(b.label == "Generate" for b in block.button)]
+    row = rows[-1]  # the innermost one
+    assert [button.disabled for button in row.button] == [True]
+    return str(row.markdown[0].value)
+
+
+def visits() -> None:
+    import streamlit as st
+
+    from ldm.app import generate, learn
+    from ldm.app.menu import keep_choices
+
+    keep_choices()
+    {"generate": generate, "learn": learn}[st.session_state.get("visited", "generate")].page()
+
+
+def test_what_was_chosen_stays_while_another_page_is_open(folder: Path, adapter: Path) -> None:
+    app = AppTest.from_function(visits, default_timeout=120).run()
+    app.segmented_control(key="generate-task").set_value("Image to image")
+    app.text_area(key="generate-prompt").set_value("cat")
+    app.multiselect(key="generate-loras").set_value([str(adapter)]).run()
+    app.slider(key=f"generate-scale-{adapter}").set_value(0.5)
+    app.number_input(key=f"generate-steps-{folder}").set_value(2).run()
+    for page in ("learn", "learn", "generate"):
+        app.session_state["visited"] = page
+        app.run()
+        assert not app.exception and not app.error
+    assert app.segmented_control(key="generate-task").value == "Image to image"
+    assert app.text_area(key="generate-prompt").value == "cat"
+    assert app.multiselect(key="generate-loras").value == [str(adapter)]
+    assert app.slider(key=f"generate-scale-{adapter}").value == 0.5
+    assert app.number_input(key=f"generate-steps-{folder}").value == 2
+
+
+def test_the_settings_of_a_picture_fill_the_form(folder: Path, adapter: Path) -> None:
+    app = AppTest.from_function(script, default_timeout=120).run()
+    app.text_area(key="generate-prompt").set_value("cat")
+    app.selectbox(key="generate-solver").set_value("ddim")
+    app.number_input(key="generate-seed").set_value(7)
+    app.multiselect(key="generate-loras").set_value([str(adapter)]).run()
+    app.slider(key=f"generate-scale-{adapter}").set_value(0.5)
+    press(app, "Generate")
+    (settings,) = (kept.settings for kept in app.session_state["kept"])
+    app.text_area(key="generate-prompt").set_value("dog")
+    app.selectbox(key="generate-solver").set_value("as saved")
+    app.number_input(key="generate-seed").set_value(0)
+    app.multiselect(key="generate-loras").set_value([]).run()
+    press(app, "Use these settings")
+    press(app, "Generate")
+    assert not app.exception and not app.error
+    assert app.session_state["kept"][0].settings == settings
+
+
 def test_a_painted_mask_has_the_image_s_size(folder: Path) -> None:
     sheet = Image.new("RGBA", (8, 4))
     sheet.paste("white", (0, 0, 4, 4))
@@ -199,8 +254,9 @@ def test_a_painted_mask_has_the_image_s_size(folder: Path) -> None:
 
     app = AppTest.from_function(script, default_timeout=60).run()
     app.segmented_control[0].set_value("Inpainting").run()
-    assert [button.disabled for button in app.button if button.label == "Generate"] == [True]
+    assert missing(app) == "Choose an image first."
     app.file_uploader[0].upload("a.png", png_of(sheet), "image/png").run()
+    assert missing(app) == "Paint a mask first."
     assert not app.exception and not app.error and app.get("bidi_component")
 
 

@@ -54,6 +54,12 @@ def test_the_page_shows_the_library_s_numbers_at_the_slider_s_time() -> None:
     assert any("2209.03003" in caption.value for caption in app.caption)
 
 
+def test_a_change_of_view_leaves_the_address_alone() -> None:
+    app = AppTest.from_function(script, default_timeout=120).run()
+    app.segmented_control(key="learn-view").set_value("Schedules").run()
+    assert app.title[0].value == "Noise schedules side by side" and not app.query_params
+
+
 def test_a_bad_upload_is_a_sentence() -> None:
     for data, message in ((b"not an image", "image: it is none of"), (_bomb(), "image: 8000 × 8000 pixels")):
         with pytest.raises(UserError, match=message):

@@ -19,7 +19,7 @@ from lock_holder import holder
 from run_folder import write_run
 from tiny import TINY
 
-from ldm.app import processes, roots, train_form, train_settings
+from ldm.app import processes, roots, train_estimate, train_settings
 from ldm.app.processes import Record
 from ldm.app.train_settings import LORA, SCRATCH, resolve
 from ldm.config import loader
@@ -117,13 +117,80 @@ def test_paths_outside_of_the_roots_are_refused(runs: Path, root: Path, key: str
 
 
 def test_a_lora_starts_from_a_model_of_the_roots(runs: Path, root: Path) -> None:
-    run = write_run(root, runs / "a")
-    (run / "pipeline").mkdir()
-    (run / "pipeline/model_index.json").write_text("{}")
+    run = finished_run(root, runs / "a")
     base = train_settings.bases(LORA)[0]
     config = resolve(base, [f"run.dir={runs / 'b'}"])
     assert config.finetune.kind == "lora" and config.stage2.channels == (32, 64)
     assert {config.stage1.pretrained, config.text.model, config.stage2.init_from} == {str(run / "pipeline")}
+
+
+def finished_run(root: Path, run: Path) -> Path:
+    write_run(root, run)
+    (run / "pipeline").mkdir()
+    (run / "pipeline/model_index.json").write_text("{}")
+    return run
+
+
+def test_images_and_what_was_typed_stay_with_another_kind_and_base(
+    runs: Path, root: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    finished_run(root, runs / "a")
+    images = runs / "images"
+    three_shapes(["a kite", "a hat"]).rename(images)
+    app = page()
+
+    def choose(kind: str) -> None:
+        app.segmented_control(key="train-kind").set_value(kind).run()
+        assert not errors(app) and app.selectbox(key="data.source").value == str(images)
+        assert app.number_input(key="stage2.batch").value == 2 and "a kite" in app.text_area(key="sample.prompts").value
+
+    app.selectbox(key="data.source").set_value(str(images)).run()
+    app.number_input(key="stage2.steps").set_value(7).run()
+    app.text_area(key="train-typed").set_value("run.log_every=3").run()
+    choose("LoRA")
+    assert app.number_input(key="stage2.steps").value == 300, "steps are chosen for a base"
+    assert app.text_input(key="train-name").value == "a-lora" and "run.log_every=3" in app.code[0].value
+    app.text_input(key="train-name").set_value("kites").run()
+    choose("Full fine-tune")
+    choose("From scratch")
+    app.selectbox(key="train-base-From scratch").select_index(1).run()
+    assert not errors(app) and app.selectbox(key="data.source").value == str(images)
+    assert app.text_input(key="train-name").value == "kites"
+
+
+def test_a_folder_s_name_is_offered_as_caption_where_no_image_has_one(
+    runs: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    (runs / "class").mkdir()
+    images = three_shapes(["a kite", "a hat"]).rename(runs / "class/kites")
+    app = page()
+    app.selectbox(key="data.source").set_value(str(images)).run()
+    assert not errors(app) and not app.checkbox
+    for file in images.glob("*.txt"):
+        file.unlink()
+    box = app.selectbox(key="data.source")
+    box.options.append(str(runs / "class"))  # a browser sends what was typed as another option
+    box.set_value(str(runs / "class")).run()
+    assert not errors(app) and "take the folder's name" in app.checkbox[0].label
+
+
+def test_images_of_the_page_data_suggest_a_lora_on_the_newest_model(
+    runs: Path, root: Path, three_shapes: Callable[[list[str]], Path]
+) -> None:
+    for changed, name in enumerate(("old", "new")):
+        os.utime(finished_run(root, runs / name) / "pipeline/model_index.json", (changed, changed))
+    three_shapes(["a kite"]).rename(runs / "images")
+    app = page()
+    assert app.segmented_control(key="train-kind").value == "From scratch"
+    app.session_state["train-source"] = str(runs / "images")
+    app.run()
+    assert not errors(app) and app.segmented_control(key="train-kind").value == "LoRA"
+    assert app.selectbox(key="train-base-LoRA").value.name == "runs/new, your model"
+    assert app.selectbox(key="data.source").value == str(runs / "images")
+    assert any("can't draw photographs" in caption.value for caption in app.caption)
+    app.segmented_control(key="train-kind").set_value("Full fine-tune").run()
+    app.session_state["train-source"] = str(runs / "images")
+    assert app.run().segmented_control(key="train-kind").value == "Full fine-tune", "it was chosen"
 
 
 def test_one_training_at_a_time_and_each_end_is_a_sentence(runs: Path) -> None:
@@ -234,11 +301,11 @@ def test_an_estimate_that_is_broken_off_leaves_nothing(monkeypatch: pytest.Monke
     def leave(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_form.st, "empty", lambda: SimpleNamespace(code=leave))
+    monkeypatch.setattr(train_estimate.st, "empty", lambda: SimpleNamespace(caption=leave))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = "import os, tempfile, time; tempfile.mkdtemp(); print(os.getpid(), flush=True); time.sleep(600)"
     with pytest.raises(KeyboardInterrupt):
-        train_form._dry_run([sys.executable, "-c", code])
+        train_estimate._dry_run([sys.executable, "-c", code])
     assert not any(tmp_path.iterdir()) and not psutil.Process().children()
 
 
@@ -251,10 +318,10 @@ def test_a_training_is_estimated_started_watched_and_stopped(
     settings = (*TINY[2:], f"data.source={runs / 'images'}", "stage1.steps=100000", "run.log_every=1")
     app.text_area(key="train-typed").set_value("\n".join(settings)).run()
     press(app, "Estimate time and memory")
-    (line,) = (part.label.replace("\\", "") for part in app.expander if part.label.startswith("About "))
-    assert not errors(app) and re.fullmatch(r"About .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk", line)
+    (line,) = (part.value.replace("\\", "") for part in app.markdown if part.value.startswith("About "))
+    assert not errors(app) and re.fullmatch(r"About .+, [\d,.]+ [MG]B of memory, [\d,.]+ [MG]B of disk\.", line)
     app.toggle(key="stage2.channels_last").set_value(True).run()
-    assert not any(part.label.startswith("About ") for part in app.expander), "of other settings"
+    assert not any(part.value.startswith("About ") for part in app.markdown), "of other settings"
     press(app, "Start training")
     run = runs / "tiny"
     assert not errors(app) and processes.is_running(run)
