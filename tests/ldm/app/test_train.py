@@ -19,7 +19,7 @@ from lock_holder import holder
 from run_folder import write_run
 from tiny import TINY
 
-from ldm.app import processes, roots, train_estimate, train_settings
+from ldm.app import processes, roots, train_estimate, train_form, train_settings
 from ldm.app.processes import Record
 from ldm.app.train_settings import LORA, SCRATCH, resolve
 from ldm.config import loader
