@@ -673,8 +673,6 @@ def normalized_states_are_of_a_new_model(config: Config) -> None:
             f"text.normalize: {stage2.init_from} reads the states of its own encoder; set text.normalize=false and, "
             f"if it is a pipeline, text.model={stage2.init_from}"
         )
-    if not stage2.text:
-        raise ValueError("text.normalize: has no effect on a model without text; set it to false")
     if config.data.streaming:
         raise ValueError(
             "text.normalize: needs all captions before it starts; set data.streaming=false, or leave it out"

@@ -319,7 +319,6 @@ def test_an_encoder_without_a_last_layer_norm_is_not_normalized(tmp_path: Path) 
     ("keys", "message"),
     [
         (["stage2.init_from=runs/a/pipeline"], "runs/a/pipeline reads the states of its own encoder"),
-        (["stage2.conditions=[]", "stage2.pooled_text=false"], "has no effect on a model without text"),
         (["data.streaming=true"], "needs all captions before it starts"),
     ],
 )
