@@ -175,7 +175,7 @@ def _measure(
     return _estimate(config, stage, data, small, few, dry_run, max(gather_object([peak])))
 
 
-def _small(config: Config, stage: str, folder: Path, steps: int) -> Config:
+def _small(config: Config, stage: str, folder: Path, steps: int = STEPS) -> Config:
     """So many steps, then a validation and a sample grid of one batch; writes only to `folder`."""
     sample, processes = config.sample, join(config.run).num_processes
     changes: dict[str, dict[str, Any]] = {

@@ -182,7 +182,11 @@ def test_stages_together_take_the_sum_of_their_times_and_the_larger_memory(root:
     )
     assert preflight.describe_total(settings, ["stage2"]) == "in all: 5 min, 1.5 GB of memory, 10 MB of disk"
     assert preflight.describe_total(settings, []) == ""
-    other = load(root / "configs/openmoji.yaml", [f"run.dir={tmp_path}", "stage1.steps=1000", "stage2.steps=2000"])
+    more, other = (
+        load(root / "configs/openmoji.yaml", [f"run.dir={tmp_path}", key])
+        for key in ("stage2.steps=2000", "stage2.batch=32")
+    )
+    assert preflight.describe_total(more, ["stage2"]) == "in all: 10 min, 1.5 GB of memory, 10 MB of disk"
     assert preflight.describe_total(other, ["stage2"]) == ""
 
 
