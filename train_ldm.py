@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if clash := [flag for flag in ("stage", "fresh", "dry_run") if getattr(args, flag)]:
             raise UserError(f"--budget: is for both stages of one run; leave out --{clash[0].replace('_', '-')}")
     settings = loader.load(args.config, args.overrides)
+    steps = [text for text in args.overrides if text.startswith(("stage1.steps=", "stage2.steps="))]
+    if args.budget is not None and settings.budget.points and steps:
+        raise UserError(f"--budget: chooses the steps; leave out {steps[0]}")
     from ldm.distributed.launch import training_processes
 
     with training_processes(settings.run) as state:
@@ -234,11 +237,14 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
     if plan and plan.minutes != minutes:
         raise UserError(f"--budget: {folder} was planned for {plan.minutes:g} minutes; give that, or another run.dir")
     if not plan:
+        if "stage2" not in stages:
+            raise UserError(f"--budget: {folder} has a finished model; give another run.dir")
         if on_main((folder / "config.yaml").exists):
             raise UserError(f"--budget: {folder} has begun without a plan; leave it out, or give another run.dir")
         start_up = budget.seconds_since_start()
         on_main(lambda: make_dir("run.dir", folder))
         on_main(lambda: lock("run.dir", folder))
+        on_main(lambda: (folder / preflight.FILE).unlink(missing_ok=True))  # of another time, with another load
         data = load_data(settings, encoder)
         for name in stages:
             report = measure(settings, name, data, encoder, budget.MEASURED_STEPS)
@@ -247,8 +253,10 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
 
         def choose() -> budget.Plan:
             needs = {name: need for name in stages if (need := preflight.measured(settings, name))}
-            fixed = budget.fixed_seconds(settings, budget.seconds_since_start(), start_up, needs["stage2"])
+            begun, processes = budget.seconds_since_start(), PartialState().num_processes
+            fixed = budget.fixed_seconds(settings, minutes, begun, start_up, needs.get("stage2"), processes)
             chosen = budget.choose(settings, minutes, fixed, needs)
+            chosen.apply(settings)  # whose mistakes come before it is kept
             chosen.write(folder)
             return chosen
 

@@ -126,7 +126,7 @@ def normalized_encoder(config: Config, data: Index | Stream, text: AnyTextEncode
     if not (text and config.text.normalize):
         return text
     captions = itertools.chain.from_iterable(data.captions())
-    return normalized(text, on_main(partial(statistics_of_run, config.run.dir, text, captions)))
+    return normalized(text, on_main(partial(statistics_of_run, config.run.dir, text, captions, data.fingerprint())))
 
 
 def build_unet(config: Config, autoencoder: Autoencoder, text: AnyTextEncoder | None, classes: int) -> UNet:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from ldm.models.text_encoder import NULL_PROMPT, AnyTextEncoder, TextEncoder
@@ -33,9 +34,7 @@ def normalized(encoder: AnyTextEncoder, statistics: tuple[torch.Tensor, torch.Te
     """
     mean, deviation = statistics
     copied = copy.deepcopy(encoder)
-    norm = _output_norm(copied) if isinstance(copied, TextEncoder) else None
-    if norm is None or copied.pooled_width:  # whose projection reads the states too
-        raise UserError("text.normalize: is for an encoder whose last layer is a LayerNorm; set it to false")
+    norm = output_norm(copied)
     assert isinstance(copied, TextEncoder)
     with torch.no_grad():
         norm.weight.div_(deviation.to(norm.weight))
@@ -43,13 +42,16 @@ def normalized(encoder: AnyTextEncoder, statistics: tuple[torch.Tensor, torch.Te
     return copied
 
 
-def _output_norm(encoder: TextEncoder) -> nn.LayerNorm | None:
-    """The LayerNorm whose output the states are."""
-    outputs: dict[nn.LayerNorm, torch.Tensor] = {}
+def output_norm(encoder: AnyTextEncoder) -> nn.LayerNorm:
+    """The LayerNorm whose output the states are; UserError where there is none, or where something else reads it."""
+    refused = UserError("text.normalize: is for an encoder whose last layer is a LayerNorm; set it to false")
+    if not isinstance(encoder, TextEncoder) or encoder.pooled_width:  # whose projection reads the states too
+        raise refused
+    outputs: dict[nn.LayerNorm, list[torch.Tensor]] = {}
 
     def keep(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         assert isinstance(norm, nn.LayerNorm)
-        outputs[norm] = output
+        outputs.setdefault(norm, []).append(output)
 
     norms = [
         module for module in encoder.model.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None
@@ -58,8 +60,10 @@ def _output_norm(encoder: TextEncoder) -> nn.LayerNorm | None:
     states = encoder.encode([NULL_PROMPT])
     for hook in hooks:
         hook.remove()
-    of_states = (norm for norm, output in outputs.items() if torch.equal(output.float().reshape(states.shape), states))
-    return next(of_states, None)
+    for norm, (*earlier, last) in outputs.items():
+        if not earlier and last.numel() == states.numel() and torch.equal(last.float().reshape(states.shape), states):
+            return norm  # not one that several layers share
+    raise refused
 
 
 @torch.no_grad()
@@ -82,16 +86,21 @@ def _batches(captions: Iterable[str]) -> Iterator[list[str]]:
 
 
 def statistics_of_run(
-    folder: Path, encoder: AnyTextEncoder, captions: Iterable[str]
+    folder: Path, encoder: AnyTextEncoder, captions: Iterable[str], data: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of a run, measured once and kept in its folder. On the main process alone."""
-    file = folder / FILE
-    if not file.exists():
-        if not isinstance(encoder, TextEncoder):
-            raise UserError("text.normalize: is for a single text encoder; set it to false")
-        mean, deviation = measure(encoder, captions)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as tmp_path:
-            tmp_path.write_bytes(save({"mean": mean, "deviation": deviation}))
-    tensors = load_file(file)
-    return tensors["mean"], tensors["deviation"]
+    """Those of a run, measured once for an encoder and `data`, a fingerprint of the captions' images; on one process.
+
+    They are kept in the run's folder.
+    """
+    output_norm(encoder)
+    assert isinstance(encoder, TextEncoder)
+    file, about = folder / FILE, {"encoder": encoder.fingerprint(), "data": data}
+    if file.exists():
+        with safe_open(file, "pt") as kept:
+            if kept.metadata() == about:
+                return kept.get_tensor("mean"), kept.get_tensor("deviation")
+    mean, deviation = measure(encoder, captions)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as tmp_path:
+        tmp_path.write_bytes(save({"mean": mean, "deviation": deviation}, about))
+    return mean, deviation

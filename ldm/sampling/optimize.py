@@ -46,10 +46,11 @@ def _in_float32_where_narrow(conv: nn.Conv2d, inputs: tuple[torch.Tensor], outpu
 
     There oneDNN 3.13 with AMX reads memory that nobody wrote, if the image is 9 or more high.
     """
-    if inputs[0].shape[-1] > 2 or conv.bias is None:
+    if inputs[0].shape[-1] > 2:
         return output
-    x, weight, bias = (tensor.float() for tensor in (inputs[0], conv.weight, conv.bias))
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding).to(output.dtype)  # type: ignore[arg-type]
+    bias = None if conv.bias is None else conv.bias.float()
+    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(inputs[0].float(), conv.weight.float(), bias, *shape).to(output.dtype)  # type: ignore[arg-type]
 
 
 def _fast_bf16() -> bool:

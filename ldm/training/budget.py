@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import psutil
 
+from ldm.config.loader import dump, parse
 from ldm.config.schema import BudgetPoint, Config
+from ldm.training.evaluation_sizes import sheet_images
 from ldm.training.preflight import ResourceEstimate, format_time
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
@@ -23,7 +27,8 @@ FILE = "plan.json"
 MEASURED_STEPS = 8
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
-SMOOTHING = 0.3  # of the time of steps
+WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
+REST = 0.03  # of the budget, for checkpoints, exports and the report
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,16 @@ class Plan:
         )
 
     def apply(self, config: Config) -> Config:
-        """The configuration with the planned steps."""
-        stages = {name: getattr(config, name).model_copy(update={"steps": n}) for name, n in self.steps.items()}
-        return config.model_copy(update=stages)
+        """The configuration with the planned steps; UserError where its rules or its warm-up ask for more."""
+        tree = dump(config)
+        for name, steps in self.steps.items():
+            tree[name]["steps"] = steps
+            if steps <= (warmup := tree[name]["lr_warmup_steps"]):
+                raise UserError(
+                    f"--budget: {steps} steps of {name}, and {name}.lr_warmup_steps is {warmup}; give more minutes, or "
+                    "shorten the warm-up"
+                )
+        return parse(tree, "--budget")
 
     def write(self, folder: Path) -> None:
         with atomic_file(folder / FILE) as tmp_path:
@@ -80,11 +92,13 @@ def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Ma
 
     def plan(progress: float) -> Plan:
         steps = {name: max(1, round(_interpolated(progress, [getattr(p, name) for p in points]))) for name in needs}
-        changed = Plan(minutes, steps, {name: need.step for name, need in needs.items()}, {}, _figures(points, steps))
-        planned = changed.apply(config)
+        changed = {name: getattr(config, name).model_copy(update={"steps": n}) for name, n in steps.items()}
+        planned = config.model_copy(update=changed)
         seconds = {name: need.seconds_left(planned, name) for name, need in needs.items()}
         before, *after = fixed.items()
-        return Plan(minutes, steps, changed.seconds_per_step, dict([before, *seconds.items(), *after]), changed.figures)
+        figures = _figures(points, steps) if len(steps) == 2 else ""  # of both stages
+        per_step = {name: need.step for name, need in needs.items()}
+        return Plan(minutes, steps, per_step, dict([before, *seconds.items(), *after]), figures)
 
     def too_long(progress: float) -> bool:
         return sum(plan(progress).seconds.values()) > 60 * minutes
@@ -124,21 +138,26 @@ class LoadWatch:
 
     def __init__(self, planned: float, steps: int):
         self.planned, self.steps = planned, steps
-        self._mean = self._reported = planned
+        self._reported = planned
+        self._last: deque[float] = deque(maxlen=WINDOWS)
 
     @classmethod
-    def of(cls, folder: Path, stage: str) -> LoadWatch | None:
-        """Of a stage of a run; None where it has no plan."""
-        plan = Plan.read(folder)
-        return cls(plan.seconds_per_step[stage], plan.steps[stage]) if plan and stage in plan.steps else None
+    def of(cls, folder: Path, stage: str, steps: int) -> LoadWatch | None:
+        """Of a stage of a run; None where it has no plan of so many steps."""
+        try:
+            plan = Plan.read(folder)
+        except UserError:  # `--budget` reports it
+            return None
+        return cls(plan.seconds_per_step[stage], steps) if plan and plan.steps.get(stage) == steps else None
 
     def observe(self, step: int, seconds: float) -> str:
         """After `step` steps, of which the last ones took `seconds` each: a line, or nothing."""
-        self._mean += SMOOTHING * (seconds - self._mean)
-        if abs(self._mean / self._reported - 1) <= TOLERANCE:
+        self._last.append(seconds)
+        now = median(self._last)
+        if len(self._last) < WINDOWS or abs(now / self._reported - 1) <= TOLERANCE:
             return ""
-        self._reported = self._mean
-        ratio, left = self._mean / self.planned, format_time((self.steps - step) * self._mean)
+        self._reported = now
+        ratio, left = now / self.planned, format_time((self.steps - step) * now)
         if abs(ratio - 1) <= TOLERANCE:
             return f"steps take as long as planned again; {left} are left"
         return f"the load has changed: steps take {ratio:.0%} of the time that was planned; {left} are left"
@@ -149,12 +168,15 @@ def seconds_since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def fixed_seconds(config: Config, begun: float, start_up: float, stage2: ResourceEstimate | None) -> dict[str, float]:
-    """Seconds of all but training: those since the program began, and those of an evaluation afterwards.
+def fixed_seconds(
+    config: Config, minutes: float, begun: float, start_up: float, stage2: ResourceEstimate | None, processes: int = 1
+) -> dict[str, float]:
+    """Seconds of all but the stages: those since the program began, of an evaluation afterwards, and a share for more.
 
-    An evaluation starts anew, in `start_up` seconds, and draws the images of `budget` as sample grids are drawn.
+    An evaluation starts anew, in `start_up` seconds, and draws the images of `budget` in a single process, as sample
+    grids are drawn by all.
     """
-    parts = {"start and plan": begun}
+    parts = {"start and plan": begun, "saving": REST * 60 * minutes}
     if stage2 and (images := config.budget.images):
-        parts["evaluation"] = start_up + images * stage2.sheet / max(1, len(config.sample.prompts))
+        parts["evaluation"] = start_up + images * processes * stage2.sheet / max(1, sheet_images(config))
     return parts

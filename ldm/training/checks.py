@@ -18,6 +18,7 @@ from ldm.models import attention, autoencoder, compilation, feature_networks, te
 from ldm.models.adapters.base_precision import QUANTISED, check_base_precision
 from ldm.models.adapters.inject import AdapterSpec, check_targets
 from ldm.models.adapters.token_embedding import check_token
+from ldm.models.text_normalization import output_norm
 from ldm.training.diffusion_process import diffusion_process
 from ldm.training.optimizer import check_optimizer
 from ldm.utils.errors import UserError
@@ -54,6 +55,8 @@ def check(config: Config, processes: int) -> text_encoder.AnyTextEncoder | None:
     if stage1.pretrained:
         check_autoencoder(config, "stage1.pretrained", stage1.pretrained)
     encoder = text_encoder.of(config.text) if stage2.text else None
+    if encoder and config.text.normalize:
+        output_norm(encoder)
     if encoder and config.finetune.kind == "inversion":
         check_token(encoder, config.finetune.token, config.finetune.initializer, config.finetune.vectors)
     widths = (encoder.width, 0, encoder.pooled_width) if encoder else ()

@@ -131,7 +131,7 @@ class Trainer:
         t, a = self.training, self.accelerator
         self._begin("a training step")
         hidden = bool(self.dry_run and not self.dry_run.progress) or not self.is_main
-        load_watch = None if hidden else LoadWatch.of(self.config.dir, self.stage)
+        load_watch = None if hidden else LoadWatch.of(self.config.dir, self.stage, t.steps)
         self._progress = ProgressBar(self.stage, self.step, t.steps, t.batch, hidden, load_watch)
         start = self.step
         if self.is_main:  # which alone writes metrics

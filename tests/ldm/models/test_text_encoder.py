@@ -302,8 +302,11 @@ def test_normalized_states_are_those_of_the_encoder_less_their_mean_over_their_d
 def test_statistics_are_measured_once_for_a_run(clip: Path, tmp_path: Path) -> None:
     encoder = text_encoder.load(str(clip), 8)
     first, again = (
-        text_normalization.statistics_of_run(tmp_path, encoder, captions) for captions in (CAPTIONS, ["another"])
+        text_normalization.statistics_of_run(tmp_path, encoder, captions, "data")
+        for captions in (CAPTIONS, ["another"])
     )
+    other, _ = text_normalization.statistics_of_run(tmp_path, encoder, ["another"], "other data")
+    assert not torch.equal(other, first[0])
     for a, b, measured in zip(first, again, text_normalization.measure(encoder, CAPTIONS), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(a, measured, rtol=0, atol=0)
@@ -312,7 +315,7 @@ def test_statistics_are_measured_once_for_a_run(clip: Path, tmp_path: Path) -> N
 def test_an_encoder_without_a_last_layer_norm_is_not_normalized(tmp_path: Path) -> None:
     encoder = text_encoder.load(str(tiny_t5(tmp_path)), 8)
     with pytest.raises(UserError, match=r"text.normalize: is for an encoder whose last layer is a LayerNorm"):
-        text_normalization.normalized(encoder, text_normalization.measure(encoder, CAPTIONS))
+        text_normalization.output_norm(encoder)
 
 
 @pytest.mark.parametrize(

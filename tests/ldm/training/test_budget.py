@@ -80,19 +80,35 @@ def test_a_plan_is_read_as_it_was_written(config: Config, tmp_path: Path) -> Non
 def test_an_evaluation_afterwards_takes_the_time_of_its_images(config: Config) -> None:
     after = config.model_copy(update={"budget": config.budget.model_copy(update={"images": 240})})
     assert len(config.sample.prompts) == 24
-    assert fixed_seconds(after, 30, 12, needs()["stage2"]) == {"start and plan": 30, "evaluation": 12 + 10 * 2.0}
-    assert fixed_seconds(config, 30, 12, needs()["stage2"]) == {"start and plan": 30}
+    parts = {"start and plan": 30, "saving": 0.03 * 15 * 60}
+    assert fixed_seconds(after, 15, 30, 12, needs()["stage2"]) == {**parts, "evaluation": 12 + 10 * 2.0}
+    assert fixed_seconds(config, 15, 30, 12, needs()["stage2"]) == parts
 
 
 def test_a_change_of_load_is_reported_once_and_so_is_its_end() -> None:
     watch = LoadWatch(planned=1.0, steps=1000)
     assert not any(watch.observe(step, 1.05) for step in range(0, 100, 10))
-    lines = [line for step in range(100, 300, 10) if (line := watch.observe(step, 2.0))]
-    assert lines[-1].startswith("the load has changed: steps take 1")
-    assert len(lines) <= 6  # while the mean approaches 2 s
-    assert not any(watch.observe(step, 2.0) for step in range(300, 400, 10))
+    assert not watch.observe(100, 9.0)  # a sample grid
+    assert not any(watch.observe(step, 1.0) for step in range(110, 200, 10))
+    lines = [line for step in range(200, 400, 10) if (line := watch.observe(step, 2.0))]
+    assert lines == ["the load has changed: steps take 200% of the time that was planned; 26 min are left"]
     lines = [line for step in range(400, 600, 10) if (line := watch.observe(step, 1.0))]
-    assert lines[-1].startswith("steps take as long as planned again; ")
+    assert lines == ["steps take as long as planned again; 10 min are left"]
+
+
+def test_only_a_plan_of_the_stages_steps_is_watched(config: Config, tmp_path: Path) -> None:
+    plan = choose(config, 10, FIXED, needs())
+    plan.write(tmp_path)
+    assert LoadWatch.of(tmp_path, "stage2", plan.steps["stage2"])
+    assert LoadWatch.of(tmp_path, "stage2", plan.steps["stage2"] + 1) is None
+    (tmp_path / "plan.json").write_text("{")
+    assert LoadWatch.of(tmp_path, "stage2", plan.steps["stage2"]) is None
+
+
+def test_steps_that_the_warm_up_or_a_rule_forbids_are_refused(root: Path) -> None:
+    config = loader.load(root / "configs/openmoji.yaml", ["stage2.lr_warmup_steps=1000"])
+    with pytest.raises(UserError, match=r"--budget: 600 steps of stage2, and stage2.lr_warmup_steps is 1000"):
+        Plan(15, {"stage1": 500, "stage2": 600}, {}, {}, "").apply(config)
 
 
 def test_points_must_ascend(root: Path) -> None:
