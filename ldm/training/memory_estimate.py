@@ -103,7 +103,6 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
     exported = all_weights + base if sharded else 0
     base = -(-base // shards)
     kept = gradients if processes > 1 and not sharded else 0  # DDP keeps what it sums gradients in
-
     unet_inputs = partial(_unet_inputs, config, text)
     precision = "bf16" if config.run.precision == "auto" else config.run.precision
     encoded, sampled, decoded, overlap = _batch_sizes(config, processes, accumulation.images)
@@ -133,9 +132,8 @@ def estimate_memory(config: Config, processes: int = 1, sharded: bool = False) -
         Row(f"activations of {accumulation.images} images{recomputed}", training.others, 0),
         Row(activity, 0, largest),
     )
-    return MemoryEstimate(
-        tuple(row for row in rows if row.step or row.between), tuple(_not_counted(config, text, sharded))
-    )
+    counted = tuple(row for row in rows if row.step or row.between)
+    return MemoryEstimate(counted, tuple(_not_counted(config, text, sharded)))
 
 
 def freeze(unet: UNet, finetune: FinetuneConfig) -> tuple[int, int]:
