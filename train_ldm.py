@@ -237,10 +237,10 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
     if plan and plan.minutes != minutes:
         raise UserError(f"--budget: {folder} was planned for {plan.minutes:g} minutes; give that, or another run.dir")
     if not plan:
-        if "stage2" not in stages:
-            raise UserError(f"--budget: {folder} has a finished model; give another run.dir")
         if on_main((folder / "config.yaml").exists):
             raise UserError(f"--budget: {folder} has begun without a plan; leave it out, or give another run.dir")
+        if "stage2" not in stages:
+            raise UserError(f"--budget: {folder} has a finished model; give another run.dir")
         start_up = budget.seconds_since_start()
         on_main(lambda: make_dir("run.dir", folder))
         on_main(lambda: lock("run.dir", folder))
