@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_adapter_run(pipeline: Path, adapter: Path, name: str) -> Path:
-    """A finished run beside the pipeline's, which trained the adapter on it."""
+    """A finished run, next to the pipeline's, which trained the adapter on it."""
     run = write_configuration(pipeline.parents[1] / name, "lora", pipeline, "dog")
     (run / "lora").mkdir()
     shutil.copy(adapter, run / "lora")

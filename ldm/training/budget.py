@@ -92,6 +92,7 @@ def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Ma
 
     def plan(progress: float) -> Plan:
         steps = {name: max(1, round(_interpolated(progress, [getattr(p, name) for p in points]))) for name in needs}
+        # not `apply`: a plan that is only tried need not obey the rules
         changed = {name: getattr(config, name).model_copy(update={"steps": n}) for name, n in steps.items()}
         planned = config.model_copy(update=changed)
         seconds = {name: need.seconds_left(planned, name) for name, need in needs.items()}
