@@ -130,8 +130,11 @@ def _figures(points: Sequence[BudgetPoint], steps: Mapping[str, int]) -> str:
     """Those of the last point that has no more steps than planned, with the next one's where that is not reached."""
     reached = [point for point in points if all(getattr(point, name) <= steps[name] for name in steps)]
     beyond = [point for point in points if point not in reached]
-    shown = [f"{point.figures} ({point.stage1:,} + {point.stage2:,} steps)" for point in (*reached[-1:], *beyond[:1])]
-    return " to ".join(text for text in shown if not text.startswith(" ("))
+    least, most = (
+        "".join(f"{p.figures} ({p.stage1:,} + {p.stage2:,} steps)" for p in around if p.figures)
+        for around in (reached[-1:], beyond[:1])
+    )
+    return f"{least} to {most}" if least and most else least or (most and f"less than {most}")
 
 
 class LoadWatch:

@@ -58,6 +58,10 @@ def test_the_figures_are_those_of_the_points_around_the_plan(config: Config) -> 
     between, beyond = (choose(config, minutes, FIXED, needs()).figures for minutes in (8, 60))
     assert between == "few (300 + 400 steps) to many (900 + 1,600 steps)"
     assert beyond == "many (900 + 1,600 steps)"
+    few, many = config.budget.points
+    unknown = few.model_copy(update={"figures": ""}), many
+    fewer = config.model_copy(update={"budget": config.budget.model_copy(update={"points": unknown})})
+    assert choose(fewer, 8, FIXED, needs()).figures == "less than many (900 + 1,600 steps)"
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:
