@@ -1,9 +1,10 @@
-"""Measures speed, as ratios within one run.
+"""Measures speed, as ratios within one run, and quality against time.
 
     python scripts/benchmark.py data --config configs/openmoji.yaml data.size=256 stage2.batch=16
     python scripts/benchmark.py stage1 --config configs/openmoji.yaml
     python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
     python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24 --rows reference-bf16,ours
+    python scripts/benchmark.py quality --config configs/openmoji.yaml --out runs/quality stage1.pretrained=AUTOENCODER
     python scripts/benchmark.py sample --model runs/openmoji/pipeline
     python scripts/benchmark.py attention --precision bf16
 
@@ -14,6 +15,8 @@ discriminator.
 `tiles`: an image of 2,048 pixels decoded at once and in tiles: memory, time, difference.
 `train`: stage two against the common example trainer (`reference_loop.py`), on the same U-Net, images and batch: images
 and model FLOPs per second, their share of the device's fastest matrix product, memory, time spent waiting for data.
+`quality`: how well images follow their prompts after so many `--seconds` of stage two, ours and the example trainer's;
+the only one that trains models and keeps them. Also the ratio of the times in which each reaches the other's figure.
 `sample`: a text-to-image pipeline against diffusers' own of the same folder, solver, steps and guidance: seconds for
 one image, images per second in batches; both in float32 and in the precision that our scripts choose.
 `attention`: attention kernels, forward and backward, on the shapes of Stable Diffusion's U-Net at 512 pixels, and the
@@ -39,6 +42,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 from benchmark_attention import compare_attention_kernels
 from benchmark_autoencoder import compare_stage1, compare_tiling
 from benchmark_data import compare_data_loading
+from benchmark_quality import compare_quality
 from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
 
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return compare_sampling(args)
     if not args.config:
         raise UserError("--config: none given; name a YAML file, for example configs/openmoji.yaml")
+    if args.what == "quality":
+        return compare_quality(args, args.overrides)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             *args.overrides,
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=(*CONFIGURED, "sample", "attention"), help="what is measured")
+    parser.add_argument("what", choices=(*CONFIGURED, "quality", "sample", "attention"), help="what is measured")
     parser.add_argument("--config", type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--model", type=path_or_id, help="sample: a text-to-image pipeline's folder or Hub id")
     parser.add_argument("--rows", help="what is compared, for example reference-bf16,ours,ours+stage2.compile=true")
@@ -94,7 +100,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="sample, attention: repetitions; the fastest counts")
     parser.add_argument("--size", type=int, default=512, help="attention: pixels along a side")
     parser.add_argument("--compile", choices=("no", "yes", "graphs"), default="no", help="sample: our U-Net")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of reading")
+    parser.add_argument(
+        "--seconds", type=float, help="data: of each measurement of reading (5); quality: of stage two (600)"
+    )
+    parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="quality: of the trainings, such as 0,1,2")
+    parser.add_argument("--out", type=Path, help="quality: the trainings' folder; the same command continues")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
     parser.add_argument("--label", default="", help="the step in these lines")
@@ -102,11 +112,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", "--beside", default="", metavar="ROW", help=baseline)  # --beside: former name
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     args = parser.parse_intermixed_args(arguments)
+    args.seconds = args.seconds or (600.0 if args.what == "quality" else 5.0)
     for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
         if (value := getattr(args, key)) is not None and value < least:
             reason = ", of which the first two aren't measured" if key == "steps" else ""
             raise UserError(f"--{key}: {value}; give {least} or more{reason}")
     return args
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

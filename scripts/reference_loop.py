@@ -1,4 +1,4 @@
-"""The common example trainer's loop, the reference of `scripts/benchmark.py train`.
+"""The common example trainer's loop, the reference of `scripts/benchmark.py train` and `quality`.
 
 It is the loop of diffusers' examples/text_to_image/train_text_to_image.py with its defaults and `--use_ema`: images are
 decoded, resized and encoded for every batch, captions are encoded for every batch; attention, AdamW and EMA have their
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,18 @@ class ImageTextDataset(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
         return self.transform(image.convert("RGB")), random.choice(self.index[i].captions)
 
 
-def train(settings: Config, data: Index, vae: Autoencoder, text: TextEncoder) -> list[dict[str, float]]:
+def train(
+    settings: Config,
+    data: Index,
+    vae: Autoencoder,
+    text: TextEncoder,
+    after_step: Callable[[int, Any, EMAModel], bool] | None = None,
+) -> list[dict[str, float]]:
     """Trains a U-Net and discards it; returns a line of metrics every `run.log_every` steps.
 
     A line has step, time, a `Clock`'s figures, and fp16's skipped steps and loss scale. The configuration's U-Net,
-    images, batches, precision and loader processes are used; its other keys are not.
+    images, batches, learning rate, precision and loader processes are used; its other keys are not. The training ends
+    after `stage2.steps`, or where `after_step`, which gets a step's number, the U-Net and its average, returns true.
     """
     stage, size = settings.stage2, settings.data.size
     accumulation = accumulated("stage2", stage, join(settings.run).num_processes)
@@ -102,5 +110,7 @@ def train(settings: Config, data: Index, vae: Autoencoder, text: TextEncoder) ->
                 scale = float(run.scaler.get_scale()) if run.scaler else 1.0
                 fp16 = {"loss_scale": scale, "skipped": skipped}
                 lines.append({"step": step, "time": time.time(), **clock.read(), **fp16})
+            if after_step and after_step(step, run.unwrap_model(model), ema):
+                break
         loss.detach().item()
     return lines

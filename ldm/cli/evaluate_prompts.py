@@ -48,10 +48,10 @@ def evaluate_prompts(
     features: Features = {"pixels": pixel_features, "latents": lambda x: _latent_features(model, x)}
     real_features = {name: extract(real) for name, extract in features.items()}
     generated: dict[int, torch.Tensor] = {}  # by the index of the real image that the prompt describes
-    groups = {name: targets for name, targets in _prompt_groups(records, args.count).items() if targets}
+    groups = {name: targets for name, targets in prompt_groups(records, args.count).items() if targets}
     for name, targets in groups.items():
         prompts = [records[i].captions[0] for i in targets]
-        samples = _generate(model, prompts, args.seed, options)
+        samples = generate(model, prompts, args.seed, options)
         generated |= zip(targets, samples, strict=True)
         metrics[name] = _score(samples, targets, records, features, real_features)
         for measure, scores in metrics[name].items():
@@ -86,7 +86,7 @@ def _score_concept(
     """
     real = real_images(concept, range(len(concept)), side)
     targets = [i % len(concept) for i in range(args.count)]
-    samples = _generate(model, [concept[i].captions[0] for i in targets], args.seed, options)
+    samples = generate(model, [concept[i].captions[0] for i in targets], args.seed, options)
     scores = {}
     for name, extract in features.items():
         known = len(real_features[name])
@@ -108,7 +108,7 @@ def real_images(records: Index, numbers: Sequence[int], side: int) -> torch.Tens
     return torch.stack([images.to_tensor(crop_resize(records.load_image(i), (side, side))[0]) for i in numbers])
 
 
-def _prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
+def prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
     """Indices of the images whose captions are the prompts."""
     splits = records.column("split").tolist()
     train = [i for i, split in enumerate(splits) if split == "train"]
@@ -141,7 +141,7 @@ def _save_sheet(path: Path, generated: dict[int, torch.Tensor], shown: list[int]
     images.grid(images.to_pil(torch.stack([generated[i] for i in shown])), captions, columns=columns).save(path)
 
 
-def _generate(model: LatentDiffusion, prompts: list[str], seed: int, options: Sampling) -> torch.Tensor:
+def generate(model: LatentDiffusion, prompts: list[str], seed: int, options: Sampling) -> torch.Tensor:
     """Images `(N, 3, H, W)` in [-1, 1], the i-th from the noise of `seed + i`."""
     parts = []
     starts = range(0, len(prompts), SAMPLING_BATCH)
