@@ -24,7 +24,7 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 FILE = "plan.json"
-MEASURED_STEPS = 8
+MEASURED_STEPS = 24  # a few seconds each: the first steps of a process are faster than later ones
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid

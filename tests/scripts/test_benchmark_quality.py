@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def test_both_trainers_are_judged_at_their_times_and_trained_once(
     assert shares == {"ours": [*OURS], "reference": [*REFERENCE]}
     theirs = [p for p in points if p["row"].startswith("reference")]
     assert all(p["seconds"] >= 0.4 * p["share"] and p["seed"] == 3 for p in theirs)
-    assert all(earlier["steps"] <= later["steps"] for earlier, later in zip(theirs, theirs[1:], strict=False))
+    assert all(earlier["steps"] <= later["steps"] for earlier, later in itertools.pairwise(theirs))
     assert all(p["scores"]["training captions"][1] == 2 for p in points)
     assert len(Image.open(tmp_path / "out" / "quality.png").getcolors(1 << 20)) > 8
     assert (tmp_path / "out" / "quality.md").read_text().strip() in output
