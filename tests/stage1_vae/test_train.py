@@ -22,6 +22,7 @@ from ldm.data.index import Index
 from ldm.models import feature_networks
 from ldm.models.autoencoder import build
 from ldm.models.autoencoder import load as load_autoencoder
+from ldm.models.feature_networks.shift_tolerant import ShiftTolerantNet
 from ldm.utils.errors import UserError
 from stage1_vae.model import Reconstruction
 from stage1_vae.objective import Objective
@@ -67,6 +68,26 @@ def test_lpips_matches_torchmetrics_and_gives_the_encoder_a_gradient(
     reference = LearnedPerceptualImagePatchSimilarity("alex")(rebuilt.detach(), x)
     torch.testing.assert_close(logs["lpips"], reference)
     torch.testing.assert_close(loss, 0.5 * reference)
+
+
+def test_shift_tolerant_lpips_needs_no_download_and_gives_the_encoder_a_gradient() -> None:
+    stage = Stage1Config(channels=(16, 16), layers=1, norm_num_groups=8, l1=0, gradient=0, lpips=2, lpips_net="st-alex")
+    model = Reconstruction(build(stage, 32), stage)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    objective = Objective(stage, model, None, 32, torch.device("cpu"))
+    rebuilt = model(x, torch.zeros(2, 4, 16, 16)).pixels
+    loss, _ = objective.reconstruction(rebuilt, x)
+    loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in model.vae.encoder.conv_in.parameters())
+    torch.testing.assert_close(loss, 2 * ShiftTolerantNet("st-alex")(rebuilt, x).mean())
+
+
+def test_shift_tolerant_lpips_has_a_finite_gradient_where_no_channel_is_active() -> None:
+    net = ShiftTolerantNet("st-alex")
+    net.features[0].bias.fill_(-1e3)  # so that the first activation is 0 everywhere
+    x = torch.rand(1, 3, 32, 32).requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x, torch.rand(1, 3, 32, 32)).sum(), x)
+    assert gradient.isfinite().all()
 
 
 def test_a_nonfinite_sample_is_named_and_its_step_skipped(

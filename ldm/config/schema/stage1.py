@@ -83,8 +83,9 @@ class Stage1Config(Training):
     """Weight of the error of the image's gradients at three scales: a perceptual term that needs no download."""
     lpips: float = Field(default=0.0, ge=0)
     """Weight of LPIPS, the perceptual distance of a pretrained network."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """That network; torchvision downloads its weights once."""
+    lpips_net: Literal["vgg", "alex", "squeeze", "st-vgg", "st-alex"] = "vgg"
+    """That network: torchvision's, whose weights are downloaded once; or one that tolerates shifts (arXiv 2207.13686),
+    whose weights come with the extra `metrics`."""
     learn_variance: bool = False
     """Divides the reconstruction error by a learned variance, which balances it with the other terms."""
     kl: float = Field(default=1e-6, ge=0)

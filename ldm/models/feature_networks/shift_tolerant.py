@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from ldm.models.feature_networks.weights import WeightsFile, not_weights, read
 
+EPSILON = 1e-8  # of a squared length: bounds the gradient where no channel is active, and is torchmetrics' for LPIPS
 WHEEL = {"wheel": "stlpips-pytorch", "wheel_folder": "stlpips_pytorch/weights/vST0.0"}
 WEIGHTS = {
     "st-vgg": WeightsFile(
@@ -81,12 +82,12 @@ class ShiftTolerantNet(nn.Module):
         return torch.stack(distances).sum(0)
 
     def _unit_activations(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Of each tap, with channels as a vector of length 1."""
+        """Of each tap, with channels as a vector of length 1, or shorter where it was about 0."""
         x = (x - self.shift) / self.scale
         for i, layer in enumerate(self.features[: self.taps[-1] + 1]):
             x = layer(x)
             if i in self.taps:
-                yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                yield x * (x.square().sum(1, keepdim=True) + EPSILON).rsqrt()
 
 
 class ShiftTolerantLPIPS(Metric):

@@ -160,7 +160,9 @@ def test_lpips_equals_torchmetrics_with_the_cached_weights(checkpoints: Path) ->
         feature_networks.lpips("squeeze", 16)
 
 
-def test_shift_tolerant_lpips_equals_the_wheels_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shift_tolerant_lpips_and_its_gradient_equal_the_wheels_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("torchsummary", "IPython"):  # which its wheel imports, but neither names nor needs here
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(summary=None, embed=None))
     from stlpips_pytorch import stlpips
@@ -176,6 +178,9 @@ def test_shift_tolerant_lpips_equals_the_wheels_own_code(monkeypatch: pytest.Mon
         with torch.no_grad():
             expected = reference(reconstructed.clamp(-1, 1), real).flatten()
         torch.testing.assert_close(metrics.per_image["st_lpips"].float(), expected, rtol=1e-5, atol=1e-6)
+        x = reconstructed.clamp(-1, 1).requires_grad_()
+        ours, theirs = (torch.autograd.grad(f(x, real).sum(), x)[0] for f in (metrics.lpips.net, reference))
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.01  # ours is bounded where no channel is active
 
 
 @for_each(("net", "side"), [("st-vgg", 18), ("st-alex", 21)])
