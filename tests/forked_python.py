@@ -1,19 +1,31 @@
 """`forked_python.py OUTPUT ARGUMENTS` runs `python ARGUMENTS` in a fork of the server, here, in this environment.
 
-It is for what starts a process by itself, as Jupyter does, and ends as that does. What the fork writes goes to OUTPUT.
+It is for what starts a process by itself, as Jupyter and the app do, and ends as that does. What the fork writes goes
+to OUTPUT, and from there to this one's output once it has ended. SIGINT and SIGTERM are passed on to it.
 """
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import fork_server
 
+
+def number() -> int:
+    return int(fork_server.NUMBER.unpack(server.recv(fork_server.NUMBER.size, socket.MSG_WAITALL))[0])
+
+
 output, *arguments = sys.argv[1:]
+arguments = [argument for argument in arguments if argument != "-u"]  # a fork writes each line at once
 Path(output).touch()
 with fork_server.connect() as server:
     server.sendall(f"{json.dumps([arguments, str(Path.cwd()), dict(os.environ), output])}\n".encode())
-    pid, status = (fork_server.NUMBER.unpack(server.recv(fork_server.NUMBER.size, socket.MSG_WAITALL))[0] for _ in "12")
+    pid = number()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda received, _: os.kill(pid, received))
+    status = number()
+print(Path(output).read_text(), end="")
 sys.exit(status)

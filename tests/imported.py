@@ -12,8 +12,8 @@ import torchmetrics.image  # noqa: F401
 import transformers.models.bert.modeling_bert  # noqa: F401
 
 import train_ldm  # noqa: F401
-from ldm.data import check, stream  # noqa: F401
-from ldm.models import latent_plots  # noqa: F401
+from ldm.data import check, openmoji, stream  # noqa: F401
+from ldm.models import latent_plots, text_encoder, text_encoder_files  # noqa: F401
 from ldm.training import memory_estimate, preflight  # noqa: F401
 from ldm.training.throughput import matmul_peak
 from scripts import evaluate, txt2img  # noqa: F401
@@ -23,5 +23,8 @@ from stage2_diffusion.distillation import train as distillation_train  # noqa: F
 
 for dtype in (torch.float32, torch.bfloat16):
     matmul_peak(torch.device("cpu"), dtype)  # half a second, which each run would take
+# what transformers and the captions of the drawings make once a process takes half a second
+text_encoder.load(text_encoder_files.MINILM, 8)
+openmoji.drawings("openmoji-demo")
 gc.collect()
 gc.freeze()  # in a fork, garbage collection neither visits nor copies what was imported

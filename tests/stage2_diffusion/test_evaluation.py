@@ -117,6 +117,7 @@ def test_two_processes_evaluate_as_the_command_does(
         f"stage1.pretrained={tiny_run / 'autoencoder'}",
         "stage2.steps=2",
         "sample.prompts=[]",
+        "sample.steps=2",
         "stage2.evaluate.images=18",
     )
     finish(launch("train_ldm.py", *TINY, f"run.dir={tmp_path / 'run'}", *EVALUATE, *more, processes=2))

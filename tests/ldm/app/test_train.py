@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode
 
+import fork_server
 import psutil
 import pytest
 from app_runs import write_configuration
@@ -42,6 +43,16 @@ def runs(tmp_path: Path, words: Path, root: Path, monkeypatch: pytest.MonkeyPatc
     for run in folder.iterdir():
         if (record := Record.read(run)) and (process := record.process):
             process.kill()
+
+
+@pytest.fixture
+def forking_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sys.executable` runs its arguments in a fork, which has imported everything already."""
+    fork_server.start()
+    python, runner = tmp_path / "python", Path(fork_server.__file__).with_name("forked_python.py")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{runner}" "{tmp_path}/$$.txt" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
 
 
 def script() -> None:
@@ -311,6 +322,7 @@ def test_an_estimate_that_is_broken_off_leaves_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking_python")
 def test_a_training_is_estimated_started_watched_and_stopped(
     runs: Path, three_shapes: Callable[[list[str]], Path]
 ) -> None:
@@ -329,8 +341,9 @@ def test_a_training_is_estimated_started_watched_and_stopped(
     other = page()  # of another tab
     assert app.session_state["train-view"] == other.session_state["train-view"] == "Runs"
     other.session_state["train-view"] = "New training"
-    press(other.run(), "Start training")
-    assert len(errors(other)) == 1 and f"{run} is being trained" in errors(other)[0]
+    other.run().text_input(key="train-name").set_value("second").run()
+    press(other, "Start training")
+    assert len(errors(other)) == 1 and f"{run} is being trained, and a second" in errors(other)[0]
 
     wait_until(lambda: (run / "stage1/metrics.jsonl").exists() or not processes.is_running(run))
     assert app.run().metric[0].label == "Images a second" and not errors(app)

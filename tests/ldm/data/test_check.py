@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from of_config import indexed
 from PIL import Image
+from tiny import WORDS
 
 from ldm.config import loader
 from ldm.config.schema import BucketConfig
@@ -15,7 +16,7 @@ from ldm.data import check
 from ldm.data.buckets import Buckets
 from ldm.data.check import near_duplicates
 from ldm.data.crops import crop_resize
-from ldm.models import text_encoder, text_encoder_files
+from ldm.models import text_encoder
 from scripts import check_data
 
 
@@ -41,6 +42,7 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
     return [
         "--config",
         str(root / "configs/tiny.yaml"),
+        f"text.model=${WORDS}",
         f"data.source={folder}",
         f"run.dir={folder.parent / 'run'}",
         "data.buckets={step: 8}",
@@ -52,7 +54,7 @@ def arguments(root: Path, folder: Path, *more: str) -> list[str]:
 def compute_facts(root: Path, folder: Path) -> Callable[[], dict[str, object]]:
     def compute() -> dict[str, object]:
         config = loader.load(arguments(root, folder)[1], arguments(root, folder)[2:])
-        return check.facts(indexed(config), text_encoder.load(text_encoder_files.MINILM, 16), config.text.model)
+        return check.facts(indexed(config), text_encoder.load(config.text.model, 16), config.text.model)
 
     return compute
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from cases import for_each
 from PIL import ExifTags, Image
+from tiny import TINY
 
 from ldm.config.schema import SourceConfig
 from ldm.data.formats import FORMATS
@@ -157,14 +158,14 @@ def test_an_extension_of_a_toml_is_found_in_any_case_and_its_absence_is_seen(ext
     ],
 )
 def test_an_image_of_a_phone_names_its_package_in_a_tar_a_row_and_a_folder(
-    name: str, data: bytes, package: str, root: Path, tmp_path: Path
+    name: str, data: bytes, package: str, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "0.tar", {name: data, "a.txt": b"a dog"})
     pq.write_table(pa.table({"image": [data], "text": ["a dog"]}), tmp_path / "0.parquet")
     write(tmp_path / "data", {name: data, "a.txt": "a dog", "b.png": "", "b.txt": "a cat"})
     for source in ("0.tar", "0.parquet", "data"):
-        run, config = tmp_path / f"run-{source}", str(root / "configs/tiny.yaml")
-        assert check_data.main(["--config", config, f"data.source={tmp_path / source}", f"run.dir={run}"]) == 1
+        run = tmp_path / f"run-{source}"
+        assert check_data.main([*TINY, f"data.source={tmp_path / source}", f"run.dir={run}"]) == 1
         (bad,) = json.loads((run / "data-report.json").read_text())["list"]
         assert f"pip install {package}" in bad["fix"]
 
@@ -353,10 +354,10 @@ def test_a_csv_row_that_is_not_of_its_header_is_bad(row: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("fraction", ["0.999999", "0.9999999"])
 def test_a_share_that_holds_out_every_image_is_named(
-    fraction: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fraction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "data", {"a.png": "", "a.txt": "a dog"})
-    config = ["--config", str(root / "configs/tiny.yaml"), f"data.source={source}", f"run.dir={tmp_path / 'run'}"]
+    config = [*TINY, f"data.source={source}", f"run.dir={tmp_path / 'run'}"]
     assert check_data.main([*config, f"data.val_fraction={fraction}"]) == 1
     output = capsys.readouterr().out.splitlines()
     assert output[-2] == "balance    1 good, 0 bad, 0 left out = 1 seen"

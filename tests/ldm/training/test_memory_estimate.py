@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import ScriptProcess, of_accelerate
+from tiny import WORDS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -51,6 +52,7 @@ SHAPE: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 SMALL = ("stage2.channels=[8]", "stage2.attention=[true]", "stage2.norm_num_groups=4", "stage2.attention_head_dim=4")
+TINY = ("tiny", *SMALL, f"text.model=${WORDS}")
 Inputs = tuple[torch.Tensor, torch.Tensor, Condition]
 
 
@@ -286,9 +288,7 @@ def test_small_moments_stay_in_32_bits_and_others_have_a_scale_for_256() -> None
 
 def test_a_text_encoder_that_is_trained_has_gradients_but_for_what_no_state_depends_on(root: Path, words: Path) -> None:
     frozen, trained = (
-        estimate_memory(
-            settings(root, "tiny", *SMALL, f"text.model={words}", "text.max_tokens=8", f"text.train={train}")
-        )
+        estimate_memory(settings(root, *TINY, "text.max_tokens=8", f"text.train={train}"))
         for train in ("false", "true")
     )
     encoder = text_encoder.load(str(words), 8)
@@ -342,7 +342,7 @@ def test_every_autoencoder_can_be_counted(root: Path, model: str) -> None:
 @pytest.mark.parametrize("conditions", ["[]", "[class]", "[text, class]", "[text, size]", "[text, inpaint]"])
 def test_a_model_of_any_conditions_can_be_counted(root: Path, conditions: str) -> None:
     keys = f"stage2.conditions={conditions}", "stage2.pooled_text=false"
-    estimate = estimate_memory(settings(root, "tiny", *SMALL, *keys))
+    estimate = estimate_memory(settings(root, *TINY, *keys))
     assert estimate.step > 0 and estimate.between > 0
 
 
@@ -356,7 +356,7 @@ def test_as_many_images_are_counted_as_a_sheet_has(root: Path, conditions: str, 
 
 
 def test_gradients_stay_between_steps_under_ddp_only(root: Path) -> None:
-    config = settings(root, "tiny", *SMALL)
+    config = settings(root, *TINY)
     single, ddp, fsdp = (estimate_memory(config, *options) for options in ((1, True), (2, False), (2, True)))
     assert {row.name.removesuffix(", 1/2") for row in fsdp.rows} > {row.name for row in ddp.rows}
     kept = [row.between for estimate in (single, ddp, fsdp) for row in estimate.rows if "gradients, f" in row.name]
@@ -376,7 +376,7 @@ def test_a_unet_that_is_loaded_is_counted_as_it_is(root: Path, tmp_path: Path) -
 def test_without_a_cache_images_are_encoded_in_a_step(root: Path) -> None:
     keys = "stage1.channels=[64, 64]", "stage1.norm_num_groups=8", "stage2.batch=2"
     cached, uncached = (
-        estimate_memory(settings(root, "tiny", *SMALL, *keys, f"data.cache={kind}")) for kind in ("disk", "none")
+        estimate_memory(settings(root, *TINY, *keys, f"data.cache={kind}")) for kind in ("disk", "none")
     )
     assert uncached.step > cached.step
     assert uncached.between == cached.between

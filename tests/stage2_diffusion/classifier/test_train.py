@@ -230,7 +230,7 @@ def test_a_run_that_a_classifier_cannot_be_trained_on_is_refused_in_one_line(
             Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(folder / f"{i}.png")
     if "data.source" in changes:
         changes = {**changes, "data.source": [{"path": str(tmp_path / changes["data.source"][0]["path"])}]}
-    run = write_run_like(tiny_run, tmp_path / "run", changes)
+    run = write_run_like(tiny_run, tmp_path / "run", {"data.cache_dir": str(tiny_run / "cache"), **changes})
     output = call(train.main, run, "--out", tmp_path / "out", *KEYS, status=2)
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert message in line
