@@ -14,7 +14,7 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales, means
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import LatentStatistics
 from ldm.training.trackers import log_image
@@ -40,13 +40,16 @@ def amplified_difference(rebuilt: torch.Tensor, original: torch.Tensor) -> torch
 
 @torch.no_grad()
 def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: int) -> dict[str, float]:
-    """Means of PSNR, SSIM, MS-SSIM (if images are large enough) and colour bias in 1/255; processes share the work."""
+    """Means of PSNR, SSIM, MS-SSIM (if images are large enough), colour bias, flat areas' deviation and edges' width.
+
+    Processes share the work.
+    """
     sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
     own = ReconstructionMetrics(max_scales(min(sides)))
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
-    return {name: float(torch.cat([part[name] for part in parts]).nanmean()) for name in parts[0]}
+    return means({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def share(data: Index | Stream, trainer: Trainer, workers: int) -> Iterator[torch.Tensor]:
@@ -71,8 +74,8 @@ def while_training(data: Index | Stream, config: Config, trainer: Trainer, vae: 
         rebuild = rebuild_with(vae, trainer.device)
         if (held := held_out_splits(data).get("held_out")) is not None:
             held = held.subset(config.stage1.evaluate_images)
-            means = figures(held, rebuild, trainer, config.data.workers)
-            trainer.log_values({f"held_out_{name}": value for name, value in means.items()})
+            measured = figures(held, rebuild, trainer, config.data.workers)
+            trainer.log_values({f"held_out_{name}": value for name, value in measured.items()})
         write_sheet(data, rebuild, trainer)
 
 

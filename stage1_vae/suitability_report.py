@@ -24,6 +24,8 @@ COLUMNS = {
     "lpips": ("LPIPS", ".3f"),
     "st_lpips": ("ST-LPIPS", ".3f"),
     "rfid": ("rFID", ".1f"),
+    "flat": ("flat σ", ".2f"),
+    "edge": ("edge width", ".2f"),
     "red": ("R bias", "+z.1f"),
     "green": ("G bias", "+z.1f"),
     "blue": ("B bias", "+z.1f"),

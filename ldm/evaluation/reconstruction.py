@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ldm.evaluation.sharpness import edge_width, flat_deviation
+
 if TYPE_CHECKING:  # torchmetrics takes a second to import, so it is imported only where it is used
     from torchmetrics import Metric
 
@@ -32,7 +34,8 @@ class ReconstructionMetrics:
             metrics.add(x, autoencoder.decode(autoencoder.encode(x)))
         metrics.means()
 
-    PSNR in dB, SSIM, and the colour bias: mean signed error of each channel, reconstructed less real, in 1/255. Also
+    PSNR in dB, SSIM, and the colour bias: mean signed error of each channel, reconstructed less real, in 1/255; the
+    deviation of flat areas in 1/255, `flat`, and the width of edges, `edge` (`ldm.evaluation.sharpness`). Also
     MS-SSIM if `scales` is 2 … 5 (`max_scales`), LPIPS and rFID if their metrics are passed
     (`ldm.models.feature_networks`); shift-tolerant LPIPS is `st_lpips`.
     A reconstruction with NaN or Inf is counted as `nonfinite` and has NaN for every metric.
@@ -63,6 +66,7 @@ class ReconstructionMetrics:
         if self.lpips is not None:
             metrics[getattr(self.lpips, "figure", "lpips")] = self.lpips(reconstructed, real)
             self.lpips.reset()  # or it would accumulate every batch
+        metrics |= {"flat": flat_deviation(reconstructed, real), "edge": edge_width(reconstructed, real)}
         bias = (reconstructed - real).mean((2, 3)) * 255  # (N, 3)
         metrics |= dict(zip(COLOURS, bias.T, strict=True))
         metrics = {
@@ -83,11 +87,20 @@ class ReconstructionMetrics:
         return {name: torch.cat(batches) for name, batches in self._batches.items()}
 
     def means(self) -> dict[str, float]:
-        """Each metric's mean over the finite reconstructions, and rFID, which is a metric of the whole set."""
-        metrics = {name: float(values.nanmean()) for name, values in self.per_image.items()}
+        """Each metric's mean over the finite reconstructions, and rFID, which is a metric of the whole set.
+
+        `flat` and `edge` are those of the images that have flat areas and edges, and missing where none has.
+        """
+        metrics = means(self.per_image)
         if self.fid is not None and self.count - self.nonfinite > 1:
             metrics["rfid"] = float(self.fid.compute())
         return metrics
+
+
+def means(per_image: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each metric's `(N,)` over the images that have it; without `flat` or `edge` where none has."""
+    by_name = {name: float(values.nanmean()) for name, values in per_image.items()}
+    return {name: value for name, value in by_name.items() if name not in ("flat", "edge") or not math.isnan(value)}
 
 
 class Bicubic:

@@ -1,0 +1,56 @@
+"""Flat areas and edges, against their closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.evaluation.reconstruction import ReconstructionMetrics
+from ldm.evaluation.sharpness import edge_width, flat_deviation
+
+
+def halves(side: int = 32) -> torch.Tensor:
+    """An image whose right half is white, the left one black."""
+    return (torch.arange(side) >= side // 2).float().expand(1, 3, side, side).contiguous()
+
+
+def test_the_deviation_of_flat_areas_is_that_of_the_noise_on_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.full((1, 3, 128, 128), 0.5)
+    noise = 0.02 * torch.randn(real.shape, generator=generator)
+    within = 255 * 0.02 * (24 / 25) ** 0.5  # a window of 25 pixels has its own mean
+    assert float(flat_deviation(real + noise, real)) == pytest.approx(within, rel=0.02)
+    assert float(flat_deviation(real, real)) == float(flat_deviation(real + 0.1, real)) == 0
+
+
+def test_two_pixels_on_each_side_of_an_edge_are_no_flat_area() -> None:
+    real = halves()
+    near, far = real.clone(), real.clone()
+    near[..., 14:18] = torch.rand(1, 3, 32, 4)
+    far[..., 13] = 0.1
+    assert float(flat_deviation(near, real)) == 0
+    assert float(flat_deviation(far, real)) > 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_a_blur_by_a_box_makes_an_edge_as_wide_as_the_box(width: int, transposed: bool) -> None:
+    real = halves()
+    padded = F.pad(real, (width // 2, width // 2, 0, 0), mode="replicate")
+    blurred = F.avg_pool2d(padded, (1, width), 1)
+    if transposed:
+        real, blurred = real.mT, blurred.mT
+    assert float(edge_width(blurred, real)) == pytest.approx(width, rel=1e-5)
+
+
+def test_images_without_flat_areas_or_edges_do_not_count() -> None:
+    noise, flat = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 32, 32)
+    assert flat_deviation(noise, noise).isnan() and edge_width(flat, flat).isnan()
+    small = halves(7)
+    assert flat_deviation(small, small).isnan() and edge_width(small, small).isnan()
+    metrics = ReconstructionMetrics()
+    metrics.add(2 * noise - 1, 2 * noise - 1)
+    assert "flat" not in metrics.means()
+    metrics.add(2 * halves() - 1, 2 * halves() - 1)
+    assert metrics.means()["flat"] == 0 and metrics.means()["edge"] == 1
