@@ -16,13 +16,16 @@ MONOTONE = 1.05  # the most that differences across an edge may add up to, of it
 def flat_deviation(rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Standard deviation of `rebuilt` within windows in and around which `real` has one colour, `(N,)`, in 1/255.
 
-    Both `(N, 3, H, W)` in [0, 1]. 0 is as flat as the original; NaN where an image has no such window.
+    Both `(N, 3, H, W)` in [0, 1]. White and black do not count: clipped values are flat. 0 is as flat as the original;
+    NaN where an image has no such window.
     """
     outer = WINDOW + 2 * MARGIN
     if min(real.shape[2:]) < outer:
         return torch.full((len(real),), torch.nan)
     spread = F.max_pool2d(real, outer, 1) + F.max_pool2d(-real, outer, 1)  # largest less smallest, (N, 3, H', W')
-    flat = (spread <= FLAT).all(1)  # (N, H', W')
+    colour = F.avg_pool2d(real, outer, 1)
+    clipped = (colour <= FLAT).all(1) | (colour >= 1 - FLAT).all(1)
+    flat = (spread <= FLAT).all(1) & ~clipped  # (N, H', W')
     inner = rebuilt[..., MARGIN:-MARGIN, MARGIN:-MARGIN].double()
     mean, mean_square = (F.avg_pool2d(x, WINDOW, 1) for x in (inner, inner.square()))
     variance = (mean_square - mean.square()).clamp_min(0).mean(1)

@@ -11,8 +11,8 @@ from ldm.evaluation.sharpness import edge_width, flat_deviation
 
 
 def halves(side: int = 32) -> torch.Tensor:
-    """An image whose right half is white, the left one black."""
-    return (torch.arange(side) >= side // 2).float().expand(1, 3, side, side).contiguous()
+    """An image whose right half is light grey, the left one dark."""
+    return (0.2 + 0.6 * (torch.arange(side) >= side // 2)).expand(1, 3, side, side).contiguous()
 
 
 def test_the_deviation_of_flat_areas_is_that_of_the_noise_on_them() -> None:
@@ -28,7 +28,7 @@ def test_two_pixels_on_each_side_of_an_edge_are_no_flat_area() -> None:
     real = halves()
     near, far = real.clone(), real.clone()
     near[..., 14:18] = torch.rand(1, 3, 32, 4)
-    far[..., 13] = 0.1
+    far[..., 13] = 0.1  # one pixel further away
     assert float(flat_deviation(near, real)) == 0
     assert float(flat_deviation(far, real)) > 0
 
@@ -42,6 +42,12 @@ def test_a_blur_by_a_box_makes_an_edge_as_wide_as_the_box(width: int, transposed
     if transposed:
         real, blurred = real.mT, blurred.mT
     assert float(edge_width(blurred, real)) == pytest.approx(width, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_white_and_black_are_no_flat_colours(value: float) -> None:
+    real = torch.full((1, 3, 32, 32), value)
+    assert flat_deviation(torch.rand(1, 3, 32, 32), real).isnan()
 
 
 def test_images_without_flat_areas_or_edges_do_not_count() -> None:
