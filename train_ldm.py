@@ -247,9 +247,11 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
         on_main(lambda: (folder / preflight.FILE).unlink(missing_ok=True))  # of another time, with another load
         data = load_data(settings, encoder)
         for name in stages:
-            report = measure(settings, name, data, encoder, budget.MEASURED_STEPS)
-            if not on_main(partial(preflight.measured, settings, name)):
+            report = measure(settings, name, data, encoder)
+            if not (need := on_main(partial(preflight.measured, settings, name))):
                 raise UserError(f"--budget: {report}; set the steps of both stages yourself")
+            if (steps := budget.steps_to_measure(need.step, minutes)) > preflight.STEPS:
+                measure(settings, name, data, encoder, steps, anew=True)
 
         def choose() -> budget.Plan:
             needs = {name: need for name in stages if (need := preflight.measured(settings, name))}
@@ -266,7 +268,14 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
     return plan.apply(settings)
 
 
-def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyTextEncoder | None, steps: int = 2) -> str:
+def measure(
+    settings: Config,
+    stage: str,
+    data: Index | Stream,
+    encoder: AnyTextEncoder | None,
+    steps: int = 2,
+    anew: bool = False,
+) -> str:
     """A line on the cost of `stage1` or `stage2`, from some steps; an untrained autoencoder has random weights."""
     import torch
 
@@ -289,7 +298,7 @@ def measure(settings: Config, stage: str, data: Index | Stream, encoder: AnyText
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)
-    report = preflight.measure(settings, stage, data, train, steps)
+    report = preflight.measure(settings, stage, data, train, steps, anew)
     if encoder:
         encoder.to(torch.device("cpu"))  # stage one, which may come first, needs its memory
     return report

@@ -103,7 +103,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="data: of each measurement of reading (5); quality: of stage two (600)"
     )
-    parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="quality: of the trainings, such as 0,1,2")
+    parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="quality: of the trainings, such as 0,1,2")
     parser.add_argument("--out", type=Path, help="quality: the trainings' folder; the same command continues")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
@@ -112,7 +112,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", "--beside", default="", metavar="ROW", help=baseline)  # --beside: former name
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example data.source=FOLDER")
     args = parser.parse_intermixed_args(arguments)
-    args.seconds = args.seconds or (600.0 if args.what == "quality" else 5.0)
+    if args.seconds is None:
+        args.seconds = 600.0 if args.what == "quality" else 5.0
+    if args.seconds <= 0:
+        raise UserError(f"--seconds: {args.seconds:g}; give more than 0")
     for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
         if (value := getattr(args, key)) is not None and value < least:
             reason = ", of which the first two aren't measured" if key == "steps" else ""
@@ -120,8 +123,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; give numbers, such as 0,1,2") from None
 
 
 if __name__ == "__main__":

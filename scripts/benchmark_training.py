@@ -33,7 +33,6 @@ from ldm.models import text_encoder, unet
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import AnyTextEncoder
 from ldm.training.throughput import TRAINING, forward_flops, matmul_peak
-from ldm.utils.errors import UserError
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.train import train
 
@@ -54,12 +53,7 @@ def compare_training(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints a line per row: by default the reference with its defaults, with our precision, and our own loop."""
     settings = loader.load(args.config, overrides)
     stage, default, device = settings.stage2, precision(settings.run), join(settings.run).device
-    supported = stage.variance == "fixed" and not settings.text.train
-    if not supported or stage.conditions != ("text",) or settings.stage1.family != "kl":
-        raise UserError(
-            "train: the reference knows text from a frozen encoder, latents of an AutoencoderKL and a fixed variance; "
-            "set stage2.conditions=[text] text.train=false stage2.variance=fixed stage1.model=kl"
-        )
+    reference_loop.check(settings, "train")
     rows = parse_rows(args.rows or "reference-no,reference,ours", tuple(LOOPS), default)
     if not settings.data.cache_dir:
         overrides = [*overrides, f"data.cache_dir={settings.run.dir}/cache"]

@@ -14,7 +14,7 @@ from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.stream import Stream
-from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales, means
+from ldm.evaluation.reconstruction import ReconstructionMetrics, max_scales, mean_metrics
 from ldm.models.autoencoder import Autoencoder, encode_posterior, split_batch
 from ldm.models.latent_statistics import LatentStatistics
 from ldm.training.trackers import log_image
@@ -49,7 +49,7 @@ def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: i
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())
     parts = [part for part in gather_object([own.per_image]) if part]
-    return means({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return mean_metrics({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def share(data: Index | Stream, trainer: Trainer, workers: int) -> Iterator[torch.Tensor]:

@@ -31,17 +31,29 @@ def prompt_following(
     top5: it is among the k nearest. Prompts for people also have role (the nearest image shows the same role),
     role+tone (and exactly the same tone), and role+tone near (and the same or an adjacent tone).
     """
+    scores = prompt_scores(neighbors, targets, records)
+    return {name: float(values.nanmean()) for name, values in scores.items()}
+
+
+def prompt_scores(
+    neighbors: torch.Tensor, targets: Sequence[int], records: Sequence[Record] | Index
+) -> dict[str, torch.Tensor]:
+    """The scores of `prompt_following` of each image, `(N,)`: 1 or 0, and NaN for people's where it shows none."""
     hits = neighbors.cpu() == torch.as_tensor(targets)[:, None]
-    scores = {"top1": float(hits[:, 0].float().mean()), "top5": float(hits.any(1).float().mean())}
-    nearest = [records[int(i)].attributes for i in neighbors[:, 0]]
-    described = [records[i].attributes for i in targets]
-    people = [pair for pair in zip(nearest, described, strict=True) if pair[1].get("role")]
-    if people:
-        same_role = torch.tensor([neighbor.get("role") == target["role"] for neighbor, target in people])
-        distance = torch.tensor([_tone_distance(neighbor, target) for neighbor, target in people])
-        scores["role"] = float(same_role.float().mean())
-        scores["role+tone"] = float((same_role & (distance == 0)).float().mean())
-        scores["role+tone near"] = float((same_role & (distance <= 1)).float().mean())
+    scores = {"top1": hits[:, 0].float(), "top5": hits.any(1).float()}
+    pairs = [(records[int(i)].attributes, records[t].attributes) for i, t in zip(neighbors[:, 0], targets, strict=True)]
+    people = torch.tensor([bool(target.get("role")) for _, target in pairs])
+    if people.any():
+        same_role = torch.tensor([nearest.get("role") == target.get("role") for nearest, target in pairs])
+        distance = torch.tensor(
+            [_tone_distance(nearest, target) if target.get("role") else 0 for nearest, target in pairs]
+        )
+        named = {
+            "role": same_role,
+            "role+tone": same_role & (distance == 0),
+            "role+tone near": same_role & (distance <= 1),
+        }
+        scores |= {name: right.float().masked_fill(~people, torch.nan) for name, right in named.items()}
     return scores
 
 

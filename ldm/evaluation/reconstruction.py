@@ -91,13 +91,13 @@ class ReconstructionMetrics:
 
         `flat` and `edge` are those of the images that have flat areas and edges, and missing where none has.
         """
-        metrics = means(self.per_image)
+        metrics = mean_metrics(self.per_image)
         if self.fid is not None and self.count - self.nonfinite > 1:
             metrics["rfid"] = float(self.fid.compute())
         return metrics
 
 
-def means(per_image: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def mean_metrics(per_image: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The mean of each metric's `(N,)` over the images that have it; without `flat` or `edge` where none has."""
     by_name = {name: float(values.nanmean()) for name, values in per_image.items()}
     return {name: value for name, value in by_name.items() if name not in ("flat", "edge") or not math.isnan(value)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -16,46 +18,51 @@ MONOTONE = 1.05  # the most that differences across an edge may add up to, of it
 def flat_deviation(rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Standard deviation of `rebuilt` within windows in and around which `real` has one colour, `(N,)`, in 1/255.
 
-    Both `(N, 3, H, W)` in [0, 1]. White and black do not count: clipped values are flat. 0 is as flat as the original;
-    NaN where an image has no such window.
+    Both `(N, 3, H, W)` in [0, 1]. A channel that is 0 or 1 does not count: clipped values are flat. 0 is as flat as the
+    original; NaN where an image has no such window.
     """
     outer = WINDOW + 2 * MARGIN
     if min(real.shape[2:]) < outer:
-        return torch.full((len(real),), torch.nan)
+        return real.new_full((len(real),), torch.nan)
     spread = F.max_pool2d(real, outer, 1) + F.max_pool2d(-real, outer, 1)  # largest less smallest, (N, 3, H', W')
-    colour = F.avg_pool2d(real, outer, 1)
-    clipped = (colour <= FLAT).all(1) | (colour >= 1 - FLAT).all(1)
-    flat = (spread <= FLAT).all(1) & ~clipped  # (N, H', W')
-    inner = rebuilt[..., MARGIN:-MARGIN, MARGIN:-MARGIN].double()
-    mean, mean_square = (F.avg_pool2d(x, WINDOW, 1) for x in (inner, inner.square()))
-    variance = (mean_square - mean.square()).clamp_min(0).mean(1)
-    return 255 * _mean_where(variance, flat).sqrt()
+    value = F.avg_pool2d(real, outer, 1)
+    flat = (spread <= FLAT).all(1, keepdim=True) & (value > FLAT) & (value < 1 - FLAT)
+    inner = rebuilt[..., MARGIN:-MARGIN, MARGIN:-MARGIN].cpu().double()  # float32 would lose the squares' difference
+    variance = F.avg_pool2d(inner.square(), WINDOW, 1) - F.avg_pool2d(inner, WINDOW, 1).square()
+    return (255 * _mean_where(variance.clamp_min(0), flat.cpu()).sqrt()).to(real)
 
 
 def edge_width(rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """How many times as wide edges are in `rebuilt` as in `real`, per image `(N,)`; 1 is as sharp.
+    """How many times as wide edges are in `rebuilt` as in `real`, per image `(N,)`; 1 is as sharp, 8 the most.
 
     Both `(N, 3, H, W)` in [0, 1]. An edge is a row or column of 8 pixels of one channel of `real` that only rises or
-    only falls, by half of the range at least, and most in its middle. Its width is its contrast over its steepest step,
-    in pixels. NaN where an image has no edge.
+    only falls, by half of the range at least, and most in its middle. Its width in an image is the contrast of `real`
+    over the steepest step of the image in the same direction, in pixels: an edge that fades is wide. NaN where an image
+    has no edge.
     """
     if min(real.shape[2:]) < PROFILE:
-        return torch.full((len(real),), torch.nan)
-    widths, weights = [], []
-    for axis in (2, 3):
-        original, profile = (x.unfold(axis, PROFILE, 1).flatten(1, 3) for x in (real, rebuilt))  # (N, P, 8)
-        difference = original.diff(dim=2).abs()
-        contrast = original.amax(2) - original.amin(2)
-        monotone = difference.sum(2) <= MONOTONE * contrast
-        weights.append((contrast >= STEP) & monotone & (difference.argmax(2) == PROFILE // 2 - 1))
-        widths.append(_width(profile) / _width(original))
-    return _mean_where(torch.cat(widths, 1), torch.cat(weights, 1))
+        return real.new_full((len(real),), torch.nan)
+    return torch.stack([_edge_width(*pair) for pair in zip(rebuilt, real, strict=True)])
 
 
-def _width(profile: torch.Tensor) -> torch.Tensor:
-    """Pixels that the contrast of profiles `(N, P, 8)` takes at their steepest step, `(N, P)`; at most 8."""
-    contrast, steepest = profile.amax(2) - profile.amin(2), profile.diff(dim=2).abs().amax(2)
-    return (contrast / steepest.clamp_min(1e-6)).clamp(1, PROFILE)
+def _edge_width(rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """That of one image, `(3, H, W)`."""
+    ratios = []
+    for axis in (1, 2):
+        steps, original = rebuilt.diff(dim=axis), real.diff(dim=axis)  # windows of 7 differences are 8 pixels
+        rise = _windows(original, axis, lambda x: x.sum(-1))
+        total = _windows(original, axis, lambda x: x.abs().sum(-1))
+        middle = original.abs().narrow(axis, PROFILE // 2 - 1, rise.shape[axis])
+        steepest = _windows(original, axis, lambda x: x.abs().amax(-1))
+        edge = (rise.abs() >= STEP) & (total <= MONOTONE * rise.abs()) & (middle >= steepest)
+        same_direction = _windows(steps, axis, lambda x: x.amax(-1)), _windows(-steps, axis, lambda x: x.amax(-1))
+        rebuilt_steepest = torch.where(rise > 0, *same_direction)[edge]
+        ratios.append(steepest[edge] / torch.maximum(rebuilt_steepest, steepest[edge] / PROFILE))
+    return torch.cat(ratios).mean()
+
+
+def _windows(x: torch.Tensor, axis: int, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return reduce(x.unfold(axis, PROFILE - 1, 1))
 
 
 def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

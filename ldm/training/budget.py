@@ -19,12 +19,12 @@ import psutil
 from ldm.config.loader import dump, parse
 from ldm.config.schema import BudgetPoint, Config
 from ldm.training.evaluation_sizes import sheet_images
-from ldm.training.preflight import ResourceEstimate, format_time
+from ldm.training.preflight import STEPS, ResourceEstimate, format_time
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 FILE = "plan.json"
-MEASURED_STEPS = 24  # a few seconds each: the first steps of a process are faster than later ones
+MEASURED_STEPS, MEASURED_SHARE = 24, 0.02  # a process's first steps are faster than later ones; of the budget, at most
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
@@ -165,6 +165,11 @@ class LoadWatch:
         if abs(ratio - 1) <= TOLERANCE:
             return f"steps take as long as planned again; {left} are left"
         return f"the load has changed: steps take {ratio:.0%} of the time that was planned; {left} are left"
+
+
+def steps_to_measure(step: float, minutes: float) -> int:
+    """So many that they take a small share of the budget, where one takes `step` seconds; the preflight's at least."""
+    return max(STEPS, min(MEASURED_STEPS, int(MEASURED_SHARE * 60 * minutes / step)))
 
 
 def seconds_since_start() -> float:

@@ -93,14 +93,17 @@ class ResourceEstimate:
         )
 
 
-def measure(config: Config, stage: str, data: Index | Stream, train: Train, steps: int = STEPS) -> str:
+def measure(
+    config: Config, stage: str, data: Index | Stream, train: Train, steps: int = STEPS, anew: bool = False
+) -> str:
     """A line on what `stage` needs, or why it isn't measured. It is kept in the run's folder for the same machine.
 
-    Measured are `steps` steps without the first, which warms up. UserError where one doesn't fit in the GPU's memory.
+    Measured are `steps` steps without the first, which warms up; with `anew`, also where the folder has a measurement.
+    UserError where a step doesn't fit in the GPU's memory.
     """
     state = join(config.run)
     done = steps_done(config.run.dir / stage)
-    if estimate := on_main(lambda: measured(config, stage)):
+    if not anew and (estimate := on_main(lambda: measured(config, stage))):
         return estimate.describe(config, stage, done)
     if too_little := on_main(lambda: _lacks_memory(config, stage)):
         return too_little

@@ -11,14 +11,21 @@ from pathlib import Path
 import benchmark
 import benchmark_quality
 import pytest
+import reference_loop
+import torch
 from benchmark_quality import OURS, REFERENCE, Point, interval, table, time_to_reach
 from PIL import Image
 
+from ldm.diffusion.process import DiffusionProcess
+from ldm.models import text_encoder
 from ldm.models.autoencoder import Autoencoder
+from ldm.sampling.solvers import scheduler
 
 
-def point(row: str, seconds: float, share: float, seed: int = 0, count: int = 100) -> Point:
-    return Point(row, seed, seconds / 100, seconds, 10, 2.0, {"training captions": (share, count)})
+def point(row: str, seconds: float, right: int, seed: int = 0, count: int = 100) -> Point:
+    """Of so many prompts with an image each, of which the first ones are right."""
+    scores = {f"prompt {i}": [float(i < right)] for i in range(count)}
+    return Point(row, seed, seconds / 100, seconds, 10, 2.0, {"training captions": scores})
 
 
 def test_the_time_to_reach_a_share_is_interpolated_in_the_logarithm_of_time() -> None:
@@ -30,22 +37,43 @@ def test_the_time_to_reach_a_share_is_interpolated_in_the_logarithm_of_time() ->
     assert time_to_reach(times, values, 0.9) is None
 
 
-def test_an_interval_is_that_of_all_seeds_images_together() -> None:
-    value, low, high = interval([point("ours", 1, 0.5, 0, 10), point("ours", 1, 0.7, 1, 30)], "training captions")
-    assert value == pytest.approx(26 / 40)
+def test_an_interval_is_of_other_prompts_however_often_each_is_drawn() -> None:
+    once = interval([point("ours", 1, 26, 0, 40)], "training captions")
     z, n, p = 1.959964, 40, 26 / 40  # Wilson's interval
     centre, margin = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert [low, high] == pytest.approx([(centre - margin) / (1 + z * z / n), (centre + margin) / (1 + z * z / n)])
+    assert once == pytest.approx((p, (centre - margin) / (1 + z * z / n), (centre + margin) / (1 + z * z / n)))
+    value, low, high = interval([point("ours", 1, 26, seed, 40) for seed in range(9)], "training captions")
+    assert value == pytest.approx(once[0]) and high - low == pytest.approx(once[2] - once[1], rel=0.1)
+
+
+def lines_of(ours: dict[float, int], theirs: dict[float, int]) -> str:
+    rows = {"ours, bf16": ours, "reference, bf16": theirs}
+    return table({row: {t: [point(row, t, right)] for t, right in curve.items()} for row, curve in rows.items()})
 
 
 def test_the_table_says_how_much_sooner_and_how_much_longer() -> None:
-    ours = {share: [point("ours, bf16", 100 * share, share)] for share in (0.25, 0.5, 1.0)}
-    theirs = {share: [point("reference, bf16", 100 * share, share / 8)] for share in REFERENCE}
-    line = table({"ours, bf16": ours, "reference, bf16": theirs}).splitlines()[-1]
-    assert line == (  # 0.5, the last figure of the reference, took it 400 seconds and us 50
-        "- training captions: ours, bf16 has the last figure of reference, bf16, 0.50, 8.0 times sooner; "
-        "reference, bf16 has ours, 1.00: has not reached it, after 4.0 times the time"
+    text = lines_of({25: 25, 50: 50, 100: 100}, {25: 3, 50: 6, 100: 12, 200: 25, 400: 50})
+    assert text.splitlines()[-1] == (
+        "- training captions: reference, bf16 ends at 0.50; ours, bf16 has that 8.0 times sooner; "
+        "it has not reached our 1.00 after 4.0 times the time"
     )
+
+
+def test_equal_curves_are_equally_fast_also_where_they_stand_still() -> None:
+    flat = {25: 10, 50: 50, 100: 50}
+    assert "ours, bf16 has that 1.0 times sooner; it takes 0.5 times as long to our 0.50" in lines_of(flat, flat)
+
+
+def test_what_is_reached_at_the_first_time_is_a_bound() -> None:
+    text = lines_of({25: 50, 100: 60}, {25: 70, 100: 50})
+    assert "ours, bf16 has that at least 1.0 times sooner; it takes at most 0.2 times as long to our 0.60" in text
+
+
+def test_the_reference_is_sampled_with_the_schedule_and_the_text_that_it_trains_on(words: Path) -> None:
+    sampled = scheduler(DiffusionProcess("eps", "scaled_linear"), "ddim").alphas_cumprod
+    torch.testing.assert_close(reference_loop.noise_scheduler().alphas_cumprod, sampled)
+    encoder, captions = text_encoder.load(str(words), 8), ["red heart", "a"]
+    torch.testing.assert_close(encoder.embed_tokens(encoder.token_ids(captions)).states, encoder.encode(captions))
 
 
 @pytest.mark.slow
@@ -76,11 +104,11 @@ def test_both_trainers_are_judged_at_their_times_and_trained_once(
     theirs = [p for p in points if p["row"].startswith("reference")]
     assert all(p["seconds"] >= 0.4 * p["share"] and p["seed"] == 3 for p in theirs)
     assert all(earlier["steps"] <= later["steps"] for earlier, later in itertools.pairwise(theirs))
-    assert all(p["scores"]["training captions"][1] == 2 for p in points)
+    assert all(len(p["scores"]["training captions"]) == 2 for p in points)
     assert len(Image.open(tmp_path / "out" / "quality.png").getcolors(1 << 20)) > 8
     assert (tmp_path / "out" / "quality.md").read_text().strip() in output
 
     written = [file.stat().st_mtime_ns for file in files]
     run()
     assert [file.stat().st_mtime_ns for file in files] == written
-    assert "has trainings of 0.4; give that, or another --out" in run(9, status=2)
+    assert "was trained with other values of seconds; name another folder" in run(9, status=2)

@@ -6,7 +6,7 @@ import pytest
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.training.budget import LoadWatch, Plan, choose, fixed_seconds
+from ldm.training.budget import LoadWatch, Plan, choose, fixed_seconds, steps_to_measure
 from ldm.training.preflight import ResourceEstimate
 from ldm.utils.errors import UserError
 
@@ -87,6 +87,11 @@ def test_an_evaluation_afterwards_takes_the_time_of_its_images(config: Config) -
     parts = {"start and plan": 30, "saving": 0.03 * 15 * 60}
     assert fixed_seconds(after, 15, 30, 12, needs()["stage2"]) == {**parts, "evaluation": 12 + 10 * 2.0}
     assert fixed_seconds(config, 15, 30, 12, needs()["stage2"]) == parts
+
+
+@pytest.mark.parametrize(("step", "minutes", "steps"), [(0.1, 15, 24), (1.0, 15, 18), (30.0, 60, 2), (30.0, 600, 24)])
+def test_measuring_takes_a_small_share_of_the_budget(step: float, minutes: float, steps: int) -> None:
+    assert steps_to_measure(step, minutes) == steps
 
 
 def test_a_change_of_load_is_reported_once_and_so_is_its_end() -> None:
