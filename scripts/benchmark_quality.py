@@ -116,7 +116,7 @@ def _check_settings(folder: Path, settings: Config, seconds: float) -> None:
     tree["run"] = {**tree["run"], "dir": None}
     tree = json.loads(json.dumps(tree, default=str))
     if file.exists() and (changed := differences(json.loads(file.read_text("utf-8")), tree)):
-        raise UserError(f"--out: {folder} was trained with other values of {', '.join(changed)}; name another folder")
+        raise UserError(f"--out: {folder} was trained with others: {', '.join(changed)}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, tree)
 

@@ -13,7 +13,7 @@ import benchmark_quality
 import pytest
 import reference_loop
 import torch
-from benchmark_quality import OURS, REFERENCE, Point, interval, table, time_to_reach
+from benchmark_quality import Point, interval, table, time_to_reach
 from PIL import Image
 
 from ldm.diffusion.process import DiffusionProcess
@@ -87,22 +87,24 @@ def test_both_trainers_are_judged_at_their_times_and_trained_once(
 ) -> None:
     monkeypatch.setattr(benchmark_quality, "TRAINING_CAPTIONS", 2)
     monkeypatch.setattr(benchmark_quality, "NOISES", (0,))
+    monkeypatch.setattr(benchmark_quality, "OURS", (0.5, 1.0))
+    monkeypatch.setattr(benchmark_quality, "REFERENCE", (0.5, 1.0))
     vae.save(tmp_path / "vae")
     settings = ["data.size=16", "stage2.channels=[8, 8]", "stage2.norm_num_groups=4", "stage2.batch=4"]
     settings += ["stage2.lr_warmup_steps=0", "sample.steps=1", f"text.model={words}", "text.max_tokens=8"]
     settings += [f"stage1.pretrained={tmp_path}/vae", "data.source={path: openmoji-demo, limit: 24}"]
     command = ["quality", "--config", root / "configs/tiny.yaml", "--out", tmp_path / "out", "--seeds", "3"]
 
-    def run(seconds: float = 0.4, status: int = 0) -> str:
+    def run(seconds: float = 1.6, status: int = 0) -> str:
         return call(benchmark.main, *command, "--seconds", seconds, *settings, status=status)
 
     output = run()
     files = sorted((tmp_path / "out").glob("*/point-*.json"))
     points = [json.loads(file.read_text()) for file in files]
     shares = {row: [p["share"] for p in points if p["row"].startswith(row)] for row in ("ours", "reference")}
-    assert shares == {"ours": [*OURS], "reference": [*REFERENCE]}
+    assert shares == {"ours": [0.5, 1.0], "reference": [0.5, 1.0]}
     theirs = [p for p in points if p["row"].startswith("reference")]
-    assert all(p["seconds"] >= 0.4 * p["share"] and p["seed"] == 3 for p in theirs)
+    assert all(p["seconds"] >= 1.6 * p["share"] and p["seed"] == 3 for p in theirs)
     assert all(earlier["steps"] <= later["steps"] for earlier, later in itertools.pairwise(theirs))
     assert all(len(p["scores"]["training captions"]) == 2 for p in points)
     assert len(Image.open(tmp_path / "out" / "quality.png").getcolors(1 << 20)) > 8
@@ -111,4 +113,4 @@ def test_both_trainers_are_judged_at_their_times_and_trained_once(
     written = [file.stat().st_mtime_ns for file in files]
     run()
     assert [file.stat().st_mtime_ns for file in files] == written
-    assert "was trained with other values of seconds; name another folder" in run(9, status=2)
+    assert "was trained with others: seconds: 1.6 → 9.0; name another folder" in run(9, status=2)
