@@ -28,7 +28,7 @@ MEASURED_STEPS, MEASURED_SHARE = 24, 0.02  # a process's first steps are faster 
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
-REST = 0.03  # of the budget, for checkpoints, exports and the report
+REST = 0.02  # of the budget, for checkpoints, exports and the report
 
 
 @dataclass(frozen=True)

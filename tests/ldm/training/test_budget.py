@@ -6,7 +6,7 @@ import pytest
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.training.budget import LoadWatch, Plan, choose, fixed_seconds, steps_to_measure
+from ldm.training.budget import REST, LoadWatch, Plan, choose, fixed_seconds, steps_to_measure
 from ldm.training.preflight import ResourceEstimate
 from ldm.utils.errors import UserError
 
@@ -84,7 +84,7 @@ def test_a_plan_is_read_as_it_was_written(config: Config, tmp_path: Path) -> Non
 def test_an_evaluation_afterwards_takes_the_time_of_its_images(config: Config) -> None:
     after = config.model_copy(update={"budget": config.budget.model_copy(update={"images": 240})})
     assert len(config.sample.prompts) == 24
-    parts = {"start and plan": 30, "saving": 0.03 * 15 * 60}
+    parts = {"start and plan": 30, "saving": REST * 15 * 60}
     assert fixed_seconds(after, 15, 30, 12, needs()["stage2"]) == {**parts, "evaluation": 12 + 10 * 2.0}
     assert fixed_seconds(config, 15, 30, 12, needs()["stage2"]) == parts
 
