@@ -22,7 +22,7 @@ one image, images per second in batches; both in float32 and in the precision th
 `attention`: attention kernels, forward and backward, on the shapes of Stable Diffusion's U-Net at 512 pixels, and the
 difference of their results from the first kernel's.
 
-`--rows` chooses what is compared: `ours`, `reference` (train), `diffusers` (sample), `plain`, `recomputing`,
+`--rows` chooses what is compared: `ours`, `reference` (train, quality), `diffusers` (sample), `plain`, `recomputing`,
 `discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if it is not that of `--precision`, the
 precision (`ours-fp16`), and the row's own configuration keys (`ours+stage2.compile=true`). Each row of `stage1`,
 `tiles` and `train` runs in a process of its own. Weights are random unless a model is named: they don't change the

@@ -169,11 +169,10 @@ def _ours(settings: Config, row: Row, seconds: float, folder: Path, judge: Judge
                 few, more = (trained(steps, folder / "timing") for steps in (WARM_UP, TIMED))
                 per_step = max(1e-6, (more - few) / (TIMED - WARM_UP))
                 fixed = max(0.0, few - WARM_UP * per_step)
-            run, least = folder / f"{share:g}", settings.stage2.lr_warmup_steps + 1
-            if (steps := int((share * seconds - fixed) / per_step)) < least:
-                raise UserError(
-                    f"--seconds: {share * seconds:g} are {steps} steps; the warm-up takes {least - 1}, give more"
-                )
+            run, warm_up = folder / f"{share:g}", settings.stage2.lr_warmup_steps
+            if (steps := int((share * seconds - fixed) / per_step)) <= warm_up:
+                least = (fixed + (warm_up + 1) * per_step) / share
+                raise UserError(f"--seconds: {seconds:g} are too few for the warm-up; give {least:.0f} or more")
             taken = trained(steps, run)
             scores = judge(_ready(LatentDiffusion.load(run / "pipeline"), settings), Sampling())
             point = Point(row.name, settings.run.seed, share, taken, steps, settings.sample.guidance, scores)
