@@ -26,7 +26,7 @@ difference of their results from the first kernel's.
 `discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if it is not that of `--precision`, the
 precision (`ours-fp16`), and the row's own configuration keys (`ours+stage2.compile=true`). Each row of `stage1`,
 `tiles` and `train` runs in a process of its own. Weights are random unless a model is named: they don't change the
-speed. No checkpoint is written, nothing exported.
+speed. No checkpoint is written, nothing exported, but by `quality`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -49,20 +47,14 @@ def _edge_width(rebuilt: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """That of one image, `(3, H, W)`."""
     ratios = []
     for axis in (1, 2):
-        steps, original = rebuilt.diff(dim=axis), real.diff(dim=axis)  # windows of 7 differences are 8 pixels
-        rise = _windows(original, axis, lambda x: x.sum(-1))
-        total = _windows(original, axis, lambda x: x.abs().sum(-1))
-        middle = original.abs().narrow(axis, PROFILE // 2 - 1, rise.shape[axis])
-        steepest = _windows(original, axis, lambda x: x.abs().amax(-1))
-        edge = (rise.abs() >= STEP) & (total <= MONOTONE * rise.abs()) & (middle >= steepest)
-        same_direction = _windows(steps, axis, lambda x: x.amax(-1)), _windows(-steps, axis, lambda x: x.amax(-1))
-        rebuilt_steepest = torch.where(rise > 0, *same_direction)[edge]
-        ratios.append(steepest[edge] / torch.maximum(rebuilt_steepest, steepest[edge] / PROFILE))
+        steps, original = (x.diff(dim=axis).unfold(axis, PROFILE - 1, 1) for x in (rebuilt, real))  # (3, H', W', 7)
+        rise, sizes = original.sum(-1), original.abs()
+        steepest = sizes.amax(-1)
+        monotone = sizes.sum(-1) <= MONOTONE * rise.abs()
+        edge = (rise.abs() >= STEP) & monotone & (sizes[..., PROFILE // 2 - 1] == steepest)
+        same_direction = torch.where(rise > 0, steps.amax(-1), -steps.amin(-1))[edge]
+        ratios.append(steepest[edge] / torch.maximum(same_direction, steepest[edge] / PROFILE))
     return torch.cat(ratios).mean()
-
-
-def _windows(x: torch.Tensor, axis: int, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return reduce(x.unfold(axis, PROFILE - 1, 1))
 
 
 def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 FILE = "plan.json"
-MEASURED_STEPS, MEASURED_SHARE = 24, 0.02  # a process's first steps are faster than later ones; of the budget, at most
+MEASURED_STEPS = 24  # a process's first steps are faster than later ones
+MEASURED_SHARE = 0.02  # of the budget, at most, for these
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
