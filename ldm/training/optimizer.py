@@ -18,6 +18,8 @@ from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 
 FLOAT = "=float"  # at the end of the name of a number among the optimizer's tensors
+GRAM_RATIO = 1.5
+"""Of a matrix's sides, from which its Gram matrix needs fewer operations: five steps take 17 + 2 r against 5 + 10 r."""
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NO_EFFECT = {
     "ema_decay": ("schedulefree", "has no effect: schedulefree averages the weights itself"),
@@ -73,20 +75,28 @@ def _of_pytorch_optimizer(
 
 @cache
 def _muon() -> Any:
-    """pytorch_optimizer's Muon, which on a CPU orthogonalises in float32.
+    """pytorch_optimizer's Muon, which on a CPU orthogonalises in float32, and wide matrices by their Gram matrix.
 
     Its bf16 takes 30 times as long without AVX512-bf16, and as long with it.
     """
     import pytorch_optimizer
-    from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
+    from pytorch_optimizer.optimizer.utils.matrix import (
+        zero_power_via_gram_newton_schulz,
+        zero_power_via_newton_schulz_5,
+    )
+
+    def orthogonalize(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        options = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": torch.float32}
+        if max(matrix.shape) < GRAM_RATIO * min(matrix.shape):
+            return zero_power_via_newton_schulz_5(matrix, **options)
+        return zero_power_via_gram_newton_schulz(matrix, **options, reset_steps=())  # no resets: they are for float16
 
     class Muon(pytorch_optimizer.Muon):  # type: ignore[misc]
         @staticmethod
         def _orthogonalize(group: dict[str, Any], updates: list[torch.Tensor]) -> list[torch.Tensor]:
             if updates[0].device.type != "cpu":
                 return pytorch_optimizer.Muon._orthogonalize(group, updates)  # type: ignore[no-any-return]
-            options = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": torch.float32}
-            return [zero_power_via_newton_schulz_5(update.flatten(1), **options) for update in updates]
+            return [orthogonalize(update.flatten(1), group) for update in updates]
 
     return Muon
 
