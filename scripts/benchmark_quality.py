@@ -23,7 +23,6 @@ from benchmark_rows import Row, parse_rows
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from ldm.cli.evaluate_prompts import generate, prompt_groups, real_images
 from ldm.config import loader
 from ldm.config.loader import differences, dump
 from ldm.config.schema import Config
@@ -33,7 +32,14 @@ from ldm.data.records import HELD_OUT
 from ldm.diffusion.process import DiffusionProcess
 from ldm.distributed.launch import join, precision
 from ldm.evaluation import bootstrap
-from ldm.evaluation.prompt_following import nearest_neighbors, pixel_features, prompt_scores
+from ldm.evaluation.prompt_following import (
+    generate,
+    nearest_neighbors,
+    pixel_features,
+    prompt_groups,
+    prompt_scores,
+    real_images,
+)
 from ldm.models import text_encoder, unet
 from ldm.models.text_encoder import TextEncoder
 from ldm.sampling.options import Sampling

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ldm.cli.evaluate_prompts import real_images
 from ldm.data import images
 from ldm.data.index import Index
 from ldm.evaluation.enlarging import compare_enlarging
+from ldm.evaluation.prompt_following import real_images
 from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.utils.errors import UserError

@@ -6,25 +6,28 @@ training captions      pixels                    top1 0.71  top5 0.85
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ldm.data import images
-from ldm.data.crops import crop_resize
 from ldm.data.index import Index
 from ldm.evaluation.frechet import frechet_distance
-from ldm.evaluation.generation import BAR_DELAY
-from ldm.evaluation.prompt_following import nearest_neighbors, pixel_features, prompt_following
-from ldm.models.finite import check_output
+from ldm.evaluation.prompt_following import (
+    generate,
+    nearest_neighbors,
+    pixel_features,
+    prompt_following,
+    prompt_groups,
+    real_images,
+)
 from ldm.sampling.options import Sampling
-from ldm.sampling.pipeline import OVERFLOW, LatentDiffusion
+from ldm.sampling.pipeline import LatentDiffusion
 
-SAMPLING_BATCH, ENCODING_BATCH = 32, 64
+ENCODING_BATCH = 64
 
 Features = dict[str, Callable[[torch.Tensor], torch.Tensor]]
 """By name: images `(N, 3, H, W)` → features `(N, D)`."""
@@ -103,21 +106,6 @@ def _score_concept(
     return scores
 
 
-def real_images(records: Index, numbers: Sequence[int], side: int) -> torch.Tensor:
-    """Images `(N, 3, side, side)` in [-1, 1], centre cropped."""
-    return torch.stack([images.to_tensor(crop_resize(records.load_image(i), (side, side))[0]) for i in numbers])
-
-
-def prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
-    """Indices of the images whose captions are the prompts."""
-    splits = records.column("split").tolist()
-    train = [i for i, split in enumerate(splits) if split == "train"]
-    return {
-        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[:count]],
-        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
-    }
-
-
 def _score(
     samples: torch.Tensor,
     targets: list[int],
@@ -139,18 +127,6 @@ def _score(
 def _save_sheet(path: Path, generated: dict[int, torch.Tensor], shown: list[int], records: Index, columns: int) -> None:
     captions = [records[i].captions[0] for i in shown]
     images.grid(images.to_pil(torch.stack([generated[i] for i in shown])), captions, columns=columns).save(path)
-
-
-def generate(model: LatentDiffusion, prompts: list[str], seed: int, options: Sampling) -> torch.Tensor:
-    """Images `(N, 3, H, W)` in [-1, 1], the i-th from the noise of `seed + i`."""
-    parts = []
-    starts = range(0, len(prompts), SAMPLING_BATCH)
-    for start in tqdm(starts, desc="sampling", unit=" batch", delay=BAR_DELAY, leave=False):
-        part = prompts[start : start + SAMPLING_BATCH]
-        latents = model.latents(part, range(seed + start, seed + start + len(part)), options)
-        check_output(latents, "U-Net", model.unet, OVERFLOW[model.unet.dtype == torch.float16])
-        parts.append(model.autoencoder.decode(latents).cpu())
-    return torch.cat(parts)
 
 
 def _latent_features(model: LatentDiffusion, x: torch.Tensor) -> torch.Tensor:

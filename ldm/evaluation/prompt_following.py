@@ -4,12 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from ldm.data import images
+from ldm.data.crops import crop_resize
 from ldm.data.index import Index
 from ldm.data.openmoji import TONES
 from ldm.data.records import Record
+from ldm.evaluation.generation import BAR_DELAY
+from ldm.models.finite import check_output
+from ldm.sampling.options import Sampling
+from ldm.sampling.pipeline import OVERFLOW, LatentDiffusion
+
+SAMPLING_BATCH = 32
+
+
+def prompt_groups(records: Index, count: int) -> dict[str, list[int]]:
+    """Indices of the images whose captions are the prompts."""
+    splits = records.column("split").tolist()
+    train = [i for i, split in enumerate(splits) if split == "train"]
+    return {
+        "training captions": [train[i] for i in np.random.default_rng(0).permutation(len(train))[:count]],
+        "held-out combinations": [i for i, split in enumerate(splits) if split == "combination"],
+    }
+
+
+def real_images(records: Index, numbers: Sequence[int], side: int) -> torch.Tensor:
+    """Images `(N, 3, side, side)` in [-1, 1], centre cropped."""
+    return torch.stack([images.to_tensor(crop_resize(records.load_image(i), (side, side))[0]) for i in numbers])
+
+
+def generate(model: LatentDiffusion, prompts: list[str], seed: int, options: Sampling) -> torch.Tensor:
+    """Images `(N, 3, H, W)` in [-1, 1], the i-th from the noise of `seed + i`."""
+    parts = []
+    starts = range(0, len(prompts), SAMPLING_BATCH)
+    for start in tqdm(starts, desc="sampling", unit=" batch", delay=BAR_DELAY, leave=False):
+        part = prompts[start : start + SAMPLING_BATCH]
+        latents = model.latents(part, range(seed + start, seed + start + len(part)), options)
+        check_output(latents, "U-Net", model.unet, OVERFLOW[model.unet.dtype == torch.float16])
+        parts.append(model.autoencoder.decode(latents).cpu())
+    return torch.cat(parts)
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
