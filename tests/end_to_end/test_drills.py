@@ -108,6 +108,49 @@ def test_another_number_of_processes_at_every_start_gives_the_same_weights_withi
         assert (weights - expected_weights).norm() < 1e-3 * expected_weights.norm()
 
 
+def test_eight_processes_of_which_one_dies_and_then_five_train_on_the_samples_of_a_single_process(
+    launch: Callable[..., Any],
+    finish: Callable[..., str],
+    wait_for: Callable[..., None],
+    kill_one: Callable[..., str],
+    tiny_run: Path,
+    words: Path,
+    tmp_path: Path,
+) -> None:
+    shared = (
+        f"text.model={words}",
+        f"data.cache_dir={tiny_run / 'cache'}",
+        f"stage1.pretrained={tiny_run / 'autoencoder'}",
+        "stage2.batch=40",
+        "stage2.steps=24",
+        "stage2.checkpoint_every=4",
+        "run.precision=no",
+        "run.log_every=1",
+        "sample.prompts=[]",
+    )
+    record = "tests/end_to_end/record_inputs.py"
+    finish(launch(record, 1, tmp_path / "one", *shared))
+    eight = launch(record, 8, tmp_path / "many", *shared, processes=8)
+    wait_for(tmp_path / "many/stage2/checkpoints/step-000004", eight)
+    kill_one(eight, 5)  # which asserts that the others end
+    assert not (tmp_path / "many/pipeline").exists()
+    output = finish(launch(record, 5, tmp_path / "many", *shared, processes=5))
+    assert (resumed := int(output.split("stage2: continuing from step ")[1].split()[0])) >= 4
+    expected, of_ranks = (
+        [load_file(tmp_path / name / f"rank-{rank}.safetensors") for rank in range(world)]
+        for name, world in (("one", 1), ("many", 5))
+    )
+    inputs = torch.cat([of_rank["x_t"] for of_rank in of_ranks], 1)
+    assert torch.equal(inputs, expected[0]["x_t"][resumed:])  # noisy latents, step by step
+    assert all(torch.equal(of_rank["weights"], of_ranks[0]["weights"]) for of_rank in of_ranks)
+    curves = [
+        [(line["step"], line["loss"]) for line in metrics(tmp_path / name, "stage2") if "loss" in line]
+        for name in ("many", "one")
+    ]
+    assert [step for step, _ in curves[0]] == [*range(1, 25)]
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-3)
+
+
 def assert_same(uninterrupted: Path, run: Path) -> None:
     """Every tensor of the last checkpoints and of what was exported, and every metric."""
     folders = [checkpoints(uninterrupted / stage)[-1] for stage in ("stage1", "stage2")]
