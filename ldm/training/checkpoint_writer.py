@@ -39,6 +39,11 @@ class CheckpointWriter:
         self._reported = False
 
     @property
+    def writing(self) -> bool:
+        """Whether a write goes on."""
+        return bool(self._written and not self._written.done())
+
+    @property
     def failed(self) -> bool:
         """Whether `wait` would raise an error at once."""
         return bool(self._written and self._written.done() and self._written.exception())
