@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
+from ldm.distributed.launch import on_main
 from ldm.distributed.sharding import full_tensor
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
@@ -45,15 +46,15 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise an error at once."""
+        """Whether the last write has failed, which `wait` would raise."""
         return bool(self._written and self._written.done() and self._written.exception())
 
     def start(self, parts: Parts, write: Callable[[Parts], None]) -> None:
-        """Copies tensors and calls `write` with the copies in a thread; after `wait`.
+        """Waits for the last write, copies tensors, and calls `write` with the copies in a thread.
 
-        All processes call it, for sharded tensors, of which `write` gets full ones.
+        All processes call it; `write` gets full tensors where they are sharded.
         """
-        assert not self._written, "another write has not been waited for"
+        self.wait()
         sharded = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
         is_main = PartialState().is_main_process
         if sharded or (is_main and self._has_room(parts)):
@@ -64,11 +65,15 @@ class CheckpointWriter:
                 # A daemon, so that a process that is to end at once doesn't wait for it.
                 Thread(target=_run, args=(self._written, write, copies), name="checkpoint", daemon=True).start()
         elif is_main:
-            self._written = Future()
-            _run(self._written, write, parts)
+            written: Future[None] = Future()
+            _run(written, write, parts)
+            self._written = written
 
     def wait(self) -> None:
-        """Waits for the last write, and raises its error."""
+        """Waits for the last write; UserError, on all processes, where it has failed. All processes call it."""
+        on_main(self._wait)
+
+    def _wait(self) -> None:
         try:
             if self._written:
                 self._written.result()
@@ -77,11 +82,14 @@ class CheckpointWriter:
             atexit.unregister(self.close)
 
     def close(self, abandon: bool = False) -> None:
-        """Waits for the last write, unless it is abandoned; prints an error. Frees the copies' memory."""
+        """Waits for the last write, unless it is abandoned; prints its error. Frees the copies' memory.
+
+        A process calls it by itself.
+        """
         if abandon:
             self._written = None
         try:
-            self.wait()
+            self._wait()
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
         self._buffers = {}

@@ -192,7 +192,7 @@ class Averages:
         t = self.training
         return bool(self.widths) and self.updates > 0 and (step % t.ema_snapshot_every == 0 or step == t.steps)
 
-    def snapshot(self, folder: Path, step: int) -> Callable[[dict[str, Tensors]], None]:
+    def snapshot_writer(self, folder: Path, step: int) -> Callable[[dict[str, Tensors]], None]:
         """A function that writes `step-000500-0.05.safetensors` of each width from what `state` returned, full now.
 
         A file's metadata are the fields of a `Snapshot`. It is whole or not there; UserError where it can't be written.

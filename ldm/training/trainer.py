@@ -22,14 +22,7 @@ from torch import nn
 from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
 from ldm.data.stream import Stream
-from ldm.distributed.launch import (
-    accelerator,
-    accumulated,
-    join,
-    on_main,
-    precision,
-    say_idle_cores,
-)
+from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
 from ldm.training.budget import LoadWatch
@@ -153,7 +146,7 @@ class Trainer:
                     yield batch
                     if self._stop:
                         raise Interrupted(128 + self._stop)
-                self._wait_for_writer()
+                self._writer.wait()
                 if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._signals.end)
             if self.dry_run:
@@ -226,7 +219,7 @@ class Trainer:
         skipped = self.nonfinite
         message = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {samples}"
         if skipped.in_a_row >= self.config.max_skipped:
-            self._wait_for_writer()
+            self._writer.wait()
             last = self._checkpoints.last()
             lr = key_of(self.stage, "lr")
             is_run = self.stage in Config.model_fields  # not a model made from a run, which has its run.max_skipped
@@ -289,9 +282,9 @@ class Trainer:
         if signalled or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
         elif self.ema.due(self.step):
-            self._start_writing(self.ema.state(), self.ema.snapshot(self.folder / "ema", self.step))
+            self._writer.start(self.ema.state(), self.ema.snapshot_writer(self.folder / "ema", self.step))
         if signalled:
-            self._wait_for_writer()
+            self._writer.wait()
         if self._save:
             self._signals.save = False
         if signalled and self.is_main and self._progress:
@@ -359,7 +352,7 @@ class Trainer:
         step, snapshot = self.step, None
         parts, state = self._state()
         if self.ema.due(step):
-            snapshot = self.ema.snapshot(self.folder / "ema", step)
+            snapshot = self.ema.snapshot_writer(self.folder / "ema", step)
 
         def write(copies: Parts) -> None:
             if snapshot:  # before the checkpoint, from which a killed run continues
@@ -367,7 +360,7 @@ class Trainer:
             self._logger.sync()  # at least so far as the checkpoint has it
             self._checkpoints.write(step, copies, state)
 
-        self._start_writing(parts, write)
+        self._writer.start(parts, write)
 
     def _state(self) -> tuple[Parts, dict[str, Any]]:
         """A checkpoint's tensors, which train on, and a copy of all else. All processes call it."""
@@ -387,15 +380,6 @@ class Trainer:
             "metrics_bytes": self._logger.size(),
         }
         return parts, copy.deepcopy(state)
-
-    def _start_writing(self, parts: Parts, write: Callable[[Parts], None]) -> None:
-        """Has copies of tensors written, one write at a time."""
-        self._wait_for_writer()
-        self._writer.start(parts, write)
-
-    def _wait_for_writer(self) -> None:
-        """Waits until the last checkpoint stands; UserError, on all processes, where it couldn't be written."""
-        on_main(self._writer.wait)
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""

@@ -31,7 +31,6 @@ def write_on() -> None:
     while os.getppid() == parent:
         step += 1
         weights.fill_(step)
-        writer.wait()
         parts = {"model": {"weight": weights}, "ema": {"weight": weights}}
         writer.start(parts, lambda copies, step=step: manager.write(step, copies, {"step": step}))
 

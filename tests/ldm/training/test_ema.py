@@ -38,7 +38,7 @@ def averages_of(history: torch.Tensor, folder: Path, widths: tuple[float, ...], 
         parameter.data.copy_(weights)
         averages.step()
         if averages.due(step):
-            averages.snapshot(folder, step)(averages.state())
+            averages.snapshot_writer(folder, step)(averages.state())
     return averages
 
 
@@ -210,7 +210,7 @@ def test_sharded_weights_have_the_same_averages_and_snapshots_as_full_ones(proce
             averages.step()
     for averages, folder in zip(both, (tmp_path / "full", tmp_path / "sharded"), strict=True):
         writer = CheckpointWriter()
-        writer.start(averages.state(), averages.snapshot(folder, 20))
+        writer.start(averages.state(), averages.snapshot_writer(folder, 20))
         writer.wait()
         averages.swap()
     assert isinstance(sharded.data, DTensor)
