@@ -27,7 +27,7 @@ random.seed(0)
 
 def write_on() -> None:
     manager, writer = CheckpointManager(folder, 2), CheckpointWriter()
-    weights, step = torch.empty(100_000), steps_done(folder)
+    weights, step = torch.empty(500_000), steps_done(folder)
     while os.getppid() == parent:
         step += 1
         weights.fill_(step)
@@ -35,13 +35,19 @@ def write_on() -> None:
         writer.start(parts, lambda copies, step=step: manager.write(step, copies, {"step": step}))
 
 
+def wait_for(step: int) -> float:
+    """The time at which the checkpoint of a step stands."""
+    while steps_done(folder) < step:
+        time.sleep(0.001)
+    return time.monotonic()
+
+
 during_write, last, parent = 0, 0, os.getpid()
 for _ in range(kills):
     if not (process := os.fork()):
         write_on()
-    while steps_done(folder) == last:
-        time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.03))
+    first = wait_for(last + 1)
+    time.sleep(random.uniform(0, 2 * (wait_for(last + 2) - first)))  # within about two writes
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     during_write += any((folder / "checkpoints").glob(".*.writing"))
