@@ -125,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.seconds = 600.0 if args.what == "quality" else 5.0
     if args.seconds <= 0:
         raise UserError(f"--seconds: {args.seconds:g}; give more than 0")
-    for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
+    for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("parameters", 1), ("size", 32), ("steps", 4)):
         if (value := getattr(args, key)) is not None and value < least:
             reason = ", of which the first two aren't measured" if key == "steps" else ""
             raise UserError(f"--{key}: {value}; give {least} or more{reason}")
