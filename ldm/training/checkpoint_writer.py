@@ -130,7 +130,7 @@ class CheckpointWriter:
                     continue
                 if not self._fits(key, full):
                     self._buffers[key] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
-                copies[part][name] = self._buffers[key].copy_(full, non_blocking=True)
+                copies[part][name] = self._buffers[key].copy_(full, non_blocking=full.is_cuda)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return copies
