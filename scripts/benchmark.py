@@ -7,6 +7,7 @@
     python scripts/benchmark.py quality --config configs/openmoji.yaml --out runs/quality stage1.pretrained=AUTOENCODER
     python scripts/benchmark.py sample --model runs/openmoji/pipeline
     python scripts/benchmark.py attention --precision bf16
+    python scripts/benchmark.py checkpoint --parameters 300M
 
 `data`: samples per second from the cache, cold (dropped from the page cache first) and warm, and with images decoded
 and encoded on the fly; and the speed of stage two's training with and without the cache.
@@ -21,12 +22,14 @@ the only one that trains models and keeps them. Also the ratio of the times in w
 one image, images per second in batches; both in float32 and in the precision that our scripts choose.
 `attention`: attention kernels, forward and backward, on the shapes of Stable Diffusion's U-Net at 512 pixels, and the
 difference of their results from the first kernel's.
+`checkpoint`: how long a training waits for a checkpoint of so many parameters, against writing it at once and reading
+it again for its hash. Where there is no memory for a copy, ours is written at once too, tensor by tensor.
 
 `--rows` chooses what is compared: `ours`, `reference` (train, quality), `diffusers` (sample), `plain`, `recomputing`,
 `discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if it is not that of `--precision`, the
 precision (`ours-fp16`), and the row's own configuration keys (`ours+stage2.compile=true`). Each row of `stage1`,
 `tiles` and `train` runs in a process of its own. Weights are random unless a model is named: they don't change the
-speed. No checkpoint is written, nothing exported, but by `quality`.
+speed. No checkpoint is kept, nothing exported, but by `quality`.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ import ldm.utils.openmp  # noqa: F401  # before torch
 
 from benchmark_attention import compare_attention_kernels
 from benchmark_autoencoder import compare_stage1, compare_tiling
+from benchmark_checkpoint import compare_checkpoints, number_of_parameters
 from benchmark_data import compare_data_loading
 from benchmark_quality import compare_quality
 from benchmark_sampling import compare_sampling
@@ -64,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     if args.what == "attention":
         return compare_attention_kernels(args)
+    if args.what == "checkpoint":
+        return compare_checkpoints(args)
     if args.what == "sample":
         if not args.model:
             raise UserError("--model: none given; name a text-to-image pipeline's folder")
@@ -90,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=(*CONFIGURED, "quality", "sample", "attention"), help="what is measured")
+    choices = (*CONFIGURED, "quality", "sample", "attention", "checkpoint")
+    parser.add_argument("what", choices=choices, help="what is measured")
     parser.add_argument("--config", type=Path, help="a YAML file, for example configs/openmoji.yaml")
     parser.add_argument("--model", type=path_or_id, help="sample: a text-to-image pipeline's folder or Hub id")
     parser.add_argument("--rows", help="what is compared, for example reference-bf16,ours,ours+stage2.compile=true")
@@ -104,7 +111,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, help="data: of each measurement of reading (5); quality: of stage two (600)"
     )
     parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="quality: of the trainings, such as 0,1,2")
-    parser.add_argument("--out", type=Path, help="quality: the trainings' folder; the same command continues")
+    out = "quality: the trainings' folder; the same command continues. checkpoint: the folder to write to"
+    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--parameters", type=number_of_parameters, default="300M", help="checkpoint: of the network")
     parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
     parser.add_argument("--label", default="", help="the step in these lines")
@@ -116,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.seconds = 600.0 if args.what == "quality" else 5.0
     if args.seconds <= 0:
         raise UserError(f"--seconds: {args.seconds:g}; give more than 0")
-    for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("size", 32), ("steps", 4)):
+    for key, least in (("batch", 1), ("count", 1), ("rounds", 1), ("parameters", 1), ("size", 32), ("steps", 4)):
         if (value := getattr(args, key)) is not None and value < least:
             reason = ", of which the first two aren't measured" if key == "steps" else ""
             raise UserError(f"--{key}: {value}; give {least} or more{reason}")

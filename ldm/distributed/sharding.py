@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
@@ -149,14 +148,6 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, on its device; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_full_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Full tensors by name. Every process has to call it; only the main one gets those that were sharded."""
-    full: Tensors = {}
-    for name, tensor in tensors.items():
-        full |= on_main_cpu(name, full_tensor(tensor)) if isinstance(tensor, DTensor) else {name: tensor}
-    return full
 
 
 def on_main_cpu(name: str, tensor: torch.Tensor) -> Tensors:

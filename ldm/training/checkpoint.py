@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from safetensors.torch import load_file
 
-from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256
+from ldm.distributed.consensus import gather_objects
+from ldm.distributed.launch import on_main
+from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256, remove_unfinished
 from ldm.utils.errors import UserError
+from ldm.utils.safetensors_file import write_safetensors
 
 Content = TypeVar("Content")
 DAMAGE = (OSError, ValueError, KeyError)  # what reading a damaged checkpoint raises
@@ -21,20 +25,23 @@ DAMAGE = (OSError, ValueError, KeyError)  # what reading a damaged checkpoint ra
 def write_checkpoint(folder: Path, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
     """`parts` as `NAME.safetensors`, and `state.json`, which also holds their SHA-256."""
     with atomic_folder(folder) as tmp_path:
-        for name, tensors in parts.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors"
-            )
-        sums = {path.name: file_sha256(path) for path in sorted(tmp_path.iterdir())}
+        files = {f"{name}.safetensors": tensors for name, tensors in sorted(parts.items())}
+        sums = {name: write_safetensors(tmp_path / name, tensors) for name, tensors in files.items()}
         (tmp_path / "state.json").write_text(json.dumps({**state, "sha256": sums}, indent=1))
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Parts and state of a checkpoint; ValueError or OSError where a file is missing or not what was written."""
-    state = read_state(folder)
-    for name, expected in state["sha256"].items():
+def check_checkpoint(folder: Path) -> None:
+    """Reads a whole checkpoint; ValueError or OSError where a file is missing or not what was written."""
+    for name, expected in read_state(folder)["sha256"].items():
         if file_sha256(folder / name) != expected:
             raise ValueError(f"{name} is not what was written")
+
+
+def read_checkpoint(folder: Path, check: bool = True) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Parts and state of a checkpoint, which is checked first. Tensors are read from the disk as they are used."""
+    if check:
+        check_checkpoint(folder)
+    state = read_state(folder)
     parts = {Path(name).stem: load_file(folder / name) for name in state["sha256"]}
     if "adversary" in parts:  # the discriminator's name before 0.1.0
         parts["discriminator"] = parts.pop("adversary")
@@ -87,20 +94,32 @@ class CheckpointManager:
             shutil.rmtree(old)
 
     def read_newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensors], dict[str, Any]] | None:
-        """The newest sound checkpoint with its parts and state; damaged ones are named and passed over."""
-        for folder in reversed(checkpoints(self.folder)):
-            try:
-                return folder, *read_checkpoint(folder)
-            except DAMAGE as error:
-                say(f"{folder} is damaged ({error}); going back to the checkpoint before it, or else to step 0.")
-                self._damaged.append(folder)
+        """The newest sound checkpoint with its parts and state; damaged ones are named and passed over.
+
+        All processes call it. One of each machine checks the files; the others then read only what they load.
+        """
+        for folder in reversed(on_main(lambda: checkpoints(self.folder))):
+            damage = ""
+            if PartialState().is_local_main_process:
+                try:
+                    check_checkpoint(folder)
+                except DAMAGE as error:
+                    damage = str(error) or type(error).__name__
+            if not (damages := list(filter(None, gather_objects(damage)))):
+                return folder, *read_checkpoint(folder, check=False)
+            say(f"{folder} is damaged ({damages[0]}); going back to the checkpoint before it, or else to step 0.")
+            self._damaged.append(folder)
         return None
 
-    def set_damaged_aside(self) -> None:
-        """Renames the damaged ones that were passed over, so that their steps can be written again."""
+    def tidy_up(self) -> None:
+        """Renames the damaged ones that were passed over, so that their steps can be written again.
+
+        Removes what a killed process has left unfinished.
+        """
         for folder in self._damaged:
             folder.replace(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
         self._damaged = []
+        remove_unfinished(self.folder / "checkpoints")
 
     def last(self) -> Path | None:
         return next(reversed(checkpoints(self.folder)), None)

@@ -8,22 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ldm.config.schema import Training
-from ldm.distributed.launch import on_main
-from ldm.distributed.sharding import from_local, gather_full_tensors, shard_like, to_local
+from ldm.distributed.sharding import from_local, shard_like, to_local
 from ldm.utils.atomic_files import Tensors, atomic_file
 from ldm.utils.errors import UserError
+from ldm.utils.safetensors_file import write_safetensors
 
 Numbers = np.ndarray | float
 
@@ -177,11 +175,9 @@ class Averages:
     def state(self) -> dict[str, Tensors]:
         """By parameter name, for a checkpoint: the main average as `ema`, those of further widths as `ema-0.1`.
 
-        All processes call it, the main one gets them.
+        The tensors are those that are averaged, sharded ones too: to keep them, copy them.
         """
-        return {
-            part: gather_full_tensors(self.tensors(model)) for part, model in zip(self._parts, self.models, strict=True)
-        }
+        return {part: self.tensors(model) for part, model in zip(self._parts, self.models, strict=True)}
 
     @torch.no_grad()
     def load(self, parts: dict[str, Tensors], updates: int) -> None:
@@ -196,22 +192,21 @@ class Averages:
         t = self.training
         return bool(self.widths) and self.updates > 0 and (step % t.ema_snapshot_every == 0 or step == t.steps)
 
-    def snapshot(self, folder: Path, step: int) -> None:
-        """The main process writes `step-000500-0.05.safetensors` of each width, whole or not at all; all call it.
+    def snapshot_writer(self, folder: Path, step: int) -> Callable[[dict[str, Tensors]], None]:
+        """A function that writes `step-000500-0.05.safetensors` of each width from what `state` returned, full now.
 
-        Its metadata are the fields of a `Snapshot`. UserError, on all processes, where it can't be written.
+        A file's metadata are the fields of a `Snapshot`. It is whole or not there; UserError where it can't be written.
         """
-        for width, model in zip(self.widths, self.models, strict=True):
-            tensors = gather_full_tensors(self.tensors(model))
-            facts = json.dumps({"step": step, "updates": self.updates, "width": width})
-            on_main(partial(_write, folder / f"step-{step:06d}-{width}.safetensors", tensors, facts))
+        updates, widths = self.updates, dict(zip(self._parts, self.widths, strict=True))
 
+        def write(parts: dict[str, Tensors]) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part, width in widths.items():
+                facts = json.dumps({"step": step, "updates": updates, "width": width})
+                with atomic_file(folder / f"step-{step:06d}-{width}.safetensors") as tmp_path:
+                    write_safetensors(tmp_path, parts[part], {"average": facts})
 
-def _write(path: Path, tensors: Tensors, facts: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as tmp_path:
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, tmp_path, {"average": facts})  # of several keys the order would change by chance
+        return write
 
 
 class Snapshot(NamedTuple):

@@ -13,7 +13,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 
 from ldm.config.schema import Training
-from ldm.distributed.sharding import full_tensor, gather_full_tensors, shard_like, without_weights
+from ldm.distributed.sharding import full_tensor, shard_like, without_weights
 from ldm.training.optimizer import flatten_optimizer, make_optimizer, unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.precision import DTYPES
@@ -121,9 +121,11 @@ class Engine:
         return total_bytes(value for entry in entries for value in entry.values() if isinstance(value, torch.Tensor))
 
     def state(self) -> tuple[Tensors, Tensors, list[dict[str, Any]]]:
-        """Weights and buffers, the optimizer's tensors, its groups; all processes call it, the main one gets them."""
-        tensors, groups = flatten_optimizer(self.optimizer.state_dict())
-        return gather_full_tensors(self._weights()), gather_full_tensors(tensors), groups
+        """Weights and buffers, the optimizer's tensors, its groups; all processes call it.
+
+        The tensors are those that train, sharded ones too: to keep them, copy them.
+        """
+        return self._weights(), *flatten_optimizer(self.optimizer.state_dict())
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Weights and buffers that a checkpoint has."""

@@ -74,12 +74,14 @@ class MetricsLogger:
         }
         self._counts = state["counts"]
 
-    def synced_bytes(self) -> int:
-        """The size of the file, all of which is on the disk by then."""
-        if not self.path.exists():
-            return 0
-        sync(self.path)
-        return self.path.stat().st_size
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def sync(self) -> None:
+        """Waits until the file is on the disk."""
+        if self.path.exists():
+            sync(self.path)
 
     def truncate(self, size: int) -> None:
         """Removes the lines beyond so many bytes."""

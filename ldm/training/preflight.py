@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate.utils import gather_object, wait_for_everyone
 
@@ -38,6 +37,7 @@ from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
+from ldm.utils.host_memory import available_memory
 from ldm.utils.peak_memory import peak_memory, reset_peak_memory
 
 STEPS = 2  # the first, which also warms up, isn't timed
@@ -304,8 +304,7 @@ def _lacks_memory(config: Config, stage: str) -> str:
         least = base_bytes(networks[stage], config.finetune.base_precision)
     if sharding.sharding_kind() != "fsdp":  # which divides them
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = psutil.virtual_memory().available
-    if least < available:
+    if least < (available := available_memory()):
         return ""
     return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(available)} are free here"
 

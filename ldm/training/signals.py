@@ -20,10 +20,13 @@ class Interrupted(SystemExit):
 
 
 class SignalHandler:
-    """`end` is the signal that ends the run, SIGINT or SIGTERM, or 0; `save`: SIGUSR1 asked for a checkpoint."""
+    """`end` is the signal that ends the run, SIGINT or SIGTERM, or 0; `save`: SIGUSR1 asked for a checkpoint.
+
+    `at_once`: a second signal has ended the run.
+    """
 
     def __init__(self) -> None:
-        self.end, self.save = 0, False
+        self.end, self.save, self.at_once = 0, False, False
         self._ended_at = 0.0
 
     @contextmanager
@@ -43,6 +46,7 @@ class SignalHandler:
         if not self.end:
             self.end, self._ended_at = number, time.monotonic()
         elif time.monotonic() - self._ended_at > ECHO:  # a second one: now
+            self.at_once = True
             raise Interrupted(128 + number)
 
     def _on_save(self, _number: int, _frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ Random numbers are not kept here: they follow from the position in the run (`ldm
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -21,18 +22,12 @@ from torch import nn
 from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
 from ldm.data.stream import Stream
-from ldm.distributed.launch import (
-    accelerator,
-    accumulated,
-    join,
-    on_main,
-    precision,
-    say_idle_cores,
-)
+from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
 from ldm.training.budget import LoadWatch
 from ldm.training.checkpoint import CheckpointManager
+from ldm.training.checkpoint_writer import CheckpointWriter, Parts
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
@@ -90,6 +85,7 @@ class Trainer:
         self.accelerator = accelerator(config, self.accumulation.steps, self.folder.parent)
         self.device, self.precision = self.accelerator.device, precision(config)
         self._checkpoints = CheckpointManager(self.folder, config.checkpoints_total_limit)
+        self._writer = CheckpointWriter()
         self._logger = MetricsLogger(self.folder / "metrics.jsonl", self.accelerator)
         check_same_on_all_processes(stage, self.fingerprint)
         if self.is_main and self.device.type == "cpu":
@@ -150,6 +146,7 @@ class Trainer:
                     yield batch
                     if self._stop:
                         raise Interrupted(128 + self._stop)
+                self._writer.wait()
                 if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._signals.end)
             if self.dry_run:
@@ -202,6 +199,7 @@ class Trainer:
         norms = clip_gradients(learning)
         values = self._losses + (norms if self.loss_scale <= 1 else [])  # above, fp16's scale may be too high
         finite = torch.stack([value.to(self.device) for value in values]).isfinite().all()
+        self._signals.save |= self._writer.failed  # asks for a checkpoint, which raises the error on all processes
         self._finite, self._stop, self._save = self._signals.agree(finite, self.accelerator)
         self._gradient_norms = {}
         if step_optimizers(learning, self._finite, self.accelerator):
@@ -221,6 +219,7 @@ class Trainer:
         skipped = self.nonfinite
         message = f"{self.stage}: a loss or gradient is not finite at step {self.step}, of {samples}"
         if skipped.in_a_row >= self.config.max_skipped:
+            self._writer.wait()
             last = self._checkpoints.last()
             lr = key_of(self.stage, "lr")
             is_run = self.stage in Config.model_fields  # not a model made from a run, which has its run.max_skipped
@@ -279,13 +278,16 @@ class Trainer:
         t = self.training
         if self.dry_run or not self.accelerator.sync_gradients:
             return
-        if self.ema.due(self.step):  # before the checkpoint, from which a killed run continues
-            self.ema.snapshot(self.folder / "ema", self.step)
-        if self._stop or self._save or self.step % t.checkpoint_every == 0 or self.step == t.steps:
+        signalled = bool(self._stop or self._save)
+        if signalled or self.step % t.checkpoint_every == 0 or self.step == t.steps:
             self.save()
+        elif self.ema.due(self.step):
+            self._writer.start(self.ema.state(), self.ema.snapshot_writer(self.folder / "ema", self.step))
+        if signalled:
+            self._writer.wait()
         if self._save:
             self._signals.save = False
-        if (self._stop or self._save) and self.is_main and self._progress:
+        if signalled and self.is_main and self._progress:
             stopped = "stopped and saved at step {}; the same command continues."
             self._progress.write(f"{self.stage}: {(stopped if self._stop else 'saved at step {}.').format(self.step)}")
 
@@ -322,7 +324,8 @@ class Trainer:
         return self._engine.export_ema(self.ema.tensors(self.ema.main))
 
     def close(self) -> None:
-        """Ends the trackers' runs: last, after the last sample grid."""
+        """Ends the trackers' runs, and waits for a checkpoint being written: last, after the last sample grid."""
+        self._writer.close(abandon=self._signals.at_once)
         self._logger.close()
 
     @property
@@ -342,10 +345,25 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Writes `checkpoints/step-000500`, atomically; older ones go only after it stands.
+        """Copies the state; a thread writes it as `checkpoints/step-000500`, atomically, and then removes older ones.
 
-        UserError, on all processes, where it can't be written.
+        UserError, on all processes, where the write before this one has failed.
         """
+        step, snapshot = self.step, None
+        parts, state = self._state()
+        if self.ema.due(step):
+            snapshot = self.ema.snapshot_writer(self.folder / "ema", step)
+
+        def write(copies: Parts) -> None:
+            if snapshot:  # before the checkpoint, from which a killed run continues
+                snapshot(copies)
+            self._logger.sync()  # at least so far as the checkpoint has it
+            self._checkpoints.write(step, copies, state)
+
+        self._writer.start(parts, write)
+
+    def _state(self) -> tuple[Parts, dict[str, Any]]:
+        """A checkpoint's tensors, which train on, and a copy of all else. All processes call it."""
         state: dict[str, Any] = {"step": self.step, "ema_step": self.ema.updates, "groups": {}}
         parts, lanes = self.ema.state(), dict[str, Any]()
         for positions in gather_object([self._stream_positions]):  # others know a lane's only from an earlier start
@@ -359,13 +377,9 @@ class Trainer:
             **self.nonfinite.state(),
             "places": lanes,
             "fingerprint": self.fingerprint,
+            "metrics_bytes": self._logger.size(),
         }
-
-        def write() -> None:
-            state["metrics_bytes"] = self._logger.synced_bytes()
-            self._checkpoints.write(self.step, parts, state)
-
-        on_main(write)
+        return parts, copy.deepcopy(state)
 
     def _resume(self) -> None:
         """Continues from the newest sound checkpoint; a damaged one is named, set aside and passed over."""
@@ -386,7 +400,7 @@ class Trainer:
                 self._print(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
         self.accelerator.wait_for_everyone()  # all have read it
         if self.is_main:
-            self._checkpoints.set_damaged_aside()
+            self._checkpoints.tidy_up()
             if metrics_bytes is not None:
                 self._logger.truncate(metrics_bytes)
             remove_later_outputs(self.folder, self.step)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ldm.utils.errors import UserError, cant_write
 
 Tensors = dict[str, torch.Tensor]
+WRITING = ".writing"  # the end of a temporary folder's name
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which is created. An older one is deleted only when the new one is complete."""
-    tmp_path, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
+    tmp_path, old = folder.with_name(f".{folder.name}{WRITING}"), folder.with_name(f".{folder.name}.old")
     try:
         with _writing(folder):
             shutil.rmtree(tmp_path, ignore_errors=True)
@@ -53,6 +54,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Removes the temporary folders that killed processes have left in a folder."""
+    for folder in parent.glob(f".*{WRITING}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

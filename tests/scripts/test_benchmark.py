@@ -73,6 +73,21 @@ def test_training_is_measured_next_to_the_reference_in_both_precisions(
     assert ratio == pytest.approx(rows["ours, bf16"][0] / rows["reference, bf16"][0], abs=0.02, rel=0.02)
 
 
+def test_waiting_for_checkpoints_is_measured_and_none_is_kept(
+    main: Any, call: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "results.jsonl"
+    output = call(main, "checkpoint", "--parameters", "0.1M", "--out", tmp_path / "out", "--json", file)
+    assert output.count("s of waiting, written after") == 3
+    reference, first, following = benchmark_results.read(file)
+    assert (reference["row"], first["row"], following["row"]) == ("reference", "ours, first", "ours, next")
+    for line in (reference, first, following):
+        assert 0 < line["waited"] <= line["written"]
+        assert line["ratio"] == pytest.approx(reference["waited"] / line["waited"])
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_the_chosen_row_alone_is_measured_and_appended_as_json(
     main: Any, call: Callable[..., str], root: Path, three_shapes: Callable[[list[str]], Path], tmp_path: Path
 ) -> None:

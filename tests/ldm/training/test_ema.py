@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ldm.config.schema import WIDEST, Training
+from ldm.training.checkpoint_writer import CheckpointWriter
 from ldm.training.ema import EMA, Averages, PowerEMA, coefficients, exponent, fit, read_snapshots, weighted_sum
 from ldm.utils.errors import UserError
 
@@ -37,7 +38,7 @@ def averages_of(history: torch.Tensor, folder: Path, widths: tuple[float, ...], 
         parameter.data.copy_(weights)
         averages.step()
         if averages.due(step):
-            averages.snapshot(folder, step)
+            averages.snapshot_writer(folder, step)(averages.state())
     return averages
 
 
@@ -208,7 +209,9 @@ def test_sharded_weights_have_the_same_averages_and_snapshots_as_full_ones(proce
         for averages in both:
             averages.step()
     for averages, folder in zip(both, (tmp_path / "full", tmp_path / "sharded"), strict=True):
-        averages.snapshot(folder, 20)
+        writer = CheckpointWriter()
+        writer.start(averages.state(), averages.snapshot_writer(folder, 20))
+        writer.wait()
         averages.swap()
     assert isinstance(sharded.data, DTensor)
     assert torch.equal(sharded.full_tensor(), full)

@@ -1,8 +1,10 @@
 """The trainer: exact resume, signals, checkpoints, averages, skipped steps, metrics."""
 
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,7 +25,7 @@ from torch import nn
 import ldm.training.trainer
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.launch import accelerator
-from ldm.training.checkpoint import checkpoints, read_checkpoint
+from ldm.training.checkpoint import CheckpointManager, checkpoints, read_checkpoint
 from ldm.training.engine import Engine
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.trainer import Trainer
@@ -477,6 +479,61 @@ def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_kept(tmp_pa
     assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
     resumed = train(tmp_path / "full")
     assert all(map(torch.equal, weights(full_run), weights(resumed)))
+
+
+def test_a_checkpoint_that_is_written_later_has_the_state_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training goes on meanwhile, as far as the next checkpoint, which waits for the one before."""
+    write, spans = CheckpointManager.write, list[tuple[int, float, float]]()
+
+    def write_slowly(manager: CheckpointManager, step: int, *more: Any) -> None:
+        start = time.monotonic()
+        time.sleep(0.1)
+        write(manager, step, *more)
+        spans.append((step, start, time.monotonic()))
+
+    full_run = train(tmp_path / "uninterrupted")
+    monkeypatch.setattr(CheckpointManager, "write", write_slowly)
+    train(tmp_path / "killed")
+    assert [step for step, *_ in spans] == [4, 8, 12]
+    assert all(end <= start for (*_, end), (_, start, _) in itertools.pairwise(spans))
+    shutil.rmtree(tmp_path / "killed/stage1/checkpoints/step-000012")
+    resumed = train(tmp_path / "killed")
+    assert all(map(torch.equal, weights(full_run), weights(resumed)))
+    assert metrics(tmp_path / "uninterrupted") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.usefixtures("capsys")  # keeps output out of files, which the limit covers too
+def test_a_failed_write_ends_the_training_before_the_next_checkpoint(tmp_path: Path) -> None:
+    passes: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            passes.append(len(x))
+            return super().forward(x)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't write .*step-000500: File too large; make room"):
+            train(tmp_path, network=lambda: Counted(4, 4), steps=1000, checkpoint_every=500, log_every=10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 500 < len(passes) < 1000
+
+
+@pytest.mark.slow
+def test_two_processes_report_a_failed_write_and_the_main_one_alone_checks_what_both_continue_from(
+    tmp_path: Path, launch: Callable[..., ScriptProcess], finish: Callable[[ScriptProcess], str]
+) -> None:
+    lines = finish(launch("tests/ldm/training/full_disk.py", tmp_path, processes=2)).splitlines()
+    files = ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    assert f"0 checked {files} after 3 files" in lines and "1 checked [] after 0 files" in lines
+    for rank in (0, 1):
+        (report,) = (line for line in lines if line.startswith(f"{rank} reported"))
+        assert re.search("can't write .*step-000012: File too large; make room", report)
+        assert f"{rank} has ['step-000004', 'step-000008']" in lines
 
 
 @pytest.mark.slow
