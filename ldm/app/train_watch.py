@@ -17,7 +17,7 @@ from ldm.app.results import Result
 from ldm.app.roots import short
 from ldm.app.train_settings import configuration
 from ldm.evaluation.report.collect import Metrics
-from ldm.training.preflight import format_time
+from ldm.training.resource_estimate import format_time
 
 EVERY = 2.0  # seconds between two looks
 MAX_LINE = 160  # characters of a printed line that are shown

@@ -19,7 +19,8 @@ import psutil
 from ldm.config.loader import dump, parse
 from ldm.config.schema import BudgetPoint, Config
 from ldm.training.evaluation_sizes import sheet_images
-from ldm.training.preflight import STEPS, ResourceEstimate, format_time
+from ldm.training.preflight import STEPS
+from ldm.training.resource_estimate import ResourceEstimate, format_time
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object, wait_for_everyone
 
 from ldm.config.loader import dump
-from ldm.config.schema import Config, Training
+from ldm.config.schema import Config
 from ldm.data import cache
 from ldm.data.crops import Augmentation
 from ldm.data.index import Index
@@ -35,6 +35,7 @@ from ldm.training import plan
 from ldm.training.checkpoint import steps_done
 from ldm.training.dry_run import DryRun
 from ldm.training.evaluation_sizes import SHEET_BATCH, sheet_of_prompts
+from ldm.training.resource_estimate import ResourceEstimate, format_bytes, format_time
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 from ldm.utils.host_memory import available_memory
@@ -44,53 +45,6 @@ STEPS = 2  # the first, which also warms up, isn't timed
 HELD_OUT_IMAGES = 32  # of the validation, at most
 FILE = "preflight.json"
 Train = Callable[[Config, Any], None]  # configuration, data
-
-
-@dataclass(frozen=True)
-class ResourceEstimate:
-    """What a stage needs, in seconds and bytes; memory is that of one process, on its GPU where it has one."""
-
-    step: float
-    validation: float
-    sheet: float
-    encoding: float
-    memory: int
-    disk: int
-    device: str
-    evaluation: float = 0.0
-    """Of `stage2.evaluate`, once the features of the real images are computed."""
-
-    def seconds_left(self, config: Config, stage: str, done: int = 0) -> float:
-        """After `done` steps, with all that happens between them."""
-        t = getattr(config, stage)
-        return (
-            (0.0 if done else self.encoding)
-            + (t.steps - done) * self.step
-            + _times(t.evaluate_every, t, done) * self.validation
-            + _times(config.sample.every, t, done) * self.sheet
-            + (_times(t.evaluate.every, t, done) * self.evaluation if self.evaluation else 0)
-        )
-
-    def describe(self, config: Config, stage: str, done: int = 0) -> str:
-        """In a line, with the time that is left after `done` steps, and the whole stage's disk."""
-        t = getattr(config, stage)
-        left, validations, sheets = (
-            t.steps - done,
-            _times(t.evaluate_every, t, done),
-            _times(config.sample.every, t, done),
-        )
-        encoding = 0.0 if done else self.encoding
-        evaluations = _times(t.evaluate.every, t, done) if self.evaluation else 0
-        return (
-            f"measured {stage}: {t.batch / self.step:,.3g} images/s in global batches of {t.batch}, "
-            f"{_bytes(self.memory)} of memory on {self.device}; "
-            + (f"encoding takes {format_time(encoding)}, " if encoding else "")
-            + f"{left} steps take {format_time(left * self.step)}, "
-            + f"{validations} × validation {format_time(validations * self.validation)}"
-            + (f", {sheets} × samples {format_time(sheets * self.sheet)}" if self.sheet else "")
-            + (f", {evaluations} × figures {format_time(evaluations * self.evaluation)}" if evaluations else "")
-            + f": {format_time(self.seconds_left(config, stage, done))} in all, and {_bytes(self.disk)} of disk"
-        )
 
 
 def measure(
@@ -149,7 +103,7 @@ def describe_total(config: Config, stages: Sequence[str]) -> str:
         for stage, estimate in estimates.items()
     )
     memory, disk = (max(e.memory for e in estimates.values()), sum(e.disk for e in estimates.values()))
-    return f"in all: {format_time(seconds)}, {_bytes(memory)} of memory, {_bytes(disk)} of disk"
+    return f"in all: {format_time(seconds)}, {format_bytes(memory)} of memory, {format_bytes(disk)} of disk"
 
 
 def _measure(
@@ -262,11 +216,6 @@ def _sheet(config: Config, small: Config, seconds: float, denoising: float, proc
     return seconds * full / max(1, sampled)
 
 
-def _times(every: int, training: Training, done: int) -> int:
-    """How often something due `every` so many steps, and after the last one, is still due."""
-    return (training.steps - 1) // every - done // every + 1
-
-
 def _encoders(config: Config, data: Index | Stream, processes: int) -> int:
     """Processes that encode the data in parallel; each writes complete files of the cache."""
     if not isinstance(data, Index):
@@ -306,7 +255,8 @@ def _lacks_memory(config: Config, stage: str) -> str:
         least *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if least < (available := available_memory()):
         return ""
-    return f"{stage}: not measured: it needs more than {_bytes(least)} of memory, and {_bytes(available)} are free here"
+    needed, free = format_bytes(least), format_bytes(available)
+    return f"{stage}: not measured: it needs more than {needed} of memory, and {free} are free here"
 
 
 def _few(data: Index, batch: int) -> Index:
@@ -353,16 +303,3 @@ def _on_gpu(config: Config) -> bool:
 def _machine(processes: int, cuda: bool) -> str:
     name = torch.cuda.get_device_name() if cuda else f"the CPU ({torch.get_num_threads()} threads)"
     return name if processes == 1 else f"each of {processes} processes, on {name}"
-
-
-def format_time(seconds: float) -> str:
-    if seconds < 99:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 6000 else f"{minutes / 1440:.0f} days"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

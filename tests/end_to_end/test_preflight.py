@@ -22,7 +22,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.models import text_encoder
 from ldm.training import preflight
-from ldm.training.preflight import ResourceEstimate
+from ldm.training.resource_estimate import ResourceEstimate
 from ldm.training.trainer import Trainer
 from ldm.utils.errors import UserError
 from stage1_vae import train as stage1

@@ -7,7 +7,7 @@ import pytest
 from ldm.config import loader
 from ldm.config.schema import Config
 from ldm.training.budget import REST, LoadWatch, Plan, choose, fixed_seconds, steps_to_measure
-from ldm.training.preflight import ResourceEstimate
+from ldm.training.resource_estimate import ResourceEstimate
 from ldm.utils.errors import UserError
 
 POINTS = "budget={points: [{stage1: 300, stage2: 400, figures: few}, {stage1: 900, stage2: 1600, figures: many}]}"
