@@ -20,6 +20,7 @@ from torch import nn
 
 from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
+from ldm.data.sampler import ORDER
 from ldm.data.stream import Stream
 from ldm.distributed.launch import (
     accelerator,
@@ -36,7 +37,7 @@ from ldm.training.checkpoint import CheckpointManager
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
-from ldm.training.fingerprint import check_same, check_same_on_all_processes
+from ldm.training.fingerprint import check_same, check_same_on_all_processes, order_changed
 from ldm.training.loading import load_batches
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.nonfinite import NonfiniteTracker
@@ -358,6 +359,7 @@ class Trainer:
             **self._logger.state(),
             **self.nonfinite.state(),
             "places": lanes,
+            "order": ORDER,
             "fingerprint": self.fingerprint,
         }
 
@@ -384,6 +386,8 @@ class Trainer:
             self._stream_positions = state["places"]
             if self.step < self.training.steps:
                 self._print(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
+                if order := order_changed(state):
+                    self._print(f"{self.stage}: {order}")
         self.accelerator.wait_for_everyone()  # all have read it
         if self.is_main:
             self._checkpoints.set_damaged_aside()
