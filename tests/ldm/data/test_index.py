@@ -12,9 +12,11 @@ from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import index, index_file
+from ldm.data import index_file
+from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
-from ldm.data.index_file import SCHEMA
+from ldm.data.index_schema import SCHEMA
+from ldm.data.index_table import IndexTable
 
 Start = Callable[..., Forked]
 Finish = Callable[[Forked], str]
@@ -77,7 +79,7 @@ def test_an_index_with_32_bit_offsets_is_converted_without_opening_an_image(
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
     path = index_path(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
-    table = pa.Table.from_batches(index_file._memory_map(path), SCHEMA)
+    table = pa.Table.from_batches(index_file.memory_map(path), SCHEMA)
     assert len(table) == 30
     assert pa.total_allocated_bytes() == held
 
@@ -108,7 +110,7 @@ def rows(count: int, **fields: Any) -> pa.RecordBatch:
 def test_an_index_may_hold_more_than_2_gib_of_text(root: Path, folder: Path) -> None:
     caption, count = "x" * (GIB // 16), 33  # every row shares the same memory
     batch = rows(1, captions=[caption], key=caption)
-    built = Index(pa.Table.from_batches([batch] * count, SCHEMA), None, settings(root, folder).data)  # type: ignore[arg-type]
+    built = Index(IndexTable(pa.Table.from_batches([batch] * count, SCHEMA)), None, settings(root, folder).data)  # type: ignore[arg-type]
     assert sum(len(captions[0]) for captions in built.captions()) == count * len(caption) > 2 * GIB
     assert [len(key) for key in built.first(2).column("key")] == [len(caption)] * 2
 
@@ -118,7 +120,7 @@ def test_leading_bytes_of_more_than_2_gib_of_hashes() -> None:
     rows_per_chunk, chunks = 2**20, 65
     hashes = np.random.default_rng(0).integers(0, 256, (rows_per_chunk, 32), np.uint8)
     chunk = pa.Array.from_buffers(pa.binary(32), rows_per_chunk, [None, pa.py_buffer(hashes)])
-    starts = index_file.leading_bytes(pa.chunked_array([chunk] * chunks), 4)
+    starts = leading_bytes(pa.chunked_array([chunk] * chunks), 4)
     assert len(starts) * 32 > 2 * GIB
     for i in range(chunks):
         assert (starts[i * rows_per_chunk : (i + 1) * rows_per_chunk] == hashes[:, :4]).all()
@@ -128,9 +130,9 @@ def test_rows_are_taken_in_the_given_order() -> None:
     column = pa.chunked_array([[], ["a", "b"], [], ["c"], ["d", "e", "f"]], pa.string())
     rng = np.random.default_rng(0)
     for order in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
-        values = [value for part in index._take_rows(column, order) for value in part.to_pylist()]
+        values = [value for part in take_rows(column, order) for value in part.to_pylist()]
         assert values == ["abcdef"[i] for i in order]
-    assert not list(index._take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
+    assert not list(take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -209,12 +211,12 @@ attempt("continued", lambda: build_index("failed"))
 attempt("one short", lambda: build_index("listings"), Sources, "records", one_short)
 attempt("reversed order", lambda: build_index("listings"), Sources, "records", reversed_order)
 attempt("not shared", lambda: build_index("rank-1" if second else "rank-0"))
-memory_map = index_file._memory_map
+memory_map = index_file.memory_map
 
 def other_content(path):
     return memory_map(path)[second:]
 
-attempt("different content", lambda: build_index("rank-0"), index_file, "_memory_map", other_content)
+attempt("different content", lambda: build_index("rank-0"), index_file, "memory_map", other_content)
 attempt("repaired", lambda: build_index("rank-0"))
 
 drawings, rendered, atomic_file = openmoji.drawings, [], openmoji.atomic_file
