@@ -169,7 +169,7 @@ def _classes(index: Index) -> dict[str, Any]:
 
 
 def _duplicates(index: Index) -> dict[str, Any]:
-    sha256 = np.array(index.column("sha256").tolist(), "S32")
+    sha256 = index.sha256().view("S32").ravel()
     _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
     copies = np.flatnonzero(first[group] != np.arange(len(sha256)))
     near = near_duplicates(index.column("phash")[first])

@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm.data.arrow_columns import BLOCK
+
 
 class Draws(NamedTuple):
     """The draws of a bucket, of images of the class (`prior`) or of others, in an epoch: `size`.
 
-    Its `count` members begin at `start` in the table's arrays.
+    Its `length` members begin at `start` in the table's arrays.
     """
 
     bucket: int
     prior: int
     start: int
-    count: int
+    length: int
     size: int
 
 
@@ -45,11 +47,16 @@ def draw_table(
     kinds = np.zeros(count, np.uint32) if buckets is None else buckets.astype(np.uint32) * 2
     if prior is not None:
         kinds |= prior
+    if not count:
+        return DrawTable([], None, None)
     numbers, starts, members = _grouped(kinds)
     repeats = np.ones(1, np.int32) if repeats is None else repeats
     shares = np.broadcast_to(weights * repeats, count)
-    shares = shares if members is None else shares[members]
-    totals = np.add.reduceat(shares, starts) if count else np.zeros(0)
+    if equal := bool((shares == shares[0]).all()):
+        shares = np.broadcast_to(shares[:1].copy(), count)  # frees the memory of so many
+    elif members is not None:
+        shares = shares[members]
+    totals = np.add.reduceat(shares, starts)
     of_class = numbers % 2 == 1
     repeats_of = [int(np.broadcast_to(repeats, count)[kinds % 2 == kind].sum()) for kind in (0, 1)]
     weights_of = [totals[of_class == kind].sum() for kind in (0, 1)]
@@ -58,34 +65,35 @@ def draw_table(
         bucket, kind = divmod(number, 2)
         size = max(1, round(total * repeats_of[kind] / weights_of[kind]))
         draws.append(Draws(bucket, kind, start, end - start, size))
-    equal = all((shares[d.start : d.start + d.count] == shares[d.start]).all() for d in draws)
+    equal = equal or all((shares[d.start : d.start + d.length] == shares[d.start]).all() for d in draws)
     return DrawTable(draws, members, None if equal else _cumulative(shares, draws))
 
 
 def _grouped(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The kinds that occur, where each begins in the grouped indices, and these; None where they are in order."""
-    counts = np.bincount(kinds)
+    blocks = [kinds[first : first + BLOCK] for first in range(0, len(kinds), BLOCK)]  # a sort of all takes more memory
+    kind_count = int(kinds.max()) + 1
+    counts = np.sum([np.bincount(block, minlength=kind_count) for block in blocks], axis=0)
     numbers = np.flatnonzero(counts)
     starts = np.cumsum(counts[numbers]) - counts[numbers]
     if len(numbers) < 2:
         return numbers, starts, None
     members = np.empty(len(kinds), np.uint32 if len(kinds) < 2**32 else np.uint64)
-    free, block = np.zeros(len(counts), np.int64), 2**22
+    free = np.zeros(len(counts), np.int64)
     free[numbers] = starts
-    for first in range(0, len(kinds), block):  # a block at a time: a sort of all would take 16 bytes an index
-        part = kinds[first : first + block]
-        order = np.argsort(part, kind="stable")
-        part_counts = np.bincount(part, minlength=len(counts))
-        offsets = np.cumsum(part_counts) - part_counts
-        members[np.arange(len(part)) + (free - offsets)[part[order]]] = first + order
-        free += part_counts
+    for number, block in enumerate(blocks):
+        order = np.argsort(block, kind="stable")
+        block_counts = np.bincount(block, minlength=len(counts))
+        offsets = np.cumsum(block_counts) - block_counts
+        members[np.arange(len(block)) + (free - offsets)[block[order]]] = number * BLOCK + order
+        free += block_counts
     return numbers, starts, members
 
 
 def _cumulative(shares: np.ndarray, draws: list[Draws]) -> np.ndarray:
     cumulative = np.empty(len(shares))
     for d in draws:
-        part = cumulative[d.start : d.start + d.count]
-        np.cumsum(shares[d.start : d.start + d.count], out=part)
+        part = cumulative[d.start : d.start + d.length]
+        np.cumsum(shares[d.start : d.start + d.length], out=part)
         part *= d.size / part[-1]
     return cumulative

@@ -30,10 +30,10 @@ class EarlierIndices:
                 with suppress(pa.ArrowException):  # another version's column types
                     tables.append(earlier.select(schema.names).cast(schema))
         table = pa.concat_tables(tables)
-        stamps = leading_bytes(table["stamp"], 16).view("S16").ravel()
-        self.order = np.argsort(stamps, kind="stable")
-        self.stamps = stamps[self.order]
-        self.count = len(stamps)
+        prefixes = leading_bytes(table["stamp"], 8).view(">u8").ravel().astype(np.uint64)
+        self.count = len(prefixes)
+        self.order = np.argsort(prefixes, kind="stable").astype(np.uint32 if self.count < 2**32 else np.uint64)
+        self.prefixes = prefixes[self.order]  # half of the memory that whole stamps would take
         self.batches = table.to_batches()
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
@@ -41,16 +41,18 @@ class EarlierIndices:
         """READ_COLUMNS of the image with this stamp; None where no earlier index has it, or today's decoders may."""
         if not self.count or row_stamp == bytes(16):
             return None
-        key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
-        position = int(np.searchsorted(self.stamps, key)[0])
-        if position == self.count or self.stamps[position : position + 1] != key:
-            return None
-        row = int(self.order[position])
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        batch = self.batches[number]
-        row += batch.num_rows - int(self.ends[number])
-        columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
-        return None if columns["reason"] and may_be_read_now(columns["reason"]) else columns
+        prefix = np.uint64(int.from_bytes(row_stamp[:8]))
+        for position in range(int(np.searchsorted(self.prefixes, prefix)), self.count):
+            if self.prefixes[position] != prefix:
+                break
+            row = int(self.order[position])
+            number = int(np.searchsorted(self.ends, row, side="right"))
+            batch = self.batches[number]
+            row += batch.num_rows - int(self.ends[number])
+            if batch["stamp"][row].as_py() == row_stamp:
+                columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
+                return None if columns["reason"] and may_be_read_now(columns["reason"]) else columns
+        return None
 
 
 def _memory_map_leftover(path: Path) -> list[pa.RecordBatch]:

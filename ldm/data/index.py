@@ -1,10 +1,10 @@
 """The index of a run's images, a memory-mapped table on disk. It is built by opening every image once.
 
 An image whose file has not changed since (size and time) is not opened again. Bad images are in the index too, for the
-report. A million images take a few bytes each in memory.
+report. What has a value for each image is a file that processes map: the table, and the columns that follow from it.
 
 All processes of a run list all images, and open the chunks of them in turn. Each writes what it read to a file of its
-own, which the main process then joins.
+own, which the main process then joins. It also writes the columns that follow, in a folder named by the content.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class _Round:
     """The endless sequence of the indices of a bucket: a round of `size` draws has each once, or as its weight says."""
 
     def __init__(self, table: DrawTable, draws: Draws, seed: int):
-        members = slice(draws.start, draws.start + draws.count)
+        members = slice(draws.start, draws.start + draws.length)
         self.size, self._draws, self._seed = draws.size, draws, seed
         self._members = None if table.members is None else table.members[members]
         self._cumulative = None if table.cumulative is None else table.cumulative[members]
@@ -147,11 +147,11 @@ class _Round:
         """The member of a draw: members have draws in proportion to their weights, rounded up or down."""
         if self._cumulative is not None:
             member = int(np.searchsorted(self._cumulative, draw + shift))
-        elif self.size == self._draws.count:
+        elif self.size == self._draws.length:
             return draw
         else:
-            member = int((draw + shift) * self._draws.count / self.size)
-        return min(member, self._draws.count - 1)
+            member = int((draw + shift) * self._draws.length / self.size)
+        return min(member, self._draws.length - 1)
 
 
 def _turns(subject: dict[int, _Round], others: dict[int, _Round]) -> list[_Round | _Turns]:

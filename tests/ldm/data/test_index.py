@@ -1,5 +1,6 @@
 """The index of images: built by one process or several, from an older index, and with any amount of text."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import index_file
+from ldm.data import index, index_file
 from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
 from ldm.data.index_schema import SCHEMA
@@ -135,6 +136,63 @@ def test_rows_are_taken_in_the_given_order() -> None:
     assert not list(take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
 
 
+def reference_fingerprint(built: Index) -> str:
+    """The fingerprint of a model without classes, entry by entry."""
+    digest = hashlib.sha256()
+    for entry in built:
+        row = (entry.sha256, entry.weight, entry.repeats, entry.flip, entry.dropout, entry.label)
+        digest.update(repr((list(entry.captions), *row)).encode())
+    return digest.hexdigest()
+
+
+def test_what_follows_from_an_index_is_computed_once_and_mapped(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loader.load(root / "configs/tiny.yaml", [*overrides(folder, "columns"), "data.buckets={step: 8}"])
+    first = indexed(config).select("train")
+    assert first.fingerprint() == reference_fingerprint(first)
+    monkeypatch.setattr(index, "draw_table", lambda *_: pytest.fail("draws were computed again"))
+    monkeypatch.setattr(Index, "captions", lambda *_: pytest.fail("captions were read again"))
+    second = indexed(config).select("train")
+    assert (second.fingerprint(), list(second.sizes)) == (first.fingerprint(), list(first.sizes))
+    table = second.draws()
+    assert sum(draws.size for draws in table.draws) == len(second) == 29
+    for array in (second.rows, table.members):
+        assert isinstance(array, np.memmap)
+
+
+def test_columns_of_other_images_are_other_files(root: Path, folder: Path) -> None:
+    fingerprints = [indexed(settings(root, folder)).fingerprint()]
+    (folder / "03.txt").write_text("another caption")
+    changed = indexed(settings(root, folder))
+    assert changed.fingerprint() == reference_fingerprint(changed) != fingerprints[0]
+    assert len(list((folder.parent / "alone").glob("columns-*"))) == 2
+    (folder / "03.txt").write_text("image 3")
+    assert indexed(settings(root, folder)).fingerprint() == fingerprints[0]
+
+
+def test_selections_are_those_of_their_rows(root: Path, folder: Path) -> None:
+    config = loader.load(root / "configs/tiny.yaml", [*overrides(folder, "splits"), "data.val_fraction=0.3"])
+    built = indexed(config)
+    unnamed = Index(built.table, built.sources, built.data, built.rows)  # selects by looking at each row
+    for splits in (("train",), ("reconstruction",), ("train", "reconstruction"), ("prior",), ("train", "prior")):
+        selected = built.select(*splits)
+        assert selected.rows.tolist() == unnamed.select(*splits).rows.tolist()
+        assert selected.fingerprint() == reference_fingerprint(selected)
+        assert {entry.split for entry in selected} == set(selected.column("split").tolist()) <= set(splits)
+    assert 0 < len(built.select("reconstruction")) < len(built) == 29
+
+
+def test_an_index_has_few_chunks_for_any_number_of_rows(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_file, "CHUNK", 2)
+    monkeypatch.setattr(index_file, "CHUNKS", 4)
+    built = indexed(settings(root, folder))
+    assert [len(chunk) for chunk in built.table["key"].chunks] == [8, 8, 8, 6]
+    assert [entry.key for entry in built] == [f"{i:02}.png" for i in range(30) if i != 17]
+
+
 # -------------------------------------------------------------------------------------------------- several processes
 
 PROCESSES = """
@@ -239,10 +297,10 @@ def latent_sums():
 
 open_path = Path.open
 
-def hide_safetensors(path, *args):
+def hide_safetensors(path, *args, **options):
     if second and path.suffix == ".safetensors":
         raise FileNotFoundError(path)
-    return open_path(path, *args)
+    return open_path(path, *args, **options)
 
 attempt("latents", latent_sums, Path, "glob", lambda path, name: iter(()))  # as if directory listings were stale
 attempt("latents again", latent_sums)
