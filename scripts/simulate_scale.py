@@ -253,16 +253,23 @@ class PeakMemory(threading.Thread):
 
 def table(results: list[dict[str, Any]]) -> None:
     """Prints a column for each number of images, and the growth from the first to the last."""
-    rows = [("index, GB", lambda r: r["bytes"] / 1e9), ("derived columns, GB", lambda r: r["bytes_derived"] / 1e9)]
-    rows += [(f"{phase}, s", lambda r, phase=phase: r[phase]["seconds"]) for phase in ("write", *PHASES)]
-    rows += [(f"{phase}, CPU s", lambda r, phase=phase: r[phase]["cpu_seconds"]) for phase in PHASES]
-    rows += [(f"{phase}, GB of memory", lambda r, phase=phase: r[phase]["memory"] / 1e9) for phase in PHASES]
-    rows += [("samples per CPU second of a worker", lambda r: r["worker"]["samples_per_cpu_second"])]
-    rows += [("fingerprint, CPU s", lambda r: r["columns"]["fingerprint_cpu_seconds_extrapolated"])]
+    rows: list[tuple[str, tuple[str, ...], float]] = [("index, GB", ("bytes",), 1e9)]
+    rows += [("derived columns, GB", ("bytes_derived",), 1e9)]
+    rows += [(f"{phase}, s", (phase, "seconds"), 1) for phase in ("write", *PHASES)]
+    rows += [(f"{phase}, CPU s", (phase, "cpu_seconds"), 1) for phase in PHASES]
+    rows += [(f"{phase}, GB of memory", (phase, "memory"), 1e9) for phase in PHASES]
+    rows += [("samples per CPU second of a worker", ("worker", "samples_per_cpu_second"), 1)]
+    rows += [("fingerprint, CPU s", ("columns", "fingerprint_cpu_seconds_extrapolated"), 1)]
     print(f"{'images':35}" + "".join(f"{result['images']:>14,}" for result in results) + f"{'growth':>9}")
-    for name, of in rows:
-        values = [of(result) for result in results]
+    for name, keys, unit in rows:
+        values = [value_at(result, keys) / unit for result in results]
         print(f"{name:35}" + "".join(f"{value:14,.3f}" for value in values) + f"{values[-1] / values[0]:8.1f}×")
+
+
+def value_at(result: Any, keys: tuple[str, ...]) -> float:
+    for key in keys:
+        result = result[key]
+    return float(result)
 
 
 def holds(result: dict[str, Any]) -> bool:

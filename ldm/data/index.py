@@ -196,12 +196,19 @@ class Index:
         def computed() -> DrawTable:
             return draw_table(self.weights(), self.sizes.numbers(), self.column("repeats"), self.prior())
 
+        def array(name: str, number: int) -> np.ndarray:
+            def column() -> np.ndarray:
+                column = computed()[number]
+                assert isinstance(column, np.ndarray)
+                return column
+
+            return self.columns.array(name, settings, column)
+
         facts = self.columns.value("draws", settings, lambda: [computed()[0], *(a is not None for a in computed()[1:])])
-        arrays = [
-            self.columns.array(name, settings, lambda n=number: computed()[n]) if present else None  # type: ignore[misc]
-            for number, (name, present) in enumerate(zip(("members", "cumulative"), facts[1:], strict=True), 1)
-        ]
-        return DrawTable([Draws(*draws) for draws in facts[0]], *arrays)
+        members, cumulative = (
+            array(name, number) if facts[number] else None for number, name in enumerate(("members", "cumulative"), 1)
+        )
+        return DrawTable([Draws(*draws) for draws in facts[0]], members, cumulative)
 
     def labels(self) -> list[str]:
         """The classes of all usable images, also of other splits, sorted. A class's number is its index here."""
