@@ -33,7 +33,7 @@ from ldm.data.arrow_columns import leading_bytes
 from ldm.data.column_store import ColumnStore
 from ldm.data.dataset import SamplePlan
 from ldm.data.index import Index
-from ldm.data.index_file import memory_map, write_batches
+from ldm.data.index_file import map_for_single_rows, memory_map, write_batches
 from ldm.data.index_schema import SCHEMA
 from ldm.data.index_table import IndexTable
 from ldm.data.key_lookup import KeyLookup
@@ -146,9 +146,9 @@ def measure(phase: str, folder: Path, images: int, batch: int) -> dict[str, floa
 def opened(folder: Path) -> tuple[Index, KeyLookup]:
     """The index, and the places of its images' latents in the cache."""
     data = loader.load(ROOT / "configs/tiny.yaml", ["data.size=512", "data.buckets={step: 64}"]).data
-    table = IndexTable(
-        pa.Table.from_batches(memory_map(folder / "index.arrow"), SCHEMA), ColumnStore(folder / "columns")
-    )
+    path = folder / "index.arrow"
+    rows = pa.Table.from_batches(memory_map(path), SCHEMA)
+    table = IndexTable(rows, ColumnStore(folder / "columns"), map_for_single_rows(path))
     index = Index(table, SimpleNamespace(conditions=("text",)), data)  # type: ignore[arg-type]
     files = [Path(str(number)) for number in range(-(-len(table) // PER_FILE))]
     chunks = table["sha256"]

@@ -275,9 +275,9 @@ def build(data: DataConfig, cache_dir: Path, conditions: Sequence[str] = CAPTION
 
     on_main(prepare)
     name = cache_key(data, conditions)
-    table, digest = write_index(cache_dir / f"index-{name}.arrow", sources, data)
+    table, rows, digest = write_index(cache_dir / f"index-{name}.arrow", sources, data)
     columns = ColumnStore(cache_dir / f"columns-{name}-{digest[:16]}")
-    return _prepared(Index(IndexTable(table, columns), sources, data))
+    return _prepared(Index(IndexTable(table, columns, rows), sources, data))
 
 
 def _prepared(index: Index) -> Index:

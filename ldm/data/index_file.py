@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import time
 import uuid
@@ -55,10 +56,10 @@ def cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
-def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Table, str]:
+def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Table, list[pa.RecordBatch], str]:
     """Writes the index to a temporary file, then moves it to `path`; takes over what an interrupted run had written.
 
-    Returns it, memory-mapped, and the SHA-256 of its file.
+    Returns it, memory-mapped, its batches mapped for single rows, and the SHA-256 of its file.
     """
     state = PartialState()
     leftovers = list(path.parent.glob(f".{path.name}.*"))
@@ -90,8 +91,9 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
                 if time.time() - file.stat().st_mtime > 3600:
                     file.unlink()
 
+    rows = map_for_single_rows(complete)  # before another run may replace it
     on_main(replace)
-    return pa.Table.from_batches(batches, SCHEMA), digest
+    return pa.Table.from_batches(batches, SCHEMA), rows, digest
 
 
 class _Listing:
@@ -218,6 +220,15 @@ def _digest(batches: Sequence[pa.RecordBatch]) -> str:
 def memory_map(path: Path) -> list[pa.RecordBatch]:
     """The memory-mapped batches of a complete file."""
     return list(_read_batches(path))
+
+
+def map_for_single_rows(path: Path) -> list[pa.RecordBatch]:
+    """The same, mapped so that reading a row doesn't read its neighbours, 20 times as much of a disk."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return list(pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped))))
 
 
 def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:

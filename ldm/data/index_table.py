@@ -26,11 +26,16 @@ ROW_COLUMNS = (*ENTRY_COLUMNS, *MASK_COLUMNS, "file", "start", "size", "captions
 
 
 class IndexTable:
-    """A memory-mapped table of all rows of an index; `columns` keeps what follows from it."""
+    """A memory-mapped table of all rows of an index; `columns` keeps what follows from it.
 
-    def __init__(self, table: pa.Table, columns: ColumnStore | None = None):
+    `rows` are the table's batches mapped a second time, for single rows.
+    """
+
+    def __init__(
+        self, table: pa.Table, columns: ColumnStore | None = None, rows: Sequence[pa.RecordBatch] | None = None
+    ):
         self.table, self.columns = table, columns or ColumnStore()
-        self._batches = table.to_batches()
+        self._batches = rows or table.to_batches()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
         self._arrays: dict[int, list[pa.Array]] = {}  # the columns of a row's batch, which are slow to make
 
