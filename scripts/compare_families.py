@@ -36,6 +36,7 @@ from ldm.config.schema import DataConfig
 from ldm.data import index
 from ldm.data.dataset import iter_images
 from ldm.data.images import to_pil
+from ldm.data.index_report import stop_reason, write_report
 from ldm.evaluation.features import FeatureNetwork
 from ldm.models import feature_networks
 from ldm.training.run_dir import make_dir
@@ -167,8 +168,8 @@ def prepare_images(args: Namespace, record: dict[str, Any]) -> tuple[Images, tor
     data = loader.section(DataConfig, [f"source={json.dumps(args.source)}", f"size={args.size}"], "--source")
     entries = index.build(data, args.out / "cache", ())
     report = args.out / "data-report.json"
-    entries.write_report(report)
-    if problem := entries.stop_reason(report):
+    write_report(entries, report)
+    if problem := stop_reason(entries, report):
         raise UserError(problem)
     if len(entries) < 2 * LEAST:
         reason = f"one half is trained on, the other compared with; give {2 * LEAST} or more"

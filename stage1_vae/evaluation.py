@@ -44,7 +44,7 @@ def figures(data: Index | Stream, rebuild: Rebuild, trainer: Trainer, workers: i
 
     Processes share the work.
     """
-    sides = [min(size) for size in data.sizes] if isinstance(data, Index) else [data.data.size]
+    sides = [min(size) for size in data.sizes.used()] if isinstance(data, Index) else [data.data.size]
     own = ReconstructionMetrics(max_scales(min(sides)))
     for x in share(data, trainer, workers):
         own.add(x, rebuild(x).float().cpu())

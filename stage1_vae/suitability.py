@@ -163,7 +163,7 @@ def _check_sizes(name: str, factor: int, settings: Config) -> None:
 
 def _shortest_side(data: Index | Stream, settings: Config) -> int:
     """The shortest side of any image, in pixels."""
-    side = settings.data.size if isinstance(data, Stream) else min(min(size) for size in data.sizes)
+    side = settings.data.size if isinstance(data, Stream) else min(min(size) for size in data.sizes.used())
     if side < KERNEL:
         raise UserError(f"data.size: sides of {side} px are less than SSIM's window of {KERNEL}; make it larger")
     return side

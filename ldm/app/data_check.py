@@ -25,6 +25,7 @@ from ldm.data import check, index, openmoji
 from ldm.data.archives import TARS
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import REMEDIES, is_image_file
+from ldm.data.index_report import stop_reason
 from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.source_kinds import KINDS
@@ -105,7 +106,8 @@ def run_check(source: str, size: int, buckets: bool, captions: bool) -> Check:
         facts=facts,
         bad_samples=[bad for _, bad in zip(range(MAX_LISTED), built.bad_samples(), strict=False)],
         samples=check.samples(training, spec, min(SAMPLES, len(training))) if len(training) else [],
-        stop=built.stop_reason(Path("the list below")) or built.sources.unconfirmed_caption("data.source.kind=classes"),
+        stop=stop_reason(built, Path("the list below"))
+        or built.sources.unconfirmed_caption("data.source.kind=classes"),
     )
 
 

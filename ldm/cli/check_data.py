@@ -18,6 +18,7 @@ import torch
 
 from ldm.config import loader
 from ldm.data import check, images, index, source_kinds
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.records import BadSample
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
@@ -47,7 +48,7 @@ def check_index(settings: loader.Config) -> int:
     """Checks every sample."""
     stage, folder = settings.stage2, settings.run.dir
     data = index.build(settings.data, settings.cache_dir, stage.conditions)
-    data.write_report(folder / "data-report.json")
+    write_report(data, folder / "data-report.json")
     for _, bad in zip(range(20), data.bad_samples(), strict=False):
         print(f"bad        {bad}")
     if data.bad_count() > 20:
@@ -62,7 +63,7 @@ def check_index(settings: loader.Config) -> int:
         check.sheet(training, spec).save(folder / "data-sheet.png")
         print(f"look at {folder / 'data-sheet.png'}")
     print(check.balance(data))
-    if problem := data.stop_reason(folder / "data-report.json") or data.sources.unconfirmed_caption():
+    if problem := stop_reason(data, folder / "data-report.json") or data.sources.unconfirmed_caption():
         print(f"training would stop: {problem}")
         return 1
     print("training can begin")

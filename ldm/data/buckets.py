@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from ldm.config.schema import BucketConfig
 from ldm.data.images import Size
@@ -33,3 +37,24 @@ class Buckets:
             step = self.config.step
             return (max(step, min(best[0], width // step * step)), max(step, min(best[1], height // step * step)))
         return best
+
+
+class EntrySizes(Sequence[Size]):
+    """The size of the bucket of each entry; `distinct` are those of all rows of the table, `of_row` their numbers."""
+
+    def __init__(self, distinct: list[Size], of_row: np.ndarray, rows: np.ndarray):
+        self.distinct, self._of_row, self._rows = distinct, of_row, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.distinct[self._of_row[self._rows[i]]]
+
+    def numbers(self) -> np.ndarray:
+        """The number of each entry's size, `(N,)`."""
+        return self._of_row[self._rows]
+
+    def used(self) -> list[Size]:
+        """The sizes that any entry has, sorted."""
+        return [self.distinct[number] for number in np.flatnonzero(np.bincount(self.numbers()))]

@@ -7,7 +7,9 @@ changed mask, or none, the image's latents stay valid.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,14 @@ import pyarrow.compute as pc
 import torch
 
 from ldm.config.schema import DataConfig
+from ldm.data.arrow_columns import BLOCK
 from ldm.data.crops import Augmentation, Crop
 from ldm.data.encoding_store import EncodingJob, EncodingStore, encode_missing
 from ldm.data.images import Size
-from ldm.data.index import Entry, Index
+from ldm.data.index import Index
+from ldm.data.key_lookup import first_occurrences
 from ldm.data.masks import latent_mask
+from ldm.data.records import Entry
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import AnyTextEncoder
@@ -143,10 +148,9 @@ def _image_jobs(
 ) -> dict[Size, EncodingJob]:
     """A job for the images of each bucket."""
     dtype, fingerprint = getattr(torch, options.dtype), autoencoder.encoder_fingerprint()
-    sha256 = index.column("sha256").tolist()
-    keys = np.array(sha256, "S32")
 
-    def job(size: Size, entries: np.ndarray) -> EncodingJob:
+    def job(size: Size) -> EncodingJob:
+        images = functools.cache(lambda: DistinctImages(index, size))
         metadata = {
             "the autoencoder": fingerprint,
             "the size": list(size),
@@ -157,29 +161,53 @@ def _image_jobs(
         }
 
         def encode(indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-            for pixels in CropDataset(index, entries[indices], size, variants).batches(options.workers):
+            for pixels in CropDataset(index, images().entries[indices], size, variants).batches(options.workers):
                 moments = autoencoder.moments(pixels.flatten(0, 1))  # (N, V, 3, H, W) → (N·V, 3, H, W)
                 mean, logvar = (moment.unflatten(0, pixels.shape[:2]).to("cpu", dtype) for moment in moments)
                 yield {"mean": mean, "logvar": logvar}
 
-        return EncodingJob(EncodingStore(options.folder / "latents", metadata), [sha256[i] for i in entries], encode)
+        store = EncodingStore(options.folder / "latents", metadata)
+        return EncodingJob(store, index.name, images, encode)
 
-    jobs = {}
-    for size, entries in index.by_size().items():
-        distinct = entries[np.sort(np.unique(keys[entries], return_index=True)[1])]  # copies are encoded once
-        jobs[size] = job(size, distinct)
-    return jobs
+    return {size: job(size) for size in index.sizes.used()}
+
+
+class DistinctImages:
+    """The entries of a size whose image no earlier one has too, as copies are encoded once, and their keys."""
+
+    def __init__(self, index: Index, size: Size):
+        self.index, self.size = index, size
+        self.entries = index.columns.array("distinct-images", (index.name, size), self._first_occurrences)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return self.index.sha256(self.entries[indices]).view("S32").ravel()
+
+    def _first_occurrences(self) -> np.ndarray:
+        sizes = self.index.sizes
+        entries = np.flatnonzero(sizes.numbers() == sizes.distinct.index(self.size)).astype(self.index.rows.dtype)
+        keys = np.empty(len(entries), "S16")  # half a hash is enough to tell images apart
+        for start in range(0, len(entries), BLOCK):
+            part = self.index.sha256(entries[start : start + BLOCK])[:, :16]
+            keys[start : start + BLOCK] = np.ascontiguousarray(part).view("S16").ravel()
+        return entries[first_occurrences(keys)]
 
 
 def _mask_jobs(
     index: Index, options: CacheOptions, factor: int, variants: Sequence[Variant]
 ) -> dict[Size, EncodingJob]:
     """A job for the masks of each bucket's images."""
-    pairs = list(zip(index.column("sha256").tolist(), index.column("mask_sha256").tolist(), strict=True))
+    numbers = index.sizes.numbers()
 
-    def job(size: Size, entries: np.ndarray) -> EncodingJob:
-        entry_of = {_mask_key(*pairs[i]): i for i in entries.tolist() if pairs[i][1] is not None}
-        chosen = np.array(list(entry_of.values()), int)
+    def job(size: Size) -> EncodingJob:
+        @functools.cache
+        def entry_of() -> dict[bytes, int]:
+            of_size = np.flatnonzero(numbers == index.sizes.distinct.index(size))
+            entries = [(i, index[i]) for i in of_size.tolist()]
+            return {_mask_key(e.sha256, e.mask_sha256): i for i, e in entries if e.mask_sha256 is not None}
+
         metadata = {
             "the size": list(size),
             "the autoencoder's factor": factor,
@@ -188,12 +216,14 @@ def _mask_jobs(
         }
 
         def encode(indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-            for masks in CropDataset(index, chosen[indices], size, variants, factor).batches(options.workers):
+            chosen = np.array(list(entry_of().values()), int)[indices]
+            for masks in CropDataset(index, chosen, size, variants, factor).batches(options.workers):
                 yield {"mask": masks}
 
-        return EncodingJob(EncodingStore(options.folder / "masks", metadata), list(entry_of), encode)
+        store = EncodingStore(options.folder / "masks", metadata)
+        return EncodingJob(store, index.name, lambda: np.array(list(entry_of()), "S32"), encode)
 
-    return {size: job(size, entries) for size, entries in index.by_size().items()}
+    return {size: job(size) for size in index.sizes.used()}
 
 
 def _mask_key(sha256: bytes, mask_sha256: bytes | None) -> bytes:
@@ -204,17 +234,52 @@ def _mask_key(sha256: bytes, mask_sha256: bytes | None) -> bytes:
 
 def _caption_job(index: Index, options: CacheOptions, text: AnyTextEncoder) -> EncodingJob:
     """The job of all distinct captions."""
-    captions = {_caption_key(caption): caption for of_entry in index.captions() for caption in of_entry}
-    keys, dtype = list(captions), getattr(torch, options.dtype)
+    dtype, captions = getattr(torch, options.dtype), functools.cache(lambda: DistinctCaptions(index))
 
     def encode(indices: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(indices), 2 * BATCH):
-            batch = [captions[keys[i]] for i in indices[start : start + 2 * BATCH]]
+            batch = captions().texts(indices[start : start + 2 * BATCH])
             embedding = text.embed(batch).map(lambda tensor: tensor.to("cpu", dtype))
             yield {"text": embedding.states} | ({} if embedding.pooled is None else {"pooled": embedding.pooled})
 
     metadata = {"the text encoder": text.fingerprint(), "data.cache_dtype": options.dtype}
-    return EncodingJob(EncodingStore(options.folder / "text", metadata), keys, encode)
+    return EncodingJob(EncodingStore(options.folder / "text", metadata), index.name, captions, encode)
+
+
+class DistinctCaptions:
+    """The distinct captions of an index in the order of their first occurrence, and their keys."""
+
+    def __init__(self, index: Index):
+        self.index = index
+        first = functools.cache(self._first_occurrences)
+        self._entries, self._numbers = (
+            index.columns.array(name, index.name, lambda i=i: first()[i])  # type: ignore[misc]
+            for i, name in enumerate(("caption-entries", "caption-numbers"))
+        )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return np.frombuffer(b"".join(map(_caption_key, self.texts(indices))), "S32")
+
+    def texts(self, indices: np.ndarray) -> list[str]:
+        """The captions at some indices."""
+        captions = self.index.captions(self._entries[indices])
+        return [of_entry[number] for of_entry, number in zip(captions, self._numbers[indices].tolist(), strict=True)]
+
+    def _first_occurrences(self) -> tuple[np.ndarray, np.ndarray]:
+        """The entry that each distinct caption comes first in, and its number among that entry's captions."""
+        counts = self.index.caption_counts()
+        ends = np.cumsum(counts)
+        keys, start = np.empty(ends[-1], "S16"), 0  # half a hash is enough to tell captions apart
+        captions = itertools.chain.from_iterable(self.index.captions())
+        while part := list(itertools.islice(captions, BLOCK)):
+            keys[start : start + len(part)] = np.frombuffer(b"".join(_caption_key(c)[:16] for c in part), "S16")
+            start += len(part)
+        first = first_occurrences(keys)
+        entries = np.searchsorted(ends, first, side="right")
+        return entries.astype(self.index.rows.dtype), (first - (ends - counts)[entries]).astype(np.uint32)
 
 
 def _caption_key(caption: str) -> bytes:

@@ -16,6 +16,7 @@ from PIL import Image
 from ldm.data.dataset import SamplePlan
 from ldm.data.images import grid, to_pil
 from ldm.data.index import Index
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
 from ldm.models.text_encoder import AnyTextEncoder
@@ -90,8 +91,8 @@ def describe(result: dict[str, Any]) -> str:
 def balance(index: Index) -> str:
     """What became of everything that was seen: good, bad, and left out on purpose, which is counted by reason."""
     left_out = index.sources.left_out()
-    masks = index.masks_by_source().values()
-    lines = [describe_masks(index.without_masks(), *map(sum, zip(*masks, strict=True)))] if masks else []
+    masks = index.table.masks_by_source().values()
+    lines = [describe_masks(index.table.without_masks(), *map(sum, zip(*masks, strict=True)))] if masks else []
     lines += [*left_out.lines(), balance_line(len(index), index.bad_count(), left_out.counts.total())]
     return "\n".join(lines)
 
@@ -125,8 +126,8 @@ def samples(index: Index, spec: SampleSpec, count: int) -> list[tuple[Image.Imag
 
 def _sizes(index: Index) -> dict[str, Any]:
     width, height = index.column("width").astype(float), index.column("height").astype(float)
-    sizes = index.sizes
-    target = np.array(sizes, float).reshape(-1, 2)
+    numbers, sizes = index.sizes.numbers(), index.sizes.distinct
+    target = np.array(sizes, float)[numbers]
     scale = np.maximum(target[:, 0] / width, target[:, 1] / height)
     kept = target.prod(1) / (width * height * scale**2)
     return {
@@ -134,7 +135,7 @@ def _sizes(index: Index) -> dict[str, Any]:
         "longer": _quantiles(np.maximum(width, height)),
         "upscaled": int((scale > 1).sum()),
         "cropped": float(1 - kept.mean()),
-        "buckets": [[f"{w} × {h}", count] for (w, h), count in sorted(Counter(sizes).items())],
+        "buckets": [[f"{w} × {h}", n] for (w, h), n in zip(sizes, np.bincount(numbers).tolist(), strict=False) if n],
     }
 
 
@@ -168,7 +169,7 @@ def _classes(index: Index) -> dict[str, Any]:
 
 
 def _duplicates(index: Index) -> dict[str, Any]:
-    sha256 = np.array(index.column("sha256").tolist(), "S32")
+    sha256 = index.sha256().view("S32").ravel()
     _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
     copies = np.flatnonzero(first[group] != np.arange(len(sha256)))
     near = near_duplicates(index.column("phash")[first])
@@ -229,8 +230,8 @@ def before_training(
     report = run_dir / "data-report.json"
     main = PartialState().is_main_process
     if main:
-        index.write_report(report)
-    if problem := index.stop_reason(report):
+        write_report(index, report)
+    if problem := stop_reason(index, report):
         raise UserError(problem)
     if main:
         print(describe(facts(index, text, text_name)), balance(index), sep="\n", flush=True)

@@ -19,8 +19,9 @@ from ldm.data import cache
 from ldm.data.cache import Cache, CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.images import Size, to_tensor
-from ldm.data.index import Entry, Index
+from ldm.data.index import Index
 from ldm.data.masks import latent_mask
+from ldm.data.records import PRIOR, Entry
 from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import leave_signals_to_parent
@@ -46,8 +47,9 @@ class SamplePlan:
 
     def __init__(self, index: Index, spec: SampleSpec):
         self.index, self.spec, self.sizes = index, spec, index.sizes
-        self.prior = index.prior()
-        self.order = Order(index.weights(), spec.seed, spec.batch, self.sizes, index.column("repeats"), self.prior)
+        draws = index.draws()
+        self.order = Order.of(draws, spec.seed, spec.batch)
+        self.has_prior = any(kind.prior for kind in draws.draws)
         self.classes = {label: number for number, label in enumerate(index.labels())}
 
     def __getitem__(self, n: int) -> PlannedSample:
@@ -87,7 +89,7 @@ class SamplePlan:
         """Position, original width and height, class, the dropout of the conditions, and, where there are some,
         whether it is an image of the class for prior preservation."""
         dropout = self.spec.cond_dropout if sample.entry.dropout is None else sample.entry.dropout
-        prior = {} if self.prior is None else {"prior": torch.tensor(bool(self.prior[sample.number]))}
+        prior = {"prior": torch.tensor(sample.entry.split == PRIOR)} if self.has_prior else {}
         return {
             **prior,
             "position": torch.tensor(n),

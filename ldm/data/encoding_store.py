@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,67 +26,61 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
+from ldm.data.arrow_columns import BLOCK
+from ldm.data.check_record import CheckRecord
+from ldm.data.column_store import ColumnStore
+from ldm.data.key_lookup import KeyLookup
 from ldm.distributed.consensus import gather_objects, wait_until_visible
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import atomic_file
-from ldm.utils.errors import UserError
 
 KEYS = "keys"  # the tensor of a file that holds its entries' keys, (N, 32) bytes
+MAX_OPEN = 16_384  # files that a process maps: a system allows it 65,530 maps
+MAX_CHECKED = 16  # files of a store that each process opens at its start, to see that it can
 
 
 class EncodingStore:
-    """The entries of one folder, which were all encoded with the same settings, `metadata`."""
+    """The entries of one folder, which were all encoded with the same settings, `metadata`.
+
+    `lookups`, next to the folders of its kind, has what was made from the files: their keys, sorted; which are sound.
+    """
 
     def __init__(self, folder: Path, metadata: dict[str, Any]):
         self.metadata = json.dumps(metadata, sort_keys=True)
         self.folder = folder / hashlib.sha256(self.metadata.encode()).hexdigest()[:16]
-        self.set_files([], {})
+        self._lookups = folder.parent / "lookups"
+        self.record = CheckRecord(self._lookups / f"{folder.name}-{self.folder.name}.json")
+        self.files: list[Path] = []
 
     def list_files(self) -> list[Path]:
         """The files in the folder, as this machine sees it."""
         return sorted(self.folder.glob("*.safetensors"))
 
-    def set_files(self, files: Iterable[Path], keys_of: Mapping[Path, np.ndarray]) -> None:
-        """Serves the entries of these files only; `keys_of` has the keys of each file, `(N,)`."""
+    def open(self, files: Iterable[Path]) -> None:
+        """Serves the entries of these files only."""
         self.files = sorted(set(files))
-        parts = [keys_of[file] for file in self.files]
-        keys = np.concatenate(parts) if parts else np.zeros(0, "S32")
-        order = np.argsort(keys, kind="stable")
-        self.keys = keys[order]
-        numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        rows = np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]) if parts else numbers
-        self.positions = np.stack([numbers, rows], axis=1)[order]  # the file's number and the row of each key
+        names = repr([file.name for file in self.files])
+        name = f"{self.record.path.stem}-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        self.columns = ColumnStore(self._lookups / name)
+        self.lookup = KeyLookup(self.columns, (), self.files, _read_keys)
         self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys of all entries, sorted, `(N,)`."""
+        return self.lookup.keys
 
     def __getstate__(self) -> dict[str, Any]:  # a loader process maps the files itself
         return {**self.__dict__, "_open": {}}
 
-    def find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The index of each key in `self.keys`, `(N,)`, and whether the key is there, `(N,)`."""
-        requested = np.array(keys, "S32")  # an array: numpy strips NULs from the end of a scalar
-        if not len(self.keys):
-            return np.zeros(len(requested), int), np.zeros(len(requested), bool)
-        indices = np.minimum(np.searchsorted(self.keys, requested), len(self.keys) - 1)
-        return indices, self.keys[indices] == requested
-
     def __getitem__(self, key: bytes) -> dict[str, torch.Tensor]:
         """The entry's tensors, float32."""
-        (index,), (present,) = self.find([key])
-        assert present, "the training data was encoded before"
-        file, row = self.positions[index].tolist()
+        file, row = self.lookup.place(key)
         if file not in self._open:
+            if len(self._open) == MAX_OPEN:
+                del self._open[next(iter(self._open))]
             self._open[file] = load_file(self.files[file])
         return {name: tensor[row].float() for name, tensor in self._open[file].items() if name != KEYS}
-
-    def remove_damaged(self) -> list[Path]:
-        """Deletes and returns the damaged files; each process checks a share of the files."""
-        state, removed = PartialState(), []
-        for file in self.files[state.process_index :: state.num_processes]:
-            if not _is_intact(file):
-                tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
-                file.unlink(missing_ok=True)
-                removed.append(file)
-        return removed
 
     def write(self, tensors: dict[str, torch.Tensor]) -> Path:
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"about": self.metadata})
@@ -94,10 +89,9 @@ class EncodingStore:
             tmp_path.write_bytes(content)
         return file
 
-    def explain_misses(self, missing: Sequence[bytes]) -> Counter[str]:
+    def explain_misses(self, missing: np.ndarray) -> Counter[str]:
         """How many entries are missing for which reason: the settings that changed since they were encoded, or new."""
-        requested, reasons = np.array(missing, "S32"), Counter[str]()
-        unexplained = np.ones(len(requested), bool)
+        reasons, unexplained = Counter[str](), np.ones(len(missing), bool)
         own, others = json.loads(self.metadata), []
         for folder in sorted(self.folder.parent.iterdir()) if self.folder.parent.exists() else []:
             file = next(folder.glob("*.safetensors"), None)
@@ -105,7 +99,7 @@ class EncodingStore:
                 others.append(([name for name in own if metadata.get(name) != own[name]], folder))
         for changed, folder in sorted(others, key=lambda other: len(other[0])):
             keys = np.concatenate([_read_keys(file) for file in folder.glob("*.safetensors")])
-            matched = unexplained & np.isin(requested, keys)
+            matched = unexplained & np.isin(missing, keys)
             unexplained &= ~matched
             if matched.any():
                 reasons[f"{' and '.join(changed)} changed"] += int(matched.sum())
@@ -114,13 +108,41 @@ class EncodingStore:
         return reasons
 
 
+class Keys(Protocol):
+    """Keys that may be too many for memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """The keys at some indices, `(N,)` of 32 bytes."""
+        ...
+
+
 @dataclass(frozen=True)
 class EncodingJob:
-    """The entries that a store should have: their keys, and `encode`, which yields those at some indices in batches."""
+    """The entries that a store should have: their keys, and `encode`, which yields those at some indices in batches.
+
+    `name` says which entries these are, so that a store can record that it has them; empty where nothing says that.
+    """
 
     store: EncodingStore
-    keys: Sequence[bytes]
+    name: str
+    read_keys: Callable[[], Keys]
     encode: Callable[[np.ndarray], Iterator[dict[str, torch.Tensor]]]
+
+    @cached_property
+    def keys(self) -> Keys:
+        return self.read_keys()
+
+    def missing(self) -> np.ndarray:
+        """The indices of the entries that the store lacks."""
+        if self.name in self.store.record.complete:
+            return np.zeros(0, int)
+        parts = [np.zeros(0, int)]
+        for start in range(0, len(self.keys), BLOCK):
+            indices = np.arange(start, min(start + BLOCK, len(self.keys)))
+            parts.append(indices[~self.store.lookup.find(self.keys[indices])[1]])
+        return np.concatenate(parts)
 
 
 def encode_missing(jobs: Sequence[EncodingJob], noun: str, per_file: int) -> None:
@@ -128,19 +150,20 @@ def encode_missing(jobs: Sequence[EncodingJob], noun: str, per_file: int) -> Non
 
     `noun` is what messages call the entries. UserError, on all processes, where one can't see files of another.
     """
-    state, keys_of = PartialState(), dict[Path, np.ndarray]()
-    missing = _find_missing(jobs, noun, keys_of)
+    state = PartialState()
+    stores = [job.store for job in jobs]
+    _open_sound_files(stores)
+    missing = on_main(lambda: [job.missing() for job in jobs])
     chunks = [
         (job, indices[start : start + per_file])
         for job, indices in zip(jobs, missing, strict=True)
         for start in range(0, len(indices), per_file)
     ]
-    if not chunks:
-        return
-    if state.is_main_process:
+    if chunks and state.is_main_process:
         _print_reasons(jobs, missing, noun)
     total, written = sum(map(len, missing)), []
-    with tqdm(total=total, unit=f" {noun}", desc="encoding", leave=False, disable=not state.is_main_process) as bar:
+    hidden = not chunks or not state.is_main_process
+    with tqdm(total=total, unit=f" {noun}", desc="encoding", leave=False, disable=hidden) as bar:
         for job, indices in chunks[state.process_index :: state.num_processes]:
             job.store.folder.mkdir(parents=True, exist_ok=True)
             batches = []
@@ -148,63 +171,77 @@ def encode_missing(jobs: Sequence[EncodingJob], noun: str, per_file: int) -> Non
                 batches.append(batch)
                 bar.update(len(next(iter(batch.values()))) * min(state.num_processes, len(chunks)))
             tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-            keys = np.frombuffer(b"".join(job.keys[i] for i in indices.tolist()), np.uint8).reshape(-1, 32)
+            keys = np.frombuffer(job.keys[indices].tobytes(), np.uint8).reshape(-1, 32)
             written.append(job.store.write({**tensors, KEYS: torch.from_numpy(keys.copy())}))
     new = [file for share in gather_objects(written) for file in share]
-    stores = [job.store for job in jobs]
-    files = [[*store.files, *(file for file in new if file.parent == store.folder)] for store in stores]
-    _set_visible_files(stores, files, keys_of)
+    if new:
+        _open_files(
+            stores, [[*store.files, *(file for file in new if file.parent == store.folder)] for store in stores]
+        )
+    on_main(lambda: _record(jobs))
 
 
 def _print_reasons(jobs: Sequence[EncodingJob], missing: Sequence[np.ndarray], noun: str) -> None:
     reasons = Counter[str]()
     for job, indices in zip(jobs, missing, strict=True):
         if len(indices):
-            reasons += job.store.explain_misses([job.keys[i] for i in indices.tolist()])
+            reasons += job.store.explain_misses(job.keys[indices])
     explanation = "; ".join(f"{count:,} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items())
     total, entries = sum(map(len, missing)), sum(len(job.keys) for job in jobs)
     tqdm.write(f"cache: {total:,} of {entries:,} {noun} to encode: {explanation}.")
 
 
-def _find_missing(jobs: Sequence[EncodingJob], noun: str, keys_of: dict[Path, np.ndarray]) -> list[np.ndarray]:
-    """The indices of each job's missing entries, the same on all processes. Removes damaged files."""
-    stores = [job.store for job in jobs]
-    _set_visible_files(stores, on_main(lambda: [store.list_files() for store in stores]), keys_of)
-    own = [file for store in stores for file in store.remove_damaged()]
-    removed = {file for share in gather_objects(own) for file in share}
-    for file in removed:
-        del keys_of[file]
-    if removed:
-        for store in stores:
-            store.set_files(set(store.files) - removed, keys_of)
-    missing = [np.flatnonzero(~job.store.find(job.keys)[1]) for job in jobs]
-    present = [([file.name for file in store.files], len(store.keys)) for store in stores]
-    requested = [(len(job.keys), len(indices)) for job, indices in zip(jobs, missing, strict=True)]
-    if len(set(gather_objects(hashlib.sha256(repr((present, requested)).encode()).digest()))) > 1:
-        raise UserError(
-            f"data.cache_dir: the processes find different {noun} in it; "
-            "give a folder on a file system that all machines share"
-        )
-    return missing
+def _open_sound_files(stores: Sequence[EncodingStore]) -> None:
+    """Opens the files of each store. Files that are not as recorded are hashed, and removed where they are damaged."""
+    state = PartialState()
+    listed = on_main(lambda: [(files := store.list_files(), store.record.changed(files)) for store in stores])
+    changed = [file for _, part in listed for file in part]
+    removed = set[Path]()
+    if changed:
+        own = []
+        for file in changed[state.process_index :: state.num_processes]:
+            if not _is_intact(file):
+                tqdm.write(f"cache: {file.name} is damaged; what it held is encoded again.")
+                file.unlink(missing_ok=True)
+                own.append(file)
+        removed = {file for share in gather_objects(own) for file in share}
+    _open_files(stores, [[file for file in files if file not in removed] for files, _ in listed])
 
 
-def _set_visible_files(
-    stores: Sequence[EncodingStore], files: Sequence[Sequence[Path]], keys_of: dict[Path, np.ndarray]
-) -> None:
-    """Sets the files of each store, once all processes see them; files that were removed meanwhile are left out."""
+def _open_files(stores: Sequence[EncodingStore], files: Sequence[Sequence[Path]]) -> None:
+    """Opens the files of each store, once all processes see them; files that were removed meanwhile are left out.
+
+    The main process makes the lookups. Each process tries to open a file that it doesn't see listed, and a few others.
+    """
+    listed = {file for store in stores for file in store.list_files()}
 
     def is_visible(file: Path) -> bool:
-        if file not in keys_of:
+        if file in checked or file not in listed:
             try:
                 file.open("rb").close()
             except OSError:
                 return False
-            keys_of[file] = _read_keys(file)
         return True
 
-    visible = set(wait_until_visible([file for share in files for file in share], is_visible))
-    for store, share in zip(stores, files, strict=True):
-        store.set_files(visible.intersection(share), keys_of)
+    checked = {file for part in files for file in part[:: 1 + len(part) // MAX_CHECKED]}
+    visible = set(wait_until_visible([file for part in files for file in part], is_visible))
+    share = [sorted(visible.intersection(part)) for part in files]
+
+    def open_all() -> list[Path]:
+        for store, part in zip(stores, share, strict=True):
+            store.open(part)
+            store.columns.remove_older(store.record.path.stem)
+        return [file for store in stores for file in store.columns.files()]
+
+    wait_until_visible(on_main(open_all), Path.exists)
+    if not PartialState().is_main_process:
+        open_all()
+
+
+def _record(jobs: Sequence[EncodingJob]) -> None:
+    """Records that the files of the jobs' stores are sound, and have all entries of the jobs."""
+    for job in jobs:
+        job.store.record.write(job.store.files, job.name)
 
 
 def _read_keys(file: Path) -> np.ndarray:

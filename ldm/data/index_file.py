@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import time
 import uuid
@@ -16,68 +17,57 @@ from pathlib import Path
 from typing import Any
 
 import imagehash
-import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from tqdm import tqdm
 
 from ldm.config.schema import DataConfig
 from ldm.data.archives import stamp
-from ldm.data.images import decode, may_be_read_now
+from ldm.data.earlier_indices import EarlierIndices
+from ldm.data.images import decode
+from ldm.data.index_schema import MASK_COLUMNS, RECORD_COLUMNS, SCHEMA
 from ldm.data.masks import load_mask
 from ldm.data.records import MASK_ROW, NO_MASK, TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
 from ldm.distributed.launch import on_main
-from ldm.utils.atomic_files import sync
+from ldm.utils.atomic_files import file_sha256, sync
 from ldm.utils.errors import UserError
 
-TEXT = pa.large_string()  # the captions of 36 million images exceed the 2 GiB of 32-bit offsets
-SCHEMA = pa.schema(
-    [
-        ("key", TEXT),
-        ("file", TEXT),
-        ("start", pa.int64()),
-        ("size", pa.int64()),
-        ("captions", pa.large_list(TEXT)),
-        ("label", TEXT),
-        ("split", TEXT),
-        ("weight", pa.float64()),
-        ("repeats", pa.int32()),
-        ("flip", pa.bool_()),
-        ("dropout", pa.float64()),
-        ("attributes", TEXT),
-        ("source", pa.int32()),
-        ("reason", TEXT),
-        ("fix", TEXT),
-        ("stamp", pa.binary(16)),
-        ("sha256", pa.binary(32)),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("phash", pa.uint64()),
-        ("mask_file", TEXT),
-        ("mask_start", pa.int64()),
-        ("mask_size", pa.int64()),
-        ("mask_sha256", pa.binary(32)),
-    ]
-)
-RECORD_COLUMNS = ("key", "label", "split", "weight", "repeats", "flip", "dropout")  # fields of a record, as they are
-# What opening an image adds to its record; the last is not in indices that were written before there were masks.
-READ_COLUMNS = ("sha256", "width", "height", "phash", "reason", "fix", "mask_sha256")
-MASK_COLUMNS = ("mask_file", "mask_start", "mask_size")  # where a record's mask is
 CHUNK = 1024  # rows that one process opens, and writes at once
+CHUNKS = 64  # joined to one in the complete file: a table of many small chunks is slow and large
 PREFETCH = 1024  # images that are opened while others are listed
 
 
-def write_index(path: Path, sources: Sources, data: DataConfig) -> pa.Table:
-    """Writes the index to a temporary file, then moves it to `path`; takes over what an interrupted run had written."""
+def cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
+    """A hash of every setting that an index depends on."""
+    captions, classes = "text" in conditions, "class" in conditions
+    unread = {"weight", "repeats"} if classes else {"weight", "repeats", "label"}
+    sources = [{**source.model_dump(exclude=unread), "at": str(Path(source.path).resolve())} for source in data.source]
+    for source in sources:
+        for key in ("caption", "limit", "mask", "prior", "replace"):
+            if not source[key]:  # as before there was this key
+                del source[key]
+        if source["kind"] == "images":
+            source["kind"] = "pictures"  # its name when the first indices were written, which stay valid
+    settings: list[Any] = [sources, data.background, data.min_side, data.size]
+    if (captions, classes) != (True, False):  # what is a bad sample depends on the conditions
+        settings.append({"captions": captions, "classes": classes})
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+
+def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Table, list[pa.RecordBatch], str]:
+    """Writes the index to a temporary file, then moves it to `path`; takes over what an interrupted run had written.
+
+    Returns it, memory-mapped, its batches mapped for single rows, and the SHA-256 of its file.
+    """
     state = PartialState()
     leftovers = list(path.parent.glob(f".{path.name}.*"))
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
     def write_part() -> _Listing:
         path.parent.mkdir(parents=True, exist_ok=True)  # also on a machine that doesn't share it, for the check below
-        known = _EarlierIndices([path, *leftovers])
+        known = EarlierIndices([path, *leftovers])
         with tqdm(
             desc="checking images",
             unit=" img",
@@ -90,10 +80,7 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> pa.Table:
         return listing
 
     listing = on_all(write_part)
-    if state.num_processes == 1:
-        complete, batches, parts = part, _memory_map(part), list[Path]()
-    else:
-        complete, batches, parts = _join(part, listing)
+    complete, batches, parts, digest = _join(part, listing)
 
     def replace() -> None:
         complete.replace(path)
@@ -104,8 +91,9 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> pa.Table:
                 if time.time() - file.stat().st_mtime > 3600:
                     file.unlink()
 
+    rows = map_for_single_rows(complete)  # before another run may replace it
     on_main(replace)
-    return pa.Table.from_batches(batches, SCHEMA)
+    return pa.Table.from_batches(batches, SCHEMA), rows, digest
 
 
 class _Listing:
@@ -129,7 +117,7 @@ class _Listing:
                 self.count += 1
 
 
-def _rows(listing: _Listing, data: DataConfig, known: _EarlierIndices) -> Iterator[dict[str, Any]]:
+def _rows(listing: _Listing, data: DataConfig, known: EarlierIndices) -> Iterator[dict[str, Any]]:
     """A row for each record that this process opens; threads decode some ahead."""
     sources = listing.sources
     pending: deque[tuple[dict[str, Any], Future[dict[str, Any]] | dict[str, Any]]] = deque()
@@ -157,19 +145,20 @@ def _rows(listing: _Listing, data: DataConfig, known: _EarlierIndices) -> Iterat
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    _write_batches(path, (pa.RecordBatch.from_pylist(chunk, SCHEMA) for chunk in chunks))
+    write_batches(path, (pa.RecordBatch.from_pylist(chunk, SCHEMA) for chunk in chunks))
 
 
-def _write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)
     sync(path)
 
 
-def _join(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path]]:
-    """The index that the main process joins from all parts: its file, its batches as every process sees it, the parts.
+def _join(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path], str]:
+    """The index that the main process joins from all parts.
 
+    Returns its file, its batches as every process sees it, the parts, and the file's SHA-256.
     UserError, on all processes, where they didn't list the same images, or don't see the same file.
     """
     state = PartialState()
@@ -185,24 +174,30 @@ def _join(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], li
     wait_until_visible(parts, lambda file: not state.is_main_process or _has(file, sizes[file]))
     complete = part.with_name(f"{parts[0].name}.complete")
 
-    def join() -> int:
+    def join() -> tuple[int, str]:
         if not state.is_main_process:
-            return 0
-        chunks = [iter(_memory_map(file)) for file in parts]
+            return 0, ""
+        chunks = [_read_batches(file) for file in parts]
         count = -(-listing.count // CHUNK)
-        _write_batches(complete, (next(chunks[k % len(chunks)]) for k in range(count)))
-        return complete.stat().st_size
+        write_batches(complete, _packed(next(chunks[k % len(chunks)]) for k in range(count)))
+        return complete.stat().st_size, file_sha256(complete)
 
-    size = gather_objects(on_all(join))[0]
+    size, digest = gather_objects(on_all(join))[0]
     wait_until_visible([complete], lambda file: _has(file, size))
-    batches = on_all(lambda: _memory_map(complete))
+    batches = on_all(lambda: memory_map(complete))
     digests = gather_objects(_digest(batches))
     if len(set(digests)) > 1:
         raise UserError(
             f"data.cache_dir: the processes read different things in {complete}; "
             "give a folder on a file system that all machines share"
         )
-    return complete, batches, parts
+    return complete, batches, parts, digest
+
+
+def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of `CHUNKS` as many."""
+    while some := list(itertools.islice(batches, CHUNKS)):
+        yield from pa.Table.from_batches(some).combine_chunks().to_batches()
 
 
 def _has(path: Path, size: int) -> bool:
@@ -222,23 +217,27 @@ def _digest(batches: Sequence[pa.RecordBatch]) -> str:
     return digest.hexdigest()
 
 
-def _memory_map(path: Path) -> list[pa.RecordBatch]:
+def memory_map(path: Path) -> list[pa.RecordBatch]:
     """The memory-mapped batches of a complete file."""
+    return list(_read_batches(path))
+
+
+def map_for_single_rows(path: Path) -> list[pa.RecordBatch]:
+    """The same, mapped so that reading a row doesn't read its neighbours, 20 times as much of a disk."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return list(pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped))))
+
+
+def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         with pa.memory_map(str(path)) as file:
-            return list(pa.ipc.open_stream(file))
+            yield from pa.ipc.open_stream(file)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"data.cache_dir: can't read {path} ({reason}); start the same command again") from None
-
-
-def _memory_map_leftover(path: Path) -> list[pa.RecordBatch]:
-    """The memory-mapped batches of an index as far as it was written; none where the file is missing or empty."""
-    batches: list[pa.RecordBatch] = []
-    with suppress(OSError, pa.ArrowException), pa.memory_map(str(path)) as file:
-        for batch in pa.ipc.open_stream(file):
-            batches.append(batch)
-    return batches
 
 
 def _row(record: Record, number: int, stamps: dict[str, str], table_stamp: str) -> dict[str, Any]:
@@ -283,53 +282,3 @@ def _read_image(sources: Sources, record: Record, data: DataConfig) -> dict[str,
         "phash": int(str(imagehash.phash(image)), 16),
         "mask_sha256": mask[1] if mask else None,
     }
-
-
-class _EarlierIndices:
-    """What earlier indices hold of images that have not changed since, by stamp."""
-
-    def __init__(self, paths: Sequence[Path]):
-        schema = pa.schema([SCHEMA.field(name) for name in ("stamp", *READ_COLUMNS)])
-        tables = [schema.empty_table()]
-        for path in paths:
-            batches = _memory_map_leftover(path)
-            if batches and set(schema.names[:-1]) <= set(batches[0].schema.names):
-                earlier = pa.Table.from_batches(batches)
-                if schema.names[-1] not in earlier.column_names:
-                    earlier = earlier.append_column(schema.field(-1), pa.nulls(len(earlier), schema.field(-1).type))
-                with suppress(pa.ArrowException):  # another version's column types
-                    tables.append(earlier.select(schema.names).cast(schema))
-        table = pa.concat_tables(tables)
-        stamps = leading_bytes(table["stamp"], 16).view("S16").ravel()
-        self.order = np.argsort(stamps, kind="stable")
-        self.stamps = stamps[self.order]
-        self.count = len(stamps)
-        self.batches = table.to_batches()
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
-
-    def find(self, row_stamp: bytes) -> dict[str, Any] | None:
-        """READ_COLUMNS of the image with this stamp; None where no earlier index has it, or today's decoders may."""
-        if not self.count or row_stamp == bytes(16):
-            return None
-        key = np.array([row_stamp], "S16")  # an array: numpy strips NULs from the end of a scalar
-        position = int(np.searchsorted(self.stamps, key)[0])
-        if position == self.count or self.stamps[position : position + 1] != key:
-            return None
-        row = int(self.order[position])
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        batch = self.batches[number]
-        row += batch.num_rows - int(self.ends[number])
-        columns = {name: batch[name][row].as_py() for name in READ_COLUMNS}
-        return None if columns["reason"] and may_be_read_now(columns["reason"]) else columns
-
-
-def leading_bytes(column: pa.ChunkedArray, count: int) -> np.ndarray:
-    """The first bytes of the values of a fixed-width column, `(N, count)`; zeros for nulls."""
-    width, parts = column.type.byte_width, [np.zeros((0, count), np.uint8)]
-    for chunk in filter(len, column.chunks):
-        values = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
-        part = values.reshape(-1, width)[:, :count]
-        if chunk.null_count:
-            part = np.where(chunk.is_valid().to_numpy(zero_copy_only=False)[:, None], part, np.uint8(0))
-        parts.append(part)
-    return np.concatenate(parts)

@@ -56,6 +56,19 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Entry(Record):
+    """A record whose image has been opened: SHA-256 of its bytes, width and height after rotation by its EXIF.
+
+    `mask_sha256` is None where the image has no mask.
+    """
+
+    sha256: bytes = b""
+    width: int = 0
+    height: int = 0
+    mask_sha256: bytes | None = None
+
+
+@dataclass(frozen=True)
 class BadSample:
     """An image or a line that can't be used: its name, the reason, and how to mend it."""
 

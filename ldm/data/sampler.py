@@ -5,15 +5,20 @@ It depends on no history, so one process or eight, interrupted and resumed or no
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ldm.config.schema import DataConfig
 from ldm.data.crops import Augmentation
+from ldm.data.draw_table import Draws, DrawTable, draw_table
+from ldm.data.permutation import Permutation
+
+ORDER = 2  # the version of the order, which checkpoints keep; 1 shuffled arrays
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Order:
     the others, the subject's, and the two take turns: without buckets, every second sample is one of the class. Each
     kind has rounds of its own, so all images of a kind come up equally often. An epoch has the subject's as many times
     as it takes to show every image of the class.
+
+    Nothing of the size of an epoch is drawn or kept: shuffles are functions, and a table of draws may be a file.
     """
 
     def __init__(
@@ -54,48 +61,50 @@ class Order:
         weights: Sequence[float] | np.ndarray,
         seed: int,
         batch: int = 1,
-        buckets: Sequence[Hashable] | None = None,
+        buckets: Sequence[Any] | np.ndarray | None = None,
         repeats: Sequence[int] | np.ndarray | None = None,
         prior: np.ndarray | None = None,
     ):
-        if not len(weights):
+        numbers = None if buckets is None else np.unique(np.asarray(buckets), axis=0, return_inverse=True)[1].ravel()
+        repeats = None if repeats is None else np.asarray(repeats)
+        self._set(draw_table(np.asarray(weights, np.float64), numbers, repeats, prior), seed, batch)
+
+    @classmethod
+    def of(cls, table: DrawTable, seed: int, batch: int) -> Order:
+        """The order of indices whose table of draws is known."""
+        order = cls.__new__(cls)
+        order._set(table, seed, batch)
+        return order
+
+    def _set(self, table: DrawTable, seed: int, batch: int) -> None:
+        if not table.draws:
             raise ValueError("an order needs at least one sample")
         self.seed, self.batch = seed, batch
-        indices, weights = np.arange(len(weights)), np.asarray(weights, dtype=np.float64)
-        if repeats is not None:
-            indices, weights = np.repeat(indices, repeats), np.repeat(weights, repeats)
-        names = sorted(set(buckets), key=repr) if buckets is not None else []
-        bucket_of = np.zeros(len(indices), int)
-        if buckets is not None and len(names) > 1:
-            numbers = dict(zip(names, range(len(names)), strict=True))
-            bucket_of = np.array([numbers[name] for name in buckets])[indices]
-        several = len(names) > 1
-        of_class = np.zeros(len(indices), bool) if prior is None else prior[indices]
+        subject, others = ({d.bucket: _Round(table, d, seed) for d in table.draws if d.prior == p} for p in (0, 1))
         self.rounds: list[_Round | _Turns]
-        if of_class.all() or not of_class.any():
-            self.rounds = [*_rounds(indices, weights, bucket_of, seed, several).values()]
-        else:
-            subject, others = (
-                _rounds(indices[chosen], weights[chosen], bucket_of[chosen], seed, several, name)
-                for chosen, name in ((~of_class, ""), (of_class, "prior"))
-            )
-            self.rounds = _turns(subject, others)
-        self._epoch_plan: tuple[int, np.ndarray] | None = None  # an epoch, and the bucket of each of its batches
+        self.rounds = _turns(subject, others) if subject and others else [*(subject or others).values()]
+        self._step: tuple[int, _Round | _Turns, int] | None = None  # the last one, its bucket, and that one's batch
 
     def __getitem__(self, n: int) -> int:
         """The index, in [0, len(weights)), of the run's n-th sample."""
         if len(self.rounds) == 1:
             return self.rounds[0][n]
         step, offset = divmod(n, self.batch)
+        if self._step is None or self._step[0] != step:
+            self._step = step, *self._batch_of(step)
+        _, bucket, number = self._step
+        return bucket[number * self.batch + offset]
+
+    def _batch_of(self, step: int) -> tuple[_Round | _Turns, int]:
+        """The bucket of a step, and which of its batches: an epoch has all batches of all buckets, shuffled."""
         epoch = self.epoch(step)
-        if self._epoch_plan is None or self._epoch_plan[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, *b"batches"])
-            counts = [self._batches(r, epoch + 1) - self._batches(r, epoch) for r in self.rounds]
-            self._epoch_plan = epoch, rng.permutation(np.repeat(np.arange(len(counts)), counts))
-        plan, step_in_epoch = self._epoch_plan[1], step - self.first_step(epoch)
-        bucket = int(plan[step_in_epoch])
-        done = self._batches(self.rounds[bucket], epoch) + int((plan[:step_in_epoch] == bucket).sum())
-        return self.rounds[bucket][done * self.batch + offset]
+        first, following = ([self._batches(r, e) for r in self.rounds] for e in (epoch, epoch + 1))
+        shuffled = Permutation(sum(following) - sum(first), (self.seed, epoch, *b"batches"))[step - sum(first)]
+        for bucket, before, after in zip(self.rounds, first, following, strict=True):
+            if shuffled < after - before:
+                return bucket, before + shuffled
+            shuffled -= after - before
+        raise AssertionError("an epoch has the batches of its buckets")
 
     def first_step(self, epoch: int) -> int:
         """The first step of an epoch."""
@@ -117,32 +126,32 @@ class Order:
 class _Round:
     """The endless sequence of the indices of a bucket: a round of `size` draws has each once, or as its weight says."""
 
-    def __init__(self, indices: np.ndarray, weights: np.ndarray, size: int, seed: int, name: tuple[int, ...]):
-        self.indices, self.size, self.seed, self.name = indices, size, seed, name
-        self._cumulative = np.cumsum(weights) / np.sum(weights) * size
-        self._drawn: tuple[int, np.ndarray] | None = None  # the number of a round, and its draws
+    def __init__(self, table: DrawTable, draws: Draws, seed: int):
+        members = slice(draws.start, draws.start + draws.length)
+        self.size, self._draws, self._seed = draws.size, draws, seed
+        self._members = None if table.members is None else table.members[members]
+        self._cumulative = None if table.cumulative is None else table.cumulative[members]
+        self._shuffle: tuple[int, Permutation, float] | None = None  # of the last round, and its shift
 
     def __getitem__(self, n: int) -> int:
         number, offset = divmod(n, self.size)
-        if self._drawn is None or self._drawn[0] != number:
-            rng = np.random.default_rng([self.seed, number, *self.name])
-            points = np.arange(self.size) + rng.uniform(1e-6, 1 - 1e-6)
-            drawn = np.minimum(np.searchsorted(self._cumulative, points), len(self.indices) - 1)
-            self._drawn = number, rng.permutation(self.indices[drawn])
-        return int(self._drawn[1][offset])
+        if self._shuffle is None or self._shuffle[0] != number:
+            key = (self._seed, number, self._draws.bucket, self._draws.prior, *b"round")
+            shift = float(np.random.default_rng(key).uniform(1e-6, 1 - 1e-6))
+            self._shuffle = number, Permutation(self.size, key), shift
+        _, permutation, shift = self._shuffle
+        member = self._member(permutation[offset], shift)
+        return member if self._members is None else int(self._members[member])
 
-
-def _rounds(
-    indices: np.ndarray, weights: np.ndarray, bucket_of: np.ndarray, seed: int, several: bool, name: str = ""
-) -> dict[int, _Round]:
-    """The round of each bucket, by its number; together they have as many draws as there are indices."""
-    rounds, per_weight = {}, len(indices) / weights.sum()
-    for bucket in map(int, np.unique(bucket_of)):
-        members = bucket_of == bucket
-        size = max(1, round(weights[members].sum() * per_weight)) if several else len(indices)
-        key = (*((bucket,) if several else ()), *name.encode())
-        rounds[bucket] = _Round(indices[members], weights[members], size, seed, key)
-    return rounds
+    def _member(self, draw: int, shift: float) -> int:
+        """The member of a draw: members have draws in proportion to their weights, rounded up or down."""
+        if self._cumulative is not None:
+            member = int(np.searchsorted(self._cumulative, draw + shift))
+        elif self.size == self._draws.length:
+            return draw
+        else:
+            member = int((draw + shift) * self._draws.length / self.size)
+        return min(member, self._draws.length - 1)
 
 
 def _turns(subject: dict[int, _Round], others: dict[int, _Round]) -> list[_Round | _Turns]:
@@ -181,14 +190,14 @@ class Positions(torch.utils.data.Sampler[list[int]]):
     """
 
     def __init__(self, first_step: int, steps: int, batch: int, passes: int, rank: int, processes: int):
-        share = batch // (passes * processes)
-        self._starts = [
-            step * batch + (i * processes + rank) * share for step in range(first_step, steps) for i in range(passes)
-        ]
-        self._share = share
+        self._first, self._steps, self._batch, self._passes = first_step, steps, batch, passes
+        self._rank, self._processes = rank, processes
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return max(0, self._steps - self._first) * self._passes
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(start, start + self._share)) for start in self._starts)
+        share = self._batch // (self._passes * self._processes)
+        for step, i in itertools.product(range(self._first, self._steps), range(self._passes)):
+            start = step * self._batch + (i * self._processes + self._rank) * share
+            yield list(range(start, start + share))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.loader import differences
+from ldm.data.sampler import ORDER
 from ldm.distributed.consensus import gather_objects
 from ldm.training.checkpoint import read_last, read_state
 from ldm.utils.errors import UserError
@@ -44,3 +45,13 @@ def check_finished(stage_dir: Path, fingerprint: Fingerprint) -> None:
             f"{stage_dir.parent} is finished, but its {' and '.join(changed)} changed since; "
             "give another run.dir, or --fresh to train in a new one"
         )
+
+
+def order_changed(state: dict[str, Any]) -> str:
+    """A line where a checkpoint's run ordered images otherwise than this version does; empty where it did not."""
+    if state.get("order", 1) == ORDER or state["places"]:  # a stream's order has not changed
+        return ""
+    return (
+        "the version that began this run ordered images differently; until the current epoch ends, some images may "
+        "come a second time and others not at all."
+    )

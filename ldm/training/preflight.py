@@ -262,8 +262,9 @@ def _lacks_memory(config: Config, stage: str) -> str:
 def _few(data: Index, batch: int) -> Index:
     """A batch of the images that are resized to the largest size, and some held-out ones."""
     train, held = data.select("train"), data.select(*HELD_OUT).subset(HELD_OUT_IMAGES)
-    size = max(sizes := train.by_size(), key=lambda size: size[0] * size[1])
-    return Index(data.table, data.sources, data.data, np.concatenate([train.rows[sizes[size]][:batch], held.rows]))
+    size = max(train.sizes.used(), key=lambda size: size[0] * size[1])
+    largest = np.flatnonzero(train.sizes.numbers() == train.sizes.distinct.index(size))[:batch]
+    return Index(data.table, data.sources, data.data, np.concatenate([train.rows[largest], held.rows]))
 
 
 def _validation_images(config: Config, stage: str, data: Index | Stream) -> int:

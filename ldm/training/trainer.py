@@ -21,6 +21,7 @@ from torch import nn
 
 from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
+from ldm.data.sampler import ORDER
 from ldm.data.stream import Stream
 from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
 from ldm.distributed.sharding import shard
@@ -31,7 +32,7 @@ from ldm.training.checkpoint_writer import CheckpointWriter, Parts
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
-from ldm.training.fingerprint import check_same, check_same_on_all_processes
+from ldm.training.fingerprint import check_same, check_same_on_all_processes, order_changed
 from ldm.training.loading import load_batches
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.nonfinite import NonfiniteTracker
@@ -376,6 +377,7 @@ class Trainer:
             **self._logger.state(),
             **self.nonfinite.state(),
             "places": lanes,
+            "order": ORDER,
             "fingerprint": self.fingerprint,
             "metrics_bytes": self._logger.size(),
         }
@@ -398,6 +400,8 @@ class Trainer:
             self._stream_positions = state["places"]
             if self.step < self.training.steps:
                 self._print(f"{self.stage}: continuing from step {self.step} of {self.training.steps}.")
+                if order := order_changed(state):
+                    self._print(f"{self.stage}: {order}")
         self.accelerator.wait_for_everyone()  # all have read it
         if self.is_main:
             self._checkpoints.tidy_up()

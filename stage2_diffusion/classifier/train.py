@@ -27,6 +27,7 @@ from ldm.data import index
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import evaluation_batch, sample_names, stage2_dataset
 from ldm.data.index import Index
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.diffusion.process import DiffusionProcess
@@ -139,9 +140,9 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
 def usable(images: Index, out: Path) -> list[str]:
     """The classes of the images; UserError where they have none, or one, or too many images are bad."""
     report = out / "data-report.json"
-    if problem := images.stop_reason(report):
+    if problem := stop_reason(images, report):
         on_main(partial(make_dir, "--out", out))
-        on_main(partial(images.write_report, report))
+        on_main(partial(write_report, images, report))
         raise UserError(problem)
     classes = images.labels()
     if len(classes) < 2:

@@ -27,6 +27,7 @@ from ldm.data.dataset import Item
 from ldm.data.folder_tree import FolderTree
 from ldm.data.formats import is_image_file
 from ldm.data.index import Index
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.records import PRIOR, TRAINED
 from ldm.data.stream import Stream
 from ldm.distributed.consensus import on_all, wait_until_visible
@@ -246,8 +247,8 @@ def _check_subject(config: Config, text: AnyTextEncoder | None) -> None:
     with redirect_stdout(io.StringIO()):  # the index of both says it again
         subject = index.build(config.data, config.cache_dir, config.stage2.conditions)
     report = config.run.dir / "data-report.json"
-    if problem := subject.stop_reason(report):
-        on_main(lambda: subject.write_report(report))
+    if problem := stop_reason(subject, report):
+        on_main(lambda: write_report(subject, report))
         raise UserError(problem)
     check_word_in_captions(config.finetune, subject.select(*TRAINED), text)
 

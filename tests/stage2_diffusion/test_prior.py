@@ -22,6 +22,7 @@ from tiny import TINY
 
 from ldm.config import loader
 from ldm.config.schema import Config
+from ldm.data.index_report import stop_reason
 from ldm.models import text_encoder
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.utils.errors import UserError
@@ -318,7 +319,7 @@ def test_what_prior_preservation_lacks_is_named(
 
 def test_only_images_of_the_class_are_refused(settings: Callable[..., Config], tmp_path: Path) -> None:
     index = indexed(settings("data.source.prior=true"))
-    assert index.stop_reason(tmp_path / "report.json").endswith(
+    assert stop_reason(index, tmp_path / "report.json").endswith(
         "has only images of the class; add those of the subject"
     )
 

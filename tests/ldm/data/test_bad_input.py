@@ -35,6 +35,7 @@ from ldm.config import loader
 from ldm.data.dataset import SamplePlan
 from ldm.data.images import decode
 from ldm.data.index import Index
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.records import BadSample, BadSampleError
 from ldm.utils.errors import UserError
 
@@ -695,7 +696,7 @@ def test_all_hostile_inputs_together_are_reported_and_nothing_outside_is_read(
     with access_log.nothing_outside(tmp_path):
         index = indexed(settings(root, tmp_path, sources))
         second_index = indexed(settings(root, tmp_path, sources))  # reuses what the first one read
-        index.write_report(tmp_path / "data-report.json")
+        write_report(index, tmp_path / "data-report.json")
     assert os.path.realpath(tmp_path / "files/a-0.png") in access_log.opened  # the log records what is opened
     for built in (index, second_index):
         assert_bad_samples(list(built.bad_samples()), sources)
@@ -740,7 +741,7 @@ def test_the_share_of_bad_images_decides_whether_to_stop_in_one_line(root: Path,
         (["data.max_bad=1", "data.on_error=stop"], "data.on_error is stop"),
     ):
         index = indexed(settings(root, tmp_path, sources, *overrides))
-        message = index.stop_reason(tmp_path / "data-report.json")
+        message = stop_reason(index, tmp_path / "data-report.json")
         if rule:
             first = next(index.bad_samples())
             for fragment in ("3 of 4 images", rule, str(tmp_path / "data-report.json"), first.key, first.reason):
@@ -754,7 +755,7 @@ def test_a_source_without_good_images_stops_whatever_max_bad_is(root: Path, tmp_
     source = write_source(tmp_path, "files", "jpeg-half.jpg")
     for good in (tmp_path / "files").glob("a-*"):
         good.unlink()
-    message = indexed(settings(root, tmp_path, [source], "data.max_bad=1")).stop_reason(tmp_path / "data-report.json")
+    message = stop_reason(indexed(settings(root, tmp_path, [source], "data.max_bad=1")), tmp_path / "data-report.json")
     assert "no usable image" in message
     assert "jpeg-half.jpg" in message
     assert len(message.splitlines()) == 1

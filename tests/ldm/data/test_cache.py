@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
-from ldm.data import encoding_store, index_file
+from ldm.data import cache, encoding_store, index_file
 from ldm.data.cache import CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
@@ -163,6 +163,29 @@ def test_a_damaged_file_is_detected_and_rewritten(
         assert file_hashes(config.cache_dir) == hashes
 
 
+def test_a_complete_cache_is_neither_hashed_nor_searched_at_the_next_start(
+    root: Path, folder: Path, encoder: text_encoder.TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, vae, hashed = settings(root, folder), random_vae(), []
+    cached(indexed(config), config, vae, encoder, per_file=5)
+    is_intact = encoding_store._is_intact
+    monkeypatch.setattr(encoding_store, "_is_intact", lambda file: hashed.append(file) or is_intact(file))
+    monkeypatch.setattr(encoding_store, "_read_keys", lambda file: pytest.fail("keys were read"))
+    monkeypatch.setattr(cache.DistinctCaptions, "__getitem__", lambda *_: pytest.fail("captions were read"))
+    index = indexed(config)
+    store = cached(index, config, vae, encoder, per_file=5)
+    assert not hashed
+    entry = index[3]
+    assert store.latent(Crop(index.sizes[3]), entry.sha256)[0].shape == (2, *reversed([s // 2 for s in index.sizes[3]]))
+    assert store.embedding(entry.captions[0])["text"].shape[0] == 8
+    file = next((config.cache_dir / "text").rglob("*.safetensors"))
+    os.utime(file, ns=(1, 1))  # as if it had been copied
+    monkeypatch.setattr(cache.DistinctCaptions, "__getitem__", DISTINCT)
+    cached(indexed(config), config, vae, encoder, per_file=5)
+    assert hashed == [file]
+
+
+DISTINCT = cache.DistinctCaptions.__getitem__
 BUILD = """
 import sys
 from ldm.config import loader

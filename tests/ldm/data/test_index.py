@@ -1,5 +1,6 @@
 """The index of images: built by one process or several, from an older index, and with any amount of text."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from of_config import indexed
 
 from ldm.config import loader
 from ldm.data import index, index_file
+from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
-from ldm.data.index_file import SCHEMA
+from ldm.data.index_schema import SCHEMA
+from ldm.data.index_table import IndexTable
 
 Start = Callable[..., Forked]
 Finish = Callable[[Forked], str]
@@ -77,7 +80,7 @@ def test_an_index_with_32_bit_offsets_is_converted_without_opening_an_image(
 def test_an_index_is_memory_mapped(root: Path, folder: Path) -> None:
     path = index_path(indexed(settings(root, folder)).data.cache_dir or folder)
     held = pa.total_allocated_bytes()
-    table = pa.Table.from_batches(index_file._memory_map(path), SCHEMA)
+    table = pa.Table.from_batches(index_file.memory_map(path), SCHEMA)
     assert len(table) == 30
     assert pa.total_allocated_bytes() == held
 
@@ -108,7 +111,7 @@ def rows(count: int, **fields: Any) -> pa.RecordBatch:
 def test_an_index_may_hold_more_than_2_gib_of_text(root: Path, folder: Path) -> None:
     caption, count = "x" * (GIB // 16), 33  # every row shares the same memory
     batch = rows(1, captions=[caption], key=caption)
-    built = Index(pa.Table.from_batches([batch] * count, SCHEMA), None, settings(root, folder).data)  # type: ignore[arg-type]
+    built = Index(IndexTable(pa.Table.from_batches([batch] * count, SCHEMA)), None, settings(root, folder).data)  # type: ignore[arg-type]
     assert sum(len(captions[0]) for captions in built.captions()) == count * len(caption) > 2 * GIB
     assert [len(key) for key in built.first(2).column("key")] == [len(caption)] * 2
 
@@ -118,7 +121,7 @@ def test_leading_bytes_of_more_than_2_gib_of_hashes() -> None:
     rows_per_chunk, chunks = 2**20, 65
     hashes = np.random.default_rng(0).integers(0, 256, (rows_per_chunk, 32), np.uint8)
     chunk = pa.Array.from_buffers(pa.binary(32), rows_per_chunk, [None, pa.py_buffer(hashes)])
-    starts = index_file.leading_bytes(pa.chunked_array([chunk] * chunks), 4)
+    starts = leading_bytes(pa.chunked_array([chunk] * chunks), 4)
     assert len(starts) * 32 > 2 * GIB
     for i in range(chunks):
         assert (starts[i * rows_per_chunk : (i + 1) * rows_per_chunk] == hashes[:, :4]).all()
@@ -128,9 +131,66 @@ def test_rows_are_taken_in_the_given_order() -> None:
     column = pa.chunked_array([[], ["a", "b"], [], ["c"], ["d", "e", "f"]], pa.string())
     rng = np.random.default_rng(0)
     for order in (np.arange(6), rng.permutation(6), np.array([5, 0, 0, 3, 2]), np.zeros(0, int)):
-        values = [value for part in index._take_rows(column, order) for value in part.to_pylist()]
+        values = [value for part in take_rows(column, order) for value in part.to_pylist()]
         assert values == ["abcdef"[i] for i in order]
-    assert not list(index._take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
+    assert not list(take_rows(pa.chunked_array([], pa.string()), np.zeros(0, int)))
+
+
+def reference_fingerprint(built: Index) -> str:
+    """The fingerprint of a model without classes, entry by entry."""
+    digest = hashlib.sha256()
+    for entry in built:
+        row = (entry.sha256, entry.weight, entry.repeats, entry.flip, entry.dropout, entry.label)
+        digest.update(repr((list(entry.captions), *row)).encode())
+    return digest.hexdigest()
+
+
+def test_what_follows_from_an_index_is_computed_once_and_mapped(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loader.load(root / "configs/tiny.yaml", [*overrides(folder, "columns"), "data.buckets={step: 8}"])
+    first = indexed(config).select("train")
+    assert first.fingerprint() == reference_fingerprint(first)
+    monkeypatch.setattr(index, "draw_table", lambda *_: pytest.fail("draws were computed again"))
+    monkeypatch.setattr(Index, "captions", lambda *_: pytest.fail("captions were read again"))
+    second = indexed(config).select("train")
+    assert (second.fingerprint(), list(second.sizes)) == (first.fingerprint(), list(first.sizes))
+    table = second.draws()
+    assert sum(draws.size for draws in table.draws) == len(second) == 29
+    for array in (second.rows, table.members):
+        assert isinstance(array, np.memmap)
+
+
+def test_columns_of_other_images_are_other_files(root: Path, folder: Path) -> None:
+    fingerprints = [indexed(settings(root, folder)).fingerprint()]
+    (folder / "03.txt").write_text("another caption")
+    changed = indexed(settings(root, folder))
+    assert changed.fingerprint() == reference_fingerprint(changed) != fingerprints[0]
+    assert len(list((folder.parent / "alone").glob("columns-*"))) == 2
+    (folder / "03.txt").write_text("image 3")
+    assert indexed(settings(root, folder)).fingerprint() == fingerprints[0]
+
+
+def test_selections_are_those_of_their_rows(root: Path, folder: Path) -> None:
+    config = loader.load(root / "configs/tiny.yaml", [*overrides(folder, "splits"), "data.val_fraction=0.3"])
+    built = indexed(config)
+    unnamed = Index(built.table, built.sources, built.data, built.rows)  # selects by looking at each row
+    for splits in (("train",), ("reconstruction",), ("train", "reconstruction"), ("prior",), ("train", "prior")):
+        selected = built.select(*splits)
+        assert selected.rows.tolist() == unnamed.select(*splits).rows.tolist()
+        assert selected.fingerprint() == reference_fingerprint(selected)
+        assert {entry.split for entry in selected} == set(selected.column("split").tolist()) <= set(splits)
+    assert 0 < len(built.select("reconstruction")) < len(built) == 29
+
+
+def test_an_index_has_few_chunks_for_any_number_of_rows(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_file, "CHUNK", 2)
+    monkeypatch.setattr(index_file, "CHUNKS", 4)
+    built = indexed(settings(root, folder))
+    assert [len(chunk) for chunk in built.table["key"].chunks] == [8, 8, 8, 6]
+    assert [entry.key for entry in built] == [f"{i:02}.png" for i in range(30) if i != 17]
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -209,12 +269,12 @@ attempt("continued", lambda: build_index("failed"))
 attempt("one short", lambda: build_index("listings"), Sources, "records", one_short)
 attempt("reversed order", lambda: build_index("listings"), Sources, "records", reversed_order)
 attempt("not shared", lambda: build_index("rank-1" if second else "rank-0"))
-memory_map = index_file._memory_map
+memory_map = index_file.memory_map
 
 def other_content(path):
     return memory_map(path)[second:]
 
-attempt("different content", lambda: build_index("rank-0"), index_file, "_memory_map", other_content)
+attempt("different content", lambda: build_index("rank-0"), index_file, "memory_map", other_content)
 attempt("repaired", lambda: build_index("rank-0"))
 
 drawings, rendered, atomic_file = openmoji.drawings, [], openmoji.atomic_file
@@ -237,10 +297,10 @@ def latent_sums():
 
 open_path = Path.open
 
-def hide_safetensors(path, *args):
+def hide_safetensors(path, *args, **options):
     if second and path.suffix == ".safetensors":
         raise FileNotFoundError(path)
-    return open_path(path, *args)
+    return open_path(path, *args, **options)
 
 attempt("latents", latent_sums, Path, "glob", lambda path, name: iter(()))  # as if directory listings were stale
 attempt("latents again", latent_sums)

@@ -25,6 +25,7 @@ from ldm.data.cache import CacheOptions
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
 from ldm.data.index import Index
 from ldm.data.index_file import MASK_COLUMNS
+from ldm.data.index_report import stop_reason, write_report
 from ldm.data.sources import Sources
 from ldm.models.autoencoder import Autoencoder, build
 from ldm.utils.errors import UserError
@@ -202,8 +203,8 @@ def test_bad_masks_are_named_and_what_is_left_out_is_counted(root: Path, tmp_pat
         "masks without an image": 1,
         "other files in the folder of masks": 1,
     }
-    assert index.stop_reason(tmp_path / "report") == ""
-    index.write_report(tmp_path / "report.json")
+    assert stop_reason(index, tmp_path / "report") == ""
+    write_report(index, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["masks"] == {"images": 1, "without": ["none.png"]}
 
 
@@ -219,7 +220,7 @@ def test_masks_of_no_image_at_all_stop_the_run(root: Path, tmp_path: Path, mask:
     write(tmp_path / "images/a.png", noise("a", (20, 16)).convert("RGB"))
     config = settings(root, {"path": f"{tmp_path}/images", "mask": mask.format(tmp_path)}, tmp_path / "run")
     expected = expected.format(tmp_path, tmp_path)
-    reason = indexed(config).stop_reason(tmp_path / "report")
+    reason = stop_reason(indexed(config), tmp_path / "report")
     assert reason == f"data.source.mask: no image of {tmp_path}/images {expected}"
 
 
@@ -304,9 +305,9 @@ def test_every_kind_of_source_has_masks(
     first, second = (index.load_mask(i) for i in range(2))
     assert first is not None and second is None and len(index) == 2
     assert np.array_equal(np.asarray(first), MASK)
-    assert index.masks_by_source() == {0: (1, 1)} and list(index.without_masks()) == [index[1].key]
+    assert index.table.masks_by_source() == {0: (1, 1)} and list(index.table.without_masks()) == [index[1].key]
     assert not index.sources.left_out().counts.keys() - {"folders of masks"}
-    assert index.stop_reason(tmp_path / "report") == ""
+    assert stop_reason(index, tmp_path / "report") == ""
 
 
 def test_a_column_is_meant_whatever_folders_the_working_directory_has(
@@ -318,7 +319,7 @@ def test_a_column_is_meant_whatever_folders_the_working_directory_has(
     monkeypatch.chdir(tmp_path)
     for mask, masked, origin in (("cut", "a.png", "the column cut"), ("./cut", "b.png", "the folder ./cut")):
         index = indexed(settings(root, {"path": path, "mask": mask}, tmp_path / "run"))
-        assert list(index.without_masks()) == [{"a.png": "b.png", "b.png": "a.png"}[masked]]
+        assert list(index.table.without_masks()) == [{"a.png": "b.png", "b.png": "a.png"}[masked]]
         assert f"masks    from {origin}" in index.sources.describe()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.data.draw_table import Draws, DrawTable
 from ldm.data.sampler import Order, Positions
 from ldm.distributed.accumulation import accumulation
 from ldm.utils.rng import normal, uniform
@@ -115,3 +116,27 @@ def test_noise_is_standard_normal_and_uniform_is_uniform() -> None:
     u = uniform(0, "time", positions)
     assert abs(float(u.mean()) - 0.5) < 0.05
     assert 0 <= float(u.min()) < float(u.max()) < 1
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_bucket_draws_each_index_as_its_weight_and_repeats_say(weighted: bool, repeats: int) -> None:
+    rng = np.random.default_rng(0)
+    buckets, weights = rng.integers(0, 3, 60), rng.uniform(1, 5, 60) if weighted else np.ones(60)
+    many = np.where(np.arange(60) < 20, repeats, 1)
+    order, epochs = Order(weights, seed=5, batch=1, buckets=buckets, repeats=many), 40
+    seen = Counter(order[n] for n in range(order.first_step(epochs)))
+    for bucket in range(3):
+        members = np.flatnonzero(buckets == bucket)
+        draws = sum(seen[i] for i in members)
+        expected = weights * many * draws / (weights * many)[members].sum()
+        assert all(abs(seen[i] - expected[i]) <= (epochs if weighted else 1e-9) for i in members)
+    total = many.sum() * epochs
+    assert abs(sum(seen.values()) - total) <= 2 * epochs  # each bucket's draws are rounded
+
+
+def test_an_order_of_a_hundred_million_starts_at_once_and_keeps_nothing_of_that_size() -> None:
+    order = Order.of(DrawTable([Draws(0, 0, 0, 10**8, 10**8)], None, None), seed=1, batch=256)
+    positions = range(73 * 10**6, 73 * 10**6 + 1000)
+    assert len({order[n] for n in positions}) == 1000
+    assert len(pickle.dumps(order)) < 5000

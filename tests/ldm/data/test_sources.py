@@ -19,6 +19,7 @@ from PIL import Image
 from ldm.config import loader
 from ldm.config.schema import BucketConfig, SourceConfig
 from ldm.data.index import Index
+from ldm.data.index_report import stop_reason
 from ldm.data.records import BadSample
 from ldm.data.source_kinds import check, detect
 from ldm.data.sources import Sources
@@ -515,7 +516,7 @@ def test_an_image_without_a_class_is_bad_only_where_classes_are_needed(
     assert indexed(settings(root, tmp_path / "run", source, *UNCONDITIONAL)).bad_count() == 0
     index = indexed(settings(root, tmp_path / "run", source, *CLASS_CONDITIONAL))
     assert len(index) == 0
-    assert index.stop_reason(tmp_path / "data-report.json") == (
+    assert stop_reason(index, tmp_path / "data-report.json") == (
         f"data.source: no usable image in {source}; the first bad one: "
         "a.png: it has no class; write it into the column 'label', or put it in a class folder"
     )

@@ -24,6 +24,7 @@ from torch import nn
 
 import ldm.training.trainer
 from ldm.config.schema import RunConfig, Training
+from ldm.data.sampler import ORDER
 from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import CheckpointManager, checkpoints, read_checkpoint
 from ldm.training.engine import Engine
@@ -242,6 +243,23 @@ def test_a_run_of_an_older_version_continues_and_keeps_its_metrics(tmp_path: Pat
     file.write_text(json.dumps(state))
     assert train(tmp_path).step == 12
     assert metrics(tmp_path)[: len(before)] == before
+
+
+def test_a_run_that_began_with_another_order_of_images_says_so_once_and_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "stage1: the version that began this run ordered images differently; "
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=6)
+    file = checkpoints(tmp_path / "stage1")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("order") == ORDER
+    file.write_text(json.dumps(state))
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop=9)
+    assert capsys.readouterr().err.count(line) == 1
+    assert train(tmp_path).step == 12
+    assert line not in capsys.readouterr().err
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
