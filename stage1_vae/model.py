@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, VQModel
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d
 from torch import nn
 
 from ldm.config.schema import Stage1Config
@@ -93,6 +94,7 @@ class Reconstruction(nn.Module):
         """The weights of the decoder's last convolution."""
         decoder = self.vae.decoder
         layer = decoder.layers[-1] if isinstance(self.vae, AutoencoderTiny) else decoder.conv_out
+        layer = layer.conv if isinstance(layer, DCUpBlock2d) else layer  # of an AutoencoderDC without blocks at the top
         weight: nn.Parameter = layer.weight
         return weight
 

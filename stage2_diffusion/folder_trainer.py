@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _loaded(name: str | Path) -> dict[str, Any]:
     loaded = autoencoder.load(name, "autoencoder")
     family = next(key for key, kind in autoencoder.FAMILIES.items() if kind == type(loaded.vae).__name__)
     model = {"dc": "dc-f32", "vq": "vq-f4"}.get(family, family)
-    width = 64
+    width = math.lcm(64, loaded.channels) if family == "dc" else 64
     return {
         "model": model,
         "pretrained": str(name),

@@ -20,9 +20,12 @@ AUTOENCODERS: Presets = {
     "kl-f16-16ch": {"channels": [128, 128, 256, 512, 512], "latent_channels": 16},
     "kl-f8-small": {"channels": [32, 64, 128, 128], "layers": 1, "latent_channels": 8, "mid_attention": False},
     "vq-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 3, "mid_attention": False},
-    # TAESD: convolutions only. DC-AE, arXiv 2410.10733: factor 32 with linear attention in the deep half.
+    # TAESD: convolutions only. DC-AE, arXiv 2410.10733: factor 32 with linear attention in the deep half, small ones
+    # without.
     "tiny": {"channels": [64, 64, 64, 64], "layers": 3},
     "dc-f32": {"channels": [128, 256, 512, 512, 1024, 1024], "latent_channels": 32},
+    "dc-f4-small": {"channels": [32, 64, 128], "layers": 1, "latent_channels": 8, "mid_attention": False},
+    "dc-f8-small": {"channels": [32, 64, 64, 128], "layers": 1, "latent_channels": 16, "mid_attention": False},
     "identity": {"channels": [3], "latent_channels": 3},
 }
 
@@ -68,6 +71,8 @@ PRESETS = (
         (
             "channels",
             "layers",
+            "decoder_channels",
+            "decoder_layers",
             "latent_channels",
             "norm_num_groups",
             "mid_attention",

@@ -65,6 +65,11 @@ def divides(key: str, value: int, divisor: int, reason: str) -> None:
         raise ValueError(f"{key}: {value} is not a multiple of {divisor} ({reason}); {nearest} would be")
 
 
+def _is_set(section: FinetuneConfig | Stage1Config, key: str) -> bool:
+    """Whether a key is not its default. A run's config.yaml names all keys."""
+    return bool(getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True))
+
+
 # ------------------------------------------------------------------------------------------------------ every training
 
 
@@ -124,12 +129,37 @@ def channels_suit_autoencoder(stage1: Stage1Config) -> None:
     if stage1.family in ("kl", "vq"):
         for width in stage1.channels:
             divides("channels", width, stage1.norm_num_groups, "norm_num_groups")
-    if stage1.family == "dc":  # its shortcuts average channels, its attention has heads of 32
-        divides("channels", stage1.channels[-1], stage1.latent_channels, "latent_channels")
-        for above, width in itertools.pairwise(stage1.channels):
-            divides("channels", 4 * above, width, "the next level's, a quarter of it at most")
-        for width in stage1.channels[(len(stage1.channels) + 1) // 2 :]:
-            divides("channels", width, 32, "size of a head")
+
+
+def channels_suit_dc(stage1: Stage1Config) -> None:
+    """The shortcuts of AutoencoderDC average and repeat channels, and its attention has heads of 32."""
+    if stage1.family != "dc":
+        return
+    levels = len(stage1.channels)
+    if len(stage1.decoder_channels) not in (0, levels):
+        raise ValueError(f"decoder_channels: {list(stage1.decoder_channels)}; give {levels} widths, one for a level")
+    for key, widths in (("channels", stage1.channels), ("decoder_channels", stage1.decoder_channels)):
+        for above, width in itertools.pairwise(widths):
+            if 4 * above % width:
+                raise ValueError(f"{key}: {width} after {above}; the shortcut needs a divisor of {4 * above}")
+        for width in widths[(levels + 1) // 2 :] if stage1.mid_attention else ():
+            divides(key, width, 32, "size of a head")
+        for width in widths[-1:]:
+            divides(key, width, stage1.latent_channels, "latent_channels")
+    for width in stage1.channels[1:]:
+        divides("channels", width, 4, "pixels that become channels")
+
+
+def decoder_keys_suit_autoencoder(stage1: Stage1Config) -> None:
+    for key in ("decoder_channels", "decoder_layers"):
+        if stage1.family != "dc" and getattr(stage1, key):
+            raise ValueError(f"{key}: is of dc, and model is {stage1.model}; leave it out")
+
+
+def kl_loss_has_a_posterior(stage1: Stage1Config) -> None:
+    for key in ("kl", "kl_free", "kl_warmup"):
+        if stage1.family == "dc" and _is_set(stage1, key) and getattr(stage1, key):
+            raise ValueError(f"{key}: {stage1.model} has no posterior, its latents are exact; leave it out")
 
 
 def alignment_trains_the_encoder(stage1: Stage1Config) -> None:
@@ -160,6 +190,9 @@ STAGE1 = (
     pretrained_or_init_from,
     checkpointing_suits_autoencoder,
     channels_suit_autoencoder,
+    channels_suit_dc,
+    decoder_keys_suit_autoencoder,
+    kl_loss_has_a_posterior,
     alignment_trains_the_encoder,
     discriminator_is_used,
 )
@@ -306,11 +339,6 @@ EVALUATE = (figures_can_be_measured, latents_have_no_weights)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
-
-
-def _is_set(section: FinetuneConfig, key: str) -> bool:
-    """Whether a key is not its default. A run's config.yaml names all keys."""
-    return bool(getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True))
 
 
 def adapter_keys_need_an_adapter(finetune: FinetuneConfig) -> None:

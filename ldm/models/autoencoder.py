@@ -217,7 +217,7 @@ def build(stage: Stage1Config, size: int) -> Model:
             num_decoder_blocks=(*blocks, 1),
         )
     if stage.family == "dc":  # linear attention in the deeper half
-        attending = levels // 2
+        attending = levels // 2 if stage.mid_attention else 0
         scales = ((),) * (levels - attending) + ((5,),) * attending
         types = ("ResBlock",) * (levels - attending) + ("EfficientViTBlock",) * attending
         return AutoencoderDC(
@@ -225,9 +225,9 @@ def build(stage: Stage1Config, size: int) -> Model:
             encoder_block_types=types,
             decoder_block_types=types,
             encoder_block_out_channels=widths,
-            decoder_block_out_channels=widths,
+            decoder_block_out_channels=stage.decoder_channels or widths,
             encoder_layers_per_block=(stage.layers,) * levels,
-            decoder_layers_per_block=(stage.layers,) * levels,
+            decoder_layers_per_block=(stage.decoder_layers or stage.layers,) * levels,
             encoder_qkv_multiscales=scales,
             decoder_qkv_multiscales=scales,
         )

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.config.schema import Stage1Config
 from ldm.diffusion.process import DiffusionProcess
-from ldm.models.autoencoder import Autoencoder
+from ldm.models.autoencoder import Autoencoder, build
 from ldm.training.diffusion_process import diffusion_process
 from ldm.utils.errors import UserError
 from stage2_diffusion.folder_trainer import FolderTrainer
@@ -118,6 +119,15 @@ def test_captions_and_a_saved_autoencoder(
     assert model("an image 1", num_inference_steps=2)[0].size == (16, 16)
     assert "a text-to-image latent" in (tmp_path / "run/README.md").read_text().lower()
     assert list((tmp_path / "run/stage2/samples").glob("*.png"))
+
+
+def test_a_saved_autoencoder_of_more_latent_channels_than_64_is_described_by_the_settings(
+    build_trainer: BuildTrainer, tmp_path: Path
+) -> None:
+    shape = {"channels": (128, 128), "latent_channels": 128, "layers": 1, "mid_attention": False}
+    Autoencoder(build(Stage1Config(model="dc-f32", **shape), 16)).save(tmp_path / "autoencoder")
+    stage = build_trainer(DiffusionProcess("v"), autoencoder=tmp_path / "autoencoder").config.stage1
+    assert (stage.family, stage.factor, stage.latent_channels) == ("dc", 2, 128)
 
 
 @pytest.mark.parametrize(

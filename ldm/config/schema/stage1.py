@@ -65,12 +65,16 @@ class Stage1Config(Training):
     """Width of each level; each level after the first halves the resolution."""
     layers: PositiveInt = 2
     """Residual blocks a level."""
+    decoder_channels: tuple[PositiveInt, ...] = ()
+    """`dc`: width of each level of the decoder, from the image's on; empty: as `channels`."""
+    decoder_layers: PositiveInt | None = None
+    """`dc`: blocks a level of the decoder; empty: as `layers`."""
     latent_channels: PositiveInt = 4
     """Channels of the latents."""
     norm_num_groups: PositiveInt = 32
     """Groups of the group normalisation; divides every width."""
     mid_attention: bool = True
-    """Self-attention at the lowest resolution."""
+    """Self-attention at the lowest resolution; `dc`: linear attention in the deeper half of the levels."""
     codes: PositiveInt = 1024
     """VQ: entries of the codebook."""
     l1: float = Field(default=1.0, ge=0)
@@ -89,7 +93,7 @@ class Stage1Config(Training):
     learn_variance: bool = False
     """Divides the reconstruction error by a learned variance, which balances it with the other terms."""
     kl: float = Field(default=1e-6, ge=0)
-    """Weight of the Kullback-Leibler term, mean over the latent's elements."""
+    """`kl`: weight of the Kullback-Leibler term, mean over the latent's elements."""
     kl_free: float = Field(default=0.0, ge=0)
     """Free bits: nats of a latent element, mean over an image's channel, that the term does not penalise."""
     kl_warmup: int = Field(default=0, ge=0)

@@ -70,6 +70,22 @@ def test_the_configuration_of_a_run_is_read_as_a_file_of_its_own(tiny: Path, tmp
         ("stage1={model: identity, channels: [16, 32]}", "identity has one level and 3 channels"),
         ("stage1.channels=[]", "at least 1 item"),
         ("stage1={model: dc-f32, channels: [32, 64], latent_channels: 5}", "64 is not a multiple of 5"),
+        (
+            "stage1={model: dc-f32, channels: [32, 96]}",
+            "stage1.channels: 96 after 32; the shortcut needs a divisor of 128",
+        ),
+        (
+            "stage1={model: dc-f4-small, channels: [6, 6, 6], latent_channels: 3}",
+            "6 is not a multiple of 4 (pixels that",
+        ),
+        ("stage1={model: dc-f4-small, decoder_channels: [32, 64]}", "stage1.decoder_channels: [32, 64]; give 3 widths"),
+        ("stage1={model: dc-f4-small, decoder_channels: [32, 64, 100]}", "stage1.decoder_channels: 100 after 64"),
+        ("stage1={model: dc-f4-small, kl: 1e-5}", "stage1.kl: dc-f4-small has no posterior"),
+        ("stage1.decoder_layers=2", "stage1.decoder_layers: is of dc, and model is kl; leave it out"),
+        (
+            "stage1={model: vq-f4, decoder_channels: [32, 64, 128]}",
+            "stage1.decoder_channels: is of dc, and model is vq-f4",
+        ),
         ("stage1.gan={start: 10, warmup: 30}", "in 40 steps the autoencoder would never be trained with it"),
         ("stage1={equivariance: 1, gan: {}}", "equivariance: 1 leaves no step to the discriminator"),
         ("stage1.gan={norm: batch, r1: 1, warmup: 5}", "no second derivative"),

@@ -36,7 +36,7 @@ def deep_compression(layers: tuple[int, ...], **changes: Any) -> AutoencoderDC:
         "qkv_multiscales": ((), (), (5,)),
     }
     sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()}
-    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **sides, **changes)
+    return AutoencoderDC(latent_channels=4, attention_head_dim=4, **(sides | changes))
 
 
 MODELS = {
@@ -59,6 +59,9 @@ MODELS = {
     ),
     "dc": lambda: deep_compression((1, 1, 1)),
     "dc that scales first": lambda: deep_compression((0, 1, 1), downsample_block_type="Conv"),
+    "dc with a wider and deeper decoder": lambda: deep_compression(
+        (1, 1, 1), decoder_block_out_channels=(16, 32, 32), decoder_layers_per_block=(2, 1, 2)
+    ),
     "dc that interpolates": lambda: deep_compression((0, 1, 1), upsample_block_type="interpolate"),
 }
 

@@ -4,8 +4,10 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
@@ -90,6 +92,27 @@ SHAPES: dict[str, dict[str, object]] = {
     "dc-f32": {"channels": (32, 32)},
     "identity": {"channels": (3,), "latent_channels": 3},
 }
+
+
+def test_plain_diffusers_draws_the_latents_that_its_dc_autoencoder_decodes_to_the_same_image(
+    model: LatentDiffusion, root: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    stage = Stage1Config(model="dc-f4-small", channels=(8, 16), layers=1, latent_channels=4, mid_attention=False)
+    vae = autoencoder.Autoencoder(autoencoder.build(stage, 16))
+    vae = autoencoder.normalize_latents(vae.vae, *autoencoder.channel_statistics(vae.vae, [torch.rand(4, 3, 16, 16)]))
+    network = unet.build(loader.load(root / "configs/tiny.yaml").stage2, 4, 8, model.text.width).eval()
+    ours = LatentDiffusion(model.text, network, vae, scheduler(DiffusionProcess("v"), "ddim"), steps=2, guidance=2.0)
+    ours.save(tmp_path)
+    plain = DiffusionPipeline.from_pretrained(tmp_path)
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    torch.manual_seed(0)
+    latents = plain("red heart", **options, output_type="latent").images
+    with torch.no_grad():
+        pixels = plain.vae.decode(latents / plain.vae.config.scaling_factor).sample
+    (image,) = plain.image_processor.postprocess(pixels)
+    (expected,) = ours("red heart", seed=0, **options)
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", SHAPES)
