@@ -91,7 +91,7 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
                 if time.time() - file.stat().st_mtime > 3600:
                     file.unlink()
 
-    rows = map_for_single_rows(complete)  # before another run may replace it
+    rows = on_all(lambda: map_for_single_rows(complete))  # by all, before the main process moves it
     on_main(replace)
     return pa.Table.from_batches(batches, SCHEMA), rows, digest
 
