@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ldm.utils.openmp  # noqa: F401  # before torch
+
 from scale_figures import KEY_BYTES, RATES, index_row_bytes, latent_bytes, live_rate, text_bytes, variants
 
 from ldm.config import loader

@@ -9,7 +9,8 @@ import torch
 
 from ldm.config.schema import Config
 from ldm.data.crops import Augmentation
-from ldm.data.index_file import CHUNK, SCHEMA
+from ldm.data.index_file import CHUNK
+from ldm.data.index_schema import SCHEMA
 from ldm.models.autoencoder import Autoencoder
 from ldm.training import plan
 from ldm.utils.errors import UserError

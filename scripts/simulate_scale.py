@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ldm.utils.openmp  # noqa: F401  # before torch
+
 import numpy as np
 import pyarrow as pa
 import torch

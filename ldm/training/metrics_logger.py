@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm.utils.atomic_files import sync
+from ldm.utils.errors import UserError, cant_write
 
 SUM, COUNT = "/sum", "/count"  # the parts of a pair
 
@@ -55,13 +56,22 @@ class MetricsLogger:
         return dict(zip(names, self._accelerator.reduce(totals, "mean").tolist(), strict=True))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A line of metrics, to the trackers too; NaN and infinity, which JSON lacks, are `null` in the line."""
+        """A line of metrics, to the trackers too; NaN and infinity, which JSON lacks, are `null` in the line.
+
+        UserError where the disk is full, or the folder not writable.
+        """
         self._accelerator.log(dict(values), step=step)
         if self._accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-                file.write(json.dumps({"step": step, **finite, "time": round(time.time(), 3)}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = json.dumps({"step": step, **finite, "time": round(time.time(), 3)})
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                if not (reason := cant_write(error)):
+                    raise
+                raise UserError(f"can't write {self.path}: {reason}") from None
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: what was added since the last means. All processes call it."""

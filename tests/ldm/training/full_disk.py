@@ -45,16 +45,21 @@ def train(steps: int) -> Trainer:
     return run
 
 
+def say(text: str) -> None:
+    """A line in one write: those of two processes don't mix."""
+    print(f"\n{rank} {text}\n", end="", flush=True)
+
+
 ldm.training.checkpoint.file_sha256 = check
 rank = train(4).accelerator.process_index
 resumed = train(8)
-print(rank, "checked", sorted(set(checked)), "after", len(checked), "files", flush=True)
+say(f"checked {sorted(set(checked))} after {len(checked)} files")
 if rank == 0:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 try:
     train(1000)
 except UserError as error:
-    print(rank, "reported", error, flush=True)
-print(rank, "has", [path.name for path in checkpoints(resumed.folder)], flush=True)
+    say(f"reported {error}")
+say(f"has {[path.name for path in checkpoints(resumed.folder)]}")
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()

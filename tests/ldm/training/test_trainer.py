@@ -57,11 +57,12 @@ def train(
     keys: bool = False,
     stage: str = "stage1",
     network: Callable[[], nn.Module] | None = None,
+    finish_writes: bool = False,
     **changes: object,
 ) -> Trainer:
     """Trains a linear layer to be the identity; after `stop` steps it sends the signal `number` to all its processes.
 
-    A `network` takes the layer's place.
+    A `network` takes the layer's place. With `finish_writes`, each step waits until checkpoints are written.
 
     In the steps `bad` the third sample's output is not finite, in the steps `steep` no gradient is finite.
     """
@@ -104,6 +105,8 @@ def train(
             run.optimizer_step()
             run.log(loss=loss)
         run.checkpoint_if_due()
+        while finish_writes and run._writer.writing:
+            time.sleep(0.001)
         if run.step == stop:
             loaders = [str(child.pid) for child in psutil.Process().children() if workers and child.pid not in others]
             subprocess.run(["kill", f"-{int(number)}", *loaders, str(os.getpid())], check=True)
@@ -491,7 +494,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_last_checkpoint_kept(tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(UserError, match=r"can't write .*step-000008: File too large; make room"):
-            train(tmp_path / "full", log_every=100)
+            train(tmp_path / "full", log_every=100, finish_writes=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.name for path in (tmp_path / "full/stage1/checkpoints").iterdir()} == {"step-000004", "step-000007"}
