@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures training and sampling on one GPU and checks what only a GPU can show, in eleven steps: docs/gpu-acceptance.md
+# Measures training and sampling on one GPU and checks what only a GPU can show, in twelve steps: docs/gpu-acceptance.md
 #
 #   scripts/gpu_acceptance.sh OUT [--smoke] [--steps A-B]
 #
@@ -7,14 +7,14 @@
 # every step at its smallest size on a CPU. PYTHON is the interpreter; FIXTURES a folder for 5 GB, or OUT/fixtures.
 set -u
 
-usage() { echo "usage: $0 OUT [--smoke] [--steps A-B], steps 0 to 10" >&2; exit 2; }
+usage() { echo "usage: $0 OUT [--smoke] [--steps A-B], steps 0 to 11" >&2; exit 2; }
 
-out='' smoke='' first=0 last=10
+out='' smoke='' first=0 last=11
 while (($#)); do
   case $1 in
     --smoke) smoke=1 ;;
     --steps)
-      [[ ${2-} =~ ^([0-9]|10)(-([0-9]|10))?$ ]] || usage
+      [[ ${2-} =~ ^([0-9]|1[01])(-([0-9]|1[01]))?$ ]] || usage
       first=${BASH_REMATCH[1]} last=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
       shift ;;
     -*) usage ;;
@@ -144,6 +144,13 @@ fi
 if selected 10; then
   run 10 45 'killed and continued' resume_drill.py "$scratch/drill" --config "$fixtures/tiny.yaml" \
     --json "$results" --label 10
+fi
+if selected 11; then
+  if [[ -n $smoke ]]; then
+    skip 11 'waits of the host' 'needs CUDA'
+  else
+    run 11 30 'waits of the host' count_synchronizations.py --config "$fixtures/tiny.yaml" --json "$results" --label 11
+  fi
 fi
 
 wait

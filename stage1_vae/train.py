@@ -9,6 +9,7 @@ import torch
 
 from ldm.config.schema import Config, Stage1Config
 from ldm.data.dataset import sample_names, stage1_dataset
+from ldm.data.draws import LatentNoise, with_draws
 from ldm.data.index import Index
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
@@ -17,7 +18,6 @@ from ldm.models import autoencoder as autoencoders
 from ldm.models.autoencoder import Autoencoder
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import tensors_sha256
-from ldm.utils.rng import normal
 from stage1_vae import evaluation
 from stage1_vae.adversarial import AdversarialLoss
 from stage1_vae.alignment import Features
@@ -34,7 +34,8 @@ def train(config: Config, data: Index | Stream) -> None:
     stage, seed = config.stage1, config.run.seed
     train_set = data.select("train")
     spec = SampleSpec.of(config.data, stage.batch, seed)
-    samples = stage1_dataset(train_set, spec)
+    noise = LatentNoise("noise", seed, "stage1", stage.latent_channels, stage.factor)
+    samples = with_draws(stage1_dataset(train_set, spec), noise)
     torch.manual_seed(seed)  # before the first weight is drawn; nothing later draws from torch's generator
     vae = start(stage, config.data.size)
     frozen = encoder_sha256(vae)
@@ -62,7 +63,7 @@ def train(config: Config, data: Index | Stream) -> None:
         with trainer.accumulate():
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], trainer.step
             h, w = x.shape[2] // stage.factor, x.shape[3] // stage.factor
-            eps = normal(seed, "stage1", n, (stage.latent_channels, h, w)).to(x)
+            eps = batch["noise"].to(x.dtype)
             transform = draw_transform(stage.equivariance, seed, step, h, w)
             rebuilt: Rebuilt = trainer.model(x, eps, transform)
 

@@ -103,10 +103,17 @@ class EvaluationTask:
         data = index.build(settings.data, settings.cache_dir, settings.stage2.conditions)
         held_out = data.select(*HELD_OUT)
         chosen = (held_out if len(held_out) else data).subset(count)
+        conditions = Conditions(settings, model.autoencoder, None, len(model.classes))
         batch, mean, log_variance, states = evaluation_batch(
-            chosen, range(len(chosen)), model.autoencoder, model.text, model.classes, model.unet.device
+            chosen,
+            range(len(chosen)),
+            model.autoencoder,
+            model.text,
+            model.classes,
+            model.unet.device,
+            [conditions.draws],
         )
-        condition = Conditions(settings, model.autoencoder, None, len(model.classes))(batch, mean, states)[0]
+        condition = conditions(batch, mean, states)[0]
         pixels, x0, rebuilt = batch["pixels"], mean, None
         if float(log_variance.max()) > POINT_LOG_VARIANCE:
             x0 = mean + (0.5 * log_variance).exp() * normal(0, "posterior", range(len(mean)), mean.shape[1:]).to(mean)

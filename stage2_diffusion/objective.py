@@ -6,13 +6,12 @@ import torch
 from accelerate import Accelerator
 
 from ldm.config.schema import Stage2Config
+from ldm.data.dataset import Item
 from ldm.diffusion import schedules
 from ldm.diffusion.losses import bound_integrand, hybrid_loss, pixel_weights, training_loss
 from ldm.diffusion.process import offset_noise, perturbed
 from ldm.diffusion.schedules import LearnedSchedule, lower_variance
-from ldm.diffusion.timestep_sampling import stratified
 from ldm.training.diffusion_process import diffusion_process
-from ldm.utils.rng import normal, uniform
 from stage2_diffusion.denoiser import Denoiser
 
 
@@ -35,36 +34,32 @@ class LearnedProcess:
 
 
 class Objective:
-    """Draws noise and timesteps by position, and computes losses.
+    """The noise and the timesteps of batches, which have what `NoiseDraws` draws, and their losses.
 
     `decoder` is that of the variational bound which trains a learned variance: `discrete` for pixels, `gaussian` for
     latents.
     """
 
-    def __init__(self, stage: Stage2Config, seed: int, model: Denoiser, decoder: str = "gaussian"):
-        self.stage, self.seed, self.model, self.decoder = stage, seed, model, decoder
+    def __init__(self, stage: Stage2Config, model: Denoiser, decoder: str = "gaussian"):
+        self.stage, self.model, self.decoder = stage, model, decoder
         self.process = diffusion_process(stage)
         self.noising = LearnedProcess(model.schedule, stage.timesteps) if model.schedule else self.process
         self._recorded: list[tuple[torch.Tensor, ...]] = []
 
-    def draw_noise(self, x0: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise at positions n: the one to predict, and the one in x_t, which input perturbation makes another."""
-        stage, seed = self.stage, self.seed
-        eps = normal(seed, "noise", n, x0.shape[1:]).to(x0.device)
+    def noise(self, batch: Item) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise to predict, and the one in x_t, which input perturbation makes another, `(N, C, h, w)` each."""
+        stage, eps = self.stage, batch["noise"]
         if stage.noise_offset:
-            offset = normal(seed, "noise offset", n, (x0.shape[1], 1, 1)).to(x0.device)
-            eps = offset_noise(eps, offset, stage.noise_offset)
+            eps = offset_noise(eps, batch["noise_offset"], stage.noise_offset)
         if not stage.input_perturbation:
             return eps, eps
-        xi = normal(seed, "perturbation", n, x0.shape[1:]).to(x0.device)
-        return eps, perturbed(eps, xi, stage.input_perturbation)
+        return eps, perturbed(eps, batch["perturbation"], stage.input_perturbation)
 
-    def draw_timesteps(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The timesteps of positions n, `(N,)`, and their losses' importance weights, where they are drawn unevenly."""
-        stage = self.stage
-        device = next(self.model.parameters()).device
-        u = stratified(self.seed, "time", n, stage.batch) if stage.stratified else uniform(self.seed, "time", n)
-        u = u.to(device)
+    def timesteps(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The timesteps `(N,)` of uniform numbers u `(N,)`, and the importance weights of their losses.
+
+        The weights are 1 where timesteps are not drawn by loss.
+        """
         return self.model.times.draw(u) if self.model.times else (self.noising.time(u), 1.0)
 
     def losses(
@@ -98,11 +93,10 @@ class Objective:
         """Remembers the losses of timesteps drawn by loss; after a step's last batch, those of all processes."""
         if not self.model.times:
             return
-        self._recorded.append((n.to(t.device), t, losses.detach()))
+        self._recorded.append((n.to(t.device, non_blocking=True), t, losses.detach()))
         if accelerator.sync_gradients:
             parts = [torch.cat(tensors) for tensors in zip(*self._recorded, strict=True)]
             n, t, losses = (accelerator.gather(part) for part in parts)
             order = n.argsort()
-            order = order[losses[order].isfinite()]
             self.model.times.update(t[order], losses[order])
             self._recorded = []

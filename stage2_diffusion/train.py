@@ -12,6 +12,7 @@ import torch
 from ldm.config.schema import Config
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import sample_names, stage2_dataset
+from ldm.data.draws import with_draws
 from ldm.data.index import Index
 from ldm.data.records import PRIOR, TRAINED
 from ldm.data.sampler import SampleSpec
@@ -30,6 +31,7 @@ from ldm.training.trainer import Trainer
 from ldm.utils.precision import DTYPES
 from stage2_diffusion.conditions import Conditions
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.draws import NoiseDraws
 from stage2_diffusion.evaluation import Evaluation
 from stage2_diffusion.finetune import prior
 from stage2_diffusion.finetune.deliver import deliver
@@ -76,7 +78,8 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(train_set, spec, cache, autoencoder, frozen_encoder, device, stage.image, with_masks=True)
     conditions = Conditions(config, autoencoder, trained_encoder, len(classes))
-    objective = Objective(stage, seed, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
+    dataset = with_draws(samples.dataset, NoiseDraws.of(stage, seed, autoencoder), conditions.draws)
+    objective = Objective(stage, denoiser, "discrete" if autoencoder.factor == 1 else "gaussian")
     model = pipeline_of(config, denoiser, autoencoder, text, objective.process, classes)
     validation = Validation(config, data, model, conditions, objective.process)
     evaluation = Evaluation(config, data, model, device)
@@ -91,13 +94,13 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     if trainer.step or stage.init_from:  # what a killed run did not finish; what a fine-tune starts from
         evaluate_if_due()
-    for batch in trainer.batches(samples.dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers):
         with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)
             condition, dropped, rates = conditions(batch, x0, states)  # dropped for classifier-free guidance
-            eps, added = objective.draw_noise(x0, n)
-            t, importance = objective.draw_timesteps(n)
+            eps, added = objective.noise(batch)  # drawn by position in the loader's workers, as u is
+            t, importance = objective.timesteps(batch["u"])
 
             x_t = objective.noising.add_noise(x0, added, t)
             seed_dropout(config, n)

@@ -98,7 +98,9 @@ class Validation:
         model, stage = self.model, self.config.stage2
         assert model.text or not stage.text, "the configuration asks for text"
         text, device = model.text if stage.text else None, model.device
-        batch, x0, _, states = evaluation_batch(index, numbers, model.autoencoder, text, model.classes, device)
+        batch, x0, _, states = evaluation_batch(
+            index, numbers, model.autoencoder, text, model.classes, device, [self.conditions.draws]
+        )
         condition = self.conditions(batch, x0, None)[0]
         if states:  # also where training has tokens
             condition = condition.with_text(states)

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from ldm.data import cache
 from ldm.data.cache import Cache, CacheOptions
 from ldm.data.crops import Crop, crop_resize
+from ldm.data.draws import Draw, LatentNoise, draw_batch, with_draws
 from ldm.data.images import Size, to_tensor
 from ldm.data.index import Index
 from ldm.data.masks import latent_mask
@@ -219,13 +220,17 @@ def stage2_dataset(
     def encode(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
         mean, logvar = autoencoder.moments(batch["pixels"])
         if spec.latents == "sample":
-            eps = normal(spec.seed, "latent", batch["position"], mean.shape[1:]).to(device)
-            mean = mean + (0.5 * logvar).exp() * eps
+            mean = mean + (0.5 * logvar).exp() * batch["latent_noise"]
         return mean, text.embed(batch["caption"]) if text else None
 
     if isinstance(data, Stream):
-        return Stage2Dataset(data.with_spec(spec), encode)
-    return Stage2Dataset(ImageDataset(data, spec, autoencoder.factor if with_masks else 0), encode)
+        images: torch.utils.data.Dataset[Item] | Stream = data.with_spec(spec)
+    else:
+        images = ImageDataset(data, spec, autoencoder.factor if with_masks else 0)
+    if spec.latents == "sample":
+        noise = LatentNoise("latent_noise", spec.seed, "latent", autoencoder.channels, autoencoder.factor)
+        images = with_draws(images, noise)
+    return Stage2Dataset(images, encode)
 
 
 def _cached(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
@@ -279,17 +284,19 @@ def evaluation_batch(
     text: AnyTextEncoder | None,
     classes: Sequence[str],
     device: torch.device,
+    draws: Sequence[Draw] = (),
 ) -> EvaluationBatch:
     """Entries of an index without randomness: centre crops, the first caption, no condition dropped.
 
     Their numbers are their positions, from which the noise of an evaluation follows. `classes` are the model's; an
-    entry of another class has class -1. Where any image has a mask, they have a `mask` as in training. Everything but
-    the positions is on the device.
+    entry of another class has class -1. Where any image has a mask, they have a `mask` as in training. They have what
+    `draws` draw. Everything but the positions is on the device.
     """
     square, entries = (index.data.size, index.data.size), [index[i] for i in numbers]
     cropped = [crop_resize(index.load_image(i), square) for i in numbers]
     class_numbers = {label: number for number, label in enumerate(classes)}
     batch: Item = {
+        "position": torch.tensor(list(numbers)),
         "pixels": torch.stack([to_tensor(image) for image, _ in cropped]),
         "dropout": torch.zeros(len(entries)),
         "class": torch.tensor([class_numbers.get(entry.label, -1) for entry in entries]),
@@ -300,7 +307,9 @@ def evaluation_batch(
         white = Image.new("L", square, 255)
         masks = [crop_resize(index.load_mask(i) or white, square)[0] for i in numbers]
         batch["mask"] = torch.stack([latent_mask(mask, autoencoder.factor) for mask in masks])
+    batch = draw_batch(batch, *draws)
+    position = batch.pop("position")
     batch = send_to_device(batch, device)
-    batch |= {"position": torch.tensor(list(numbers)), "caption": [entry.captions[0] for entry in entries]}
+    batch |= {"position": position, "caption": [entry.captions[0] for entry in entries]}
     embedding = text.embed(batch["caption"]) if text else None
     return EvaluationBatch(batch, *autoencoder.moments(batch["pixels"]), embedding)

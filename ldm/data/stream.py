@@ -12,7 +12,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,8 @@ from ldm.utils.errors import UserError
 from ldm.utils.rng import generator
 
 Item = dict[str, Any]
+Draw = Callable[[int, Item], Item]
+"""What is drawn for the item at a position of the run, from seed and position alone; loader processes get a copy."""
 LanePosition = tuple[int, int]  # number of the shard, counted over all epochs, and of the sample in it
 
 MAX_LANES = 64  # no more processes can share them
@@ -54,6 +56,7 @@ class Stream:
         self.sources = Sources(data.source, data.size, cache_dir, conditions)
         self.shards = [shard for n in range(len(self.sources.configs)) for shard in self.sources.shards(n)]
         self.spec = SampleSpec(batch=1)
+        self.draws: tuple[Draw, ...] = ()
         self._reported: set[str] = set()  # keys of bad samples
 
     def select(self, *splits: str) -> Self:
@@ -63,6 +66,10 @@ class Stream:
     def with_spec(self, spec: SampleSpec) -> Self:
         """A copy whose samples follow `spec`, except for its batch: `batches` takes that of the training."""
         return self._with(spec=spec)
+
+    def with_draws(self, *draws: Draw) -> Self:
+        """A copy whose items have what these draw too."""
+        return self._with(draws=(*self.draws, *draws))
 
     def with_report(self, report: Path) -> Self:
         """A copy that writes bad samples to another file."""
@@ -120,6 +127,7 @@ class Stream:
         processes: int,
         workers: int,
         places: Mapping[str, LanePosition],
+        pin_memory: bool = False,
     ) -> Iterator[Item]:
         """The batches of each pass of one process, from a step on. `places` are the lanes' positions after the step."""
         lanes = self.lanes(training.batch, processes)
@@ -130,7 +138,7 @@ class Stream:
         seen = bad = 0
         for _ in range(first_step, training.steps):
             parts = [next(chunks) for _ in range(max(1, workers))]  # one of each worker, in order
-            step = _join_parts(parts)
+            step = _join_parts(parts, pin_memory)
             seen, bad = seen + len(step["position"]), bad + len(step["bad"])
             self._report(step.pop("bad"), seen, bad)
             share = accumulation(training.batch, processes, training.device_batch).images
@@ -216,7 +224,7 @@ class _Reader(IterableDataset[Item]):
                     first_shard = positions[str(k)][0]
                     while True:
                         positions[str(k)], sample = next(samples[k])
-                        item = _item(sample, self.stream.data, self.stream.spec, n)
+                        item = _item(sample, self.stream, n)
                         if not isinstance(item, BadSample):
                             break
                         bad.append(json.dumps([item.key, item.reason, item.fix]))
@@ -226,7 +234,7 @@ class _Reader(IterableDataset[Item]):
             yield {**default_collate(items), "bad": bad, "places": dict(positions)}
 
 
-def _join_parts(parts: Sequence[Item]) -> Item:
+def _join_parts(parts: Sequence[Item], pin_memory: bool = False) -> Item:
     """The items of a step from all workers, ordered by position, so that the number of workers doesn't matter."""
     order = torch.cat([part["position"] for part in parts]).argsort()
     step: Item = {}
@@ -234,28 +242,37 @@ def _join_parts(parts: Sequence[Item]) -> Item:
         if key == "places":
             step[key] = {number: position for part in parts for number, position in part[key].items()}
         elif isinstance(parts[0][key], torch.Tensor):
-            step[key] = torch.cat([part[key] for part in parts])[order]
+            joined = torch.cat([part[key] for part in parts])
+            step[key] = torch.index_select(joined, 0, order, out=torch.empty_like(joined, pin_memory=pin_memory))
         else:
             values = [value for part in parts for value in part[key]]
             step[key] = values if key == "bad" else [values[i] for i in order]
     return step
 
 
-def _item(sample: Sample, data: DataConfig, spec: SampleSpec, n: int) -> Item | BadSample:
+def _item(sample: Sample, stream: Stream, n: int) -> Item | BadSample:
     """The item at position n, or the reason why it is bad."""
     if isinstance(sample, BadSample):
         return sample
-    record, pixels = sample[0], _pixels(sample, data, spec, n)
+    spec, record, pixels = stream.spec, sample[0], _pixels(sample, stream.data, stream.spec, n)
     if isinstance(pixels, BadSample):
         return pixels
     choice = int(generator(spec.seed, "caption", n).integers(len(record.captions)))
-    return {
+    item: Item = {
         "position": torch.tensor(n),
         "key": record.key,
         "pixels": pixels,
         "caption": record.captions[choice],
         "dropout": torch.tensor(spec.cond_dropout),
     }
+    return with_drawn(item, n, stream.draws)
+
+
+def with_drawn(item: Item, n: int, draws: Sequence[Draw]) -> Item:
+    """The item at position n with what each of `draws` draws for it."""
+    for draw in draws:
+        item = item | draw(n, item)
+    return item
 
 
 def _pixels(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.utils.rng import generator, uniform
@@ -49,12 +50,11 @@ class LossSecondMoment(nn.Module):
         """The probability of each time, `(timesteps,)` float64, at least uniform_share / timesteps."""
         timesteps, history = self.losses.shape
         uniform_p = torch.full((timesteps,), 1 / timesteps, dtype=torch.float64, device=self.losses.device)
-        if not bool((self.counts >= history).all()):
-            return uniform_p
         moment = self.losses.square().mean(1).sqrt()
-        if not bool(moment.sum() > 0):
-            return uniform_p
-        return moment / moment.sum() * (1 - self.uniform_share) + uniform_p * self.uniform_share
+        known = (self.counts >= history).all() & (moment.sum() > 0)  # chosen on the device: a step waits for nothing
+        return torch.where(
+            known, moment / moment.sum() * (1 - self.uniform_share) + uniform_p * self.uniform_share, uniform_p
+        )
 
     def draw(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Times `(N,)` int64 and the weights `(N,)` float32 of their losses, from uniform numbers `(N,)` in [0, 1).
@@ -67,8 +67,17 @@ class LossSecondMoment(nn.Module):
 
     @torch.no_grad()
     def update(self, t: torch.Tensor, loss: torch.Tensor) -> None:
-        """Records the unweighted losses `(N,)` at times t `(N,)` of the global batch, in order of position."""
-        history = self.losses.shape[1]
-        for time, value in zip(t.tolist(), loss.double().tolist(), strict=True):
-            self.losses[time, int(self.counts[time]) % history] = value
-            self.counts[time] += 1
+        """Records the unweighted losses `(N,)` at times t `(N,)` of the global batch, in order of position.
+
+        Losses that are not finite are left out.
+        """
+        timesteps, history = self.losses.shape
+        unused = timesteps  # a row for what is left out, so that no number of losses need be known on the host
+        t, order = torch.where(loss.isfinite(), t, unused).sort(stable=True)
+        first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)  # of the losses at the same time
+        index = torch.arange(len(t), device=t.device)
+        losses, counts = F.pad(self.losses, (0, 0, 0, 1)), F.pad(self.counts, (0, 1))
+        row = torch.where(index < end - history, unused, t)  # those that later ones of this batch replace
+        losses[row, (counts[t] + index - first) % history] = loss[order].double()
+        self.losses.copy_(losses[:-1])
+        self.counts.copy_(counts.index_add(0, t, torch.ones_like(t))[:-1])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.schedules import betas
+from ldm.diffusion.schedules import TIMESTEPS, chain
 from ldm.utils.precision import placement
 
 NUM_NOISE_LEVELS = 1000  # of an upscaler's low-resolution input, as its U-Net's class embedding knows them
@@ -138,5 +138,6 @@ def downsample(pixels: torch.Tensor, factor: int) -> torch.Tensor:
 
 def noise_augmented(image: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """An upscaler's input: a low-resolution image with noise of `level` `(N,)` in [0, 1000); arXiv 2106.15282."""
-    alpha_bar = (1 - betas("scaled_linear")).cumprod(0).to(level.device)[level].float()[:, None, None, None]
+    table = chain("scaled_linear", TIMESTEPS, False, 1.0, level.device).alpha_bar
+    alpha_bar = table[level].float()[:, None, None, None]
     return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise

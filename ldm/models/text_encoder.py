@@ -82,6 +82,10 @@ class TextEncoder:
 
     def token_ids(self, prompts: Sequence[str]) -> torch.Tensor:
         """Ids and their mask (0 at padding), `(N, 2, chunks, piece)` int64. Unused pieces are empty captions."""
+        return _to_device(self.tokenize(prompts), self.model.device)
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """The result of `token_ids`, on the CPU."""
         options = {"padding": "max_length", "max_length": self.piece, "truncation": True, "return_tensors": "pt"}
         prompts = self._expand(prompts)
         if self.chunks == 1:
@@ -96,7 +100,7 @@ class TextEncoder:
                 tensor[-1].repeat(len(prompts), self.chunks, 1).index_put((caption[kept], piece[kept]), tensor[kept])
                 for tensor in (tokens.input_ids, tokens.attention_mask)
             )
-        return torch.stack([ids, mask], dim=1).to(self.model.device)
+        return torch.stack([ids, mask], dim=1)
 
     def embed_tokens(self, tokens: torch.Tensor) -> TextEmbedding:
         """The embeddings, float32, of the result of `token_ids`; with gradients where they are enabled."""
@@ -216,10 +220,10 @@ class TextEncoders:
 
         The mask of a prompt whose embedding is 0 is 0 everywhere.
         """
-        tokens = torch.stack([encoder.token_ids(prompts) for encoder in self.encoders], dim=1)
+        tokens = torch.stack([encoder.tokenize(prompts) for encoder in self.encoders], dim=1)
         if self.zero_null:
             tokens[[prompt == NULL_PROMPT for prompt in prompts], :, 1] = 0
-        return tokens
+        return _to_device(tokens, self.encoders[0].model.device)
 
     def embed_tokens(self, tokens: torch.Tensor) -> TextEmbedding:
         """The embeddings, float32, of the result of `token_ids`; with gradients where they are enabled."""
@@ -258,6 +262,11 @@ class TextEncoders:
         """SHA-256 of all on which cached embeddings depend."""
         parts = [*(encoder.fingerprint() for encoder in self.encoders), str(self.zero_null)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _to_device(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Tokens on `device`; from pinned memory, as the copy from other memory waits for what a GPU computes."""
+    return (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
 
 
 AnyTextEncoder: TypeAlias = TextEncoder | TextEncoders

@@ -98,8 +98,10 @@ class Engine:
 
     def clip_gradients(self) -> torch.Tensor:
         """Clips to `max_grad_norm` and returns the norm before; NaN where an extra parameter's is not finite."""
-        extra_norm = nn.utils.clip_grad_norm_(self._extra, self.max_grad_norm)
         norm = full_tensor(nn.utils.clip_grad_norm_(self._network, self.max_grad_norm))
+        if not self._extra:  # whose norm torch would return on the CPU
+            return norm
+        extra_norm = nn.utils.clip_grad_norm_(self._extra, self.max_grad_norm)
         return torch.where(extra_norm.isfinite().to(norm.device), norm, torch.nan)
 
     def step(self, finite: bool) -> None:

@@ -25,12 +25,13 @@ def load_batches(
 ) -> Iterable[Any]:
     """This process's batches from optimizer step `step` on, so many a step; a stream continues at its positions."""
     rank, processes = accelerator.process_index, accelerator.num_processes
+    pin_memory = accelerator.device.type == "cuda"  # or copies to the GPU would wait for what it computes
     if isinstance(dataset, Stream):
-        return dataset.batches(training, step, rank, processes, workers, stream_positions)
+        return dataset.batches(training, step, rank, processes, workers, stream_positions, pin_memory)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=Positions(step, training.steps, training.batch, accumulation_steps, rank, processes),
         num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_parent,
     )

@@ -53,9 +53,14 @@ class SignalHandler:
         self.save = True
 
     def agree(self, finite: torch.Tensor, accelerator: Accelerator) -> tuple[bool, int, bool]:
-        """Over all processes, which all call it: is a step `finite`, which signal asks to end, does one ask to save?"""
+        """Over all processes, which all call it: is a step `finite`, which signal asks to end, does one ask to save?
+
+        To learn it waits for the step's losses and gradients.
+        """
         if accelerator.num_processes == 1:
             return bool(finite), self.end, self.save
-        flags = torch.stack([~finite, *torch.tensor([self.end, self.save], device=finite.device)])
+        # Filled on the device: a tensor of the host's numbers would be copied, and the copy waited for.
+        asked = (torch.full_like(finite, flag, dtype=torch.int64) for flag in (self.end, self.save))
+        flags = torch.stack([~finite, *asked])
         nonfinite, end, save = accelerator.gather(flags[None]).amax(0).tolist()
         return not nonfinite, end, bool(save)

@@ -26,6 +26,7 @@ from ldm.config.schema import ClassifierConfig, Config
 from ldm.data import index
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import evaluation_batch, sample_names, stage2_dataset
+from ldm.data.draws import with_draws
 from ldm.data.index import Index
 from ldm.data.index_report import stop_reason, write_report
 from ldm.data.records import HELD_OUT
@@ -43,7 +44,8 @@ from ldm.training.run_dir import make_dir, prepare_out_dir
 from ldm.training.trainer import Trainer
 from ldm.utils.atomic_files import atomic_folder
 from ldm.utils.errors import Parser, UserError, training_command
-from ldm.utils.rng import normal, uniform
+from ldm.utils.rng import normal
+from stage2_diffusion.draws import NoiseDraws
 from stage2_diffusion.validation import EVAL_LOG_SNRS
 
 STAGE = "classifier"
@@ -107,6 +109,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
     autoencoder.to(trainer.device)
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(train_set, spec, cache, autoencoder, None, trainer.device)
+    dataset = with_draws(samples.dataset, NoiseDraws(stage.seed, autoencoder.channels, autoencoder.factor))
     validation = Validation(stage, images, autoencoder, process, trainer.device, trainer.accumulation.images)
 
     def evaluate_if_due() -> None:
@@ -115,12 +118,11 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
 
     if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in trainer.batches(samples.dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers):
         with trainer.accumulate():
             n, y = batch["position"], batch["class"]
             x0, _ = samples.encode(batch)
-            eps = normal(stage.seed, "noise", n, x0.shape[1:]).to(x0)
-            t = process.time(uniform(stage.seed, "time", n).to(trainer.device))
+            eps, t = batch["noise"], process.time(batch["u"])
 
             logits = trainer.model(process.add_noise(x0, eps, t), process.model_time(t))
             losses = F.cross_entropy(logits.float(), y, reduction="none")

@@ -61,7 +61,10 @@ class DistillationMethod(ABC):
 
     def undropped(self, batch: Item) -> Item:
         """A batch without caption dropout, where the student is conditioned on the guidance scale instead."""
-        return {**batch, "dropout": torch.zeros_like(batch["dropout"])} if self.guidance_conditioned else batch
+        if not self.guidance_conditioned:
+            return batch
+        dropped = (name for name in ("dropped", "dropped_class") if name in batch)
+        return {**batch, **{name: torch.zeros_like(batch[name]) for name in dropped}}
 
     def make_batch(self, n: torch.Tensor, x0: torch.Tensor, condition: Condition) -> DistillationBatch:
         """The student's input from latents x0 `(N, C, h, w)` of the samples at positions n."""

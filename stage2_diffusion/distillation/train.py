@@ -26,6 +26,7 @@ from ldm.config.schema import Config, DistillConfig, Stage2Config
 from ldm.data import index
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import EvaluationBatch, evaluation_batch, sample_names, stage2_dataset
+from ldm.data.draws import with_draws
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
@@ -179,7 +180,8 @@ def train_student(
     cache = CacheOptions.of(config.data, config.cache_dir)
     samples = stage2_dataset(data, spec, cache, model.autoencoder, model.text, trainer.device, stage.image)
     conditions = Conditions(config, model.autoencoder, None, len(model.classes))
-    held = held_out_batches(model, everything, options.batch, trainer.accumulation.images)
+    dataset = with_draws(samples.dataset, conditions.draws)
+    held = held_out_batches(model, everything, options.batch, trainer.accumulation.images, conditions)
     distillation.others = embed_captions(model, data) if options.blended else None
 
     def evaluate_if_due() -> None:
@@ -188,7 +190,7 @@ def train_student(
 
     if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in trainer.batches(samples.dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers):
         with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)
@@ -246,7 +248,7 @@ def embed_captions(model: LatentDiffusion, data: Index | Stream) -> TextEmbeddin
 
 
 def held_out_batches(
-    model: LatentDiffusion, everything: Index | Stream, count: int, images: int
+    model: LatentDiffusion, everything: Index | Stream, count: int, images: int, conditions: Conditions
 ) -> list[EvaluationBatch]:
     """At most `count` held-out images with their latents and embeddings, at most `images` in each batch."""
     held = everything.select(*HELD_OUT)
@@ -254,12 +256,8 @@ def held_out_batches(
         return []
     held = held.subset(count)
     numbers = range(len(held))
-    return [
-        evaluation_batch(
-            held, numbers[at : at + images], model.autoencoder, model.text, model.classes, model.unet.device
-        )
-        for at in numbers[::images]
-    ]
+    arguments = (model.autoencoder, model.text, model.classes, model.unet.device, [conditions.draws])
+    return [evaluation_batch(held, numbers[at : at + images], *arguments) for at in numbers[::images]]
 
 
 @torch.no_grad()

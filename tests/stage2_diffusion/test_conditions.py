@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldm.config import loader
+from ldm.data.draws import draw_batch
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import MAX_NOISE_LEVEL, Condition, TextEmbedding, downsample, mask_and_masked_latents
 from ldm.utils.rng import generator
@@ -40,7 +41,8 @@ def batch(n: torch.Tensor, side: int = 1, rate: float = 0.0) -> dict[str, Any]:
 
 
 def apply(conditions: Conditions, n: torch.Tensor, **options: Any) -> tuple[Condition, Any, dict[str, torch.Tensor]]:
-    return conditions(batch(n, **options), torch.zeros(len(n), 4, 8, 8), TextEmbedding(torch.ones(len(n), 2, 3)))
+    samples = draw_batch(batch(n, **options), conditions.draws)
+    return conditions(samples, torch.zeros(len(n), 4, 8, 8), TextEmbedding(torch.ones(len(n), 2, 3)))
 
 
 @pytest.mark.parametrize("rate", [0.0, pytest.param(0.1, marks=pytest.mark.drill), 0.5])
@@ -71,9 +73,9 @@ def test_dropout_each_drops_captions_and_classes_independently(conditions: Build
 def test_a_sample_is_dropped_at_its_own_rate(conditions: BuildConditions) -> None:
     samples = batch(torch.arange(N))
     samples["dropout"] = torch.where(torch.arange(N) % 2 == 0, 0.0, 0.4)
-    _, dropped, _ = conditions("conditions=[text]")(
-        samples, torch.zeros(N, 4, 1, 1), TextEmbedding(torch.ones(N, 1, 1))
-    )
+    conditioning = conditions("conditions=[text]")
+    samples = draw_batch(samples, conditioning.draws)
+    _, dropped, _ = conditioning(samples, torch.zeros(N, 4, 1, 1), TextEmbedding(torch.ones(N, 1, 1)))
     assert not bool(dropped[::2].any())
     assert abs(float(dropped[1::2].float().mean()) - 0.4) <= 4 * math.sqrt(0.24 / (N / 2))
 
@@ -110,9 +112,9 @@ def test_an_inpainting_model_sees_the_mask_and_the_masked_image(conditions: Buil
     assert torch.equal(condition.image, mask_and_masked_latents(mask, vae.encode(pixels * (1 - mask))))
     assert condition.image.shape == (6, 5, 8, 8)
     altered = torch.where(mask.bool(), torch.randn_like(pixels), pixels)
-    other, _, _ = conditions("conditions=[text, inpaint]")(
-        {**batch(n), "pixels": altered}, torch.zeros(6, 4, 8, 8), None
-    )
+    conditioning = conditions("conditions=[text, inpaint]")
+    samples = draw_batch({**batch(n), "pixels": altered}, conditioning.draws)
+    other, _, _ = conditioning(samples, torch.zeros(6, 4, 8, 8), None)
     assert torch.equal(other.image, condition.image)  # the masked pixels have no influence
 
 

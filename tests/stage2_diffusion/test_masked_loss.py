@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from ldm.config.schema import Stage2Config
+from ldm.data.draws import draw_batch
 from ldm.diffusion.process import DiffusionProcess
 from ldm.models import unet
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.draws import NoiseDraws
 from stage2_diffusion.folder_trainer import FolderTrainer
 from stage2_diffusion.objective import Objective
 
@@ -44,10 +46,11 @@ def losses_and_gradient(keys: dict[str, Any], mask: torch.Tensor | None) -> tupl
     """The losses `(N,)` of four outputs, which don't depend on the mask, and the gradient of their mean."""
     torch.manual_seed(0)
     stage = Stage2Config(**TINY, **keys)
-    objective = Objective(stage, 0, Denoiser(unet.build(stage, 2, 4), stage))
+    objective = Objective(stage, Denoiser(unet.build(stage, 2, 4), stage))
     n, x0 = torch.arange(4), torch.randn(4, 2, 4, 4)
-    eps, added = objective.draw_noise(x0, n)
-    t, importance = objective.draw_timesteps(n)
+    batch = draw_batch({"position": n, "latent": x0}, NoiseDraws(0, 2, 1))
+    eps, added = objective.noise(batch)
+    t, importance = objective.timesteps(batch["u"])
     x_t = objective.noising.add_noise(x0, added, t)
     output = torch.randn(4, 4 if stage.variance == "learned" else 2, 4, 4, requires_grad=True)
     losses = objective.losses(output, x0, x_t, eps, t, mask)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ldm.config.schema import Stage2Config
+from ldm.data.draws import draw_batch
 from ldm.models import unet
 from ldm.models.conditioning import Condition
 from stage2_diffusion.denoiser import Denoiser
+from stage2_diffusion.draws import NoiseDraws
 from stage2_diffusion.objective import Objective
 
 TINY = {
@@ -47,13 +49,14 @@ def take_a_step(stage: Stage2Config) -> None:
     """Takes two optimizer steps as in training: at drawn timesteps, and at the first and last possible ones."""
     torch.manual_seed(0)
     model = Denoiser(unet.build(stage, 2, 4), stage)
-    objective = Objective(stage, 0, model)
+    objective, draws = Objective(stage, model), NoiseDraws(0, 2, 1, True, True, 4 if stage.stratified else None)
     adamw = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     ends = torch.tensor([0.0, 1 - 2**-24, 0.5, 1 - 2**-10])
     for step, n in enumerate((torch.arange(4), torch.arange(4, 8))):
         x0 = torch.randn(4, 2, 4, 4)
-        eps, added = objective.draw_noise(x0, n)
-        t, importance = objective.draw_timesteps(n) if step == 0 else (objective.noising.time(ends), 1.0)
+        batch = draw_batch({"position": n, "latent": x0}, draws)
+        eps, added = objective.noise(batch)
+        t, importance = objective.timesteps(batch["u"]) if step == 0 else (objective.noising.time(ends), 1.0)
         x_t = objective.noising.add_noise(x0, added, t)
         output = model(x_t, objective.noising.model_time(t), Condition())
         losses = objective.losses(output, x0, x_t, eps, t)
