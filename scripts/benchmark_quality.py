@@ -325,7 +325,9 @@ def table(points: Mapping[str, Mapping[float, Sequence[Point]]]) -> str:
                 "{:.2f} [{:.2f}, {:.2f}]".format(*interval(of_seeds, title)) if title in of_seeds[0].scores else ""
                 for title in FIGURES
             ]
-            lines.append(f"| {row}, {len(of_seeds)} seed(s) | {seconds:,.0f} | {steps:,.0f} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {row}, {len(of_seeds)} {'seed' if len(of_seeds) == 1 else 'seeds'} | {seconds:,.0f} | {steps:,.0f} | {' | '.join(cells)} |"
+            )
     return "\n".join([*lines, "", *_ratios(points)])
 
 
@@ -362,6 +364,7 @@ def plot(points: Mapping[str, Mapping[float, Sequence[Point]]], path: Path) -> N
     """A panel for each figure, a line with error bars for each row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(12, 3.6), dpi=110, layout="tight")
     FigureCanvasAgg(figure)
@@ -374,6 +377,9 @@ def plot(points: Mapping[str, Mapping[float, Sequence[Point]]], path: Path) -> N
             margins = [[value - low for value, low, _ in bounds], [high - value for value, _, high in bounds]]
             axes.errorbar(times, values, margins, marker="o", capsize=3, label=row)
         axes.set(title=title, xscale="log", ylim=(-0.02, 1.02), xlabel="seconds of training")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share that is right")
     figure.axes[0].legend(fontsize=8)
