@@ -179,6 +179,7 @@ def test_a_mistake_is_one_line(call: Callable[..., str], root: Path, options: tu
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_the_commands_of_the_guide_print_its_tables(
     call: Callable[..., str], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
