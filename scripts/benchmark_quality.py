@@ -320,14 +320,13 @@ def table(points: Mapping[str, Mapping[float, Sequence[Point]]]) -> str:
     lines = [f"| | seconds | steps | {' | '.join(FIGURES)} |", "|---" * (3 + len(FIGURES)) + "|"]
     for row, by_share in points.items():
         for of_seeds in by_share.values():
+            seeds = "1 seed" if len(of_seeds) == 1 else f"{len(of_seeds)} seeds"
             seconds, steps = (fmean(getattr(p, key) for p in of_seeds) for key in ("seconds", "steps"))
             cells = [
                 "{:.2f} [{:.2f}, {:.2f}]".format(*interval(of_seeds, title)) if title in of_seeds[0].scores else ""
                 for title in FIGURES
             ]
-            lines.append(
-                f"| {row}, {len(of_seeds)} {'seed' if len(of_seeds) == 1 else 'seeds'} | {seconds:,.0f} | {steps:,.0f} | {' | '.join(cells)} |"
-            )
+            lines.append(f"| {row}, {seeds} | {seconds:,.0f} | {steps:,.0f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_ratios(points)])
 
 
