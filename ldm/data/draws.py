@@ -31,8 +31,9 @@ def with_draws(dataset: Dataset[Item] | Stream, *draws: Draw) -> Dataset[Item] |
 def draw_batch(batch: Item, *draws: Draw) -> Item:
     """A batch that no loader made, with what `draws` draw for its items; its tensors are on the CPU."""
     items = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["position"]))]
-    drawn: Item = default_collate([with_drawn(item, int(item["position"]), draws) for item in items])
-    return batch | drawn
+    complete = (with_drawn(item, int(item["position"]), draws) for item in items)
+    drawn = default_collate([{key: value for key, value in item.items() if key not in batch} for item in complete])
+    return {**batch, **drawn}
 
 
 @dataclass(frozen=True)
