@@ -159,9 +159,11 @@ class LoadWatch:
     def observe(self, step: int, seconds: float) -> str:
         """After `step` steps, of which the last ones took `seconds` each: a line, or nothing."""
         self._last.append(seconds)
-        now = median(self._last)
-        if len(self._last) < WINDOWS or abs(now / self._reported - 1) <= TOLERANCE:
+        now, reported = median(self._last), self._reported
+        if len(self._last) < WINDOWS or abs(now / reported - 1) <= TOLERANCE:
             return ""
+        if max(abs(step_time / self.planned - 1) for step_time in (now, reported)) <= TOLERANCE:
+            return ""  # neither has left the plan
         self._reported = now
         ratio, left = now / self.planned, format_time((self.steps - step) * now)
         if abs(ratio - 1) <= TOLERANCE:

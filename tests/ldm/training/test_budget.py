@@ -103,6 +103,8 @@ def test_a_change_of_load_is_reported_once_and_so_is_its_end() -> None:
     assert lines == ["the load has changed: steps take 200% of the time that was planned; 26 min are left"]
     lines = [line for step in range(400, 600, 10) if (line := watch.observe(step, 1.0))]
     assert lines == ["steps take as long as planned again; 10 min are left"]
+    wandering = (0.87, 0.87, 0.87, 1.1, 1.1, 1.1)  # a quarter apart, and as planned
+    assert not any(watch.observe(600 + step, seconds) for step, seconds in enumerate(wandering * 2))
 
 
 def test_only_a_plan_of_the_stages_steps_is_watched(config: Config, tmp_path: Path) -> None:
