@@ -5,14 +5,27 @@ So the main process neither draws nor copies them while a GPU waits: they arrive
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, default_collate
 
-from ldm.data.stream import Draw, Item, Stream, with_drawn
 from ldm.utils.rng import normal
 
-__all__ = ["Draw", "Item", "LatentNoise", "draw_batch", "latent_shape", "with_draws"]
+if TYPE_CHECKING:
+    from ldm.data.stream import Stream
+
+Item = dict[str, Any]
+Draw = Callable[[int, Item], Item]
+"""What is drawn for the item at a position of the run, from seed and position alone; loader processes get a copy."""
+
+
+def with_drawn(item: Item, n: int, draws: Sequence[Draw]) -> Item:
+    """The item at position n with what each of `draws` draws for it."""
+    for draw in draws:
+        item = item | draw(n, item)
+    return item
 
 
 class _DrawingDataset(Dataset[Item]):
@@ -25,7 +38,7 @@ class _DrawingDataset(Dataset[Item]):
 
 def with_draws(dataset: Dataset[Item] | Stream, *draws: Draw) -> Dataset[Item] | Stream:
     """The data set with what each of `draws` draws as a part of its items."""
-    return dataset.with_draws(*draws) if isinstance(dataset, Stream) else _DrawingDataset(dataset, draws)
+    return _DrawingDataset(dataset, draws) if isinstance(dataset, Dataset) else dataset.with_draws(*draws)
 
 
 def draw_batch(batch: Item, *draws: Draw) -> Item:

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ldm.config.schema import DataConfig, Training
 from ldm.data.crops import crop_resize
+from ldm.data.draws import Draw, Item, with_drawn
 from ldm.data.images import decode, to_tensor
 from ldm.data.records import BadSample, BadSampleError, Record, Sample
 from ldm.data.sampler import SampleSpec
@@ -34,9 +35,6 @@ from ldm.distributed.launch import leave_signals_to_parent
 from ldm.utils.errors import UserError
 from ldm.utils.rng import generator
 
-Item = dict[str, Any]
-Draw = Callable[[int, Item], Item]
-"""What is drawn for the item at a position of the run, from seed and position alone; loader processes get a copy."""
 LanePosition = tuple[int, int]  # number of the shard, counted over all epochs, and of the sample in it
 
 MAX_LANES = 64  # no more processes can share them
@@ -266,13 +264,6 @@ def _item(sample: Sample, stream: Stream, n: int) -> Item | BadSample:
         "dropout": torch.tensor(spec.cond_dropout),
     }
     return with_drawn(item, n, stream.draws)
-
-
-def with_drawn(item: Item, n: int, draws: Sequence[Draw]) -> Item:
-    """The item at position n with what each of `draws` draws for it."""
-    for draw in draws:
-        item = item | draw(n, item)
-    return item
 
 
 def _pixels(
