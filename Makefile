@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) train_ldm.py --config configs/openmoji.yaml run.dir=$(RUN) \
 		--budget $(BUDGET)
-	$(BIN)/python scripts/evaluate.py $(RUN) --images 100
+	$(BIN)/python scripts/evaluate.py $(RUN) --images 0
 	@echo "Look at $(RUN)/samples.png. Then: $(BIN)/python scripts/txt2img.py --model $(RUN)/pipeline --prompt 'red heart' --out heart.png"
 
 # Test modules, whose assertions pytest rewrites, are kept compiled for the next time, whatever the environment says.

@@ -24,7 +24,7 @@ class BudgetConfig(Section):
     """Steps that were measured, the fewest first. Between two, steps are interpolated; without any, `stage1.steps` and
     `stage2.steps` keep their ratio."""
     images: int = Field(default=0, ge=0)
-    """Images that `scripts/evaluate.py` draws after the training, within the budget."""
+    """Images that `scripts/evaluate.py RUN --images 0` draws after the training, within the budget."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
