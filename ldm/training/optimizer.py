@@ -109,7 +109,7 @@ def _muon_groups(module: nn.Module, groups: list[dict[str, Any]], options: dict[
         others = [p for p in group["params"] if id(p) not in hidden]
         common = {"lr": options["lr"], "weight_decay": options["weight_decay"], **group}
         if matrices:
-            divided.append({**common, "params": matrices, "use_muon": True})
+            divided.append({**common, "params": matrices, "use_muon": True, "momentum": options["betas"][0]})
         if others:
             adamw = {"betas": options["betas"], "eps": 1e-8}  # AdamW's eps
             divided.append({**common, "params": others, "use_muon": False, **adamw})

@@ -259,7 +259,7 @@ def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others() -> None:
     matrices = [nn.Parameter(theirs.detach().flatten(1)) for ours, theirs in pairs if id(ours) in hidden]
     others = [theirs for ours, theirs in pairs if id(ours) not in hidden]
     options = {"lr": LR, "weight_decay": DECAY}
-    muon = torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, **options, momentum=BETAS[0], adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, **options, betas=BETAS)
     for _ in range(3):
         waiting = iter(matrices)
