@@ -38,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which is created. An older one is deleted only when the new one is complete."""
-    tmp_path, old = folder.with_name(f".{folder.name}{WRITING}"), folder.with_name(f".{folder.name}.old")
+    tmp_path, old = tmp_folder(folder), folder.with_name(f".{folder.name}.old")
     try:
         with _writing(folder):
             shutil.rmtree(tmp_path, ignore_errors=True)
@@ -54,6 +54,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def tmp_folder(folder: Path) -> Path:
+    """Where `atomic_folder` writes."""
+    return folder.with_name(f".{folder.name}{WRITING}")
 
 
 def remove_unfinished(parent: Path) -> None:
