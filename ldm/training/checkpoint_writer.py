@@ -36,13 +36,13 @@ FREE_SHARE = 0.5  # of the free host memory, which copies may take; the rest is 
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time: the main process full tensors, or all processes their shards.
+    """One write at a time: the main process writes full tensors, or all processes write their shards.
 
-    Sharded tensors are written as accelerate's `fsdp_state_dict_type` says; where it is not set, in shards if full
-    copies would take more than half of the free host memory, which a line says once.
+    accelerate's `fsdp_state_dict_type` says which, of sharded tensors. Where it is not set, they are written in shards
+    if full copies would take more than half of the free host memory; a line says so, once.
 
-    Where copies of other tensors, or of shards, would take so much, they are written from where they are instead, one
-    after the other, and the training waits; a line says so too.
+    Where copies of other tensors, or of shards, would take so much, tensors are written from where they are instead,
+    one after the other, and the training waits; a line says so too.
     """
 
     def __init__(self) -> None:
@@ -67,12 +67,13 @@ class CheckpointWriter:
         All processes call it. Full tensors are written by the main process; in shards, by all.
         """
         self.wait()
-        writes, processes = PartialState().is_main_process, 1
-        gathered = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
-        if gathered and on_main(lambda: self._in_shards(parts)):
-            writes, gathered, processes = True, False, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        sharded = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
+        in_shards = sharded and on_main(lambda: self._in_shards(parts))
+        if in_shards:
             parts, write = self._own_shards(parts, write)
-        if gathered or (writes and self._has_room(parts, WAITS, processes)):
+        writes, gathers = in_shards or PartialState().is_main_process, sharded and not in_shards
+        copying = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if in_shards else 1  # processes of this machine
+        if gathers or (writes and self._has_room(parts, WAITS, copying)):
             copies = self._copy(parts, writes)
             if writes:
                 self._written = Future()
