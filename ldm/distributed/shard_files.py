@@ -44,7 +44,7 @@ def local_shards(tensors: Tensors, group: dist.ProcessGroup) -> Shards:
 
 def _is_replica(tensor: DTensor) -> bool:
     """Whether another process before this one has the same shard."""
-    coordinate = tensor.device_mesh.get_coordinate() or []
+    coordinate = list[int](tensor.device_mesh.get_coordinate() or ())
     return any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate())
 
 

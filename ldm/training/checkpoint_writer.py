@@ -69,8 +69,9 @@ class CheckpointWriter:
         self.wait()
         sharded = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
         in_shards = sharded and on_main(lambda: self._in_shards(parts))
+        write_copies: Callable[[Parts], None] = write
         if in_shards:
-            parts, write = self._own_shards(parts, write)
+            parts, write_copies = self._own_shards(parts, write)
         writes, gathers = in_shards or PartialState().is_main_process, sharded and not in_shards
         copying = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if in_shards else 1  # processes of this machine
         if gathers or (writes and self._has_room(parts, WAITS, copying)):
@@ -79,10 +80,10 @@ class CheckpointWriter:
                 self._written = Future()
                 atexit.register(self.close)  # an error of the training must not end a write
                 # A daemon, so that a process that is to end at once doesn't wait for it.
-                Thread(target=_run, args=(self._written, write, copies), name="checkpoint", daemon=True).start()
+                Thread(target=_run, args=(self._written, write_copies, copies), name="checkpoint", daemon=True).start()
         elif writes:
             written: Future[None] = Future()
-            _run(written, write, parts)
+            _run(written, write_copies, parts)
             self._written = written
 
     def _in_shards(self, parts: Parts) -> bool:
@@ -90,12 +91,14 @@ class CheckpointWriter:
         kind = state_dict_type()
         return kind == "sharded" or (not kind and not self._has_room(parts, IN_SHARDS))
 
-    def _own_shards(self, parts: Parts, write: Write) -> tuple[Parts, Write]:
+    def _own_shards(self, parts: Parts, write: Write) -> tuple[Parts, Callable[[Parts], None]]:
         """This process's shards of tensors, and a function that calls `write` with copies of these as `Shards`."""
-        group = self._group = self._group or dist.new_group(backend="gloo", timeout=TIMEOUT)
+        group = self._group or dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)  # of all processes
+        self._group = group
         shards = {part: local_shards(tensors, group) for part, tensors in parts.items()}
 
-        def write_shards(copies: Copies) -> None:
+        def write_shards(copies: Parts) -> None:
             write({part: shards[part]._replace(tensors=tensors) for part, tensors in copies.items()})
 
         return {part: own.tensors for part, own in shards.items()}, write_shards
@@ -167,7 +170,7 @@ class CheckpointWriter:
         return copies
 
 
-def _run(written: Future[None], write: Write, parts: Copies) -> None:
+def _run(written: Future[None], write: Callable[[Parts], None], parts: Parts) -> None:
     try:
         write(parts)
     except Exception as error:  # which `wait` raises

@@ -150,9 +150,8 @@ class Engine:
 
         def sharded(name: str, tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
             index = name.partition(".")[0]  # "groups" of a tensor that is of no parameter
-            parameter = parameters[int(index)] if index.isdigit() else None
-            is_like = parameter is not None and parameter.shape == tensor.shape
-            return shard_like(tensor, parameter if is_like else tensor)
+            like = parameters[int(index)] if index.isdigit() else tensor
+            return shard_like(tensor, like if like.shape == tensor.shape else tensor)
 
         own_tensors = {name: sharded(name, tensor) for name, tensor in tensors.items()}
         self.optimizer.load_state_dict(unflatten_optimizer(own_tensors, groups))
