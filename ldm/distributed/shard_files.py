@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm.distributed.consensus import gather_objects, on_all
 from ldm.distributed.sharding import to_local
-from ldm.utils.atomic_files import Tensors, atomic_folder, sync, tmp_folder
+from ldm.utils.atomic_files import Tensors, atomic_folder, sync, tmp_folder, writing_errors
 from ldm.utils.safetensors_file import write_shard
 
 Finish = Callable[[Path, dict[str, str]], None]  # called with the folder and the SHA-256 of its files by name
@@ -65,11 +65,12 @@ def write_shards(
             return tmp_folder(folder) if rank else stack.enter_context(atomic_folder(folder))
 
         def write() -> None:
-            for part, shards in parts.items():
-                (tmp_path / part).mkdir(exist_ok=True)
-                name, digest = write_shard(tmp_path / part, rank, count, shards.tensors, shards.offsets, metadata)
-                sync(tmp_path / part / name)
-                sums[(Path(part) / name).as_posix()] = digest
+            with writing_errors(folder):
+                for part, shards in parts.items():
+                    (tmp_path / part).mkdir(exist_ok=True)
+                    name, digest = write_shard(tmp_path / part, rank, count, shards.tensors, shards.offsets, metadata)
+                    sync(tmp_path / part / name)
+                    sums[(Path(part) / name).as_posix()] = digest
 
         def end() -> None:
             if finish and not rank:
@@ -78,5 +79,5 @@ def write_shards(
 
         tmp_path = on_all(begin, group)
         on_all(write, group)
-        all_sums = {name: digest for own in gather_objects(sums, group) for name, digest in own.items()}
+        all_sums = dict(sorted(item for own in gather_objects(sums, group) for item in own.items()))
         on_all(end, group)

@@ -63,9 +63,10 @@ def _check_fsdp(training: Stage2Config) -> None:
         value = os.environ.get(f"FSDP_{key.upper()}", "1" if key == "version" else "false").lower()
         if value != supported:
             raise UserError(f"fsdp_{key}: {value} in accelerate's configuration; {reason}, set it to {supported}")
-    if (kind := state_dict_type()) not in ("full", "sharded", ""):
+    if state_dict_type() not in ("full", "sharded", ""):
         raise UserError(
-            f"fsdp_state_dict_type: {kind} in accelerate's configuration; give FULL_STATE_DICT or SHARDED_STATE_DICT"
+            f"fsdp_state_dict_type: {os.environ['FSDP_STATE_DICT_TYPE']} in accelerate's configuration; "
+            "give FULL_STATE_DICT or SHARDED_STATE_DICT"
         )
     if training.channels_last:
         raise UserError("stage2.channels_last: FSDP splits weights along their first dimension alone; set it to false")

@@ -82,6 +82,7 @@ def test_shards_of_any_number_of_processes_are_read_by_any_other(
     assert (tmp_path / "merged.safetensors").read_bytes() == (tmp_path / "full.safetensors").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_reader_of_distributed_checkpoints_reads_our_shards(
     tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
