@@ -2,9 +2,11 @@
 
     ldm-export runs/openmoji --to single-file --precision fp16 --out openmoji.safetensors
     ldm-export style.safetensors --to lora --layout diffusers --base BASE --out converted.safetensors
+    ldm-export runs/large/stage2/checkpoints/step-050000 --to checkpoint --out step-050000
 
 The file has the original layout of Stable Diffusion 1, 2 or XL, whichever has names for the model's tensors.
-`--to lora` converts an adapter between the layouts of diffusers and kohya.
+`--to lora` converts an adapter between the layouts of diffusers and kohya. `--to checkpoint` merges a checkpoint that
+FSDP wrote in shards: the files are those of one that was gathered.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ldm.models.convert.unet import NOISE_SCHEDULE
 from ldm.models.finite import check_weights
 from ldm.sampling import pipeline_io
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.checkpoint import checkpoints, merge_shards
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
@@ -39,10 +42,12 @@ OVERFLOW = (
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", type=path_or_id, help="a finished run, a diffusers folder, a Hub id, or a file")
+    parser.add_argument(
+        "model", type=path_or_id, help="a finished run, a diffusers folder, a Hub id, or a file; a checkpoint"
+    )
     base = "of a single file: a pipeline of the same family; of an adapter: the model that it was trained on"
     parser.add_argument("--base", type=path_or_id, help=base)
-    parser.add_argument("--to", required=True, choices=("single-file", "diffusers", "lora"))
+    parser.add_argument("--to", required=True, choices=("single-file", "diffusers", "lora", "checkpoint"))
     parser.add_argument("--layout", choices=("diffusers", "kohya"), help="of the adapter that --to lora writes")
     parser.add_argument("--precision", default="no", choices=DTYPES, help="of all weights; default: no, float32")
     parser.add_argument("--out", required=True, type=Path, help="the .safetensors, or the folder, to write")
@@ -50,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_out(args.out, args.to)
     if args.to == "lora":
         export_lora(args.model, args.base, args.layout, DTYPES[args.precision], args.out)
+        return
+    if args.to == "checkpoint":
+        export_checkpoint(args.model, args.out)
         return
     if args.layout:
         raise UserError(f"--layout: is of an adapter, --to lora; leave it out with --to {args.to}")
@@ -87,8 +95,20 @@ def write_and_compare(
     say(f"wrote    {out}: {size_of(out) / 1e6:,.1f} MB")
 
 
+def export_checkpoint(name: str, out: Path) -> None:
+    """Writes a sharded checkpoint, or a run's last one, with full tensors, and says so."""
+    folder = Path(name)
+    if not (folder / "state.json").is_file():
+        if not (numbered := checkpoints(folder / "stage2")):
+            raise UserError(f"{name}: no checkpoint; give RUN/stage2/checkpoints/step-…")
+        folder = numbered[-1]
+    merge_shards(folder, out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"wrote    {out}: {size / 1e6:,.1f} MB, from the shards of {folder}")
+
+
 def check_out(out: Path, to: str) -> None:
-    if to != "diffusers" and out.suffix != ".safetensors":
+    if to in ("single-file", "lora") and out.suffix != ".safetensors":
         raise UserError(f"--out: {out}; give a name that ends in .safetensors")
     if out.exists():
         raise UserError(f"--out: {out} exists already; give a new name")

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from accelerate.utils import gather_object
 
 from ldm.utils.errors import DISK_FULL, UserError, cant_write
@@ -20,12 +21,19 @@ Result = TypeVar("Result")
 WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 21.0, 25.0)
 
 
-def gather_objects(value: Result) -> list[Result]:
-    """The value of each process, by rank, on all processes."""
-    return list(gather_object([value]))
+def gather_objects(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """The value of each process, by rank, on all processes.
+
+    In a thread, processes need a `group` of their own: the default one is the training's.
+    """
+    if group is None:
+        return list(gather_object([value]))
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
 
 
-def on_all(action: Callable[[], Result]) -> Result:
+def on_all(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Runs `action` on every process and returns its result; a UserError or full disk of one is raised on all."""
     results, message = [], ""
     try:
@@ -36,7 +44,7 @@ def on_all(action: Callable[[], Result]) -> Result:
         if error.errno not in DISK_FULL:
             raise
         message = f"can't write {error.filename or 'a file'}: {cant_write(error)}"
-    if messages := list(filter(None, gather_objects(message))):
+    if messages := list(filter(None, gather_objects(message, group))):
         raise UserError(messages[0])
     return results[0]
 

@@ -1,7 +1,7 @@
 """Sharded training, by FSDP or DeepSpeed, as accelerate's configuration says.
 
 Under FSDP, parameters, gradients and the optimizer's tensors are `DTensor`s. The functions here convert them to full
-tensors, which checkpoints hold, and back.
+tensors or shards, which checkpoints hold, and back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ldm.config.schema import Stage2Config, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
+from ldm.utils.safetensors_file import SavedTensor
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 KINDS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}  # what `accelerate launch` sets
@@ -30,6 +31,11 @@ SHARDABLE = {"fsdp": ("adamw", "lion", "schedulefree"), "deepspeed": ("adamw",)}
 def sharding_kind() -> str:
     """`fsdp`, `deepspeed` or "": what accelerate's configuration says."""
     return next((kind for key, kind in KINDS.items() if os.environ.get(key, "false").lower() == "true"), "")
+
+
+def state_dict_type() -> str:
+    """`full` or `sharded` checkpoints: what accelerate's `fsdp_state_dict_type` says; "" where it is not set."""
+    return os.environ.get("FSDP_STATE_DICT_TYPE", "").lower().removesuffix("_state_dict")
 
 
 def check(training: Stage2Config, precision: str, processes: int = 1) -> None:
@@ -57,6 +63,11 @@ def _check_fsdp(training: Stage2Config) -> None:
         value = os.environ.get(f"FSDP_{key.upper()}", "1" if key == "version" else "false").lower()
         if value != supported:
             raise UserError(f"fsdp_{key}: {value} in accelerate's configuration; {reason}, set it to {supported}")
+    if state_dict_type() not in ("full", "sharded", ""):
+        raise UserError(
+            f"fsdp_state_dict_type: {os.environ['FSDP_STATE_DICT_TYPE']} in accelerate's configuration; "
+            "give FULL_STATE_DICT or SHARDED_STATE_DICT"
+        )
     if training.channels_last:
         raise UserError("stage2.channels_last: FSDP splits weights along their first dimension alone; set it to false")
 
@@ -138,8 +149,13 @@ def from_local(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A full tensor, which every process passes, sharded like `like`."""
+def shard_like(tensor: torch.Tensor | SavedTensor, like: torch.Tensor | SavedTensor) -> torch.Tensor:
+    """A full tensor, which every process passes, sharded like `like`; of a saved one each reads its shard alone."""
+    if isinstance(tensor, SavedTensor):
+        if not isinstance(like, DTensor):
+            return tensor.read()
+        (block,) = like.__create_chunk_list__()
+        return from_local(tensor.read(block.offsets, block.sizes).to(like.device), like)
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

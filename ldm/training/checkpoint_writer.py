@@ -1,43 +1,55 @@
 """`CheckpointWriter`: writes a training's tensors while it goes on.
 
 The training waits only for a copy of the tensors in host memory, which a thread then writes. The memory is kept for the
-next copy.
+next copy. Sharded tensors are gathered by the main process, or copied and written in shards by all processes.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from threading import Thread
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
-from ldm.distributed.launch import on_main
-from ldm.distributed.sharding import full_tensor
+from ldm.distributed.consensus import on_all
+from ldm.distributed.launch import TIMEOUT, on_main
+from ldm.distributed.shard_files import Shards, local_shards
+from ldm.distributed.sharding import full_tensor, state_dict_type
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.errors import UserError
 from ldm.utils.host_memory import available_memory
 
 Parts = dict[str, Tensors]
+Copies = Mapping[str, Tensors | Shards]
+Write = Callable[[Copies], None]
 
+WAITS = "training waits while checkpoints are written"
+IN_SHARDS = "checkpoints are written in shards, which `ldm-export CHECKPOINT --to checkpoint` merges"
 FREE_SHARE = 0.5  # of the free host memory, which copies may take; the rest is the training's
 
 
 class CheckpointWriter:
-    """Writes on the main process, one write at a time.
+    """One write at a time: the main process writes full tensors, or all processes write their shards.
 
-    Where copies would take more than half of the free host memory, tensors are written from where they are instead, one
-    after the other, and the training waits; a line says so, once. Sharded tensors are gathered, so always copied.
+    accelerate's `fsdp_state_dict_type` says which, of sharded tensors. Where it is not set, they are written in shards
+    if full copies would take more than half of the free host memory; a line says so, once.
+
+    Where copies of other tensors, or of shards, would take so much, tensors are written from where they are instead,
+    one after the other, and the training waits; a line says so too.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}  # by part and name
         self._written: Future[None] | None = None  # of the write that nothing has waited for yet
-        self._reported = False
+        self._reported: set[str] = set()
+        self._group: dist.ProcessGroup | None = None  # for the threads, in which processes agree on shards
 
     @property
     def writing(self) -> bool:
@@ -49,29 +61,51 @@ class CheckpointWriter:
         """Whether the last write has failed, which `wait` would raise."""
         return bool(self._written and self._written.done() and self._written.exception())
 
-    def start(self, parts: Parts, write: Callable[[Parts], None]) -> None:
+    def start(self, parts: Parts, write: Write) -> None:
         """Waits for the last write, copies tensors, and calls `write` with the copies in a thread.
 
-        All processes call it; `write` gets full tensors where they are sharded.
+        All processes call it. Full tensors are written by the main process; in shards, by all.
         """
         self.wait()
         sharded = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
-        is_main = PartialState().is_main_process
-        if sharded or (is_main and self._has_room(parts)):
-            copies = self._copy(parts, is_main)
-            if is_main:
+        in_shards = sharded and on_main(lambda: self._in_shards(parts))
+        write_copies: Callable[[Parts], None] = write
+        if in_shards:
+            parts, write_copies = self._own_shards(parts, write)
+        writes, gathers = in_shards or PartialState().is_main_process, sharded and not in_shards
+        copying = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if in_shards else 1  # processes of this machine
+        if gathers or (writes and self._has_room(parts, WAITS, copying)):
+            copies = self._copy(parts, writes)
+            if writes:
                 self._written = Future()
                 atexit.register(self.close)  # an error of the training must not end a write
                 # A daemon, so that a process that is to end at once doesn't wait for it.
-                Thread(target=_run, args=(self._written, write, copies), name="checkpoint", daemon=True).start()
-        elif is_main:
+                Thread(target=_run, args=(self._written, write_copies, copies), name="checkpoint", daemon=True).start()
+        elif writes:
             written: Future[None] = Future()
-            _run(written, write, parts)
+            _run(written, write_copies, parts)
             self._written = written
+
+    def _in_shards(self, parts: Parts) -> bool:
+        """Whether sharded tensors are to be written in shards."""
+        kind = state_dict_type()
+        return kind == "sharded" or (not kind and not self._has_room(parts, IN_SHARDS))
+
+    def _own_shards(self, parts: Parts, write: Write) -> tuple[Parts, Callable[[Parts], None]]:
+        """This process's shards of tensors, and a function that calls `write` with copies of these as `Shards`."""
+        group = self._group or dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)  # of all processes
+        self._group = group
+        shards = {part: local_shards(tensors, group) for part, tensors in parts.items()}
+
+        def write_shards(copies: Parts) -> None:
+            write({part: shards[part]._replace(tensors=tensors) for part, tensors in copies.items()})
+
+        return {part: own.tensors for part, own in shards.items()}, write_shards
 
     def wait(self) -> None:
         """Waits for the last write; UserError, on all processes, where it has failed. All processes call it."""
-        on_main(self._wait)
+        on_all(self._wait)
 
     def _wait(self) -> None:
         try:
@@ -94,9 +128,9 @@ class CheckpointWriter:
             print(error, file=sys.stderr, flush=True)
         self._buffers = {}
 
-    def _has_room(self, parts: Parts) -> bool:
-        """Whether there is host memory for the copies that have none yet; prints a line where there is not."""
-        lacking = sum(
+    def _has_room(self, parts: Parts, otherwise: str, processes: int = 1) -> bool:
+        """Whether there is host memory for the copies, in each of `processes`, that have none yet; else a line."""
+        lacking = processes * sum(
             tensor.nbytes
             for part, tensors in parts.items()
             for name, tensor in tensors.items()
@@ -104,14 +138,14 @@ class CheckpointWriter:
         )
         if lacking <= FREE_SHARE * (available := available_memory()):
             return True
-        if not self._reported:
+        if otherwise not in self._reported and PartialState().is_main_process:
             print(
                 f"A copy of the checkpoint takes {lacking / 1e9:.1f} GB, more than half of the free main memory "
-                f"({available / 1e9:.1f} GB); training waits while checkpoints are written.",
+                f"({available / 1e9:.1f} GB); {otherwise}.",
                 file=sys.stderr,
                 flush=True,
             )
-        self._reported = True
+        self._reported.add(otherwise)
         return False
 
     def _fits(self, key: tuple[str, str], tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from ldm.distributed.sharding import on_main_cpu
 from ldm.training.engine import Engine, total_bytes
 from ldm.training.optimizer import unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
+from ldm.utils.safetensors_file import SavedTensors, read_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -66,11 +67,11 @@ class ZeroEngine(Engine):
         ]
         return self.module.state_dict(), tensors, groups
 
-    def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
+    def load(self, weights: SavedTensors, tensors: SavedTensors, groups: list[dict[str, Any]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self.module.load_state_dict(weights)
-        state = unflatten_optimizer(tensors, groups)["state"]
+        self.module.load_state_dict(read_tensors(weights))
+        state = unflatten_optimizer(read_tensors(tensors), groups)["state"]
         adamw = self._zero.optimizer
         for part in self._zero.single_partition_of_fp32_groups if state else ():
             moments = {name: torch.zeros_like(part) for name in MOMENTS}

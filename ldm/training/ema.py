@@ -6,22 +6,23 @@ Power-function averages and post-hoc EMA: Karras et al., arXiv 2312.02696, secti
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ldm.config.schema import Training
+from ldm.distributed.shard_files import Shards, write_shards
 from ldm.distributed.sharding import from_local, shard_like, to_local
 from ldm.utils.atomic_files import Tensors, atomic_file
 from ldm.utils.errors import UserError
-from ldm.utils.safetensors_file import write_safetensors
+from ldm.utils.safetensors_file import SavedTensors, open_tensors, read_metadata, write_safetensors
 
 Numbers = np.ndarray | float
 
@@ -180,7 +181,7 @@ class Averages:
         return {part: self.tensors(model) for part, model in zip(self._parts, self.models, strict=True)}
 
     @torch.no_grad()
-    def load(self, parts: dict[str, Tensors], updates: int) -> None:
+    def load(self, parts: Mapping[str, SavedTensors], updates: int) -> None:
         """Restores what `state` returned."""
         for part, model in zip(self._parts, self.models, strict=True):
             for name, average, like in zip(self.names, model.shadow_params, self.parameters, strict=True):
@@ -192,19 +193,24 @@ class Averages:
         t = self.training
         return bool(self.widths) and self.updates > 0 and (step % t.ema_snapshot_every == 0 or step == t.steps)
 
-    def snapshot_writer(self, folder: Path, step: int) -> Callable[[dict[str, Tensors]], None]:
-        """A function that writes `step-000500-0.05.safetensors` of each width from what `state` returned, full now.
+    def snapshot_writer(self, folder: Path, step: int) -> Callable[[Mapping[str, Tensors | Shards]], None]:
+        """A function that writes `step-000500-0.05.safetensors` of each width from copies of what `state` returned.
 
-        A file's metadata are the fields of a `Snapshot`. It is whole or not there; UserError where it can't be written.
+        Shards go to a folder `step-000500-0.05`. The metadata are the fields of a `Snapshot`. It is whole or not there;
+        UserError where it can't be written.
         """
         updates, widths = self.updates, dict(zip(self._parts, self.widths, strict=True))
 
-        def write(parts: dict[str, Tensors]) -> None:
+        def write(parts: Mapping[str, Tensors | Shards]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for part, width in widths.items():
-                facts = json.dumps({"step": step, "updates": updates, "width": width})
-                with atomic_file(folder / f"step-{step:06d}-{width}.safetensors") as tmp_path:
-                    write_safetensors(tmp_path, parts[part], {"average": facts})
+                facts = {"average": json.dumps({"step": step, "updates": updates, "width": width})}
+                name, tensors = f"step-{step:06d}-{width}", parts[part]
+                if isinstance(tensors, Shards):
+                    write_shards(folder / name, {"": tensors}, facts)
+                    continue
+                with atomic_file(folder / f"{name}.safetensors") as tmp_path:
+                    write_safetensors(tmp_path, tensors, facts)
 
         return write
 
@@ -221,10 +227,9 @@ class Snapshot(NamedTuple):
 def read_snapshots(folder: Path) -> list[Snapshot]:
     """Those in a folder, by step and width; UserError where one can't be read."""
     snapshots: list[Snapshot] = []
-    for path in folder.glob("step-*.safetensors"):
+    for path in (path for path in folder.glob("step-*") if path.is_dir() or path.suffix == ".safetensors"):
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["average"])
+            facts = json.loads(read_metadata(path)["average"])
             snapshots.append(Snapshot(path, **facts))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a sound snapshot ({error}); move it away") from None
@@ -263,11 +268,10 @@ def fit(snapshots: Sequence[Snapshot], width: float) -> tuple[np.ndarray, float]
 
 
 def weighted_sum(paths: Iterable[Path], shares: Iterable[float]) -> Tensors:
-    """Σ share · tensor over files of the same names, one after the other; summed in float64, returned in float32."""
+    """Σ share · tensor over snapshots of the same names, one after the other; in float64, returned in float32."""
     total: Tensors = {}
     for path, share in zip(paths, shares, strict=True):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (no dict)
-                part = share * file.get_tensor(name).double()
-                total[name] = total[name].add_(part) if name in total else part
+        for name, tensor in open_tensors(path).items():
+            part = share * tensor.read().double()
+            total[name] = total[name].add_(part) if name in total else part
     return {name: tensor.float() for name, tensor in total.items()}

@@ -17,6 +17,7 @@ from ldm.distributed.sharding import full_tensor, shard_like, without_weights
 from ldm.training.optimizer import flatten_optimizer, make_optimizer, unflatten_optimizer
 from ldm.utils.atomic_files import Tensors
 from ldm.utils.precision import DTYPES
+from ldm.utils.safetensors_file import SavedTensor, SavedTensors
 
 
 class Engine:
@@ -137,7 +138,7 @@ class Engine:
         trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in weights.items() if name in trained or not name.startswith(frozen)}
 
-    def load(self, weights: Tensors, tensors: Tensors, groups: list[dict[str, Any]]) -> None:
+    def load(self, weights: SavedTensors, tensors: SavedTensors, groups: list[dict[str, Any]]) -> None:
         """Restores what `state` returned, in this or another number of processes, sharded or not."""
         own = self._weights()
         loaded = {name: shard_like(tensor, own.get(name, tensor)) for name, tensor in weights.items()}
@@ -146,12 +147,14 @@ class Engine:
             raise KeyError(", ".join(loaded.keys() ^ own.keys()))  # frozen weights alone may be missing
         self.module.load_state_dict(loaded, strict=not frozen)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = unflatten_optimizer(tensors, groups)
-        for i, entry in state["state"].items():
-            for name, value in entry.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
-                    entry[name] = shard_like(value, parameters[i])
-        self.optimizer.load_state_dict(state)
+
+        def sharded(name: str, tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
+            index = name.partition(".")[0]  # "groups" of a tensor that is of no parameter
+            like = parameters[int(index)] if index.isdigit() else tensor
+            return shard_like(tensor, like if like.shape == tensor.shape else tensor)
+
+        own_tensors = {name: sharded(name, tensor) for name, tensor in tensors.items()}
+        self.optimizer.load_state_dict(unflatten_optimizer(own_tensors, groups))
         for parameter, entry in self.optimizer.optimizer.state.items():
             for name, value in entry.items():  # fused steps want the parameter's layout, channels last say
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -250,4 +251,4 @@ def remove_later_outputs(stage_dir: Path, step: int) -> None:
     for path in (*stage_dir.glob("samples/step-*"), *stage_dir.glob("ema/step-*")):
         number = path.name.split("-")[1].partition(".")[0]
         if number.isdigit() and (int(number) > step or not step):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

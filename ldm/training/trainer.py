@@ -28,7 +28,7 @@ from ldm.distributed.sharding import shard
 from ldm.training import dry_run
 from ldm.training.budget import LoadWatch
 from ldm.training.checkpoint import CheckpointManager
-from ldm.training.checkpoint_writer import CheckpointWriter, Parts
+from ldm.training.checkpoint_writer import CheckpointWriter, Copies, Parts
 from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
@@ -355,7 +355,7 @@ class Trainer:
         if self.ema.due(step):
             snapshot = self.ema.snapshot_writer(self.folder / "ema", step)
 
-        def write(copies: Parts) -> None:
+        def write(copies: Copies) -> None:
             if snapshot:  # before the checkpoint, from which a killed run continues
                 snapshot(copies)
             self._logger.sync()  # at least so far as the checkpoint has it

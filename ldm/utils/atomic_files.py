@@ -27,7 +27,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     tmp_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with _writing(path):
+        with writing_errors(path):
             yield tmp_path
             sync(tmp_path)
             tmp_path.replace(path)
@@ -38,9 +38,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which is created. An older one is deleted only when the new one is complete."""
-    tmp_path, old = folder.with_name(f".{folder.name}{WRITING}"), folder.with_name(f".{folder.name}.old")
+    tmp_path, old = tmp_folder(folder), folder.with_name(f".{folder.name}.old")
     try:
-        with _writing(folder):
+        with writing_errors(folder):
             shutil.rmtree(tmp_path, ignore_errors=True)
             tmp_path.mkdir(parents=True)
             yield tmp_path
@@ -56,6 +56,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(tmp_path, ignore_errors=True)
 
 
+def tmp_folder(folder: Path) -> Path:
+    """Where `atomic_folder` writes."""
+    return folder.with_name(f".{folder.name}{WRITING}")
+
+
 def remove_unfinished(parent: Path) -> None:
     """Removes the temporary folders that killed processes have left in a folder."""
     for folder in parent.glob(f".*{WRITING}"):
@@ -63,8 +68,8 @@ def remove_unfinished(parent: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns an error of writing into a UserError of one line."""
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turns an error of writing a file or folder into a UserError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import TINY
 
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.training.checkpoint import checkpoints, is_sharded
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,7 @@ ZERO = (
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_diffusers(
     train: Callable[..., str],
     launch: Start,
@@ -47,13 +49,16 @@ def test_a_killed_sharded_run_resumes_in_a_single_process_and_opens_in_plain_dif
     root: Path,
     tiny_run: Path,
     tmp_path: Path,
+    state_dict_type: str,
 ) -> None:
     folder = tmp_path / "run"
     more = [f"data.cache_dir={tiny_run / 'cache'}", "stage1.steps=10", "stage2.steps=20", "sample.every=10"]
     command = ["train_ldm.py", *TINY, f"run.dir={folder}", *more]
-    process = launch(*command, processes=2, more=of_accelerate(root / "configs/accelerate/fsdp.yaml"))
+    fsdp = of_accelerate(root / "configs/accelerate/fsdp.yaml") | {"FSDP_STATE_DICT_TYPE": state_dict_type}
+    process = launch(*command, processes=2, more=fsdp)
     wait_for(folder / "stage2/checkpoints/step-000010", process)
     output = kill_one(process, 0)
+    assert is_sharded(checkpoints(folder / "stage2")[-1]) == (state_dict_type == "SHARDED_STATE_DICT")
     assert "another process of this run has ended" in output
     assert "[rank1]: Traceback" not in output
     assert "stage2: continuing from step" in train(folder, *more)

@@ -20,6 +20,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**FSDP, "FSDP_VERSION": "1"}, (), "fsdp_version: 1 in accelerate's configuration"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, (), "fsdp_offload_params: true"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "stage2.gradient_checkpointing=true"),
+        ({**FSDP, "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"}, (), "fsdp_state_dict_type: LOCAL_STATE_DICT"),
         (FSDP, ("stage2.channels_last=true",), "stage2.channels_last"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, (), "zero_stage: 3 in DeepSpeed's configuration"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, (), "offload_optimizer_device: cpu"),

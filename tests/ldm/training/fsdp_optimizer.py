@@ -1,5 +1,9 @@
-"""`fsdp_optimizer.py FOLDER OPTIMIZER STEPS` trains a small network, in shards where there are several processes."""
+"""`fsdp_optimizer.py FOLDER OPTIMIZER STEPS [GATHERED]` trains a small network, in shards if processes are several.
 
+At the end its state is gathered, and written to the folder GATHERED.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +12,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ldm.config.schema import RunConfig, Training
+from ldm.training.checkpoint import write_checkpoint
 from ldm.training.trainer import Trainer
 from ldm.utils.rng import normal
 
@@ -33,9 +38,17 @@ class Positions(torch.utils.data.Dataset):
         return {"position": torch.tensor(n), "x": normal(0, "x", torch.tensor([n]), (4,))[0]}
 
 
-folder, optimizer, steps = sys.argv[1:]
+folder, optimizer, steps, *gathered = sys.argv[1:]
 training = Training(
-    steps=int(steps), batch=4, lr=0.02, lr_warmup_steps=2, ema_decay=0.5, checkpoint_every=3, optimizer=optimizer
+    steps=int(steps),
+    batch=12,
+    lr=0.02,
+    lr_warmup_steps=2,
+    ema_decay=0.5,
+    ema_widths=() if optimizer == "schedulefree" else (0.05, 0.1),
+    ema_snapshot_every=3,
+    checkpoint_every=3,
+    optimizer=optimizer,
 )
 config = RunConfig(dir=Path(folder), precision="no", device="cpu", tracker="none", checkpoints_total_limit=9)
 run = Trainer(config, training, "stage2", Network(), sharded=True)
@@ -47,6 +60,11 @@ for batch in run.batches(Positions()):
         run.optimizer_step()
         run.log(loss=loss)
     run.checkpoint_if_due()
+if gathered:
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    parts, state = run._state()
+    run._writer.start(parts, lambda copies: write_checkpoint(Path(gathered[0]), copies, state))
+    run._writer.wait()
 run.export_ema()
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
