@@ -255,4 +255,4 @@ def _as_json(bad: BadSample) -> str:
 
 
 def _last_bad(bad: Mapping[int, BadSample]) -> str:
-    return f"the last: {next(reversed(bad.values()))}" if bad else "the last is empty; write or fetch it anew"
+    return f"the last: {[*bad.values()][-1]}" if bad else "the last is empty; write or fetch it anew"
