@@ -218,14 +218,12 @@ def before_training(
 ) -> None:
     """Prints the statistics and writes the run's `data-report.json`; UserError where too many samples are bad.
 
-    A stream is only read in training, which reports its bad samples. `batches` are the stages' global batches, whose
-    lanes its shards have to fill.
+    A stream is only read in training, which reports its bad samples. `batches` are the stages' global batches.
     """
     if isinstance(index, Stream):
-        for batch in batches:
-            index.lanes(batch, PartialState().num_processes)
         if PartialState().is_main_process:
-            print("\n".join(index.sources.describe()), f"shards   {len(index):,}", sep="\n", flush=True)
+            shards = dict.fromkeys(index.describe(batch, PartialState().num_processes) for batch in batches)
+            print(*index.sources.describe(), *shards, sep="\n", flush=True)
         return
     report = run_dir / "data-report.json"
     main = PartialState().is_main_process

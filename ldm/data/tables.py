@@ -44,6 +44,7 @@ class Table:
 
         self.options, self.image_column = options, image_column
         self.left_out: list[LeftOut] = []
+        self._files: list[str] = []  # of parquet
         progress_bars = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
@@ -57,6 +58,8 @@ class Table:
             text = " ".join(str(error).split())[:200]
             missing = "" if Path(path).exists() or kind == "parquet" else "there is no such folder here, and "
             message = f"{missing}datasets can't open {path} ({type(error).__name__}: {text})"
+            if damaged := next(filter(_is_damaged, self._files), None):
+                message += f"; {damaged} is damaged: fetch or write it anew"
             raise UserError(f"data.source: {message}") from None
         finally:
             if progress_bars:
@@ -74,8 +77,8 @@ class Table:
 
         arguments: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir or None}
         if kind == "parquet":
-            files, self.left_out = files_of_split(path, (".parquet",), split)
-            return datasets.load_dataset("parquet", data_files={split: files}, **arguments)
+            self._files, self.left_out = files_of_split(path, (".parquet",), split)
+            return datasets.load_dataset("parquet", data_files={split: self._files}, **arguments)
         if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
             table = datasets.load_dataset(path, **arguments)
             self._leave_out_splits(path, table.info.splits or (), split)
@@ -135,8 +138,8 @@ class Table:
             except StopIteration:
                 return
             except Exception as error:  # the readers of datasets may raise anything
-                reason = f"it can't be read on after row {i} ({error or error!r})"
-                yield BadSample(name, reason, "fetch or write it anew")
+                reason = f"it can't be read on after {i} rows ({error or error!r})"
+                yield BadSample(self._file_of(shard) or name, reason, "fetch or write it anew")
                 return
             try:
                 captions = captions_of(row.get(self.options.column), self.options)
@@ -145,6 +148,10 @@ class Table:
                 yield Record(key, location, captions, label, mask=mask), self._encoded(row, self.image_column)
             except BadSampleError as error:
                 yield BadSample(key, *error.args)
+
+    def _file_of(self, shard: int | None) -> str:
+        """The file that is a shard of parquet; empty where none alone is."""
+        return self._files[shard] if shard is not None and len(self._files) == self.rows.num_shards else ""
 
     def _shard_rows(self, shard: int) -> Iterator[dict[str, Any]]:
         """In batches, because `datasets` would divide single rows among the loader's workers once more."""
@@ -186,3 +193,15 @@ class Table:
         allowed = (self.folder.resolve(), Path(datasets.config.HF_CACHE_HOME).resolve())
         file = Path(path).resolve()
         return file.read_bytes() if any(map(file.is_relative_to, allowed)) and file.is_file() else None
+
+
+def _is_damaged(file: str) -> bool:
+    """Whether the footer of a parquet file can't be read."""
+    from pyarrow import parquet
+
+    try:
+        with fsspec.open(file, "rb") as opened:
+            parquet.read_metadata(opened)
+    except Exception:  # a remote file system may raise anything
+        return True
+    return False

@@ -91,6 +91,8 @@ class DataConfig(Section):
     """Fraction of bad ones beyond which `skip` stops too."""
     streaming: bool = False
     """Streams tars, parquet and `datasets` shard by shard, without index and cache: for data larger than the disk."""
+    stream_lanes: PositiveInt = 64
+    """Shards that are read at once, at most; the order of samples follows from it, whatever the number of processes."""
     cache: Literal["disk", "none"] = "disk"
     """Latents and embeddings are encoded once and stored, or encoded for every batch."""
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"

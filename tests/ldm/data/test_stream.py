@@ -1,20 +1,26 @@
 """Streaming: data sets that are read shard by shard."""
 
+import gzip
+import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import of_config
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from ldm.config import loader
 from ldm.config.schema import Training
-from ldm.data.stream import Stream, lane, lanes_of
+from ldm.data.records import Sample
+from ldm.data.stream import Stream
+from ldm.data.stream_reader import LanePosition, lane_blocks, lanes_of, usable_workers
 from ldm.utils.errors import UserError
 
 SHARDS, SAMPLES_PER_SHARD = 6, 10
@@ -114,11 +120,17 @@ def test_every_sample_comes_once_an_epoch_where_lanes_have_unequal_shares(
     assert set(seen.values()) == {8}
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 3), (3, 2), (4, 0), (12, 0)])
 def test_the_global_batch_is_the_same_for_any_processes_and_workers(
     processes: int, workers: int, streamed: Callable[..., Streamed]
 ) -> None:
     assert equal(read(streamed()), read(streamed(), processes, workers))
+
+
+def test_workers_take_turns_where_a_step_has_fewer_images(streamed: Callable[..., Streamed]) -> None:
+    few = ("stage2.batch=2", "stage2.steps=11")
+    assert [usable_workers(2, workers) for workers in range(6)] == [0, 1, 2, 2, 4, 4]
+    assert equal(read(streamed(*few)), read(streamed(*few), 1, 5))
 
 
 @pytest.mark.parametrize("first", [1, 4, 7, 11])
@@ -134,12 +146,19 @@ def test_device_batches_split_the_global_batch(streamed: Callable[..., Streamed]
     assert torch.equal(torch.cat([part["pixels"] for part in parts[:3]]), full_run[0]["pixels"])
 
 
+def lane_samples(stream: Stream, position: LanePosition) -> Iterator[tuple[LanePosition, Sample]]:
+    """The samples of a single lane, each with the position after it."""
+    for block in lane_blocks(stream, 1, position):
+        for i in range(block.start, len(block.samples)):
+            yield (block.shard, block.first + i + 1), block.samples[i]
+
+
 def test_shuffling_continues_after_a_stop_within_a_block(streamed: Callable[..., Streamed]) -> None:
     stream = streamed().stream
-    reading = lane(stream, 1, (0, 0))
+    reading = lane_samples(stream, (0, 0))
     first = [next(reading) for _ in range(95)]
     for stop in (3, 10, 37, 61):
-        again = lane(stream, 1, first[stop - 1][0])
+        again = lane_samples(stream, first[stop - 1][0])
         assert [next(again)[1][0].captions for _ in range(30)] == [s[1][0].captions for s in first[stop : stop + 30]]  # type: ignore[index, union-attr]
 
 
@@ -184,10 +203,60 @@ def test_bad_samples_are_skipped_and_reported(
         read(streamed())
 
 
-def test_what_can_not_be_shared_or_streamed_is_an_error(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
-    assert lanes_of(12, SHARDS) == 6
-    with pytest.raises(UserError, match="6 shards make 6 lanes of a batch of 12, which 4 processes can't share"):
-        read(streamed(), processes=4)
+def as_parquet(stream: Stream, folder: Path) -> Path:
+    """The shards of a stream as files of parquet."""
+    folder.mkdir()
+    for number, shard in enumerate(stream.shards):
+        samples = list(stream.sources.samples(shard))
+        rows = {
+            "image": [content for _, content in samples],  # type: ignore[misc]
+            "text": [record.captions[0] for record, _ in samples],  # type: ignore[misc, union-attr]
+        }
+        parquet.write_table(pa.table(rows), folder / f"{number:02}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_a_truncated_shard_is_one_line_with_its_name_and_a_remedy(
+    kind: str, streamed: Callable[..., Streamed], tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = as_parquet(streamed().stream, tmp_path / "rows") if kind == "parquet" else tars
+    if kind == "tar.gz":
+        for tar in tars.glob("*.tar"):
+            tar.with_suffix(".tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+            tar.unlink()
+    truncated = folder / f"04.{kind}"
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size * 11 // 20])
+    steps = read(streamed(f"data.source={folder}"), workers=2)
+    printed = re.findall(r"^left out: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(printed) == 1
+    assert re.fullmatch(rf"{truncated}: .* on.*; fetch or write it anew", printed[0])
+    read_of = Counter(caption.partition("-")[0] for step in steps for caption in step["caption"])
+    assert {str(number) for number in range(SHARDS)} - read_of.keys() == ({"4"} if kind == "parquet" else set())
+
+
+def test_a_truncated_file_that_names_the_columns_is_named(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
+    first = as_parquet(streamed().stream, tmp_path / "rows") / "00.parquet"
+    first.write_bytes(first.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"can't open .*; {first} is damaged: fetch or write it anew"):
+        streamed(f"data.source={first.parent}")
+
+
+def test_a_batch_has_as_many_lanes_as_divide_it_and_have_shards(streamed: Callable[..., Streamed]) -> None:
+    assert [lanes_of(12, SHARDS, most) for most in (1, 4, 5, 64)] == [1, 4, 4, 6]
+    assert lanes_of(2048, 10_000, 512) == 512
+    assert streamed("data.workers=3").stream.describe(batch=12, processes=2) == "shards     6, 6 at once"
+    shared = streamed("data.workers=3").stream.describe(batch=12, processes=4)
+    assert shared == "shards     6, 6 at once; 2 loader processes read the same one, see data.stream_lanes"
+
+
+def test_a_position_of_other_lanes_is_an_error(streamed: Callable[..., Streamed]) -> None:
+    places = read(streamed("stage2.steps=1"))[0]["places"]
+    with pytest.raises(UserError, match=r"data\.stream_lanes: 6 lanes of this run were read, .* would be 3; give"):
+        read(streamed("data.stream_lanes=3"), first=1, **places)
+
+
+def test_what_can_not_be_streamed_is_an_error(streamed: Callable[..., Streamed], tmp_path: Path) -> None:
     (tmp_path / "loose").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "loose/a.png")
     (tmp_path / "loose/a.txt").write_text("a")
