@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from ldm.distributed.consensus import gather_objects
+from ldm.distributed.consensus import gather_objects, wait_until_visible
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256, remove_unfinished
 from ldm.utils.errors import UserError
@@ -96,9 +96,10 @@ class CheckpointManager:
     def read_newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensors], dict[str, Any]] | None:
         """The newest sound checkpoint with its parts and state; damaged ones are named and passed over.
 
-        All processes call it. One of each machine checks the files; the others then read only what they load.
+        All processes call it. One that a machine sees late is waited for. A process of each machine checks the files;
+        the others then read only what they load.
         """
-        for folder in reversed(on_main(lambda: checkpoints(self.folder))):
+        for folder in reversed(wait_until_visible(on_main(lambda: checkpoints(self.folder)), Path.is_dir, "run.dir")):
             damage = ""
             if PartialState().is_local_main_process:
                 try:
