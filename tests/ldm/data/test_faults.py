@@ -96,3 +96,4 @@ def test_a_cut_short_file_of_what_was_made_from_a_cache_is_one_line_or_made_anew
             path.unlink()  # as the line says
             latents = encode(config)
         assert all(map(torch.equal, latents, expected)), f"{path} of {size} bytes"
+        path.write_bytes(whole)  # what is read only to encode may not have been noticed
