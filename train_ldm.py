@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ldm.data.index import Index
     from ldm.data.stream import Stream
+    from ldm.models.autoencoder import Autoencoder
     from ldm.models.text_encoder import AnyTextEncoder
 
 
@@ -80,7 +81,6 @@ def train(
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.evaluation.report import write_report
-    from ldm.models import autoencoder
     from ldm.training import checks, plan
     from ldm.training.fingerprint import check_finished
     from ldm.training.model_card import write_card
@@ -118,7 +118,7 @@ def train(
         train_autoencoder(settings, data)
     if stage != "1":
         if "stage2" in stages:
-            train_unet(settings, data, autoencoder.load(autoencoder_path(settings)), encoder)
+            train_unet(settings, data, load_autoencoder(settings), encoder)
         else:
             on_main(partial(check_finished, folder / "stage2", {"data": data.select("train").fingerprint()}))
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
@@ -144,6 +144,17 @@ def autoencoder_path(settings: Config) -> str | Path:
     """The autoencoder in whose latents stage two trains."""
     stage = settings.stage1
     return stage.pretrained or ("identity" if stage.needs_none else settings.run.dir / "autoencoder")
+
+
+def load_autoencoder(settings: Config) -> Autoencoder:
+    """The same, loaded by every process, once it sees what the main process has written, maybe just now."""
+    from ldm.distributed.consensus import wait_until_visible
+    from ldm.models import autoencoder
+
+    path = autoencoder_path(settings)
+    if path == settings.run.dir / "autoencoder":
+        wait_until_visible([settings.run.dir / "autoencoder"], Path.is_dir, "run.dir")
+    return autoencoder.load(path)
 
 
 def load_data(settings: Config, encoder: AnyTextEncoder | None) -> Index | Stream:
@@ -289,7 +300,7 @@ def measure(
         if stage == "stage1":
             return train_autoencoder(settings, data)
         if path == "identity" or settings.stage1.pretrained or on_main(Path(path).exists):
-            vae = autoencoder.load(path)
+            vae = load_autoencoder(settings)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
         finetune = settings.finetune

@@ -1,6 +1,7 @@
 """Measures speed, as ratios within one run, and quality against time.
 
     python scripts/benchmark.py data --config configs/openmoji.yaml data.size=256 stage2.batch=16
+    python scripts/benchmark.py latency --config configs/openmoji.yaml stage2.batch=8 --steps 1000
     python scripts/benchmark.py stage1 --config configs/openmoji.yaml
     python scripts/benchmark.py tiles --config configs/openmoji.yaml stage1.pretrained=runs/openmoji/autoencoder
     python scripts/benchmark.py train --config configs/openmoji.yaml --steps 24 --rows reference-bf16,ours
@@ -11,6 +12,8 @@
 
 `data`: samples per second from the cache, cold (dropped from the page cache first) and warm, and with images decoded
 and encoded on the fly; and the speed of stage two's training with and without the cache.
+`latency`: how long steps of `--step-seconds` wait for data from the cache, percentiles, where some reads take seconds:
+with torch's own loader (`plain`) and `ours`. The delays are made up, and follow from the seed.
 `stage1`: images per second and peak memory of stage one's loop: plain, with gradient checkpointing, with a
 discriminator.
 `tiles`: an image of 2,048 pixels decoded at once and in tiles: memory, time, difference.
@@ -25,11 +28,11 @@ difference of their results from the first kernel's.
 `checkpoint`: how long a training waits for a checkpoint of so many parameters, against writing it at once and reading
 it again for its hash. Where there is no memory for a copy, ours is written at once too, tensor by tensor.
 
-`--rows` chooses what is compared: `ours`, `reference` (train, quality), `diffusers` (sample), `plain`, `recomputing`,
-`discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if it is not that of `--precision`, the
-precision (`ours-fp16`), and the row's own configuration keys (`ours+stage2.compile=true`). Each row of `stage1`,
-`tiles` and `train` runs in a process of its own. Weights are random unless a model is named: they don't change the
-speed. No checkpoint is kept, nothing exported, but by `quality`.
+`--rows` chooses what is compared: `ours`, `reference` (train, quality), `diffusers` (sample), `plain` (latency,
+stage1), `recomputing`, `discriminator` (stage1), `eager`, `sdpa`, `xformers` (attention); then, if it is not that of
+`--precision`, the precision (`ours-fp16`), and the row's own configuration keys (`ours+stage2.compile=true`). Each row
+of `stage1`, `tiles` and `train` runs in a process of its own. Weights are random unless a model is named: they don't
+change the speed. No checkpoint is kept, nothing exported, but by `quality`.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from benchmark_attention import compare_attention_kernels
 from benchmark_autoencoder import compare_stage1, compare_tiling
 from benchmark_checkpoint import compare_checkpoints, number_of_parameters
 from benchmark_data import compare_data_loading
+from benchmark_latency import compare_latency
 from benchmark_quality import compare_quality
 from benchmark_sampling import compare_sampling
 from benchmark_training import compare_training
@@ -56,6 +60,7 @@ from ldm.utils.precision import DTYPES
 
 CONFIGURED = {
     "data": compare_data_loading,
+    "latency": compare_latency,
     "stage1": compare_stage1,
     "tiles": compare_tiling,
     "train": compare_training,
@@ -114,7 +119,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     out = "quality: the trainings' folder; the same command continues. checkpoint: the folder to write to"
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--parameters", type=number_of_parameters, default="300M", help="checkpoint: of the network")
-    parser.add_argument("--steps", type=int, default=8, help="of each measurement of training")
+    parser.add_argument("--steps", type=int, default=8, help="of each measurement of training or waiting")
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="latency: how long a step takes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends each row to it, as a line of JSON")
     parser.add_argument("--label", default="", help="the step in these lines")
     baseline = "ratios are to this row of an earlier call, from the file"

@@ -15,7 +15,7 @@ from benchmark_rows import Report
 from benchmark_training import images_per_second
 
 from ldm.config import loader
-from ldm.data import index
+from ldm.data import index, read_ahead
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
 from ldm.data.sampler import Positions, SampleSpec
@@ -63,7 +63,7 @@ def samples_per_second(dataset: Stage2Dataset, batch: int, workers: int, seconds
 
     def batch_sizes() -> Iterator[int]:
         positions = Positions(0, 1_000_000, batch, 1, 0, 1)
-        for samples in torch.utils.data.DataLoader(dataset.dataset, batch_sampler=positions, num_workers=workers):  # type: ignore[arg-type]
+        for samples in read_ahead.load(dataset.dataset, positions, workers, prefetch_factor=2):  # type: ignore[arg-type]
             x0, _ = dataset.encode(samples)
             yield len(x0)
 

@@ -126,7 +126,7 @@ def train(
             if step % settings.run.log_every == 0:
                 scale = float(run.scaler.get_scale()) if run.scaler else 1.0
                 fp16 = {"loss_scale": scale, "skipped": skipped}
-                lines.append({"step": step, "time": time.time(), **clock.read(), **fp16})
+                lines.append({"step": step, "time": time.perf_counter(), **clock.read(), **fp16})
             if after_step and after_step(step, ema):
                 break
         loss.detach().item()

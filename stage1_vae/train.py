@@ -59,7 +59,7 @@ def train(config: Config, data: Index | Stream) -> None:
 
     if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in trainer.batches(samples, config.data.workers):
+    for batch in trainer.batches(samples, config.data.workers, config.data.prefetch_factor):
         with trainer.accumulate():
             x, n, step = batch["pixels"].to(vae.dtype), batch["position"], trainer.step
             h, w = x.shape[2] // stage.factor, x.shape[3] // stage.factor

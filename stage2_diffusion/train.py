@@ -94,7 +94,7 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
 
     if trainer.step or stage.init_from:  # what a killed run did not finish; what a fine-tune starts from
         evaluate_if_due()
-    for batch in trainer.batches(dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers, config.data.prefetch_factor):
         with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)

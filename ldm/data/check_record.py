@@ -19,8 +19,11 @@ class CheckRecord:
         self.complete: list[str] = []
 
     def changed(self, files: Sequence[Path]) -> list[Path]:
-        """Reads the record; returns the files that are not as recorded. Without one of them, no job is complete."""
-        with suppress(FileNotFoundError):
+        """Reads the record; returns the files that are not as recorded. Without one of them, no job is complete.
+
+        Of a damaged record nothing is known.
+        """
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             content = json.loads(self.path.read_text("utf-8"))
             self.stats, self.complete = content["files"], content["complete"]
         changed = [file for file in files if self.stats.get(file.name) != _stat(file)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.utils.atomic_files import atomic_file
+from ldm.utils.atomic_files import atomic_file, file_system_time
+from ldm.utils.errors import UserError, first_line
 
 UNUSED = 3600  # seconds after which no other run is about to open a folder
 
@@ -69,8 +69,10 @@ class ColumnStore:
     def remove_older(self, stem: str) -> None:
         """Removes the folders next to this one that begin with `stem`: of what the files were before."""
         assert self.folder
-        for other in self.folder.parent.glob(f"{stem}-*"):
-            if other != self.folder and other.is_dir() and time.time() - other.stat().st_mtime > UNUSED:
+        others = [other for other in self.folder.parent.glob(f"{stem}-*") if other != self.folder and other.is_dir()]
+        now = file_system_time(self.folder.parent) if others else 0.0
+        for other in others:
+            if now - other.stat().st_mtime > UNUSED:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _get(
@@ -92,7 +94,11 @@ class ColumnStore:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as tmp_path:
                     write(tmp_path, compute())
-            self._known[name] = read(path)
+            try:
+                self._known[name] = read(path)
+            except (OSError, ValueError, EOFError) as error:  # all that numpy and json raise of a truncated file
+                reason = f"data.cache_dir: can't read {path} ({first_line(error)})"
+                raise UserError(f"{reason}; remove it, and the same command makes it anew") from None
         return self._known[name]
 
 

@@ -30,9 +30,11 @@ from ldm.data.arrow_columns import BLOCK
 from ldm.data.check_record import CheckRecord
 from ldm.data.column_store import ColumnStore
 from ldm.data.key_lookup import KeyLookup
+from ldm.data.read_ahead import waiting_for_storage
 from ldm.distributed.consensus import gather_objects, wait_until_visible
 from ldm.distributed.launch import on_main
 from ldm.utils.atomic_files import atomic_file
+from ldm.utils.errors import UserError, first_line
 
 KEYS = "keys"  # the tensor of a file that holds its entries' keys, (N, 32) bytes
 MAX_OPEN = 16_384  # files that a process maps: a system allows it 65,530 maps
@@ -74,13 +76,27 @@ class EncodingStore:
         return {**self.__dict__, "_open": {}}
 
     def __getitem__(self, key: bytes) -> dict[str, torch.Tensor]:
-        """The entry's tensors, float32."""
-        file, row = self.lookup.place(key)
-        if file not in self._open:
-            if len(self._open) == MAX_OPEN:
-                del self._open[next(iter(self._open))]
-            self._open[file] = load_file(self.files[file])
-        return {name: tensor[row].float() for name, tensor in self._open[file].items() if name != KEYS}
+        """The entry's tensors, float32; threads may ask at once."""
+        number, row = self.lookup.place(key)
+        with waiting_for_storage():
+            return self._read(number, row)
+
+    def _read(self, number: int, row: int) -> dict[str, torch.Tensor]:
+        """The tensors in a row of a file, copied, as a map is only read when it is used."""
+        tensors = self._open.get(number) or self._map(number)
+        return {name: tensor[row].to(torch.float32, copy=True) for name, tensor in tensors.items() if name != KEYS}
+
+    def _map(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a file, memory-mapped; UserError where it was damaged since it was opened at the start."""
+        file = self.files[number]
+        try:
+            tensors = self._open[number] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            reason = f"data.cache_dir: can't read {file} ({first_line(error)})"
+            raise UserError(f"{reason}; start the same command again, which encodes what is damaged") from None
+        for oldest in list(self._open)[: len(self._open) - MAX_OPEN]:
+            self._open.pop(oldest, None)
+        return tensors
 
     def write(self, tensors: dict[str, torch.Tensor]) -> Path:
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"about": self.metadata})

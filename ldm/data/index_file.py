@@ -7,7 +7,6 @@ import itertools
 import json
 import mmap
 import os
-import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from ldm.data.records import MASK_ROW, NO_MASK, TABLE_ROW, BadSample, BadSampleE
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import gather_objects, on_all, wait_until_visible
 from ldm.distributed.launch import on_main
-from ldm.utils.atomic_files import file_sha256, sync
+from ldm.utils.atomic_files import file_sha256, file_system_time, sync
 from ldm.utils.errors import UserError
 
 CHUNK = 1024  # rows that one process opens, and writes at once
@@ -86,9 +85,10 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
         complete.replace(path)
         for file in parts:
             file.unlink(missing_ok=True)
+        now = file_system_time(path.parent)
         for file in leftovers:
             with suppress(FileNotFoundError):  # another run may be writing a younger one
-                if time.time() - file.stat().st_mtime > 3600:
+                if now - file.stat().st_mtime > 3600:
                     file.unlink()
 
     rows = on_all(lambda: map_for_single_rows(complete))  # by all, before the main process moves it

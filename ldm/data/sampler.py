@@ -90,9 +90,10 @@ class Order:
         if len(self.rounds) == 1:
             return self.rounds[0][n]
         step, offset = divmod(n, self.batch)
-        if self._step is None or self._step[0] != step:
-            self._step = step, *self._batch_of(step)
-        _, bucket, number = self._step
+        known = self._step  # read once: threads may ask for samples of other steps
+        if known is None or known[0] != step:
+            known = self._step = step, *self._batch_of(step)
+        _, bucket, number = known
         return bucket[number * self.batch + offset]
 
     def _batch_of(self, step: int) -> tuple[_Round | _Turns, int]:
@@ -135,11 +136,12 @@ class _Round:
 
     def __getitem__(self, n: int) -> int:
         number, offset = divmod(n, self.size)
-        if self._shuffle is None or self._shuffle[0] != number:
+        known = self._shuffle  # read once: threads may ask for samples of other rounds
+        if known is None or known[0] != number:
             key = (self._seed, number, self._draws.bucket, self._draws.prior, *b"round")
             shift = float(np.random.default_rng(key).uniform(1e-6, 1 - 1e-6))
-            self._shuffle = number, Permutation(self.size, key), shift
-        _, permutation, shift = self._shuffle
+            known = self._shuffle = number, Permutation(self.size, key), shift
+        _, permutation, shift = known
         member = self._member(permutation[offset], shift)
         return member if self._members is None else int(self._members[member])
 

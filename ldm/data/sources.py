@@ -22,6 +22,7 @@ from ldm.data.formats import is_image_file
 from ldm.data.layout import FolderLayout, folder_layout
 from ldm.data.masks import ALPHA, MaskFolder, mask_folder
 from ldm.data.metadata_files import read_metadata
+from ldm.data.read_ahead import waiting_for_storage
 from ldm.data.records import (
     MASK_ROW,
     MAX_EXAMPLES,
@@ -224,11 +225,12 @@ class Sources:
 
     def read(self, location: ImageLocation) -> bytes:
         """The encoded bytes of an image; OSError or ValueError where they can't be read."""
-        if location.size == TABLE_ROW:
-            return self._tables[int(location.file)].image_bytes(location.start)
-        if location.size == MASK_ROW:
-            return self._tables[int(location.file)].mask_bytes(location.start)
-        return archives.read_bytes(location)
+        with waiting_for_storage():
+            if location.size == TABLE_ROW:
+                return self._tables[int(location.file)].image_bytes(location.start)
+            if location.size == MASK_ROW:
+                return self._tables[int(location.file)].mask_bytes(location.start)
+            return archives.read_bytes(location)
 
     def shards(self, number: int) -> list[tuple[int, str | int]]:
         """The parts of source `number` that are read sequentially: (number, URL of a tar or shard of a table)."""

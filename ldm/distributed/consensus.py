@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ldm.utils.errors import DISK_FULL, UserError, cant_write
@@ -19,6 +21,7 @@ Result = TypeVar("Result")
 
 # Seconds between checks for a file, 77 in all: a machine may cache the listing of a network folder for 60.
 WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 21.0, 25.0)
+SILENT_WAITS = 3  # before a line says what is waited for
 
 
 def gather_objects(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
@@ -49,15 +52,17 @@ def on_all(action: Callable[[], Result], group: dist.ProcessGroup | None = None)
     return results[0]
 
 
-def wait_until_visible(files: Sequence[Path], is_visible: Callable[[Path], bool]) -> list[Path]:
+def wait_until_visible(
+    files: Sequence[Path], is_visible: Callable[[Path], bool], key: str = "data.cache_dir"
+) -> list[Path]:
     """Waits until every process sees the files, and returns those that exist.
 
-    A file that no process sees was removed. UserError, on all processes, where one still does not see a file after
-    `WAITS` that another sees.
+    A file that no process sees was removed. A wait of more than a second prints a line. UserError, on all processes,
+    naming the folder's `key`, where one still does not see a file after `WAITS` that another sees.
     """
-    unseen = list(files)
-    for wait in (*WAITS, None):
-        unseen = [file for file in unseen if not is_visible(file)]
+    pending = list(files)
+    for number, wait in enumerate((*WAITS, None)):
+        unseen = [file for file in pending if not is_visible(file)]
         reports = gather_objects((socket.gethostname(), unseen))
         removed = set(reports[0][1]).intersection(*(unseen_there for _, unseen_there in reports))
         lacking = [
@@ -67,13 +72,15 @@ def wait_until_visible(files: Sequence[Path], is_visible: Callable[[Path], bool]
         ]
         if not lacking:
             return [file for file in files if file not in removed]
+        hidden_somewhere = set[Path]().union(*(unseen_there for _, unseen_there in reports))
+        pending = [file for file in pending if file in hidden_somewhere]  # also by who saw it: it may be removed since
+        file, rank, host = min(lacking)
+        hidden = f"process {rank}, on {host}, can't see {file}, which another process sees"
+        if number == SILENT_WAITS and PartialState().is_main_process:
+            print(f"{key}: {hidden}; waiting for it, {sum(WAITS):.0f} s at most", file=sys.stderr, flush=True)
         if wait:
             time.sleep(wait)
-            for folder in {file.parent for file in unseen}:
+            for folder in {file.parent for file in pending}:
                 with suppress(OSError):
                     os.scandir(folder).close()  # opening a folder has NFS ask its server again
-    file, rank, host = min(lacking)
-    raise UserError(
-        f"data.cache_dir: process {rank}, on {host}, can't see {file}, which another process sees; "
-        "give a folder on a file system that all machines share"
-    )
+    raise UserError(f"{key}: {hidden}; give a folder on a file system that all machines share")

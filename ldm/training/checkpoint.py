@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from ldm.distributed.consensus import gather_objects
+from ldm.distributed.consensus import gather_objects, wait_until_visible
 from ldm.distributed.launch import on_main
 from ldm.distributed.shard_files import Shards, write_shards
 from ldm.utils.atomic_files import Tensors, atomic_folder, file_sha256, remove_unfinished
@@ -149,10 +149,10 @@ class CheckpointManager:
     def read_newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, SavedTensors], dict[str, Any]] | None:
         """The newest sound checkpoint with its parts and state; damaged ones are named and passed over.
 
-        All processes call it. One of each machine checks the files, or, of shards, each process its share; processes
-        then read only what they load.
+        All processes call it. One that a machine sees late is waited for. One process of each machine checks the files,
+        or, of shards, each process its share; processes then read only what they load.
         """
-        for folder in reversed(on_main(lambda: checkpoints(self.folder))):
+        for folder in reversed(wait_until_visible(on_main(lambda: checkpoints(self.folder)), Path.is_dir, "run.dir")):
             if not (damages := list(filter(None, gather_objects(_damage(folder))))):
                 return folder, *open_checkpoint(folder)
             say(f"{folder} is damaged ({damages[0]}); going back to the checkpoint before it, or else to step 0.")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from tqdm import tqdm
 
 from ldm.config.schema import Training
+from ldm.data import read_ahead
 from ldm.data.sampler import Positions
 from ldm.data.stream import Stream
-from ldm.distributed.launch import leave_signals_to_parent
+
+Batch = TypeVar("Batch")
+
+SLOW = 60.0  # seconds after which a line says that a batch is late
 
 
 def load_batches(
@@ -21,6 +30,7 @@ def load_batches(
     accumulation_steps: int,
     accelerator: Accelerator,
     workers: int,
+    prefetch_factor: int,
     stream_positions: dict[str, Any],
 ) -> Iterable[Any]:
     """This process's batches from optimizer step `step` on, so many a step; a stream continues at its positions."""
@@ -28,10 +38,41 @@ def load_batches(
     pin_memory = accelerator.device.type == "cuda"  # or copies to the GPU would wait for what it computes
     if isinstance(dataset, Stream):
         return dataset.batches(training, step, rank, processes, workers, stream_positions, pin_memory)
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=Positions(step, training.steps, training.batch, accumulation_steps, rank, processes),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_parent,
-    )
+    positions = Positions(step, training.steps, training.batch, accumulation_steps, rank, processes)
+    return read_ahead.load(dataset, positions, workers, prefetch_factor, pin_memory)
+
+
+def report_slow(batches: Iterable[Batch], name: str, seconds: float = SLOW) -> Iterator[Batch]:
+    """The batches; of one that takes more than so many seconds, a line says so at once, and another that it came.
+
+    A network folder that hangs raises no error: reading waits until it responds.
+    """
+    process = f"{name}: process {PartialState().process_index}, on {socket.gethostname()},"
+    began: list[float] = []  # when the wait that goes on began; empty between two
+    ended = threading.Event()
+
+    def watch() -> None:
+        reported = None
+        while not ended.wait(seconds / 4):
+            for start in began[:]:
+                if start != reported and time.monotonic() - start > seconds:
+                    reported = start
+                    slow = f"{process} has waited {seconds:.0f} s for data; training goes on when it comes."
+                    tqdm.write(f"{slow} See that the storage of images and cache responds.", file=sys.stderr)
+
+    threading.Thread(target=watch, name="slow data", daemon=True).start()
+    items = iter(batches)
+    try:
+        while True:
+            began.append(time.monotonic())
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                waited = time.monotonic() - began.pop()
+            if waited > seconds:
+                tqdm.write(f"{process} has data again, after {waited:.0f} s.", file=sys.stderr)
+            yield item
+    finally:
+        ended.set()

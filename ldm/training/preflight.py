@@ -288,6 +288,7 @@ def _cache_key(config: Config, stage: str) -> dict[str, Any]:
         if not getattr(config, name).ema_widths:  # whose snapshots take disk
             parts[name] = {**parts[name], "steps": None}
     parts["data"] = {**parts["data"], "cache_dir": None}
+    del parts["data"]["prefetch_factor"]  # which changes no step that has its data
     if stage == "stage2":  # keys that may change while a run goes on
         parts["sample"] = {name: keys["sample"][name] for name in ("steps", "guidance", "solver", "prompts")}
     return {

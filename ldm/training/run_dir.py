@@ -34,6 +34,7 @@ CHANGEABLE = (
     "run.tracker",
     "run.device",
     "data.workers",
+    "data.prefetch_factor",
     "data.cache_dir",
     "data.on_error",
     "data.max_bad",

@@ -33,7 +33,7 @@ from ldm.training.deepspeed import ZeroEngine
 from ldm.training.ema import Averages
 from ldm.training.engine import Engine, clip_gradients, step_optimizers, total_bytes
 from ldm.training.fingerprint import check_same, check_same_on_all_processes, order_changed
-from ldm.training.loading import load_batches
+from ldm.training.loading import load_batches, report_slow
 from ldm.training.metrics_logger import MetricsLogger
 from ldm.training.nonfinite import NonfiniteTracker
 from ldm.training.optimizer import lr_factor
@@ -123,7 +123,9 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def batches(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0) -> Iterator[Any]:
+    def batches(
+        self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int = 0, prefetch_factor: int = 2
+    ) -> Iterator[Any]:
         """This process's batches, one an accumulation step; all but `position` is on its device."""
         t, a = self.training, self.accelerator
         self._begin("a training step")
@@ -143,7 +145,7 @@ class Trainer:
         self.model.train()
         try:
             with nullcontext() if self.dry_run else self._signals.installed():
-                for batch in self._load(dataset, workers):
+                for batch in self._load(dataset, workers, prefetch_factor):
                     yield batch
                     if self._stop:
                         raise Interrupted(128 + self._stop)
@@ -162,7 +164,9 @@ class Trainer:
         finally:
             self._progress.close()
 
-    def _load(self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int) -> Iterator[Any]:
+    def _load(
+        self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int, prefetch_factor: int
+    ) -> Iterator[Any]:
         loader = load_batches(
             dataset,
             self.training,
@@ -170,9 +174,10 @@ class Trainer:
             self.accumulation.steps,
             self.accelerator,
             workers,
+            prefetch_factor,
             self._stream_positions,
         )
-        for batch in self._clock.waiting(loader):
+        for batch in self._clock.waiting(report_slow(loader, self.stage)):
             position = batch.pop("position")
             self.nonfinite.add_keys(position, batch.pop("key", ()))
             self._stream_positions.update(batch.pop("places", {}))
@@ -265,7 +270,7 @@ class Trainer:
         """Writes a line of metrics, to the trackers too."""
         if self.dry_run:
             state = {"loss_scale": self.loss_scale, "skipped": self.step - self.ema.updates}
-            self.dry_run.lines.append({"step": self.step, "time": time.time(), **values, **state})
+            self.dry_run.lines.append({"step": self.step, "time": time.perf_counter(), **values, **state})
         else:
             self._logger.write(self.step, values)
 

@@ -88,6 +88,12 @@ def _explained(error: Exception) -> str:
             "another process of this run has ended, and may have printed why; the last checkpoint stands, and "
             "the same command continues."
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):  # torch has no error class
+        reason = str(error).split(". ")[0].rstrip(".")
+        return (
+            f"a loader process has ended ({reason}): memory or /dev/shm is full, or a file that it read was cut short; "
+            "lower data.workers or data.prefetch_factor, or mend the file; the same command continues"
+        )
     written = isinstance(error, OSError | SafetensorError)
     permitted = getattr(error, "errno", None) not in NOT_PERMITTED  # which reading may raise too
     if written and permitted and (reason := cant_write(error)):

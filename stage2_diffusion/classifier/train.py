@@ -118,7 +118,7 @@ def train(config: Config, stage: ClassifierConfig, run_folder: Path, out: Path) 
 
     if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in trainer.batches(dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers, config.data.prefetch_factor):
         with trainer.accumulate():
             n, y = batch["position"], batch["class"]
             x0, _ = samples.encode(batch)

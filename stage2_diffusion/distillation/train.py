@@ -31,6 +31,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.data.sampler import SampleSpec
 from ldm.data.stream import Stream
+from ldm.distributed.consensus import wait_until_visible
 from ldm.distributed.launch import join, on_main, precision, training_processes
 from ldm.models.attention import use_attention
 from ldm.models.compilation import compile_blocks
@@ -136,6 +137,7 @@ def distill(config: Config, options: DistillConfig, method: str, model: LatentDi
         if not on_main(exported.exists):
             unet = train_student(config, options, model, data, name, distillation, folder)
             on_main(partial(replace(model, unet=unet, scheduler=solver, steps=steps).save, exported))
+        wait_until_visible([exported], Path.is_dir, "--out")
         return replace(model, unet=LatentDiffusion.load(exported, device).unet, scheduler=solver, steps=steps)
 
     if method == "consistency":
@@ -190,7 +192,7 @@ def train_student(
 
     if trainer.step:  # what a killed run did not finish
         evaluate_if_due()
-    for batch in trainer.batches(dataset, config.data.workers):
+    for batch in trainer.batches(dataset, config.data.workers, config.data.prefetch_factor):
         with trainer.accumulate():
             n = batch["position"]
             x0, states = samples.encode(batch)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import benchmark_fixtures
+import benchmark_latency
 import benchmark_results
 import benchmark_rows
 import benchmark_sampling
@@ -86,6 +87,33 @@ def test_waiting_for_checkpoints_is_measured_and_none_is_kept(
         assert 0 < line["waited"] <= line["written"]
         assert line["ratio"] == pytest.approx(reference["waited"] / line["waited"])
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_waiting_for_slow_reads_is_measured_with_the_loaders_own_order(
+    main: Any,
+    call: Callable[..., str],
+    root: Path,
+    three_shapes: Callable[[list[str]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmark_latency, "DELAYS", ((0.02, 0.05), (0.1, 0.01)))
+    file, images = tmp_path / "results.jsonl", three_shapes(["cat", "dog", "red heart"] * 3)
+    rows = "plain+data.workers=0,ours+data.workers=1+data.prefetch_factor=4"
+    command = ("latency", "--config", root / "configs/tiny.yaml", "--steps", 8, "--step-seconds", 0.002)
+    output = call(main, *command, "--rows", rows, "--json", file, f"data.source={images}", *SMALLEST)
+    assert "steps of 2 ms, 8 samples; reads of 1 ms, 10.0% of 0.01 s, 2.0% of 0.05 s; 8 steps" in output
+    plain, ours = benchmark_results.read(file)
+    assert (plain["row"], ours["row"]) == ("plain, workers=0", "ours, workers=1, prefetch_factor=4")
+    for line in (plain, ours):
+        assert line["p50"] <= line["p99"] <= line["p99.9"] <= line["max"]
+        assert line["value"] < 1 / 0.002
+    assert plain["p50"] > 2 * 8 * 1.0  # milliseconds: two reads of eight samples, one after another
+
+
+@pytest.mark.parametrize(("u", "seconds"), [(0.0, 2.0), (0.0009, 2.0), (0.0011, 0.1), (0.0109, 0.1), (0.0111, 0.001)])
+def test_a_read_is_slow_as_often_as_the_shares_say(u: float, seconds: float) -> None:
+    assert benchmark_latency.delay(u) == seconds
 
 
 def test_the_chosen_row_alone_is_measured_and_appended_as_json(

@@ -103,6 +103,8 @@ class DataConfig(Section):
     """Folder of indices, latents and embeddings, which runs can share; default: `cache` in the run's folder."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per training process."""
+    prefetch_factor: int = Field(default=2, ge=1)
+    """Batches that each loader process reads ahead; on slow storage more hide slow reads, and take memory."""
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -233,6 +234,19 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     assert folders["step"].name == "step-000012"
     read_checkpoint(folders["step"])  # written again
     assert folders["damaged"].name.startswith("damaged-step-000012")
+
+
+def test_a_clock_that_jumps_changes_neither_weights_nor_which_checkpoint_is_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights(train(tmp_path / "steady"))
+    jumps = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "jumping", stop=6)
+    for age, checkpoint in enumerate(checkpoints(tmp_path / "jumping/stage1")):  # the older, the later by its times
+        os.utime(checkpoint, (2e9 - age, 2e9 - age))
+    assert all(map(torch.equal, expected, weights(train(tmp_path / "jumping"))))
 
 
 def test_a_run_of_an_older_version_continues_and_keeps_its_metrics(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a command prints and its exit status."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,22 @@ def test_a_user_error_in_a_data_loader_worker_is_the_same_line(capsys: pytest.Ca
     loader = iter(torch.utils.data.DataLoader(Broken(), num_workers=1))
     assert run_command(lambda: next(loader), capsys) == (2, "error: a.png: not a readable image; mend or remove it\n")
     loader._shutdown_workers()  # or this waits five seconds, in the test in which garbage is collected
+
+
+class Killed(Broken):
+    def __getitem__(self, n: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return n
+
+
+def test_a_loader_process_that_is_killed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    loader = iter(torch.utils.data.DataLoader(Killed(), num_workers=1))
+    status, line = run_command(lambda: next(loader), capsys)
+    loader._shutdown_workers()
+    assert status == 2
+    assert line.startswith("error: a loader process has ended (DataLoader worker (pid")
+    assert "lower data.workers or data.prefetch_factor" in line and line.endswith("the same command continues\n")
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
