@@ -197,6 +197,7 @@ def test_an_index_has_few_chunks_for_any_number_of_rows(
 
 PROCESSES = """
 import json
+import socket
 import sys
 from pathlib import Path
 from accelerate import PartialState
@@ -262,6 +263,8 @@ def reversed_order(sources, number):
     listed = list(records(sources, number))
     return iter(listed[::-1] if second else listed)
 
+hostname = socket.gethostname
+socket.gethostname = lambda: f"machine {state.process_index}"
 attempt("index", lambda: build_index("shared"))
 attempt("unchanged", lambda: build_index("shared"))
 attempt("failed midway", lambda: build_index("failed"), Sources, "records", fails_midway)
@@ -276,6 +279,40 @@ def other_content(path):
 
 attempt("different content", lambda: build_index("rank-0"), index_file, "memory_map", other_content)
 attempt("repaired", lambda: build_index("rank-0"))
+
+listed = []
+
+def count_listed(sources, number):
+    listed.append(number)
+    return records(sources, number)
+
+def lister_fails(sources, number):
+    for i, item in enumerate(records(sources, number)):
+        if i == 26:
+            raise UserError("data.source: can't list it; let it be read")
+        yield item
+
+def full_disk(path, rows):
+    next(rows)
+    raise UserError("data.cache_dir: full; free some")
+
+socket.gethostname = hostname
+attempt("one machine", lambda: build_index("machine"), Sources, "records", count_listed)
+results["listed"] = len(listed)
+content_of = lambda name: [path.read_bytes() for path in (folder.parent / name).glob("index-*")]
+results["same bytes"] = content_of("machine") == content_of("shared")
+attempt("lister fails", lambda: build_index("lister"), Sources, "records", lister_fails)
+attempt("a reader fails", lambda: build_index("reader"), index_file, "_write", full_disk if second else index_file._write)
+image, content = folder / "05.png", (folder / "05.png").read_bytes()
+state.wait_for_everyone()
+if not second:
+    image.write_bytes((folder / "06.png").read_bytes())
+state.wait_for_everyone()
+attempt("a file changed", lambda: build_index("machine"))
+state.wait_for_everyone()
+if not second:
+    image.write_bytes(content)
+state.wait_for_everyone()
 
 drawings, rendered, atomic_file = openmoji.drawings, [], openmoji.atomic_file
 openmoji.drawings = lambda subset: drawings(subset)[:10]
@@ -351,6 +388,14 @@ def test_processes_share_an_index_and_a_cache_or_all_fail_with_the_same_error(
         assert elsewhere in first
         assert "\n" not in first
     assert [result["repaired"] for result in results] == [[0, *everything]] * 2
+    # On one machine, one process lists for both; each opens the same images as before, and a change is noticed.
+    assert [result["listed"] for result in results] == [1, 0]
+    assert [result["one machine"] for result in results] == [[16, *everything], [14, *everything]]
+    assert [result["same bytes"] for result in results] == [True] * 2
+    assert [result["lister fails"] for result in results] == ["error: data.source: can't list it; let it be read"] * 2
+    assert [result["a reader fails"] for result in results] == ["error: data.cache_dir: full; free some"] * 2
+    assert [result["a file changed"][:3] for result in results] == [[0, 29, 1], [1, 29, 1]]
+    assert results[0]["a file changed"] == [0, *results[1]["a file changed"][1:]] != [0, *everything]
     # Only the main process renders the drawings.
     assert [result["rendered"] for result in results] == [10, 0]
     assert [result["openmoji"][:2] for result in results] == [[10, 0]] * 2
