@@ -33,7 +33,7 @@ from ldm.data.images import Size, decode
 from ldm.data.index_file import cache_key, write_index
 from ldm.data.index_table import SPLITS, IndexTable
 from ldm.data.masks import load_mask
-from ldm.data.records import PRIOR, TRAINED, BadSample, Entry
+from ldm.data.records import PRIOR, TRAINED, BadSample, Entry, SampleFields
 from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import on_all, wait_until_visible
@@ -69,14 +69,26 @@ class Index:
 
     def __getitem__(self, i: int) -> Entry:
         number = int(self.rows[i])
-        return self.table.entry(number, SPLITS[self.table.splits(self.data.val_fraction)[number] - 1])
+        return self.table.entry(number, self._split_of(number))
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[i] for i in range(len(self)))
 
+    def sample_fields(self, i: int) -> SampleFields:
+        """What a training sample needs of entry i."""
+        number = int(self.rows[i])
+        return self.table.sample_fields(number, self._split_of(number))
+
+    @cached_property
+    def _split_numbers(self) -> np.ndarray:
+        return self.table.splits(self.data.val_fraction)
+
+    def _split_of(self, row: int) -> str:
+        return SPLITS[self._split_numbers[row] - 1]
+
     def split_numbers(self) -> np.ndarray:
         """The number of each entry's split in SPLITS, from 1, `(N,)` uint8."""
-        return self.table.splits(self.data.val_fraction)[self.rows]
+        return self._split_numbers[self.rows]
 
     def _of_rows(self, rows: np.ndarray) -> Index:
         return Index(self.table, self.sources, self.data, rows)

@@ -13,7 +13,7 @@ from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import index, index_file
+from ldm.data import identity, index, index_file
 from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
 from ldm.data.index_schema import SCHEMA
@@ -158,7 +158,51 @@ def test_what_follows_from_an_index_is_computed_once_and_mapped(
     table = second.draws()
     assert sum(draws.size for draws in table.draws) == len(second) == 29
     for array in (second.rows, table.members):
-        assert isinstance(array, np.memmap)
+        assert isinstance(array.base, np.memmap)
+
+
+def identity_of(table: pa.Table, order: np.ndarray | None = None) -> str:
+    digest = hashlib.sha256()
+    for part in identity.identity(table, np.arange(len(table)) if order is None else order):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def test_the_identity_of_many_images_is_that_of_their_values_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "MAX_SINGLE", 0)
+    monkeypatch.setattr(identity, "BLOCK", 3)
+    fields = {
+        "captions": (["a"], ["a", "b"], ["ab"], ["é"], ["", "c"]),
+        "sha256": tuple(bytes([n]) * 32 for n in range(5)),
+        "flip": (None, True, False, None, True),
+        "dropout": (None, 0.0, 0.5, None, 1.0),
+        "label": ("", "x", "", "y", "x"),
+        "mask_sha256": (None, b"m" * 32, None, b"n" * 32, None),
+    }
+
+    def table(**others: Any) -> pa.Table:
+        columns = {**fields, **others}
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return pa.Table.from_batches([rows(1, **row) for row in records], SCHEMA)
+
+    expected = identity_of(table())
+    for chunked in (table().combine_chunks(), pa.concat_tables([table()[:2].combine_chunks(), table()[2:]])):
+        assert identity_of(chunked) == expected  # however the rows are stored
+    parts = table().combine_chunks()
+    assert identity_of(pa.concat_tables([parts[3:], parts[:3]]), np.array([2, 3, 4, 0, 1])) == expected
+    others = [
+        {"captions": (["a"], ["a"], ["b", "ab"], ["é"], ["", "c"])},
+        {"captions": (["a"], ["a", "b"], ["a", "b"], ["é"], ["", "c"])},
+        {"captions": (["a"], ["a", "b"], ["ab"], ["é"], ["c", ""])},
+        {"flip": (False, True, None, None, True)},
+        {"dropout": (0.0, 0.0, 0.5, None, 1.0)},
+        {"label": ("", "", "x", "y", "x")},
+        {"mask_sha256": (b"m" * 32, None, None, b"n" * 32, None)},
+        {"weight": (1.0, 1.0, 1.0, 1.0, 2.0)},
+        {"repeats": (1, 2, 1, 1, 1)},
+    ]
+    known = {expected, identity_of(table(), np.arange(4)), identity_of(table(), np.array([1, 0, 2, 3, 4]))}
+    assert len(known | {identity_of(table(**other)) for other in others}) == 3 + len(others)
 
 
 def test_columns_of_other_images_are_other_files(root: Path, folder: Path) -> None:
@@ -302,7 +346,8 @@ results["listed"] = len(listed)
 content_of = lambda name: [path.read_bytes() for path in (folder.parent / name).glob("index-*")]
 results["same bytes"] = content_of("machine") == content_of("shared")
 attempt("lister fails", lambda: build_index("lister"), Sources, "records", lister_fails)
-attempt("a reader fails", lambda: build_index("reader"), index_file, "_write", full_disk if second else index_file._write)
+write = full_disk if second else index_file._write
+attempt("a reader fails", lambda: build_index("reader"), index_file, "_write", write)
 image, content = folder / "05.png", (folder / "05.png").read_bytes()
 state.wait_for_everyone()
 if not second:
