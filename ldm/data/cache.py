@@ -26,7 +26,7 @@ from ldm.data.images import Size
 from ldm.data.index import Index
 from ldm.data.key_lookup import first_occurrences
 from ldm.data.masks import latent_mask
-from ldm.data.records import Entry
+from ldm.data.records import SampleFields
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import AnyTextEncoder
@@ -64,7 +64,7 @@ class Cache:
         entry, variant = self.latents[crop.size][sha256], self.variants.index((crop.number, crop.flip))
         return entry["mean"][variant], entry["logvar"][variant]
 
-    def mask(self, crop: Crop, entry: Entry) -> torch.Tensor:
+    def mask(self, crop: Crop, entry: SampleFields) -> torch.Tensor:
         """An image's mask at the size of its latent, `(1, h, w)` in [0, 1]."""
         stored = self.masks[crop.size][_mask_key(entry.sha256, entry.mask_sha256)]
         return stored["mask"][self.variants.index((crop.number, crop.flip))]

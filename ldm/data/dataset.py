@@ -22,7 +22,7 @@ from ldm.data.draws import Draw, LatentNoise, draw_batch, with_draws
 from ldm.data.images import Size, to_tensor
 from ldm.data.index import Index
 from ldm.data.masks import latent_mask
-from ldm.data.records import PRIOR, Entry
+from ldm.data.records import PRIOR, SampleFields
 from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
 from ldm.distributed.launch import leave_signals_to_parent
@@ -38,7 +38,7 @@ class PlannedSample(NamedTuple):
     """What is drawn for one position of a run."""
 
     number: int  # of the entry
-    entry: Entry
+    entry: SampleFields
     crop: Crop
     caption: str
 
@@ -55,8 +55,9 @@ class SamplePlan:
 
     def __getitem__(self, n: int) -> PlannedSample:
         number, seed, augmentation = self.order[n], self.spec.seed, self.spec.augmentation
-        entry = self.index[number]
-        caption = entry.captions[int(generator(seed, "caption", n).integers(len(entry.captions)))]
+        entry = self.index.sample_fields(number)
+        count = len(entry.captions)
+        caption = entry.captions[int(generator(seed, "caption", n).integers(count)) if count > 1 else 0]
         may_flip = augmentation.flip if entry.flip is None else entry.flip
         flip = may_flip and bool(generator(seed, "flip", n).random() < 0.5)
         crops = augmentation.crops
@@ -129,7 +130,7 @@ def sample_names(data: Index | Stream, spec: SampleSpec) -> Callable[[int], str]
     if isinstance(data, Stream):
         return "sample {}".format
     plan = functools.cache(lambda: SamplePlan(data, spec))  # made when a name is first needed
-    return lambda n: f"sample {n}, {plan()[n].entry.key}"
+    return lambda n: f"sample {n}, {data[plan()[n].number].key}"
 
 
 def stage1_dataset(data: Index | Stream, spec: SampleSpec) -> ImageDataset | Stream:

@@ -24,15 +24,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config.schema import DataConfig
-from ldm.data.arrow_columns import leading_bytes, take_rows
+from ldm.data.arrow_columns import BLOCK, leading_bytes, take_rows
 from ldm.data.buckets import Buckets, EntrySizes
 from ldm.data.column_store import ColumnStore
 from ldm.data.draw_table import Draws, DrawTable, draw_table
+from ldm.data.identity import identity
 from ldm.data.images import Size, decode
 from ldm.data.index_file import cache_key, write_index
 from ldm.data.index_table import SPLITS, IndexTable
 from ldm.data.masks import load_mask
-from ldm.data.records import PRIOR, TRAINED, BadSample, Entry
+from ldm.data.records import PRIOR, TRAINED, BadSample, Entry, SampleFields
 from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
 from ldm.distributed.consensus import on_all, wait_until_visible
@@ -68,14 +69,26 @@ class Index:
 
     def __getitem__(self, i: int) -> Entry:
         number = int(self.rows[i])
-        return self.table.entry(number, SPLITS[self.table.splits(self.data.val_fraction)[number] - 1])
+        return self.table.entry(number, self._split_of(number))
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[i] for i in range(len(self)))
 
+    def sample_fields(self, i: int) -> SampleFields:
+        """What a training sample needs of entry i."""
+        number = int(self.rows[i])
+        return self.table.sample_fields(number, self._split_of(number))
+
+    @cached_property
+    def _split_numbers(self) -> np.ndarray:
+        return self.table.splits(self.data.val_fraction)
+
+    def _split_of(self, row: int) -> str:
+        return SPLITS[self._split_numbers[row] - 1]
+
     def split_numbers(self) -> np.ndarray:
         """The number of each entry's split in SPLITS, from 1, `(N,)` uint8."""
-        return self.table.splits(self.data.val_fraction)[self.rows]
+        return self._split_numbers[self.rows]
 
     def _of_rows(self, rows: np.ndarray) -> Index:
         return Index(self.table, self.sources, self.data, rows)
@@ -95,11 +108,17 @@ class Index:
         """At most `count` entries, drawn at random but always the same."""
         if len(self) <= count:
             return self
-        return self._of_rows(self.rows[np.sort(np.random.default_rng(0).permutation(len(self))[:count])])
+        numbers = np.arange(len(self), dtype=self.rows.dtype)
+        np.random.default_rng(0).shuffle(numbers)
+        return self._of_rows(self.rows[np.sort(numbers[:count])])
 
     def half(self, number: int) -> Index:
         """One of two halves, 0 or 1. An entry's half follows from its file's content."""
-        return self._of_rows(self.rows[self.sha256()[:, -1] % 2 == number])
+        parts = [np.zeros(0, self.rows.dtype)]
+        for start in range(0, len(self), BLOCK):
+            rows = self.rows[start : start + BLOCK]
+            parts.append(rows[self.sha256(slice(start, start + BLOCK))[:, -1] % 2 == number])
+        return self._of_rows(np.concatenate(parts))
 
     def sha256(self, entries: np.ndarray | slice = slice(None)) -> np.ndarray:
         """The SHA-256 of the files of some entries, `(N, 32)` uint8."""
@@ -221,10 +240,8 @@ class Index:
             digest = hashlib.sha256()
             if "class" in self.sources.conditions:  # a class that only other splits have changes the numbers of these
                 digest.update(repr(self.labels()).encode())
-            names = ("sha256", "weight", "repeats", "flip", "dropout", "label")
-            columns = (self._values(name) for name in (*names, "mask_sha256"))
-            for captions, *row, mask in zip(self.captions(), *columns, strict=True):
-                digest.update(repr((captions, *row, *([] if mask is None else [mask]))).encode())
+            for part in identity(self.table.table, self.rows):
+                digest.update(part)
             return digest.hexdigest()
 
         return str(self.columns.value("fingerprint", self.fingerprint_settings(), compute))

@@ -25,6 +25,7 @@ from ldm.data.archives import stamp
 from ldm.data.earlier_indices import EarlierIndices
 from ldm.data.images import decode
 from ldm.data.index_schema import MASK_COLUMNS, RECORD_COLUMNS, SCHEMA
+from ldm.data.listing import Listing
 from ldm.data.masks import load_mask
 from ldm.data.records import MASK_ROW, NO_MASK, TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
@@ -64,21 +65,19 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
     leftovers = list(path.parent.glob(f".{path.name}.*"))
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
-    def write_part() -> _Listing:
-        path.parent.mkdir(parents=True, exist_ok=True)  # also on a machine that doesn't share it, for the check below
-        known = EarlierIndices([path, *leftovers])
-        with tqdm(
-            desc="checking images",
-            unit=" img",
-            total=known.count or None,
-            leave=False,
-            disable=not state.is_main_process,
-        ) as bar:
-            listing = _Listing(sources, bar)
-            _write(part, _rows(listing, data, known))
-        return listing
+    listing = Listing(sources, CHUNK)
 
-    listing = on_all(write_part)
+    def write_part() -> None:
+        with listing:
+            path.parent.mkdir(
+                parents=True, exist_ok=True
+            )  # also on a machine that doesn't share it, for the check below
+            known = EarlierIndices([path, *leftovers])
+            total, hidden = known.count or None, not state.is_main_process
+            with tqdm(desc="checking images", unit=" img", total=total, leave=False, disable=hidden) as bar:
+                _write(part, _rows(listing, data, known, bar))
+
+    on_all(write_part)
     complete, batches, parts, digest = _join(part, listing)
 
     def replace() -> None:
@@ -96,46 +95,25 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
     return pa.Table.from_batches(batches, SCHEMA), rows, digest
 
 
-class _Listing:
-    """The records of all sources, in order, of which this process opens every n-th chunk."""
-
-    def __init__(self, sources: Sources, bar: tqdm[Any]):
-        self.sources, self.bar = sources, bar
-        self.count, self.digest = 0, hashlib.sha256()  # of all records
-
-    def __iter__(self) -> Iterator[tuple[int, Record | BadSample]]:
-        """The records that this process opens, each with the number of its source."""
-        rank, processes = PartialState().process_index, PartialState().num_processes
-        for number in range(len(self.sources.configs)):
-            for record in self.sources.records(number):
-                if processes > 1:  # of a bad one only the name: its reason may contain an object's address
-                    self.digest.update(repr(record.key if isinstance(record, BadSample) else record).encode())
-                if self.count // CHUNK % processes == rank:
-                    yield number, record
-                else:
-                    self.bar.update()
-                self.count += 1
-
-
-def _rows(listing: _Listing, data: DataConfig, known: EarlierIndices) -> Iterator[dict[str, Any]]:
+def _rows(listing: Listing, data: DataConfig, known: EarlierIndices, bar: tqdm[Any]) -> Iterator[dict[str, Any]]:
     """A row for each record that this process opens; threads decode some ahead."""
     sources = listing.sources
     pending: deque[tuple[dict[str, Any], Future[dict[str, Any]] | dict[str, Any]]] = deque()
     stamps: dict[str, str] = {}
 
     def next_row() -> dict[str, Any]:
-        listing.bar.update()
         row, read = pending.popleft()
+        bar.update(listing.count - len(pending) - bar.n)
         return {**row, **(read.result() if isinstance(read, Future) else read)}
 
     threads = (os.cpu_count() or 2) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max_workers=max(2, data.workers, threads)) as pool:
-        for number, record in listing:
+        for position, number, record in listing:
             if isinstance(record, BadSample):
                 pending.append(({**record.__dict__, "source": number, "stamp": bytes(16)}, {}))
             else:
                 row = _row(record, number, stamps, sources.table_stamp(number))
-                read = known.find(row["stamp"]) or pool.submit(_read_image, sources, record, data)
+                read = known.find(row["stamp"], position) or pool.submit(_read_image, sources, record, data)
                 pending.append((row, read))
             if len(pending) >= PREFETCH:
                 yield next_row()
@@ -155,14 +133,14 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     sync(path)
 
 
-def _join(part: Path, listing: _Listing) -> tuple[Path, list[pa.RecordBatch], list[Path], str]:
+def _join(part: Path, listing: Listing) -> tuple[Path, list[pa.RecordBatch], list[Path], str]:
     """The index that the main process joins from all parts.
 
     Returns its file, its batches as every process sees it, the parts, and the file's SHA-256.
     UserError, on all processes, where they didn't list the same images, or don't see the same file.
     """
     state = PartialState()
-    listings = gather_objects((part, part.stat().st_size, listing.count, listing.digest.hexdigest()))
+    listings = gather_objects((part, part.stat().st_size, listing.count, listing.digest))
     for rank, (_, _, count, digest) in enumerate(listings):
         if (count, digest) != listings[0][2:]:
             raise UserError(
@@ -217,18 +195,30 @@ def _digest(batches: Sequence[pa.RecordBatch]) -> str:
     return digest.hexdigest()
 
 
-def memory_map(path: Path) -> list[pa.RecordBatch]:
-    """The memory-mapped batches of a complete file."""
-    return list(_read_batches(path))
+def memory_map(path: Path, advice: str = "MADV_NORMAL") -> list[pa.RecordBatch]:
+    """The memory-mapped batches of a complete file; `advice` says how their columns will be read.
+
+    Their heads, which lie far apart, are read without what follows them.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        _advise(mapped, "MADV_RANDOM")
+        batches = list(pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped))))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+    _advise(mapped, advice)
+    return batches
 
 
 def map_for_single_rows(path: Path) -> list[pa.RecordBatch]:
     """The same, mapped so that reading a row doesn't read its neighbours, 20 times as much of a disk."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return list(pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped))))
+    return memory_map(path, "MADV_RANDOM")
+
+
+def _advise(mapped: mmap.mmap, advice: str) -> None:
+    if hasattr(mmap, advice):
+        mapped.madvise(getattr(mmap, advice))
 
 
 def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -236,8 +226,12 @@ def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as file:
             yield from pa.ipc.open_stream(file)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.cache_dir: can't read {path} ({reason}); start the same command again") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"data.cache_dir: can't read {path} ({reason}); start the same command again")
 
 
 def _row(record: Record, number: int, stamps: dict[str, str], table_stamp: str) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from ldm.data.buckets import Buckets
 from ldm.data.column_store import ColumnStore
 from ldm.data.images import Size
 from ldm.data.index_schema import MASK_COLUMNS, RECORD_COLUMNS
-from ldm.data.records import HELD_OUT, PRIOR, BadSample, Entry, ImageLocation
+from ldm.data.records import HELD_OUT, PRIOR, BadSample, Entry, ImageLocation, SampleFields
 
 SPLITS = ("train", *HELD_OUT, PRIOR)  # numbered from 1; 0 is a bad sample
 # Fields of an entry, as they are; `split` may be another than the table's.
 ENTRY_COLUMNS = (*(name for name in RECORD_COLUMNS if name != "split"), "sha256", "width", "height", "mask_sha256")
 ROW_COLUMNS = (*ENTRY_COLUMNS, *MASK_COLUMNS, "file", "start", "size", "captions", "attributes")
+SAMPLE_COLUMNS = tuple(name for name in SampleFields._fields if name != "split")
 
 
 class IndexTable:
@@ -37,7 +38,7 @@ class IndexTable:
         self.table, self.columns = table, columns or ColumnStore()
         self._batches = rows or table.to_batches()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
-        self._arrays: dict[int, list[pa.Array]] = {}  # the columns of a row's batch, which are slow to make
+        self._arrays: dict[int, dict[str, pa.Array]] = {}  # the columns of a row's batch, which are slow to make
 
     def __getstate__(self) -> dict[str, Any]:
         return {"table": self.table, "columns": self.columns}
@@ -53,11 +54,7 @@ class IndexTable:
 
     def entry(self, number: int, split: str) -> Entry:
         """The entry in a row, which is of this split."""
-        batch = bisect.bisect_right(self._ends, number)
-        if (arrays := self._arrays.get(batch)) is None:
-            arrays = self._arrays[batch] = [self._batches[batch][name] for name in ROW_COLUMNS]
-        at = number - self._ends[batch]  # negative: from the batch's end
-        row = {name: array[at].as_py() for name, array in zip(ROW_COLUMNS, arrays, strict=True)}
+        row = self._row(number, ROW_COLUMNS)
         return Entry(
             location=ImageLocation(row["file"], row["start"], row["size"]),
             captions=tuple(row["captions"]),
@@ -66,6 +63,18 @@ class IndexTable:
             split=split,
             **{name: row[name] for name in ENTRY_COLUMNS},
         )
+
+    def sample_fields(self, number: int, split: str) -> SampleFields:
+        """The same of what a training sample needs."""
+        row = self._row(number, SAMPLE_COLUMNS)
+        return SampleFields(**{**row, "captions": tuple(row["captions"]), "split": split})
+
+    def _row(self, number: int, names: Sequence[str]) -> dict[str, Any]:
+        batch = bisect.bisect_right(self._ends, number)
+        if (arrays := self._arrays.get(batch)) is None:
+            arrays = self._arrays[batch] = {name: self._batches[batch][name] for name in ROW_COLUMNS}
+        at = number - self._ends[batch]  # negative: from the batch's end
+        return {name: arrays[name][at].as_py() for name in names}
 
     def blocks(self, *names: str) -> Iterator[pa.Table]:
         """These columns, some rows at a time."""

@@ -15,6 +15,7 @@ import numpy as np
 from ldm.data.column_store import ColumnStore
 
 PART = 2**22  # keys that are sorted at once
+RUN = 64  # keys, on average, that begin with the same bits: half a page, so that one is found with one access to a disk
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
@@ -77,6 +78,17 @@ class KeyLookup:
         dtype = np.uint32 if count < 2**32 else np.uint64
         self._order = columns.filled("order", settings, dtype, (count,), fill_order)
         self.keys = columns.filled("keys", settings, "S32", (count,), fill_keys)
+        self._bits = min(32, (count // RUN).bit_length())
+        self._starts = columns.array("starts", (settings, RUN), self._count_runs)
+
+    def _count_runs(self) -> np.ndarray:
+        """Where the keys begin whose first bits are 0, 1, …, and where the last ones end, `(2**bits + 1,)`."""
+        starts = np.zeros(2**self._bits + 1, np.int64)
+        for first in range(0, len(self.keys), PART):
+            keys = np.ascontiguousarray(self.keys[first : first + PART]).view(np.uint8).reshape(-1, 32)
+            leading = np.ascontiguousarray(keys[:, :4]).view(">u4").ravel() >> (32 - self._bits)
+            starts[1:] += np.bincount(leading.astype(np.int64), minlength=2**self._bits)
+        return np.cumsum(starts)
 
     def find(self, keys: Any) -> tuple[np.ndarray, np.ndarray]:
         """The index of each key in `self.keys`, `(N,)`, and whether the key is there, `(N,)`."""
@@ -88,8 +100,13 @@ class KeyLookup:
 
     def place(self, key: bytes) -> tuple[int, int]:
         """The number of the file and the row of a key's entry; KeyError where there is none."""
-        (index,), (present,) = self.find([key])
-        if not present:
+        if not len(self.keys):
+            raise KeyError(key)
+        first = int.from_bytes(key[:4]) >> (32 - self._bits)
+        start, end = self._starts[first : first + 2].tolist()
+        requested = np.array([key], "S32")  # an array: numpy strips NULs from the end of a scalar
+        index = start + int(np.searchsorted(self.keys[start:end], requested)[0])
+        if index == end or self.keys[index : index + 1] != requested:
             raise KeyError(key)
         number = int(self._order[index])
         file = bisect.bisect_right(self._ends, number)

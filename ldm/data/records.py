@@ -68,6 +68,20 @@ class Entry(Record):
     mask_sha256: bytes | None = None
 
 
+class SampleFields(NamedTuple):
+    """What a training sample needs of its entry: fewer columns, each of which may be an access to a disk."""
+
+    sha256: bytes
+    width: int
+    height: int
+    captions: tuple[str, ...]
+    label: str
+    split: str
+    flip: bool | None
+    dropout: float | None
+    mask_sha256: bytes | None
+
+
 @dataclass(frozen=True)
 class BadSample:
     """An image or a line that can't be used: its name, the reason, and how to mend it."""

@@ -109,12 +109,13 @@ def test_a_nonfinite_sample_is_named_and_its_step_skipped(
     hook = nn.modules.module.register_module_forward_hook(overflow)
     try:
         with pytest.raises(
-            UserError, match=f"at step 3, of sample 10, {re.escape(plan[10].entry.key)}; 2 steps in a row"
+            UserError, match=f"at step 3, of sample 10, {re.escape(plan.index[plan[10].number].key)}; 2 steps in a row"
         ):
             train(settings, index)
     finally:
         hook.remove()
-    assert f"not finite at step 2, of sample 6, {plan[6].entry.key}; the step is skipped" in capsys.readouterr().out
+    name = plan.index[plan[6].number].key
+    assert f"not finite at step 2, of sample 6, {name}; the step is skipped" in capsys.readouterr().out
 
 
 def test_alignment_to_a_pretrained_encoder_improves_and_codebook_statistics_are_logged(

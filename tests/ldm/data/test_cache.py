@@ -21,6 +21,7 @@ from ldm.data import cache, encoding_store, index_file
 from ldm.data.cache import CacheOptions
 from ldm.data.crops import Crop, crop_resize
 from ldm.data.dataset import Stage2Dataset, stage2_dataset
+from ldm.data.earlier_indices import EarlierIndices
 from ldm.data.images import to_tensor
 from ldm.models import autoencoder, text_encoder, text_encoder_files
 from ldm.utils.errors import UserError
@@ -328,6 +329,28 @@ def test_unchanged_images_are_not_opened_again(root: Path, folder: Path, monkeyp
     os.utime(folder / "05.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and modification time
     assert names() == ["05.png"]
     assert [bad.key for bad in indexed(config).bad_samples()] == ["05.png"]
+
+
+def test_images_in_other_rows_than_before_are_not_opened_again(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, opened = settings(root, folder), []
+    before = indexed(config)
+    with monkeypatch.context() as patches:  # unchanged ones are where they were
+        patches.setattr(EarlierIndices, "_sorted", property(lambda _: pytest.fail("stamps were sorted")))
+        assert indexed(config).fingerprint() == before.fingerprint()
+    read_image = index_file._read_image
+    monkeypatch.setattr(
+        index_file, "_read_image", lambda *args: opened.append(args[1].location.file) or read_image(*args)
+    )
+    for name in ("-", "11a"):
+        (folder / f"{name}.png").write_bytes((folder / "03.png").read_bytes())
+        (folder / f"{name}.txt").write_text("it comes before others")
+    (folder / "07.png").unlink()
+    after = {entry.key: entry for entry in indexed(config)}
+    assert sorted(Path(name).name for name in opened) == ["-.png", "11a.png"]
+    for entry in before:
+        assert entry.key == "07.png" or after[entry.key] == entry
 
 
 def test_an_interrupted_index_is_continued(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

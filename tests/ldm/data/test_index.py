@@ -13,7 +13,7 @@ from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import index, index_file
+from ldm.data import identity, index, index_file
 from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
 from ldm.data.index_schema import SCHEMA
@@ -158,7 +158,51 @@ def test_what_follows_from_an_index_is_computed_once_and_mapped(
     table = second.draws()
     assert sum(draws.size for draws in table.draws) == len(second) == 29
     for array in (second.rows, table.members):
-        assert isinstance(array, np.memmap)
+        assert isinstance(array.base, np.memmap)
+
+
+def identity_of(table: pa.Table, order: np.ndarray | None = None) -> str:
+    digest = hashlib.sha256()
+    for part in identity.identity(table, np.arange(len(table)) if order is None else order):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def test_the_identity_of_many_images_is_that_of_their_values_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "MAX_SINGLE", 0)
+    monkeypatch.setattr(identity, "BLOCK", 3)
+    fields = {
+        "captions": (["a"], ["a", "b"], ["ab"], ["é"], ["", "c"]),
+        "sha256": tuple(bytes([n]) * 32 for n in range(5)),
+        "flip": (None, True, False, None, True),
+        "dropout": (None, 0.0, 0.5, None, 1.0),
+        "label": ("", "x", "", "y", "x"),
+        "mask_sha256": (None, b"m" * 32, None, b"n" * 32, None),
+    }
+
+    def table(**others: Any) -> pa.Table:
+        columns = {**fields, **others}
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return pa.Table.from_batches([rows(1, **row) for row in records], SCHEMA)
+
+    expected = identity_of(table())
+    for chunked in (table().combine_chunks(), pa.concat_tables([table()[:2].combine_chunks(), table()[2:]])):
+        assert identity_of(chunked) == expected  # however the rows are stored
+    parts = table().combine_chunks()
+    assert identity_of(pa.concat_tables([parts[3:], parts[:3]]), np.array([2, 3, 4, 0, 1])) == expected
+    others = [
+        {"captions": (["a"], ["a"], ["b", "ab"], ["é"], ["", "c"])},
+        {"captions": (["a"], ["a", "b"], ["a", "b"], ["é"], ["", "c"])},
+        {"captions": (["a"], ["a", "b"], ["ab"], ["é"], ["c", ""])},
+        {"flip": (False, True, None, None, True)},
+        {"dropout": (0.0, 0.0, 0.5, None, 1.0)},
+        {"label": ("", "", "x", "y", "x")},
+        {"mask_sha256": (b"m" * 32, None, None, b"n" * 32, None)},
+        {"weight": (1.0, 1.0, 1.0, 1.0, 2.0)},
+        {"repeats": (1, 2, 1, 1, 1)},
+    ]
+    known = {expected, identity_of(table(), np.arange(4)), identity_of(table(), np.array([1, 0, 2, 3, 4]))}
+    assert len(known | {identity_of(table(**other)) for other in others}) == 3 + len(others)
 
 
 def test_columns_of_other_images_are_other_files(root: Path, folder: Path) -> None:
@@ -197,6 +241,7 @@ def test_an_index_has_few_chunks_for_any_number_of_rows(
 
 PROCESSES = """
 import json
+import socket
 import sys
 from pathlib import Path
 from accelerate import PartialState
@@ -262,6 +307,8 @@ def reversed_order(sources, number):
     listed = list(records(sources, number))
     return iter(listed[::-1] if second else listed)
 
+hostname = socket.gethostname
+socket.gethostname = lambda: f"machine {state.process_index}"
 attempt("index", lambda: build_index("shared"))
 attempt("unchanged", lambda: build_index("shared"))
 attempt("failed midway", lambda: build_index("failed"), Sources, "records", fails_midway)
@@ -276,6 +323,41 @@ def other_content(path):
 
 attempt("different content", lambda: build_index("rank-0"), index_file, "memory_map", other_content)
 attempt("repaired", lambda: build_index("rank-0"))
+
+listed = []
+
+def count_listed(sources, number):
+    listed.append(number)
+    return records(sources, number)
+
+def lister_fails(sources, number):
+    for i, item in enumerate(records(sources, number)):
+        if i == 26:
+            raise UserError("data.source: can't list it; let it be read")
+        yield item
+
+def full_disk(path, rows):
+    next(rows)
+    raise UserError("data.cache_dir: full; free some")
+
+socket.gethostname = hostname
+attempt("one machine", lambda: build_index("machine"), Sources, "records", count_listed)
+results["listed"] = len(listed)
+content_of = lambda name: [path.read_bytes() for path in (folder.parent / name).glob("index-*")]
+results["same bytes"] = content_of("machine") == content_of("shared")
+attempt("lister fails", lambda: build_index("lister"), Sources, "records", lister_fails)
+write = full_disk if second else index_file._write
+attempt("a reader fails", lambda: build_index("reader"), index_file, "_write", write)
+image, content = folder / "05.png", (folder / "05.png").read_bytes()
+state.wait_for_everyone()
+if not second:
+    image.write_bytes((folder / "06.png").read_bytes())
+state.wait_for_everyone()
+attempt("a file changed", lambda: build_index("machine"))
+state.wait_for_everyone()
+if not second:
+    image.write_bytes(content)
+state.wait_for_everyone()
 
 drawings, rendered, atomic_file = openmoji.drawings, [], openmoji.atomic_file
 openmoji.drawings = lambda subset: drawings(subset)[:10]
@@ -351,6 +433,14 @@ def test_processes_share_an_index_and_a_cache_or_all_fail_with_the_same_error(
         assert elsewhere in first
         assert "\n" not in first
     assert [result["repaired"] for result in results] == [[0, *everything]] * 2
+    # On one machine, one process lists for both; each opens the same images as before, and a change is noticed.
+    assert [result["listed"] for result in results] == [1, 0]
+    assert [result["one machine"] for result in results] == [[16, *everything], [14, *everything]]
+    assert [result["same bytes"] for result in results] == [True] * 2
+    assert [result["lister fails"] for result in results] == ["error: data.source: can't list it; let it be read"] * 2
+    assert [result["a reader fails"] for result in results] == ["error: data.cache_dir: full; free some"] * 2
+    assert [result["a file changed"][:3] for result in results] == [[0, 29, 1], [1, 29, 1]]
+    assert results[0]["a file changed"] == [0, *results[1]["a file changed"][1:]] != [0, *everything]
     # Only the main process renders the drawings.
     assert [result["rendered"] for result in results] == [10, 0]
     assert [result["openmoji"][:2] for result in results] == [[10, 0]] * 2

@@ -586,7 +586,7 @@ def test_sources_are_mixed_by_repeats_and_by_weights(root: Path, tmp_path: Path,
         index = indexed(config)
         assert len(index) == 6
         plan = images_of(index, config, 1).plan
-        share = np.mean([plan[n].entry.key.startswith("1:") for n in range(300)])
+        share = np.mean([plan.index[plan[n].number].key.startswith("1:") for n in range(300)])
         assert share == pytest.approx(expected, abs=0.02)
 
 
