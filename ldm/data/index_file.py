@@ -69,9 +69,7 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
 
     def write_part() -> None:
         with listing:
-            path.parent.mkdir(
-                parents=True, exist_ok=True
-            )  # also on a machine that doesn't share it, for the check below
+            path.parent.mkdir(parents=True, exist_ok=True)  # also on a machine that doesn't share it, for `_join`
             known = EarlierIndices([path, *leftovers])
             total, hidden = known.count or None, not state.is_main_process
             with tqdm(desc="checking images", unit=" img", total=total, leave=False, disable=hidden) as bar:
