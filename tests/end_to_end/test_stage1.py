@@ -58,7 +58,8 @@ def few(three_shapes: Callable[[list[str]], Path]) -> tuple[str, str]:
     return f"data.source={three_shapes([f'image {i}' for i in range(33)])}", "data.val_fraction=0.3"
 
 
-@pytest.mark.parametrize("model", ["kl", pytest.param("vq", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("model", ["kl", "vq"])
 def test_two_processes_equal_a_single_one_with_the_discriminator_on(
     launch: Start, finish: Finish, few: tuple[str, str], tmp_path: Path, model: str
 ) -> None:

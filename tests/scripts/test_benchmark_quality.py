@@ -76,7 +76,7 @@ def test_the_reference_is_sampled_with_the_schedule_and_the_text_that_it_trains_
     torch.testing.assert_close(encoder.embed_tokens(encoder.token_ids(captions)).states, encoder.encode(captions))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_both_trainers_are_judged_at_their_times_and_trained_once(
     call: Callable[..., str],
     root: Path,

@@ -76,7 +76,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     return write
 
 
-@pytest.mark.parametrize("layout", [pytest.param("sd1", marks=pytest.mark.drill), "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("sd1", marks=pytest.mark.drill), pytest.param("sd2", marks=pytest.mark.drill), "sdxl"]
+)
 def test_a_single_file_is_fine_tuned_and_exported_as_a_single_file(
     layout: str,
     models: Callable[[str], Model],
