@@ -73,7 +73,7 @@ def compare_latency(args: argparse.Namespace, overrides: list[str]) -> None:
             waits = measure(row, config, _Seeded(dataset, settings.run.seed), args.step_seconds)
         figures = waits.percentiles()
         text = "waits " + ", ".join(f"{name} {value:,.0f}" for name, value in figures.items()) + " ms"
-        report.row(row.name.replace(", no", ""), waits.steps_per_second, text, **figures)
+        report.row(row.name.replace(", no", ""), waits.steps_per_second, text, None, **figures)
 
 
 def cached_dataset(settings: Config) -> torch.utils.data.Dataset[Item]:
