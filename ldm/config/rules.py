@@ -503,6 +503,8 @@ def streaming_needs_no_index(config: Config) -> None:
         raise ValueError("data.source.mask: a stream's masks aren't read; set data.streaming=false, or leave it out")
     if any(source.repeats > 1 or source.weight or source.limit for source in data.source):
         raise ValueError("data.source: repeats, weight and limit have no meaning with data.streaming; leave them out")
+    if data.prefetch_factor != type(data).model_fields["prefetch_factor"].default:
+        raise ValueError("data.prefetch_factor: is of indexed data; with data.streaming leave it out")
 
 
 def figures_suit_model_and_data(config: Config) -> None:

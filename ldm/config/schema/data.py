@@ -104,7 +104,8 @@ class DataConfig(Section):
     workers: int = Field(default=0, ge=0)
     """Loader processes per training process."""
     prefetch_factor: int = Field(default=2, ge=1)
-    """Batches that each loader process reads ahead; on slow storage more hide slow reads, and take memory."""
+    """Batches that each loader process reads ahead; on slow storage more hide slow reads, and take memory. Of no effect
+    when streaming."""
 
     @property
     def name(self) -> str:

@@ -99,6 +99,10 @@ def test_the_configuration_of_a_run_is_read_as_a_file_of_its_own(tiny: Path, tmp
         (f"stage2.conditions=[text,size] {STREAM}", "stage2.conditions: size needs data.streaming=false"),
         (f"stage2.conditions=[text,inpaint] {STREAM}", "stage2.conditions: inpaint and upscale need data.streaming"),
         (f"stage2.conditions=[text,class] {STREAM}", "stage2.conditions: a stream's classes aren't known"),
+        (
+            f"data.prefetch_factor=4 data.buckets=null data.val_fraction=0 {STREAM}",
+            "data.prefetch_factor: is of indexed data",
+        ),
         (f"{PIXELS} {CHAIN} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
         (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
         (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
