@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -196,20 +197,28 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         return {**self.plan.conditions(n, sample), "caption": sample.caption, "file": file, "row": row}
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
-        start = time.process_time()
+        before = self.used()
         items = [self[n] for n in positions]
-        seconds = time.process_time() - start
-        return [{**item, "seconds": seconds / len(items), "memory": anonymous()} for item in items]
+        used = {name: (value - before[name]) / len(items) for name, value in self.used().items()}
+        return [{**item, **used, "memory": anonymous()} for item in items]
+
+    @staticmethod
+    def used() -> dict[str, float]:
+        """What this process has used so far."""
+        reads = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        return {"cpu_seconds": time.process_time(), "seconds": time.perf_counter(), "reads": reads}
 
 
 def worker(folder: Path, images: int, batch: int) -> dict[str, float]:
     """Batches of one rank of several in a loader process."""
-    samples, seconds, memory = Samples(folder, batch), 0.0, 0.0
+    samples, used, memory = Samples(folder, batch), dict.fromkeys(Samples.used(), 0.0), 0.0
     positions = Positions(0, BATCHES, batch * RANKS, 1, 3, RANKS)
     for items in torch.utils.data.DataLoader(samples, batch_sampler=positions, num_workers=1):
-        seconds += float(items["seconds"].sum())
+        used = {name: value + float(items[name].sum()) for name, value in used.items()}
         memory = max(memory, float(items["memory"].max()))
-    return {"samples_per_cpu_second": BATCHES * batch / seconds, "memory": memory}
+    count = BATCHES * batch
+    rates = {"samples_per_cpu_second": count / used["cpu_seconds"], "samples_per_second": count / used["seconds"]}
+    return {**rates, "reads_per_sample": used["reads"] / count, "memory": memory}
 
 
 def resume(folder: Path, images: int, batch: int) -> dict[str, float]:
@@ -260,6 +269,8 @@ def table(results: list[dict[str, Any]]) -> None:
     rows += [(f"{phase}, CPU s", (phase, "cpu_seconds"), 1) for phase in PHASES]
     rows += [(f"{phase}, GB of memory", (phase, "memory"), 1e9) for phase in PHASES]
     rows += [("samples per CPU second of a worker", ("worker", "samples_per_cpu_second"), 1)]
+    rows += [("samples per second of a worker", ("worker", "samples_per_second"), 1)]
+    rows += [("reads of the disk per sample", ("worker", "reads_per_sample"), 1)]
     rows += [("fingerprint, CPU s", ("columns", "fingerprint_cpu_seconds"), 1)]
     print(f"{'images':35}" + "".join(f"{result['images']:>14,}" for result in results) + f"{'growth':>9}")
     for name, keys, unit in rows:

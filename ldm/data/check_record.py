@@ -26,14 +26,14 @@ class CheckRecord:
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             content = json.loads(self.path.read_text("utf-8"))
             self.stats, self.complete = content["files"], content["complete"]
-        changed = [file for file in files if self.stats.get(file.name) != _stat(file)]
+        changed = [file for file in files if self.stats.get(file.name) != size_and_time(file)]
         if changed or self.stats.keys() - {file.name for file in files}:
             self.complete = []
         return changed
 
     def write(self, files: Sequence[Path], job: str) -> None:
         """Records that these files are sound, and have all entries of a job."""
-        stats = {file.name: _stat(file) for file in files}
+        stats = {file.name: size_and_time(file) for file in files}
         complete = sorted({*self.complete, *filter(None, [job])})
         if (stats, complete) != (self.stats, self.complete):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,8 @@ class CheckRecord:
         self.stats, self.complete = stats, complete
 
 
-def _stat(file: Path) -> list[int]:
+def size_and_time(file: Path) -> list[int]:
+    """Those of a file, which tell whether it was written since; none where it is missing."""
     try:
         stat = file.stat()
     except FileNotFoundError:

@@ -26,6 +26,7 @@ from ldm.data.earlier_indices import EarlierIndices
 from ldm.data.images import decode
 from ldm.data.index_schema import MASK_COLUMNS, RECORD_COLUMNS, SCHEMA
 from ldm.data.listing import Listing
+from ldm.data.listing_record import ListingRecord
 from ldm.data.masks import load_mask
 from ldm.data.records import MASK_ROW, NO_MASK, TABLE_ROW, BadSample, BadSampleError, ImageLocation, Record
 from ldm.data.sources import Sources
@@ -59,8 +60,15 @@ def cache_key(data: DataConfig, conditions: Sequence[str]) -> str:
 def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Table, list[pa.RecordBatch], str]:
     """Writes the index to a temporary file, then moves it to `path`; takes over what an interrupted run had written.
 
+    Where it was made from tars that have not changed since, it stays as it is, and nothing is listed.
     Returns it, memory-mapped, its batches mapped for single rows, and the SHA-256 of its file.
     """
+    record = ListingRecord(path, sources)
+    if digest := record.unchanged():
+        size = on_main(lambda: path.stat().st_size)
+        wait_until_visible([path], lambda file: _has(file, size))
+        batches, rows = on_all(lambda: (memory_map(path), map_for_single_rows(path)))
+        return pa.Table.from_batches(batches, SCHEMA), rows, digest
     state = PartialState()
     leftovers = list(path.parent.glob(f".{path.name}.*"))
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -78,8 +86,11 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
     on_all(write_part)
     complete, batches, parts, digest = _join(part, listing)
 
+    table = pa.Table.from_batches(batches, SCHEMA)
+
     def replace() -> None:
         complete.replace(path)
+        record.write(table, digest)
         for file in parts:
             file.unlink(missing_ok=True)
         now = file_system_time(path.parent)
@@ -90,7 +101,7 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
 
     rows = on_all(lambda: map_for_single_rows(complete))  # by all, before the main process moves it
     on_main(replace)
-    return pa.Table.from_batches(batches, SCHEMA), rows, digest
+    return table, rows, digest
 
 
 def _rows(listing: Listing, data: DataConfig, known: EarlierIndices, bar: tqdm[Any]) -> Iterator[dict[str, Any]]:

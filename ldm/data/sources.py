@@ -180,6 +180,24 @@ class Sources:
             total.update(counts)
         return total
 
+    def set_left_out(self, counts: LeftOutCounts) -> None:
+        """Takes over what an earlier listing of the same files left out."""
+        self._left_out = [counts, *(LeftOutCounts() for _ in self.configs[1:])]
+
+    def tars(self) -> list[tuple[str, str]]:
+        """All tars, each with a text that changes with it, and what is left out next to them, each with its reason.
+
+        Empty where there are other sources, or where a tar has no such text.
+        """
+        files, stamps = list[tuple[str, str]](), dict[str, str]()
+        for source, kind in zip(self.configs, self.kinds, strict=True):
+            if kind != "tar":
+                return []
+            urls, left_out = archives.files_of_split(source.path, archives.TARS, source.split)
+            files += [(url, archives.stamp(url, stamps)) for url in urls]
+            files += [(file.key, file.reason) for file in left_out]
+        return files if all(version for _, version in files) else []
+
     def prepare(self) -> None:
         """Creates what all processes then share: rendered drawings, and the files that `datasets` converts."""
         for number, (source, kind) in enumerate(zip(self.configs, self.kinds, strict=True)):
