@@ -14,7 +14,7 @@ COLUMNS = ("captions", "sha256", "weight", "repeats", "flip", "dropout", "label"
 MAX_SINGLE = 2**22  # rows that are entered one by one, in half a minute: as version 0.1 did, whose runs continue
 
 
-def identity(table: pa.Table, rows: np.ndarray) -> Iterator[bytes | memoryview | np.ndarray]:
+def identity(table: pa.Table, rows: np.ndarray) -> Iterator[bytes | memoryview]:
     """Bytes that tell some rows of an index from any others: row by row or, of many, column by column of a block."""
     if len(rows) <= MAX_SINGLE:
         *columns, masks = ((v for part in take_rows(table[name], rows) for v in part.to_pylist()) for name in COLUMNS)
@@ -27,19 +27,19 @@ def identity(table: pa.Table, rows: np.ndarray) -> Iterator[bytes | memoryview |
             yield from _content(pa.concat_arrays(list(take_rows(table[name], rows[start : start + BLOCK]))))
 
 
-def _content(array: pa.Array) -> Iterator[bytes | memoryview | np.ndarray]:
+def _content(array: pa.Array) -> Iterator[bytes | memoryview]:
     """Bytes that tell an array from others of its length: which values are null; lengths and content of the rest."""
-    yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
+    yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).data
     values = array.drop_null()
     if pa.types.is_large_list(values.type):
-        yield values.value_lengths().to_numpy()
+        yield values.value_lengths().to_numpy().data
         yield from _content(values.flatten())
     elif pa.types.is_large_string(values.type):
-        yield pc.binary_length(values).to_numpy()
+        yield pc.binary_length(values).to_numpy().data
         _, offsets, characters = values.buffers()
         start, end = np.frombuffer(offsets, np.int64)[[values.offset, values.offset + len(values)]]
         yield memoryview(characters or b"")[start:end]
     elif pa.types.is_fixed_size_binary(values.type):
-        yield leading_bytes(pa.chunked_array([values]), values.type.byte_width)
+        yield leading_bytes(pa.chunked_array([values]), values.type.byte_width).data
     else:
-        yield values.to_numpy(zero_copy_only=False)
+        yield values.to_numpy(zero_copy_only=False).data
