@@ -275,7 +275,8 @@ def table(results: list[dict[str, Any]]) -> None:
     print(f"{'images':35}" + "".join(f"{result['images']:>14,}" for result in results) + f"{'growth':>9}")
     for name, keys, unit in rows:
         values = [value_at(result, keys) / unit for result in results]
-        print(f"{name:35}" + "".join(f"{value:14,.3f}" for value in values) + f"{values[-1] / values[0]:8.1f}×")
+        growth = f"{values[-1] / values[0]:8.1f}×" if values[0] else ""
+        print(f"{name:35}" + "".join(f"{value:14,.3f}" for value in values) + growth)
 
 
 def value_at(result: Any, keys: tuple[str, ...]) -> float:
