@@ -28,7 +28,7 @@ from ldm.data.arrow_columns import BLOCK, leading_bytes, take_rows
 from ldm.data.buckets import Buckets, EntrySizes
 from ldm.data.column_store import ColumnStore
 from ldm.data.draw_table import Draws, DrawTable, draw_table
-from ldm.data.identity import identity
+from ldm.data.fingerprint import fingerprint_bytes
 from ldm.data.images import Size, decode
 from ldm.data.index_file import cache_key, write_index
 from ldm.data.index_table import SPLITS, IndexTable
@@ -240,7 +240,7 @@ class Index:
             digest = hashlib.sha256()
             if "class" in self.sources.conditions:  # a class that only other splits have changes the numbers of these
                 digest.update(repr(self.labels()).encode())
-            for part in identity(self.table.table, self.rows):
+            for part in fingerprint_bytes(self.table.table, self.rows):
                 digest.update(part)
             return digest.hexdigest()
 

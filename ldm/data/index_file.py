@@ -85,7 +85,6 @@ def write_index(path: Path, sources: Sources, data: DataConfig) -> tuple[pa.Tabl
 
     on_all(write_part)
     complete, batches, parts, digest = _join(part, listing)
-
     table = pa.Table.from_batches(batches, SCHEMA)
 
     def replace() -> None:

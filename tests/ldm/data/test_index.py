@@ -13,7 +13,7 @@ from forked import Forked
 from of_config import indexed
 
 from ldm.config import loader
-from ldm.data import identity, index, index_file
+from ldm.data import fingerprint, index, index_file
 from ldm.data.arrow_columns import leading_bytes, take_rows
 from ldm.data.index import Index
 from ldm.data.index_schema import SCHEMA
@@ -64,7 +64,7 @@ def test_an_index_with_32_bit_offsets_is_converted_without_opening_an_image(
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(root, folder)
-    fingerprint = indexed(config).fingerprint()
+    known = indexed(config).fingerprint()
     path = index_path(config.cache_dir)
     current, table = path.read_bytes(), pa.ipc.open_stream(path.read_bytes()).read_all()
     older = pa.schema([(field.name, with_32_bit_offsets(field.type)) for field in SCHEMA])
@@ -73,7 +73,7 @@ def test_an_index_with_32_bit_offsets_is_converted_without_opening_an_image(
         writer.write_table(table.cast(older))
     monkeypatch.setattr(index_file, "_read_image", lambda *_: pytest.fail("an image was opened"))
     rebuilt = indexed(config)
-    assert (rebuilt.fingerprint(), rebuilt.bad_count()) == (fingerprint, 1)
+    assert (rebuilt.fingerprint(), rebuilt.bad_count()) == (known, 1)
     assert path.read_bytes() == current
 
 
@@ -161,16 +161,16 @@ def test_what_follows_from_an_index_is_computed_once_and_mapped(
         assert isinstance(array.base, np.memmap)
 
 
-def identity_of(table: pa.Table, order: np.ndarray | None = None) -> str:
+def fingerprint_of(table: pa.Table, order: np.ndarray | None = None) -> str:
     digest = hashlib.sha256()
-    for part in identity.identity(table, np.arange(len(table)) if order is None else order):
+    for part in fingerprint.fingerprint_bytes(table, np.arange(len(table)) if order is None else order):
         digest.update(part)
     return digest.hexdigest()
 
 
-def test_the_identity_of_many_images_is_that_of_their_values_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "MAX_SINGLE", 0)
-    monkeypatch.setattr(identity, "BLOCK", 3)
+def test_the_fingerprint_of_many_images_is_that_of_their_values_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "MAX_SINGLE", 0)
+    monkeypatch.setattr(fingerprint, "BLOCK", 3)
     fields = {
         "captions": (["a"], ["a", "b"], ["ab"], ["é"], ["", "c"]),
         "sha256": tuple(bytes([n]) * 32 for n in range(5)),
@@ -185,11 +185,11 @@ def test_the_identity_of_many_images_is_that_of_their_values_in_their_order(monk
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return pa.Table.from_batches([rows(1, **row) for row in records], SCHEMA)
 
-    expected = identity_of(table())
+    expected = fingerprint_of(table())
     for chunked in (table().combine_chunks(), pa.concat_tables([table()[:2].combine_chunks(), table()[2:]])):
-        assert identity_of(chunked) == expected  # however the rows are stored
+        assert fingerprint_of(chunked) == expected  # however the rows are stored
     parts = table().combine_chunks()
-    assert identity_of(pa.concat_tables([parts[3:], parts[:3]]), np.array([2, 3, 4, 0, 1])) == expected
+    assert fingerprint_of(pa.concat_tables([parts[3:], parts[:3]]), np.array([2, 3, 4, 0, 1])) == expected
     others = [
         {"captions": (["a"], ["a"], ["b", "ab"], ["é"], ["", "c"])},
         {"captions": (["a"], ["a", "b"], ["a", "b"], ["é"], ["", "c"])},
@@ -201,8 +201,8 @@ def test_the_identity_of_many_images_is_that_of_their_values_in_their_order(monk
         {"weight": (1.0, 1.0, 1.0, 1.0, 2.0)},
         {"repeats": (1, 2, 1, 1, 1)},
     ]
-    known = {expected, identity_of(table(), np.arange(4)), identity_of(table(), np.array([1, 0, 2, 3, 4]))}
-    assert len(known | {identity_of(table(**other)) for other in others}) == 3 + len(others)
+    known = {expected, fingerprint_of(table(), np.arange(4)), fingerprint_of(table(), np.array([1, 0, 2, 3, 4]))}
+    assert len(known | {fingerprint_of(table(**other)) for other in others}) == 3 + len(others)
 
 
 def test_columns_of_other_images_are_other_files(root: Path, folder: Path) -> None:

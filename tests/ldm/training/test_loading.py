@@ -1,4 +1,4 @@
-"""What is said of data that is late."""
+"""What is reported of data that come late."""
 
 from __future__ import annotations
 

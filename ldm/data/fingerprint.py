@@ -14,7 +14,7 @@ COLUMNS = ("captions", "sha256", "weight", "repeats", "flip", "dropout", "label"
 MAX_SINGLE = 2**22  # rows that are entered one by one, in half a minute: as version 0.1 did, whose runs continue
 
 
-def identity(table: pa.Table, rows: np.ndarray) -> Iterator[bytes | memoryview]:
+def fingerprint_bytes(table: pa.Table, rows: np.ndarray) -> Iterator[bytes | memoryview]:
     """Bytes that tell some rows of an index from any others: row by row or, of many, column by column of a block."""
     if len(rows) <= MAX_SINGLE:
         *columns, masks = ((v for part in take_rows(table[name], rows) for v in part.to_pylist()) for name in COLUMNS)
