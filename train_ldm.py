@@ -81,7 +81,7 @@ def train(
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.evaluation.report import write_report
-    from ldm.training import checks, plan
+    from ldm.training import budget, checks, plan
     from ldm.training.fingerprint import check_finished
     from ldm.training.model_card import write_card
     from ldm.training.run_dir import prepare_run_dir
@@ -94,6 +94,7 @@ def train(
     encoder = checks.check(settings, state.num_processes)  # finds stage two's mistakes before stage one takes hours
     if not confirmed:
         checks.check_captions(settings)
+    planned_now = minutes is not None and not on_main((settings.run.dir / budget.FILE).exists)
     if minutes is not None:
         settings = with_planned_steps(settings, encoder, minutes)
     settings = prepare_run_dir(settings, fresh)
@@ -116,6 +117,8 @@ def train(
 
     if "stage1" in stages:
         train_autoencoder(settings, data)
+        if planned_now and "stage2" in stages:
+            settings = prepare_run_dir(with_adjusted_steps(settings))
     if stage != "1":
         if "stage2" in stages:
             train_unet(settings, data, load_autoencoder(settings), encoder)
@@ -277,6 +280,27 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
     if PartialState().is_main_process:
         print(plan, flush=True)
     return plan.apply(settings)
+
+
+def with_adjusted_steps(settings: Config) -> Config:
+    """The configuration with the steps of stage two that fill what stage one has left of the budget."""
+    from ldm.distributed.launch import on_main
+    from ldm.training import budget, preflight
+
+    folder = settings.run.dir
+
+    def adjust() -> budget.Plan:
+        plan, need = budget.Plan.read(folder), preflight.measured(settings, "stage2")
+        assert plan and need  # of this run
+        changed = budget.adjusted(plan, settings, need, budget.seconds_since_start())
+        changed.apply(settings)  # whose mistakes come before it is kept
+        if changed != plan:
+            changed.write(folder)
+            share = changed.seconds["stage1"] / plan.seconds["stage1"]
+            print(f"stage 1  took {share:.0%} of the time that was planned; so stage two's steps change\n{changed}")
+        return changed
+
+    return on_main(adjust).apply(settings)
 
 
 def measure(

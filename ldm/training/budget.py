@@ -1,16 +1,18 @@
 """`--budget`: steps of both stages that fill so many minutes on this machine, planned once and kept with the run.
 
-`RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. A run that continues
-reads it, so that nothing depends on a second measurement.
+`RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. Before stage two its
+steps are adjusted to the time that stage one took. A run that continues reads them, so that nothing depends on a second
+measurement.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +33,7 @@ LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
 REST = 0.02  # of the budget, for checkpoints, exports and the report
+ADJUSTED = 0.02  # share of the steps by which an adjustment must change them
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,35 @@ def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Ma
         middle = (low + high) / 2
         low, high = (low, middle) if too_long(middle) else (middle, high)
     return plan(low)
+
+
+def adjusted(plan: Plan, config: Config, need: ResourceEstimate, elapsed: float) -> Plan:
+    """The plan with so many steps of stage two that it ends in time, where stage one has ended after `elapsed` seconds.
+
+    What is to come is expected to be as much slower or faster than planned as stage one was; `need` is what stage two
+    was measured to need. It has no fewer steps than the first point of `budget`, without points a tenth of the plan's.
+    """
+    ratio = (elapsed - plan.seconds["start and plan"]) / plan.seconds["stage1"]
+    after = {name: ratio * plan.seconds[name] for name in ("saving", "evaluation") if name in plan.seconds}
+    left = 60 * plan.minutes - elapsed - sum(after.values())
+
+    def seconds(steps: int) -> float:
+        stage2 = config.stage2.model_copy(update={"steps": steps})
+        return ratio * need.seconds_left(config.model_copy(update={"stage2": stage2}), "stage2")
+
+    planned, points = plan.steps["stage2"], config.budget.points
+    least = min(planned, points[0].stage2 if points else max(1, round(LEAST * planned)))
+    most = max(least, round(left / (ratio * need.step)))
+    steps = max(least, bisect_right(range(most + 1), left, key=seconds) - 1)
+    if abs(steps / planned - 1) <= ADJUSTED:
+        return plan
+    return replace(
+        plan,
+        steps={**plan.steps, "stage2": steps},
+        seconds_per_step={**plan.seconds_per_step, "stage2": ratio * need.step},
+        seconds={**plan.seconds, "stage1": elapsed - plan.seconds["start and plan"], "stage2": seconds(steps), **after},
+        figures=_figures(points, {**plan.steps, "stage2": steps}),
+    )
 
 
 def _interpolated(progress: float, steps: Sequence[int]) -> float:

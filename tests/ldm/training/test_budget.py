@@ -6,7 +6,7 @@ import pytest
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.training.budget import REST, LoadWatch, Plan, choose, fixed_seconds, steps_to_measure
+from ldm.training.budget import REST, LoadWatch, Plan, adjusted, choose, fixed_seconds, steps_to_measure
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.utils.errors import UserError
 
@@ -62,6 +62,31 @@ def test_the_figures_are_those_of_the_points_around_the_plan(config: Config) -> 
     unknown = few.model_copy(update={"figures": ""}), many
     fewer = config.model_copy(update={"budget": config.budget.model_copy(update={"points": unknown})})
     assert choose(fewer, 8, FIXED, needs()).figures == "less than many (900 + 1,600 steps)"
+
+
+def test_steps_stay_where_stage_one_took_its_time(config: Config) -> None:
+    plan = choose(config, 15, FIXED, needs())
+    elapsed = FIXED["start and plan"] + plan.seconds["stage1"]
+    assert adjusted(plan, config, needs()["stage2"], elapsed) is plan
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.2, 1.5])
+def test_steps_adjusted_to_the_speed_of_stage_one_fill_the_budget(config: Config, ratio: float) -> None:
+    plan = choose(config, 15, FIXED, needs())
+    elapsed = FIXED["start and plan"] + ratio * plan.seconds["stage1"]
+    changed = adjusted(plan, config, needs()["stage2"], elapsed)
+    slower = needs(ratio * 0.2, ratio * 0.5)["stage2"]
+    others = ratio * (slower.validation + slower.sheet + slower.encoding)
+    total = elapsed + ratio * FIXED["evaluation"] + changed.steps["stage2"] * slower.step + others
+    assert 0.98 * 15 * 60 < total <= 15 * 60
+    assert (changed.steps["stage2"] < plan.steps["stage2"]) == (ratio > 1)
+    assert changed.steps["stage1"] == plan.steps["stage1"]
+    assert sum(changed.seconds.values()) == pytest.approx(total, rel=0.01)
+
+
+def test_stage_two_has_the_steps_of_the_first_point_at_least(config: Config) -> None:
+    plan = choose(config, 15, FIXED, needs())
+    assert adjusted(plan, config, needs()["stage2"], 14 * 60).steps["stage2"] == config.budget.points[0].stage2
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:
