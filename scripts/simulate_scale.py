@@ -198,6 +198,9 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         before = self.used()
+        planned = self.plan.read_ahead(positions)
+        captions = [hashlib.sha256(sample.caption.encode()).digest() for sample in planned]
+        self.lookup.read_ahead([*(sample.entry.sha256 for sample in planned), *captions])
         items = [self[n] for n in positions]
         used = {name: (value - before[name]) / len(items) for name, value in self.used().items()}
         return [{**item, **used, "memory": anonymous()} for item in items]

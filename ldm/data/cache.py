@@ -64,6 +64,13 @@ class Cache:
         entry, variant = self.latents[crop.size][sha256], self.variants.index((crop.number, crop.flip))
         return entry["mean"][variant], entry["logvar"][variant]
 
+    def read_ahead(self, samples: Sequence[tuple[Crop, bytes, str]]) -> None:
+        """Has the system read where the entries of these samples are: of a crop of an image, and of its caption."""
+        for size in {crop.size for crop, _, _ in samples}:
+            self.latents[size].lookup.read_ahead([sha256 for crop, sha256, _ in samples if crop.size == size])
+        if self.text:
+            self.text.lookup.read_ahead([_caption_key(caption) for _, _, caption in samples])
+
     def mask(self, crop: Crop, entry: SampleFields) -> torch.Tensor:
         """An image's mask at the size of its latent, `(1, h, w)` in [0, 1]."""
         stored = self.masks[crop.size][_mask_key(entry.sha256, entry.mask_sha256)]

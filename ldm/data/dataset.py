@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image, ImageOps
@@ -52,8 +53,20 @@ class SamplePlan:
         self.order = Order.of(draws, spec.seed, spec.batch)
         self.has_prior = any(kind.prior for kind in draws.draws)
         self.classes = {label: number for number, label in enumerate(index.labels())}
+        self._ahead: dict[int, PlannedSample] = {}  # that were read ahead, until they are asked for
 
     def __getitem__(self, n: int) -> PlannedSample:
+        return self._ahead.pop(n, None) or self._plan(n)
+
+    def read_ahead(self, positions: Sequence[int]) -> list[PlannedSample]:
+        """The samples at these positions; the system reads what they need of the index all at once."""
+        self.order.read_ahead(positions)
+        self.index.read_ahead(np.array([self.order[n] for n in positions]))
+        samples = [self._plan(n) for n in positions]
+        self._ahead.update(zip(positions, samples, strict=True))
+        return samples
+
+    def _plan(self, n: int) -> PlannedSample:
         number, seed, augmentation = self.order[n], self.spec.seed, self.spec.augmentation
         entry = self.index.sample_fields(number)
         count = len(entry.captions)
@@ -114,6 +127,9 @@ class ImageDataset(torch.utils.data.Dataset[Item]):
 
     def __init__(self, index: Index, spec: SampleSpec, mask_factor: int = 0):
         self.plan, self.mask_factor = SamplePlan(index, spec), mask_factor if index.has_masks else 0
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        self.plan.read_ahead(positions)
 
     def __getitem__(self, n: int) -> Item:
         sample = self.plan[n]
@@ -242,6 +258,10 @@ def _cached(batch: Item) -> tuple[torch.Tensor, TextEmbedding | None]:
 class _CachedDataset(torch.utils.data.Dataset[Item]):
     def __init__(self, index: Index, spec: SampleSpec, cache: Cache, with_pixels: bool):
         self.plan, self.cache, self.with_pixels = SamplePlan(index, spec), cache, with_pixels
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        samples = self.plan.read_ahead(positions)
+        self.cache.read_ahead([(sample.crop, sample.entry.sha256, sample.caption) for sample in samples])
 
     def __getitem__(self, n: int) -> Item:
         sample, spec = self.plan[n], self.plan.spec

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, default_collate
 
+from ldm.data import read_ahead
 from ldm.utils.rng import normal
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def with_drawn(item: Item, n: int, draws: Sequence[Draw]) -> Item:
 class _DrawingDataset(Dataset[Item]):
     def __init__(self, dataset: Dataset[Item], draws: tuple[Draw, ...]):
         self.dataset, self.draws = dataset, draws
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        read_ahead.start_reading(self.dataset, positions)
 
     def __getitem__(self, n: int) -> Item:
         return with_drawn(self.dataset[n], n, self.draws)

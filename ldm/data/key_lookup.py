@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.column_store import ColumnStore
+from ldm.data.page_cache import will_need
 
 PART = 2**22  # keys that are sorted at once
 RUN = 64  # keys, on average, that begin with the same bits: half a page, so that one is found with one access to a disk
@@ -98,11 +99,23 @@ class KeyLookup:
         indices = np.minimum(np.searchsorted(self.keys, requested), len(self.keys) - 1)
         return indices, self.keys[indices] == requested
 
+    def read_ahead(self, keys: Sequence[bytes]) -> None:
+        """Has the system read what the places of these keys are looked up in, while it returns."""
+        if len(self.keys):
+            first = np.array([self._leading_bits(key) for key in keys])
+            will_need(self._starts, first, 2)
+            starts, ends = self._starts[first], self._starts[first + 1]
+            will_need(self.keys, starts[ends > starts], (ends - starts)[ends > starts])
+            will_need(self._order, starts[ends > starts], (ends - starts)[ends > starts])
+
+    def _leading_bits(self, key: bytes) -> int:
+        return int.from_bytes(key[:4]) >> (32 - self._bits)
+
     def place(self, key: bytes) -> tuple[int, int]:
         """The number of the file and the row of a key's entry; KeyError where there is none."""
         if not len(self.keys):
             raise KeyError(key)
-        first = int.from_bytes(key[:4]) >> (32 - self._bits)
+        first = self._leading_bits(key)
         start, end = self._starts[first : first + 2].tolist()
         requested = np.array([key], "S32")  # an array: numpy strips NULs from the end of a scalar
         index = start + int(np.searchsorted(self.keys[start:end], requested)[0])

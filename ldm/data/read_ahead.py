@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +58,12 @@ def load(
     )
 
 
+def start_reading(dataset: Dataset[Item], positions: Sequence[int]) -> None:
+    """Has the system read at once what a batch's items are looked up in, where the data set knows."""
+    if read_ahead := getattr(dataset, "read_ahead", None):
+        read_ahead(positions)
+
+
 class _ReadAhead(IterableDataset[Item]):
     """A loader process's share of the batches, every n-th of n processes; the items of `ahead` more are being read."""
 
@@ -72,6 +78,8 @@ class _ReadAhead(IterableDataset[Item]):
         threads = ThreadPoolExecutor(THREADS)
         try:
             for numbers in itertools.islice(self.batches, worker.id, None, worker.num_workers):
+                with _turn:
+                    start_reading(self.dataset, numbers)
                 pending.append([threads.submit(self._item, n) for n in numbers])
                 if len(pending) > self.ahead:
                     yield _collated(pending.popleft())

@@ -16,6 +16,7 @@ import torch
 from ldm.config.schema import DataConfig
 from ldm.data.crops import Augmentation
 from ldm.data.draw_table import Draws, DrawTable, draw_table
+from ldm.data.page_cache import will_need
 from ldm.data.permutation import Permutation
 
 ORDER = 2  # the version of the order, which checkpoints keep; 1 shuffled arrays
@@ -87,14 +88,24 @@ class Order:
 
     def __getitem__(self, n: int) -> int:
         """The index, in [0, len(weights)), of the run's n-th sample."""
+        bucket, draw = self._draw(n)
+        return bucket[draw]
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Has the system read what the indices of these samples are looked up in."""
+        for bucket, draw in map(self._draw, positions):
+            bucket.read_ahead(draw)
+
+    def _draw(self, n: int) -> tuple[_Round | _Turns, int]:
+        """The bucket of the run's n-th sample, and which of its draws that is."""
         if len(self.rounds) == 1:
-            return self.rounds[0][n]
+            return self.rounds[0], n
         step, offset = divmod(n, self.batch)
         known = self._step  # read once: threads may ask for samples of other steps
         if known is None or known[0] != step:
             known = self._step = step, *self._batch_of(step)
         _, bucket, number = known
-        return bucket[number * self.batch + offset]
+        return bucket, number * self.batch + offset
 
     def _batch_of(self, step: int) -> tuple[_Round | _Turns, int]:
         """The bucket of a step, and which of its batches: an epoch has all batches of all buckets, shuffled."""
@@ -135,6 +146,16 @@ class _Round:
         self._shuffle: tuple[int, Permutation, float] | None = None  # of the last round, and its shift
 
     def __getitem__(self, n: int) -> int:
+        member = self._member(*self._shuffled(n))
+        return member if self._members is None else int(self._members[member])
+
+    def read_ahead(self, n: int) -> None:
+        """Has the system read the index of a draw, where its place follows from no search."""
+        if self._members is not None and self._cumulative is None:
+            will_need(self._members, np.array([self._member(*self._shuffled(n))]))
+
+    def _shuffled(self, n: int) -> tuple[int, float]:
+        """The n-th draw's place before its round was shuffled, and the round's shift."""
         number, offset = divmod(n, self.size)
         known = self._shuffle  # read once: threads may ask for samples of other rounds
         if known is None or known[0] != number:
@@ -142,8 +163,7 @@ class _Round:
             shift = float(np.random.default_rng(key).uniform(1e-6, 1 - 1e-6))
             known = self._shuffle = number, Permutation(self.size, key), shift
         _, permutation, shift = known
-        member = self._member(permutation[offset], shift)
-        return member if self._members is None else int(self._members[member])
+        return permutation[offset], shift
 
     def _member(self, draw: int, shift: float) -> int:
         """The member of a draw: members have draws in proportion to their weights, rounded up or down."""
@@ -178,10 +198,19 @@ class _Turns:
         self.subject, self.others, self.prior, self.size = subject, others, prior, draws + prior
 
     def __getitem__(self, n: int) -> int:
+        chosen, number = self._turn(n)
+        return chosen[number]
+
+    def read_ahead(self, n: int) -> None:
+        chosen, number = self._turn(n)
+        chosen.read_ahead(number)
+
+    def _turn(self, n: int) -> tuple[_Round, int]:
+        """Whose turn the n-th draw is, and which of its draws."""
         before, after = n * self.prior // self.size, (n + 1) * self.prior // self.size
         chosen, number = (self.subject, n - before) if before == after else (self.others, before)
         assert chosen, "a kind without images in this bucket has no draws"
-        return chosen[number]
+        return chosen, number
 
 
 class Positions(torch.utils.data.Sampler[list[int]]):

@@ -1,0 +1,112 @@
+"""What is read ahead of a memory-mapped file: the pages of the elements, and of what they refer to."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from of_config import images_of, indexed
+
+from ldm.config import loader
+from ldm.data import page_cache
+from ldm.data.column_store import ColumnStore
+from ldm.data.index_file import map_for_single_rows, write_batches
+from ldm.data.index_schema import SCHEMA
+from ldm.data.key_lookup import KeyLookup
+from ldm.data.page_cache import will_need
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The numbers of the pages that the system is to read, as long as the test runs."""
+    pages: set[int] = set()
+
+    def advise(address: int, length: int, advice: int) -> int:
+        assert address % mmap.PAGESIZE == 0 and length == mmap.PAGESIZE and advice == mmap.MADV_WILLNEED
+        pages.add(address // mmap.PAGESIZE)
+        return 0
+
+    monkeypatch.setattr(page_cache, "_madvise", lambda: advise)
+    return pages
+
+
+def pages_of(address: int, size: int) -> set[int]:
+    return {(address + byte) // mmap.PAGESIZE for byte in range(size)}
+
+
+def pages_of_text(array: pa.Array, text: str) -> set[int]:
+    """Where the array has a text that no earlier one contains."""
+    buffer, content = array.buffers()[2], text.encode()
+    return pages_of(buffer.address + buffer.to_pybytes().index(content), len(content))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u4", "S32"])
+def test_the_pages_are_those_of_the_elements(dtype: str, advised: set[int]) -> None:
+    values, starts = np.zeros(100_000, dtype), np.array([0, 1023, 1024, 99_990])
+    will_need(values, starts, 10)
+    size = values.itemsize
+    assert advised == set().union(*(pages_of(values.ctypes.data + size * int(i), 10 * size) for i in starts))
+
+
+def test_the_pages_of_a_row_are_those_of_its_values(tmp_path: Path, advised: set[int]) -> None:
+    captions = [[f"caption {j} of image {i}, " + "x" * (i % 700) for j in range(i % 3)] for i in range(5000)]
+    rows = [
+        {"captions": texts, "sha256": bytes([i % 256] * 32), "width": i, "label": None if i % 2 else f"class {i}"}
+        for i, texts in enumerate(captions)
+    ]
+    write_batches(tmp_path / "index.arrow", [pa.RecordBatch.from_pylist(rows, SCHEMA)])
+    (batch,) = map_for_single_rows(tmp_path / "index.arrow")
+    for i in (0, 77, 4996, 4999):
+        advised.clear()
+        for name in ("captions", "sha256", "width", "label", "dropout"):  # of which the last has only nulls
+            page_cache.will_need_rows(batch[name], np.array([i]))
+        needed = set().union(*(pages_of_text(batch["captions"].values, text) for text in captions[i]))
+        needed |= pages_of_text(batch["label"], f"class {i}") if i % 2 == 0 else set()
+        for name, size in (("width", 4), ("sha256", 32)):
+            needed |= pages_of(batch[name].buffers()[1].address + size * i, size)
+        assert needed <= advised
+        assert len(advised) <= len(needed) + 9  # of offsets and validity
+
+
+def test_nothing_happens_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "_madvise", lambda: None)
+    will_need(np.zeros(10), np.array([3]))
+
+
+def test_the_system_takes_the_advice(tmp_path: Path) -> None:
+    np.save(tmp_path / "values.npy", np.arange(10**5))
+    values = np.load(tmp_path / "values.npy", mmap_mode="r").view(np.ndarray)
+    call = page_cache._madvise()
+    assert call
+    assert call(values.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE, mmap.PAGESIZE, mmap.MADV_WILLNEED) == 0
+    will_need(values, np.array([0, 99_999]))
+    assert values[99_999] == 99_999
+
+
+def test_the_pages_of_a_key_are_where_it_is_found(tmp_path: Path, advised: set[int]) -> None:
+    keys = np.random.default_rng(0).integers(0, 256, (20_000, 32), np.uint8).view("S32").ravel()
+    lookup = KeyLookup(ColumnStore(tmp_path), (), [Path("a")], lambda file: keys)
+    for i in range(0, 20_000, 999):
+        advised.clear()
+        lookup.read_ahead([bytes(keys[i].ljust(32, b"\0"))])
+        at = int(np.flatnonzero(lookup.keys == keys[i])[0])
+        assert lookup.place(bytes(keys[i].ljust(32, b"\0"))) == (0, i)
+        for values in (lookup.keys, lookup._order):
+            assert pages_of(values.ctypes.data + values.itemsize * at, values.itemsize) <= advised
+
+
+def test_reading_ahead_changes_no_sample(
+    root: Path, tmp_path: Path, three_shapes: Callable[[list[str]], Path], advised: set[int]
+) -> None:
+    folder = three_shapes([f"image {i}\nanother {i}" for i in range(22)])
+    keys = [f"data.source.path={folder}", "data.source.lines=true", "data.size=16", "data.buckets={step: 8}"]
+    config = loader.load(root / "configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", *keys, "data.flip=true"])
+    ahead, plain = (images_of(indexed(config), config, 4).plan for _ in range(2))
+    assert ahead.read_ahead(range(8, 12)) == [plain[n] for n in range(8, 12)]
+    assert advised
+    assert [ahead[n] for n in range(8, 16)] == [plain[n] for n in range(8, 16)]
+    assert not ahead._ahead  # a sample is kept until it is asked for
