@@ -41,6 +41,7 @@ from ldm.data.index_file import map_for_single_rows, memory_map, write_batches
 from ldm.data.index_schema import SCHEMA
 from ldm.data.index_table import IndexTable
 from ldm.data.key_lookup import KeyLookup
+from ldm.data.page_cache import look_up
 from ldm.data.sampler import Positions, SampleSpec
 
 ROWS, PER_FILE = 65_536, 4096  # of a chunk of the index; of a file of the cache
@@ -199,8 +200,9 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         before = self.used()
         planned = self.plan.read_ahead(positions)
-        captions = [hashlib.sha256(sample.caption.encode()).digest() for sample in planned]
-        self.lookup.read_ahead([*(sample.entry.sha256 for sample in planned), *captions])
+        keys = [sample.entry.sha256 for sample in planned]
+        keys += [hashlib.sha256(sample.caption.encode()).digest() for sample in planned]
+        look_up(map(self.lookup.lookup, keys))
         items = [self[n] for n in positions]
         used = {name: (value - before[name]) / len(items) for name, value in self.used().items()}
         return [{**item, **used, "memory": anonymous()} for item in items]

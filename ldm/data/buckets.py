@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm.config.schema import BucketConfig
 from ldm.data.images import Size
-from ldm.data.page_cache import will_need
+from ldm.data.page_cache import address
 
 
 class Buckets:
@@ -52,9 +52,9 @@ class EntrySizes(Sequence[Size]):
     def __getitem__(self, i: Any) -> Any:
         return self.distinct[self._of_row[self._rows[i]]]
 
-    def read_ahead(self, entries: np.ndarray) -> None:
-        """Has the system read the sizes of these entries, `(N,)`."""
-        will_need(self._of_row, self._rows[entries])
+    def address(self, row: int) -> int:
+        """Where the size of a row of the table is."""
+        return address(self._of_row, row)
 
     def numbers(self) -> np.ndarray:
         """The number of each entry's size, `(N,)`."""

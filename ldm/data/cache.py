@@ -26,6 +26,7 @@ from ldm.data.images import Size
 from ldm.data.index import Index
 from ldm.data.key_lookup import first_occurrences
 from ldm.data.masks import latent_mask
+from ldm.data.page_cache import look_up
 from ldm.data.records import SampleFields
 from ldm.distributed.launch import leave_signals_to_parent
 from ldm.models.autoencoder import Autoencoder
@@ -66,10 +67,9 @@ class Cache:
 
     def read_ahead(self, samples: Sequence[tuple[Crop, bytes, str]]) -> None:
         """Has the system read where the entries of these samples are: of a crop of an image, and of its caption."""
-        for size in {crop.size for crop, _, _ in samples}:
-            self.latents[size].lookup.read_ahead([sha256 for crop, sha256, _ in samples if crop.size == size])
-        if self.text:
-            self.text.lookup.read_ahead([_caption_key(caption) for _, _, caption in samples])
+        lookups = [self.latents[crop.size].lookup.lookup(sha256) for crop, sha256, _ in samples]
+        lookups += [self.text.lookup.lookup(_caption_key(caption)) for _, _, caption in samples if self.text]
+        look_up(lookups)
 
     def mask(self, crop: Crop, entry: SampleFields) -> torch.Tensor:
         """An image's mask at the size of its latent, `(1, h, w)` in [0, 1]."""

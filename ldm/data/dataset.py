@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image, ImageOps
@@ -23,6 +22,7 @@ from ldm.data.draws import Draw, LatentNoise, draw_batch, with_draws
 from ldm.data.images import Size, to_tensor
 from ldm.data.index import Index
 from ldm.data.masks import latent_mask
+from ldm.data.page_cache import Lookup, look_up
 from ldm.data.records import PRIOR, SampleFields
 from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
@@ -60,11 +60,14 @@ class SamplePlan:
 
     def read_ahead(self, positions: Sequence[int]) -> list[PlannedSample]:
         """The samples at these positions; the system reads what they need of the index all at once."""
-        self.order.read_ahead(positions)
-        self.index.read_ahead(np.array([self.order[n] for n in positions]))
+        look_up(map(self._lookup, positions))
         samples = [self._plan(n) for n in positions]
         self._ahead.update(zip(positions, samples, strict=True))
         return samples
+
+    def _lookup(self, n: int) -> Lookup[None]:
+        number = yield from self.order.lookup(n)
+        yield from self.index.lookup(number)
 
     def _plan(self, n: int) -> PlannedSample:
         number, seed, augmentation = self.order[n], self.spec.seed, self.spec.augmentation

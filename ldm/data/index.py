@@ -33,7 +33,7 @@ from ldm.data.images import Size, decode
 from ldm.data.index_file import cache_key, write_index
 from ldm.data.index_table import SPLITS, IndexTable
 from ldm.data.masks import load_mask
-from ldm.data.page_cache import will_need
+from ldm.data.page_cache import Lookup, address
 from ldm.data.records import PRIOR, TRAINED, BadSample, Entry, SampleFields
 from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
@@ -80,13 +80,12 @@ class Index:
         number = int(self.rows[i])
         return self.table.sample_fields(number, self._split_of(number))
 
-    def read_ahead(self, numbers: np.ndarray) -> None:
-        """Has the system read what `sample_fields` of these entries, `(N,)`, needs, while it returns."""
-        will_need(self.rows, numbers)
-        rows = self.rows[numbers]
-        will_need(self._split_numbers, rows)
-        self.sizes.read_ahead(numbers)
-        self.table.read_ahead(rows)
+    def lookup(self, i: int) -> Lookup[None]:
+        """Reads what `sample_fields` of entry i needs, and its size."""
+        yield [address(self.rows, i)]
+        row = int(self.rows[i])
+        yield [address(self._split_numbers, row), self.sizes.address(row)]
+        yield from self.table.lookup(row)
 
     @cached_property
     def _split_numbers(self) -> np.ndarray:

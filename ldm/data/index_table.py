@@ -17,7 +17,7 @@ from ldm.data.buckets import Buckets
 from ldm.data.column_store import ColumnStore
 from ldm.data.images import Size
 from ldm.data.index_schema import MASK_COLUMNS, RECORD_COLUMNS
-from ldm.data.page_cache import will_need_rows
+from ldm.data.page_cache import Lookup, MappedArray, together
 from ldm.data.records import HELD_OUT, PRIOR, BadSample, Entry, ImageLocation, SampleFields
 
 SPLITS = ("train", *HELD_OUT, PRIOR)  # numbered from 1; 0 is a bad sample
@@ -40,6 +40,7 @@ class IndexTable:
         self._batches = rows or table.to_batches()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
         self._arrays: dict[int, dict[str, pa.Array]] = {}  # the columns of a row's batch, which are slow to make
+        self._mapped: dict[int, list[MappedArray]] = {}  # those of a sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {"table": self.table, "columns": self.columns}
@@ -70,24 +71,20 @@ class IndexTable:
         row = self._row(number, SAMPLE_COLUMNS)
         return SampleFields(**{**row, "captions": tuple(row["captions"]), "split": split})
 
-    def read_ahead(self, numbers: np.ndarray) -> None:
-        """Has the system read what `sample_fields` of these rows, `(N,)`, needs, all at once."""
-        batches = np.searchsorted(self._ends, numbers, side="right")
-        parts = [(batch, numbers[batches == batch].astype(np.int64)) for batch in np.unique(batches).tolist()]
-        for name in sorted(SAMPLE_COLUMNS, key=lambda name: name in ("captions", "label")):  # those that wait are last
-            for batch, rows in parts:
-                arrays = self._batch(batch)
-                will_need_rows(arrays[name], rows - self._ends[batch] + len(arrays[name]))
+    def lookup(self, number: int) -> Lookup[None]:
+        """Reads what `sample_fields` of a row needs."""
+        batch = bisect.bisect_right(self._ends, number)
+        if (columns := self._mapped.get(batch)) is None:
+            columns = self._mapped[batch] = [MappedArray(self._batches[batch][name]) for name in SAMPLE_COLUMNS]
+        row = number - self._ends[batch] + self._batches[batch].num_rows
+        yield from together(column.row(row) for column in columns)
 
     def _row(self, number: int, names: Sequence[str]) -> dict[str, Any]:
         batch = bisect.bisect_right(self._ends, number)
-        arrays, at = self._batch(batch), number - self._ends[batch]  # negative: from the batch's end
+        if (arrays := self._arrays.get(batch)) is None:
+            arrays = self._arrays[batch] = {name: self._batches[batch][name] for name in ROW_COLUMNS}
+        at = number - self._ends[batch]  # negative: from the batch's end
         return {name: arrays[name][at].as_py() for name in names}
-
-    def _batch(self, number: int) -> dict[str, pa.Array]:
-        if (arrays := self._arrays.get(number)) is None:
-            arrays = self._arrays[number] = {name: self._batches[number][name] for name in ROW_COLUMNS}
-        return arrays
 
     def blocks(self, *names: str) -> Iterator[pa.Table]:
         """These columns, some rows at a time."""

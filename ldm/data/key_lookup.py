@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.column_store import ColumnStore
-from ldm.data.page_cache import will_need
+from ldm.data.page_cache import Lookup, address
 
 PART = 2**22  # keys that are sorted at once
 RUN = 64  # keys, on average, that begin with the same bits: half a page, so that one is found with one access to a disk
@@ -99,14 +99,15 @@ class KeyLookup:
         indices = np.minimum(np.searchsorted(self.keys, requested), len(self.keys) - 1)
         return indices, self.keys[indices] == requested
 
-    def read_ahead(self, keys: Sequence[bytes]) -> None:
-        """Has the system read what the places of these keys are looked up in, while it returns."""
-        if len(self.keys):
-            first = np.array([self._leading_bits(key) for key in keys])
-            will_need(self._starts, first, 2)
-            starts, ends = self._starts[first], self._starts[first + 1]
-            will_need(self.keys, starts[ends > starts], (ends - starts)[ends > starts])
-            will_need(self._order, starts[ends > starts], (ends - starts)[ends > starts])
+    def lookup(self, key: bytes) -> Lookup[None]:
+        """Reads where `place` looks a key up."""
+        if not len(self.keys):
+            return
+        first = self._leading_bits(key)
+        yield address(self._starts, first), address(self._starts, first + 1)
+        start, end = self._starts[first : first + 2].tolist()
+        if end > start:
+            yield [address(values, i) for values in (self.keys, self._order) for i in (start, end - 1)]
 
     def _leading_bits(self, key: bytes) -> int:
         return int.from_bytes(key[:4]) >> (32 - self._bits)

@@ -16,7 +16,7 @@ import torch
 from ldm.config.schema import DataConfig
 from ldm.data.crops import Augmentation
 from ldm.data.draw_table import Draws, DrawTable, draw_table
-from ldm.data.page_cache import will_need
+from ldm.data.page_cache import Lookup, address
 from ldm.data.permutation import Permutation
 
 ORDER = 2  # the version of the order, which checkpoints keep; 1 shuffled arrays
@@ -91,10 +91,10 @@ class Order:
         bucket, draw = self._draw(n)
         return bucket[draw]
 
-    def read_ahead(self, positions: Sequence[int]) -> None:
-        """Has the system read what the indices of these samples are looked up in."""
-        for bucket, draw in map(self._draw, positions):
-            bucket.read_ahead(draw)
+    def lookup(self, n: int) -> Lookup[int]:
+        """The same."""
+        bucket, draw = self._draw(n)
+        return (yield from bucket.lookup(draw))
 
     def _draw(self, n: int) -> tuple[_Round | _Turns, int]:
         """The bucket of the run's n-th sample, and which of its draws that is."""
@@ -146,16 +146,19 @@ class _Round:
         self._shuffle: tuple[int, Permutation, float] | None = None  # of the last round, and its shift
 
     def __getitem__(self, n: int) -> int:
-        member = self._member(*self._shuffled(n))
+        member = self._member(n)
         return member if self._members is None else int(self._members[member])
 
-    def read_ahead(self, n: int) -> None:
-        """Has the system read the index of a draw, where its place follows from no search."""
-        if self._members is not None and self._cumulative is None:
-            will_need(self._members, np.array([self._member(*self._shuffled(n))]))
+    def lookup(self, n: int) -> Lookup[int]:
+        """The same; the search among weights reads page by page."""
+        member = self._member(n)
+        if self._members is None:
+            return member
+        yield [address(self._members, member)]
+        return int(self._members[member])
 
-    def _shuffled(self, n: int) -> tuple[int, float]:
-        """The n-th draw's place before its round was shuffled, and the round's shift."""
+    def _member(self, n: int) -> int:
+        """The member of the n-th draw: members have draws in proportion to their weights, rounded up or down."""
         number, offset = divmod(n, self.size)
         known = self._shuffle  # read once: threads may ask for samples of other rounds
         if known is None or known[0] != number:
@@ -163,10 +166,7 @@ class _Round:
             shift = float(np.random.default_rng(key).uniform(1e-6, 1 - 1e-6))
             known = self._shuffle = number, Permutation(self.size, key), shift
         _, permutation, shift = known
-        return permutation[offset], shift
-
-    def _member(self, draw: int, shift: float) -> int:
-        """The member of a draw: members have draws in proportion to their weights, rounded up or down."""
+        draw = permutation[offset]
         if self._cumulative is not None:
             member = int(np.searchsorted(self._cumulative, draw + shift))
         elif self.size == self._draws.length:
@@ -198,12 +198,13 @@ class _Turns:
         self.subject, self.others, self.prior, self.size = subject, others, prior, draws + prior
 
     def __getitem__(self, n: int) -> int:
-        chosen, number = self._turn(n)
-        return chosen[number]
+        chosen, draw = self._turn(n)
+        return chosen[draw]
 
-    def read_ahead(self, n: int) -> None:
-        chosen, number = self._turn(n)
-        chosen.read_ahead(number)
+    def lookup(self, n: int) -> Lookup[int]:
+        """The same."""
+        chosen, draw = self._turn(n)
+        return (yield from chosen.lookup(draw))
 
     def _turn(self, n: int) -> tuple[_Round, int]:
         """Whose turn the n-th draw is, and which of its draws."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,8 @@ from ldm.data.column_store import ColumnStore
 from ldm.data.index_file import map_for_single_rows, write_batches
 from ldm.data.index_schema import SCHEMA
 from ldm.data.key_lookup import KeyLookup
-from ldm.data.page_cache import will_need
+from ldm.data.page_cache import MappedArray, address
+from ldm.data.sampler import Order
 
 
 @pytest.fixture
@@ -45,11 +48,23 @@ def pages_of_text(array: pa.Array, text: str) -> set[int]:
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u4", "S32"])
-def test_the_pages_are_those_of_the_elements(dtype: str, advised: set[int]) -> None:
-    values, starts = np.zeros(100_000, dtype), np.array([0, 1023, 1024, 99_990])
-    will_need(values, starts, 10)
-    size = values.itemsize
-    assert advised == set().union(*(pages_of(values.ctypes.data + size * int(i), 10 * size) for i in starts))
+def test_an_address_is_that_of_the_element(dtype: str) -> None:
+    values = np.array([5, 6, 7, 8], dtype)
+    assert ctypes.string_at(address(values, 2), values.itemsize) == values[2:3].tobytes()
+
+
+def test_lookups_advance_together(advised: set[int]) -> None:
+    """Each turn reads what all need; what ends early waits for none."""
+    seen: list[set[int]] = []
+
+    def lookup(turns: int) -> page_cache.Lookup[None]:
+        for turn in range(turns):
+            yield [mmap.PAGESIZE * (100 * turns + turn)]
+            seen.append(set(advised))
+
+    page_cache.look_up(map(lookup, (2, 0, 3)))
+    assert seen[0] == seen[1] == {200, 300}  # both were asked for before either was read
+    assert advised == {200, 201, 300, 301, 302}
 
 
 def test_the_pages_of_a_row_are_those_of_its_values(tmp_path: Path, advised: set[int]) -> None:
@@ -62,8 +77,8 @@ def test_the_pages_of_a_row_are_those_of_its_values(tmp_path: Path, advised: set
     (batch,) = map_for_single_rows(tmp_path / "index.arrow")
     for i in (0, 77, 4996, 4999):
         advised.clear()
-        for name in ("captions", "sha256", "width", "label", "dropout"):  # of which the last has only nulls
-            page_cache.will_need_rows(batch[name], np.array([i]))
+        columns = [MappedArray(batch[name]) for name in ("captions", "sha256", "width", "label", "dropout")]
+        page_cache.look_up([column.row(i) for column in columns])  # the last column has only nulls
         needed = set().union(*(pages_of_text(batch["captions"].values, text) for text in captions[i]))
         needed |= pages_of_text(batch["label"], f"class {i}") if i % 2 == 0 else set()
         for name, size in (("width", 4), ("sha256", 32)):
@@ -72,9 +87,20 @@ def test_the_pages_of_a_row_are_those_of_its_values(tmp_path: Path, advised: set
         assert len(advised) <= len(needed) + 9  # of offsets and validity
 
 
-def test_nothing_happens_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [{}, {"repeats": [1, 3] * 20}, {"prior": np.arange(40) % 5 == 0}])
+def test_a_lookup_finds_what_the_order_has(kinds: dict[str, Any]) -> None:
+    order = Order([1.0] * 40, 0, 4, buckets=[i % 3 for i in range(40)], **kinds)
+
+    def found(n: int) -> page_cache.Lookup[None]:
+        assert (yield from order.lookup(n)) == order[n]
+
+    page_cache.look_up(map(found, range(100)))
+
+
+def test_lookups_end_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_cache, "_madvise", lambda: None)
-    will_need(np.zeros(10), np.array([3]))
+    order = Order([1.0] * 40, 0)
+    page_cache.look_up(map(order.lookup, range(100)))
 
 
 def test_the_system_takes_the_advice(tmp_path: Path) -> None:
@@ -83,8 +109,7 @@ def test_the_system_takes_the_advice(tmp_path: Path) -> None:
     call = page_cache._madvise()
     assert call
     assert call(values.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE, mmap.PAGESIZE, mmap.MADV_WILLNEED) == 0
-    will_need(values, np.array([0, 99_999]))
-    assert values[99_999] == 99_999
+    assert values[-1] == 99_999
 
 
 def test_the_pages_of_a_key_are_where_it_is_found(tmp_path: Path, advised: set[int]) -> None:
@@ -92,7 +117,7 @@ def test_the_pages_of_a_key_are_where_it_is_found(tmp_path: Path, advised: set[i
     lookup = KeyLookup(ColumnStore(tmp_path), (), [Path("a")], lambda file: keys)
     for i in range(0, 20_000, 999):
         advised.clear()
-        lookup.read_ahead([bytes(keys[i].ljust(32, b"\0"))])
+        page_cache.look_up([lookup.lookup(bytes(keys[i].ljust(32, b"\0")))])
         at = int(np.flatnonzero(lookup.keys == keys[i])[0])
         assert lookup.place(bytes(keys[i].ljust(32, b"\0"))) == (0, i)
         for values in (lookup.keys, lookup._order):
