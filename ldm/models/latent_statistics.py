@@ -108,7 +108,7 @@ class LatentStatistics:
     def warnings(self) -> list[str]:
         """What would make diffusion harder: a sentence each, with the channel and the figure."""
         mean, std, distance, r = self.mean(), self.std(), self.distance(), self.correlation()
-        dead, messages = self.dead(), []
+        dead, messages, far = self.dead(), list[str](), list[int]()
         for c in range(self.channels):
             if c in dead:
                 messages.append(
@@ -122,10 +122,11 @@ class LatentStatistics:
                     f"channel {c} is out of scale: its std is {std[c]:.2f}, outside [{STD_RANGE[0]}, {STD_RANGE[1]}]"
                 )
             if distance[c] > MAX_DISTANCE and self.count >= MIN_VALUES:
-                messages.append(
-                    f"channel {c} is far from Gaussian: total variation distance {distance[c]:.2f}, "
-                    f"above {MAX_DISTANCE}"
-                )
+                far.append(c)
+        if far:  # often most of them
+            which = f"channel {far[0]} is" if len(far) == 1 else f"channels {', '.join(map(str, far))} are"
+            largest = f"total variation distance {distance[far].max():.2f}, above {MAX_DISTANCE}"
+            messages.append(f"{which} far from Gaussian: {largest}")
         alive = [c for c in range(self.channels) if c not in dead]
         pairs = sorted(
             (-abs(float(r[a, b])), a, b) for a in alive for b in alive if a < b and abs(r[a, b]) > MAX_CORRELATION

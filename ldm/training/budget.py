@@ -31,6 +31,7 @@ MEASURED_STEPS = 24  # a process's first steps are faster than later ones
 MEASURED_SHARE = 0.02  # of the budget, at most, for these
 LEAST = 0.1  # of the steps of a configuration without points
 TOLERANCE = 0.15  # share by which steps may be slower or faster before it is reported
+LATE = 30.0  # seconds before the end in which a change is no longer worth a line
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
 REST = 0.02  # of the budget, for checkpoints, exports and the report
 ADJUSTED = 0.02  # share of the steps by which an adjustment must change them
@@ -192,15 +193,18 @@ class LoadWatch:
         """After `step` steps, of which the last ones took `seconds` each: a line, or nothing."""
         self._last.append(seconds)
         now, reported = median(self._last), self._reported
-        if len(self._last) < WINDOWS or abs(now / reported - 1) <= TOLERANCE:
+        left = (self.steps - step) * now
+        if len(self._last) < WINDOWS or left < LATE or abs(now / reported - 1) <= TOLERANCE:
             return ""
         if max(abs(step_time / self.planned - 1) for step_time in (now, reported)) <= TOLERANCE:
             return ""  # neither has left the plan
         self._reported = now
-        ratio, left = now / self.planned, format_time((self.steps - step) * now)
+        ratio = now / self.planned
         if abs(ratio - 1) <= TOLERANCE:
-            return f"steps take as long as planned again; {left} are left"
-        return f"the load has changed: steps take {ratio:.0%} of the time that was planned; {left} are left"
+            return f"steps take as long as planned again; {format_time(left)} are left"
+        return (
+            f"the load has changed: steps take {ratio:.0%} of the time that was planned; {format_time(left)} are left"
+        )
 
 
 def steps_to_measure(step: float, minutes: float) -> int:

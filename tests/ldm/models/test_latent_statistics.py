@@ -78,6 +78,9 @@ def test_the_distance_is_large_for_binary_latents_and_independent_of_scale() -> 
     statistics = report(torch.cat([binary, noise(64, 1, 16, 16, seed=1) * 1.7 + 0.4], 1))
     assert statistics.distance()[0] > 0.8 and statistics.distance()[1] < 0.03
     assert [text[:33] for text in statistics.warnings()] == ["channel 0 is far from Gaussian: t"]
+    both = report(torch.cat([binary, -binary, noise(64, 1, 16, 16, seed=1)], 1))
+    distance = f"total variation distance {float(both.distance().max()):.2f}, above 0.15"
+    assert both.warnings()[0] == f"channels 0, 1 are far from Gaussian: {distance}"
 
 
 def test_dead_channels_and_correlated_pairs_are_named_with_their_values() -> None:

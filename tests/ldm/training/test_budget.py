@@ -132,6 +132,11 @@ def test_a_change_of_load_is_reported_once_and_so_is_its_end() -> None:
     assert not any(watch.observe(600 + step, seconds) for step, seconds in enumerate(wandering * 2))
 
 
+def test_a_change_in_the_last_half_minute_is_not_reported() -> None:
+    watch = LoadWatch(planned=1.0, steps=1000)
+    assert not any(watch.observe(step, 2.0) for step in range(986, 1000))
+
+
 def test_only_a_plan_of_the_stages_steps_is_watched(config: Config, tmp_path: Path) -> None:
     plan = choose(config, 10, FIXED, needs())
     plan.write(tmp_path)
