@@ -239,6 +239,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
 
 def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes: float) -> Config:
     """The configuration with the steps that end within `minutes`: as the run's plan has them, which is made once."""
+    import torch
     from accelerate import PartialState
 
     from ldm.distributed.launch import on_main
@@ -259,6 +260,7 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
         on_main(lambda: make_dir("run.dir", folder))
         on_main(lambda: lock("run.dir", folder))
         on_main(lambda: (folder / preflight.FILE).unlink(missing_ok=True))  # of another time, with another load
+        threads = leave_busy_cores()
         data = load_data(settings, encoder)
         for name in stages:
             report = measure(settings, name, data, encoder)
@@ -271,15 +273,33 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
             needs = {name: need for name in stages if (need := preflight.measured(settings, name))}
             begun, processes = budget.seconds_since_start(), PartialState().num_processes
             fixed = budget.fixed_seconds(settings, minutes, begun, start_up, needs.get("stage2"), processes)
-            chosen = budget.choose(settings, minutes, fixed, needs)
+            chosen = budget.choose(settings, minutes, fixed, needs, threads)
             chosen.apply(settings)  # whose mistakes come before it is kept
             chosen.write(folder)
             return chosen
 
         plan = on_main(choose)
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
     if PartialState().is_main_process:
         print(plan, flush=True)
     return plan.apply(settings)
+
+
+def leave_busy_cores() -> int:
+    """Takes no more threads than have a core to themselves; returns how many, or 0 for several processes or a GPU."""
+    from ldm.utils.openmp import threads_with_a_core
+
+    import torch
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1 or PartialState().device.type != "cpu":
+        return 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads := threads_with_a_core(before))
+    if threads < before:
+        print(f"threads  {threads} of {before}: other programs use the other cores", flush=True)
+    return threads
 
 
 def with_adjusted_steps(settings: Config) -> Config:

@@ -35,6 +35,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.utils.openmp import threads_with_a_core
+
+import torch
+
 from ldm.cli import evaluate_figures, evaluate_folders
 from ldm.cli.evaluate_enlarging import evaluate_enlarging
 from ldm.cli.evaluate_prompts import evaluate_prompts
@@ -77,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures a run, or another model by the run's data; prints, and returns what `evaluation.json` has."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads_with_a_core(torch.get_num_threads()))
     options = Sampling(**sampling_options(args))
     settings = _run_settings(args.run)
     enlarges = "upscale" in settings.stage2.conditions

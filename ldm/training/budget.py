@@ -50,6 +50,8 @@ class Plan:
     """Of each part, as expected."""
     figures: str
     """What a model of these steps, or of the nearest fewer ones, was measured to be."""
+    threads: int = 0
+    """Of the process on a CPU, as measured; 0: as configured."""
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in self.seconds.items())
@@ -87,8 +89,14 @@ class Plan:
             raise UserError(f"--budget: {file} is damaged ({error}); remove it, or give another run.dir") from None
 
 
-def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Mapping[str, ResourceEstimate]) -> Plan:
-    """The plan with the most steps that ends within `minutes`.
+def choose(
+    config: Config,
+    minutes: float,
+    fixed: Mapping[str, float],
+    needs: Mapping[str, ResourceEstimate],
+    threads: int = 0,
+) -> Plan:
+    """The plan with the most steps that ends within `minutes`, with so many threads.
 
     `fixed` are the seconds of what comes before and after training; `needs` those of the stages to train. Steps lie on
     the line through the points of `budget`, the origin before them; after the last point both grow in its ratio.
@@ -105,7 +113,7 @@ def choose(config: Config, minutes: float, fixed: Mapping[str, float], needs: Ma
         before, *after = fixed.items()
         figures = _figures(points, steps) if len(steps) == 2 else ""  # of both stages
         per_step = {name: need.step for name, need in needs.items()}
-        return Plan(minutes, steps, per_step, dict([before, *seconds.items(), *after]), figures)
+        return Plan(minutes, steps, per_step, dict([before, *seconds.items(), *after]), figures, threads)
 
     def too_long(progress: float) -> bool:
         return sum(plan(progress).seconds.values()) > 60 * minutes

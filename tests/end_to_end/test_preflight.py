@@ -24,6 +24,7 @@ from ldm.models import text_encoder
 from ldm.training import preflight
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.training.trainer import Trainer
+from ldm.utils import openmp
 from ldm.utils.errors import UserError
 from stage1_vae import train as stage1
 from stage1_vae.objective import Objective
@@ -334,16 +335,24 @@ def test_encoding_is_shared_by_as_many_processes_as_there_are_files(
     assert preflight._encoders(settings, index, 2) == 2
 
 
-def test_a_budget_is_planned_once_for_a_run(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_is_planned_once_for_a_run(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openmp, "threads_with_a_core", lambda threads: 1)  # the others are busy
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     overrides = [*TINY[2:], f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
     settings = load(Path(TINY[1]), overrides)
     encoder = text_encoder.of(settings.text)
     planned = [train_ldm.with_planned_steps(settings, encoder, 5) for _ in range(2)]
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert planned[0] == planned[1] != settings
+    assert torch.get_num_threads() == plan["threads"] == 1
+    torch.set_num_threads(threads)
     assert {name: getattr(planned[0], name).steps for name in ("stage1", "stage2")} == plan["steps"]
     assert 0.9 * 300 < sum(plan["seconds"].values()) <= 300
-    assert capsys.readouterr().out.count("plan     ") == 2
+    output = capsys.readouterr().out
+    assert output.count("plan     ") == 2 and output.count("threads  1 of 2: other programs use the other cores") == 1
     assert train_ldm.main(["--config", TINY[1], *overrides, "--budget", "6"]) == 2
     assert "was planned for 5 minutes; give that, or another run.dir" in capsys.readouterr().err
     assert train_ldm.main(["--config", TINY[1], f"run.dir={tiny_run}", *TINY[2:], "--budget", "5"]) == 2
