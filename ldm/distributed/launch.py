@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ldm.utils.openmp import threads_with_a_core
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, patch_environment
@@ -63,7 +65,7 @@ def say_idle_cores(processes: int) -> None:
     """Prints a hint, once, where cores are idle: by default `accelerate launch` gives a CPU process one thread."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // processes
-    if torch.get_num_threads() == 1 < share:
+    if torch.get_num_threads() == 1 < share and (processes > 1 or threads_with_a_core(share, 0.1) > 1):
         print(
             f"One thread a process on {cores} cores; OMP_NUM_THREADS={share}, or accelerate launch "
             f"--num_cpu_threads_per_process {share}, would be faster.",
