@@ -61,7 +61,7 @@ def threads_with_a_core(threads: int, seconds: float = 0.5) -> int:
     """How many of so many threads have a core to themselves, beside other programs; one at least.
 
     Threads wait for each other at every operation: with one of two cores busy, two took 5.0 s for a step that one took
-    0.9 s for, and two idle cores 0.65 s (AVX512-bf16).
+    1.1 s for, and two idle cores 0.65 s (AVX512-bf16).
     """
     return 1 if threads == 1 else max(1, min(threads, int(len(own_cpus()) - busy_cores(seconds) + 0.5)))
 
