@@ -116,9 +116,10 @@ def train(
             print(report, flush=True)
 
     if "stage1" in stages:
+        begun = budget.seconds_since_start()
         train_autoencoder(settings, data)
         if planned_now and "stage2" in stages:
-            settings = prepare_run_dir(with_adjusted_steps(settings))
+            settings = prepare_run_dir(with_adjusted_steps(settings, begun))
     if stage != "1":
         if "stage2" in stages:
             train_unet(settings, data, load_autoencoder(settings), encoder)
@@ -245,9 +246,11 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
     from ldm.distributed.launch import on_main
     from ldm.training import budget, preflight
     from ldm.training.run_dir import make_dir
+    from ldm.utils.cpu_load import limit_threads
     from ldm.utils.folder_lock import lock
 
     folder, stages = settings.run.dir, unfinished_stages(settings, None)
+    single = PartialState().num_processes == 1 and PartialState().device.type == "cpu"
     plan = on_main(lambda: budget.Plan.read(folder))
     if plan and plan.minutes != minutes:
         raise UserError(f"--budget: {folder} was planned for {plan.minutes:g} minutes; give that, or another run.dir")
@@ -260,7 +263,7 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
         on_main(lambda: make_dir("run.dir", folder))
         on_main(lambda: lock("run.dir", folder))
         on_main(lambda: (folder / preflight.FILE).unlink(missing_ok=True))  # of another time, with another load
-        threads = leave_busy_cores()
+        threads = limit_threads() if single else 0
         data = load_data(settings, encoder)
         for name in stages:
             report = measure(settings, name, data, encoder)
@@ -279,48 +282,40 @@ def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes
             return chosen
 
         plan = on_main(choose)
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    if plan.threads and single:
+        torch.set_num_threads(min(plan.threads, torch.get_num_threads()))
     if PartialState().is_main_process:
         print(plan, flush=True)
     return plan.apply(settings)
 
 
-def leave_busy_cores() -> int:
-    """Takes no more threads than have a core to themselves; returns how many, or 0 for several processes or a GPU."""
-    from ldm.utils.openmp import threads_with_a_core
+def with_adjusted_steps(settings: Config, begun: float) -> Config:
+    """The configuration with the steps of stage two that fill what stage one has left of the budget.
 
-    import torch
-    from accelerate import PartialState
-
-    if PartialState().num_processes > 1 or PartialState().device.type != "cpu":
-        return 0
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads := threads_with_a_core(before))
-    if threads < before:
-        print(f"threads  {threads} of {before}: other programs use the other cores", flush=True)
-    return threads
-
-
-def with_adjusted_steps(settings: Config) -> Config:
-    """The configuration with the steps of stage two that fill what stage one has left of the budget."""
+    That one has `begun` so many seconds after the program.
+    """
     from ldm.distributed.launch import on_main
     from ldm.training import budget, preflight
 
     folder = settings.run.dir
 
-    def adjust() -> budget.Plan:
+    def adjust() -> budget.Plan | None:
         plan, need = budget.Plan.read(folder), preflight.measured(settings, "stage2")
-        assert plan and need  # of this run
-        changed = budget.adjusted(plan, settings, need, budget.seconds_since_start())
-        changed.apply(settings)  # whose mistakes come before it is kept
+        if not (plan and need):  # measured with other steps, where these change what a step needs
+            return plan
+        ratio = budget.measured_ratio(plan, folder / "stage1" / "metrics.jsonl", settings.stage1.batch)
+        changed = budget.adjusted(plan, settings, need, begun, budget.seconds_since_start(), ratio)
+        try:
+            changed.apply(settings)
+        except UserError:  # a rule that holds for the planned steps
+            return plan
         if changed != plan:
             changed.write(folder)
-            share = changed.seconds["stage1"] / plan.seconds["stage1"]
-            print(f"stage 1  took {share:.0%} of the time that was planned; so stage two's steps change\n{changed}")
+            print(f"stage 1  steps took {ratio:.0%} of the time that was planned\n{changed}", flush=True)
         return changed
 
-    return on_main(adjust).apply(settings)
+    plan = on_main(adjust)
+    return plan.apply(settings) if plan else settings
 
 
 def measure(

@@ -35,8 +35,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.utils.openmp import threads_with_a_core
-
 import torch
 
 from ldm.cli import evaluate_figures, evaluate_folders
@@ -56,6 +54,7 @@ from ldm.sampling.options import Sampling
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.model_card import write_card
 from ldm.utils.atomic_files import atomic_file
+from ldm.utils.cpu_load import limit_threads
 from ldm.utils.errors import Parser, UserError, command
 from ldm.utils.paths import path_or_id
 
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures a run, or another model by the run's data; prints, and returns what `evaluation.json` has."""
     if not torch.cuda.is_available():
-        torch.set_num_threads(threads_with_a_core(torch.get_num_threads()))
+        limit_threads()
     options = Sampling(**sampling_options(args))
     settings = _run_settings(args.run)
     enlarges = "upscale" in settings.stage2.conditions

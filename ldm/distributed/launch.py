@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.utils.openmp import threads_with_a_core
-
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, patch_environment
@@ -23,6 +21,7 @@ from ldm.config.loader import key_of
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.distributed.sharding import KINDS
+from ldm.utils.cpu_load import SECONDS, threads_with_a_core
 from ldm.utils.errors import UserError
 from ldm.utils.folder_lock import release_locks
 
@@ -64,8 +63,8 @@ def training_processes(config: RunConfig) -> Iterator[PartialState]:
 def say_idle_cores(processes: int) -> None:
     """Prints a hint, once, where cores are idle: by default `accelerate launch` gives a CPU process one thread."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // processes
-    if torch.get_num_threads() == 1 < share and (processes > 1 or threads_with_a_core(share, 0.1) > 1):
+    share = cores // processes if processes > 1 else threads_with_a_core(cores, SECONDS)
+    if torch.get_num_threads() == 1 < share:
         print(
             f"One thread a process on {cores} cores; OMP_NUM_THREADS={share}, or accelerate launch "
             f"--num_cpu_threads_per_process {share}, would be faster.",

@@ -1,8 +1,8 @@
 """`--budget`: steps of both stages that fill so many minutes on this machine, planned once and kept with the run.
 
 `RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. Before stage two its
-steps are adjusted to the time that stage one took. A run that continues reads them, so that nothing depends on a second
-measurement.
+steps are adjusted to the time that stage one took, unless the run was stopped before. A run that continues reads them,
+so that nothing depends on a second measurement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import psutil
 
@@ -130,13 +130,22 @@ def choose(
     return plan(low)
 
 
-def adjusted(plan: Plan, config: Config, need: ResourceEstimate, elapsed: float) -> Plan:
-    """The plan with so many steps of stage two that it ends in time, where stage one has ended after `elapsed` seconds.
+def measured_ratio(plan: Plan, metrics: Path, batch: int) -> float:
+    """How long stage one's steps took, as its metrics have it, of the time that was planned."""
+    lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
+    times = [batch / line["images_per_second"] for line in lines if line.get("images_per_second")]
+    return fmean(times) / plan.seconds_per_step["stage1"] if times else 1.0
 
-    What is to come is expected to be as much slower or faster than planned as stage one was; `need` is what stage two
-    was measured to need. It has no fewer steps than the first point of `budget`, without points a tenth of the plan's.
+
+def adjusted(
+    plan: Plan, config: Config, need: ResourceEstimate, begun: float, elapsed: float, ratio: float = 1.0
+) -> Plan:
+    """The plan with so many steps of stage two that it ends in time, where stage one took from `begun` to `elapsed`.
+
+    Both are seconds since the program's start. What is to come is expected to take `ratio` times what was planned, as
+    stage one's steps did; `need` is what stage two was measured to need. It has no fewer steps than the first point of
+    `budget`, without points a tenth of the plan's, and more than its warm-up.
     """
-    ratio = (elapsed - plan.seconds["start and plan"]) / plan.seconds["stage1"]
     after = {name: ratio * plan.seconds[name] for name in ("saving", "evaluation") if name in plan.seconds}
     left = 60 * plan.minutes - elapsed - sum(after.values())
 
@@ -145,7 +154,8 @@ def adjusted(plan: Plan, config: Config, need: ResourceEstimate, elapsed: float)
         return ratio * need.seconds_left(config.model_copy(update={"stage2": stage2}), "stage2")
 
     planned, points = plan.steps["stage2"], config.budget.points
-    least = min(planned, points[0].stage2 if points else max(1, round(LEAST * planned)))
+    least = points[0].stage2 if points else round(LEAST * planned)
+    least = min(planned, max(least, config.stage2.lr_warmup_steps + 1))
     most = max(least, round(left / (ratio * need.step)))
     steps = max(least, bisect_right(range(most + 1), left, key=seconds) - 1)
     if abs(steps / planned - 1) <= ADJUSTED:
@@ -154,7 +164,13 @@ def adjusted(plan: Plan, config: Config, need: ResourceEstimate, elapsed: float)
         plan,
         steps={**plan.steps, "stage2": steps},
         seconds_per_step={**plan.seconds_per_step, "stage2": ratio * need.step},
-        seconds={**plan.seconds, "stage1": elapsed - plan.seconds["start and plan"], "stage2": seconds(steps), **after},
+        seconds={
+            **plan.seconds,
+            "start and plan": begun,
+            "stage1": elapsed - begun,
+            "stage2": seconds(steps),
+            **after,
+        },
         figures=_figures(points, {**plan.steps, "stage2": steps}),
     )
 

@@ -3,7 +3,7 @@
 import json
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,10 @@ from ldm.config.loader import Config, load
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.models import text_encoder
-from ldm.training import preflight
+from ldm.training import budget, preflight
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.training.trainer import Trainer
-from ldm.utils import openmp
+from ldm.utils import cpu_load
 from ldm.utils.errors import UserError
 from stage1_vae import train as stage1
 from stage1_vae.objective import Objective
@@ -335,25 +335,49 @@ def test_encoding_is_shared_by_as_many_processes_as_there_are_files(
     assert preflight._encoders(settings, index, 2) == 2
 
 
-def test_a_budget_is_planned_once_for_a_run(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openmp, "threads_with_a_core", lambda threads: 1)  # the others are busy
-    threads = torch.get_num_threads()
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_budget_is_planned_once_for_a_run(
+    tiny_run: Path,
+    tmp_path: Path,
+    two_threads: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_load, "threads_with_a_core", lambda threads: 1)  # the others are busy
     overrides = [*TINY[2:], f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
     settings = load(Path(TINY[1]), overrides)
     encoder = text_encoder.of(settings.text)
-    planned = [train_ldm.with_planned_steps(settings, encoder, 5) for _ in range(2)]
+    planned = train_ldm.with_planned_steps(settings, encoder, 5)
+    assert torch.get_num_threads() == 1
     plan = json.loads((tmp_path / "run/plan.json").read_text())
-    assert planned[0] == planned[1] != settings
+    assert {name: getattr(planned, name).steps for name in ("stage1", "stage2")} == plan["steps"]
+    assert 0.9 * 300 < sum(plan["seconds"].values()) <= 300 and planned != settings
+    torch.set_num_threads(2)
+    assert train_ldm.with_planned_steps(settings, encoder, 5) == planned
     assert torch.get_num_threads() == plan["threads"] == 1
-    torch.set_num_threads(threads)
-    assert {name: getattr(planned[0], name).steps for name in ("stage1", "stage2")} == plan["steps"]
-    assert 0.9 * 300 < sum(plan["seconds"].values()) <= 300
-    output = capsys.readouterr().out
-    assert output.count("plan     ") == 2 and output.count("threads  1 of 2: other programs use the other cores") == 1
+    output = capsys.readouterr()
+    assert output.out.count("plan     ") == 2
+    assert output.err.count("threads  1 of 2: other programs use the other cores") == 1
     assert train_ldm.main(["--config", TINY[1], *overrides, "--budget", "6"]) == 2
     assert "was planned for 5 minutes; give that, or another run.dir" in capsys.readouterr().err
     assert train_ldm.main(["--config", TINY[1], f"run.dir={tiny_run}", *TINY[2:], "--budget", "5"]) == 2
     assert "has begun without a plan; leave it out, or give another run.dir" in capsys.readouterr().err
+
+    metrics = tmp_path / "run/stage1/metrics.jsonl"
+    metrics.parent.mkdir()
+    slower = plan["seconds_per_step"]["stage1"] * 1.5
+    metrics.write_text(json.dumps({"step": 20, "images_per_second": settings.stage1.batch / slower}) + "\n")
+    begun = plan["seconds"]["start and plan"]
+    monkeypatch.setattr(budget, "seconds_since_start", lambda: begun + 1.5 * plan["seconds"]["stage1"])
+    adjusted = train_ldm.with_adjusted_steps(planned, begun)
+    assert adjusted.stage2.steps < 0.8 * planned.stage2.steps
+    assert adjusted.stage2.steps == json.loads((tmp_path / "run/plan.json").read_text())["steps"]["stage2"]
+    assert "stage 1  steps took 150% of the time that was planned" in capsys.readouterr().out
+    assert train_ldm.with_planned_steps(settings, encoder, 5) == adjusted  # as the same command continues

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from of_config import images_of, indexed
+from torch.utils.data import Dataset
 
 from ldm.config import loader
-from ldm.data import page_cache
+from ldm.data import page_cache, read_ahead
+from ldm.data.cache import Cache
 from ldm.data.column_store import ColumnStore
+from ldm.data.crops import Crop
+from ldm.data.draws import with_draws
 from ldm.data.index_file import map_for_single_rows, write_batches
 from ldm.data.index_schema import SCHEMA
 from ldm.data.key_lookup import KeyLookup
 from ldm.data.page_cache import MappedArray, address
-from ldm.data.sampler import Order
+from ldm.data.sampler import Order, Positions
 
 
 @pytest.fixture
@@ -87,14 +93,16 @@ def test_the_pages_of_a_row_are_those_of_its_values(tmp_path: Path, advised: set
         assert len(advised) <= len(needed) + 9  # of offsets and validity
 
 
-@pytest.mark.parametrize("kinds", [{}, {"repeats": [1, 3] * 20}, {"prior": np.arange(40) % 5 == 0}])
+@pytest.mark.parametrize(
+    "kinds", [{}, {"weights": [1.0, 2.5] * 20}, {"repeats": [1, 3] * 20}, {"prior": np.arange(40) % 5 == 0}]
+)
 def test_a_lookup_finds_what_the_order_has(kinds: dict[str, Any]) -> None:
-    order = Order([1.0] * 40, 0, 4, buckets=[i % 3 for i in range(40)], **kinds)
+    order = Order(**{"weights": [1.0] * 40, "seed": 0, "batch": 4, "buckets": [i % 3 for i in range(40)], **kinds})
 
-    def found(n: int) -> page_cache.Lookup[None]:
+    def compared(n: int) -> page_cache.Lookup[None]:
         assert (yield from order.lookup(n)) == order[n]
 
-    page_cache.look_up(map(found, range(100)))
+    page_cache.look_up(map(compared, range(100)))
 
 
 def test_lookups_end_where_the_system_has_no_such_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +143,39 @@ def test_reading_ahead_changes_no_sample(
     assert advised
     assert [ahead[n] for n in range(8, 16)] == [plain[n] for n in range(8, 16)]
     assert not ahead._ahead  # a sample is kept until it is asked for
+
+
+class Announced(Dataset[dict[str, Any]]):
+    """Items that say whether a loader process has announced their batch."""
+
+    def __init__(self) -> None:
+        self.ahead: list[int] = []
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        self.ahead += positions
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        return {"position": n, "announced": n in self.ahead}
+
+
+def test_a_loader_process_announces_a_batch_before_it_reads_it() -> None:
+    dataset = with_draws(Announced(), lambda n, item: {"drawn": n})
+    assert isinstance(dataset, Dataset)
+    (batch,) = read_ahead.load(dataset, Positions(0, 1, 8, 1, 0, 1), 1, 2)
+    assert batch["position"].tolist() == batch["drawn"].tolist() == [*range(8)] and bool(batch["announced"].all())
+
+
+def test_a_cache_looks_up_the_keys_of_images_and_captions() -> None:
+    asked: list[Any] = []
+
+    def store(name: str) -> Any:
+        def lookup(key: bytes) -> page_cache.Lookup[None]:
+            asked.append((name, key))
+            yield []
+
+        return SimpleNamespace(lookup=SimpleNamespace(lookup=lookup))
+
+    cache = Cache({(8, 8): store("small"), (16, 8): store("wide")}, {}, store("text"), [(-1, False)])
+    cache.read_ahead([(Crop((16, 8)), b"a" * 32, "a cat"), (Crop((8, 8)), b"b" * 32, "a dog")])
+    captions = [("text", hashlib.sha256(caption).digest()) for caption in (b"a cat", b"a dog")]
+    assert asked == [("wide", b"a" * 32), ("small", b"b" * 32), *captions]

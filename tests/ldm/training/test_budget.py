@@ -6,7 +6,7 @@ import pytest
 
 from ldm.config import loader
 from ldm.config.schema import Config
-from ldm.training.budget import REST, LoadWatch, Plan, adjusted, choose, fixed_seconds, steps_to_measure
+from ldm.training.budget import REST, LoadWatch, Plan, adjusted, choose, fixed_seconds, measured_ratio, steps_to_measure
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.utils.errors import UserError
 
@@ -64,17 +64,19 @@ def test_the_figures_are_those_of_the_points_around_the_plan(config: Config) -> 
     assert choose(fewer, 8, FIXED, needs()).figures == "less than many (900 + 1,600 steps)"
 
 
+BEGUN = FIXED["start and plan"]
+
+
 def test_steps_stay_where_stage_one_took_its_time(config: Config) -> None:
     plan = choose(config, 15, FIXED, needs())
-    elapsed = FIXED["start and plan"] + plan.seconds["stage1"]
-    assert adjusted(plan, config, needs()["stage2"], elapsed) is plan
+    assert adjusted(plan, config, needs()["stage2"], BEGUN, BEGUN + plan.seconds["stage1"]) is plan
 
 
 @pytest.mark.parametrize("ratio", [0.7, 1.2, 1.5])
 def test_steps_adjusted_to_the_speed_of_stage_one_fill_the_budget(config: Config, ratio: float) -> None:
     plan = choose(config, 15, FIXED, needs())
-    elapsed = FIXED["start and plan"] + ratio * plan.seconds["stage1"]
-    changed = adjusted(plan, config, needs()["stage2"], elapsed)
+    elapsed = BEGUN + ratio * plan.seconds["stage1"]
+    changed = adjusted(plan, config, needs()["stage2"], BEGUN, elapsed, ratio)
     slower = needs(ratio * 0.2, ratio * 0.5)["stage2"]
     others = ratio * (slower.validation + slower.sheet + slower.encoding)
     total = elapsed + ratio * FIXED["evaluation"] + changed.steps["stage2"] * slower.step + others
@@ -84,9 +86,31 @@ def test_steps_adjusted_to_the_speed_of_stage_one_fill_the_budget(config: Config
     assert sum(changed.seconds.values()) == pytest.approx(total, rel=0.01)
 
 
-def test_stage_two_has_the_steps_of_the_first_point_at_least(config: Config) -> None:
+def test_time_lost_before_stage_two_costs_steps_without_a_change_of_speed(config: Config) -> None:
     plan = choose(config, 15, FIXED, needs())
-    assert adjusted(plan, config, needs()["stage2"], 14 * 60).steps["stage2"] == config.budget.points[0].stage2
+    changed = adjusted(plan, config, needs()["stage2"], BEGUN + 50, BEGUN + 100 + plan.seconds["stage1"])
+    assert plan.steps["stage2"] - changed.steps["stage2"] == pytest.approx(100 / 0.5, abs=20)
+
+
+@pytest.mark.parametrize(("overrides", "least"), [([], 400), (["stage2.lr_warmup_steps=500"], 501)])
+def test_stage_two_has_the_steps_of_the_first_point_and_more_than_its_warm_up(
+    root: Path, overrides: list[str], least: int
+) -> None:
+    config = loader.load(root / "configs/openmoji.yaml", [POINTS, *overrides])
+    plan = choose(config, 15, FIXED, needs())
+    changed = adjusted(plan, config, needs()["stage2"], BEGUN, 14 * 60)
+    assert changed.steps["stage2"] == least
+    assert changed.apply(config).stage2.steps == least
+
+
+def test_the_ratio_is_that_of_the_steps_times(tmp_path: Path) -> None:
+    plan = Plan(15, {}, {"stage1": 0.2}, {}, "")
+    file = tmp_path / "metrics.jsonl"
+    assert measured_ratio(plan, file, 16) == 1.0  # nothing is known
+    file.write_text(
+        '{"step": 20, "images_per_second": 80}\n{"step": 40, "psnr": 20}\n{"step": 40, "images_per_second": 40}\n'
+    )
+    assert measured_ratio(plan, file, 16) == pytest.approx((16 / 80 + 16 / 40) / 2 / 0.2)
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:

@@ -41,17 +41,6 @@ def test_spinning_is_disabled_only_if_cores_are_busy_and_the_user_set_nothing(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-@pytest.mark.parametrize(
-    ("threads", "busy", "expected"), [(4, 0.0, 4), (4, 0.3, 4), (4, 1.0, 3), (2, 2.6, 1), (4, 9.0, 1), (1, 0.0, 1)]
-)
-def test_threads_have_a_core_to_themselves(
-    threads: int, busy: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(openmp, "busy_cores", lambda seconds: busy)
-    assert openmp.threads_with_a_core(threads) == expected
-
-
 def stat(*cpus: tuple[int, int, int, int, int, int, int, int]) -> str:
     """The text of /proc/stat: per CPU the ticks of user, nice, system, idle, iowait, irq, softirq and steal."""
     lines = [("cpu", [sum(ticks) for ticks in zip(*cpus, strict=True)]), *((f"cpu{i}", t) for i, t in enumerate(cpus))]
