@@ -42,7 +42,7 @@ def busy_cores(seconds: float = SECONDS, file: Path = Path("/proc/stat")) -> flo
 
 
 def threads_with_a_core(threads: int, seconds: float = LONGER) -> int:
-    """How many of so many threads have a core to themselves, beside other programs; one at least.
+    """How many of so many threads have a core to themselves while other programs run; one at least.
 
     Threads wait for each other at every operation: with one of two cores busy, two took 5.0 s for a step that one took
     1.1 s for, and two idle cores 0.65 s (AVX512-bf16).

@@ -1,4 +1,4 @@
-"""Threads that have a core to themselves, beside other programs."""
+"""Threads that have a core to themselves while other programs run."""
 
 import os
 
