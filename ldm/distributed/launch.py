@@ -143,6 +143,8 @@ def leave_signals_to_parent(_worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # A library's thread, which doesn't block it, may receive it instead of `wait`: then the sender isn't known.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

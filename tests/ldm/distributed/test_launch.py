@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import threading
+import time
+
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -38,3 +44,51 @@ def test_dynamo_settings_of_accelerates_configuration_are_ignored_with_one_line(
 def test_a_batch_that_cannot_be_shared_is_named_as_its_command_takes_it(stage: str, key: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}: 63 can't be shared evenly by 2 processes; 64 can"):
         launch.accumulated(stage, Training(batch=63), 2)
+
+
+class OpenToSigterm(torch.utils.data.Dataset[int]):
+    """Whose loader process unblocks SIGTERM, in its main thread or in another, as a library's thread has it."""
+
+    def __init__(self, other_thread: bool):
+        self.other_thread = other_thread
+
+    def __getitem__(self, n: int) -> int:
+        if n == 0 and self.other_thread:
+            threading.Thread(target=self.unblock, args=[60], daemon=True).start()
+        elif n == 0:
+            self.unblock(0)
+        return n
+
+    def unblock(self, seconds: float) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("other_thread", [False, True])
+def test_a_loader_process_outlives_a_sigterm_that_its_parent_did_not_send(other_thread: bool) -> None:
+    before = set(psutil.Process().children())
+    loader = torch.utils.data.DataLoader(
+        OpenToSigterm(other_thread),
+        sampler=range(8),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=1,
+        worker_init_fn=launch.leave_signals_to_parent,
+    )
+    batches = iter(loader)
+    assert next(batches) == 0
+    (worker,) = set(psutil.Process().children()) - before
+    subprocess.run(["kill", "-TERM", *[str(worker.pid)] * 1000], check=True)  # faster than one thread takes them
+    assert list(batches) == list(range(1, 8))
+
+
+def test_a_loader_process_ends_at_its_parents_sigterm() -> None:
+    before = set(psutil.Process().children())
+    loader = torch.utils.data.DataLoader(
+        range(8), batch_size=None, num_workers=1, worker_init_fn=launch.leave_signals_to_parent
+    )
+    batches = iter(loader)
+    assert next(batches) == 0
+    (worker,) = set(psutil.Process().children()) - before
+    worker.terminate()
+    assert worker.wait(timeout=30) == 0
