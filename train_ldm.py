@@ -81,7 +81,7 @@ def train(
     from ldm.data import dataset
     from ldm.distributed.launch import on_main
     from ldm.evaluation.report import write_report
-    from ldm.training import budget, checks, plan
+    from ldm.training import budget, checks, plan, planned_steps
     from ldm.training.fingerprint import check_finished
     from ldm.training.model_card import write_card
     from ldm.training.run_dir import prepare_run_dir
@@ -96,7 +96,9 @@ def train(
         checks.check_captions(settings)
     planned_now = minutes is not None and not on_main((settings.run.dir / budget.FILE).exists)
     if minutes is not None:
-        settings = with_planned_steps(settings, encoder, minutes)
+        stages = unfinished_stages(settings, None)
+        measured, loaded = partial(measure, settings, encoder), partial(load_data, settings, encoder)
+        settings = planned_steps.plan_steps(settings, minutes, stages, loaded, measured)
     settings = prepare_run_dir(settings, fresh)
     folder = settings.run.dir
     result, stages = folder / settings.finetune.deliverable, unfinished_stages(settings, stage)
@@ -111,7 +113,7 @@ def train(
     if stages and state.is_main_process:
         print(plan.describe(settings, state.num_processes), flush=True)
     for name in stages if settings.run.preflight else ():
-        report = measure(settings, name, data, encoder)
+        report = measure(settings, encoder, name, data)
         if state.is_main_process:
             print(report, flush=True)
 
@@ -119,7 +121,7 @@ def train(
         begun = budget.seconds_since_start()
         train_autoencoder(settings, data)
         if planned_now and "stage2" in stages:
-            settings = prepare_run_dir(with_adjusted_steps(settings, begun))
+            settings = prepare_run_dir(planned_steps.adjust_steps(settings, begun))
     if stage != "1":
         if "stage2" in stages:
             train_unet(settings, data, load_autoencoder(settings), encoder)
@@ -225,7 +227,7 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
         draws_none = "stage2" in stages and not undrawn
         data = load_data(prior.with_class_images(settings, encoder) if draws_none else settings, encoder)
         for name in stages:
-            report = measure(settings, name, data, encoder)
+            report = measure(settings, encoder, name, data)
             if state.is_main_process:
                 print(report, flush=True)
         if state.is_main_process and (total := preflight.describe_total(settings, stages)):
@@ -238,91 +240,11 @@ def dry_run(settings: Config, stage: str | None, confirmed: bool) -> None:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def with_planned_steps(settings: Config, encoder: AnyTextEncoder | None, minutes: float) -> Config:
-    """The configuration with the steps that end within `minutes`: as the run's plan has them, which is made once."""
-    import torch
-    from accelerate import PartialState
-
-    from ldm.distributed.launch import on_main
-    from ldm.training import budget, preflight
-    from ldm.training.run_dir import make_dir
-    from ldm.utils.cpu_load import limit_threads
-    from ldm.utils.folder_lock import lock
-
-    folder, stages = settings.run.dir, unfinished_stages(settings, None)
-    single = PartialState().num_processes == 1 and PartialState().device.type == "cpu"
-    plan = on_main(lambda: budget.Plan.read(folder))
-    if plan and plan.minutes != minutes:
-        raise UserError(f"--budget: {folder} was planned for {plan.minutes:g} minutes; give that, or another run.dir")
-    if not plan:
-        if on_main((folder / "config.yaml").exists):
-            raise UserError(f"--budget: {folder} has begun without a plan; leave it out, or give another run.dir")
-        if "stage2" not in stages:
-            raise UserError(f"--budget: {folder} has a finished model; give another run.dir")
-        start_up = budget.seconds_since_start()
-        on_main(lambda: make_dir("run.dir", folder))
-        on_main(lambda: lock("run.dir", folder))
-        on_main(lambda: (folder / preflight.FILE).unlink(missing_ok=True))  # of another time, with another load
-        threads = limit_threads() if single else 0
-        data = load_data(settings, encoder)
-        for name in stages:
-            report = measure(settings, name, data, encoder)
-            if not (need := on_main(partial(preflight.measured, settings, name))):
-                raise UserError(f"--budget: {report}; set the steps of both stages yourself")
-            if (steps := budget.steps_to_measure(need.step, minutes)) > preflight.STEPS:
-                measure(settings, name, data, encoder, steps, anew=True)
-
-        def choose() -> budget.Plan:
-            needs = {name: need for name in stages if (need := preflight.measured(settings, name))}
-            begun, processes = budget.seconds_since_start(), PartialState().num_processes
-            fixed = budget.fixed_seconds(settings, minutes, begun, start_up, needs.get("stage2"), processes)
-            chosen = budget.choose(settings, minutes, fixed, needs, threads)
-            chosen.apply(settings)  # whose mistakes come before it is kept
-            chosen.write(folder)
-            return chosen
-
-        plan = on_main(choose)
-    if plan.threads and single:
-        torch.set_num_threads(min(plan.threads, torch.get_num_threads()))
-    if PartialState().is_main_process:
-        print(plan, flush=True)
-    return plan.apply(settings)
-
-
-def with_adjusted_steps(settings: Config, begun: float) -> Config:
-    """The configuration with the steps of stage two that fill what stage one has left of the budget.
-
-    That one has `begun` so many seconds after the program.
-    """
-    from ldm.distributed.launch import on_main
-    from ldm.training import budget, preflight
-
-    folder = settings.run.dir
-
-    def adjust() -> budget.Plan | None:
-        plan, need = budget.Plan.read(folder), preflight.measured(settings, "stage2")
-        if not (plan and need):  # measured with other steps, where these change what a step needs
-            return plan
-        ratio = budget.measured_ratio(plan, folder / "stage1" / "metrics.jsonl", settings.stage1.batch)
-        changed = budget.adjusted(plan, settings, need, begun, budget.seconds_since_start(), ratio)
-        try:
-            changed.apply(settings)
-        except UserError:  # a rule that holds for the planned steps
-            return plan
-        if changed != plan:
-            changed.write(folder)
-            print(f"stage 1  steps took {ratio:.0%} of the time that was planned\n{changed}", flush=True)
-        return changed
-
-    plan = on_main(adjust)
-    return plan.apply(settings) if plan else settings
-
-
 def measure(
     settings: Config,
+    encoder: AnyTextEncoder | None,
     stage: str,
     data: Index | Stream,
-    encoder: AnyTextEncoder | None,
     steps: int = 2,
     anew: bool = False,
 ) -> str:

@@ -5,6 +5,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.models import text_encoder
 from ldm.training import budget, preflight
+from ldm.training.planned_steps import adjust_steps, plan_steps
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.training.trainer import Trainer
 from ldm.utils import cpu_load
@@ -354,13 +356,14 @@ def test_a_budget_is_planned_once_for_a_run(
     overrides = [*TINY[2:], f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
     settings = load(Path(TINY[1]), overrides)
     encoder = text_encoder.of(settings.text)
-    planned = train_ldm.with_planned_steps(settings, encoder, 5)
+    parts = partial(train_ldm.load_data, settings, encoder), partial(train_ldm.measure, settings, encoder)
+    planned = plan_steps(settings, 5, ("stage1", "stage2"), *parts)
     assert torch.get_num_threads() == 1
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert {name: getattr(planned, name).steps for name in ("stage1", "stage2")} == plan["steps"]
     assert 0.9 * 300 < sum(plan["seconds"].values()) <= 300 and planned != settings
     torch.set_num_threads(2)
-    assert train_ldm.with_planned_steps(settings, encoder, 5) == planned
+    assert plan_steps(settings, 5, ("stage1", "stage2"), *parts) == planned
     assert torch.get_num_threads() == plan["threads"] == 1
     output = capsys.readouterr()
     assert output.out.count("plan     ") == 2
@@ -376,8 +379,8 @@ def test_a_budget_is_planned_once_for_a_run(
     metrics.write_text(json.dumps({"step": 20, "images_per_second": settings.stage1.batch / slower}) + "\n")
     begun = plan["seconds"]["start and plan"]
     monkeypatch.setattr(budget, "seconds_since_start", lambda: begun + 1.5 * plan["seconds"]["stage1"])
-    adjusted = train_ldm.with_adjusted_steps(planned, begun)
+    adjusted = adjust_steps(planned, begun)
     assert adjusted.stage2.steps < 0.8 * planned.stage2.steps
     assert adjusted.stage2.steps == json.loads((tmp_path / "run/plan.json").read_text())["steps"]["stage2"]
     assert "stage 1  steps took 150% of the time that was planned" in capsys.readouterr().out
-    assert train_ldm.with_planned_steps(settings, encoder, 5) == adjusted  # as the same command continues
+    assert plan_steps(settings, 5, ("stage1", "stage2"), *parts) == adjusted  # as the same command continues

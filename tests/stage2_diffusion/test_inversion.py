@@ -117,7 +117,7 @@ def test_a_preflight_leaves_the_text_encoder_without_the_word(settings: Settings
     encoder = text_encoder.of(config.text)
     data = index.build(config.data, config.cache_dir, config.stage2.conditions)
     config.run.dir.mkdir()
-    train_ldm.measure(config, "stage2", data, encoder)
+    train_ldm.measure(config, encoder, "stage2", data)
     assert encoder.encoders[0].added_words == []
     assert json.loads((tmp_path / "run/preflight.json").read_text())["stage2"]["needs"]["step"] > 0
 
