@@ -153,7 +153,7 @@ def autoencoder_path(settings: Config) -> str | Path:
 
 
 def load_autoencoder(settings: Config) -> Autoencoder:
-    """The same, loaded by every process, once it sees what the main process has written, maybe just now."""
+    """It, loaded by every process, once it sees the folder, which the main process may just have written."""
     from ldm.distributed.consensus import wait_until_visible
     from ldm.models import autoencoder
 

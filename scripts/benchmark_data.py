@@ -63,7 +63,7 @@ def samples_per_second(dataset: Stage2Dataset, batch: int, workers: int, seconds
 
     def batch_sizes() -> Iterator[int]:
         positions = Positions(0, 1_000_000, batch, 1, 0, 1)
-        for samples in read_ahead.load(dataset.dataset, positions, workers, prefetch_factor=2):  # type: ignore[arg-type]
+        for samples in read_ahead.data_loader(dataset.dataset, positions, workers, prefetch_factor=2):  # type: ignore[arg-type]
             x0, _ = dataset.encode(samples)
             yield len(x0)
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,6 +22,7 @@ from ldm.data import archives, index
 from ldm.data.cache import CacheOptions
 from ldm.data.dataset import stage2_dataset
 from ldm.data.encoding_store import EncodingStore
+from ldm.data.read_ahead import start_reading
 from ldm.data.sampler import Positions, SampleSpec
 from ldm.distributed.launch import accelerator
 from ldm.models import text_encoder
@@ -121,6 +122,9 @@ class _Seeded(torch.utils.data.Dataset[Item]):
     def __getitem__(self, n: int) -> Item:
         _draws.generator = generator(self.seed, "delays of reads", n)
         return self.dataset[n]
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        start_reading(self.dataset, positions)
 
 
 @contextmanager

@@ -42,9 +42,8 @@ OVERFLOW = (
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "model", type=path_or_id, help="a finished run, a diffusers folder, a Hub id, or a file; a checkpoint"
-    )
+    model = "a finished run, a diffusers folder, a Hub id, or a file; --to checkpoint: a checkpoint's folder, or a run"
+    parser.add_argument("model", type=path_or_id, help=model)
     base = "of a single file: a pipeline of the same family; of an adapter: the model that it was trained on"
     parser.add_argument("--base", type=path_or_id, help=base)
     parser.add_argument("--to", required=True, choices=("single-file", "diffusers", "lora", "checkpoint"))
@@ -53,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the .safetensors, or the folder, to write")
     args = parser.parse_args(arguments)
     check_out(args.out, args.to)
+    unused = {"--base": args.base, "--layout": args.layout, "--precision": args.precision != "no"}
+    if args.to == "checkpoint" and (flags := [flag for flag, is_set in unused.items() if is_set]):
+        raise UserError(f"{flags[0]}: has no effect with --to checkpoint, whose tensors stay as they are; leave it out")
     if args.to == "lora":
         export_lora(args.model, args.base, args.layout, DTYPES[args.precision], args.out)
         return

@@ -491,7 +491,10 @@ def buckets_hold_whole_latents(config: Config) -> None:
 
 def streaming_needs_no_index(config: Config) -> None:
     data = config.data
+    defaults = {name: field.default for name, field in type(data).model_fields.items()}
     if not data.streaming:
+        if data.stream_lanes != defaults["stream_lanes"]:
+            raise ValueError("data.stream_lanes: is of data.streaming; set that to true, or leave it out")
         return
     if data.buckets or data.cache != "none":
         raise ValueError(
@@ -503,7 +506,7 @@ def streaming_needs_no_index(config: Config) -> None:
         raise ValueError("data.source.mask: a stream's masks aren't read; set data.streaming=false, or leave it out")
     if any(source.repeats > 1 or source.weight or source.limit for source in data.source):
         raise ValueError("data.source: repeats, weight and limit have no meaning with data.streaming; leave them out")
-    if data.prefetch_factor != type(data).model_fields["prefetch_factor"].default:
+    if data.prefetch_factor != defaults["prefetch_factor"]:
         raise ValueError("data.prefetch_factor: is of indexed data; with data.streaming leave it out")
 
 

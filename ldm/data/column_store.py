@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,17 @@ class ColumnStore:
         return [self.folder / name for name in self._known] if self.folder else []
 
     def remove_older(self, stem: str) -> None:
-        """Removes the folders next to this one that begin with `stem`: of what the files were before."""
+        """Removes the folders next to this one that begin with `stem`: of what the files were before.
+
+        Nothing where the folder can't be written.
+        """
         assert self.folder
         others = [other for other in self.folder.parent.glob(f"{stem}-*") if other != self.folder and other.is_dir()]
-        now = file_system_time(self.folder.parent) if others else 0.0
-        for other in others:
-            if now - other.stat().st_mtime > UNUSED:
-                shutil.rmtree(other, ignore_errors=True)
+        with suppress(OSError):
+            now = file_system_time(self.folder.parent) if others else 0.0
+            for other in others:
+                if now - other.stat().st_mtime > UNUSED:
+                    shutil.rmtree(other, ignore_errors=True)
 
     def _get(
         self,

@@ -59,7 +59,7 @@ class SamplePlan:
         return self._ahead.pop(n, None) or self._plan(n)
 
     def read_ahead(self, positions: Sequence[int]) -> list[PlannedSample]:
-        """The samples at these positions; the system reads what they need of the index all at once."""
+        """The samples at these positions; what they need of the index, but where images lie, is read all at once."""
         look_up(map(self._lookup, positions))
         samples = [self._plan(n) for n in positions]
         self._ahead.update(zip(positions, samples, strict=True))

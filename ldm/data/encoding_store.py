@@ -94,7 +94,7 @@ class EncodingStore:
         except (OSError, SafetensorError) as error:
             reason = f"data.cache_dir: can't read {file} ({first_line(error)})"
             raise UserError(f"{reason}; start the same command again, which encodes what is damaged") from None
-        for oldest in list(self._open)[: len(self._open) - MAX_OPEN]:
+        for oldest in list(self._open)[: max(0, len(self._open) - MAX_OPEN)]:
             self._open.pop(oldest, None)
         return tensors
 

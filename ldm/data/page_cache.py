@@ -26,7 +26,7 @@ def look_up(lookups: Iterable[Lookup[Any]]) -> None:
     Where it has no call for that, each page is read when a lookup comes to it.
     """
     for addresses in together(lookups):
-        _start_reading({address // mmap.PAGESIZE for address in addresses})
+        _advise_pages({address // mmap.PAGESIZE for address in addresses})
 
 
 def together(lookups: Iterable[Lookup[Any]]) -> Lookup[None]:
@@ -38,7 +38,7 @@ def together(lookups: Iterable[Lookup[Any]]) -> Lookup[None]:
         yield [address for _, addresses in turns for address in addresses]
 
 
-def _start_reading(pages: Iterable[int]) -> None:
+def _advise_pages(pages: Iterable[int]) -> None:
     if advise := _madvise():
         for page in pages:
             advise(page * mmap.PAGESIZE, mmap.PAGESIZE, mmap.MADV_WILLNEED)

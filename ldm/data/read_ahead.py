@@ -38,7 +38,7 @@ def waiting_for_storage() -> Iterator[None]:
         turn.acquire()
 
 
-def load(
+def data_loader(
     dataset: Dataset[Item], batches: Sampler[list[int]], workers: int, prefetch_factor: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader[Item]:
     """The batches in the sampler's order, by `workers` processes, each of which reads `prefetch_factor` ahead.

@@ -92,7 +92,7 @@ class Order:
         return bucket[draw]
 
     def lookup(self, n: int) -> Lookup[int]:
-        """The same."""
+        """The index of the run's n-th sample; before each read it yields the addresses."""
         bucket, draw = self._draw(n)
         return (yield from bucket.lookup(draw))
 
@@ -150,7 +150,7 @@ class _Round:
         return member if self._members is None else int(self._members[member])
 
     def lookup(self, n: int) -> Lookup[int]:
-        """The same; the search among weights reads page by page."""
+        """The index of the n-th draw, with the addresses; the search among weights reads page by page."""
         member = self._member(n)
         if self._members is None:
             return member
@@ -202,7 +202,7 @@ class _Turns:
         return chosen[draw]
 
     def lookup(self, n: int) -> Lookup[int]:
-        """The same."""
+        """The index of the n-th draw, with the addresses."""
         chosen, draw = self._turn(n)
         return (yield from chosen.lookup(draw))
 

@@ -58,7 +58,7 @@ class Table:
             text = " ".join(str(error).split())[:200]
             missing = "" if Path(path).exists() or kind == "parquet" else "there is no such folder here, and "
             message = f"{missing}datasets can't open {path} ({type(error).__name__}: {text})"
-            if damaged := next(filter(_is_damaged, self._files), None):
+            if damaged := _first_damaged(self._files, error):
                 message += f"; {damaged} is damaged: fetch or write it anew"
             raise UserError(f"data.source: {message}") from None
         finally:
@@ -195,13 +195,16 @@ class Table:
         return file.read_bytes() if any(map(file.is_relative_to, allowed)) and file.is_file() else None
 
 
-def _is_damaged(file: str) -> bool:
-    """Whether the footer of a parquet file can't be read."""
-    from pyarrow import parquet
+def _first_damaged(files: Iterable[str], error: Exception) -> str | None:
+    """The first of the parquet files whose footer can't be read, if the error is Arrow's."""
+    from pyarrow import ArrowInvalid, parquet
 
-    try:
-        with fsspec.open(file, "rb") as opened:
-            parquet.read_metadata(opened)
-    except Exception:  # a remote file system may raise anything
-        return True
-    return False
+    for file in files if isinstance(error, ArrowInvalid) else ():
+        try:
+            with fsspec.open(file, "rb") as opened:
+                parquet.read_metadata(opened)
+        except ArrowInvalid:
+            return file
+        except Exception:  # a remote file system may raise anything
+            continue
+    return None

@@ -21,7 +21,7 @@ from ldm.config.loader import key_of
 from ldm.config.schema import RunConfig, Training
 from ldm.distributed.accumulation import Accumulation, accumulation
 from ldm.distributed.sharding import KINDS
-from ldm.utils.cpu_load import SECONDS, threads_with_a_core
+from ldm.utils.cpu_load import SECONDS, own_cpus, threads_with_a_core
 from ldm.utils.errors import UserError
 from ldm.utils.folder_lock import release_locks
 
@@ -62,7 +62,7 @@ def training_processes(config: RunConfig) -> Iterator[PartialState]:
 @cache
 def say_idle_cores(processes: int) -> None:
     """Prints a hint, once, where cores are idle: by default `accelerate launch` gives a CPU process one thread."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(own_cpus())
     share = cores // processes if processes > 1 else threads_with_a_core(cores, SECONDS)
     if torch.get_num_threads() == 1 < share:
         print(

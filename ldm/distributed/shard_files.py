@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from ldm.distributed.consensus import gather_objects, on_all
 from ldm.distributed.sharding import to_local
 from ldm.utils.atomic_files import Tensors, atomic_folder, sync, tmp_folder, writing_errors
+from ldm.utils.errors import UserError, first_line
 from ldm.utils.safetensors_file import write_shard
 
 Finish = Callable[[Path, dict[str, str]], None]  # called with the folder and the SHA-256 of its files by name
@@ -48,6 +50,16 @@ def _is_replica(tensor: DTensor) -> bool:
     return any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate())
 
 
+@contextmanager
+def _any_error(folder: Path) -> Iterator[None]:
+    """Turns an error of the file system into a UserError, for which the other processes don't wait in vain."""
+    try:
+        with writing_errors(folder):
+            yield
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {first_line(error)}; the previous version is kept") from None
+
+
 def write_shards(
     folder: Path, parts: dict[str, Shards], metadata: dict[str, str] | None = None, finish: Finish | None = None
 ) -> None:
@@ -65,7 +77,12 @@ def write_shards(
             return tmp_folder(folder) if rank else stack.enter_context(atomic_folder(folder))
 
         def write() -> None:
-            with writing_errors(folder):
+            if not tmp_path.is_dir():
+                raise UserError(
+                    f"run.dir: process {rank}, on {socket.gethostname()}, doesn't see {tmp_path}; give a folder on a "
+                    "file system that all machines share"
+                )
+            with _any_error(folder):
                 for part, shards in parts.items():
                     (tmp_path / part).mkdir(exist_ok=True)
                     name, digest = write_shard(tmp_path / part, rank, count, shards.tensors, shards.offsets, metadata)
@@ -73,9 +90,10 @@ def write_shards(
                     sums[(Path(part) / name).as_posix()] = digest
 
         def end() -> None:
-            if finish and not rank:
-                finish(tmp_path, all_sums)
-            stack.close()
+            with _any_error(folder):
+                if finish and not rank:
+                    finish(tmp_path, all_sums)
+                stack.close()
 
         tmp_path = on_all(begin, group)
         on_all(write, group)

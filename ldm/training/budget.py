@@ -14,17 +14,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import psutil
 
 from ldm.config.loader import dump, parse
-from ldm.config.schema import BudgetPoint, Config
+from ldm.config.schema import BudgetPoint, Config, Stage1Config
 from ldm.training.evaluation_sizes import sheet_images
 from ldm.training.preflight import STEPS
 from ldm.training.resource_estimate import ResourceEstimate, format_time
 from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
+
+_BEFORE_IMPORT, _IMPORTED = time.time() - psutil.Process().create_time(), time.monotonic()
 
 FILE = "plan.json"
 MEASURED_STEPS = 24  # a process's first steps are faster than later ones
@@ -130,11 +132,15 @@ def choose(
     return plan(low)
 
 
-def measured_ratio(plan: Plan, metrics: Path, batch: int) -> float:
-    """How long stage one's steps took, as its metrics have it, of the time that was planned."""
-    lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
-    times = [batch / line["images_per_second"] for line in lines if line.get("images_per_second")]
-    return fmean(times) / plan.seconds_per_step["stage1"] if times else 1.0
+def measured_ratio(plan: Plan, metrics: Path, stage: Stage1Config) -> float:
+    """How long stage one's steps took, as its metrics have it, of the time that was planned.
+
+    1 with a discriminator, which the preflight measures and the first steps don't have. The median counts: some times
+    hold a validation or a checkpoint.
+    """
+    lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() and not stage.gan else ()
+    times = [stage.batch / line["images_per_second"] for line in lines if line.get("images_per_second")]
+    return median(times) / plan.seconds_per_step["stage1"] if times else 1.0
 
 
 def adjusted(
@@ -196,6 +202,15 @@ def _figures(points: Sequence[BudgetPoint], steps: Mapping[str, int]) -> str:
     return f"{least} to {most}" if least and most else least or (most and f"less than {most}")
 
 
+def planned_threads(folder: Path) -> int:
+    """Those of a run's plan; 0 without one."""
+    try:
+        plan = Plan.read(folder)
+    except UserError:  # `--budget` reports it
+        return 0
+    return plan.threads if plan else 0
+
+
 class LoadWatch:
     """Says when steps take longer or shorter than planned, once for each change."""
 
@@ -237,8 +252,8 @@ def steps_to_measure(step: float, minutes: float) -> int:
 
 
 def seconds_since_start() -> float:
-    """Since this process began, its imports included."""
-    return time.time() - psutil.Process().create_time()
+    """Since this process began, its imports included; by a clock that doesn't jump."""
+    return _BEFORE_IMPORT + time.monotonic() - _IMPORTED
 
 
 def fixed_seconds(

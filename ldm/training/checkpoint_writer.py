@@ -31,7 +31,7 @@ Copies = Mapping[str, Tensors | Shards]
 Write = Callable[[Copies], None]
 
 WAITS = "training waits while checkpoints are written"
-IN_SHARDS = "checkpoints are written in shards, which `ldm-export CHECKPOINT --to checkpoint` merges"
+IN_SHARDS = "checkpoints are written in shards, which `ldm-export CHECKPOINT --to checkpoint --out FOLDER` merges"
 FREE_SHARE = 0.5  # of the free host memory, which copies may take; the rest is the training's
 
 

@@ -39,7 +39,7 @@ def load_batches(
     if isinstance(dataset, Stream):
         return dataset.batches(training, step, rank, processes, workers, stream_positions, pin_memory)
     positions = Positions(step, training.steps, training.batch, accumulation_steps, rank, processes)
-    return read_ahead.load(dataset, positions, workers, prefetch_factor, pin_memory)
+    return read_ahead.data_loader(dataset, positions, workers, prefetch_factor, pin_memory)
 
 
 def report_slow(batches: Iterable[Batch], name: str, seconds: float = SLOW) -> Iterator[Batch]:
@@ -48,29 +48,30 @@ def report_slow(batches: Iterable[Batch], name: str, seconds: float = SLOW) -> I
     A network folder that hangs raises no error: reading waits until it responds.
     """
     process = f"{name}: process {PartialState().process_index}, on {socket.gethostname()},"
-    began: list[float] = []  # when the wait that goes on began; empty between two
+    began: float | None = None  # when the wait that goes on began
     ended = threading.Event()
 
     def watch() -> None:
         reported = None
         while not ended.wait(seconds / 4):
-            for start in began[:]:
-                if start != reported and time.monotonic() - start > seconds:
-                    reported = start
-                    slow = f"{process} has waited {seconds:.0f} s for data; training goes on when it comes."
-                    tqdm.write(f"{slow} See that the storage of images and cache responds.", file=sys.stderr)
+            start = began
+            if start is not None and start != reported and time.monotonic() - start > seconds:
+                reported = start
+                slow = f"{process} has waited {seconds:.0f} s for data; training goes on when it comes."
+                tqdm.write(f"{slow} See that the storage of images and cache responds.", file=sys.stderr)
 
     threading.Thread(target=watch, name="slow data", daemon=True).start()
     items = iter(batches)
     try:
         while True:
-            began.append(time.monotonic())
+            began = start = time.monotonic()
             try:
                 item = next(items)
             except StopIteration:
                 return
             finally:
-                waited = time.monotonic() - began.pop()
+                began = None
+            waited = time.monotonic() - start
             if waited > seconds:
                 tqdm.write(f"{process} has data again, after {waited:.0f} s.", file=sys.stderr)
             yield item

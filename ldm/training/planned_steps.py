@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
 
 from ldm.config.schema import Config
+from ldm.data.index import Index
+from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
 from ldm.training import budget, preflight
 from ldm.training.run_dir import make_dir
@@ -17,22 +18,19 @@ from ldm.utils.cpu_load import limit_threads
 from ldm.utils.errors import UserError
 from ldm.utils.folder_lock import lock
 
-Data = TypeVar("Data", contravariant=True)
-
-
-class Measure(Protocol[Data]):
-    """Trains a stage for some steps and keeps what they needed, `anew` where that is known; a line on it."""
-
-    def __call__(self, stage: str, data: Data, steps: int = ..., anew: bool = ...) -> str: ...
-
 
 def plan_steps(
-    config: Config, minutes: float, stages: Sequence[str], load_data: Callable[[], Data], measure: Measure[Data]
+    config: Config,
+    minutes: float,
+    stages: Sequence[str],
+    load_data: Callable[[], Index | Stream],
+    measure: Callable[..., str],
 ) -> Config:
     """The configuration with the steps that end within `minutes`: as the run's plan has them, which is made once.
 
-    `stages` are the unfinished ones. Every process calls it. UserError where the run has begun without a plan or with
-    another one, and where the minutes are too few.
+    `stages` are the unfinished ones; `measure(stage, data, steps, anew)` trains one for some steps and keeps what they
+    needed. Every process calls it. UserError where the run has begun without a plan or with another one, and where the
+    minutes are too few.
     """
     state, folder = PartialState(), config.run.dir
     single = state.num_processes == 1 and state.device.type == "cpu"
@@ -85,7 +83,7 @@ def adjust_steps(config: Config, begun: float) -> Config:
         plan, need = budget.Plan.read(folder), preflight.measured(config, "stage2")
         if not (plan and need):  # measured with other steps, where these change what a step needs
             return plan
-        ratio = budget.measured_ratio(plan, folder / "stage1" / "metrics.jsonl", config.stage1.batch)
+        ratio = budget.measured_ratio(plan, folder / "stage1" / "metrics.jsonl", config.stage1)
         changed = budget.adjusted(plan, config, need, begun, budget.seconds_since_start(), ratio)
         try:
             changed.apply(config)

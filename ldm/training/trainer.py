@@ -26,8 +26,7 @@ from ldm.data.stream import Stream
 from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
-from ldm.training.budget import FILE as PLAN
-from ldm.training.budget import LoadWatch
+from ldm.training.budget import LoadWatch, planned_threads
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.checkpoint_writer import CheckpointWriter, Copies, Parts
 from ldm.training.deepspeed import ZeroEngine
@@ -90,7 +89,8 @@ class Trainer:
         self._writer = CheckpointWriter()
         self._logger = MetricsLogger(self.folder / "metrics.jsonl", self.accelerator)
         check_same_on_all_processes(stage, self.fingerprint)
-        if self.is_main and self.device.type == "cpu" and not (config.dir / PLAN).exists():  # which has the threads
+        planned = self.is_main and planned_threads(config.dir) == torch.get_num_threads()
+        if self.is_main and self.device.type == "cpu" and not planned:
             say_idle_cores(self.accelerator.num_processes)
         if sharded:  # before the first engine: accelerate's plugins must know
             shard(self.accelerator, training, self.accumulation)

@@ -92,7 +92,7 @@ def _explained(error: Exception) -> str:
         reason = str(error).split(". ")[0].rstrip(".")
         return (
             f"a loader process has ended ({reason}): memory or /dev/shm is full, or a file that it read was cut short; "
-            "lower data.workers or data.prefetch_factor, or mend the file; the same command continues"
+            "lower data.workers (and data.prefetch_factor, if raised), or mend the file; the same command continues"
         )
     written = isinstance(error, OSError | SafetensorError)
     permitted = getattr(error, "errno", None) not in NOT_PERMITTED  # which reading may raise too

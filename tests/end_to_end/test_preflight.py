@@ -353,6 +353,7 @@ def test_a_budget_is_planned_once_for_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_load, "threads_with_a_core", lambda threads: 1)  # the others are busy
+    monkeypatch.setattr(budget, "seconds_since_start", lambda: 10.0)  # not of the process of all tests
     overrides = [*TINY[2:], f"run.dir={tmp_path / 'run'}", f"data.cache_dir={tiny_run / 'cache'}"]
     settings = load(Path(TINY[1]), overrides)
     encoder = text_encoder.of(settings.text)

@@ -105,7 +105,7 @@ class DataConfig(Section):
     """Loader processes per training process."""
     prefetch_factor: int = Field(default=2, ge=1)
     """Batches that each loader process reads ahead; on slow storage more hide slow reads, and take memory. Of no effect
-    when streaming."""
+    without `workers`; refused with `streaming`."""
 
     @property
     def name(self) -> str:

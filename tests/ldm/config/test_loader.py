@@ -103,6 +103,7 @@ def test_the_configuration_of_a_run_is_read_as_a_file_of_its_own(tiny: Path, tmp
             f"data.prefetch_factor=4 data.buckets=null data.val_fraction=0 {STREAM}",
             "data.prefetch_factor: is of indexed data",
         ),
+        ("data.stream_lanes=8", "data.stream_lanes: is of data.streaming; set that to true, or leave it out"),
         (f"{PIXELS} {CHAIN} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),
         (f"{PIXELS} {CHAIN} sample.solver=euler", "sample.solver: 'euler' can't be exported for pixels"),
         (f"{PIXELS} sample.solver=unipc", "sample.solver: 'unipc' can't be exported for pixels"),

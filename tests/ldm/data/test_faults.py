@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from of_config import cached, indexed
 
 from ldm.config import loader
 from ldm.config.schema import Stage1Config
+from ldm.data import column_store
 from ldm.data.column_store import UNUSED
 from ldm.models import autoencoder
 from ldm.utils.atomic_files import file_system_time
@@ -68,6 +70,19 @@ def test_what_another_run_may_be_writing_is_kept_whatever_the_clock_of_this_mach
     encode(config)
     assert all(path.exists() for path in in_use.values())
     assert not [name for name, path in left.items() if path.exists()]
+
+
+def test_a_folder_that_may_not_be_written_keeps_what_is_old(
+    config: loader.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(config)
+    columns = next(config.cache_dir.glob("columns-*"))
+    old = columns.with_name(f"{columns.name.rpartition('-')[0]}-{0:016}")
+    old.mkdir()
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(column_store, "file_system_time", Mock(side_effect=PermissionError))
+    encode(config)
+    assert old.exists()
 
 
 def test_the_time_of_a_file_system_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,14 +48,14 @@ def positions(first: int = 0, rank: int = 0, processes: int = 1) -> Positions:
 @pytest.mark.parametrize(("workers", "prefetch_factor"), [(0, 2), (1, 1), (1, 5), (3, 2), (4, 9)])
 def test_batches_are_those_of_torchs_loader_in_its_order(workers: int, prefetch_factor: int) -> None:
     expected = list(DataLoader(Squares(), batch_sampler=positions(2, 1, 2)))
-    batches = list(read_ahead.load(Squares(), positions(2, 1, 2), workers, prefetch_factor))
+    batches = list(read_ahead.data_loader(Squares(), positions(2, 1, 2), workers, prefetch_factor))
     assert len(batches) == len(expected) == 8
     for batch, other in zip(batches, expected, strict=True):
         assert batch.keys() == other.keys() and batch["read"] == other["read"]
         assert torch.equal(batch["position"], other["position"]) and torch.equal(batch["square"], other["square"])
 
 
-@pytest.mark.parametrize(("prefetch_factor", "finished"), [(2, "False"), (5, "True")])
+@pytest.mark.parametrize(("prefetch_factor", "finished"), [(4, "False"), (5, "True")])
 def test_as_many_batches_as_asked_for_are_read_while_one_item_is_late(prefetch_factor: int, finished: str) -> None:
     later: Event = multiprocessing.get_context("fork").Event()
 
@@ -64,7 +64,7 @@ def test_as_many_batches_as_asked_for_are_read_while_one_item_is_late(prefetch_f
             later.set()
         return later.wait(5 if finished == "True" else 0.3) if n == 0 else None
 
-    batches = read_ahead.load(Squares(read), positions(), 1, prefetch_factor)
+    batches = read_ahead.data_loader(Squares(read), positions(), 1, prefetch_factor)
     assert next(iter(batches))["read"] == [finished, "None", "None"]
 
 
@@ -73,10 +73,11 @@ def test_an_items_error_comes_in_its_batchs_turn() -> None:
         if n == 2 * BATCH:
             raise UserError("a.png: it can't be read")
 
-    batches = iter(read_ahead.load(Squares(read), positions(), 2, 4))
+    batches = iter(read_ahead.data_loader(Squares(read), positions(), 2, 4))
     assert [next(batches)["position"].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(UserError, match=r"a\.png: it can't be read"):
         next(batches)
+    batches._shutdown_workers()
 
 
 class Counting(Dataset[Item]):
@@ -100,7 +101,7 @@ class Counting(Dataset[Item]):
 
 
 def test_items_are_read_at_once_and_computed_one_after_another() -> None:
-    (batch,) = read_ahead.load(Counting(), Positions(0, 1, 12, 1, 0, 1), 1, 2)
+    (batch,) = read_ahead.data_loader(Counting(), Positions(0, 1, 12, 1, 0, 1), 1, 2)
     assert batch["begun"].tolist() == [12] * 12
     assert batch["computing"].tolist() == [1] * 12
 
@@ -129,14 +130,14 @@ def test_threads_get_the_samples_of_their_positions(hasty_switches: None) -> Non
 
 @pytest.fixture
 def store(root: Path, three_shapes: Callable[[list[str]], Path]) -> encoding_store.EncodingStore:
-    """The latents of twelve images in files of two."""
+    """The latents of twelve images in as many files."""
     folder = three_shapes([f"image {i}" for i in range(12)])
     overrides = [f"run.dir={folder.parent / 'run'}", f"data.source={folder}", "data.size=16", "data.buckets=null"]
     config = loader.load(root / "configs/tiny.yaml", overrides)
     torch.manual_seed(0)
     shape = Stage1Config(channels=(16, 16), layers=1, latent_channels=2, norm_num_groups=8, mid_attention=False)
     vae = autoencoder.Autoencoder(autoencoder.build(shape, 16))
-    (store,) = cached(indexed(config), config, vae, None, per_file=2).latents.values()
+    (store,) = cached(indexed(config), config, vae, None, per_file=1).latents.values()
     return store
 
 
@@ -154,7 +155,16 @@ def test_threads_read_entries_of_more_files_than_may_be_open(
     with ThreadPoolExecutor(8) as threads:
         entries = list(threads.map(store.__getitem__, keys * 20))
     assert all(torch.equal(entry["mean"], expected[i % len(keys)]) for i, entry in enumerate(entries))
-    assert len(store._open) <= 8
+    assert len(store._open) <= 8 < len(store.files)
+
+
+def test_the_files_opened_last_stay_open(store: encoding_store.EncodingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_store, "MAX_OPEN", 3)
+    opened = []
+    for key in keys_of(store):
+        store[key]
+        opened.append(store.lookup.place(key)[0])
+        assert list(store._open) == opened[-3:]
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-10]), lambda path: path.unlink()])

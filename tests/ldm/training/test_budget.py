@@ -1,11 +1,12 @@
 """`--budget`: steps that fill so many minutes, and what is reported where the load changes."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ldm.config import loader
-from ldm.config.schema import Config
+from ldm.config.schema import Config, Stage1Config
 from ldm.training.budget import REST, LoadWatch, Plan, adjusted, choose, fixed_seconds, measured_ratio, steps_to_measure
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.utils.errors import UserError
@@ -106,11 +107,12 @@ def test_stage_two_has_the_steps_of_the_first_point_and_more_than_its_warm_up(
 def test_the_ratio_is_that_of_the_steps_times(tmp_path: Path) -> None:
     plan = Plan(15, {}, {"stage1": 0.2}, {}, "")
     file = tmp_path / "metrics.jsonl"
-    assert measured_ratio(plan, file, 16) == 1.0  # nothing is known
-    file.write_text(
-        '{"step": 20, "images_per_second": 80}\n{"step": 40, "psnr": 20}\n{"step": 40, "images_per_second": 40}\n'
-    )
-    assert measured_ratio(plan, file, 16) == pytest.approx((16 / 80 + 16 / 40) / 2 / 0.2)
+    stage = Stage1Config(batch=16)
+    assert measured_ratio(plan, file, stage) == 1.0  # nothing is known
+    lines = [{"images_per_second": speed} for speed in (80, 40, 4, 50)]  # one with a validation
+    file.write_text("\n".join(map(json.dumps, [*lines, {"psnr": 20}])))
+    assert measured_ratio(plan, file, stage) == pytest.approx((16 / 50 + 16 / 40) / 2 / 0.2)
+    assert measured_ratio(plan, file, Stage1Config(batch=16, gan={})) == 1.0  # measured with it from the start
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ldm.cli import export
+from ldm.distributed import shard_files
 from ldm.training import checkpoint_writer
 from ldm.training.checkpoint import CheckpointManager, checkpoints, is_sharded, read_checkpoint, write_checkpoint
 from ldm.training.checkpoint_writer import CheckpointWriter, Parts
 from ldm.training.ema import read_snapshots, weighted_sum
+from ldm.utils.errors import UserError
 from ldm.utils.safetensors_file import open_tensors, write_safetensors, write_shard
 
 pytestmark = pytest.mark.slow
@@ -184,7 +189,8 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     PartialState(cpu=True)
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -203,7 +209,7 @@ def write(parts: Parts, folder: Path) -> None:
     ("state_dict_type", "available", "sharded"),
     [("SHARDED_STATE_DICT", 1e9, True), ("FULL_STATE_DICT", 0, False), ("", 2 * 96, False), ("", 2 * 96 - 1, True)],
 )
-def test_without_a_setting_shards_are_written_where_full_copies_take_more_than_half_of_the_free_memory(
+def test_shards_are_written_as_set_or_where_full_copies_take_more_than_half_of_the_free_memory(
     parts: Parts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,4 +243,22 @@ def test_a_damaged_shard_is_named_and_an_unsharded_checkpoint_is_not_merged(
     for name, message in (("run", "is damaged"), ("full", "not in shards"), ("none", "no checkpoint")):
         output = call(export.main, tmp_path / name, *out, status=2)
         assert message in output and output.count("\n") == 1
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'again'}", rank=0, world_size=1)
+    output = call(export.main, tmp_path / "run", *out, "--precision", "fp16", status=2)
+    assert "--precision: has no effect with --to checkpoint" in output
+
+
+def test_a_process_that_does_not_see_the_folder_or_fails_to_write_is_one_line_on_all(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    unseen = tmp_path / "another machine"
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_files, "atomic_folder", lambda folder: nullcontext(unseen))
+        with pytest.raises(
+            UserError, match=r"^run\.dir: process 0, on \S+, doesn't see .*another machine; give a folder"
+        ):
+            write(parts, tmp_path / "c")
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(shard_files, "write_shard", Mock(side_effect=stale))
+    with pytest.raises(UserError, match=r"^can't write .*c: .*Stale file handle.*; the previous version is kept$"):
+        write(parts, tmp_path / "c")

@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
 
 
 def test_a_clock_that_jumps_changes_neither_weights_nor_which_checkpoint_is_the_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = weights(train(tmp_path / "steady"))
     jumps = random.Random(0)
@@ -247,6 +247,7 @@ def test_a_clock_that_jumps_changes_neither_weights_nor_which_checkpoint_is_the_
     for age, checkpoint in enumerate(checkpoints(tmp_path / "jumping/stage1")):  # the older, the later by its times
         os.utime(checkpoint, (2e9 - age, 2e9 - age))
     assert all(map(torch.equal, expected, weights(train(tmp_path / "jumping"))))
+    assert "continuing from step 7 of 12" in capsys.readouterr().err
 
 
 def test_a_run_of_an_older_version_continues_and_keeps_its_metrics(tmp_path: Path) -> None:
