@@ -42,8 +42,8 @@ OVERFLOW = (
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    model = "a finished run, a diffusers folder, a Hub id, or a file; --to checkpoint: a checkpoint's folder, or a run"
-    parser.add_argument("model", type=path_or_id, help=model)
+    names = "a finished run, a diffusers folder, a Hub id, or a file; --to checkpoint: a checkpoint's folder, or a run"
+    parser.add_argument("model", type=path_or_id, help=names)
     base = "of a single file: a pipeline of the same family; of an adapter: the model that it was trained on"
     parser.add_argument("--base", type=path_or_id, help=base)
     parser.add_argument("--to", required=True, choices=("single-file", "diffusers", "lora", "checkpoint"))
