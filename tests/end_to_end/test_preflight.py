@@ -376,9 +376,16 @@ def test_a_budget_is_planned_once_for_a_run(
 
     metrics = tmp_path / "run/stage1/metrics.jsonl"
     metrics.parent.mkdir()
-    slower = plan["seconds_per_step"]["stage1"] * 1.5
-    metrics.write_text(json.dumps({"step": 20, "images_per_second": settings.stage1.batch / slower}) + "\n")
-    begun = plan["seconds"]["start and plan"]
+    begun, per_step = plan["seconds"]["start and plan"], plan["seconds_per_step"]["stage1"]
+
+    def trained(ratio: float) -> None:
+        """Stage one took this share of the time that was planned."""
+        metrics.write_text(json.dumps({"images_per_second": settings.stage1.batch / (ratio * per_step)}) + "\n")
+
+    trained(0.5)  # and something else the other half
+    monkeypatch.setattr(budget, "seconds_since_start", lambda: begun + plan["seconds"]["stage1"])
+    assert adjust_steps(planned, begun) == planned
+    trained(1.5)
     monkeypatch.setattr(budget, "seconds_since_start", lambda: begun + 1.5 * plan["seconds"]["stage1"])
     adjusted = adjust_steps(planned, begun)
     assert adjusted.stage2.steps < 0.8 * planned.stage2.steps
