@@ -28,7 +28,7 @@ from ldm.data.key_lookup import first_occurrences
 from ldm.data.masks import latent_mask
 from ldm.data.page_cache import look_up
 from ldm.data.records import SampleFields
-from ldm.distributed.launch import leave_signals_to_parent
+from ldm.distributed.launch import DataLoader
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.text_encoder import AnyTextEncoder
 
@@ -107,13 +107,12 @@ class CropDataset(torch.utils.data.Dataset[torch.Tensor]):
         assert mask, "only images with a mask are listed"
         return torch.stack([latent_mask(crop.apply(mask, sha256), self.mask_factor) for crop in crops])
 
-    def batches(self, workers: int) -> torch.utils.data.DataLoader[torch.Tensor]:
+    def batches(self, workers: int) -> DataLoader[torch.Tensor]:
         """In order, read by loader processes."""
-        return torch.utils.data.DataLoader(
+        return DataLoader(
             self,
-            max(1, BATCH // len(self.variants)),
+            batch_size=max(1, BATCH // len(self.variants)),
             num_workers=workers,
-            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # its own, because it draws the workers' seeds
         )
 

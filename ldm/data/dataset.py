@@ -26,7 +26,7 @@ from ldm.data.page_cache import Lookup, look_up
 from ldm.data.records import PRIOR, SampleFields
 from ldm.data.sampler import Order, SampleSpec
 from ldm.data.stream import Stream
-from ldm.distributed.launch import leave_signals_to_parent
+from ldm.distributed.launch import DataLoader
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.conditioning import TextEmbedding
 from ldm.models.text_encoder import AnyTextEncoder
@@ -177,12 +177,11 @@ def iter_images(
     order = [i for numbers in batches for i in numbers]
     if not order:
         return
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader[torch.Tensor](
         _CenterCropDataset(data),
         batch_size=None,
         sampler=order,
         num_workers=min(workers, len(order)),
-        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, because it draws the workers' seeds
     )
     images = iter(loader)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
-from ldm.distributed.launch import leave_signals_to_parent
+from ldm.distributed.launch import DataLoader
 
 Item = dict[str, Any]
 
@@ -48,13 +48,12 @@ def data_loader(
     if not workers:
         return torch.utils.data.DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory)
     finished = min(FINISHED, prefetch_factor)
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         _ReadAhead(dataset, batches, prefetch_factor - finished),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=finished,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_parent,
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.config.schema import DataConfig, Training
@@ -26,7 +25,7 @@ from ldm.data.source_kinds import CAPTIONED
 from ldm.data.sources import Sources
 from ldm.data.stream_reader import LanePosition, StreamReader, decoded_image, lanes_of, pixels_of, usable_workers
 from ldm.distributed.accumulation import accumulation
-from ldm.distributed.launch import leave_signals_to_parent
+from ldm.distributed.launch import DataLoader
 from ldm.utils.errors import UserError
 
 MIN_SEEN = 1000  # samples before `data.max_bad` applies
@@ -138,7 +137,7 @@ class Stream:
         share = accumulation(training.batch, processes, training.device_batch).images
         reader = self.reader(training, first_step, rank, processes, positions)
         workers = usable_workers(len(reader.rows), workers)
-        loader = DataLoader(reader, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+        loader = DataLoader[Any](reader, batch_size=None, num_workers=workers)
         parts = iter(loader)  # of the workers in turn
         parts_of_step = max(1, min(workers, len(reader.rows)))
         seen = bad = 0

@@ -26,6 +26,7 @@ from ldm.utils.errors import UserError
 from ldm.utils.folder_lock import release_locks
 
 Result = TypeVar("Result")
+Item = TypeVar("Item", covariant=True)
 
 TIMEOUT = timedelta(hours=12)  # of the others, while one encodes a data set or draws samples
 
@@ -134,16 +135,32 @@ def accelerator(config: RunConfig, accumulation_steps: int = 1, project_dir: Pat
         )
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """For a data loader's worker: ignores signals to the whole process group, so that the run has data until it saved.
+class DataLoader(torch.utils.data.DataLoader[Item]):
+    """torch's, whose processes ignore signals to the whole process group, so that the run has data until it saved.
 
     By default torch ends a worker at a SIGTERM, and with it the run. A SIGTERM of the parent itself still ends it.
     """
+
+    def __init__(self, dataset: torch.utils.data.Dataset[Item], **options: Any):
+        super().__init__(dataset, worker_init_fn=_leave_signals_to_parent, **options)
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        # Threads that a library starts in a forked process have the mask of the thread that forks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    # A library's thread, which doesn't block it, may receive it instead of `wait`: then the sender isn't known.
+    # A thread that has unblocked it may receive it instead of `wait`: then the sender isn't known.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
 
     def wait() -> None:

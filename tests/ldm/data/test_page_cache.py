@@ -161,7 +161,7 @@ class Announced(Dataset[dict[str, Any]]):
 def test_a_loader_process_announces_a_batch_before_it_reads_it() -> None:
     dataset = with_draws(Announced(), lambda n, item: {"drawn": n})
     assert isinstance(dataset, Dataset)
-    (batch,) = read_ahead.load(dataset, Positions(0, 1, 8, 1, 0, 1), 1, 2)
+    (batch,) = read_ahead.data_loader(dataset, Positions(0, 1, 8, 1, 0, 1), 1, 2)
     assert batch["position"].tolist() == batch["drawn"].tolist() == [*range(8)] and bool(batch["announced"].all())
 
 

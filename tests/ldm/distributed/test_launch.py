@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -65,14 +67,8 @@ class OpenToSigterm(torch.utils.data.Dataset[int]):
 
 @pytest.mark.parametrize("other_thread", [False, True])
 def test_a_loader_process_outlives_a_sigterm_that_its_parent_did_not_send(other_thread: bool) -> None:
-    loader = torch.utils.data.DataLoader(
-        OpenToSigterm(other_thread),
-        sampler=range(8),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=1,
-        worker_init_fn=launch.leave_signals_to_parent,
-    )
+    dataset = OpenToSigterm(other_thread)
+    loader = launch.DataLoader(dataset, sampler=range(8), batch_size=None, num_workers=1, prefetch_factor=1)
     batches = iter(loader)
     assert next(batches) == 0
     (worker,) = batches._workers
@@ -80,11 +76,22 @@ def test_a_loader_process_outlives_a_sigterm_that_its_parent_did_not_send(other_
     assert list(batches) == list(range(1, 8))
 
 
-def test_a_loader_process_ends_at_its_parents_sigterm() -> None:
-    loader = torch.utils.data.DataLoader(
-        range(8), batch_size=None, num_workers=1, worker_init_fn=launch.leave_signals_to_parent
-    )
-    batches = iter(loader)
+@pytest.fixture
+def thread_at_fork() -> Iterator[None]:
+    """A thread of a library, which it starts in each forked process."""
+    active = True
+
+    def start() -> None:
+        if active:
+            threading.Thread(target=time.sleep, args=[60], daemon=True).start()
+
+    os.register_at_fork(after_in_child=start)
+    yield
+    active = False
+
+
+def test_a_loader_process_ends_at_its_parents_sigterm(thread_at_fork: None) -> None:
+    batches = iter(launch.DataLoader(range(8), batch_size=None, num_workers=1))
     assert next(batches) == 0
     (worker,) = batches._workers
     worker.terminate()
