@@ -24,6 +24,7 @@ from ldm.config.schema import Stage1Config
 from ldm.models import vae_tiling
 from ldm.models.convert import autoencoder as single_file
 from ldm.models.finite import check_weights
+from ldm.models.identity_paths import add_identity_paths
 from ldm.models.weight_files import load_variant
 from ldm.utils.atomic_files import atomic_folder, tensors_sha256
 from ldm.utils.errors import UserError, first_line
@@ -242,7 +243,9 @@ def build(stage: Stage1Config, size: int) -> Model:
         "sample_size": size,
         "scaling_factor": 1.0,
     }
-    return VQModel(**config, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**config)
+    vae = VQModel(**config, num_vq_embeddings=stage.codes) if stage.family == "vq" else AutoencoderKL(**config)
+    add_identity_paths(vae)
+    return vae
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
