@@ -87,7 +87,6 @@ def train(
     from ldm.training.run_dir import prepare_run_dir
     from stage1_vae.train import train as train_autoencoder
     from stage2_diffusion.finetune import prior
-    from stage2_diffusion.train import train as train_unet
 
     disable_progress_bars()
     prior.check(settings)
@@ -124,7 +123,7 @@ def train(
             settings = prepare_run_dir(planned_steps.adjust_steps(settings, begun))
     if stage != "1":
         if "stage2" in stages:
-            train_unet(settings, data, load_autoencoder(settings), encoder)
+            settings = train_stage2(settings, data, encoder, planned_now)
         else:
             on_main(partial(check_finished, folder / "stage2", {"data": data.select("train").fingerprint()}))
         if state.is_main_process and ("stage2" in stages or not (folder / "README.md").exists()):
@@ -132,6 +131,22 @@ def train(
             write_report(folder)
     if state.is_main_process:
         print(f"finished: {result if stage != '1' else autoencoder_path(settings)}")
+
+
+def train_stage2(settings: Config, data: Index | Stream, encoder: AnyTextEncoder | None, planned_now: bool) -> Config:
+    """Trains stage two, with the steps of a plan that was made now or before; returns the steps that it had."""
+    from ldm.training import budget, planned_steps
+    from ldm.training.run_dir import prepare_run_dir
+    from stage2_diffusion.train import train
+
+    begun = budget.seconds_since_start() if planned_now else None
+    while True:
+        try:
+            train(settings, data, load_autoencoder(settings), encoder)
+            return settings
+        except budget.Paused:
+            pass  # and its traceback, which holds all weights, is gone
+        settings = prepare_run_dir(planned_steps.adjust_rest(settings, begun))
 
 
 def unfinished_stages(settings: Config, stage: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,13 +21,17 @@ def stratified(seed: int, stream: str, positions: Iterable[int], batch: int) -> 
     noise levels evenly, which lowers the variance of the loss (low-discrepancy times, arXiv 2107.00630, appendix I.1).
     """
     positions = [int(n) for n in positions]
-    strata: dict[int, np.ndarray] = {}  # by step: the stratum of each of its samples
-    for step in {n // batch for n in positions}:
-        strata[step] = generator(seed, f"{stream} strata", step).permutation(batch)
     within = uniform(seed, stream, positions).double()
-    stratum = torch.tensor([int(strata[n // batch][n % batch]) for n in positions], dtype=torch.float64)
+    strata = [int(_strata(seed, stream, n // batch, batch)[n % batch]) for n in positions]
+    stratum = torch.tensor(strata, dtype=torch.float64)
     # In float32 the end of the last stratum could round to 1, which is not in [0, 1).
     return ((stratum + within) / batch).float().clamp(max=1 - 2**-24)
+
+
+@lru_cache(maxsize=8)  # a loader asks sample by sample
+def _strata(seed: int, stream: str, step: int, batch: int) -> np.ndarray:
+    """The stratum of each of a step's samples, `(batch,)`."""
+    return generator(seed, f"{stream} strata", step).permutation(batch)
 
 
 class LossSecondMoment(nn.Module):

@@ -22,7 +22,6 @@ from ldm.utils.atomic_files import atomic_file
 from ldm.utils.errors import UserError
 
 FILE = "text_statistics.safetensors"
-MAX_CAPTIONS = 10_000  # that statistics are of
 LEAST_DEVIATION = 0.1  # of the median channel's: a channel that hardly varies isn't blown up
 BATCH = 64
 
@@ -80,8 +79,8 @@ def measure(encoder: TextEncoder, captions: Iterable[str]) -> tuple[torch.Tensor
 
 
 def _batches(captions: Iterable[str]) -> Iterator[list[str]]:
-    few = itertools.islice(captions, MAX_CAPTIONS)
-    while batch := list(itertools.islice(few, BATCH)):
+    rest = iter(captions)
+    while batch := list(itertools.islice(rest, BATCH)):
         yield batch
 
 

@@ -1,8 +1,9 @@
 """`--budget`: steps of both stages that fill so many minutes on this machine, planned once and kept with the run.
 
-`RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. Before stage two its
-steps are adjusted to the time that stage one took, unless the run was stopped before. A run that continues reads them,
-so that nothing depends on a second measurement.
+`RUN/plan.json` has the steps, the seconds that they were measured to take, and what to expect. The steps of stage two
+are adjusted before it, to the time that stage one took, and half way to its end, again and again, to the time that its
+own take; not in a run that was stopped before. A run that continues reads them, so that nothing depends on a second
+measurement.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ LATE = 30.0  # seconds before the end in which a change is no longer worth a lin
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
 REST = 0.02  # of the budget, for checkpoints, exports and the report
 ADJUSTED = 0.02  # share of the steps by which an adjustment must change them
+WORTH_A_PAUSE = 120.0  # seconds of stage two that must be left, to plan them anew half way
+
+
+class Paused(Exception):  # noqa: N818  # not an error
+    """Raised after the checkpoint of a stage whose plan has a pause there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,15 @@ class Plan:
     """What a model of these steps, or of the nearest fewer ones, was measured to be."""
     threads: int = 0
     """Of the process on a CPU, as measured; 0: as configured."""
+    done: int = 0
+    """Steps of stage two, before the ones that were planned last."""
+
+    @property
+    def pause(self) -> int:
+        """The step of stage two, half way to its end, after which the others are planned anew; 0 near the end."""
+        left = self.steps.get("stage2", 0) - self.done
+        worth = left * self.seconds_per_step.get("stage2", 0.0) >= WORTH_A_PAUSE
+        return self.done + left // 2 if worth else 0
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in self.seconds.items())
@@ -132,52 +147,65 @@ def choose(
     return plan(low)
 
 
+def measured_step(metrics: Path, batch: int, done: int = 0) -> float | None:
+    """The seconds that a step of `batch` images took, by the metrics of a stage after `done` steps; None without any.
+
+    The median counts: some times hold a validation or a checkpoint.
+    """
+    lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
+    times = [batch / line["images_per_second"] for line in lines if line["step"] > done and "images_per_second" in line]
+    return median(times) if times else None
+
+
 def measured_ratio(plan: Plan, metrics: Path, stage: Stage1Config) -> float:
     """How long stage one's steps took, as its metrics have it, of the time that was planned.
 
-    1 with a discriminator, which the preflight measures and the first steps don't have. The median counts: some times
-    hold a validation or a checkpoint.
+    1 with a discriminator, which the preflight measures and the first steps don't have.
     """
-    lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() and not stage.gan else ()
-    times = [stage.batch / line["images_per_second"] for line in lines if line.get("images_per_second")]
-    return median(times) / plan.seconds_per_step["stage1"] if times else 1.0
+    step = None if stage.gan else measured_step(metrics, stage.batch)
+    return step / plan.seconds_per_step["stage1"] if step else 1.0
 
 
 def adjusted(
-    plan: Plan, config: Config, need: ResourceEstimate, begun: float, elapsed: float, ratio: float = 1.0
+    plan: Plan,
+    config: Config,
+    need: ResourceEstimate,
+    begun: float,
+    elapsed: float,
+    ratio: float = 1.0,
+    done: int = 0,
 ) -> Plan:
     """The plan with so many steps of stage two that it ends in time, where stage one took from `begun` to `elapsed`.
 
     Both are seconds since the program's start. What is to come is expected to take `ratio` times what was planned, as
     stage one's steps did; `need` is what stage two was measured to need. It has no fewer steps than the first point of
-    `budget`, without points a tenth of the plan's, and more than its warm-up.
+    `budget`, without points a tenth of the plan's, and more than its warm-up. In stage two, with `done` steps of it,
+    `begun` is when it began, and one more step is the least.
     """
     after = {name: ratio * plan.seconds[name] for name in ("saving", "evaluation") if name in plan.seconds}
     left = 60 * plan.minutes - elapsed - sum(after.values())
 
     def seconds(steps: int) -> float:
         stage2 = config.stage2.model_copy(update={"steps": steps})
-        return ratio * need.seconds_left(config.model_copy(update={"stage2": stage2}), "stage2")
+        return ratio * need.seconds_left(config.model_copy(update={"stage2": stage2}), "stage2", done)
 
     planned, points = plan.steps["stage2"], config.budget.points
     least = points[0].stage2 if points else round(LEAST * planned)
-    least = min(planned, max(least, config.stage2.lr_warmup_steps + 1))
-    most = max(least, round(left / (ratio * need.step)))
-    steps = max(least, bisect_right(range(most + 1), left, key=seconds) - 1)
+    least = done + 1 if done else min(planned, max(least, config.stage2.lr_warmup_steps + 1))
+    most = max(least, done + round(left / (ratio * need.step)))
+    steps = max(least, done + bisect_right(range(done, most + 1), left, key=seconds) - 1)
     if abs(steps / planned - 1) <= ADJUSTED:
-        return plan
+        return replace(plan, done=done) if done else plan
+    past = (
+        {"stage2": elapsed - begun + seconds(steps)} if done else {"start and plan": begun, "stage1": elapsed - begun}
+    )
     return replace(
         plan,
         steps={**plan.steps, "stage2": steps},
         seconds_per_step={**plan.seconds_per_step, "stage2": ratio * need.step},
-        seconds={
-            **plan.seconds,
-            "start and plan": begun,
-            "stage1": elapsed - begun,
-            "stage2": seconds(steps),
-            **after,
-        },
+        seconds={**plan.seconds, "stage2": seconds(steps), **past, **after},
         figures=_figures(points, {**plan.steps, "stage2": steps}),
+        done=done,
     )
 
 
@@ -204,11 +232,21 @@ def _figures(points: Sequence[BudgetPoint], steps: Mapping[str, int]) -> str:
 
 def planned_threads(folder: Path) -> int:
     """Those of a run's plan; 0 without one."""
-    try:
-        plan = Plan.read(folder)
-    except UserError:  # `--budget` reports it
-        return 0
+    plan = _readable(folder)
     return plan.threads if plan else 0
+
+
+def planned_pause(folder: Path, stage: str, steps: int) -> int:
+    """The step of a stage of so many steps after which it is planned anew; 0 without a plan of these."""
+    plan = _readable(folder) if stage == "stage2" else None
+    return plan.pause if plan and plan.steps.get(stage) == steps else 0
+
+
+def _readable(folder: Path) -> Plan | None:
+    try:
+        return Plan.read(folder)
+    except UserError:  # `--budget` reports it
+        return None
 
 
 class LoadWatch:
@@ -222,10 +260,7 @@ class LoadWatch:
     @classmethod
     def of(cls, folder: Path, stage: str, steps: int) -> LoadWatch | None:
         """Of a stage of a run; None where it has no plan of so many steps."""
-        try:
-            plan = Plan.read(folder)
-        except UserError:  # `--budget` reports it
-            return None
+        plan = _readable(folder)
         return cls(plan.seconds_per_step[stage], steps) if plan and plan.steps.get(stage) == steps else None
 
     def observe(self, step: int, seconds: float) -> str:

@@ -1,8 +1,10 @@
-"""A run's steps under `--budget`: measured and planned before stage one, adjusted before stage two."""
+"""A run's steps under `--budget`: measured and planned before stage one, adjusted before stage two and within it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +15,7 @@ from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
 from ldm.training import budget, preflight
+from ldm.training.checkpoint import steps_done
 from ldm.training.run_dir import make_dir
 from ldm.utils.cpu_load import limit_threads
 from ldm.utils.errors import UserError
@@ -98,3 +101,31 @@ def adjust_steps(config: Config, begun: float) -> Config:
 
     plan = on_main(adjust)
     return plan.apply(config) if plan else config
+
+
+def adjust_rest(config: Config, begun: float | None) -> Config:
+    """The configuration with the steps that fill what is left of the budget, where stage two was paused.
+
+    It has `begun` so many seconds after the program; None where another process did, whose time isn't known: then the
+    steps stay. Its own ones are expected to take as long as they did since the last pause. Every process calls it.
+    """
+    gc.collect()  # the paused training, whose parts refer to each other
+    if PartialState().device.type == "cuda":
+        torch.cuda.empty_cache()
+    folder = config.run.dir
+
+    def adjust() -> budget.Plan:
+        plan, need = budget.Plan.read(folder), preflight.measured(config, "stage2")
+        assert plan, "a stage without a plan isn't paused"
+        done, changed = steps_done(folder / "stage2"), plan
+        step = budget.measured_step(folder / "stage2" / "metrics.jsonl", config.stage2.batch, plan.done)
+        if need and step and begun is not None:
+            ratio = step / need.step
+            changed = budget.adjusted(plan, config, need, begun, budget.seconds_since_start(), ratio, done)
+        changed = replace(changed, done=done)
+        changed.write(folder)
+        if changed.steps != plan.steps:
+            print(f"stage 2  after {done:,} steps, of {step:.2f} s\n{changed}", flush=True)
+        return changed
+
+    return on_main(adjust).apply(config)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
 from ldm.data.sampler import ORDER
 from ldm.data.stream import Stream
-from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
+from ldm.distributed.launch import accelerator, accumulated, join, on_main, precision, say_idle_cores
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
-from ldm.training.budget import LoadWatch, planned_threads
+from ldm.training.budget import LoadWatch, Paused, planned_pause, planned_threads
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.checkpoint_writer import CheckpointWriter, Copies, Parts
 from ldm.training.deepspeed import ZeroEngine
@@ -114,6 +115,7 @@ class Trainer:
         self._signals = SignalHandler()
         self._stop, self._save = 0, False  # which signal ended the last step, and whether one asked for a checkpoint
         self._exported = False
+        self._pause = on_main(partial(planned_pause, self.folder.parent, stage, training.steps))
         self._resume()
         if self.accelerator.log_with:  # after `_resume`, which truncates what a killed run logged too far
             self.accelerator.init_trackers(self.stage)
@@ -150,6 +152,9 @@ class Trainer:
                     yield batch
                     if self._stop:
                         raise Interrupted(128 + self._stop)
+                    if self.step == self._pause > start:
+                        self._writer.wait()
+                        raise Paused
                 self._writer.wait()
                 if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._signals.end)
@@ -286,7 +291,7 @@ class Trainer:
         if self.dry_run or not self.accelerator.sync_gradients:
             return
         signalled = bool(self._stop or self._save)
-        if signalled or self.step % t.checkpoint_every == 0 or self.step == t.steps:
+        if signalled or self.step % t.checkpoint_every == 0 or self.step in (self._pause, t.steps):
             self.save()
         elif self.ema.due(self.step):
             self._writer.start(self.ema.state(), self.ema.snapshot_writer(self.folder / "ema", self.step))

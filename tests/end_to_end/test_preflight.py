@@ -23,7 +23,7 @@ from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.models import text_encoder
 from ldm.training import budget, preflight
-from ldm.training.planned_steps import adjust_steps, plan_steps
+from ldm.training.planned_steps import adjust_rest, adjust_steps, plan_steps
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.training.trainer import Trainer
 from ldm.utils import cpu_load
@@ -380,7 +380,9 @@ def test_a_budget_is_planned_once_for_a_run(
 
     def trained(ratio: float) -> None:
         """Stage one took this share of the time that was planned."""
-        metrics.write_text(json.dumps({"images_per_second": settings.stage1.batch / (ratio * per_step)}) + "\n")
+        metrics.write_text(
+            json.dumps({"step": 20, "images_per_second": settings.stage1.batch / (ratio * per_step)}) + "\n"
+        )
 
     trained(0.5)  # and something else the other half
     monkeypatch.setattr(budget, "seconds_since_start", lambda: begun + plan["seconds"]["stage1"])
@@ -392,3 +394,36 @@ def test_a_budget_is_planned_once_for_a_run(
     assert adjusted.stage2.steps == json.loads((tmp_path / "run/plan.json").read_text())["steps"]["stage2"]
     assert "stage 1  steps took 150% of the time that was planned" in capsys.readouterr().out
     assert plan_steps(settings, 5, ("stage1", "stage2"), *parts) == adjusted  # as the same command continues
+
+
+def test_a_paused_training_ends_with_the_same_weights_and_with_other_steps_where_its_speed_changes(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str, seconds_per_step: float) -> Path:
+        """With a plan of before, which pauses where its steps take long."""
+        folder = tmp_path / name
+        folder.mkdir()
+        steps, per_step = {"stage2": 8}, {"stage2": seconds_per_step}
+        budget.Plan(5, steps, per_step, {"saving": 1.0}, "").write(folder)
+        given = [f"run.dir={folder}", f"data.cache_dir={tiny_run / 'cache'}"]
+        assert train_ldm.main([*TINY, *given, f"stage1.pretrained={tiny_run / 'autoencoder'}", "--budget", "5"]) == 0
+        return folder
+
+    plain, paused = trained("plain", 1.0), trained("paused", 40.0)
+    output = capsys.readouterr()
+    assert re.findall(r"stage2: continuing from step (\d) of 8", output.out + output.err) == ["4", "6"]
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    for name, tensor in load_file(plain / weights).items():
+        torch.testing.assert_close(load_file(paused / weights)[name], tensor, rtol=0, atol=0)
+    assert budget.Plan.read(paused) == budget.Plan(5, {"stage2": 8}, {"stage2": 40.0}, {"saving": 1.0}, "", done=6)
+
+    settings = load(paused / "config.yaml")
+    need = ResourceEstimate(40.0, validation=0, sheet=0, encoding=0, memory=0, disk=0, device="the CPU")
+    monkeypatch.setattr(preflight, "measured", lambda *_: need)
+    monkeypatch.setattr(budget, "seconds_since_start", lambda: 200.0)
+    budget.Plan(5, {"stage2": 8}, {"stage2": 40.0}, {"saving": 0.0}, "").write(paused)
+    (paused / "stage2/metrics.jsonl").write_text(
+        json.dumps({"step": 5, "images_per_second": settings.stage2.batch / 10})
+    )
+    assert adjust_rest(settings, begun=0.0).stage2.steps == 8 + 10  # of 10 s, in the 100 s that are left
+    assert "stage 2  after 8 steps, of 10.00 s\nplan     18 steps, 5 min of 5 minutes" in capsys.readouterr().out

@@ -1,13 +1,25 @@
 """`--budget`: steps that fill so many minutes, and what is reported where the load changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ldm.config import loader
 from ldm.config.schema import Config, Stage1Config
-from ldm.training.budget import REST, LoadWatch, Plan, adjusted, choose, fixed_seconds, measured_ratio, steps_to_measure
+from ldm.training.budget import (
+    REST,
+    LoadWatch,
+    Plan,
+    adjusted,
+    choose,
+    fixed_seconds,
+    measured_ratio,
+    measured_step,
+    planned_pause,
+    steps_to_measure,
+)
 from ldm.training.resource_estimate import ResourceEstimate
 from ldm.utils.errors import UserError
 
@@ -109,10 +121,47 @@ def test_the_ratio_is_that_of_the_steps_times(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     stage = Stage1Config(batch=16)
     assert measured_ratio(plan, file, stage) == 1.0  # nothing is known
-    lines = [{"images_per_second": speed} for speed in (80, 40, 4, 50)]  # one with a validation
-    file.write_text("\n".join(map(json.dumps, [*lines, {"psnr": 20}])))
+    lines = [{"step": 20 * i, "images_per_second": speed} for i, speed in enumerate((80, 40, 4, 50), 1)]
+    file.write_text("\n".join(map(json.dumps, [*lines, {"step": 80, "psnr": 20}])))  # one with a validation
     assert measured_ratio(plan, file, stage) == pytest.approx((16 / 50 + 16 / 40) / 2 / 0.2)
     assert measured_ratio(plan, file, Stage1Config(batch=16, gan={})) == 1.0  # measured with it from the start
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.9, 1.3])
+def test_half_way_the_rest_is_adjusted_to_the_speed_of_its_own_steps(config: Config, ratio: float) -> None:
+    plan = choose(config, 15, FIXED, needs())
+    done, stage1 = plan.pause, BEGUN + plan.seconds["stage1"]
+    elapsed = stage1 + done * ratio * 0.5
+    changed = adjusted(plan, config, needs()["stage2"], stage1, elapsed, ratio, done)
+    left = changed.steps["stage2"] - done
+    total = elapsed + ratio * (
+        left * 0.5 + needs()["stage2"].validation + needs()["stage2"].sheet + FIXED["evaluation"]
+    )
+    assert 0.98 * 15 * 60 < total <= 15 * 60
+    assert (changed.steps["stage2"] < plan.steps["stage2"]) == (ratio > 1)
+    assert sum(changed.seconds.values()) == pytest.approx(total, rel=0.01)
+    assert adjusted(plan, config, needs()["stage2"], stage1, 15 * 60, ratio, done).steps["stage2"] == done + 1
+
+
+def test_a_plan_pauses_half_way_to_the_end_until_two_minutes_are_left(tmp_path: Path) -> None:
+    plan = Plan(15, {"stage1": 300, "stage2": 1000}, {"stage2": 0.5}, {}, "")
+    pauses = []
+    while plan.pause:
+        pauses.append(plan.pause)
+        plan = replace(plan, done=plan.pause)
+    assert pauses == [500, 750, 875]  # with 500, 250, 125 s of steps before each
+    assert planned_pause(tmp_path, "stage2", 1000) == 0  # no plan
+    replace(plan, done=500).write(tmp_path)
+    assert planned_pause(tmp_path, "stage2", 1000) == 750
+    assert planned_pause(tmp_path, "stage2", 1200) == planned_pause(tmp_path, "stage1", 300) == 0
+
+
+def test_the_time_of_a_step_is_that_of_the_steps_since_the_pause(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "images_per_second": speed} for step, speed in ((10, 64), (20, 64), (30, 16), (40, 16))]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert measured_step(file, 32, done=20) == 2.0
+    assert measured_step(file, 32, done=40) is None
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:

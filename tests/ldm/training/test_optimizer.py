@@ -28,7 +28,7 @@ from ldm.training.optimizer import (
 from ldm.utils.errors import UserError
 
 STEPS, LR, DECAY, BETAS = 8, 0.02, 0.1, (0.9, 0.99)
-UNSHARDED: Any = SimpleNamespace(distributed_type=DistributedType.NO)
+UNSHARDED: Any = SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="no")
 
 
 def made(name: str, module: nn.Module, lr: float = LR, steps: int = 1000) -> torch.optim.Optimizer:
@@ -243,7 +243,8 @@ class Blocks(nn.Module):
         self.head = nn.Linear(3, 2)
 
 
-def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others() -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others(precision: str) -> None:
     """Convolutions as matrices (outputs, inputs · height · width); the update's size is AdamW's."""
     module, reference = Blocks(), Blocks()
     hidden = hidden_matrices(module)
@@ -253,7 +254,7 @@ def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others() -> None:
         module,
         [{"params": [p for p in module.parameters() if p.requires_grad]}],
         LR,
-        UNSHARDED,
+        SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision=precision),
     )
     pairs = [p for p in zip(module.parameters(), reference.parameters(), strict=True) if p[0].requires_grad]
     matrices = [nn.Parameter(theirs.detach().flatten(1)) for ours, theirs in pairs if id(ours) in hidden]
