@@ -232,11 +232,11 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
     overrides = [f"stage1.pretrained={model}", "stage1.init_from=null", f"stage2.init_from={model}"]
     overrides += [f"text.model={model}", "text.normalize=false"] if stage2.text else []
     # as configs/lora-openmoji.yaml, whose adapter of a small model is measured; a tenth of its rate for all weights
-    of_adamw = stage2.lr / (2 if stage2.optimizer == "muon" else 1)
+    of_adamw = stage2.lr / (3 if stage2.optimizer == "muon" else 1)
     rate = of_adamw / (2 if kind == LORA else 10)
     overrides += [f"stage2.lr={rate:.3g}", "stage2.steps=300", "stage2.lr_warmup_steps=20", "stage2.ema_decay=0.95"]
     overrides += [f"stage2.batch={min(16, stage2.batch)}", "stage2.lr_scheduler=cosine", "stage2.checkpoint_every=100"]
-    overrides += ["stage2.optimizer=adamw", "sample.every=50"]  # or the first samples come late
+    overrides += ["stage2.optimizer=adamw", "stage2.muon_lr=null", "sample.every=50"]  # or the first samples come late
     overrides += ["finetune.kind=lora", "finetune.targets=all"] if kind == LORA else []
     return Base(f"{short(pipeline.parent)}, your model", file, tuple(overrides))
 

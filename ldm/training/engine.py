@@ -33,6 +33,7 @@ class Engine:
     def __init__(self, module: nn.Module, lr: float, training: Training, accelerator: Accelerator, precision: str):
         self.module, self.lr, self.max_grad_norm = module.to(accelerator.device), lr, training.max_grad_norm
         self.accelerator, self.precision = accelerator, precision
+        self._muon_scale = training.muon_lr / training.lr if training.muon_lr else 1.0
         self._collect_parameters()
         # Scalars, a learned variance for one, have no natural value to decay to either.
         decayed = [p for p in self._network if p.ndim]
@@ -112,7 +113,7 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (self._muon_scale if group.get("use_muon") else 1.0)
 
     def moment(self, parameter: nn.Parameter, name: str) -> torch.Tensor | None:
         """A tensor that the optimizer keeps of a parameter; None before its first step."""

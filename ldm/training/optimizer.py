@@ -51,7 +51,9 @@ def make_optimizer(
         return bitsandbytes.optim.AdamW8bit(groups, **options)  # type: ignore[no-any-return]
     if name == "muon":
         half = accelerator.mixed_precision != "no" and torch.cpu._is_amx_tile_supported()
-        return _muon(half)(_muon_groups(module, groups, options), use_adjusted_lr=True)  # type: ignore[no-any-return]
+        like_adamw = training.muon_lr is None
+        divided = _muon_groups(module, groups, options, training.muon_lr or lr)
+        return _muon(half)(divided, use_adjusted_lr=like_adamw)  # type: ignore[no-any-return]
     return _of_pytorch_optimizer(name, groups, options)
 
 
@@ -102,7 +104,9 @@ def _muon(half: bool) -> Any:
     return Muon
 
 
-def _muon_groups(module: nn.Module, groups: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+def _muon_groups(
+    module: nn.Module, groups: list[dict[str, Any]], options: dict[str, Any], muon_lr: float
+) -> list[dict[str, Any]]:
     """Each group divided into hidden matrices and what AdamW trains; UserError where there are no such matrices."""
     hidden, divided = hidden_matrices(module), []
     for group in groups:
@@ -110,7 +114,8 @@ def _muon_groups(module: nn.Module, groups: list[dict[str, Any]], options: dict[
         others = [p for p in group["params"] if id(p) not in hidden]
         common = {"lr": options["lr"], "weight_decay": options["weight_decay"], **group}
         if matrices:
-            divided.append({**common, "params": matrices, "use_muon": True, "momentum": options["betas"][0]})
+            muon = {"lr": muon_lr, "use_muon": True, "momentum": options["betas"][0]}
+            divided.append({**common, "params": matrices, **muon})
         if others:
             adamw = {"betas": options["betas"], "eps": 1e-8}  # AdamW's eps
             divided.append({**common, "params": others, "use_muon": False, **adamw})
@@ -144,6 +149,8 @@ def check_optimizer(training: Training, key: str) -> None:
         default = type(training).model_fields[name].default
         if training.optimizer == optimizer and getattr(training, name) != default:
             print(f"{prefix}{name}: {reason}", file=sys.stderr, flush=True)
+    if training.muon_lr and training.optimizer != "muon":
+        print(f"{prefix}muon_lr: has no effect: it is for muon", file=sys.stderr, flush=True)
 
 
 def check_installed(training: Training, key: str) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from ldm.config.schema import ClassifierConfig, RunConfig, Training
 from ldm.distributed.launch import accelerator
 from ldm.training.checkpoint import checkpoints, read_checkpoint
+from ldm.training.engine import Engine
 from ldm.training.optimizer import (
     check_optimizer,
     flatten_optimizer,
@@ -243,14 +244,15 @@ class Blocks(nn.Module):
         self.head = nn.Linear(3, 2)
 
 
+@pytest.mark.parametrize("muon_lr", [None, 3 * LR])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others(precision: str) -> None:
+def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others(precision: str, muon_lr: float | None) -> None:
     """Convolutions as matrices (outputs, inputs · height · width); the update's size is AdamW's."""
     module, reference = Blocks(), Blocks()
     hidden = hidden_matrices(module)
     assert {name for name, p in module.named_parameters() if id(p) in hidden} == {"conv.weight", "linear.weight"}
     optimizer = make_optimizer(
-        Training(optimizer="muon", lr=LR, weight_decay=DECAY, betas=BETAS),
+        Training(optimizer="muon", lr=LR, muon_lr=muon_lr, weight_decay=DECAY, betas=BETAS),
         module,
         [{"params": [p for p in module.parameters() if p.requires_grad]}],
         LR,
@@ -259,9 +261,9 @@ def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others(precision: s
     pairs = [p for p in zip(module.parameters(), reference.parameters(), strict=True) if p[0].requires_grad]
     matrices = [nn.Parameter(theirs.detach().flatten(1)) for ours, theirs in pairs if id(ours) in hidden]
     others = [theirs for ours, theirs in pairs if id(ours) not in hidden]
-    options = {"lr": LR, "weight_decay": DECAY}
-    muon = torch.optim.Muon(matrices, **options, momentum=BETAS[0], adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, **options, betas=BETAS)
+    scale = "original" if muon_lr else "match_rms_adamw"
+    muon = torch.optim.Muon(matrices, lr=muon_lr or LR, weight_decay=DECAY, momentum=BETAS[0], adjust_lr_fn=scale)
+    adamw = torch.optim.AdamW(others, lr=LR, weight_decay=DECAY, betas=BETAS)
     for _ in range(3):
         waiting = iter(matrices)
         for ours, theirs in pairs:
@@ -273,9 +275,24 @@ def test_muon_trains_hidden_matrices_as_torchs_and_adamw_the_others(precision: s
     waiting = iter(matrices)
     for ours, theirs in pairs:
         if id(ours) in hidden:
-            torch.testing.assert_close(ours.flatten(1), next(waiting), rtol=0, atol=LR / 20)  # bf16 inside
+            step = muon_lr or 0.2 * math.sqrt(8) * LR  # the largest singular value of an update of (5, 8)
+            torch.testing.assert_close(ours.flatten(1), next(waiting), rtol=0, atol=step / 11)  # bf16 inside
         else:
             torch.testing.assert_close(ours, theirs)
+
+
+def test_muons_rate_follows_the_schedule_in_its_ratio_to_lr() -> None:
+    module = Blocks()
+    training = Training(optimizer="muon", lr=LR, muon_lr=3 * LR)
+    engine = Engine(module, LR, training, accelerator(RunConfig(precision="no")), "no")
+    engine.set_lr(LR / 2)
+    rates = {group["use_muon"]: group["lr"] for group in engine.optimizer.param_groups}
+    assert rates == {True: 1.5 * LR, False: 0.5 * LR}
+
+
+def test_a_rate_of_muon_for_another_optimizer_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    check_optimizer(Training(muon_lr=0.02), "stage2")
+    assert capsys.readouterr().err == "stage2.muon_lr: has no effect: it is for muon\n"
 
 
 def test_muon_without_hidden_matrices_is_refused() -> None:
