@@ -153,7 +153,7 @@ def measured_step(metrics: Path, batch: int, done: int = 0) -> float | None:
     The median counts: some times hold a validation or a checkpoint.
     """
     lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
-    times = [batch / line["images_per_second"] for line in lines if line["step"] > done and "images_per_second" in line]
+    times = [batch / speed for line in lines if line["step"] > done and (speed := line.get("images_per_second"))]
     return median(times) if times else None
 
 
