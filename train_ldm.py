@@ -1,6 +1,6 @@
 """Trains a latent diffusion model: an autoencoder, then a text-conditioned U-Net in its latents.
 
-    accelerate launch train_ldm.py --config configs/openmoji.yaml [stage2.lr=1e-3 …]
+    accelerate launch train_ldm.py --config configs/openmoji.yaml [stage2.steps=2000 …]
 
 Plain `python train_ldm.py …` works too, and `ldm-train …` from any folder. The same command again resumes the run.
 """
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="start in a new folder where run.dir is used")
     parser.add_argument("--yes", action="store_true", help="train where one folder's name captions all images")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.lr=1e-3")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example stage2.steps=2000")
     args = parser.parse_intermixed_args(arguments)
 
     if args.budget is not None:
@@ -139,10 +139,11 @@ def train_stage2(settings: Config, data: Index | Stream, encoder: AnyTextEncoder
     from ldm.training.run_dir import prepare_run_dir
     from stage2_diffusion.train import train
 
-    begun = budget.seconds_since_start() if planned_now else None
+    begun = budget.seconds_since_start()
     while True:
+        pause = planned_steps.pause_after(settings) if planned_now else 0  # of another process, its time isn't known
         try:
-            train(settings, data, load_autoencoder(settings), encoder)
+            train(settings, data, load_autoencoder(settings), encoder, pause)
             return settings
         except budget.Paused:
             pass  # and its traceback, which holds all weights, is gone

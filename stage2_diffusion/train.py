@@ -45,8 +45,13 @@ from stage2_diffusion.validation import Validation
 NORMALIZED_OVER = 256
 
 
-def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: AnyTextEncoder | None) -> None:
-    """Trains the U-Net on the images of split `train`, and of `prior`; exports the pipeline with its EMA weights."""
+def train(
+    config: Config, data: Index | Stream, autoencoder: Autoencoder, text: AnyTextEncoder | None, pause_after: int = 0
+) -> None:
+    """Trains the U-Net on the images of split `train`, and of `prior`; exports the pipeline with its EMA weights.
+
+    `Paused`, with a checkpoint, after step `pause_after`.
+    """
     stage, seed = config.stage2, config.run.seed
     train_set = data.select(*TRAINED)
     classes = train_set.labels() if stage.classes and isinstance(train_set, Index) else []
@@ -71,7 +76,9 @@ def train(config: Config, data: Index | Stream, autoencoder: Autoencoder, text: 
     if len(of_class := data.select(PRIOR)):
         fingerprint[PRIOR] = of_class.fingerprint()
     name = sample_names(train_set, spec)
-    trainer = Trainer(config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True)
+    trainer = Trainer(
+        config.run, stage, "stage2", denoiser, fingerprint, name=name, sharded=True, pause_after=pause_after
+    )
     if stage.compile:
         compile_blocks(unet, dynamic=bool(config.data.buckets))
 

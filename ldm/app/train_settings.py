@@ -232,7 +232,7 @@ def _of_model(pipeline: Path, kind: str) -> Base | None:
     overrides = [f"stage1.pretrained={model}", "stage1.init_from=null", f"stage2.init_from={model}"]
     overrides += [f"text.model={model}", "text.normalize=false"] if stage2.text else []
     # as configs/lora-openmoji.yaml, whose adapter of a small model is measured; a tenth of its rate for all weights
-    of_adamw = stage2.lr / (3 if stage2.optimizer == "muon" else 1)
+    of_adamw = stage2.lr / (1 if stage2.optimizer != "muon" else 3 if stage2.muon_lr else 2)
     rate = of_adamw / (2 if kind == LORA else 10)
     overrides += [f"stage2.lr={rate:.3g}", "stage2.steps=300", "stage2.lr_warmup_steps=20", "stage2.ema_decay=0.95"]
     overrides += [f"stage2.batch={min(16, stage2.batch)}", "stage2.lr_scheduler=cosine", "stage2.checkpoint_every=100"]

@@ -38,11 +38,11 @@ LATE = 30.0  # seconds before the end in which a change is no longer worth a lin
 WINDOWS = 3  # times of steps whose median counts: a single one may hold a validation or a sample grid
 REST = 0.02  # of the budget, for checkpoints, exports and the report
 ADJUSTED = 0.02  # share of the steps by which an adjustment must change them
-WORTH_A_PAUSE = 120.0  # seconds of stage two that must be left, to plan them anew half way
+WORTH_A_PAUSE, LAST_PAUSE = 120.0, 0.1  # seconds of stage two, and share of the budget, to plan them anew half way
 
 
 class Paused(Exception):  # noqa: N818  # not an error
-    """Raised after the checkpoint of a stage whose plan has a pause there."""
+    """Raised after the checkpoint of a stage that pauses there."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Plan:
     def pause(self) -> int:
         """The step of stage two, half way to its end, after which the others are planned anew; 0 near the end."""
         left = self.steps.get("stage2", 0) - self.done
-        worth = left * self.seconds_per_step.get("stage2", 0.0) >= WORTH_A_PAUSE
-        return self.done + left // 2 if worth else 0
+        worth = max(WORTH_A_PAUSE, LAST_PAUSE * 60 * self.minutes)
+        return self.done + left // 2 if left * self.seconds_per_step.get("stage2", 0.0) >= worth else 0
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in self.seconds.items())
@@ -182,7 +182,8 @@ def adjusted(
     `budget`, without points a tenth of the plan's, and more than its warm-up. In stage two, with `done` steps of it,
     `begun` is when it began, and one more step is the least.
     """
-    after = {name: ratio * plan.seconds[name] for name in ("saving", "evaluation") if name in plan.seconds}
+    slower = ratio * need.step / plan.seconds_per_step["stage2"]  # than what the plan has
+    after = {name: slower * plan.seconds[name] for name in ("saving", "evaluation") if name in plan.seconds}
     left = 60 * plan.minutes - elapsed - sum(after.values())
 
     def seconds(steps: int) -> float:
@@ -191,10 +192,11 @@ def adjusted(
 
     planned, points = plan.steps["stage2"], config.budget.points
     least = points[0].stage2 if points else round(LEAST * planned)
-    least = done + 1 if done else min(planned, max(least, config.stage2.lr_warmup_steps + 1))
+    least = max(done + 1 if done else least, config.stage2.lr_warmup_steps + 1)
+    least = least if done else min(planned, least)
     most = max(least, done + round(left / (ratio * need.step)))
     steps = max(least, done + bisect_right(range(done, most + 1), left, key=seconds) - 1)
-    if abs(steps / planned - 1) <= ADJUSTED:
+    if abs(steps - planned) <= ADJUSTED * (planned - done):
         return replace(plan, done=done) if done else plan
     past = (
         {"stage2": elapsed - begun + seconds(steps)} if done else {"start and plan": begun, "stage1": elapsed - begun}
@@ -234,12 +236,6 @@ def planned_threads(folder: Path) -> int:
     """Those of a run's plan; 0 without one."""
     plan = _readable(folder)
     return plan.threads if plan else 0
-
-
-def planned_pause(folder: Path, stage: str, steps: int) -> int:
-    """The step of a stage of so many steps after which it is planned anew; 0 without a plan of these."""
-    plan = _readable(folder) if stage == "stage2" else None
-    return plan.pause if plan and plan.steps.get(stage) == steps else 0
 
 
 def _readable(folder: Path) -> Plan | None:

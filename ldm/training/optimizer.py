@@ -52,7 +52,7 @@ def make_optimizer(
     if name == "muon":
         half = accelerator.mixed_precision != "no" and torch.cpu._is_amx_tile_supported()
         like_adamw = training.muon_lr is None
-        divided = _muon_groups(module, groups, options, training.muon_lr or lr)
+        divided = _muon_groups(module, groups, options, lr * (training.muon_lr or training.lr) / training.lr)
         return _muon(half)(divided, use_adjusted_lr=like_adamw)  # type: ignore[no-any-return]
     return _of_pytorch_optimizer(name, groups, options)
 

@@ -92,7 +92,10 @@ def _figures(config: Config) -> list[str]:
 
 def _rate(training: Training) -> str:
     """The learning rate, and whose, where it is not AdamW's."""
-    return f"{'' if training.optimizer == 'adamw' else f'{training.optimizer}, '}lr {training.lr}"
+    if training.optimizer == "adamw":
+        return f"lr {training.lr}"
+    of_matrices = f"{training.muon_lr} and " if training.optimizer == "muon" and training.muon_lr else ""
+    return f"{training.optimizer}, lr {of_matrices}{training.lr}"
 
 
 def _batch(stage: str, training: Training, processes: int) -> list[str]:

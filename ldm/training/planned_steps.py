@@ -14,6 +14,7 @@ from ldm.config.schema import Config
 from ldm.data.index import Index
 from ldm.data.stream import Stream
 from ldm.distributed.launch import on_main
+from ldm.distributed.sharding import SHARDED
 from ldm.training import budget, preflight
 from ldm.training.checkpoint import steps_done
 from ldm.training.run_dir import make_dir
@@ -103,11 +104,29 @@ def adjust_steps(config: Config, begun: float) -> Config:
     return plan.apply(config) if plan else config
 
 
-def adjust_rest(config: Config, begun: float | None) -> Config:
+def pause_after(config: Config) -> int:
+    """The step of stage two after which it should pause, so that the others are planned anew; 0 for none.
+
+    There is none where a second start would cost much or change something: of a sharded or compiled network, of a text
+    encoder in training, in a tracker that makes a run of each start.
+    """
+    text = config.text.train or config.finetune.text_encoder or config.finetune.kind == "inversion"
+    sharded = PartialState().distributed_type in SHARDED
+    if text or sharded or config.stage2.compile or config.run.tracker not in ("none", "tensorboard"):
+        return 0
+
+    def pause() -> int:
+        plan = budget.Plan.read(config.run.dir)
+        return plan.pause if plan and preflight.measured(config, "stage2") else 0
+
+    return on_main(pause)
+
+
+def adjust_rest(config: Config, begun: float) -> Config:
     """The configuration with the steps that fill what is left of the budget, where stage two was paused.
 
-    It has `begun` so many seconds after the program; None where another process did, whose time isn't known: then the
-    steps stay. Its own ones are expected to take as long as they did since the last pause. Every process calls it.
+    It has `begun` so many seconds after the program. Its steps are expected to take as long as they did since the last
+    pause. Every process calls it.
     """
     gc.collect()  # the paused training, whose parts refer to each other
     if PartialState().device.type == "cuda":
@@ -116,12 +135,16 @@ def adjust_rest(config: Config, begun: float | None) -> Config:
 
     def adjust() -> budget.Plan:
         plan, need = budget.Plan.read(folder), preflight.measured(config, "stage2")
-        assert plan, "a stage without a plan isn't paused"
+        assert plan and need, "`pause_after` pauses no other stage"
         done, changed = steps_done(folder / "stage2"), plan
         step = budget.measured_step(folder / "stage2" / "metrics.jsonl", config.stage2.batch, plan.done)
-        if need and step and begun is not None:
+        if step:
             ratio = step / need.step
             changed = budget.adjusted(plan, config, need, begun, budget.seconds_since_start(), ratio, done)
+        try:
+            changed.apply(config)
+        except UserError:  # a rule that holds for the planned steps
+            changed = plan
         changed = replace(changed, done=done)
         changed.write(folder)
         if changed.steps != plan.steps:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from ldm.config.loader import key_of
 from ldm.config.schema import Config, RunConfig, Training
 from ldm.data.sampler import ORDER
 from ldm.data.stream import Stream
-from ldm.distributed.launch import accelerator, accumulated, join, on_main, precision, say_idle_cores
+from ldm.distributed.launch import accelerator, accumulated, join, precision, say_idle_cores
 from ldm.distributed.sharding import shard
 from ldm.training import dry_run
-from ldm.training.budget import LoadWatch, Paused, planned_pause, planned_threads
+from ldm.training.budget import LoadWatch, Paused, planned_threads
 from ldm.training.checkpoint import CheckpointManager
 from ldm.training.checkpoint_writer import CheckpointWriter, Copies, Parts
 from ldm.training.deepspeed import ZeroEngine
@@ -62,7 +61,8 @@ class Trainer:
     `fingerprint` is stored in each checkpoint; resuming under another is refused. A `discriminator`, which comes with
     its learning rate, trains with the model: it learns from whatever `backward` leaves in its gradients. `name` says
     which sample a position is. A `sharded` model is sharded where accelerate's configuration says so. All is
-    written to `run_dir/stage`, by default in `config.dir`.
+    written to `run_dir/stage`, by default in `config.dir`. After step `pause_after`, `batches` writes a checkpoint and
+    raises `Paused`; what else is due there is done by the `Trainer` that continues.
 
     Within the block of a `DryRun` it takes its steps to measure them, writes no checkpoint, and ends before the export.
     """
@@ -78,8 +78,9 @@ class Trainer:
         name: Callable[[int], str] = "sample {}".format,
         sharded: bool = False,
         run_dir: Path | None = None,
+        pause_after: int = 0,
     ):
-        self.config, self.training, self.stage = config, training, stage
+        self.config, self.training, self.stage, self._pause = config, training, stage, pause_after
         self.dry_run = dry_run.current()
         self.fingerprint = json.loads(json.dumps(fingerprint or {}))
         self.folder = (run_dir or config.dir) / stage
@@ -115,7 +116,6 @@ class Trainer:
         self._signals = SignalHandler()
         self._stop, self._save = 0, False  # which signal ended the last step, and whether one asked for a checkpoint
         self._exported = False
-        self._pause = on_main(partial(planned_pause, self.folder.parent, stage, training.steps))
         self._resume()
         if self.accelerator.log_with:  # after `_resume`, which truncates what a killed run logged too far
             self.accelerator.init_trackers(self.stage)
@@ -153,8 +153,7 @@ class Trainer:
                     if self._stop:
                         raise Interrupted(128 + self._stop)
                     if self.step == self._pause > start:
-                        self._writer.wait()
-                        raise Paused
+                        self._pause_now()
                 self._writer.wait()
                 if self._signals.end and a.num_processes == 1:  # it came after the last step was saved
                     raise Interrupted(128 + self._signals.end)
@@ -169,6 +168,15 @@ class Trainer:
             raise
         finally:
             self._progress.close()
+
+    def _pause_now(self) -> None:
+        """Frees what the next `Trainer` will hold; ends the run where a signal came after the step."""
+        self._writer.wait()
+        _, stop, _ = self._signals.agree(torch.tensor(True, device=self.device), self.accelerator)
+        if stop:
+            raise Interrupted(128 + stop)
+        self.accelerator.free_memory()
+        raise Paused
 
     def _load(
         self, dataset: torch.utils.data.Dataset[Any] | Stream, workers: int, prefetch_factor: int
@@ -233,7 +241,7 @@ class Trainer:
         if skipped.in_a_row >= self.config.max_skipped:
             self._writer.wait()
             last = self._checkpoints.last()
-            lr = key_of(self.stage, "lr")
+            lr = key_of(self.stage, "lr") + (f" and {key_of(self.stage, 'muon_lr')}" if self.training.muon_lr else "")
             is_run = self.stage in Config.model_fields  # not a model made from a run, which has its run.max_skipped
             raise UserError(
                 f"{message}; {skipped.in_a_row} steps in a row were so, and nothing was learned from them; "
@@ -311,7 +319,8 @@ class Trainer:
         at_end = self.step == self.training.steps
         if self.dry_run:
             return self.dry_run.evaluate and at_end and self.accelerator.sync_gradients
-        return self.accelerator.sync_gradients and not self._stop and (last if at_end else self.step % every == 0)
+        ends_here = self._stop or (self.step == self._pause and not at_end)
+        return self.accelerator.sync_gradients and not ends_here and (last if at_end else self.step % every == 0)
 
     @contextmanager
     def ema_weights(self, activity: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,9 +23,11 @@ from ldm.config.loader import Config, load
 from ldm.data.index import Index
 from ldm.data.records import HELD_OUT
 from ldm.models import text_encoder
-from ldm.training import budget, preflight
-from ldm.training.planned_steps import adjust_rest, adjust_steps, plan_steps
+from ldm.training import budget, planned_steps, preflight
+from ldm.training.checkpoint import steps_done
+from ldm.training.planned_steps import adjust_steps, plan_steps
 from ldm.training.resource_estimate import ResourceEstimate
+from ldm.training.run_dir import prepare_run_dir
 from ldm.training.trainer import Trainer
 from ldm.utils import cpu_load
 from ldm.utils.errors import UserError
@@ -396,34 +399,76 @@ def test_a_budget_is_planned_once_for_a_run(
     assert plan_steps(settings, 5, ("stage1", "stage2"), *parts) == adjusted  # as the same command continues
 
 
-def test_a_paused_training_ends_with_the_same_weights_and_with_other_steps_where_its_speed_changes(
+def test_a_paused_training_ends_with_the_same_weights(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(name: str, seconds_per_step: float) -> Path:
-        """With a plan of before, which pauses where its steps take long."""
-        folder = tmp_path / name
-        folder.mkdir()
-        steps, per_step = {"stage2": 8}, {"stage2": seconds_per_step}
-        budget.Plan(5, steps, per_step, {"saving": 1.0}, "").write(folder)
-        given = [f"run.dir={folder}", f"data.cache_dir={tiny_run / 'cache'}"]
-        assert train_ldm.main([*TINY, *given, f"stage1.pretrained={tiny_run / 'autoencoder'}", "--budget", "5"]) == 0
-        return folder
+    """Sample sheets and validations at the pause are made once."""
 
-    plain, paused = trained("plain", 1.0), trained("paused", 40.0)
+    def trained(name: str, *pauses: int) -> Path:
+        given = [f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}"]
+        often = ["sample.every=4", "stage2.evaluate_every=4", "stage2.steps=8"]
+        settings = prepare_run_dir(load(Path(TINY[1]), [*TINY[2:], f"run.dir={tmp_path / name}", *given, *often]))
+        encoder, waiting = text_encoder.of(settings.text), iter([*pauses, 0])
+        monkeypatch.setattr(planned_steps, "pause_after", lambda _: next(waiting))
+        monkeypatch.setattr(planned_steps, "adjust_rest", lambda settings, begun: settings)
+        data = train_ldm.load_data(settings, encoder)
+        assert train_ldm.train_stage2(settings, data, encoder, planned_now=True) == settings
+        assert next(waiting, None) is None
+        return tmp_path / name
+
+    plain, paused = trained("plain"), trained("paused", 4, 6)
     output = capsys.readouterr()
     assert re.findall(r"stage2: continuing from step (\d) of 8", output.out + output.err) == ["4", "6"]
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     for name, tensor in load_file(plain / weights).items():
         torch.testing.assert_close(load_file(paused / weights)[name], tensor, rtol=0, atol=0)
-    assert budget.Plan.read(paused) == budget.Plan(5, {"stage2": 8}, {"stage2": 40.0}, {"saving": 1.0}, "", done=6)
+    validated = [
+        [line["step"] for line in map(json.loads, (run / "stage2/metrics.jsonl").open()) if "held_out_loss" in line]
+        for run in (plain, paused)
+    ]
+    assert validated[0] == validated[1] == [4, 8]
+    sheets = [sorted(file.name for file in (run / "stage2/samples").iterdir()) for run in (plain, paused)]
+    assert sheets[0] == sheets[1] != []
 
-    settings = load(paused / "config.yaml")
-    need = ResourceEstimate(40.0, validation=0, sheet=0, encoding=0, memory=0, disk=0, device="the CPU")
+
+def test_a_signal_at_a_pause_ends_the_run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [f"data.cache_dir={tiny_run / 'cache'}", f"stage1.pretrained={tiny_run / 'autoencoder'}", "stage2.steps=4"]
+    settings = prepare_run_dir(load(Path(TINY[1]), [*TINY[2:], f"run.dir={tmp_path / 'run'}", *given]))
+    encoder = text_encoder.of(settings.text)
+    write = Trainer.checkpoint_if_due
+
+    def checkpoint_and_signal(trainer: Trainer) -> None:
+        write(trainer)
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "checkpoint_if_due", checkpoint_and_signal)
+    monkeypatch.setattr(planned_steps, "pause_after", lambda _: 2)
+    with pytest.raises(SystemExit) as ended:
+        train_ldm.train_stage2(settings, train_ldm.load_data(settings, encoder), encoder, planned_now=True)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert steps_done(tmp_path / "run/stage2") == 2
+
+
+def test_a_rest_fills_the_budget_at_the_speed_of_its_own_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(Path(TINY[1]), [*TINY[2:], f"run.dir={tmp_path}", "stage2.steps=16"])
+    need = ResourceEstimate(20.0, validation=0, sheet=0, encoding=0, memory=0, disk=0, device="the CPU")
     monkeypatch.setattr(preflight, "measured", lambda *_: need)
     monkeypatch.setattr(budget, "seconds_since_start", lambda: 200.0)
-    budget.Plan(5, {"stage2": 8}, {"stage2": 40.0}, {"saving": 0.0}, "").write(paused)
-    (paused / "stage2/metrics.jsonl").write_text(
-        json.dumps({"step": 5, "images_per_second": settings.stage2.batch / 10})
-    )
-    assert adjust_rest(settings, begun=0.0).stage2.steps == 8 + 10  # of 10 s, in the 100 s that are left
-    assert "stage 2  after 8 steps, of 10.00 s\nplan     18 steps, 5 min of 5 minutes" in capsys.readouterr().out
+    monkeypatch.setattr(planned_steps, "steps_done", lambda _: 8)
+    budget.Plan(5, {"stage2": 16}, {"stage2": 20.0}, {"saving": 0.0}, "").write(tmp_path)
+    assert planned_steps.pause_after(settings) == 8
+    for key in ("text.train=true", "stage2.compile=true", "run.tracker=wandb"):
+        section, _, name = key.partition("=")[0].partition(".")
+        value = {"true": True}.get(key.partition("=")[2], "wandb")
+        changed = getattr(settings, section).model_copy(update={name: value})
+        assert planned_steps.pause_after(settings.model_copy(update={section: changed})) == 0
+    metrics = tmp_path / "stage2/metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text(json.dumps({"step": 5, "images_per_second": settings.stage2.batch / 10}))
+    assert planned_steps.adjust_rest(settings, begun=0.0).stage2.steps == 8 + 10  # of 10 s, in the 100 s that are left
+    output = capsys.readouterr().out
+    assert "stage 2  after 8 steps, of 10.00 s\nplan     18 steps, 5 min of 5 minutes" in output
+    assert planned_steps.pause_after(settings) == 0  # 100 s are left

@@ -32,7 +32,7 @@ class TextConfig(Section):
     chunks: PositiveInt = 1
     """Long captions are encoded in up to so many chunks, whose states are concatenated."""
     normalize: bool = False
-    """Token states get mean 0 and deviation 1 per channel, over the training captions; for a U-Net trained from
+    """Token states get mean 0 and deviation 1 per channel, over 256 images' captions; for a U-Net trained from
     scratch. Both are folded into the encoder's last layer, so the exported pipeline needs nothing else."""
     train: bool = False
     """Trains the encoder with the U-Net; text embeddings are then not cached."""

@@ -40,7 +40,8 @@ class Training(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate, not scaled by batch or processes. Of `prodigy` a factor: 1."""
     muon_lr: float | None = Field(default=None, gt=0)
-    """`muon`'s rate for hidden matrices, times max(1, outputs / inputs)^½; null: `lr` times 0.2 · max(both)^½."""
+    """`muon`'s rate for hidden matrices, times max(1, outputs / inputs)^½; null: `lr` times 0.2 · max(both)^½. A
+    discriminator's is as much larger than its `lr`."""
     lr_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"

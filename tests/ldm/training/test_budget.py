@@ -17,7 +17,6 @@ from ldm.training.budget import (
     fixed_seconds,
     measured_ratio,
     measured_step,
-    planned_pause,
     steps_to_measure,
 )
 from ldm.training.resource_estimate import ResourceEstimate
@@ -141,19 +140,26 @@ def test_half_way_the_rest_is_adjusted_to_the_speed_of_its_own_steps(config: Con
     assert (changed.steps["stage2"] < plan.steps["stage2"]) == (ratio > 1)
     assert sum(changed.seconds.values()) == pytest.approx(total, rel=0.01)
     assert adjusted(plan, config, needs()["stage2"], stage1, 15 * 60, ratio, done).steps["stage2"] == done + 1
+    # what comes after it is expected to take `ratio` times what was measured, not of what was expected before
+    again = adjusted(changed, config, needs()["stage2"], stage1, elapsed + 100, ratio, changed.pause)
+    assert again.seconds["evaluation"] == pytest.approx(ratio * FIXED["evaluation"])
 
 
-def test_a_plan_pauses_half_way_to_the_end_until_two_minutes_are_left(tmp_path: Path) -> None:
+def test_a_rest_has_more_steps_than_the_warm_up(root: Path) -> None:
+    config = loader.load(root / "configs/openmoji.yaml", [POINTS, "stage2.lr_warmup_steps=500"])
+    plan = choose(config, 15, FIXED, needs())
+    changed = adjusted(plan, config, needs()["stage2"], BEGUN, 15 * 60, 1.0, done=400)
+    assert changed.apply(config).stage2.steps == 501
+
+
+def test_a_plan_pauses_half_way_to_the_end_until_two_minutes_or_a_tenth_of_the_budget_are_left() -> None:
     plan = Plan(15, {"stage1": 300, "stage2": 1000}, {"stage2": 0.5}, {}, "")
     pauses = []
     while plan.pause:
         pauses.append(plan.pause)
         plan = replace(plan, done=plan.pause)
     assert pauses == [500, 750, 875]  # with 500, 250, 125 s of steps before each
-    assert planned_pause(tmp_path, "stage2", 1000) == 0  # no plan
-    replace(plan, done=500).write(tmp_path)
-    assert planned_pause(tmp_path, "stage2", 1000) == 750
-    assert planned_pause(tmp_path, "stage2", 1200) == planned_pause(tmp_path, "stage1", 300) == 0
+    assert replace(plan, done=500, minutes=42).pause == replace(plan, done=761).pause == 0
 
 
 def test_the_time_of_a_step_is_that_of_the_steps_since_the_pause(tmp_path: Path) -> None:
