@@ -9,6 +9,7 @@ measurement.
 from __future__ import annotations
 
 import json
+import math
 import time
 from bisect import bisect_right
 from collections import deque
@@ -138,6 +139,7 @@ def choose(
     low, high = (1.0, 2.0) if config.budget.points else (LEAST, 1.0)
     if too_long(low):
         least = sum(plan(low).seconds.values()) / 60
+        least = math.ceil(10 * least) / 10  # not rounded down to what was too few
         raise UserError(f"--budget: {minutes:g} minutes; here it takes {least:.1f} at least, give that or more")
     while not too_long(high):
         low, high = high, 2 * high

@@ -1,6 +1,7 @@
 """`--budget`: steps that fill so many minutes, and what is reported where the load changes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,8 +172,10 @@ def test_the_time_of_a_step_is_that_of_the_steps_since_the_pause(tmp_path: Path)
 
 
 def test_too_little_time_is_refused_with_the_least(config: Config) -> None:
-    with pytest.raises(UserError, match=r"--budget: 1 minutes; here it takes [\d.]+ at least"):
+    with pytest.raises(UserError, match=r"--budget: 1 minutes; here it takes [\d.]+ at least") as refused:
         choose(config, 1, FIXED, needs())
+    least = float(re.findall(r"takes ([\d.]+)", str(refused.value))[0])
+    assert choose(config, least, FIXED, needs()).steps == {"stage1": 300, "stage2": 400}
 
 
 def test_a_plan_is_read_as_it_was_written(config: Config, tmp_path: Path) -> None:
