@@ -280,9 +280,7 @@ def measure(
             vae = load_autoencoder(settings)
         else:
             vae = autoencoder.Autoencoder(autoencoder.build(settings.stage1, settings.data.size))
-        finetune = settings.finetune
-        changed = settings.text.train or finetune.text_encoder or finetune.kind == "inversion"
-        text = copy.deepcopy(encoder) if changed else encoder  # by the two steps
+        text = copy.deepcopy(encoder) if settings.trains_text_encoder else encoder  # by the two steps
         return train_unet(settings, data, vae, text)
 
     path = autoencoder_path(settings)

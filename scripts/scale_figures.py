@@ -70,8 +70,7 @@ def latent_bytes(config: Config) -> int:
 
 def text_bytes(config: Config) -> int:
     """Bytes of a caption's embedding; 0 where none is cached: without text, or where the text encoder is trained."""
-    trained = config.text.train or config.finetune.text_encoder or config.finetune.kind == "inversion"
-    if trained or not config.stage2.text:
+    if config.trains_text_encoder or not config.stage2.text:
         return 0
     sizes = plan.text_encoder_sizes(config.text)
     if not isinstance(sizes.length, int):

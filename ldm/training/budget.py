@@ -42,7 +42,7 @@ ADJUSTED = 0.02  # share of the steps by which an adjustment must change them
 WORTH_A_PAUSE, LAST_PAUSE = 120.0, 0.1  # seconds of stage two, and share of the budget, to plan them anew half way
 
 
-class Paused(Exception):  # noqa: N818  # not an error
+class Paused(Exception):  # noqa: N818 it is no error
     """Raised after the checkpoint of a stage that pauses there."""
 
 

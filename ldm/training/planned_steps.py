@@ -110,9 +110,13 @@ def pause_after(config: Config) -> int:
     There is none where a second start would cost much or change something: of a sharded or compiled network, of a text
     encoder in training, in a tracker that makes a run of each start.
     """
-    text = config.text.train or config.finetune.text_encoder or config.finetune.kind == "inversion"
     sharded = PartialState().distributed_type in SHARDED
-    if text or sharded or config.stage2.compile or config.run.tracker not in ("none", "tensorboard"):
+    if (
+        config.trains_text_encoder
+        or sharded
+        or config.stage2.compile
+        or config.run.tracker not in ("none", "tensorboard")
+    ):
         return 0
 
     def pause() -> int:

@@ -30,6 +30,11 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
 
     @property
+    def trains_text_encoder(self) -> bool:
+        """Whether stage two changes the text encoder: its weights, adapters in it, or a word's embedding."""
+        return self.text.train or self.finetune.text_encoder or self.finetune.kind == "inversion"
+
+    @property
     def cache_dir(self) -> Path:
         return self.data.cache_dir or self.run.dir / "cache"
 
